@@ -1,0 +1,153 @@
+"""The frozen CLIP: images and sentences into one space (Eq. 1 of CLIP-GEN, arXiv:2203.00386)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = {"shapes": Path(__file__).parent / "bundled" / "clip"}
+VOCABULARY_FILE = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
+
+
+class WordTokenizer:
+    """Whole words -> indices, for the small CLIPs that clipgen's scripts train.
+
+    Index 0 pads, 1 starts; the largest index ends a sentence, where open_clip's text tower reads the embedding.
+    """
+
+    def __init__(self, words: Sequence[str], context_length: int):
+        self.words, self.context_length = list(words), context_length
+        self.index = {word: i for i, word in enumerate(self.words, start=2)}
+        self.end = len(self.words) + 2
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Sentences -> (B, context_length) int64. Unknown words are left out, with a warning that lists the known."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return torch.stack([self._encode(text) for text in texts])
+
+    def _encode(self, text: str) -> Tensor:
+        words = text.lower().replace(",", " ").rstrip(".!? ").split()
+        unknown = [word for word in words if word not in self.index]
+        if unknown:
+            known = ", ".join(sorted(self.words))
+            logger.warning("This CLIP does not know %s in %r; it knows: %s.", ", ".join(map(repr, unknown)), text, known)
+        tokens = [1, *(self.index[word] for word in words if word in self.index)][: self.context_length - 1] + [self.end]
+        return F.pad(torch.tensor(tokens), (0, self.context_length - len(tokens)))
+
+
+class FrozenCLIP(pl.LightningModule):
+    """A CLIP that never trains: images and sentences -> unit vectors in one space (Eq. 1).
+
+    Args:
+        model_name: ``"shapes"`` (bundled), any open_clip architecture such as ``"ViT-B-32-quickgelu"``, a ``hf-hub:``
+            name, or a folder with ``open_clip_config.json`` and weights (what ``scripts/train_clip.py`` writes).
+        pretrained: an open_clip tag (``"openai"``) or a checkpoint file; only for open_clip architectures. OpenAI's
+            weights need QuickGELU: a name without it is corrected, with a warning.
+
+    Raises:
+        ValueError: the name is unknown or its weights cannot be had; the message says what to do.
+    """
+
+    def __init__(self, model_name: str = "ViT-B-32-quickgelu", pretrained: str | None = None):
+        super().__init__()
+        self.model_name, self.pretrained = model_name, pretrained
+        folder = find_folder(model_name)
+        name, quick_gelu = (f"local-dir:{folder}", False) if folder else match_activation(model_name, pretrained)
+        model = load_open_clip(name, pretrained, quick_gelu)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = load_tokenizer(folder, name, model.context_length)
+        self.image_size = open_clip.transformer.to_2tuple(model.visual.image_size)[0]
+        self.resize_mode = getattr(model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
+        for key in ("mean", "std"):
+            value = getattr(model.visual, f"image_{key}", None) or getattr(open_clip, f"OPENAI_DATASET_{key.upper()}")
+            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
+        self.embed_dim = self.encode_text(["a"]).shape[1]
+
+    def train(self, mode: bool = True) -> FrozenCLIP:
+        """Stay in evaluation mode, whatever an owning module is put into."""
+        return super().train(False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of any size -> CLIP's input size, mean and std; differentiable."""
+        squash, size = self.resize_mode == "squash", self.image_size
+        images = TF.resize((images + 1) / 2, [size, size] if squash else [size], InterpolationMode.BICUBIC, antialias=True)
+        return (TF.center_crop(images, [size, size]) - self.mean) / self.std
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], any size -> (B, E), unit norm. Gradients reach the images."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        return F.normalize(self.model.encode_image(self.preprocess(images)).float(), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Sentences -> (B, E), unit norm. A sentence longer than the context is cut, its end token kept."""
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be a list of sentences, got the sentence {texts!r}")
+        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float(), dim=-1)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, to be written beside a model that was trained with this CLIP."""
+        return {"model_name": self.model_name, "pretrained": self.pretrained}
+
+
+def find_folder(model_name: str) -> Path | None:
+    """The folder of a bundled name, or of a path to a folder; None for open_clip's and the hub's names."""
+    path = BUNDLED.get(model_name, Path(model_name.removeprefix("local-dir:")).expanduser())
+    if (path / "open_clip_config.json").is_file():
+        return path.resolve()
+    if path.is_dir():
+        raise ValueError(f"no open_clip_config.json in the CLIP folder {path}; scripts/train_clip.py writes such folders")
+    return None
+
+
+def match_activation(model_name: str, pretrained: str | None) -> tuple[str, bool]:
+    """Make architecture and weights agree on QuickGELU: -> (name, force_quick_gelu).
+
+    The weights of some tags (``openai`` first) were trained with QuickGELU; under the plain architecture they load
+    without complaint and are quietly wrong.
+    """
+    plain = model_name.removesuffix("-quickgelu")
+    tag = open_clip.pretrained.get_pretrained_cfg(plain, pretrained) if pretrained else None
+    if not tag:
+        if pretrained and plain == model_name and f"{plain}-quickgelu" in open_clip.list_models():
+            logger.warning("If %s holds OpenAI's weights, the model must be %s-quickgelu.", pretrained, plain)
+        return model_name, False
+    wanted = tag.get("quick_gelu", False)
+    has = (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False)
+    if wanted != has:
+        logger.warning("%s weights need quick_gelu=%s, which %s is not: corrected.", pretrained, wanted, model_name)
+    return (model_name, wanted) if wanted or not has else (plain, False)
+
+
+def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch.nn.Module:
+    """open_clip's model with its weights, or one sentence on why not."""
+    if ":" not in name and name not in open_clip.list_models():
+        raise ValueError(f"CLIP {name!r} is no bundled model ({', '.join(BUNDLED)}), folder, hf-hub: name or open_clip model")
+    if ":" not in name and not pretrained:
+        raise ValueError(f"clip.pretrained must name the weights of {name} (a tag such as openai, or a file), got nothing")
+    try:
+        return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
+    except Exception as error:  # open_clip raises anything from KeyError to the hub's own errors
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}") from error
+
+
+def load_tokenizer(folder: Path | None, name: str, context_length: int) -> Any:
+    """The words of a folder's vocabulary where it has one, else open_clip's tokenizer for the model."""
+    if folder and (folder / VOCABULARY_FILE).is_file():
+        return WordTokenizer(json.loads((folder / VOCABULARY_FILE).read_text()), context_length)
+    return open_clip.get_tokenizer(name, context_length=context_length)

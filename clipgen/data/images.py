@@ -1,0 +1,169 @@
+"""Decode photos as they come, and keep count of those that cannot be used."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import get_worker_info
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses
+# The formats are told by content. Naming them keeps out those that run other programs, such as EPS.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_REASONS = (
+    "truncated",
+    "empty",
+    "not an image",
+    "too large",
+    "corrupt",
+    "unreadable",
+    "without label",
+    "broken shard",
+)
+
+
+class UnusableImage(ValueError):
+    """An image that training has to skip.
+
+    Attributes:
+        reason: "truncated", "empty", "not an image", "too large" or another of the few words that summaries count by.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+
+
+def decode_image(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode an image file, or its bytes, to an upright RGB picture.
+
+    EXIF orientation is applied, transparency is laid on white, 16-bit grey is scaled to 8 bits, and of an animation the
+    first frame is taken. What the file contains decides its type, not its name.
+
+    Args:
+        source: path or content of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+        max_pixels: larger pictures are refused from their header. Above the default Pillow's own limit decides.
+
+    Raises:
+        UnusableImage: the source is empty, truncated, corrupt, too large, or no image at all.
+    """
+    with _opened(source, max_pixels) as image:
+        image.load()
+        with suppress(Exception):  # the pixels are turned first; then it may stumble over other tags, which is no loss
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
+
+
+def check_header(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise what `decode_image` would, as far as the first bytes tell: empty, not an image, too large."""
+    with _opened(source, max_pixels):
+        pass
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any Pillow mode to RGB: transparency on white, 16-bit and float grey scaled to 8 bits."""
+    if image.mode.startswith(("I", "F")):
+        return _scale_grey(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def unit_hash(text: str) -> float:
+    """Map a text to a number in [0, 1), evenly spread and the same on every machine."""
+    digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
+
+
+class Tally:
+    """Counts used and skipped images of one source, for all DataLoader workers together.
+
+    The counts lie in shared memory, where worker processes write and the main process reads: one row per worker for
+    the used images, and one byte per hash of a name for the skipped ones, so that each is counted (and warned about)
+    once, however often and in whichever worker it turns up. Two names that share a byte count as one: in a thousand
+    skipped images, an even chance of being one short.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._used = torch.zeros(1024, dtype=torch.int64).share_memory_()
+        self._skipped = torch.zeros(1 << 20, dtype=torch.uint8).share_memory_()
+        self._logged = ""
+
+    def use(self, count: int = 1) -> None:
+        """Count images as used."""
+        self._used[_worker_row()] += count
+
+    def restart(self) -> None:
+        """Forget how many images this worker has used: a new pass begins."""
+        self._used[_worker_row()] = 0
+
+    def skip(self, name: str, error: UnusableImage) -> bool:
+        """Count an image as skipped and warn about it, unless that was done before; return whether it is new."""
+        slot = int(unit_hash(name) * len(self._skipped))
+        if self._skipped[slot]:
+            return False
+        self._skipped[slot] = 1 + _REASONS.index(error.reason)
+        logger.warning("skipped %s: %s", name, error)
+        return True
+
+    def __str__(self) -> str:
+        used = int(self._used.sum())
+        codes = self._skipped[self._skipped > 0].sort().values.tolist()
+        reasons = Counter(_REASONS[code - 1] for code in codes)
+        details = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        return f"{used} image{'s' * (used != 1)}, {len(codes)} skipped" + (details and f": {details}")
+
+    def summary(self) -> None:
+        """Log the counts in one line, "photos: 15 images, 2 skipped: 1 truncated, 1 empty", if they are news."""
+        if self._logged != str(self):
+            self._logged = str(self)
+            logger.info("%s: %s", self.name, self)
+
+
+@contextmanager
+def _opened(source: Path | bytes, max_pixels: int) -> Iterator[Image.Image]:
+    try:
+        if not (len(source) if isinstance(source, bytes) else source.stat().st_size):
+            raise UnusableImage("empty")
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise UnusableImage("too large", f"{image.width} x {image.height} exceeds {max_pixels} pixels")
+            yield image
+    except UnusableImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly everything when the data is bad
+        raise _unusable(error) from error
+
+
+def _unusable(error: Exception) -> UnusableImage:
+    if isinstance(error, UnidentifiedImageError):
+        return UnusableImage("not an image")
+    if isinstance(error, Image.DecompressionBombError):
+        return UnusableImage("too large", str(error))
+    if isinstance(error, OSError) and error.errno:
+        return UnusableImage("unreadable", str(error))
+    return UnusableImage("truncated" if "truncated" in str(error).lower() else "corrupt", str(error))
+
+
+def _scale_grey(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32))  # Pillow's own conversion clips above 255
+    white = max(1.0 if image.mode == "F" else 65535.0, float(values.max()))
+    return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+
+
+def _worker_row() -> int:
+    worker = get_worker_info()
+    return worker.id % 1024 if worker else 0

@@ -1,0 +1,237 @@
+"""Webdataset shards, tar files of images, as an iterable dataset."""
+
+from __future__ import annotations
+
+import glob
+import os
+import random
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import webdataset as wds
+from braceexpand import braceexpand
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.gopen import gopen
+from webdataset.handlers import reraise_exception
+from webdataset.tariterators import group_by_keys, tar_file_iterator
+from webdataset.utils import pytorch_worker_info
+
+from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image
+from clipgen.data.module import ImageData
+from clipgen.data.transforms import Transform, train_transform, val_transform
+
+# So many unusable images on end, none usable between them, are no accident.
+_PATIENCE = 1_000
+
+
+def image_shards(
+    urls: str | list[str],
+    image_size: int,
+    train: bool,
+    flip: bool = True,
+    shuffle: int = 1000,
+    labels: bool = False,
+    seed: int = 0,
+) -> ImageShards:
+    """Make a dataset of tar shards; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
+
+    Local shards are looked at here: each must be a tar file, and one of them must hold a usable image.
+
+    Args:
+        urls: paths, http(s) URLs and `pipe:` commands, with braces (`train-{000000..000009}.tar`); paths also with
+            `*`, `?`, `[...]`. A list, or one string separated by commas; a string that is one command is not separated.
+        image_size: side of the square images.
+        train: endless and shuffled, with random crop and flip; else every image once, with centre crop.
+        flip: mirror half of the training images.
+        shuffle: size of the buffer, of undecoded images, that training shuffles in.
+        labels: add "label", the integer in the sample's `.cls` file; a sample without one is then unusable.
+        seed: of the choice of shards and of the shuffling.
+
+    Raises:
+        FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
+        ValueError: an argument is out of range, a local shard is not a tar file, or no image in them is usable.
+    """
+    if shuffle < 0:
+        raise ValueError(f"shuffle must be at least 0, got {shuffle}")
+    transform = train_transform(image_size, flip) if train else val_transform(image_size)
+    tally = Tally(urls if isinstance(urls, str) else ", ".join(urls))
+    shards = ImageShards(expand_urls(urls), transform, train, shuffle, labels, seed, tally)
+    shards.check()
+    return shards
+
+
+def expand_urls(urls: str | list[str]) -> list[str]:
+    """List the shards that `urls` stands for; see `image_shards`.
+
+    Raises:
+        FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
+        ValueError: no shard is named, or braces do not match.
+    """
+    if isinstance(urls, str) and not urls.startswith("pipe:") and not os.path.exists(urls):
+        urls = list(braceexpand("{" + urls + ",}", escape=False))  # splits at the commas that stand outside braces
+    parts = [urls] if isinstance(urls, str) else urls
+    shards = [shard for part in parts if part.strip() for shard in _expand(part.strip())]
+    if not shards:
+        raise ValueError(f"urls must name at least one shard, got {urls!r}")
+    return shards
+
+
+@dataclass(eq=False)
+class ImageShards(IterableDataset[dict[str, Any]]):
+    """Stream of the images in tar shards. Make it with `image_shards`, which checks what it is given.
+
+    Training draws a shard at random, with replacement, reads it, and goes on without end; each rank and worker has
+    its own random order, so that nobody runs dry before the others. Validation reads every image once, split between
+    ranks and workers by shard where there are enough of them, else by image.
+
+    What is broken is skipped, warned about once and counted: a corrupt image, or the rest of a shard that breaks off.
+    Training raises ValueError when no shard holds an image, or when 1000 images on end are unusable.
+    """
+
+    urls: list[str]
+    transform: Transform
+    train: bool
+    shuffle: int
+    labels: bool
+    seed: int
+    tally: Tally
+    _epoch: int = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._train() if self.train else self._validate()
+
+    def check(self) -> None:
+        """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
+        local = [url for url in self.urls if not _is_remote(url)]
+        for url in local:
+            if not tarfile.is_tarfile(url):
+                raise ValueError(f"{url} must be a tar file, got {os.path.getsize(url)} bytes that are none")
+        samples = chain.from_iterable(map(self._read, local))
+        if len(local) == len(self.urls) and not any(map(self._decode, samples)):
+            raise ValueError(f"{self.tally.name} must hold a usable image, got {self.tally}")
+        self.tally.restart()
+
+    def summary(self) -> None:
+        """Log how many images were read and how many skipped, if that has changed since it was last logged."""
+        self.tally.summary()
+
+    def _train(self) -> Iterator[dict[str, Any]]:
+        rank, _, worker, _ = pytorch_worker_info()
+        info = get_worker_info()  # its seed is a new one for every iterator, also where workers start afresh
+        rng = random.Random(f"{self.seed} {rank} {worker} {self._epoch} {info.seed if info else 0}")
+        self._epoch += 1
+        misses = 0
+        for sample in wds.shuffle(self.shuffle, rng=rng)(self._resample(rng)):
+            decoded = self._decode(sample)
+            misses = 0 if decoded else misses + 1
+            if misses == _PATIENCE:
+                raise ValueError(f"{self.tally.name} must hold usable images, got {misses} others on end: {self.tally}")
+            if decoded:
+                yield decoded
+
+    def _resample(self, rng: random.Random) -> Iterator[dict[str, Any]]:
+        barren: set[str] = set()
+        while len(barren) < len(set(self.urls)):
+            url = rng.choice(self.urls)
+            barren.add(url)
+            for sample in self._read(url):
+                barren.discard(url)
+                yield sample
+        raise ValueError(f"{self.tally.name} must hold images, got {len(self.urls)} shards without any: {self.tally}")
+
+    def _validate(self) -> Iterator[dict[str, Any]]:
+        rank, world_size, worker, num_workers = pytorch_worker_info()
+        part, parts = rank * num_workers + worker, world_size * num_workers
+        by_shard = len(self.urls) >= parts
+        samples = chain.from_iterable(map(self._read, self.urls[part::parts] if by_shard else self.urls))
+        self.tally.restart()
+        yield from filter(None, map(self._decode, samples if by_shard else islice(samples, part, None, parts)))
+        if get_worker_info() is None:  # else only the main process knows when the last worker has finished
+            self.summary()
+
+    def _read(self, url: str) -> Iterator[dict[str, Any]]:
+        """Yield the samples of a shard that have an image, as webdataset groups them: "__key__", "jpg", "cls", ..."""
+        samples = group_by_keys(self._files(url), handler=lambda error: self._broken(url, error))
+        return (sample for sample in samples if _image_key(sample))
+
+    def _files(self, url: str) -> Iterator[dict[str, Any]]:
+        stream = None
+        try:
+            stream = gopen(url) if _is_remote(url) else open(url, "rb")
+            for file in tar_file_iterator(stream, handler=reraise_exception):
+                yield {**file, "__url__": url}
+        except Exception as error:  # whatever went wrong, the files before it are good and the other shards may be
+            self._broken(url, error)
+        finally:
+            with suppress(OSError):  # a command whose output is not read to the end fails
+                if stream:
+                    stream.close()
+
+    def _broken(self, url: str, error: Exception) -> bool:
+        self.tally.skip(url, UnusableImage("broken shard", f"what came before is used; {error}"))
+        return True
+
+    def _decode(self, sample: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            decoded: dict[str, Any] = {"images": self.transform(decode_image(sample[_image_key(sample)]))}
+            if self.labels:
+                decoded["label"] = _label(sample)
+        except UnusableImage as error:
+            self.tally.skip(f"{sample['__url__']}: {sample['__key__']}.{_image_key(sample)}", error)
+            return None
+        self.tally.use()
+        return decoded
+
+
+def shard_data(
+    train_urls: str | list[str],
+    val_urls: str | list[str] | None,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    flip: bool = True,
+    shuffle: int = 1000,
+    seed: int = 0,
+) -> ImageData:
+    """Make the data of a run from shards; arguments as in `image_shards` and `ImageData`. `val_urls` may be None."""
+    train = image_shards(train_urls, image_size, train=True, flip=flip, shuffle=shuffle, seed=seed)
+    val = image_shards(val_urls, image_size, train=False) if val_urls else None
+    return ImageData(train, val, batch_size, num_workers, seed=seed)
+
+
+def _expand(url: str) -> list[str]:
+    if os.path.exists(url):  # also where the name has braces in it
+        return [url]
+    return [shard for pattern in braceexpand(url, escape=False) for shard in _match(pattern)]
+
+
+def _match(pattern: str) -> list[str]:
+    if _is_remote(pattern):
+        return [pattern]
+    pattern = os.path.expanduser(pattern)
+    matches = sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        raise FileNotFoundError(f"urls must name existing shards, got {pattern}")
+    return matches
+
+
+def _is_remote(url: str) -> bool:
+    return bool(re.match("[a-z][a-z0-9+.-]+:", url)) and not os.path.exists(url)
+
+
+def _image_key(sample: dict[str, Any]) -> str:
+    """Find the image in a sample: "jpg" rather than "seg.png", else the first that is named like an image, else ""."""
+    keys = [key for key in sample if f".{key}".endswith(EXTENSIONS)]
+    return min(keys, key=lambda key: key.count("."), default="")
+
+
+def _label(sample: dict[str, Any]) -> int:
+    try:
+        return int(sample["cls"])
+    except (KeyError, ValueError) as error:
+        raise UnusableImage("without label", f"{type(error).__name__} {error}") from error

@@ -1,0 +1,96 @@
+"""The losses of both stages: functions of tensors that return tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
+    """``"l2"``: ||I - I'||^2 (Eq. 4 of CLIP-GEN); ``"l1"``: VQ-GAN's code. Means over elements."""
+    if kind == "l2":
+        return F.mse_loss(reconstruction, images)
+    if kind == "l1":
+        return F.l1_loss(reconstruction, images)
+    raise ValueError(f"reconstruction must be 'l1' or 'l2', got {kind!r}")
+
+
+def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str) -> Tensor:
+    """What the discriminator minimises: ``"hinge"`` (arXiv:1705.02894), or ``"log"``: the negative of Eq. 5."""
+    if kind == "hinge":
+        return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
+    if kind == "log":
+        return (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()) / 2
+    raise ValueError(f"adversarial must be 'hinge' or 'log', got {kind!r}")
+
+
+def generator_loss(logits_fake: Tensor, kind: str) -> Tensor:
+    """What the generator minimises: -D(I') for ``"hinge"``; -log D(I') for ``"log"``, Eq. 5's non-saturating form."""
+    return -logits_fake.mean() if kind == "hinge" else F.softplus(-logits_fake).mean()
+
+
+def adaptive_weight(loss: Tensor, generator_loss: Tensor, last_layer: nn.Parameter, maximum: float = 1e4) -> Tensor:
+    """VQ-GAN's lambda (arXiv:2012.09841, Eq. 7): makes both gradients equally long at the decoder's last layer."""
+    ours = torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+    theirs = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)[0].float().norm()
+    return (ours / (theirs + 1e-4)).clamp(0, maximum).detach()
+
+
+def clip_loss(generated: Tensor, target: Tensor) -> Tensor:
+    """-log s of unit vectors (B, E) (Eq. 9), with the similarity s = (1 + cos) / 2 in (0, 1]."""
+    similarity = (1 + (generated * target).sum(dim=-1)) / 2
+    return -similarity.clamp(min=1e-6).log().mean()
+
+
+def noisy_condition(clip_embedding: Tensor, cosine: float) -> Tensor:
+    """Unit vectors at the given expected cosine to ``clip_embedding`` (B, E), by isotropic noise; 1 adds none.
+
+    Bridges the gap between image and text embeddings (LAFITE, arXiv:2111.13792; CapDec, arXiv:2211.00575), whose
+    noise levels agree when they are written as a cosine: cos = 1 / sqrt(1 + r^2) for noise of norm r.
+    """
+    if cosine >= 1:
+        return clip_embedding
+    noise = F.normalize(torch.randn_like(clip_embedding), dim=-1)
+    return F.normalize(clip_embedding + noise * (cosine**-2 - 1) ** 0.5, dim=-1)
+
+
+def load_lpips(vgg_weights: str | None = None) -> nn.Module:
+    """LPIPS (arXiv:1801.03924) by torchmetrics, frozen: images, images in [-1, 1] -> (B, 1, 1, 1).
+
+    Args:
+        vgg_weights: a file of torchvision's VGG-16 weights; None takes them from torchvision's cache or download.
+
+    Returns:
+        A module that must stay in evaluation mode: its linear layers hold dropout.
+
+    Raises:
+        ValueError: the weights cannot be had; says how to provide or disable them.
+    """
+    from torchmetrics.functional.image.lpips import _LPIPS  # pulls torchvision's models: only where it is needed
+    from torchvision.models import VGG16_Weights
+
+    try:
+        if vgg_weights is None:
+            vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
+        else:
+            vgg = torch.load(Path(vgg_weights).expanduser(), map_location="cpu", weights_only=True)
+        network = _LPIPS(net="vgg", pnet_rand=True)  # its linear layers come with the package
+        return load_vgg_(network, vgg).eval().requires_grad_(False)
+    except Exception as error:  # a missing file, no network, a file of something else: the way out is the same
+        source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
+        raise ValueError(
+            f"the perceptual loss needs the weights {source}, which cannot be had ({' '.join(str(error).split())}): put "
+            f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), name the file in "
+            "model.vgg_weights=PATH, or go without by model.perceptual_weight=0"
+        ) from error
+
+
+def load_vgg_(network: nn.Module, vgg: dict[str, Tensor]) -> nn.Module:
+    """Put ``features.N.*`` of torchvision's VGG-16 into the slices of LPIPS, where layer N keeps its number."""
+    for name, parameter in network.net.named_parameters():
+        layer = name.split(".", 1)[1]  # slice1.0.weight -> 0.weight
+        parameter.data.copy_(vgg[f"features.{layer}"])
+    return network

@@ -1,0 +1,169 @@
+"""Encoder and decoder of VQ-GAN (arXiv:2012.09841): a pyramid of residual blocks, attention at chosen resolutions.
+
+The parameters carry taming-transformers' names, so that published weights fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """norm, swish, conv, twice, beside a shortcut: (B, C_in, h, w) -> (B, C_out, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.norm1, self.conv1 = norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of one head over all positions, beside a shortcut: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halve height and width by a strided convolution, padded on the right and below only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, then (``down``) or (``up``) a change of it."""
+
+    def __init__(self, channels: Sequence[int], attention: bool, dropout: float, *, down: bool = False, up: bool = False):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(channels, channels[1:]))
+        self.attn = nn.ModuleList(AttnBlock(c) for c in channels[1:] if attention)
+        if down:
+            self.downsample = Downsample(channels[-1])
+        if up:
+            self.upsample = Upsample(channels[-1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[i](x) if self.attn else x
+        if hasattr(self, "downsample"):
+            return self.downsample(x)
+        return self.upsample(x) if hasattr(self, "upsample") else x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.block_1, self.block_2 = (ResnetBlock(channels, channels, dropout) for _ in range(2))
+        self.attn_1 = AttnBlock(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> features (B, z_channels, H / f, W / f), f = patch_size * 2 ** (len(ch_mult) - 1).
+
+    Args:
+        ch: channels at the first level; ``ch_mult`` multiplies them level by level.
+        num_res_blocks: residual blocks a level.
+        attn_resolutions: resolutions with attention, counted down from ``resolution``.
+        resolution: the nominal height of the images; any size divisible by f is accepted.
+        z_channels: channels of the features.
+        patch_size: pixels are first folded into channels, patch by patch. 1 is VQ-GAN; 2 or 4 spare the costly
+            work at full resolution where a CPU has to do it.
+    """
+
+    def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
+                 resolution: int, z_channels: int, patch_size: int = 1, dropout: float = 0.0):  # fmt: skip
+        super().__init__()
+        self.patch = nn.PixelUnshuffle(patch_size)
+        self.conv_in = nn.Conv2d(3 * patch_size**2, ch, 3, padding=1)
+        self.down, before = nn.ModuleList(), ch
+        for i, mult in enumerate(ch_mult):
+            attention = resolution // patch_size // 2**i in attn_resolutions
+            channels = [before] + [ch * mult] * num_res_blocks
+            self.down.append(Level(channels, attention, dropout, down=i < len(ch_mult) - 1))
+            before = channels[-1]
+        self.mid = Middle(before, dropout)
+        self.norm_out, self.conv_out = norm(before), nn.Conv2d(before, z_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(self.patch(images))
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, h, w) -> images (B, 3, h * f, w * f); the arguments are the encoder's."""
+
+    def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
+                 resolution: int, z_channels: int, patch_size: int = 1, dropout: float = 0.0):  # fmt: skip
+        super().__init__()
+        before = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, before, 3, padding=1)
+        self.mid = Middle(before, dropout)
+        levels = []
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            attention = resolution // patch_size // 2**i in attn_resolutions
+            channels = [before] + [ch * mult] * (num_res_blocks + 1)
+            levels.append(Level(channels, attention, dropout, up=i > 0))
+            before = channels[-1]
+        self.up = nn.ModuleList(reversed(levels))  # up.0 is the highest resolution
+        self.norm_out, self.conv_out = norm(before), nn.Conv2d(before, 3 * patch_size**2, 3, padding=1)
+        self.unpatch = nn.PixelShuffle(patch_size)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.unpatch(self.conv_out(F.silu(self.norm_out(x))))
+
+    @property
+    def last_layer(self) -> torch.nn.Parameter:
+        """The weight at which the adaptive weight of VQ-GAN compares gradients (its Eq. 7)."""
+        return self.conv_out.weight

@@ -1,0 +1,60 @@
+"""GPT-2 with the CLIP embedding as its first token (Eq. 6 of CLIP-GEN)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2Model
+
+
+class ConditionalGPT2(nn.Module):
+    """Logits of codebook indices given the ones before and a CLIP embedding: p(s_t | s_<t, e).
+
+    The network is transformers' GPT-2. Position 0 holds the linearly projected embedding, position t the index s_t;
+    so position t - 1 scores s_t, and T positions are enough for T indices.
+
+    Args:
+        n_layer, n_head, n_embd: GPT-2's own.
+        codebook_size: K. num_tokens: T. clip_dim: E.
+        dropout: on embeddings, attention and residuals.
+        tie_head: share the output matrix with the index embedding, as GPT-2 does.
+        null_condition: own a learned condition that stands for "anything", for classifier-free guidance.
+    """
+
+    def __init__(self, *, n_layer: int, n_head: int, n_embd: int, codebook_size: int, num_tokens: int, clip_dim: int,
+                 dropout: float = 0.0, tie_head: bool = True, null_condition: bool = False):  # fmt: skip
+        super().__init__()
+        if n_embd % n_head:
+            raise ValueError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
+        self.num_tokens, self.codebook_size = num_tokens, codebook_size
+        # "gelu_pytorch_tanh" is GPT-2's "gelu_new" in one kernel instead of eight
+        self.transformer = GPT2Model(GPT2Config(
+            vocab_size=codebook_size, n_positions=num_tokens, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, activation_function="gelu_pytorch_tanh",
+            attn_implementation="sdpa", use_cache=False, bos_token_id=None, eos_token_id=None,
+        ))  # fmt: skip
+        self.clip_proj = nn.Linear(clip_dim, n_embd)
+        self.head = nn.Linear(n_embd, codebook_size, bias=False)
+        if tie_head:
+            self.head.weight = self.transformer.wte.weight
+        else:
+            nn.init.normal_(self.head.weight, std=0.02)
+        self.null = nn.Parameter(torch.zeros(n_embd)) if null_condition else None
+
+    def condition(self, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Embeddings (B, E) -> first tokens (B, n_embd). A unit vector's elements are scaled to unit variance first.
+
+        ``drop`` (B,) bool marks rows that get the null condition instead.
+        """
+        token = self.clip_proj(clip_embedding * clip_embedding.shape[-1] ** 0.5)
+        if drop is None:
+            return token
+        if self.null is None:
+            raise ValueError("this transformer has no null condition: train it with condition_dropout > 0")
+        return torch.where(drop[:, None], self.null, token)
+
+    def forward(self, indices: Tensor, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits: (B, T) int64, (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
+        first = self.condition(clip_embedding, drop)[:, None]  # (B, 1, C)
+        tokens = torch.cat([first, self.transformer.wte(indices[:, :-1])], dim=1)  # (B, T, C)
+        return self.head(self.transformer(inputs_embeds=tokens).last_hidden_state)

@@ -1,0 +1,104 @@
+"""Vector quantisation: latents -> the nearest of K codes, with straight-through gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """What a quantizer returns."""
+
+    z_q: Tensor  # (B, D, h, w), gradients pass straight through to z
+    indices: Tensor  # (B, h, w) int64
+    losses: dict[str, Tensor]  # codebook_loss and commitment_loss, not yet weighted
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest-neighbour codebook (Eq. 3 of CLIP-GEN; Eq. 1-3 of VQ-VAE, arXiv:1711.00937).
+
+    ``z_q = argmin_k ||z - e_k||``, with ``codebook_loss = ||sg[z] - z_q||^2`` and
+    ``commitment_loss = ||z - sg[z_q]||^2``, both means over elements; the caller's beta belongs to the second.
+
+    Args:
+        codebook_size: K.
+        codebook_dim: D.
+        distance: ``"euclidean"`` (the paper), or ``"cosine"``: latents and codes are compared and handed on at unit
+            length times sqrt(D), the way of ViT-VQGAN (arXiv:2110.04627), whose codes stay alive.
+        revive_after: a code that no latent of this many training batches chose is moved onto a latent of the
+            current batch; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
+    """
+
+    idle: Tensor
+
+    def __init__(self, codebook_size: int, codebook_dim: int, distance: str = "euclidean", revive_after: int = 0):
+        super().__init__()
+        if codebook_size < 2:
+            raise ValueError(f"codebook_size must be at least 2, got {codebook_size}")
+        if distance not in ("euclidean", "cosine"):
+            raise ValueError(f"distance must be 'euclidean' or 'cosine', got {distance!r}")
+        self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
+        self.distance, self.revive_after = distance, revive_after
+        self.embedding = nn.Embedding(codebook_size, codebook_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
+        self.register_buffer("idle", torch.full((codebook_size,), max(revive_after, 1) - 1))  # batches since last chosen
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codes as they are handed on, (K, D)."""
+        return self._scaled(self.embedding.weight)
+
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        """Cosine codes live on the sphere of radius sqrt(D): their elements are of unit variance."""
+        return F.normalize(vectors, dim=-1) * math.sqrt(self.codebook_dim) if self.distance == "cosine" else vectors
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Latents (B, D, h, w) -> codes, indices and losses. Runs in fp32 whatever the autocast."""
+        with torch.autocast(z.device.type, enabled=False):
+            flat = self._scaled(rearrange(z.float(), "b d h w -> b h w d"))
+            indices = self.nearest(flat)
+            if self.training and self.revive_after:
+                self.revive_(flat.detach().flatten(0, 2), indices)
+            codes = F.embedding(indices, self.codebook)  # (B, h, w, D)
+            losses = {
+                "codebook_loss": F.mse_loss(codes, flat.detach()),
+                "commitment_loss": F.mse_loss(flat, codes.detach()),
+            }
+            z_q = flat + (codes - flat).detach()  # straight through
+            return Quantized(rearrange(z_q, "b h w d -> b d h w"), indices, losses)
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Index of the nearest code: (..., D) -> (...). ||v - e||^2 without ||v||^2, which no code changes."""
+        codes = self.codebook.detach()
+        distance = codes.square().sum(1) - 2 * vectors.detach() @ codes.T  # (..., K)
+        return distance.argmin(dim=-1)
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) -> codes (B, D, h, w)."""
+        return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
+
+    @torch.no_grad()
+    def revive_(self, latents: Tensor, indices: Tensor) -> None:
+        """Move codes that were idle too long onto latents (N, D) drawn from this batch, the same on every rank."""
+        used = torch.bincount(indices.flatten(), minlength=self.codebook_size)
+        if dist.is_initialized():
+            dist.all_reduce(used)
+        self.idle.add_(1)[used > 0] = 0
+        dead = self.idle >= self.revive_after
+        chosen = latents[torch.randint(len(latents), (self.codebook_size,), device=latents.device)]
+        if dist.is_initialized():
+            dist.broadcast(chosen, src=0)
+        self.embedding.weight.data.copy_(torch.where(dead[:, None], chosen, self.embedding.weight))
+        self.idle[dead] = 0
+
+
+def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """From how often each code was chosen (K,): the part of codes in use, and exp(entropy) of their distribution."""
+    p = counts.float() / counts.sum().clamp(min=1)
+    return (counts > 0).float().mean(), torch.exp(-torch.special.xlogy(p, p).sum())

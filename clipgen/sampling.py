@@ -1,0 +1,89 @@
+"""Drawing indices one after another: top-k, top-p and the decode loop, over any step function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Step = Callable[[int, "Tensor | None"], Tensor]  # (position, previous index (B,)) -> logits (B, K)
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0) -> None:
+    """Raise ValueError unless the settings make sense."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if not guidance_scale >= 0:
+        raise ValueError(f"guidance_scale must be at least 0, got {guidance_scale}")
+
+
+def draw(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0) -> Tensor:
+    """Draw one index a row: top-k (Fan et al. 2018), then top-p (Holtzman et al. 2020), then the inverse CDF.
+
+    Args:
+        logits: (B, K); not written to.
+        uniforms: (B,) in [0, 1): the randomness, so that a row does not depend on its neighbours.
+        temperature: divides the logits; 0 takes the largest.
+        top_k: keep the k largest. top_p: keep the fewest whose probabilities reach p, at least one.
+
+    Returns:
+        (B,) int64.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    values, candidates = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)  # sorted, largest first
+    p = torch.softmax(values / temperature, dim=-1)
+    before = p.cumsum(dim=-1) - p  # probability of all better candidates; 0 for the best, which always stays
+    cumulative = torch.where(before < top_p, p, 0.0).cumsum(dim=-1)
+    target = uniforms[:, None].to(p) * cumulative[:, -1:]
+    choice = (cumulative <= target).sum(dim=-1, keepdim=True)
+    last = (before < top_p).sum(dim=-1, keepdim=True) - 1
+    return candidates.gather(-1, choice.minimum(last))[:, 0]
+
+
+def guided(step: Step, scale: float) -> Step:
+    """Classifier-free guidance (arXiv:2207.12598): the inner step scores B conditioned rows, then the same B without.
+
+    ``l = l_null + scale * (l_condition - l_null)``: scale 1 is no guidance.
+    """
+
+    def guided_step(position: int, previous: Tensor | None) -> Tensor:
+        condition, null = step(position, None if previous is None else previous.repeat(2)).chunk(2)
+        return null + scale * (condition - null)
+
+    return guided_step
+
+
+@torch.no_grad()
+def decode(step: Step, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0) -> Tensor:
+    """Draw T indices a row, each given the ones before: uniforms (B, T) -> (B, T) int64."""
+    check_sampling(temperature, top_k, top_p)
+    indices = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+    previous = None
+    for position in range(uniforms.shape[1]):
+        logits = step(position, previous)
+        previous = draw(logits, uniforms[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
+        indices[:, position] = previous
+    return indices
+
+
+def random_streams(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> Tensor:
+    """Uniform numbers (len(seeds), length) in [0, 1): each row from its own seed, whatever the batch it is drawn in."""
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device)
+
+
+def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
+    """One seed a row: ``seed``, ``seed + 1``, ...; or the given ones; None draws a first one at random."""
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    if isinstance(seed, int):
+        return [seed + row for row in range(rows)]
+    if len(seed) != rows:
+        raise ValueError(f"seed must be one number, or one for each of the {rows} rows, got {len(seed)}")
+    return list(seed)

@@ -1,0 +1,103 @@
+"""Models in and out of files: our folders (JSON + safetensors), training checkpoints, and run folders.
+
+A model folder holds ``config.json`` (which model, its constructor's arguments) and ``model.safetensors``. A run folder is
+what a training run leaves: ``checkpoints/`` while it trains, and a model folder named after the model once it is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import clipgen
+
+COMMANDS = {
+    "VQGAN": "clipgen-train stage=vqgan",
+    "ConditionalTransformer": "clipgen-train stage=transformer",
+}
+FOLDERS = {"VQGAN": "vqgan", "ConditionalTransformer": "transformer"}  # name of the model folder in a run folder
+State = dict[str, Tensor]
+
+
+def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
+    """Write a model folder; it appears whole or not at all.
+
+    Args:
+        half: store floating-point weights in 16 bits.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # tied weights are stored once by name and cloned here: safetensors refuses shared memory
+    tensors = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().clone().contiguous() for k, v in state.items()}
+    config = {"model": model, "clipgen": clipgen.__version__, "arguments": arguments}
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as partial:
+        whole = Path(partial) / "folder"
+        whole.mkdir()
+        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, whole / "model.safetensors")
+        if path.exists():
+            shutil.move(path, Path(partial) / "old")
+        whole.rename(path)
+    return path
+
+
+def load(path: str | Path, model: str) -> tuple[dict[str, Any], State]:
+    """Constructor's arguments and weights of a model folder, a run folder or a ``.ckpt``.
+
+    Raises:
+        FileNotFoundError: nothing there; names the command that makes it.
+        ValueError: the file is damaged, or of the other stage.
+    """
+    found = find(Path(path).expanduser(), model)
+    return load_ckpt(found, model) if found.is_file() else load_folder(found, model)
+
+
+def find(path: Path, model: str) -> Path:
+    """The model folder or checkpoint that ``path`` stands for; in a run folder the finished model comes first."""
+    if path.is_file():
+        return path
+    places = [path, path / FOLDERS[model], path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"]
+    for place in places:
+        if place.is_file() or (place / "config.json").is_file():
+            return place
+    others = [name for name in FOLDERS if name != model and (path / FOLDERS[name]).is_dir()]
+    hint = f"it holds a {others[0]}" if others else f"`{COMMANDS[model]}` makes one"
+    state = "holds no such model" if path.is_dir() else "does not exist"
+    raise FileNotFoundError(f"no {model} checkpoint: {path} {state}; {hint}")
+
+
+def check_model(found: str | None, model: str, path: Path) -> None:
+    """Raise ValueError where a file holds another model than the one asked for."""
+    if found != model:
+        what = f"a {found} checkpoint (from `{COMMANDS[found]}`)" if found in COMMANDS else "no clipgen checkpoint"
+        raise ValueError(f"{path} is {what}, but a {model} is needed; `{COMMANDS[model]}` makes one")
+
+
+def load_folder(path: Path, model: str) -> tuple[dict[str, Any], State]:
+    """Read a model folder."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        check_model(config.get("model"), model, path)
+        return config["arguments"], {k: v.float() if v.dtype == torch.half else v for k, v in load_file(path / "model.safetensors").items()}
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"the {model} folder {path} is damaged: {error}") from error
+
+
+def load_ckpt(path: Path, model: str) -> tuple[dict[str, Any], State]:
+    """Read a training checkpoint; nothing in it is executed."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is no readable checkpoint: {' '.join(str(error).split())[:200]}") from error
+    check_model(checkpoint.get("clipgen_model") if isinstance(checkpoint, dict) else None, model, path)
+    return checkpoint["hyper_parameters"], checkpoint["state_dict"]
