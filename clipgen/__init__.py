@@ -14,7 +14,7 @@ _HOME = {
     "ConditionalTransformer": "clipgen.transformer",
     "TextToImage": "clipgen.pipeline",
 }
-__all__ = ["ConditionalTransformer", "FrozenCLIP", "TextToImage", "VQGAN", "__version__"]
+__all__ = ["VQGAN", "ConditionalTransformer", "FrozenCLIP", "TextToImage", "__version__"]
 
 if TYPE_CHECKING:
     from clipgen.clip import FrozenCLIP

@@ -19,6 +19,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from itertools import chain, count, islice
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--val-fraction", type=float, default=0.02, help="share of a folder held out (default: 0.02)")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default: 95)")
     parser.add_argument("--image-size", type=int, help="shrink larger images to this short side (default: keep)")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="where torchvision downloads to (default: data)")
+    parser.add_argument("--root", type=Path, default="data", help="where torchvision downloads to (default: data)")
     args = parser.parse_args(argv)
     if args.shard_size < 1:
         parser.error(f"--shard-size must be at least 1, got {args.shard_size}")
@@ -118,8 +119,8 @@ def to_jpeg(image: Image.Image, image_size: int | None, quality: int) -> bytes:
     if max(image.size) > 65_500:
         raise UnusableImage("too large", f"{image.width} x {image.height}, and JPEG ends at 65500 pixels a side")
     buffer = BytesIO()
-    Image.frombytes("RGB", image.size, image.tobytes()).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()  # of the pixels alone: no place, no camera, no date
+    image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # pixels alone: no place, no camera
+    return buffer.getvalue()
 
 
 def from_torchvision(name: str, args: argparse.Namespace) -> tuple[dict[str, Samples], list[str] | None]:
@@ -156,10 +157,8 @@ def encode_split(dataset: Any, encode: Callable[[Image.Image], bytes]) -> Sample
         if not isinstance(image, Image.Image):
             raise TypeError(f"SOURCE must be a dataset of pictures, got one of {type(image).__name__}")
         sample = {"jpg": encode(to_rgb(image))}
-        try:
+        with suppress(TypeError):
             sample["cls"] = str(operator.index(label)).encode()
-        except TypeError:
-            pass
         yield sample
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from clipgen.clip import VOCABULARY_FILE, WordTokenizer
 
-
 CONTEXT_LENGTH = 16
 CIFAR_CLIP = {
     "embed_dim": 128,

@@ -56,8 +56,7 @@ class ImageData(pl.LightningDataModule):
         sampler: DistributedSampler[Any] | None = None
         if not isinstance(self.train, IterableDataset):
             # Used on one device too: it shuffles by seed and epoch, and Lightning tells it the epoch.
-            shuffle = not (self.trainer and self.trainer.overfit_batches)  # type: ignore[attr-defined]
-            sampler = DistributedSampler(self.train, world_size, rank, shuffle, self.seed, drop_last=True)
+            sampler = DistributedSampler(self.train, world_size, rank, seed=self.seed, drop_last=True)
         # After a resume the workers get other seeds than at the start, and so other crops and other shards.
         step = self.trainer.global_step if self.trainer else 0
         generator = torch.Generator().manual_seed(self.seed + rank + step)

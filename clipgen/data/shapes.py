@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipgen.data.module import ImageData
+
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLORS = {
     "red": (214, 39, 40), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (245, 215, 40),
@@ -175,3 +177,9 @@ class ShapesDataset(Dataset):
             picked = where[rows]
             masks[rows] = silhouettes(shape, self.radii[picked], self.centers[picked], self.image_size)
         return masks
+
+
+def shapes_data(train_size: int, val_size: int, image_size: int, batch_size: int, num_workers: int = 0, seed: int = 0) -> ImageData:
+    """The data module of ``data=shapes``: training and validation images from different seeds."""
+    train = ShapesDataset(train_size, image_size, seed=2 * seed)
+    return ImageData(train, ShapesDataset(val_size, image_size, seed=2 * seed + 1), batch_size, num_workers, seed=seed)

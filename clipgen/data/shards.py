@@ -72,9 +72,9 @@ def expand_urls(urls: str | list[str]) -> list[str]:
         FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
         ValueError: no shard is named, or braces do not match.
     """
+    parts = urls if isinstance(urls, list) else [urls]
     if isinstance(urls, str) and not urls.startswith("pipe:") and not os.path.exists(urls):
-        urls = list(braceexpand("{" + urls + ",}", escape=False))  # splits at the commas that stand outside braces
-    parts = [urls] if isinstance(urls, str) else urls
+        parts = list(braceexpand("{" + urls + ",}", escape=False))  # splits at the commas that stand outside braces
     shards = [shard for part in parts if part.strip() for shard in _expand(part.strip())]
     if not shards:
         raise ValueError(f"urls must name at least one shard, got {urls!r}")

@@ -39,7 +39,9 @@ def _transform(image_size: int, random_crop: bool, flip: bool, image: Image.Imag
 def _crop(image: Image.Image, image_size: int, x: float, y: float) -> Image.Image:
     """Resize the short side and crop, in one step: the enlarged strip that a 1 x 4000 image gives never exists."""
     side = min(image.size)
-    left, top = (image.width - side) * x, (image.height - side) * y
+    # The crop begins at a whole pixel of the resized image, so one that has the right size already stays sharp.
+    places = [length * image_size // side - image_size + 1 for length in image.size]
+    left, top = (int(u * n) * side / image_size for u, n in zip((x, y), places, strict=True))
     box = (left, top, left + side, top + side)
     return image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)  # antialiased when it shrinks
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import clipgen
@@ -44,7 +44,7 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         whole = Path(partial) / "folder"
         whole.mkdir()
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, whole / "model.safetensors")
+        (whole / "model.safetensors").write_bytes(save(tensors))
         if path.exists():
             shutil.move(path, Path(partial) / "old")
         whole.rename(path)

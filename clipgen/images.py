@@ -1,0 +1,71 @@
+"""Pictures: tensors to PIL, grids with captions, PNG files with metadata."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [-1, 1] -> PIL images."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def grid(pictures: Sequence[Image.Image], columns: int | None = None, captions: Sequence[str] | None = None,
+         cell: int = 128) -> Image.Image:  # fmt: skip
+    """Pictures in rows, each enlarged to ``cell`` pixels by whole factors where it is smaller, captions under them."""
+    columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
+    font = ImageFont.load_default(size=11)
+    lines = [wrap(caption, cell, font) for caption in captions or [""] * len(pictures)]
+    text_height = 13 * max(len(rows) for rows in lines) + 4 if captions else 0
+    width, height, gap = cell, cell + text_height, 6
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, math.ceil(len(pictures) / columns) * (height + gap) + gap), "white")
+    for i, (picture, rows) in enumerate(zip(pictures, lines)):
+        x, y = gap + (i % columns) * (width + gap), gap + (i // columns) * (height + gap)
+        sheet.paste(enlarged(picture, cell), (x, y))
+        ImageDraw.Draw(sheet).multiline_text((x, y + cell + 2), "\n".join(rows), "black", font, spacing=1)
+    return sheet
+
+
+def enlarged(picture: Image.Image, cell: int) -> Image.Image:
+    """Fit into a square of ``cell`` pixels; small pictures keep their hard pixels."""
+    factor = cell / max(picture.size)
+    resample = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+    return picture.resize((round(picture.width * factor), round(picture.height * factor)), resample)
+
+
+def wrap(text: str, width: int, font: Any) -> list[str]:
+    """Break a sentence into lines no wider than ``width`` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write a PNG, whole or not at all; ``metadata`` goes into its text chunks, numbers as JSON."""
+    path = Path(path)
+    info = PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        picture.save(partial, format="PNG", pnginfo=info)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
