@@ -43,8 +43,12 @@ class WordTokenizer:
         unknown = [word for word in words if word not in self.index]
         if unknown:
             known = ", ".join(sorted(self.words))
-            logger.warning("This CLIP does not know %s in %r; it knows: %s.", ", ".join(map(repr, unknown)), text, known)
-        tokens = [1, *(self.index[word] for word in words if word in self.index)][: self.context_length - 1] + [self.end]
+            logger.warning(
+                "This CLIP does not know %s in %r; it knows: %s.", ", ".join(map(repr, unknown)), text, known
+            )
+        tokens = [1, *(self.index[word] for word in words if word in self.index)][: self.context_length - 1] + [
+            self.end
+        ]
         return F.pad(torch.tensor(tokens), (0, self.context_length - len(tokens)))
 
 
@@ -83,7 +87,9 @@ class FrozenCLIP(pl.LightningModule):
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of any size -> CLIP's input size, mean and std; differentiable."""
         squash, size = self.resize_mode == "squash", self.image_size
-        images = TF.resize((images + 1) / 2, [size, size] if squash else [size], InterpolationMode.BICUBIC, antialias=True)
+        images = TF.resize(
+            (images + 1) / 2, [size, size] if squash else [size], InterpolationMode.BICUBIC, antialias=True
+        )
         return (TF.center_crop(images, [size, size]) - self.mean) / self.std
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -110,7 +116,9 @@ def find_folder(model_name: str) -> Path | None:
     if (path / "open_clip_config.json").is_file():
         return path.resolve()
     if path.is_dir():
-        raise ValueError(f"no open_clip_config.json in the CLIP folder {path}; scripts/train_clip.py writes such folders")
+        raise ValueError(
+            f"no open_clip_config.json in the CLIP folder {path}; scripts/train_clip.py writes such folders"
+        )
     return None
 
 
@@ -136,14 +144,20 @@ def match_activation(model_name: str, pretrained: str | None) -> tuple[str, bool
 def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch.nn.Module:
     """open_clip's model with its weights, or one sentence on why not."""
     if ":" not in name and name not in open_clip.list_models():
-        raise ValueError(f"CLIP {name!r} is no bundled model ({', '.join(BUNDLED)}), folder, hf-hub: name or open_clip model")
+        raise ValueError(
+            f"CLIP {name!r} is no bundled model ({', '.join(BUNDLED)}), folder, hf-hub: name or open_clip model"
+        )
     if ":" not in name and not pretrained:
-        raise ValueError(f"clip.pretrained must name the weights of {name} (a tag such as openai, or a file), got nothing")
+        raise ValueError(
+            f"clip.pretrained must name the weights of {name} (a tag such as openai, or a file), got nothing"
+        )
     try:
         return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
     except Exception as error:  # open_clip raises anything from KeyError to the hub's own errors
         reason = " ".join(str(error).split())
-        raise ValueError(f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}") from error
+        raise ValueError(
+            f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}"
+        ) from error
 
 
 def load_tokenizer(folder: Path | None, name: str, context_length: int) -> Any:

@@ -29,7 +29,9 @@ def grid(pictures: Sequence[Image.Image], columns: int | None = None, captions: 
     lines = [wrap(caption, cell, font) for caption in captions or [""] * len(pictures)]
     text_height = 13 * max(len(rows) for rows in lines) + 4 if captions else 0
     width, height, gap = cell, cell + text_height, 6
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, math.ceil(len(pictures) / columns) * (height + gap) + gap), "white")
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, math.ceil(len(pictures) / columns) * (height + gap) + gap), "white"
+    )
     for i, (picture, rows) in enumerate(zip(pictures, lines)):
         x, y = gap + (i % columns) * (width + gap), gap + (i // columns) * (height + gap)
         sheet.paste(enlarged(picture, cell), (x, y))

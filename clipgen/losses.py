@@ -29,7 +29,11 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str) -> T
 
 def generator_loss(logits_fake: Tensor, kind: str) -> Tensor:
     """What the generator minimises: -D(I') for ``"hinge"``; -log D(I') for ``"log"``, Eq. 5's non-saturating form."""
-    return -logits_fake.mean() if kind == "hinge" else F.softplus(-logits_fake).mean()
+    if kind == "hinge":
+        return -logits_fake.mean()
+    if kind == "log":
+        return F.softplus(-logits_fake).mean()
+    raise ValueError(f"adversarial must be 'hinge' or 'log', got {kind!r}")
 
 
 def adaptive_weight(loss: Tensor, generator_loss: Tensor, last_layer: nn.Parameter, maximum: float = 1e4) -> Tensor:

@@ -29,8 +29,8 @@ BATCH = 64  # images drawn at a time
 class TextToImage:
     """The whole of CLIP-GEN: a tokenizer, a transformer and the CLIP that the transformer was trained with.
 
-        pipe = TextToImage.load("shapes")
-        pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
+    pipe = TextToImage.load("shapes")
+    pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
     """
 
     def __init__(self, vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCLIP):
@@ -124,7 +124,9 @@ def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) 
 def load_clip(root: Path) -> FrozenCLIP:
     """The CLIP that ``clip.json`` of a folder names."""
     if not (root / "clip.json").is_file():
-        raise FileNotFoundError(f"no clip.json in {root}: a pipeline folder or a run of `clipgen-train stage=transformer` has one")
+        raise FileNotFoundError(
+            f"no clip.json in {root}: a pipeline folder or a run of `clipgen-train stage=transformer` has one"
+        )
     config = json.loads((root / "clip.json").read_text())
     local = root / config["model_name"]
     return FrozenCLIP(str(local) if local.is_dir() else config["model_name"], config["pretrained"])

@@ -122,7 +122,9 @@ class ConditionalTransformer(pl.LightningModule):
         vqgan, clip = self.frozen()
         indices = rearrange(vqgan.encode(images), "b h w -> b (h w)")
         if indices.shape[1] != self.num_tokens:
-            raise ValueError(f"num_tokens must be {indices.shape[1]} for images of {tuple(images.shape[-2:])}, got {self.num_tokens}")
+            raise ValueError(
+                f"num_tokens must be {indices.shape[1]} for images of {tuple(images.shape[-2:])}, got {self.num_tokens}"
+            )
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

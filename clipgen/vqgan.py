@@ -76,7 +76,9 @@ class VQGAN(pl.LightningModule):
         f = self.downsampling
         if images.ndim != 4 or height % f or width % f:
             near = " or ".join(f"{max(side // f, 1) * f}" for side in (height, width))
-            raise ValueError(f"images must be (B, 3, H, W) with sides divisible by {f}, got {tuple(images.shape)}; try {near}")
+            raise ValueError(
+                f"images must be (B, 3, H, W) with sides divisible by {f}, got {tuple(images.shape)}; try {near}"
+            )
         return self.quant_conv(self.encoder(images))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -112,7 +114,9 @@ class VQGAN(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.trainer.precision == "16-mixed":
-            raise ValueError("trainer.precision must be 32-true or bf16-mixed, got 16-mixed: GAN losses overflow in fp16")
+            raise ValueError(
+                "trainer.precision must be 32-true or bf16-mixed, got 16-mixed: GAN losses overflow in fp16"
+            )
         if self.hparams.perceptual_weight > 0:
             self._lpips = (losses.load_lpips(self.hparams.vgg_weights).to(self.device),)
 

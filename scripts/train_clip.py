@@ -21,21 +21,27 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipgen.clip import VOCABULARY_FILE, WordTokenizer
+from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
+from clipgen.data.shards import image_shards
 
 CONTEXT_LENGTH = 16
 CIFAR_CLIP = {
     "embed_dim": 128,
-    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32, "patch_size": None},
+    "vision_cfg": {"image_size": 48, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32, "patch_size": None},
     "text_cfg": {"context_length": CONTEXT_LENGTH, "width": 128, "heads": 4, "layers": 2},
 }
 
 
-def write_config(folder: Path, model_cfg: dict, captions: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:
+def write_config(
+    folder: Path, model_cfg: dict, captions: Sequence[str], mean: Sequence[float], std: Sequence[float]
+) -> None:
     """Write open_clip_config.json and vocabulary.json for a model that knows the captions' words."""
     words = sorted({word for caption in captions for word in caption.lower().split()})
     text_cfg = {**model_cfg["text_cfg"], "vocab_size": len(words) + 3}
-    config = {"model_cfg": {**model_cfg, "text_cfg": text_cfg}, "preprocess_cfg": {"mean": list(mean), "std": list(std)}}
+    config = {
+        "model_cfg": {**model_cfg, "text_cfg": text_cfg},
+        "preprocess_cfg": {"mean": list(mean), "std": list(std)},
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / VOCABULARY_FILE).write_text(json.dumps(words) + "\n")
@@ -107,8 +113,6 @@ def labelled_batches(urls: str, image_size: int, batch_size: int, seed: int) -> 
 @torch.no_grad()
 def zero_shot_accuracy(folder: Path, captions: Sequence[str], urls: str, image_size: int) -> float:
     """Part of the validation images whose own caption is the nearest."""
-    from clipgen.clip import FrozenCLIP
-
     clip = FrozenCLIP(str(folder))
     text, right, total = clip.encode_text(captions), 0, 0
     data = image_shards(urls, image_size, train=False, labels=True)
@@ -124,8 +128,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--template", default="a photo of a {label}")
     parser.add_argument("--image-size", type=int, default=32, help="pixels of the shards' images")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

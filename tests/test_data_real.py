@@ -8,6 +8,7 @@ import os
 import tarfile
 from itertools import islice
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ def test_unusable_bytes(data: bytes, reason: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_unreadable(tmp_path: Path) -> None:
-    with pytest.raises(UnusableImage, match="unreadable.*gone.jpg"):
+    with pytest.raises(UnusableImage, match=r"unreadable.*gone.jpg"):
         decode_image(tmp_path / "gone.jpg")
 
 
@@ -199,7 +200,7 @@ def test_usable_photo(name: str) -> None:
     for transform in (train_transform(32), val_transform(32)):
         images = transform(image)
         assert images.shape == (3, 32, 32) and images.dtype == torch.float32
-        assert -1 <= images.min() and images.max() <= 1
+        assert images.min() >= -1 and images.max() <= 1
 
 
 @needs_bad
@@ -346,10 +347,10 @@ def test_candidates_hidden_files_and_links(tmp_path: Path) -> None:
 
 
 def test_folders_without_usable_images(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="existing folder of images, got .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"existing folder of images, got .*nowhere"):
         ImageFolder(tmp_path / "nowhere", 8, train=True)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(NotADirectoryError, match="data=webdataset.*notes.txt"):
+    with pytest.raises(NotADirectoryError, match=r"data=webdataset.*notes.txt"):
         ImageFolder(tmp_path / "notes.txt", 8, train=True)
     with pytest.raises(ValueError, match=r"must hold \.jpg.*got 1 files of other kinds"):
         ImageFolder(tmp_path, 8, train=True)
@@ -379,7 +380,7 @@ def test_neither_side_of_a_split_is_empty(count: int, val_fraction: float) -> No
 def test_split_arguments() -> None:
     with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1.5"):
         split_files(["a", "b"], 1.5, 0)
-    with pytest.raises(ValueError, match="val_fraction must be 0 when there is a single usable image, got 0.1"):
+    with pytest.raises(ValueError, match=r"val_fraction must be 0 when there is a single usable image, got 0.1"):
         split_files(["a"], 0.1, 0)
 
 
@@ -433,7 +434,7 @@ def test_cut_shard(caplog: pytest.LogCaptureFixture) -> None:
 
 @needs_bad
 def test_not_a_tar() -> None:
-    with pytest.raises(ValueError, match="not_a.tar must be a tar file"):
+    with pytest.raises(ValueError, match=r"not_a.tar must be a tar file"):
         image_shards([str(BAD / "mixed.tar"), str(BAD / "not_a.tar")], 32, train=True)
 
 
@@ -483,7 +484,7 @@ def test_urls(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pattern", ["none-*.tar", "none.tar", "a-{0..1}.tar"])
 def test_shards_that_do_not_exist(pattern: str, tmp_path: Path) -> None:
     numbered_tar(tmp_path / "a-0.tar", range(1))
-    with pytest.raises(FileNotFoundError, match="none|a-1.tar"):
+    with pytest.raises(FileNotFoundError, match=r"none|a-1.tar"):
         image_shards(f"{tmp_path}/{pattern}", 8, train=True)
 
 
@@ -501,7 +502,7 @@ def test_shards_without_usable_images_stop_before_training(
     files: dict[str, bytes], train: bool, tmp_path: Path
 ) -> None:
     path = make_tar(tmp_path / "a.tar", files)
-    with pytest.raises(ValueError, match="a.tar must hold a usable image, got 0 images"):
+    with pytest.raises(ValueError, match=r"a.tar must hold a usable image, got 0 images"):
         image_shards(str(path), 8, train=train)
 
 
@@ -558,6 +559,14 @@ def test_training_workers_have_streams_of_their_own(tmp_path: Path) -> None:
     first, second = epochs()
     assert first[:10] != first[10:20] and first != second
     assert epochs() == [first, second]
+
+
+def test_workers_that_start_afresh_do_not_repeat_their_stream(tmp_path: Path) -> None:
+    numbered_tar(tmp_path / "a.tar", range(50))
+    dataset = image_shards(f"{tmp_path}/a.tar", 8, train=True, shuffle=50, flip=False)
+    loader = DataLoader(dataset, 10, num_workers=1, generator=torch.Generator().manual_seed(0))
+    first, second = (next(iter(loader))["images"] for _ in range(2))
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("shards", [1, 5])
@@ -693,7 +702,7 @@ def test_module_arguments() -> None:
 
 def test_batched_fetching_is_left_to_the_dataset() -> None:
     class Batched(TensorDataset):
-        calls: list[list[int]] = []
+        calls: ClassVar[list[list[int]]] = []
 
         def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
             self.calls.append(indices)

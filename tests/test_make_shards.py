@@ -60,7 +60,7 @@ def photos(tmp_path: Path) -> Path:
 class Digits:
     """Like a torchvision dataset with two parts; the pictures are grey, as in MNIST."""
 
-    classes = ["zero", "one", "two"]
+    classes = ("zero", "one", "two")
 
     def __init__(self, root: Path, train: bool = True, transform: object = None, download: bool = False) -> None:
         assert download
@@ -111,7 +111,7 @@ def test_the_same_input_gives_the_same_bytes(photos: Path, tmp_path: Path) -> No
 def test_existing_shards_are_kept(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train-000007.tar").write_bytes(b"precious")
-    with pytest.raises(SystemExit, match="without shards, got .*out with train-000007.tar"):
+    with pytest.raises(SystemExit, match=r"without shards, got .*out with train-000007.tar"):
         run(photos, "--output", tmp_path / "out")
     assert names(tmp_path / "out") == ["train-000007.tar"]
 
@@ -122,7 +122,7 @@ def test_nothing_is_left_when_it_breaks(photos: Path, tmp_path: Path, monkeypatc
         raise OSError("disk full")
 
     monkeypatch.setattr(make_shards.logger, "info", fail)
-    with pytest.raises(SystemExit, match="^make_shards: disk full$"):
+    with pytest.raises(SystemExit, match=r"^make_shards: disk full$"):
         run(photos, "--output", tmp_path / "out")
     assert names(tmp_path / "out") == []
 
@@ -152,7 +152,7 @@ def test_torchvision_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     run("Digits", "--output", tmp_path / "out", "--shard-size", 4, "--root", tmp_path / "download")
     out = tmp_path / "out"
     assert names(out) == ["classes.json", "train-000000.tar", "train-000001.tar", "val-000000.tar"]
-    assert json.loads((out / "classes.json").read_text()) == Digits.classes
+    assert json.loads((out / "classes.json").read_text()) == list(Digits.classes)
     samples = list(image_shards(f"{out}/train-*.tar", 8, train=False, labels=True))
     values = [round((float(sample["images"].mean()) + 1) * 127.5 / 30) for sample in samples]
     assert sorted(values) == list(range(7)) and values != sorted(values)
@@ -180,7 +180,7 @@ def test_unknown_source(source: str, tmp_path: Path) -> None:
 def test_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
-    with pytest.raises(SystemExit, match="^make_shards: .*in must hold a usable image, got 0 images, 1 skipped"):
+    with pytest.raises(SystemExit, match=r"^make_shards: .*in must hold a usable image, got 0 images, 1 skipped"):
         run(tmp_path / "in", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -26,9 +26,13 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("clipgen-demo", description=__doc__)
-    p.add_argument("--output", type=Path, default=Path("demo"), help="folder for pictures and report (default: %(default)s)")
+    p.add_argument(
+        "--output", type=Path, default=Path("demo"), help="folder for pictures and report (default: %(default)s)"
+    )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("overrides", nargs="*", help="configuration of both stages, as for clipgen-train: trainer.max_steps=100")
+    p.add_argument(
+        "overrides", nargs="*", help="configuration of both stages, as for clipgen-train: trainer.max_steps=100"
+    )
     return p
 
 
@@ -126,7 +130,12 @@ def draw_losses(files: list[Path], path: Path) -> None:
 def report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], settings: dict[str, Any]) -> None:
     """Write report.json and print a short table."""
     versions = json.loads((output / "transformer" / "versions.json").read_text())
-    content = {"accuracy": accuracy, "seconds": {k: round(v, 1) for k, v in seconds.items()}, "versions": versions, "settings": settings}
+    content = {
+        "accuracy": accuracy,
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "versions": versions,
+        "settings": settings,
+    }
     partial = output / ".report.json.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(output / "report.json")

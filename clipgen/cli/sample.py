@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
                    "run below outputs/, else the bundled shapes model")  # fmt: skip
     p.add_argument("--output", type=Path, default=Path("samples"), help="folder for the PNGs (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="picture i draws from seed + i (default: %(default)s)")
-    p.add_argument("--top-k", type=int, default=300, help="keep the k likeliest codes (default: %(default)s, the paper's)")
+    p.add_argument(
+        "--top-k", type=int, default=300, help="keep the k likeliest codes (default: %(default)s, the paper's)"
+    )
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to p (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (default: %(default)s)")
     p.add_argument("--guidance-scale", type=float, default=1.0, help="1 is none; needs a model trained for it")
@@ -40,7 +42,9 @@ def run() -> None:
     from clipgen.pipeline import TextToImage, check_request
     from clipgen.sampling import check_sampling
 
-    settings = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance_scale=args.guidance_scale)
+    settings = dict(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance_scale=args.guidance_scale
+    )
     check_sampling(**settings)
     for prompt in args.prompt:
         check_request(prompt, args.num_images, args.rerank_from)

@@ -12,14 +12,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.errors import guarded
+from clipgen.cli.errors import EXPECTED, guarded
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from omegaconf import DictConfig
 
 logger = logging.getLogger("clipgen.train")
-PACKAGES = ("clipgen", "torch", "torchvision", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset", "hydra-core")
+PACKAGES = (
+    "clipgen",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "transformers",
+    "open_clip_torch",
+    "webdataset",
+    "hydra-core",
+)
 
 
 def main() -> None:
@@ -28,33 +37,46 @@ def main() -> None:
 
 
 def run_hydra() -> int:
-    """Hand over to Hydra, whose own errors are turned into one sentence."""
+    """Hand over to Hydra for the configuration; errors come back here, to be told in one sentence."""
     import hydra
     from hydra.errors import HydraException
 
     from clipgen.cli.config import config_dir
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, instead of being printed by Hydra over many lines
-    codes: list[int] = []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
+    outcome: list[int | BaseException] = []
 
     @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
     def task(config: DictConfig) -> None:
-        codes.append(train(config))
+        try:
+            outcome.append(train(config))
+        except EXPECTED as error:
+            outcome.append(root_cause(error))
 
     try:
         task()
     except HydraException as error:
         raise ValueError(explain(error)) from error
-    return max(codes, default=0)
+    for error in outcome:
+        if isinstance(error, BaseException):
+            raise error
+    return max((code for code in outcome if isinstance(code, int)), default=0)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a constructor raised, without Hydra's wrapping."""
+    from hydra.errors import InstantiationException
+
+    return root_cause(error.__cause__) if isinstance(error, InstantiationException) and error.__cause__ else error
 
 
 def explain(error: Exception) -> str:
     """Hydra's message in one sentence; a key that does not exist is named with what to do."""
-    text = " ".join(str(error).split())
-    cause = " ".join(str(error.__cause__).split()) if error.__cause__ else ""
+    text = " ".join(str(error).split()).split(" Config search path")[0]
     if text.startswith("Could not override"):
-        return f"{text.split(' To append')[0].rstrip('.')}: {cause.split(' full_key')[0] or 'no such key'}; see clipgen-train --help"
+        cause = " ".join(str(error.__cause__).split()).split(" full_key")[0]
+        return f"{text.split(' To append')[0].rstrip('.')}: {cause}; clipgen-train --help lists the keys"
     return text
 
 
@@ -67,6 +89,8 @@ def train(config: DictConfig) -> int:
     from clipgen.cli.config import as_yaml, make
 
     quiet()
+    if missing := OmegaConf.missing_keys(config):
+        raise ValueError(f"stage={config.stage_name} needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
     OmegaConf.resolve(config)
     output = Path(config.output)
     ckpt = find_resume(config.resume)
@@ -151,7 +175,9 @@ def find_resume(resume: str | None) -> str | None:
 
 def quiet() -> None:
     """Silence what says nothing about this run."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage().lower())
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda r: "litlogger" not in r.getMessage().lower()
+    )
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 

@@ -21,16 +21,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses
 # The formats are told by content. Naming them keeps out those that run other programs, such as EPS.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-_REASONS = (
-    "truncated",
-    "empty",
-    "not an image",
-    "too large",
-    "corrupt",
-    "unreadable",
-    "without label",
-    "broken shard",
-)
+_REASONS = ("truncated", "empty", "not an image", "too large", "corrupt", "unreadable", "without label", "broken shard")
 
 
 class UnusableImage(ValueError):

@@ -75,7 +75,9 @@ def polygon(corners: int, inner: float = 1.0, turn: float = 0.0) -> Tensor:
 def plus(width: float) -> Tensor:
     """Vertices (12, 2) of an upright cross whose arms are ``2 * width`` wide."""
     quarter = torch.tensor([[width, -1.0], [width, -width], [1.0, -width]])
-    turns = [torch.tensor([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in torch.arange(4) * math.pi / 2]
+    turns = [
+        torch.tensor([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in torch.arange(4) * math.pi / 2
+    ]
     return torch.cat([quarter @ turn for turn in turns])
 
 
@@ -138,7 +140,9 @@ class ShapesDataset(Dataset):
         attributes: the ``Attributes`` of each image in turn (repeated to ``length``) instead of random ones.
     """
 
-    def __init__(self, length: int, image_size: int = 32, seed: int = 0, attributes: Sequence[Attributes] | None = None):
+    def __init__(
+        self, length: int, image_size: int = 32, seed: int = 0, attributes: Sequence[Attributes] | None = None
+    ):
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
         self.image_size = image_size
@@ -179,7 +183,9 @@ class ShapesDataset(Dataset):
         return masks
 
 
-def shapes_data(train_size: int, val_size: int, image_size: int, batch_size: int, num_workers: int = 0, seed: int = 0) -> ImageData:
+def shapes_data(
+    train_size: int, val_size: int, image_size: int, batch_size: int, num_workers: int = 0, seed: int = 0
+) -> ImageData:
     """The data module of ``data=shapes``: training and validation images from different seeds."""
     train = ShapesDataset(train_size, image_size, seed=2 * seed)
     return ImageData(train, ShapesDataset(val_size, image_size, seed=2 * seed + 1), batch_size, num_workers, seed=seed)

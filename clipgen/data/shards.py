@@ -162,7 +162,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     def _files(self, url: str) -> Iterator[dict[str, Any]]:
         stream = None
         try:
-            stream = gopen(url) if _is_remote(url) else open(url, "rb")
+            stream = gopen(url) if _is_remote(url) else open(url, "rb")  # noqa: SIM115, closed below
             for file in tar_file_iterator(stream, handler=reraise_exception):
                 yield {**file, "__url__": url}
         except Exception as error:  # whatever went wrong, the files before it are good and the other shards may be
@@ -205,19 +205,16 @@ def shard_data(
 
 
 def _expand(url: str) -> list[str]:
+    url = os.path.expanduser(url)
     if os.path.exists(url):  # also where the name has braces in it
         return [url]
-    return [shard for pattern in braceexpand(url, escape=False) for shard in _match(pattern)]
-
-
-def _match(pattern: str) -> list[str]:
-    if _is_remote(pattern):
-        return [pattern]
-    pattern = os.path.expanduser(pattern)
-    matches = sorted(glob.glob(pattern, recursive=True))
-    if not matches:
-        raise FileNotFoundError(f"urls must name existing shards, got {pattern}")
-    return matches
+    shards = []
+    for pattern in braceexpand(url, escape=False):
+        matches = [pattern] if _is_remote(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not matches:
+            raise FileNotFoundError(f"urls must name existing shards, got {pattern}")
+        shards += matches
+    return shards
 
 
 def _is_remote(url: str) -> bool:

@@ -74,7 +74,9 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The blocks of one resolution, then (``down``) or (``up``) a change of it."""
 
-    def __init__(self, channels: Sequence[int], attention: bool, dropout: float, *, down: bool = False, up: bool = False):
+    def __init__(
+        self, channels: Sequence[int], attention: bool, dropout: float, *, down: bool = False, up: bool = False
+    ):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(channels, channels[1:]))
         self.attn = nn.ModuleList(AttnBlock(c) for c in channels[1:] if attention)

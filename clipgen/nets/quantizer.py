@@ -47,7 +47,9 @@ class VectorQuantizer(nn.Module):
         self.distance, self.revive_after = distance, revive_after
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
-        self.register_buffer("idle", torch.full((codebook_size,), max(revive_after, 1) - 1))  # batches since last chosen
+        self.register_buffer(
+            "idle", torch.full((codebook_size,), max(revive_after, 1) - 1)
+        )  # batches since last chosen
 
     @property
     def codebook(self) -> Tensor:

@@ -38,7 +38,10 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # tied weights are stored once by name and cloned here: safetensors refuses shared memory
-    tensors = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().clone().contiguous() for k, v in state.items()}
+    tensors = {
+        k: (v.half() if half and v.is_floating_point() else v).detach().cpu().clone().contiguous()
+        for k, v in state.items()
+    }
     config = {"model": model, "clipgen": clipgen.__version__, "arguments": arguments}
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as partial:
         whole = Path(partial) / "folder"
@@ -88,7 +91,9 @@ def load_folder(path: Path, model: str) -> tuple[dict[str, Any], State]:
     try:
         config = json.loads((path / "config.json").read_text())
         check_model(config.get("model"), model, path)
-        return config["arguments"], {k: v.float() if v.dtype == torch.half else v for k, v in load_file(path / "model.safetensors").items()}
+        return config["arguments"], {
+            k: v.float() if v.dtype == torch.half else v for k, v in load_file(path / "model.safetensors").items()
+        }
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"the {model} folder {path} is damaged: {error}") from error
 

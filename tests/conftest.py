@@ -1,0 +1,99 @@
+"""Tiny models that every test file may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clipgen.clip import FrozenCLIP
+from clipgen.data.shapes import ShapesDataset
+from clipgen.pipeline import TextToImage
+from clipgen.transformer import ConditionalTransformer
+from clipgen.vqgan import VQGAN
+
+SHARED = Path(os.environ.get("CLIPGEN_SHARED", Path(__file__).parents[2] / "shared"))
+VQGAN_SIZES = dict(
+    codebook_size=16, codebook_dim=8, distance="cosine", revive_after=5, ch=32, ch_mult=[1, 1], num_res_blocks=1,
+    attn_resolutions=[], resolution=32, z_channels=32, patch_size=4, perceptual_weight=0.0, discriminator_weight=0.0,
+    ndf=8, n_layers=1, learning_rate=1e-3,
+)  # fmt: skip
+TRANSFORMER_SIZES = dict(
+    n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64, condition_dropout=0.1,
+    learning_rate=1e-3,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference data that is no part of the project."""
+    if not SHARED.is_dir():
+        pytest.skip("no shared folder beside the project; set CLIPGEN_SHARED to run the parity tests")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """Eight shapes, (8, 3, 32, 32) in [-1, 1]."""
+    return ShapesDataset(8, seed=7).render(range(8))
+
+
+@pytest.fixture
+def tiny_vqgan(images: Tensor) -> VQGAN:
+    """f = 8: 32 x 32 pixels are 4 x 4 indices. Untrained, but its codes lie where the latents do."""
+    vqgan = VQGAN(**VQGAN_SIZES)
+    vqgan.quantize(vqgan.encode_latents(images))  # the first batch in training mode seeds the codebook
+    return vqgan.eval()
+
+
+@pytest.fixture
+def tiny_transformer() -> ConditionalTransformer:
+    """Untrained, with weights so large that its logits differ clearly."""
+    transformer = ConditionalTransformer(**TRANSFORMER_SIZES)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return transformer.eval()
+
+
+@pytest.fixture(scope="session")
+def shapes_clip() -> FrozenCLIP:
+    return FrozenCLIP("shapes")
+
+
+@pytest.fixture
+def pipe(tiny_vqgan: VQGAN, tiny_transformer: ConditionalTransformer, shapes_clip: FrozenCLIP) -> TextToImage:
+    return TextToImage(tiny_vqgan, tiny_transformer, shapes_clip)
+
+
+@pytest.fixture
+def fit():
+    """Train a module on shapes for some steps, as the command does but without its callbacks; returns the trainer."""
+
+    def run(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, batch: int = 8, **settings) -> pl.Trainer:
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=list(callbacks), **(quiet | settings))
+        trainer.fit(module, DataLoader(ShapesDataset(steps * batch, seed=3), batch_size=batch))
+        return trainer
+
+    return run
+
+
+def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of the state, to compare with later."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def changed(module: torch.nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Names of what differs from the copy."""
+    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}

@@ -1,0 +1,124 @@
+"""The network and its cached decoder against transformers' own GPT-2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from clipgen.nets.decode import CachedDecoder
+from clipgen.nets.gpt import ConditionalGPT2
+
+K, T, E, C = 50, 12, 16, 32
+
+
+def network(**arguments) -> ConditionalGPT2:
+    """With weights so large that logits differ clearly."""
+    sizes = dict(n_layer=3, n_head=4, n_embd=C, codebook_size=K, num_tokens=T, clip_dim=E)
+    gpt = ConditionalGPT2(**(sizes | arguments)).eval()
+    for parameter in gpt.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    return gpt
+
+
+def published(gpt: ConditionalGPT2) -> GPT2LMHeadModel:
+    """transformers' language model with the same weights and GPT-2's own activation."""
+    config = GPT2Config(vocab_size=K, n_positions=T, n_embd=C, n_layer=3, n_head=4, activation_function="gelu_new",
+                        bos_token_id=None, eos_token_id=None, attn_implementation="eager")  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    model.transformer.load_state_dict(gpt.transformer.state_dict())
+    model.lm_head.weight = torch.nn.Parameter(gpt.head.weight.detach().clone())
+    return model
+
+
+def embeddings(rows: int) -> Tensor:
+    return F.normalize(torch.randn(rows, E), dim=-1)
+
+
+def first_token(gpt: ConditionalGPT2, e: Tensor) -> Tensor:
+    """What Eq. 6 puts first, by hand: a linear map of the embedding at unit variance; (B, 1, C)."""
+    return (E**0.5 * e @ gpt.clip_proj.weight.T + gpt.clip_proj.bias)[:, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tie_head", [True, False])
+def test_teacher_forced_logits_are_gpt2s(tie_head):
+    gpt, e, indices = network(tie_head=tie_head), embeddings(3), torch.randint(K, (3, T))
+    theirs = published(gpt)
+    tokens = torch.cat([first_token(gpt, e), theirs.transformer.wte(indices)], dim=1)[:, :T]
+    logits = gpt(indices, e)
+    assert logits.shape == (3, T, K)
+    torch.testing.assert_close(logits, theirs(inputs_embeds=tokens).logits, atol=1e-3, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_greedy_decoding_is_gpt2s_index_for_index():
+    gpt, e = network(), embeddings(8)
+    expected = published(gpt).generate(
+        inputs_embeds=first_token(gpt, e), attention_mask=torch.ones(8, 1, dtype=torch.long), do_sample=False,
+        min_new_tokens=T, max_new_tokens=T, pad_token_id=0,
+    )  # fmt: skip
+    step, previous, drawn = CachedDecoder(gpt, gpt.condition(e)), None, []
+    for position in range(T):
+        previous = step(position, previous).argmax(-1)
+        drawn.append(previous)
+    assert torch.equal(torch.stack(drawn, dim=1), expected)
+    assert len(expected.unique(dim=0)) > 1 and len(expected.unique()) > 5  # rows and positions do differ
+
+
+@torch.no_grad()
+def test_the_cache_changes_nothing():
+    gpt, e, indices = network(), embeddings(4), torch.randint(K, (4, T))
+    step = CachedDecoder(gpt, gpt.condition(e))
+    logits = [step(t, None if t == 0 else indices[:, t - 1]) for t in range(T)]
+    torch.testing.assert_close(torch.stack(logits, dim=1), gpt(indices, e), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_causality():
+    gpt, e, indices = network(), embeddings(2), torch.randint(K, (2, T))
+    before = gpt(indices, e)
+    for t in range(T - 1):
+        other = indices.clone()
+        other[:, t] = (other[:, t] + 1) % K
+        after = gpt(other, e)
+        torch.testing.assert_close(after[:, : t + 1], before[:, : t + 1], atol=1e-5, rtol=1e-5)
+        assert ((after - before)[:, t + 1 :].abs().amax(-1) > 1e-3).all()  # and every later one does change
+
+
+@torch.no_grad()
+def test_the_condition_reaches_every_position():
+    gpt, indices = network(), torch.randint(K, (2, T))
+    assert ((gpt(indices, embeddings(2)) - gpt(indices, embeddings(2))).abs().amax(-1) > 1e-3).all()
+
+
+def test_a_tied_head_is_one_matrix():
+    count = lambda gpt: sum(p.numel() for p in gpt.parameters())
+    assert count(network(tie_head=False)) - count(network()) == K * C
+    gpt = network()
+    assert gpt.head.weight is gpt.transformer.wte.weight
+
+
+@torch.no_grad()
+def test_null_condition_forgets_the_embedding_and_leaves_other_rows_alone():
+    gpt, indices = network(null_condition=True), torch.randint(K, (1, T)).repeat(3, 1)
+    a, b, drop = embeddings(3), embeddings(3), torch.tensor([True, False, True])
+    first, second = gpt(indices, a, drop), gpt(indices, b, drop)
+    assert torch.equal(first[[0, 2]], second[[0, 2]]) and torch.allclose(first[0], first[2], atol=1e-5)
+    torch.testing.assert_close(first[1], gpt(indices, a)[1])
+    with pytest.raises(ValueError, match="no null condition: train it with condition_dropout > 0"):
+        network().condition(a, drop)
+
+
+def test_dropout_only_in_training():
+    gpt, e, indices = network(dropout=0.5), embeddings(2), torch.randint(K, (2, T))
+    assert torch.equal(gpt(indices, e), gpt(indices, e))
+    gpt.train()
+    assert not torch.equal(gpt(indices, e), gpt(indices, e))
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="n_embd must be divisible by n_head, got 32 and 5"):
+        network(n_head=5)

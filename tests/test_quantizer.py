@@ -1,0 +1,175 @@
+"""The codebook: nearest neighbours, gradients, dead codes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from clipgen.nets.quantizer import VectorQuantizer, usage_and_perplexity
+
+BOTH = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+
+
+def quantizer(distance: str = "euclidean", codes: int = 32, dim: int = 8, **arguments) -> VectorQuantizer:
+    """With codes as wide apart as the latents; a fresh codebook lies in a tiny cube around zero."""
+    module = VectorQuantizer(codes, dim, distance, **arguments)
+    torch.nn.init.normal_(module.embedding.weight)
+    return module
+
+
+@BOTH
+def test_round_trip(distance):
+    module = quantizer(distance)
+    z_q, indices, _ = module(torch.randn(2, 8, 4, 6))
+    assert indices.shape == (2, 4, 6) and indices.dtype == torch.int64
+    assert module.codes(indices).shape == (2, 8, 4, 6)
+    torch.testing.assert_close(z_q, module.codes(indices), atol=1e-6, rtol=0)
+    assert torch.equal(module(module.codes(indices)).indices, indices)
+
+
+@BOTH
+def test_nearest_is_the_nearest(distance):
+    module = quantizer(distance)
+    z = 3 * torch.randn(500, 8)
+    codes, latents = module.embedding.weight.detach().double(), z.double()
+    if distance == "cosine":
+        expected = F.cosine_similarity(latents[:, None], codes[None], dim=-1).argmax(1)
+    else:
+        expected = (latents[:, None] - codes[None]).square().sum(-1).argmin(1)
+    assert torch.equal(module(z[:, :, None, None]).indices.flatten(), expected)
+    assert len(expected.unique()) > 10
+
+
+def test_straight_through_gradient():
+    module, weight = quantizer(), torch.randn(2, 8, 3, 3)
+    z = torch.randn(2, 8, 3, 3, requires_grad=True)
+    (module(z).z_q * weight).sum().backward()
+    assert torch.equal(z.grad, weight)
+    assert module.embedding.weight.grad is None  # the picture's error moves codes only through the codebook loss
+
+
+def test_cosine_codes_have_length_sqrt_d_and_the_gradient_of_the_projection():
+    module, weight = quantizer("cosine"), torch.randn(2, 8, 3, 3)
+    z = torch.randn(2, 8, 3, 3, requires_grad=True)
+    z_q = module(z).z_q
+    torch.testing.assert_close(z_q.norm(dim=1), torch.full((2, 3, 3), 8**0.5))
+    (z_q * weight).sum().backward()
+    free = z.detach().clone().requires_grad_()
+    (free / free.square().sum(1, keepdim=True).sqrt() * 8**0.5 * weight).sum().backward()
+    torch.testing.assert_close(z.grad, free.grad)
+    assert torch.equal(module(5 * z).indices, module(z).indices)
+
+
+def test_losses_by_hand_and_where_their_gradients_go():
+    module = VectorQuantizer(2, 2)
+    module.embedding.weight.data = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
+    z = torch.tensor([[0.0, 1.0], [2.0, 2.0]]).T.reshape(1, 2, 1, 2).requires_grad_()  # nearest: code 0, code 1
+    _, indices, losses = module(z)
+    assert indices.flatten().tolist() == [0, 1]
+    assert losses["codebook_loss"].item() == losses["commitment_loss"].item() == (0 + 1 + 1 + 1) / 4
+    losses["commitment_loss"].backward(retain_graph=True)
+    assert z.grad is not None and module.embedding.weight.grad is None
+    z.grad = None
+    losses["codebook_loss"].backward()
+    assert z.grad is None
+    # d/de mean((e - z)^2) = 2 (e - z) / 4
+    torch.testing.assert_close(module.embedding.weight.grad, torch.tensor([[0.0, -0.5], [-0.5, 0.5]]))
+
+
+def test_fp32_inside_autocast():
+    module = quantizer(codes=256)
+    z = torch.randn(4, 8, 16, 16).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = module(z)
+    outside = module(z.float())
+    assert inside.z_q.dtype == inside.losses["codebook_loss"].dtype == torch.float32
+    assert torch.equal(inside.indices, outside.indices) and torch.equal(inside.z_q, outside.z_q)
+
+
+def usage_after_training(revive_after: int) -> float:
+    """Fit a codebook to 64 clusters far from where its codes begin; the part of codes in use at the end."""
+    clusters = 4 + torch.randn(64, 4)
+    module = VectorQuantizer(64, 4, revive_after=revive_after)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
+    for _ in range(60):
+        z = clusters[torch.randint(64, (256,))] + 0.01 * torch.randn(256, 4)
+        optimizer.zero_grad()
+        module(z[:, :, None, None]).losses["codebook_loss"].backward()
+        optimizer.step()
+    indices = module.eval()(clusters[:, :, None, None]).indices
+    return usage_and_perplexity(torch.bincount(indices.flatten(), minlength=64))[0].item()
+
+
+def test_revival_brings_dead_codes_back():
+    assert usage_after_training(revive_after=0) < 0.2
+    assert usage_after_training(revive_after=3) > 0.7
+
+
+def test_only_codes_idle_for_so_many_batches_move():
+    module = quantizer(codes=4, dim=2, revive_after=3)
+    module.embedding.weight.data = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])
+    module.idle.zero_()
+    near = lambda *codes: module.embedding.weight.data[list(codes)].reshape(-1, 2, 1, 1) + 0.1
+    seen = []
+    for chosen in ([0, 1, 2], [0, 1], [0, 1], [0, 1, 2]):
+        before, z = module.embedding.weight.data.clone(), near(*chosen)
+        module(z)
+        moved = (module.embedding.weight.data != before).any(1)
+        seen.append(moved.nonzero().flatten().tolist())
+        for code in module.embedding.weight.data[moved]:
+            assert any(torch.equal(code, latent) for latent in z.flatten(1))  # onto a latent of this batch
+    assert seen == [[], [], [3], []]  # 3 is idle for three batches; 2, chosen in the first and the last, never
+
+
+def test_the_first_batch_seeds_the_codebook_and_evaluation_moves_nothing():
+    module = VectorQuantizer(16, 4, revive_after=50).eval()
+    z = 10 + torch.randn(64, 4, 1, 1)
+    before = module.embedding.weight.detach().clone()
+    module(z)
+    assert torch.equal(module.embedding.weight, before)
+    module.train()(z)
+    assert (module.embedding.weight.norm(dim=1) > 5).sum() >= 15  # all but the one that was already chosen
+
+
+def test_usage_and_perplexity_by_hand():
+    even = usage_and_perplexity(torch.tensor([5, 5, 5, 5]))
+    assert [v.item() for v in even] == pytest.approx([1.0, 4.0])
+    single = usage_and_perplexity(torch.tensor([0, 7, 0, 0]))
+    assert [v.item() for v in single] == pytest.approx([0.25, 1.0])
+    uneven = usage_and_perplexity(torch.tensor([3, 1]))  # exp(-(3/4 ln 3/4 + 1/4 ln 1/4)) = 4 / 3^(3/4)
+    assert uneven[1].item() == pytest.approx(4 / 3**0.75)
+    assert torch.isfinite(torch.stack(usage_and_perplexity(torch.zeros(3, dtype=torch.int64)))).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(codebook_size=1, codebook_dim=4), "codebook_size must be at least 2, got 1"),
+        (dict(codebook_size=8, codebook_dim=4, distance="l1"), "got 'l1'"),
+    ],
+)
+def test_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VectorQuantizer(**arguments)
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.manual_seed(0)  # the codebook: the same on both
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    module = VectorQuantizer(16, 4, revive_after=2)
+    torch.manual_seed(rank)  # the data: not the same
+    for _ in range(4):
+        module(5 + torch.randn(32, 4, 1, 1))
+    torch.save(module.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_every_rank_revives_alike(tmp_path):
+    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (first["embedding.weight"].norm(dim=1) > 5).all()

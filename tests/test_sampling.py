@@ -1,0 +1,176 @@
+"""Top-k, top-p, the draw, the decode loop and guidance against exact probabilities and transformers' own filters."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from clipgen.sampling import check_sampling, decode, draw, guided, random_streams, row_seeds
+
+SETTINGS = [
+    dict(temperature=1.0, top_k=300, top_p=1.0),
+    dict(temperature=1.0, top_k=5, top_p=1.0),
+    dict(temperature=1.0, top_k=300, top_p=0.6),
+    dict(temperature=0.7, top_k=12, top_p=0.8),
+    dict(temperature=2.0, top_k=3, top_p=0.9),
+    dict(temperature=1.0, top_k=1, top_p=1.0),
+]
+
+
+def filtered_softmax(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The distribution by transformers' filters, in double precision: (B, K) -> (B, K)."""
+    ids, scores = None, TemperatureLogitsWarper(temperature)(None, logits.double())
+    scores = TopKLogitsWarper(min(top_k, logits.shape[-1]))(ids, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(ids, scores)
+    return scores.softmax(-1)
+
+
+def frequencies(logits: Tensor, uniforms: Tensor, **settings) -> Tensor:
+    """How often each index comes out for one row of logits (K,)."""
+    drawn = draw(logits.expand(len(uniforms), -1), uniforms, **settings)
+    return torch.bincount(drawn, minlength=len(logits)) / len(uniforms)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draw_is_the_filtered_softmax(settings):
+    """An even comb of uniforms must hit every index as often as its probability says, to within one tooth."""
+    n = 20_000
+    comb = (torch.arange(n) + 0.5) / n
+    for logits in 2 * torch.randn(3, 40):
+        expected = filtered_softmax(logits[None], **settings)[0]
+        found = frequencies(logits, comb, **settings)
+        assert torch.equal(found > 0, expected > 1e-4) or ((found > 0) <= (expected > 0)).all()
+        torch.testing.assert_close(found.double(), expected, atol=2 / n, rtol=0)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:5], ids=str)
+def test_chi_square_over_seeded_streams(settings):
+    """Streams of neighbouring seeds are as good as independent numbers."""
+    n, logits = 20_000, torch.randn(10)
+    expected = filtered_softmax(logits[None], **settings)[0]
+    counts = frequencies(logits, random_streams(range(n), 2)[:, 1], **settings).double() * n
+    alive = expected > 0
+    assert counts[~alive].sum() == 0
+    chi_square = ((counts - n * expected)[alive].square() / (n * expected[alive])).sum().item()
+    free = alive.sum().item() - 1
+    assert chi_square < free + 4 * math.sqrt(2 * free) + 4
+
+
+def test_top_k_keeps_exactly_k_for_every_row():
+    logits, comb = torch.randn(4, 20), (torch.arange(2000) + 0.5) / 2000
+    logits[1] = 0.0  # twenty equals
+    for row in logits:
+        for k in (1, 2, 7, 20, 99):
+            kept = frequencies(row / 10, comb, top_k=k) > 0
+            assert kept.sum() == min(k, 20)
+            assert row[kept].min() >= row[~kept].max() if k < 20 else True
+
+
+def test_top_p_keeps_at_least_one_for_every_row():
+    """litgpt keeps none in the first rows of a batch and everything in the last."""
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]]))
+    for u in (0.0, 0.5, 1 - 2**-24):
+        assert draw(logits, torch.full((3,), u), top_p=1e-9).tolist()[:2] == [0, 2]
+        assert draw(logits, torch.full((3,), u), top_p=0.5).tolist()[:2] == [0, 2]
+    kept = [set(draw(logits, torch.full((3,), u), top_p=0.7).tolist()[:1]) for u in (0.0, 0.3, 0.66, 0.68, 0.999)]
+    assert kept == [{0}, {0}, {0}, {1}, {1}]  # 0.6 / 0.9 = 0.667 of the mass is the first's
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    logits, uniforms = torch.randn(16, 30), torch.rand(16)
+    together = draw(logits, uniforms, top_k=10, top_p=0.9)
+    alone = torch.cat([draw(logits[i : i + 1], uniforms[i : i + 1], top_k=10, top_p=0.9) for i in range(16)])
+    assert torch.equal(together, alone) and len(together.unique()) > 3
+
+
+def test_logits_are_not_written_into():
+    logits = torch.randn(4, 30)
+    before = logits.clone()
+    for settings in (*SETTINGS, dict(temperature=0)):
+        draw(logits, torch.rand(4), **settings)
+    assert torch.equal(logits, before)
+
+
+def test_temperature_zero_is_argmax_and_tiny_ones_agree():
+    logits = torch.randn(64, 30)
+    for temperature in (0, 1e-4, 1e-30, 1e-44):
+        assert torch.equal(draw(logits, torch.rand(64), temperature=temperature), logits.argmax(-1)), temperature
+
+
+def test_extreme_logits_and_uniforms_stay_inside():
+    logits = torch.tensor([[1e4, 0.0, -1e4], [-math.inf, 0.0, 0.0], [0.0, -math.inf, -math.inf]])
+    for u in (0.0, 0.5, 1 - 2**-24):
+        drawn = draw(logits, torch.full((3,), u)).tolist()
+        assert drawn[0] == 0 and drawn[1] in (1, 2) and drawn[2] == 0
+    half = draw(logits.bfloat16(), torch.rand(3))
+    assert half.dtype == torch.int64 and half.shape == (3,)
+
+
+def test_decode_feeds_back_what_it_drew():
+    calls = []
+
+    def step(position: int, previous: Tensor | None) -> Tensor:  # certain: the next number, modulo 5
+        calls.append((position, None if previous is None else previous.tolist()))
+        following = torch.full((2,), 3) if previous is None else (previous + 1) % 5
+        return torch.nn.functional.one_hot(following, 5).float() * 1e3
+
+    indices = decode(step, torch.rand(2, 4))
+    assert indices.tolist() == [[3, 4, 0, 1]] * 2 and indices.dtype == torch.int64
+    assert calls == [(0, None), (1, [3, 3]), (2, [4, 4]), (3, [0, 0])]
+
+
+def test_decode_uses_each_uniform_once():
+    """With flat logits over 4 indices, the uniforms are the indices."""
+    uniforms = torch.tensor([[0.1, 0.3, 0.6], [0.9, 0.0, 0.99]])
+    indices = decode(lambda position, previous: torch.zeros(2, 4), uniforms)
+    order = torch.zeros(1, 4).topk(4).indices[0]
+    assert torch.equal(indices, order[(uniforms * 4).long()])
+
+
+def test_guidance_by_hand():
+    condition, null = torch.randn(2, 5), torch.randn(2, 5)
+    seen = []
+
+    def step(position: int, previous: Tensor | None) -> Tensor:
+        seen.append(previous)
+        return torch.cat([condition, null])
+
+    torch.testing.assert_close(guided(step, 1.0)(0, None), condition)
+    torch.testing.assert_close(guided(step, 0.0)(0, None), null)
+    torch.testing.assert_close(guided(step, 3.0)(1, torch.tensor([7, 8])), 3 * condition - 2 * null)
+    assert seen[-1].tolist() == [7, 8, 7, 8]  # both halves continue the same sequence
+
+
+def test_streams_belong_to_their_seeds():
+    streams = random_streams([5, 6, 5], 8)
+    assert streams.shape == (3, 8) and torch.equal(streams[0], streams[2]) and not torch.equal(streams[0], streams[1])
+    assert torch.equal(random_streams([6], 8)[0], streams[1])
+    assert torch.equal(random_streams([6], 4)[0], streams[1, :4])
+    state = torch.random.get_rng_state()
+    random_streams([1], 8)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_row_seeds():
+    assert row_seeds(7, 3) == [7, 8, 9]
+    assert row_seeds([4, 1], 2) == [4, 1]
+    drawn = row_seeds(None, 2)
+    assert drawn[1] == drawn[0] + 1 and row_seeds(None, 2) != drawn
+    with pytest.raises(ValueError, match="one for each of the 3 rows, got 2"):
+        row_seeds([1, 2], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -0.1), ("temperature", math.nan), ("top_k", 0), ("top_k", -3), ("top_p", 0.0), ("top_p", 1.3),
+     ("top_p", math.nan), ("guidance_scale", -1.0), ("guidance_scale", math.nan)],
+)  # fmt: skip
+def test_senseless_settings_are_refused(name, value):
+    settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0) | {name: value}
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+        check_sampling(**settings)
