@@ -49,13 +49,13 @@ class StopCleanly(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.asked:
-            trainer.save_checkpoint(self.checkpoint)
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)
             raise KeyboardInterrupt
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.asked:
             if trainer.global_step:
-                trainer.save_checkpoint(self.checkpoint)
+                trainer.save_checkpoint(self.checkpoint, weights_only=False)
             raise KeyboardInterrupt
 
 

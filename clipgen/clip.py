@@ -79,6 +79,7 @@ class FrozenCLIP(pl.LightningModule):
             value = getattr(model.visual, f"image_{key}", None) or getattr(open_clip, f"OPENAI_DATASET_{key.upper()}")
             self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.embed_dim = self.encode_text(["a"]).shape[1]
+        self.eval()
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """Stay in evaluation mode, whatever an owning module is put into."""

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+RECONSTRUCTIONS = ("l1", "l2")
+ADVERSARIALS = ("hinge", "log")
+
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
     """``"l2"``: ||I - I'||^2 (Eq. 4 of CLIP-GEN); ``"l1"``: VQ-GAN's code. Means over elements."""

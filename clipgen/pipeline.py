@@ -37,6 +37,8 @@ class TextToImage:
         transformer.attach(vqgan, clip)  # refuses parts that do not belong together
         self.vqgan, self.transformer, self.clip = vqgan.eval(), transformer.eval(), clip
         self.side = math.isqrt(transformer.num_tokens)
+        if self.side**2 != transformer.num_tokens:
+            raise ValueError(f"num_tokens must be a square, for square pictures, got {transformer.num_tokens}")
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> TextToImage:
@@ -116,7 +118,9 @@ def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) 
     vqgan.save(root / "vqgan", half)
     config, folder = clip.config(), find_folder(clip.model_name)
     if folder and clip.model_name not in BUNDLED_CLIPS:
-        shutil.copytree(folder, root / "clip", dirs_exist_ok=True)
+        if folder != (root / "clip").resolve():
+            shutil.rmtree(root / "clip", ignore_errors=True)  # nothing of another CLIP may stay: a vocabulary would
+            shutil.copytree(folder, root / "clip")
         config["model_name"] = "clip"
     (root / "clip.json").write_text(json.dumps(config) + "\n")
 

@@ -37,7 +37,7 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: i
     if temperature == 0:
         return logits.argmax(dim=-1)
     values, candidates = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)  # sorted, largest first
-    p = torch.softmax(values / temperature, dim=-1)
+    p = torch.softmax((values - values[:, :1]) / temperature, dim=-1)  # at most 0: a tiny temperature must not overflow
     before = p.cumsum(dim=-1) - p  # probability of all better candidates; 0 for the best, which always stays
     cumulative = torch.where(before < top_p, p, 0.0).cumsum(dim=-1)
     target = uniforms[:, None].to(p) * cumulative[:, -1:]

@@ -27,7 +27,7 @@ class ConditionalTransformer(pl.LightningModule):
     Training needs the frozen pair, see ``attach``; batches then hold ``images`` (B, 3, H, W) in [-1, 1].
 
     Args:
-        n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head: see ``ConditionalGPT2``.
+        n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, grid_positions: see ``ConditionalGPT2``.
         condition_dropout: part of the rows trained without condition, for guidance at sampling (10 % is usual; the
             paper has none).
         condition_cosine: noise on the training condition, as its expected cosine with the clean embedding; 1 is
@@ -39,7 +39,7 @@ class ConditionalTransformer(pl.LightningModule):
 
     def __init__(
         self, *, n_layer: int = 24, n_head: int = 16, n_embd: int = 1024, codebook_size: int = 16384,
-        num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True,
+        num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True, grid_positions: bool = False,
         condition_dropout: float = 0.0, condition_cosine: float = 1.0, clip_loss_weight: float = 0.0,
         learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0,
         schedule: str = "constant", warmup_steps: int = 0,
@@ -54,6 +54,7 @@ class ConditionalTransformer(pl.LightningModule):
         self.gpt = ConditionalGPT2(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, codebook_size=codebook_size, num_tokens=num_tokens,
             clip_dim=clip_dim, dropout=dropout, tie_head=tie_head, null_condition=condition_dropout > 0,
+            grid_positions=grid_positions,
         )  # fmt: skip
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
 
@@ -88,7 +89,6 @@ class ConditionalTransformer(pl.LightningModule):
         """
         sampling.check_sampling(temperature, top_k, top_p, guidance_scale)
         was_training, rows = self.training, len(clip_embedding)
-        self.eval()
         condition = self.gpt.condition(clip_embedding)
         if guidance_scale != 1:
             everything = torch.ones(rows, dtype=torch.bool, device=condition.device)
@@ -97,9 +97,11 @@ class ConditionalTransformer(pl.LightningModule):
         if guidance_scale != 1:
             step = sampling.guided(step, guidance_scale)
         uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
-        indices = sampling.decode(step, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
-        self.train(was_training)
-        return indices
+        self.eval()  # without dropout
+        try:
+            return sampling.decode(step, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+        finally:
+            self.train(was_training)
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -170,6 +172,7 @@ class ConditionalTransformer(pl.LightningModule):
     def load(cls, path: str | Path) -> ConditionalTransformer:
         """Load a model folder, a run folder or a checkpoint of stage 2, in evaluation mode."""
         arguments, state = files.load(path, cls.__name__)
-        model = cls(**arguments)
-        model.load_state_dict(state)
+        with files.fitting(path, cls.__name__):
+            model = cls(**arguments)
+            model.load_state_dict(state)
         return model.eval()

@@ -44,7 +44,7 @@ class VQGAN(pl.LightningModule):
     def __init__(
         self, *, codebook_size: int = 16384, codebook_dim: int = 256, distance: str = "euclidean", revive_after: int = 0,
         ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (16,), resolution: int = 256, z_channels: int = 256, patch_size: int = 1,
+        attn_resolutions: Sequence[int] = (16,), resolution: int = 256, z_channels: int = 256, patch_size: int = 1, mid_attention: bool = True,
         dropout: float = 0.0, reconstruction: str = "l1", codebook_weight: float = 1.0, commitment_weight: float = 0.25,
         perceptual_weight: float = 1.0, vgg_weights: str | None = None, discriminator_weight: float = 0.8,
         discriminator_start: int = 25_000, discriminator_warmup: int = 0, ndf: int = 64, n_layers: int = 3,
@@ -52,13 +52,19 @@ class VQGAN(pl.LightningModule):
         schedule: str = "constant", warmup_steps: int = 0, gradient_clip: float = 0.0,
     ):  # fmt: skip
         super().__init__()
+        for name, kind, kinds in (
+            ("reconstruction", reconstruction, losses.RECONSTRUCTIONS),
+            ("adversarial", adversarial, losses.ADVERSARIALS),
+        ):
+            if kind not in kinds:  # now, and not at the step where it is first used
+                raise ValueError(f"{name} must be {' or '.join(map(repr, kinds))}, got {kind!r}")
         self.save_hyperparameters()
         self.automatic_optimization = False  # two optimizers take turns
         self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
         self.codebook_size = codebook_size
         sizes: dict[str, Any] = dict(
             ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, attn_resolutions=attn_resolutions, dropout=dropout,
-            resolution=resolution, z_channels=z_channels, patch_size=patch_size,
+            resolution=resolution, z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention,
         )  # fmt: skip
         self.encoder, self.decoder = Encoder(**sizes), Decoder(**sizes)
         self.quantize = VectorQuantizer(codebook_size, codebook_dim, distance, revive_after)
@@ -215,8 +221,9 @@ class VQGAN(pl.LightningModule):
     def load(cls, path: str | Path) -> VQGAN:
         """Load a model folder, a run folder or a checkpoint of stage 1, in evaluation mode."""
         arguments, state = files.load(path, cls.__name__)
-        model = cls(**arguments)
-        if not any(name.startswith("discriminator.") for name in state):
-            model.discriminator = None
-        model.load_state_dict(state)
+        with files.fitting(path, cls.__name__):
+            model = cls(**arguments)
+            if not any(name.startswith("discriminator.") for name in state):
+                model.discriminator = None
+            model.load_state_dict(state)
         return model.eval()

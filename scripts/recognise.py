@@ -93,11 +93,15 @@ def recognised(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([net(part).argmax(1) for part in images.split(250)]) == labels
 
 
-def draw(pipe: TextToImage, prompts: Sequence[str], per_class: int, seed: int, rerank: int, **settings: float) -> Tensor:
+def draw(
+    pipe: TextToImage, prompts: Sequence[str], per_class: int, seed: int, rerank: int, **settings: float
+) -> Tensor:
     """Images (classes * per_class, 3, H, W), class by class; each the best of ``rerank`` draws by CLIP."""
     embeddings = pipe.clip.encode_text(prompts).repeat_interleave(per_class * rerank, dim=0)
     images = pipe.generate(embeddings, seed, **settings)
-    scores = torch.cat([(pipe.clip.encode_image(i) * e).sum(1) for i, e in zip(images.split(250), embeddings.split(250))])
+    scores = torch.cat(
+        [(pipe.clip.encode_image(i) * e).sum(1) for i, e in zip(images.split(250), embeddings.split(250))]
+    )
     best = scores.view(-1, rerank).argmax(1) + torch.arange(len(images) // rerank) * rerank
     return images[best]
 
@@ -108,7 +112,7 @@ def main() -> None:
     p.add_argument("--checkpoint", help="stage-2 run; without it, only the classifier is trained")
     p.add_argument("--output", type=Path, default=Path("runs/recognise"))
     p.add_argument("--classifier", type=Path, default=Path("runs/classifier.pt"))
-    p.add_argument("--steps", type=int, default=3000, help="of the classifier")
+    p.add_argument("--steps", type=int, default=2000, help="of the classifier")
     p.add_argument("--image-size", type=int, default=32)
     p.add_argument("--template", default="a photo of a {label}")
     p.add_argument("--per-class", type=int, default=100)
@@ -135,7 +139,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "recognised.json").write_text(json.dumps(result, indent=2) + "\n")
     first = images.view(len(names), args.per_class, *images.shape[1:])[:, :8].transpose(0, 1).flatten(0, 1)
-    save_png(grid(to_pil(first), columns=len(names), captions=names * min(8, args.per_class), cell=96), args.output / "grid.png")
+    save_png(
+        grid(to_pil(first), columns=len(names), captions=names * min(8, args.per_class), cell=96),
+        args.output / "grid.png",
+    )
     print(json.dumps(result, indent=2))
 
 

@@ -10,7 +10,9 @@ from clipgen.nets.autoencoder import AttnBlock, Decoder, Encoder
 from clipgen.vqgan import VQGAN
 
 
-@pytest.mark.parametrize(("ch_mult", "patch_size", "f"), [([1, 2], 1, 2), ([1, 1, 2], 1, 4), ([1, 1], 4, 8), ([1], 2, 2)])
+@pytest.mark.parametrize(
+    ("ch_mult", "patch_size", "f"), [([1, 2], 1, 2), ([1, 1, 2], 1, 4), ([1, 1], 4, 8), ([1], 2, 2)]
+)
 def test_shapes(ch_mult, patch_size, f):
     sizes = dict(ch=32, ch_mult=ch_mult, num_res_blocks=1, attn_resolutions=[], resolution=32, z_channels=5)
     z = Encoder(**sizes, patch_size=patch_size)(torch.zeros(2, 3, 16, 32))
@@ -50,7 +52,7 @@ def taming(shared):
     # the file also pickles a callback of Lightning's; it was written for this test
     state = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=False)["state_dict"]
     vqgan = VQGAN(codebook_size=128, codebook_dim=32, ch=32, ch_mult=[1, 1, 2], num_res_blocks=1, attn_resolutions=[16],
-                  resolution=64, z_channels=32, perceptual_weight=0.0, n_layers=2)  # fmt: skip
+                  resolution=64, z_channels=32, perceptual_weight=0.0, ndf=8, n_layers=2)  # fmt: skip
     expected = {name: torch.from_numpy(array) for name, array in np.load(folder / "expected.npz").items()}
     return vqgan.eval(), state, expected
 

@@ -1,4 +1,4 @@
-"""PatchGAN, adversarial losses, adaptive weight, LPIPS, L_CLIP and the noise on conditions: against hand-made values."""
+"""PatchGAN, adversarial losses, adaptive weight, LPIPS, L_CLIP, the noise on conditions: against hand-made values."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def published() -> dict[str, torch.Tensor]:
 
 
 def test_lpips_by_its_definition(lpips, vgg_file, published):
-    """arXiv:1801.03924, Eq. 1, written out: unit length over channels, squared difference, weights, mean over pixels."""
+    """arXiv:1801.03924, Eq. 1, written out: unit length over channels, squared difference, weighted, mean of pixels."""
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
     state = torch.load(vgg_file, weights_only=True)
     features.load_state_dict({name.removeprefix("features."): tensor for name, tensor in state.items()})
@@ -179,7 +179,7 @@ def test_missing_or_wrong_vgg_weights_say_what_to_do(tmp_path, content):
         assert word in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------- CLIP and its noise
+# --------------------------------------------------------------------------------------------------- CLIP and its noise
 
 
 def test_clip_loss_by_hand():

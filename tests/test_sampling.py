@@ -44,7 +44,7 @@ def test_draw_is_the_filtered_softmax(settings):
     for logits in 2 * torch.randn(3, 40):
         expected = filtered_softmax(logits[None], **settings)[0]
         found = frequencies(logits, comb, **settings)
-        assert torch.equal(found > 0, expected > 1e-4) or ((found > 0) <= (expected > 0)).all()
+        assert not found[expected == 0].any()
         torch.testing.assert_close(found.double(), expected, atol=2 / n, rtol=0)
 
 
@@ -97,8 +97,8 @@ def test_logits_are_not_written_into():
 
 
 def test_temperature_zero_is_argmax_and_tiny_ones_agree():
-    logits = torch.randn(64, 30)
-    for temperature in (0, 1e-4, 1e-30, 1e-44):
+    logits = 100 * torch.randn(64, 30)
+    for temperature in (0, 1e-4, 1e-30, 1e-37):
         assert torch.equal(draw(logits, torch.rand(64), temperature=temperature), logits.argmax(-1)), temperature
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clipgen.cli.errors import guarded
+from clipgen.cli.console import guarded
 
 START = time.perf_counter()
 PROMPTS = 200
@@ -44,8 +43,6 @@ def run() -> int:
         from clipgen.cli import train
         from clipgen.cli.config import composed
         from clipgen.pipeline import TextToImage
-
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
     vqgan, transformer = args.output / "vqgan", args.output / "transformer"
     common = ["experiment=shapes", "logger=csv", f"seed={args.seed}", *args.overrides]
     for name, overrides in (

@@ -7,7 +7,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from clipgen.cli.errors import guarded
+from clipgen.cli.console import guarded
 
 
 def main() -> None:

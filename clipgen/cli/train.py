@@ -7,12 +7,11 @@ import logging
 import os
 import platform
 import sys
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.errors import EXPECTED, guarded
+from clipgen.cli.console import EXPECTED, guarded
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -43,7 +42,6 @@ def run_hydra() -> int:
 
     from clipgen.cli.config import config_dir
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
     outcome: list[int | BaseException] = []
 
@@ -88,9 +86,10 @@ def train(config: DictConfig) -> int:
     from clipgen import callbacks
     from clipgen.cli.config import as_yaml, make
 
-    quiet()
     if missing := OmegaConf.missing_keys(config):
-        raise ValueError(f"stage={config.stage_name} needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
+        raise ValueError(
+            f"stage={config.stage_name} needs a value for {', '.join(sorted(missing))}: give {min(missing)}=..."
+        )
     OmegaConf.resolve(config)
     output = Path(config.output)
     ckpt = find_resume(config.resume)
@@ -153,7 +152,7 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, stop: Any,
         logger.info("Stopped at step %d; go on with resume=%s", trainer.global_step, output)
         return 130
     if trainer.is_global_zero:
-        trainer.save_checkpoint(stop.checkpoint)
+        trainer.save_checkpoint(stop.checkpoint, weights_only=False)
         best = output / "checkpoints" / "best.ckpt"
         name = "transformer" if hasattr(model, "sample") else "vqgan"
         finished = type(model).load(best) if best.is_file() else model
@@ -171,14 +170,6 @@ def find_resume(resume: str | None) -> str | None:
     if not path.is_file():
         raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
     return str(path)
-
-
-def quiet() -> None:
-    """Silence what says nothing about this run."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
-        lambda r: "litlogger" not in r.getMessage().lower()
-    )
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
 if __name__ == "__main__":

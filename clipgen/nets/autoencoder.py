@@ -97,10 +97,10 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float):
+    def __init__(self, channels: int, attention: bool, dropout: float):
         super().__init__()
         self.block_1, self.block_2 = (ResnetBlock(channels, channels, dropout) for _ in range(2))
-        self.attn_1 = AttnBlock(channels)
+        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -117,10 +117,13 @@ class Encoder(nn.Module):
         z_channels: channels of the features.
         patch_size: pixels are first folded into channels, patch by patch. 1 is VQ-GAN; 2 or 4 spare the costly
             work at full resolution where a CPU has to do it.
+        mid_attention: attend to all positions in the middle, as VQ-GAN does. Without it an index says what is near its
+            place, and a transformer learns such indices sooner.
     """
 
     def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
-                 resolution: int, z_channels: int, patch_size: int = 1, dropout: float = 0.0):  # fmt: skip
+                 resolution: int, z_channels: int, patch_size: int = 1, mid_attention: bool = True,
+                 dropout: float = 0.0):  # fmt: skip
         super().__init__()
         self.patch = nn.PixelUnshuffle(patch_size)
         self.conv_in = nn.Conv2d(3 * patch_size**2, ch, 3, padding=1)
@@ -130,7 +133,7 @@ class Encoder(nn.Module):
             channels = [before] + [ch * mult] * num_res_blocks
             self.down.append(Level(channels, attention, dropout, down=i < len(ch_mult) - 1))
             before = channels[-1]
-        self.mid = Middle(before, dropout)
+        self.mid = Middle(before, mid_attention, dropout)
         self.norm_out, self.conv_out = norm(before), nn.Conv2d(before, z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -144,11 +147,12 @@ class Decoder(nn.Module):
     """Features (B, z_channels, h, w) -> images (B, 3, h * f, w * f); the arguments are the encoder's."""
 
     def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
-                 resolution: int, z_channels: int, patch_size: int = 1, dropout: float = 0.0):  # fmt: skip
+                 resolution: int, z_channels: int, patch_size: int = 1, mid_attention: bool = True,
+                 dropout: float = 0.0):  # fmt: skip
         super().__init__()
         before = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, before, 3, padding=1)
-        self.mid = Middle(before, dropout)
+        self.mid = Middle(before, mid_attention, dropout)
         levels = []
         for i, mult in reversed(list(enumerate(ch_mult))):
             attention = resolution // patch_size // 2**i in attn_resolutions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2Model
@@ -18,11 +20,14 @@ class ConditionalGPT2(nn.Module):
         codebook_size: K. num_tokens: T. clip_dim: E.
         dropout: on embeddings, attention and residuals.
         tie_head: share the output matrix with the index embedding, as GPT-2 does.
+        grid_positions: start the learned positions from the row and column that each one scores, instead of GPT-2's
+            noise: what lies above an index is then found from the first step on.
         null_condition: own a learned condition that stands for "anything", for classifier-free guidance.
     """
 
     def __init__(self, *, n_layer: int, n_head: int, n_embd: int, codebook_size: int, num_tokens: int, clip_dim: int,
-                 dropout: float = 0.0, tie_head: bool = True, null_condition: bool = False):  # fmt: skip
+                 dropout: float = 0.0, tie_head: bool = True, null_condition: bool = False,
+                 grid_positions: bool = False):  # fmt: skip
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
@@ -40,6 +45,8 @@ class ConditionalGPT2(nn.Module):
         else:
             nn.init.normal_(self.head.weight, std=0.02)
         self.null = nn.Parameter(torch.zeros(n_embd)) if null_condition else None
+        if grid_positions:
+            self.transformer.wpe.weight.data.copy_(0.1 * sinusoids_2d(num_tokens, n_embd))
 
     def condition(self, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embeddings (B, E) -> first tokens (B, n_embd). A unit vector's elements are scaled to unit variance first.
@@ -58,3 +65,16 @@ class ConditionalGPT2(nn.Module):
         first = self.condition(clip_embedding, drop)[:, None]  # (B, 1, C)
         tokens = torch.cat([first, self.transformer.wte(indices[:, :-1])], dim=1)  # (B, T, C)
         return self.head(self.transformer(inputs_embeds=tokens).last_hidden_state)
+
+
+def sinusoids_2d(num_tokens: int, width: int) -> Tensor:
+    """Sines and cosines of row and column, (T, width), at wavelengths from 2 pi up to 2 pi times the grid's side."""
+    side = math.isqrt(num_tokens)
+    if side**2 != num_tokens or width % 4:
+        raise ValueError(
+            f"grid_positions needs a square num_tokens and n_embd divisible by 4, got {num_tokens} and {width}"
+        )
+    frequency = float(side) ** -torch.linspace(0, 1, width // 4)
+    place = torch.arange(num_tokens)
+    angles = [axis[:, None] * frequency for axis in (place // side, place % side)]  # 2 x (T, width / 4)
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)

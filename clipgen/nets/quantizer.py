@@ -31,8 +31,8 @@ class VectorQuantizer(nn.Module):
         codebook_dim: D.
         distance: ``"euclidean"`` (the paper), or ``"cosine"``: latents and codes are compared and handed on at unit
             length times sqrt(D), the way of ViT-VQGAN (arXiv:2110.04627), whose codes stay alive.
-        revive_after: a code that no latent of this many training batches chose is moved onto a latent of the
-            current batch; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
+        revive_after: a code that no latent of this many training batches chose is moved onto a latent that is
+            badly served; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
     """
 
     idle: Tensor
@@ -65,9 +65,10 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             flat = self._scaled(rearrange(z.float(), "b d h w -> b h w d"))
             indices = self.nearest(flat)
-            if self.training and self.revive_after:
-                self.revive_(flat.detach().flatten(0, 2), indices)
             codes = F.embedding(indices, self.codebook)  # (B, h, w, D)
+            if self.training and self.revive_after:
+                error = (flat - codes).detach().square().sum(-1)
+                self.revive_(flat.detach().flatten(0, 2), indices.flatten(), error.flatten())
             losses = {
                 "codebook_loss": F.mse_loss(codes, flat.detach()),
                 "commitment_loss": F.mse_loss(flat, codes.detach()),
@@ -86,14 +87,18 @@ class VectorQuantizer(nn.Module):
         return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
 
     @torch.no_grad()
-    def revive_(self, latents: Tensor, indices: Tensor) -> None:
-        """Move codes that were idle too long onto latents (N, D) drawn from this batch, the same on every rank."""
-        used = torch.bincount(indices.flatten(), minlength=self.codebook_size)
+    def revive_(self, latents: Tensor, indices: Tensor, error: Tensor) -> None:
+        """Move codes that were idle too long onto latents (N, D) of this batch, the same on every rank.
+
+        Latents are drawn by their squared distance (N,) to the code they got, as k-means++ does: where codes are
+        missing, not where most latents are.
+        """
+        used = torch.bincount(indices, minlength=self.codebook_size)
         if dist.is_initialized():
             dist.all_reduce(used)
         self.idle.add_(1)[used > 0] = 0
         dead = self.idle >= self.revive_after
-        chosen = latents[torch.randint(len(latents), (self.codebook_size,), device=latents.device)]
+        chosen = latents[torch.multinomial(error + 1e-12, self.codebook_size, replacement=True)]
         if dist.is_initialized():
             dist.broadcast(chosen, src=0)
         self.embedding.weight.data.copy_(torch.where(dead[:, None], chosen, self.embedding.weight))

@@ -7,10 +7,9 @@ what a training run leaves: ``checkpoints/`` while it trains, and a model folder
 from __future__ import annotations
 
 import json
-import pickle
-import shutil
 import tempfile
-import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,22 @@ COMMANDS = {
     "ConditionalTransformer": "clipgen-train stage=transformer",
 }
 FOLDERS = {"VQGAN": "vqgan", "ConditionalTransformer": "transformer"}  # name of the model folder in a run folder
+FILES = ("config.json", "model.safetensors")
 State = dict[str, Tensor]
 
 
 def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
-    """Write a model folder; it appears whole or not at all.
+    """Write a model folder; it appears whole or not at all, in the place of an older one.
 
     Args:
         half: store floating-point weights in 16 bits.
+
+    Raises:
+        FileExistsError: the path holds something else, which would be lost.
     """
     path = Path(path)
+    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= set(FILES)):
+        raise FileExistsError(f"{path} exists and is more than a model folder: move it away, or name another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     # tied weights are stored once by name and cloned here: safetensors refuses shared memory
     tensors = {
@@ -48,10 +53,20 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         whole.mkdir()
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (whole / "model.safetensors").write_bytes(save(tensors))
-        if path.exists():
-            shutil.move(path, Path(partial) / "old")
-        whole.rename(path)
+        replace(path, whole, Path(partial) / "old")
     return path
+
+
+def replace(path: Path, new: Path, old: Path) -> None:
+    """Put the folder ``new`` in the place of ``path``, which moves to ``old``; where that fails, ``path`` stays."""
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
 
 
 def load(path: str | Path, model: str) -> tuple[dict[str, Any], State]:
@@ -94,7 +109,7 @@ def load_folder(path: Path, model: str) -> tuple[dict[str, Any], State]:
         return config["arguments"], {
             k: v.float() if v.dtype == torch.half else v for k, v in load_file(path / "model.safetensors").items()
         }
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
         raise ValueError(f"the {model} folder {path} is damaged: {error}") from error
 
 
@@ -102,7 +117,19 @@ def load_ckpt(path: Path, model: str) -> tuple[dict[str, Any], State]:
     """Read a training checkpoint; nothing in it is executed."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes raise anything from KeyError to the unpickler's own errors
         raise ValueError(f"{path} is no readable checkpoint: {' '.join(str(error).split())[:200]}") from error
     check_model(checkpoint.get("clipgen_model") if isinstance(checkpoint, dict) else None, model, path)
     return checkpoint["hyper_parameters"], checkpoint["state_dict"]
+
+
+@contextmanager
+def fitting(path: str | Path, model: str) -> Iterator[None]:
+    """Say which file it was where arguments or weights do not fit the model that is built from them."""
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit the {model} of clipgen {clipgen.__version__}: {reason}") from error

@@ -1,16 +1,19 @@
-"""One sentence instead of a traceback, for everything a user can do wrong."""
+"""What the commands say: our own log lines, and one sentence instead of a traceback where a user can mend it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
 
 def guarded(command: str, main: Callable[[], int | None]) -> None:
-    """Run ``main`` and exit; print an expected error as ``command: error: sentence``. CLIPGEN_DEBUG=1 shows tracebacks."""
+    """Run ``main`` and exit; an expected error becomes ``command: error: sentence``. CLIPGEN_DEBUG=1 shows tracebacks."""
+    set_up_logging()
     try:
         code = main()
     except KeyboardInterrupt:
@@ -29,3 +32,13 @@ def sentence(error: BaseException) -> str:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{place}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def set_up_logging() -> None:
+    """Our lines as they are; of the libraries' only what is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("clipgen").setLevel(logging.INFO)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*Experiment logs directory.*"):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,235 @@
+"""The frozen CLIP: what it hands on, its guard rails, and how well the bundled one sees."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from clipgen.clip import BUNDLED, FrozenCLIP, WordTokenizer, match_activation
+from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
+from clipgen.images import to_pil
+
+CAPTIONS = [str(attributes) for attributes in ALL_ATTRIBUTES]
+
+
+def write_clip(folder: Path, resize_mode: str = "shortest") -> Path:
+    """A CLIP folder in open_clip's layout, with random weights and open_clip's own tokenizer."""
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    text = {"context_length": 8, "width": 32, "heads": 2, "layers": 1, "vocab_size": 49408}
+    model = open_clip.CLIP(16, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text))
+    folder.mkdir(parents=True)
+    config = {
+        "model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
+        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "resize_mode": resize_mode},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_pair_clip(tmp_path_factory) -> FrozenCLIP:
+    torch.manual_seed(0)
+    return FrozenCLIP(str(write_clip(tmp_path_factory.mktemp("clips") / "tiny")))
+
+
+# -------------------------------------------------------------------------------------------------------------- bundled
+
+
+@torch.no_grad()
+def test_bundled_clip_tells_all_sentences_apart(shapes_clip):
+    """At least 99 % of 2000 fresh renders are nearest to their own sentence, of all 288."""
+    data = ShapesDataset(2000, seed=987_654)
+    similarity = shapes_clip.encode_image(data.render(range(2000))) @ shapes_clip.encode_text(CAPTIONS).T
+    truth = torch.tensor([ALL_ATTRIBUTES.index(a) for a in data.attributes])
+    assert (similarity.argmax(1) == truth).float().mean() >= 0.99
+
+
+def test_bundled_files_are_small():
+    size = lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
+    assert 0 < size(BUNDLED["shapes"]) <= 4
+    assert size(BUNDLED["shapes"].parent) <= 10
+
+
+# ----------------------------------------------------------------------------------------------------------- embeddings
+
+
+def test_unit_norm_and_shapes(shapes_clip, images):
+    e, t = shapes_clip.encode_image(images), shapes_clip.encode_text(CAPTIONS[:3])
+    assert e.shape == (8, shapes_clip.embed_dim) and t.shape == (3, shapes_clip.embed_dim)
+    assert e.dtype == t.dtype == torch.float32
+    torch.testing.assert_close(torch.cat([e, t]).norm(dim=1), torch.ones(11))
+
+
+def test_gradients_reach_the_images_and_nothing_else(shapes_clip, images):
+    free = images.clone().requires_grad_()
+    (shapes_clip.encode_image(free) * torch.randn(8, shapes_clip.embed_dim)).sum().backward()
+    assert torch.isfinite(free.grad).all() and (free.grad.flatten(1).abs().sum(1) > 0).all()
+    assert not any(p.requires_grad or p.grad is not None for p in shapes_clip.parameters())
+    assert torch.equal(free.detach(), images)  # nothing is normalised in place
+
+
+def test_never_in_training_mode(shapes_clip):
+    owner = torch.nn.ModuleList([shapes_clip]).train()
+    assert owner.training and not any(module.training for module in shapes_clip.modules())
+    assert shapes_clip.train() is shapes_clip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
+@pytest.mark.parametrize("size", [(32, 32), (96, 96), (48, 80), (100, 64), (20, 24)], ids=str)
+def test_preprocessing_is_open_clips(tmp_path, size, resize_mode):
+    """Against the PIL transform that open_clip builds for the model, to a few of PIL's 256 levels.
+
+    Ours keeps the overshoot of the bicubic filter, which PIL cuts off: a clamp would stop gradients.
+    """
+    clip = FrozenCLIP(str(write_clip(tmp_path / "clip", resize_mode)))
+    transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'clip'}")[2]
+    smooth = F.interpolate(torch.rand(4, 3, 6, 6), size=size, mode="bicubic").clamp(0, 1) * 2 - 1
+    ours = clip.preprocess(smooth)
+    theirs = torch.stack([transform(picture) for picture in to_pil(smooth)])
+    assert ours.shape == theirs.shape == (4, 3, 32, 32)
+    levels = lambda x: (x * clip.std + clip.mean).clamp(0, 1) * 255
+    assert (levels(ours) - levels(theirs)).abs().max() < 2.5
+    e = clip.encode_image(smooth)
+    assert F.cosine_similarity(e, clip.model.encode_image(theirs)).min() > 0.999
+
+
+@torch.no_grad()
+def test_sharp_photos_are_seen_as_open_clip_sees_them(shapes_clip):
+    """Hard edges and bright pixels, where bicubic filters overshoot."""
+    images = ShapesDataset(16, image_size=96, seed=1).render(range(16))
+    transform = open_clip.create_model_and_transforms(f"local-dir:{BUNDLED['shapes']}")[2]
+    theirs = torch.stack([transform(picture) for picture in to_pil(images)])
+    e = shapes_clip.model.encode_image(theirs)
+    assert F.cosine_similarity(shapes_clip.encode_image(images), e).min() > 0.999
+
+
+def test_wrong_shapes_are_refused(shapes_clip):
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(3, 32, 32\)"):
+        shapes_clip.encode_image(torch.zeros(3, 32, 32))
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(2, 1, 32, 32\)"):
+        shapes_clip.encode_image(torch.zeros(2, 1, 32, 32))
+    with pytest.raises(TypeError, match="list of sentences"):
+        shapes_clip.encode_text("a red ring")
+
+
+# ------------------------------------------------------------------------------------------------------------ sentences
+
+
+def test_words_become_indices():
+    tokenizer = WordTokenizer(["a", "red", "ring"], context_length=6)
+    assert tokenizer("a red ring").tolist() == [[1, 2, 3, 4, 5, 0]]
+    assert tokenizer(["A Red, ring.", ""]).tolist() == [[1, 2, 3, 4, 5, 0], [1, 5, 0, 0, 0, 0]]
+
+
+def test_long_sentences_keep_their_end(byte_pair_clip):
+    words = WordTokenizer(["a", "red", "ring"], context_length=6)("a red ring a red ring a red ring")
+    assert words.tolist() == [[1, 2, 3, 4, 2, 5]]
+    pieces = byte_pair_clip.tokenizer(["a very long sentence about nothing at all, in more words than fit"])
+    assert pieces.shape == (1, 8) and pieces[0, -1] == pieces.max() == 49407
+    assert not pieces[0].eq(0).any()
+
+
+def test_a_cut_sentence_still_has_an_embedding_of_its_own(shapes_clip, byte_pair_clip):
+    for clip in (shapes_clip, byte_pair_clip):
+        e = clip.encode_text(["a small red ring " * 20, "a large blue star " * 20])
+        assert torch.isfinite(e).all() and (e[0] @ e[1]) < 0.999
+
+
+def test_unknown_words_are_named_and_the_known_listed(shapes_clip, caplog):
+    with caplog.at_level(logging.WARNING):
+        odd = shapes_clip.encode_text(["a small turquoise red ring on a white background"])
+    assert "'turquoise'" in caplog.text and "'red'" not in caplog.text
+    assert all(word in caplog.text for word in ("cyan", "triangle", "background"))
+    assert torch.equal(odd, shapes_clip.encode_text(["a small red ring on a white background"]))
+
+
+def test_known_sentences_raise_no_warning(shapes_clip, caplog):
+    shapes_clip.encode_text([*CAPTIONS, "A small red ring on a white background."])
+    assert not caplog.records
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "quick_gelu"),
+    [
+        ("ViT-B-32", "openai", True),
+        ("ViT-B-32-quickgelu", "openai", True),
+        ("ViT-L-14", "openai", True),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", False),
+    ],
+)
+def test_activation_follows_the_weights(name, tag, quick_gelu):
+    found, force = match_activation(name, tag)
+    assert found.removesuffix("-quickgelu") == name.removesuffix("-quickgelu")
+    assert (force or open_clip.get_model_config(found).get("quick_gelu", False)) == quick_gelu
+
+
+def test_openai_weights_under_the_plain_name_get_quick_gelu(monkeypatch, byte_pair_clip, caplog):
+    """Loaded without it they are quietly wrong. Nothing is downloaded: create_model is replaced."""
+    asked = {}
+
+    def create_model(name: str, pretrained: str | None = None, **options) -> torch.nn.Module:
+        asked.update(options, name=name, pretrained=pretrained)
+        return byte_pair_clip.model
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    FrozenCLIP("ViT-B-32", "openai")
+    assert (asked["name"], asked["pretrained"]) == ("ViT-B-32", "openai")
+    assert asked["force_quick_gelu"] is True or asked["name"].endswith("-quickgelu")
+    assert "quick_gelu" in caplog.text
+    FrozenCLIP("ViT-B-32", "laion2b_s34b_b79k")
+    assert asked["force_quick_gelu"] is False
+
+
+def test_a_local_file_of_unknown_origin_warns(caplog):
+    assert match_activation("ViT-B-32", "/some/file.pt") == ("ViT-B-32", False)
+    assert "ViT-B-32-quickgelu" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "tag", "message"),
+    [
+        ("VIT-Z", "openai", "'VIT-Z' is no bundled model .*shapes"),
+        ("ViT-B-32-quickgelu", None, "must name the weights of ViT-B-32-quickgelu"),
+        ("ViT-B-32-quickgelu", "/no/such/file.pt", "cannot be loaded"),
+    ],
+)
+def test_unknown_names_and_weights(name, tag, message):
+    with pytest.raises(ValueError, match=message):
+        FrozenCLIP(name, tag)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no open_clip_config\.json"):
+        FrozenCLIP(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    folder = write_clip(tmp_path / "clip")
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        FrozenCLIP(str(folder))
+
+
+def test_the_same_folder_gives_the_same_model(byte_pair_clip, images):
+    again = FrozenCLIP(**byte_pair_clip.config())
+    assert torch.equal(again.encode_image(images), byte_pair_clip.encode_image(images))
+    assert torch.equal(again.encode_text(["a cat"]), byte_pair_clip.encode_text(["a cat"]))
+
+
+def test_mid_grey_is_one_half_before_the_mean_is_subtracted(byte_pair_clip):
+    grey = byte_pair_clip.preprocess(torch.zeros(1, 3, 32, 32))
+    expected = (0.5 - torch.tensor([0.4, 0.5, 0.6])) / torch.tensor([0.2, 0.3, 0.25])
+    torch.testing.assert_close(grey.mean((0, 2, 3)), expected, atol=1e-5, rtol=1e-5)

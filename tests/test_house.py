@@ -1,0 +1,101 @@
+"""The house: a module imports from its own floor and from below, and only the command line knows about commands."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clipgen
+
+PACKAGE = Path(clipgen.__file__).parent
+FLOORS = {
+    "nets": 0, "losses": 0, "sampling": 0, "optim": 0,
+    "clip": 1, "data": 1, "images": 1, "weights": 1,
+    "vqgan": 2,
+    "transformer": 3,
+    "pipeline": 4, "callbacks": 4,
+    "evaluation": 5, "baselines": 5,
+    "cli": 6,
+}  # fmt: skip
+COMMAND_LINE_ONLY = {"hydra", "omegaconf", "argparse", "rich"}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Everything a module imports, inside functions too: ``from a import b`` is both ``a`` and ``a.b``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports hide the floor"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def rooms(names: set[str]) -> set[str]:
+    """The parts of clipgen among imports; ``clipgen`` itself (its version) is the ground that all stand on."""
+    return {name.split(".")[1] for name in names if name.startswith("clipgen.")} - set(dir(clipgen)) - {"__version__"}
+
+
+def test_the_house_is_found():
+    assert {"vqgan", "cli.train", "nets.gpt", "data.shapes"} <= {name_of(path) for path in MODULES}
+    assert rooms(imports(PACKAGE / "transformer.py")) >= {"vqgan", "clip", "nets", "losses", "sampling"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path):
+    room = name_of(path).split(".")[0]
+    assert room in FLOORS, f"clipgen.{room} has no floor yet: give it one here and in the documentation"
+    for other in rooms(imports(path)):
+        assert FLOORS[other] <= FLOORS[room], f"{path.name} (floor {FLOORS[room]}) imports {other} ({FLOORS[other]})"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_command_line_knows_about_commands(path):
+    tops = {name.split(".")[0] for name in imports(path)}
+    assert path.parent.name == "cli" or not tops & COMMAND_LINE_ONLY
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if FLOORS.get(name_of(p).split(".")[0]) == 0], ids=name_of)
+def test_the_ground_floor_has_no_trainer(path):
+    assert "pytorch_lightning" not in {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name != "cli"], ids=name_of)
+def test_libraries_do_not_print(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls)
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after running the code."""
+    script = f"import sys\n{code}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_import_clipgen_is_light():
+    heavy = {"torch", "torchvision", "transformers", "open_clip", "pytorch_lightning", "numpy", "PIL", "hydra", "rich"}
+    assert not loaded_after("import clipgen; clipgen.__version__; dir(clipgen)") & heavy
+    assert {"torch", "open_clip"} <= loaded_after("import clipgen; clipgen.FrozenCLIP")
+
+
+def test_public_names():
+    assert set(clipgen.__all__) == {"VQGAN", "ConditionalTransformer", "FrozenCLIP", "TextToImage", "__version__"}
+    for name in set(clipgen.__all__) - {"__version__"}:
+        found = getattr(clipgen, name)
+        assert found.__name__ == name and found.__module__.startswith("clipgen.")
+        assert found is getattr(importlib.import_module(found.__module__), name) and found.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'VQGan'; it offers VQGAN, "):
+        _ = clipgen.VQGan

@@ -1,0 +1,164 @@
+"""From a sentence to pictures, and the folder that holds all of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TRANSFORMER_SIZES
+from PIL import Image
+
+import clipgen
+from clipgen import TextToImage
+from clipgen.clip import BUNDLED, FrozenCLIP
+from clipgen.transformer import ConditionalTransformer
+
+PROMPT = "a large blue ring on a white background"
+
+
+def pixels(pictures: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
+def test_pictures(pipe):
+    pictures = pipe(PROMPT, num_images=3, seed=0)
+    assert len(pictures) == 3 and pixels(pictures).shape == (3, 32, 32, 3)
+    assert all(isinstance(picture, Image.Image) and picture.mode == "RGB" for picture in pictures)
+    assert pixels(pictures).std() > 1
+
+
+def test_it_is_its_parts_in_a_row(pipe):
+    """Sentence -> embedding -> indices -> picture, by hand."""
+    e = pipe.clip.encode_text([PROMPT])
+    indices = pipe.transformer.sample(e, seed=9, top_k=5)
+    with torch.no_grad():
+        image = pipe.vqgan.decode(indices.view(1, 4, 4)).clamp(-1, 1)[0]
+    expected = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(pipe(PROMPT, seed=9, top_k=5)[0]), expected)
+
+
+def test_the_same_seed_draws_the_same(pipe):
+    first = pixels(pipe(PROMPT, num_images=2, seed=4))
+    torch.manual_seed(99)  # nobody else's randomness matters
+    assert np.array_equal(pixels(pipe(PROMPT, num_images=2, seed=4)), first)
+    assert not np.array_equal(pixels(pipe(PROMPT, num_images=2, seed=5)), first)
+    assert not np.array_equal(pixels(pipe("a small red star on a black background", num_images=2, seed=4)), first)
+
+
+def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
+    monkeypatch.setattr("clipgen.pipeline.BATCH", 2)  # three batches
+    together = pixels(pipe(PROMPT, num_images=5, seed=20))
+    alone = np.concatenate([pixels(pipe(PROMPT, seed=20 + j)) for j in range(5)])
+    assert np.abs(together.astype(int) - alone).max() <= 1  # convolutions round differently in other batches
+    assert len(np.unique(together.reshape(5, -1), axis=0)) > 1
+
+
+def test_without_a_seed_the_picture_tells_its_own(pipe):
+    picture = pipe(PROMPT)[0]
+    assert np.array_equal(np.asarray(pipe(PROMPT, seed=picture.info["seed"])[0]), np.asarray(picture))
+
+
+def test_metadata(pipe):
+    settings = dict(temperature=0.9, top_k=7, top_p=0.8, guidance_scale=2.0)
+    pictures = pipe(PROMPT, num_images=2, seed=3, **settings)
+    for j, picture in enumerate(pictures):
+        assert picture.info == dict(prompt=PROMPT, seed=3 + j, **settings, clipgen=clipgen.__version__)
+        again = pipe(PROMPT, seed=picture.info["seed"], **settings)[0]
+        assert np.abs(np.asarray(again).astype(int) - np.asarray(picture)).max() <= 1
+
+
+def test_reranking_returns_the_highest_scores(pipe):
+    """All candidates scored by hand; which seeds come back, and in which order."""
+    candidates = pipe(PROMPT, num_images=12, seed=0)
+    images = torch.from_numpy(pixels(candidates)).permute(0, 3, 1, 2) / 127.5 - 1
+    scores = (pipe.clip.encode_image(images) @ pipe.clip.encode_text([PROMPT]).T)[:, 0]
+    best = scores.argsort(descending=True)[:3].tolist()
+    chosen = pipe(PROMPT, num_images=3, rerank_from=12, seed=0)
+    assert [picture.info["seed"] for picture in chosen] == best
+    assert np.array_equal(pixels(chosen), pixels([candidates[i] for i in best]))
+    assert best != [0, 1, 2]
+
+
+def test_gradients_and_modes_are_left_alone(pipe):
+    pipe(PROMPT, rerank_from=2)
+    for part in (pipe.vqgan, pipe.transformer, pipe.clip):
+        assert not part.training and not any(p.grad is not None for p in part.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(prompt=""), "prompt must not be empty, got ''"),
+        (dict(prompt=" \n"), "prompt must not be empty"),
+        (dict(prompt=PROMPT, num_images=0), "num_images must be at least 1, got 0"),
+        (dict(prompt=PROMPT, num_images=4, rerank_from=3), r"rerank_from must be at least num_images \(4\), got 3"),
+        (dict(prompt=PROMPT, rerank_from=0), "rerank_from must be at least"),
+        (dict(prompt=PROMPT, top_p=1.3), r"top_p must be in \(0, 1\], got 1.3"),
+        (dict(prompt=PROMPT, top_k=0), "top_k must be at least 1, got 0"),
+        (dict(prompt=PROMPT, temperature=-1.0), "temperature must be at least 0, got -1.0"),
+        (dict(prompt=PROMPT, guidance_scale=-2.0), "guidance_scale must be at least 0"),
+    ],
+)
+def test_senseless_requests_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+def test_parts_that_do_not_belong_together_are_refused(tiny_vqgan, shapes_clip):
+    for name, value in (("codebook_size", 17), ("clip_dim", 3), ("num_tokens", 15)):
+        with pytest.raises(ValueError, match=name):
+            TextToImage(tiny_vqgan, ConditionalTransformer(**(TRANSFORMER_SIZES | {name: value})), shapes_clip)
+
+
+def test_save_and_load(tmp_path, pipe):
+    again = TextToImage.load(pipe.save(tmp_path / "deep" / "pipe"))
+    assert sorted(p.name for p in (tmp_path / "deep" / "pipe").iterdir()) == ["clip.json", "transformer", "vqgan"]
+    assert np.array_equal(pixels(again(PROMPT, 2, seed=1)), pixels(pipe(PROMPT, 2, seed=1)))
+    again.save(tmp_path / "deep" / "pipe")  # onto itself
+    assert np.array_equal(
+        pixels(TextToImage.load(tmp_path / "deep" / "pipe")(PROMPT, seed=1)), pixels(pipe(PROMPT, seed=1))
+    )
+
+
+def test_a_clip_of_ones_own_travels_along(tmp_path, pipe):
+    """A CLIP folder is copied, so that the pipeline can be moved to another place."""
+    own = shutil.copytree(BUNDLED["shapes"], tmp_path / "own_clip")
+    path = TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own))).save(tmp_path / "pipe")
+    shutil.rmtree(own)
+    moved = path.rename(tmp_path / "moved")
+    assert json.loads((moved / "clip.json").read_text()) == {"model_name": "clip", "pretrained": None}
+    again = TextToImage.load(moved)
+    assert np.array_equal(pixels(again(PROMPT, seed=1)), pixels(pipe(PROMPT, seed=1)))
+    final = again.save(tmp_path / "final")  # and once more
+    assert np.array_equal(pixels(TextToImage.load(final)(PROMPT, seed=1)), pixels(pipe(PROMPT, seed=1)))
+    again.save(moved)  # and onto itself
+    assert np.array_equal(pixels(TextToImage.load(moved)(PROMPT, seed=1)), pixels(pipe(PROMPT, seed=1)))
+
+
+def test_nothing_of_another_clip_stays_behind(tmp_path, pipe):
+    """Byte pairs read by the old CLIP's vocabulary would be quietly wrong."""
+    root = tmp_path / "pipe"
+    shutil.copytree(BUNDLED["shapes"], root / "clip")
+    (root / "clip" / "leftover.json").write_text("{}")
+    own = shutil.copytree(BUNDLED["shapes"], tmp_path / "own_clip")
+    TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own))).save(root)
+    assert {p.name for p in (root / "clip").iterdir()} == {p.name for p in own.iterdir()}
+
+
+def test_half_precision_pipeline(tmp_path, pipe):
+    again = TextToImage.load(pipe.save(tmp_path / "pipe", half=True))
+    assert np.asarray(again(PROMPT, seed=1)[0]).shape == (32, 32, 3)
+
+
+def test_what_is_missing_is_named(tmp_path, pipe):
+    with pytest.raises(FileNotFoundError, match="clipgen-train stage=transformer"):
+        TextToImage.load(tmp_path / "none")
+    pipe.vqgan.save(tmp_path / "run" / "vqgan")
+    with pytest.raises(FileNotFoundError, match="it holds a VQGAN"):
+        TextToImage.load(tmp_path / "run")
+    pipe.transformer.save(tmp_path / "run" / "transformer")
+    with pytest.raises(FileNotFoundError, match=r"no clip.json in .*run"):
+        TextToImage.load(tmp_path / "run")

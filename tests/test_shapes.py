@@ -1,0 +1,197 @@
+"""The embedded data set and its judge."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clipgen.data.judge import NOTHING, accuracy, judge
+from clipgen.data.shapes import (
+    ALL_ATTRIBUTES,
+    BACKGROUNDS,
+    COLORS,
+    RADII,
+    SHAPES,
+    Attributes,
+    ShapesDataset,
+    parse,
+    shapes_data,
+    silhouettes,
+)
+
+
+def test_enough_to_say():
+    assert len(SHAPES) >= 6 and len(COLORS) >= 8 and len(RADII) >= 2 and len(BACKGROUNDS) >= 3
+    sentences = {str(attributes) for attributes in ALL_ATTRIBUTES}
+    assert len(sentences) == len(ALL_ATTRIBUTES) == len(SHAPES) * len(COLORS) * len(RADII) * len(BACKGROUNDS)
+
+
+def test_sentences_parse_back():
+    assert str(Attributes("large", "blue", "ring", "white")) == "a large blue ring on a white background"
+    assert all(parse(str(attributes)) == attributes for attributes in ALL_ATTRIBUTES)
+    assert parse("A small Red star on a black background.") == Attributes("small", "red", "star", "black")
+
+
+@pytest.mark.parametrize("what", ["", "cat", "large blue cat", "blue large ring", "blue ring", "nice large blue ring"])
+def test_other_sentences_do_not_parse(what):
+    sentence = f"a {what} on a white background" if what else ""
+    with pytest.raises(ValueError, match="sentence must read like 'a small red circle on a white background'"):
+        parse(sentence)
+
+
+def test_samples():
+    sample = ShapesDataset(4, image_size=48)[1]
+    assert sample["images"].shape == (3, 48, 48) and sample["images"].dtype == torch.float32
+    assert sample["images"].min() >= -1 and sample["images"].max() <= 1
+    assert parse(sample["texts"]) in ALL_ATTRIBUTES
+    batch = next(iter(DataLoader(ShapesDataset(4), batch_size=3)))
+    assert batch["images"].shape == (3, 3, 32, 32) and len(batch["texts"]) == 3
+
+
+def test_the_same_seed_draws_the_same_images_and_another_others():
+    draw = lambda seed: ShapesDataset(64, seed=seed).render(range(64))
+    assert torch.equal(draw(3), draw(3))
+    torch.rand(5)
+    state = torch.random.get_rng_state()
+    assert torch.equal(draw(3), draw(3)) and torch.equal(torch.random.get_rng_state(), state)
+    same = (draw(3) == draw(4)).flatten(1).all(1)
+    assert not same.any()
+    data = ShapesDataset(64, seed=3)
+    assert torch.equal(torch.stack([data[i]["images"] for i in range(64)]), draw(3))  # one by one as in a batch
+
+
+def test_no_two_images_are_alike():
+    images = ShapesDataset(1000, seed=1).render(range(1000))
+    assert len(images.flatten(1).unique(dim=0)) == 1000
+
+
+def test_training_and_validation_images_differ():
+    for seed in (0, 1):
+        data = shapes_data(train_size=32, val_size=32, image_size=32, batch_size=8, seed=seed)
+        train, val = (torch.stack([sample["images"] for sample in part]) for part in (data.train, data.val))
+        assert not (train[:, None] == val[None]).flatten(2).all(2).any()
+
+
+def test_attributes_are_uniform():
+    drawn = ShapesDataset(6000, seed=2).attributes
+    for name, known in (("shape", SHAPES), ("color", COLORS), ("size", RADII), ("background", BACKGROUNDS)):
+        for value in known:
+            part = sum(getattr(a, name) == value for a in drawn) / 6000
+            assert part == pytest.approx(1 / len(known), abs=0.03), value
+
+
+def test_given_attributes_take_turns():
+    chosen = [parse("a small red star on a black background"), parse("a large pink ring on a gray background")]
+    data = ShapesDataset(5, attributes=chosen)
+    assert data.attributes == [chosen[i % 2] for i in range(5)]
+    assert judge(data.render(range(5))) == data.attributes
+
+
+def supersampled(inside, image_size: int, times: int = 16) -> Tensor:
+    """How much of each pixel a shape covers, by counting a fine grid of points; ``inside(x, y)`` -> bool."""
+    axis = (torch.arange(image_size * times) + 0.5) / times - image_size / 2
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    return inside(x, y).float().view(image_size, times, image_size, times).mean((1, 3))
+
+
+def test_edges_are_antialiased():
+    """Against counted coverage: a disc, and a square off the pixel grid."""
+    center = torch.tensor([[1.3, -2.6]])
+    circle = silhouettes("circle", torch.tensor([9.4]), center, 32)[0]
+    expected = supersampled(lambda x, y: (x - 1.3) ** 2 + (y + 2.6) ** 2 < 9.4**2, 32)
+    assert (circle - expected).abs().max() < 0.12 and (circle - expected).abs().mean() < 0.003
+    square = silhouettes("square", torch.tensor([9.4]), center, 32)[0]
+    side = 9.4 / math.sqrt(2)
+    expected = supersampled(lambda x, y: ((x - 1.3).abs() < side) & ((y + 2.6).abs() < side), 32)
+    assert (square - expected).abs().max() < 0.3 and (square - expected).abs().mean() < 0.01
+    for mask in (circle, square):
+        assert ((mask > 0.05) & (mask < 0.95)).sum() > 20
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_have_their_areas(shape):
+    """In units of radius squared, from school geometry; and all of them fit into the image."""
+    star = 10 * 0.5 * 0.42 * math.sin(math.pi / 5)
+    area = {"circle": math.pi, "square": 2.0, "triangle": 0.75 * math.sqrt(3), "star": star,
+            "ring": math.pi * (1 - 0.52**2), "cross": 8 * 0.34 - 4 * 0.34**2}[shape]  # fmt: skip
+    mask = silhouettes(shape, torch.tensor([80.0]), torch.zeros(1, 2), 256)[0]
+    assert mask.sum().item() / 80**2 == pytest.approx(area, rel=0.01)
+    border = torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    assert not border.any()
+
+
+def test_shapes_stay_inside_the_image():
+    data = ShapesDataset(2000, seed=9)
+    images, grounds = data.render(range(2000)), data.attributes
+    colors = torch.tensor([BACKGROUNDS[a.background] for a in grounds])[:, :, None] / 127.5 - 1
+    for edge in (images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]):
+        assert (edge - colors).abs().max() < 0.7  # a faint touch at most, never a cut shape
+
+
+def test_sizes_scale_with_the_image():
+    small, large = (ShapesDataset(16, image_size=size, seed=4).render(range(16)) for size in (32, 128))
+    shrunk = torch.nn.functional.avg_pool2d(large, 4)
+    assert (small - shrunk).abs().mean() < 0.03
+
+
+def test_a_data_set_needs_an_image():
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        ShapesDataset(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- judge
+
+
+def test_the_judge_reads_fresh_renders():
+    data = ShapesDataset(2000, seed=424_242)
+    found = accuracy(data.render(range(2000)), data.attributes)
+    assert set(found) == {"shape", "color", "size", "background", "all"}
+    assert min(found.values()) >= 0.99 and found["all"] == min(found.values())
+
+
+def test_the_judge_sees_through_noise_and_eight_bits():
+    """What a tokenizer does to an image at least."""
+    data = ShapesDataset(500, seed=11)
+    images = data.render(range(500))
+    noisy = (images + 0.05 * torch.randn(images.shape)).clamp(-1, 1)
+    rounded = ((noisy + 1) * 127.5).round() / 127.5 - 1
+    assert accuracy(rounded, data.attributes)["all"] >= 0.95
+
+
+def test_the_judge_reads_other_sizes():
+    for size in (24, 64):
+        data = ShapesDataset(300, image_size=size, seed=12)
+        assert accuracy(data.render(range(300)), data.attributes)["all"] >= 0.95
+
+
+def test_the_judge_is_no_yes_man():
+    images = ShapesDataset(300, seed=13).render(range(300))
+    others = ShapesDataset(300, seed=14).attributes
+    assert accuracy(images, others)["all"] < 0.05
+    wrong = [Attributes(a.size, a.color, "star" if a.shape != "star" else "ring", a.background)
+             for a in ShapesDataset(300, seed=13).attributes]  # fmt: skip
+    found = accuracy(images, wrong)
+    assert found["shape"] < 0.02 and found["color"] > 0.98
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 32, 32), torch.rand(3, 32, 32) * 2 - 1, torch.ones(3, 32, 32)])
+def test_the_judge_finds_nothing_where_there_is_nothing(image):
+    assert judge(image[None])[0].shape == NOTHING and judge(image[None])[0].size == NOTHING
+
+
+def test_half_a_shape_is_not_the_shape():
+    whole = parse("a large red circle on a white background")
+    images = ShapesDataset(100, seed=15, attributes=[whole]).render(range(100))
+    images[:, :, :, 14:] = 1.0  # white
+    assert accuracy(images, [whole] * 100)["all"] < 0.05
+
+
+def test_the_judge_wants_square_images():
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, H\), got \(1, 3, 32, 16\)"):
+        judge(torch.zeros(1, 3, 32, 16))
+    with pytest.raises(ValueError):
+        accuracy(torch.zeros(2, 3, 32, 32), [ALL_ATTRIBUTES[0]])

@@ -1,0 +1,276 @@
+"""Stage 1: what a training step moves, when the discriminator wakes up, and that files hold all of it."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import VQGAN_SIZES, changed, weights_of
+from torch.utils.data import DataLoader
+
+from clipgen import losses
+from clipgen.data.shapes import ShapesDataset
+from clipgen.vqgan import VQGAN
+
+
+def model(**arguments) -> VQGAN:
+    return VQGAN(**(VQGAN_SIZES | arguments))
+
+
+def gan(**arguments) -> VQGAN:
+    return model(**(dict(discriminator_weight=0.8, discriminator_start=0) | arguments))
+
+
+class Count(pl.Callback):
+    """Batches seen, and what the discriminator was before each."""
+
+    def __init__(self) -> None:
+        self.batches, self.steps, self.discriminators = 0, [], []
+
+    def on_train_batch_start(self, trainer, module, *_) -> None:
+        self.batches += 1
+        self.steps.append(trainer.global_step)
+        if module.discriminator is not None:
+            self.discriminators.append(weights_of(module.discriminator))
+
+
+# --------------------------------------------------------------------------------------------------- images <-> indices
+
+
+@torch.no_grad()
+def test_encode_and_decode(tiny_vqgan, images):
+    indices = tiny_vqgan.encode(images)
+    assert indices.shape == (8, 4, 4) and indices.dtype == torch.int64 and len(indices.unique()) > 4
+    assert tiny_vqgan.encode_latents(images).shape == (8, 8, 4, 4)
+    reconstruction = tiny_vqgan(images)
+    assert tiny_vqgan.decode(indices).shape == images.shape
+    torch.testing.assert_close(tiny_vqgan.decode(indices), reconstruction, atol=1e-5, rtol=1e-5)
+
+
+def test_other_sizes_that_divide_are_fine(tiny_vqgan):
+    assert tiny_vqgan.encode(torch.zeros(1, 3, 16, 40)).shape == (1, 2, 5)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 33), (3, 32, 32)])
+def test_other_sizes_are_refused_with_a_way_out(tiny_vqgan, shape):
+    with pytest.raises(ValueError, match=r"sides divisible by 8, got \(.*\); try \d+ or \d+"):
+        tiny_vqgan.encode(torch.zeros(shape))
+
+
+def test_senseless_arguments_are_refused_at_once():
+    """Not at step 25 000, when the discriminator wakes up."""
+    for arguments in (dict(adversarial="wgan"), dict(reconstruction="l3"), dict(distance="l1")):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be .* got"):
+            gan(**arguments)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_a_step_moves_every_part(fit):
+    vqgan = gan(revive_after=0, adversarial="log")  # the two halves of hinge cancel at the last bias, at first
+    before = weights_of(vqgan)
+    fit(vqgan, 1)
+    moved = changed(vqgan, before)
+    for part in ("encoder", "decoder", "quant_conv", "post_quant_conv", "discriminator"):
+        names = {name for name, _ in vqgan.named_parameters() if name.startswith(f"{part}.")}
+        assert names and names <= moved, part
+    assert "quantize.embedding.weight" in moved
+
+
+def test_max_steps_counts_batches(fit):
+    for vqgan in (gan(), model()):
+        count = Count()
+        trainer = fit(vqgan, 10, count, batch=2)
+        assert trainer.global_step == count.batches == 10 and count.steps == list(range(10))
+
+
+def test_the_discriminator_sleeps_until_its_start(fit):
+    count = Count()
+    trainer = fit(gan(discriminator_start=3), 5, count, batch=4)
+    before = count.discriminators
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(before)]
+    assert same == [True, True, True, False]  # steps 0, 1, 2 leave it alone, step 3 does not
+    assert {"train/discriminator_loss", "train/generator_loss", "train/adaptive_weight"} <= set(
+        trainer.callback_metrics
+    )
+
+
+def test_a_sleeping_or_absent_discriminator_is_not_in_the_loss(fit):
+    sleeping = fit(gan(discriminator_start=100), 2, batch=4).callback_metrics
+    absent = fit(model(), 2, batch=4).callback_metrics
+    for metrics in (sleeping, absent):
+        assert "train/generator_loss" not in metrics and "train/discriminator_loss" not in metrics
+        terms = [metrics[f"train/{name}_loss"] for name in ("reconstruction", "codebook", "commitment")]
+        torch.testing.assert_close(metrics["train/loss"], sum(terms))
+
+
+def test_warming_up_the_discriminator_does_not_touch_the_generator(fit):
+    """While it trains alone, the generator is bit for bit what it would be without it."""
+    trained = []
+    for start in (0, 100):
+        torch.manual_seed(1)
+        vqgan = gan(discriminator_start=start, discriminator_warmup=100, revive_after=0)
+        untrained = weights_of(vqgan)
+        fit(vqgan, 3, batch=4)
+        assert any(name.startswith("discriminator") for name in changed(vqgan, untrained)) == (start == 0)
+        trained.append({k: v for k, v in vqgan.state_dict().items() if not k.startswith("discriminator.")})
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+def test_each_half_follows_its_own_loss(fit):
+    """The generator's gradient does not land in the discriminator, nor the other way round."""
+
+    class Gradients(pl.Callback):
+        def __init__(self) -> None:
+            self.seen = []
+
+        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+            self.seen.append({name.split(".")[0] for name, p in module.named_parameters() if p.grad is not None})
+
+    vqgan, gradients = gan(), Gradients()
+    fit(vqgan, 1, gradients, batch=4)
+    assert gradients.seen and "discriminator" not in gradients.seen[0]
+    assert all(p.requires_grad for p in vqgan.parameters())  # toggling is undone
+
+
+def test_beta_is_on_the_commitment_term(images):
+    """beta ||z - sg[z_q]||^2 (VQ-VAE, Eq. 3): doubling it doubles that term and the encoder's pull, not the codes'."""
+    gradients = {}
+    for beta in (0.25, 0.5):
+        torch.manual_seed(0)
+        vqgan = model(commitment_weight=beta, codebook_weight=3.0, distance="euclidean").eval()
+        reconstruction, quantized = vqgan.autoencode(images)
+        terms = vqgan.autoencoder_loss(images, reconstruction, quantized)
+        z, codes = vqgan.encode_latents(images).detach(), vqgan.quantize.codes(quantized.indices).detach()
+        squared = (z - codes).square().mean()
+        torch.testing.assert_close(terms["commitment_loss"].detach(), beta * squared)
+        torch.testing.assert_close(terms["codebook_loss"].detach(), 3 * squared)
+        (terms["codebook_loss"] + terms["commitment_loss"]).backward()
+        gradients[beta] = vqgan.quantize.embedding.weight.grad, vqgan.quant_conv.weight.grad
+    torch.testing.assert_close(gradients[0.5][0], gradients[0.25][0])
+    torch.testing.assert_close(gradients[0.5][1], 2 * gradients[0.25][1])
+
+
+def test_the_adaptive_weight_makes_gradients_equally_long(images):
+    vqgan = gan(discriminator_weight=0.5).train()
+    reconstruction, quantized = vqgan.autoencode(images)
+    terms = vqgan.autoencoder_loss(images, reconstruction, quantized)
+    adversarial, weight = vqgan._adversarial_loss(terms, reconstruction)
+    length = lambda loss: torch.autograd.grad(loss, vqgan.decoder.conv_out.weight, retain_graph=True)[0].norm()
+    ours, theirs = length(terms["reconstruction_loss"]), length(adversarial)
+    torch.testing.assert_close(weight, 0.5 * ours / (theirs + 1e-4))
+    by_hand = losses.generator_loss(vqgan.eval().discriminator(reconstruction), "hinge")
+    assert torch.isfinite(by_hand) and torch.isfinite(weight)
+
+
+def test_gradient_clip_bounds_each_half(fit):
+    norms = {}
+    for clip in (0.0, 1e-3):
+        vqgan = gan(gradient_clip=clip)
+        fit(vqgan, 2, batch=4)
+        halves = [optimizer.param_groups[0]["params"] for optimizer in vqgan.optimizers()]
+        assert sum(map(len, halves)) == len(list(vqgan.parameters()))
+        norms[clip] = [torch.stack([p.grad.norm() for p in half]).norm().item() for half in halves]
+    assert min(norms[0.0]) > 2e-3
+    assert norms[1e-3] == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
+def test_training_lowers_the_loss_and_uses_the_codebook():
+    vqgan = model(learning_rate=3e-3)
+    images = ShapesDataset(32, seed=5).render(range(32))
+    data = DataLoader([{"images": image} for image in images], batch_size=32)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    first = (vqgan(images) - images).square().mean().item()
+    pl.Trainer(max_steps=40, accelerator="cpu", **quiet).fit(vqgan, data)
+    vqgan.eval()
+    trainer = pl.Trainer(accelerator="cpu", **quiet)
+    trainer.validate(vqgan, data, verbose=False)
+    with torch.no_grad():
+        error = (vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3))
+        indices = vqgan.encode(images)
+    assert error.mean() < first / 2
+    # what validation logs, by hand
+    metrics = trainer.callback_metrics
+    assert metrics["val/codebook_usage"].item() == pytest.approx(len(indices.unique()) / 16)
+    assert metrics["val/psnr"].item() == pytest.approx((10 * (4 / error).log10()).mean().item(), abs=1e-3)
+    p = torch.bincount(indices.flatten()) / indices.numel()
+    p = p[p > 0]
+    assert metrics["val/perplexity"].item() == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-4)
+
+
+def test_bf16_trains_and_fp16_is_refused(fit):
+    vqgan = gan()
+    metrics = fit(vqgan, 2, batch=2, precision="bf16-mixed").callback_metrics
+    assert all(torch.isfinite(value) for value in metrics.values())
+    assert all(p.dtype == torch.float32 for p in vqgan.parameters())
+    for name in ("train/codebook_loss", "train/commitment_loss"):
+        assert metrics[name].dtype == torch.float32
+
+
+def test_fp16_is_refused(monkeypatch):
+    vqgan = gan()
+    vqgan._trainer = type("Trainer", (), {"precision": "16-mixed"})()
+    with pytest.raises(ValueError, match=r"trainer\.precision must be 32-true or bf16-mixed, got 16-mixed"):
+        vqgan.on_fit_start()
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@torch.no_grad()
+def test_save_and_load_bit_for_bit(tmp_path, tiny_vqgan, images):
+    again = VQGAN.load(tiny_vqgan.save(tmp_path / "vqgan"))
+    assert not again.training and dict(again.hparams) == json.loads(json.dumps(tiny_vqgan.hparams))
+    assert not changed(again, weights_of(tiny_vqgan))
+    assert torch.equal(again(images), tiny_vqgan(images))
+
+
+def test_a_saved_folder_holds_no_discriminator(tmp_path, images):
+    vqgan = gan().eval()
+    again = VQGAN.load(vqgan.save(tmp_path / "vqgan"))
+    assert again.discriminator is None
+    assert torch.equal(again.encode(images), vqgan.encode(images))
+
+
+@torch.no_grad()
+def test_half_precision_folder(tmp_path, tiny_vqgan, images):
+    whole, half = tiny_vqgan.save(tmp_path / "whole"), tiny_vqgan.save(tmp_path / "half", half=True)
+    size = lambda folder: (folder / "model.safetensors").stat().st_size
+    assert size(half) < 0.6 * size(whole)
+    again = VQGAN.load(half)
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    torch.testing.assert_close(again(images), tiny_vqgan(images), atol=0.1, rtol=0.1)
+
+
+def test_a_training_checkpoint_loads(tmp_path, fit, images):
+    vqgan = gan()
+    fit(vqgan, 2, batch=4).save_checkpoint(tmp_path / "last.ckpt")
+    again = VQGAN.load(tmp_path / "last.ckpt")
+    assert again.hparams == vqgan.hparams and not changed(again, weights_of(vqgan))
+    assert torch.equal(again(images), vqgan.eval()(images))
+
+
+def test_stopping_and_resuming_changes_nothing(tmp_path):
+    """Four steps in one go are two steps, a checkpoint, and two more."""
+    data = DataLoader([{"images": image} for image in ShapesDataset(4, seed=3).render(range(4))], batch_size=4)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+
+    def train(steps: int, resume: str | None = None) -> tuple[VQGAN, pl.Trainer]:
+        torch.manual_seed(2)
+        vqgan = gan(discriminator_start=1, revive_after=0, schedule="cosine", warmup_steps=2)
+        trainer = pl.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", **quiet)
+        # the schedule must see the same length, whenever this run stops
+        trainer.__class__ = type("Trainer", (pl.Trainer,), {"estimated_stepping_batches": 4})
+        trainer.fit(vqgan, data, ckpt_path=resume)
+        return vqgan, trainer
+
+    straight, _ = train(4)
+    _, trainer = train(2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    resumed, trainer = train(4, str(tmp_path / "two.ckpt"))
+    assert trainer.global_step == 4
+    assert not changed(resumed, weights_of(straight))
