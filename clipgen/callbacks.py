@@ -15,21 +15,42 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from clipgen.images import grid, save_png, to_pil
 from clipgen.pipeline import TextToImage
+from clipgen.sampling import check_sampling
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
+from clipgen.weights.checkpoint import whole_file
 
 logger = logging.getLogger(__name__)
 
 
 def checkpoints(folder: str | Path, monitor: str, every_n_steps: int) -> list[ModelCheckpoint]:
     """``last.ckpt`` every n steps and at the end; ``best.ckpt`` by the lowest ``monitor``."""
+    if every_n_steps < 1:
+        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
     common: dict[str, Any] = dict(dirpath=folder, enable_version_counter=False, auto_insert_metric_name=False)
     last = ModelCheckpoint(filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=False, **common)
     return [last, ModelCheckpoint(filename="best", monitor=monitor, mode="min", **common)]
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all, beside the old one until then: Lightning writes them in /tmp first,
+    and where that is another disk the last step is a copy that can break off."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with whole_file(path) as partial, partial.open("wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's own complaint hides what the system said
+            if isinstance(error.__context__, OSError):
+                raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
+            raise
 
 
 class StopCleanly(pl.Callback):
@@ -39,7 +60,7 @@ class StopCleanly(pl.Callback):
         self.checkpoint, self.asked = Path(checkpoint), False
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for name in (signal.SIGINT, signal.SIGTERM):  # Lightning puts the old handlers back when it is done
             signal.signal(name, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -48,11 +69,12 @@ class StopCleanly(pl.Callback):
         self.asked = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.asked:
-            trainer.save_checkpoint(self.checkpoint, weights_only=False)
-            raise KeyboardInterrupt
+        self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
         if self.asked:
             if trainer.global_step:
                 trainer.save_checkpoint(self.checkpoint, weights_only=False)
@@ -81,11 +103,16 @@ class Pictures(pl.Callback):
 
     Args:
         prompts: the sentences of stage 2.
-        num_images: how many pictures a grid shows.
+        num_images: how many pictures a grid shows. temperature, top_k, top_p: see ``sampling.draw``.
     """
 
-    def __init__(self, folder: str | Path, prompts: Sequence[str] = (), num_images: int = 16, **sampling: Any):
-        self.folder, self.prompts, self.num_images, self.sampling = Path(folder), list(prompts), num_images, sampling
+    def __init__(self, folder: str | Path, num_images: int = 16, prompts: Sequence[str] = (), temperature: float = 1.0,
+                 top_k: int = 300, top_p: float = 1.0):  # fmt: skip
+        check_sampling(temperature, top_k, top_p)
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        self.folder, self.num_images, self.prompts = Path(folder), num_images, list(prompts)
+        self.sampling: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         self.images: Tensor | None = None
 
     def on_validation_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int,

@@ -45,7 +45,7 @@ class TextToImage:
         """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, or what ``save`` wrote."""
         path = Path(BUNDLED.get(str(path_or_name), path_or_name)).expanduser()
         transformer = ConditionalTransformer.load(path)
-        root = path.parent.parent if path.is_file() else path
+        root = path.parent.parent if path.is_file() else path.parent if (path / "config.json").is_file() else path
         return cls(VQGAN.load(root), transformer, load_clip(root))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
@@ -131,6 +131,9 @@ def load_clip(root: Path) -> FrozenCLIP:
         raise FileNotFoundError(
             f"no clip.json in {root}: a pipeline folder or a run of `clipgen-train stage=transformer` has one"
         )
-    config = json.loads((root / "clip.json").read_text())
-    local = root / config["model_name"]
-    return FrozenCLIP(str(local) if local.is_dir() else config["model_name"], config["pretrained"])
+    try:
+        config = json.loads((root / "clip.json").read_text())
+        name, pretrained = config["model_name"], config["pretrained"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{root / 'clip.json'} is damaged: {error}") from error
+    return FrozenCLIP(str(root / name) if (root / name).is_dir() else name, pretrained)

@@ -28,7 +28,7 @@ class VQGAN(pl.LightningModule):
     Images are (B, 3, H, W) in [-1, 1]; height and width are divisible by f = ``patch_size * 2 ** (len(ch_mult) - 1)``.
 
     Args:
-        codebook_size, codebook_dim, distance, revive_after: the quantizer's, see ``VectorQuantizer``.
+        codebook_size, codebook_dim, distance, revive_after, codebook_momentum: the quantizer's, see ``VectorQuantizer``.
         ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, dropout: see ``Encoder``.
         reconstruction: ``"l1"`` or ``"l2"``.
         codebook_weight, commitment_weight: of the two terms of Eq. 4; beta of VQ-VAE is the second.
@@ -43,6 +43,7 @@ class VQGAN(pl.LightningModule):
 
     def __init__(
         self, *, codebook_size: int = 16384, codebook_dim: int = 256, distance: str = "euclidean", revive_after: int = 0,
+        codebook_momentum: float = 0.0,
         ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
         attn_resolutions: Sequence[int] = (16,), resolution: int = 256, z_channels: int = 256, patch_size: int = 1, mid_attention: bool = True,
         dropout: float = 0.0, reconstruction: str = "l1", codebook_weight: float = 1.0, commitment_weight: float = 0.25,
@@ -67,7 +68,7 @@ class VQGAN(pl.LightningModule):
             resolution=resolution, z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention,
         )  # fmt: skip
         self.encoder, self.decoder = Encoder(**sizes), Decoder(**sizes)
-        self.quantize = VectorQuantizer(codebook_size, codebook_dim, distance, revive_after)
+        self.quantize = VectorQuantizer(codebook_size, codebook_dim, distance, revive_after, codebook_momentum)
         self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
         self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None
@@ -112,7 +113,7 @@ class VQGAN(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         h = self.hparams
-        generator = [p for name, p in self.named_parameters() if not name.startswith("discriminator.")]
+        generator = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("discriminator.")]
         halves = [generator] + ([list(self.discriminator.parameters())] if self.discriminator else [])
         optimizers = [torch.optim.Adam(half, lr=h.learning_rate, betas=tuple(h.betas)) for half in halves]
         total = self.trainer.estimated_stepping_batches

@@ -28,6 +28,20 @@ def test_attention_sits_at_the_asked_resolutions():
         assert count(Decoder(**sizes, attn_resolutions=at)) == decoder
 
 
+def test_without_any_attention():
+    """Then a latent sees what is near its place and nothing else."""
+    sizes = dict(ch=32, ch_mult=[1, 1], num_res_blocks=1, attn_resolutions=[], resolution=64, z_channels=4)
+    encoder, local = Encoder(**sizes), Encoder(**sizes, mid_attention=False)
+    decoder = Decoder(**sizes, mid_attention=False)
+    assert not any(isinstance(m, AttnBlock) for net in (local, decoder) for m in net.modules())
+    for net in (encoder, local):  # group norms see the whole image, so without them
+        for block in [m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)]:
+            block.forward = lambda x: x
+        images = torch.randn(1, 3, 64, 64, requires_grad=True)
+        net(images)[0, 0, 0, 0].backward()
+        assert (images.grad[..., 40:, 40:].abs().sum() == 0) == (net is local)
+
+
 def test_the_last_layer_makes_the_pixels():
     sizes = dict(ch=32, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], resolution=8, z_channels=4, patch_size=2)
     decoder = Decoder(**sizes)

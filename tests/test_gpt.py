@@ -112,6 +112,24 @@ def test_null_condition_forgets_the_embedding_and_leaves_other_rows_alone():
         network().condition(a, drop)
 
 
+@torch.no_grad()
+def test_grid_positions_tell_row_and_column():
+    gpt = ConditionalGPT2(
+        n_layer=1, n_head=2, n_embd=32, codebook_size=K, num_tokens=16, clip_dim=E, grid_positions=True
+    )
+    positions = gpt.transformer.wpe.weight
+    place = torch.arange(16)
+    distance = torch.cdist(positions, positions) + 9 * torch.eye(16)
+    assert distance.min() > 0.05  # all different
+    for half, axis in ((positions[:, :16], place // 4), (positions[:, 16:], place % 4)):
+        assert torch.equal(torch.cdist(half, half) < 1e-6, axis[:, None] == axis)
+    assert gpt.transformer.wpe.weight.requires_grad
+    for num_tokens, n_embd in ((12, 32), (16, 34)):
+        with pytest.raises(ValueError, match=f"got {num_tokens} and {n_embd}"):
+            ConditionalGPT2(n_layer=1, n_head=2, n_embd=n_embd, codebook_size=K, num_tokens=num_tokens, clip_dim=E,
+                            grid_positions=True)  # fmt: skip
+
+
 def test_dropout_only_in_training():
     gpt, e, indices = network(dropout=0.5), embeddings(2), torch.randint(K, (2, T))
     assert torch.equal(gpt(indices, e), gpt(indices, e))

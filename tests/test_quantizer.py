@@ -134,6 +134,22 @@ def test_the_first_batch_seeds_the_codebook_and_evaluation_moves_nothing():
     assert (module.embedding.weight.norm(dim=1) > 5).sum() >= 15  # all but the one that was already chosen
 
 
+def test_codes_follow_the_mean_of_their_latents():
+    """Mini-batch k-means by hand: a tenth of the way to the mean; codes that nobody chose stay."""
+    module = VectorQuantizer(3, 2, codebook_momentum=0.9)
+    module.embedding.weight.data = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 99.0]])
+    z = torch.tensor([[1.0, 1.0], [3.0, 1.0], [10.0, 2.0]]).view(3, 2, 1, 1).requires_grad_()
+    z_q, indices, losses = module(z)
+    assert indices.flatten().tolist() == [0, 0, 1]
+    torch.testing.assert_close(z_q.flatten(1), torch.tensor([[0.0, 0.0], [0.0, 0.0], [10.0, 0.0]]))  # the codes before
+    after = torch.tensor([[0.2, 0.1], [10.0, 0.2], [0.0, 99.0]])
+    torch.testing.assert_close(module.embedding.weight.data, after)
+    sum(losses.values()).backward()
+    assert z.grad is not None and not any(p.requires_grad for p in module.parameters())
+    module.eval()(z)
+    torch.testing.assert_close(module.embedding.weight.data, after)
+
+
 def test_usage_and_perplexity_by_hand():
     even = usage_and_perplexity(torch.tensor([5, 5, 5, 5]))
     assert [v.item() for v in even] == pytest.approx([1.0, 4.0])
@@ -149,6 +165,7 @@ def test_usage_and_perplexity_by_hand():
     [
         (dict(codebook_size=1, codebook_dim=4), "codebook_size must be at least 2, got 1"),
         (dict(codebook_size=8, codebook_dim=4, distance="l1"), "got 'l1'"),
+        (dict(codebook_size=8, codebook_dim=4, codebook_momentum=1.0), "codebook_momentum must be in .*, got 1.0"),
     ],
 )
 def test_refused(arguments, message):
@@ -159,7 +176,7 @@ def test_refused(arguments, message):
 def _rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)  # the codebook: the same on both
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    module = VectorQuantizer(16, 4, revive_after=2)
+    module = VectorQuantizer(16, 4, revive_after=2, codebook_momentum=0.5)
     torch.manual_seed(rank)  # the data: not the same
     for _ in range(4):
         module(5 + torch.randn(32, 4, 1, 1))
@@ -168,7 +185,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_rank_revives_alike(tmp_path):
+def test_every_rank_moves_codes_alike(tmp_path):
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

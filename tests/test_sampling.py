@@ -126,7 +126,7 @@ def test_decode_feeds_back_what_it_drew():
 
 def test_decode_uses_each_uniform_once():
     """With flat logits over 4 indices, the uniforms are the indices."""
-    uniforms = torch.tensor([[0.1, 0.3, 0.6], [0.9, 0.0, 0.99]])
+    uniforms = torch.tensor([[0.1, 0.3, 0.6], [0.5, 0.0, 0.99]])
     indices = decode(lambda position, previous: torch.zeros(2, 4), uniforms)
     order = torch.zeros(1, 4).topk(4).indices[0]
     assert torch.equal(indices, order[(uniforms * 4).long()])

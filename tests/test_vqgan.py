@@ -81,6 +81,16 @@ def test_a_step_moves_every_part(fit):
     assert "quantize.embedding.weight" in moved
 
 
+def test_codes_that_follow_their_latents_need_no_optimizer(fit):
+    vqgan = gan(codebook_momentum=0.9, revive_after=0)
+    before = weights_of(vqgan)
+    fit(vqgan, 2, batch=4)
+    assert "quantize.embedding.weight" in changed(vqgan, before)
+    optimized = [p for optimizer in vqgan.optimizers() for p in optimizer.param_groups[0]["params"]]
+    assert len(optimized) == len(list(vqgan.parameters())) - 1
+    assert not any(p is vqgan.quantize.embedding.weight for p in optimized)
+
+
 def test_max_steps_counts_batches(fit):
     for vqgan in (gan(), model()):
         count = Count()

@@ -1,13 +1,30 @@
-"""Hydra, in one place: where the YAML lives, how it is composed, how objects are made from it."""
+"""Hydra, in one place: where the YAML lives, how it is composed, how objects are made from it, what its errors mean."""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+
+MESSAGES = (  # what Hydra says -> what we say
+    (r"You must specify '(\w+)'.* Available options: (.*)", r"\1 must be one of \2; give \1=..."),
+    (r".*Could not find '(\w+)/(.*)' Available options in '\1': (.*)", r"\1 must be one of \3, got \2"),
+    (r".*Could not find '(\w+)/(.*)'", r"\1 must be an existing group option, got \2"),
+    (r"Error parsing override '(.*)' missing EQUAL.*", r"arguments must be KEY=VALUE, got \1"),
+    (r"Error parsing override '(.*?)' (.*) See https.*", r"\1 cannot be read: \2; put quotes around the value"),
+    (r"Could not override '(.*?)'\..*", r"there is no key \1; clipgen-train stage=vqgan --cfg job shows all keys"),
+    (r".*(mismatched|extraneous|token).* See https.*", r"arguments must be KEY=VALUE, with quotes around odd values"),
+    (r"Ambiguous value for argument '(.*?)'.*", r"\1 has several values: a list is written [a,b], a sweep --multirun"),
+    (r".*interpolation '\$\{experiment\}_\$\{stage\}'.*", r"--multirun cannot sweep over stage or experiment"),
+)
 
 
 def config_dir() -> str:
@@ -19,15 +36,86 @@ def config_dir() -> str:
 
 def composed(*overrides: str) -> DictConfig:
     """What ``clipgen-train`` would run with these overrides."""
-    with initialize_config_dir(config_dir(), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+    try:
+        with initialize_config_dir(config_dir(), version_base="1.3"):
+            return compose("train", overrides=list(overrides))
+    except HydraException as error:
+        raise ValueError(explain(error)) from error
 
 
 def make(node: DictConfig, **arguments: Any) -> Any:
-    """Call a node's ``_target_`` with its values as plain Python ones, which keeps checkpoints free of OmegaConf."""
-    return instantiate(node, _convert_="all", **arguments)
+    """Call a node's ``_target_`` with its values as plain Python ones, which keeps checkpoints free of OmegaConf.
+
+    Raises:
+        TypeError: a value is not of the kind that the signature names.
+    """
+    check_types(node, arguments)
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        raise root_cause(error) from error
 
 
 def as_yaml(config: DictConfig) -> str:
     """The resolved configuration, for the run folder."""
     return OmegaConf.to_yaml(config, resolve=True)
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def explain(error: BaseException) -> str:
+    """Hydra's message in one sentence."""
+    text = " ".join(str(error).split()).split(" Config search path")[0]
+    text = re.sub(
+        "(?<=Available options).*: (.*)", lambda found: found[0].replace(found[1], found[1].replace(" ", ", ")), text
+    )
+    for pattern, ours in MESSAGES:
+        if re.fullmatch(pattern, text):
+            return re.sub(pattern, ours, text)
+    return text
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a constructor raised, without Hydra's wrapping."""
+    return root_cause(error.__cause__) if isinstance(error, InstantiationException) and error.__cause__ else error
+
+
+def check_types(node: DictConfig, given: dict[str, Any]) -> None:
+    """Raise TypeError for the first value in YAML that does not fit the signature; ``given`` replaces such values."""
+    target = get_object(node["_target_"])
+    try:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # a library that imports a name for its type checker only
+        return
+    for key, value in OmegaConf.to_container(node, resolve=True).items():
+        if key in hints and key not in given and not fits(value, hints[key]):
+            raise TypeError(f"{node._get_full_key(key)} must be {plain(hints[key])}, got {value!r}")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML is of a type; a whole number is a float too, and true is no number."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def plain(kind: Any) -> str:
+    """A type for people: ``int or None``, ``list of int``."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(plain(argument) for argument in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if inspect.isclass(origin) and issubclass(origin, Sequence):
+        return f"list of {plain(arguments[0])}"
+    return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))

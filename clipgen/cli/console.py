@@ -11,19 +11,21 @@ from collections.abc import Callable
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
 
-def guarded(command: str, main: Callable[[], int | None]) -> None:
-    """Run ``main`` and exit; an expected error becomes ``command: error: sentence``. CLIPGEN_DEBUG=1 shows tracebacks."""
+def guarded(command: str, main: Callable[[], None]) -> None:
+    """Run ``main`` and exit; an error becomes ``command: error: sentence``. CLIPGEN_DEBUG=1 shows tracebacks."""
     set_up_logging()
     try:
-        code = main()
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except EXPECTED as error:
+    except Exception as error:
         if os.environ.get("CLIPGEN_DEBUG"):
             raise
-        print(f"{command}: error: {sentence(error)}", file=sys.stderr)
+        bug = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
+        hint = " (CLIPGEN_DEBUG=1 shows where)" if bug else ""
+        print(f"{command}: error: {bug}{sentence(error)}{hint}", file=sys.stderr)
         sys.exit(1)
-    sys.exit(code or 0)
+    sys.exit(0)
 
 
 def sentence(error: BaseException) -> str:
@@ -37,8 +39,10 @@ def sentence(error: BaseException) -> str:
 def set_up_logging() -> None:
     """Our lines as they are; of the libraries' only what is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger().addFilter(lambda record: False)  # open_clip logs without a name what it then raises
     logging.getLogger("clipgen").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*Experiment logs directory.*"):
-        warnings.filterwarnings("ignore", message=message)
+    for message in ("does not have many workers", "LeafSpec", "logs directory", "pre-optimization", "logging interval"):
+        warnings.filterwarnings("ignore", message=f"(?s).*{message}")

@@ -35,25 +35,18 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def run() -> int:
+def run() -> None:
     """Train, sample, judge, report."""
     args = parser().parse_args()
     seconds: dict[str, float] = {}
     with timed(seconds, "imports"):
         from clipgen.cli import train
-        from clipgen.cli.config import composed
         from clipgen.pipeline import TextToImage
     vqgan, transformer = args.output / "vqgan", args.output / "transformer"
-    common = ["experiment=shapes", "logger=csv", f"seed={args.seed}", *args.overrides]
-    for name, overrides in (
-        ("vqgan", ["stage=vqgan", f"output={vqgan}"]),
-        ("transformer", ["stage=transformer", f"output={transformer}", f"vqgan={vqgan}"]),
-    ):
+    for name, config in configs(args.output, args.seed, args.overrides).items():
         print(f"Training stage={name} ...")
         with timed(seconds, name):
-            code = train.train(composed(*overrides, *common))
-        if code:
-            return code
+            train.train(config)
     with timed(seconds, "sampling"):
         pipe = TextToImage.load(transformer)
         accuracy = sample_and_judge(pipe, args.output / "grid.png", args.seed)
@@ -62,7 +55,23 @@ def run() -> int:
         draw_losses([vqgan / "metrics.csv", transformer / "metrics.csv"], args.output / "losses.png")
     seconds["total"] = time.perf_counter() - START
     report(args.output, accuracy, seconds, {"seed": args.seed, "overrides": args.overrides, "prompts": PROMPTS})
-    return 0
+
+
+def configs(output: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """The configuration of each stage, composed before the first begins."""
+    from clipgen.cli.config import composed
+
+    for override in overrides:
+        if override.split("=")[0] in ("stage", "output", "vqgan"):
+            raise ValueError(f"overrides must leave stage, output and vqgan to the demo, got {override}")
+    found = {
+        stage: composed(f"stage={stage}", "experiment=shapes", "logger=csv", f"seed={seed}", *overrides)
+        for stage in ("vqgan", "transformer")
+    }
+    for stage, config in found.items():  # not as overrides: Hydra's grammar breaks on some paths
+        config.output = str(output / stage)
+    found["transformer"].vqgan = str(output / "vqgan")
+    return found
 
 
 @contextmanager
@@ -106,6 +115,8 @@ def draw_losses(files: list[Path], path: Path) -> None:
     """Training and validation curves of both stages."""
     import matplotlib
 
+    from clipgen.weights.checkpoint import whole_file
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -119,13 +130,14 @@ def draw_losses(files: list[Path], path: Path) -> None:
             axis.plot(*zip(*points), label=name, marker="o" if name.startswith("val") else None)
         axis.set(title=f"stage={file.parent.name}", xlabel="step", yscale="log")
         axis.legend()
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], settings: dict[str, Any]) -> None:
     """Write report.json and print a short table."""
+    from clipgen.weights.checkpoint import whole_file
+
     versions = json.loads((output / "transformer" / "versions.json").read_text())
     content = {
         "accuracy": accuracy,
@@ -133,9 +145,8 @@ def report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], 
         "versions": versions,
         "settings": settings,
     }
-    partial = output / ".report.json.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(output / "report.json")
+    with whole_file(output / "report.json") as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
     print(f"\n{PROMPTS} sentences, none seen in training; part of the pictures that the judge finds right:")
     for name in ("all", "shape", "color", "size", "background"):
         print(f"  {name:<11} {accuracy[name]:6.1%}")

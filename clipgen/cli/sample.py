@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
-import tempfile
 from pathlib import Path
 
 from clipgen.cli.console import guarded
+from clipgen.cli.output import output_folder
 
 
 def main() -> None:
@@ -20,8 +20,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("clipgen-sample", description="Draw pictures of sentences.")
     p.add_argument("--prompt", action="append", required=True, help="a sentence; may be given several times")
     p.add_argument("--num-images", type=int, default=4, help="pictures a sentence (default: %(default)s)")
-    p.add_argument("--checkpoint", help="stage-2 run folder, checkpoint or pipeline folder; default: the newest finished "
-                   "run below outputs/, else the bundled shapes model")  # fmt: skip
+    p.add_argument("--checkpoint", help="stage-2 run folder, checkpoint or pipeline folder; default: the newest "
+                   "finished run below outputs/, else the bundled shapes model")  # fmt: skip
     p.add_argument("--output", type=Path, default=Path("samples"), help="folder for the PNGs (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="picture i draws from seed + i (default: %(default)s)")
     p.add_argument(
@@ -48,32 +48,27 @@ def run() -> None:
     check_sampling(**settings)
     for prompt in args.prompt:
         check_request(prompt, args.num_images, args.rerank_from)
-    check_writable(args.output)
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
     checkpoint = args.checkpoint or newest_run(Path("outputs")) or "shapes"
-    pipe = TextToImage.load(checkpoint).to(args.device or best_device())
-    print(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
-    pictures, captions = [], []
-    for number, prompt in enumerate(args.prompt):
-        for picture in pipe(prompt, args.num_images, seed=args.seed, rerank_from=args.rerank_from, **settings):
-            name = f"{number:02d}_{slug(prompt)}_{picture.info['seed']}.png"
-            print(save_png(picture, args.output / name, picture.info))
-            pictures.append(picture)
-            captions.append(prompt)
-    print(save_png(grid(pictures, columns=args.num_images if len(args.prompt) > 1 else None, captions=captions),
-                   args.output / "grid.png"))  # fmt: skip
+    with output_folder(args.output):
+        pipe = TextToImage.load(checkpoint).to(args.device or best_device())
+        print(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
+        pictures, captions = [], []
+        for number, prompt in enumerate(args.prompt):
+            for picture in pipe(prompt, args.num_images, seed=args.seed, rerank_from=args.rerank_from, **settings):
+                name = f"{number:02d}_{slug(prompt)}_{picture.info['seed']}.png"
+                print(save_png(picture, args.output / name, picture.info))
+                pictures.append(picture)
+                captions.append(prompt)
+        columns = args.num_images if len(args.prompt) > 1 else None
+        print(save_png(grid(pictures, columns=columns, captions=captions), args.output / "grid.png"))
 
 
 def newest_run(outputs: Path) -> str | None:
     """The stage-2 run that finished last, below a folder of runs."""
-    finished = sorted(outputs.glob("transformer/*/transformer/config.json"), key=lambda file: file.stat().st_mtime)
+    finished = sorted(outputs.rglob("transformer/config.json"), key=lambda file: file.stat().st_mtime)
     return str(finished[-1].parent.parent) if finished else None
-
-
-def check_writable(folder: Path) -> None:
-    """Raise OSError before any work where nothing could be written at the end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def best_device() -> str:

@@ -11,7 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import EXPECTED, guarded
+from clipgen.cli.console import guarded
+from clipgen.cli.output import output_folder
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -35,81 +36,110 @@ def main() -> None:
     guarded("clipgen-train", run_hydra)
 
 
-def run_hydra() -> int:
+def run_hydra() -> None:
     """Hand over to Hydra for the configuration; errors come back here, to be told in one sentence."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(help_text())
+        return
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
-    from clipgen.cli.config import config_dir
+    from clipgen.cli.config import config_dir, explain
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
-    outcome: list[int | BaseException] = []
+    errors: list[Exception] = []
 
     @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
     def task(config: DictConfig) -> None:
+        if sweep := HydraConfig.get().mode == RunMode.MULTIRUN:
+            config.output = HydraConfig.get().runtime.output_dir
         try:
-            outcome.append(train(config))
-        except EXPECTED as error:
-            outcome.append(root_cause(error))
+            train(config, sweep)
+        except MisconfigurationException as error:
+            errors.append(ValueError(str(error)))
+        except Exception as error:  # the other runs of a sweep go on
+            errors.append(error)
 
     try:
         task()
     except HydraException as error:
         raise ValueError(explain(error)) from error
-    for error in outcome:
-        if isinstance(error, BaseException):
-            raise error
-    return max((code for code in outcome if isinstance(code, int)), default=0)
+    if errors:
+        raise errors[0]
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """What a constructor raised, without Hydra's wrapping."""
-    from hydra.errors import InstantiationException
+def help_text() -> str:
+    """What --help prints; quicker than Hydra's own, which needs a stage before it answers."""
+    from clipgen.cli.config import config_dir
 
-    return root_cause(error.__cause__) if isinstance(error, InstantiationException) and error.__cause__ else error
+    groups = {
+        folder.name: "|".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        for folder in sorted(Path(config_dir()).iterdir())
+        if folder.is_dir() and folder.name not in ("stage", "recipe", "trainer")
+    }
+    return f"""usage: clipgen-train stage=vqgan [key=value ...]
+       clipgen-train stage=transformer vqgan=RUN [key=value ...]
+
+Train the tokenizer, then the transformer on top of it. Ctrl-C saves and stops.
+
+choices:
+{chr(10).join(f"  {group}={options}" for group, options in groups.items())}
+
+often needed:
+  output=FOLDER             the run folder (default: outputs/STAGE/TIME)
+  resume=RUN                go on from a run folder or .ckpt; repeat the other arguments
+  trainer.max_steps=1000    any key that  clipgen-train stage=vqgan --cfg job  shows
+  --multirun key=a,b        one run after another, for each value"""
 
 
-def explain(error: Exception) -> str:
-    """Hydra's message in one sentence; a key that does not exist is named with what to do."""
-    text = " ".join(str(error).split()).split(" Config search path")[0]
-    if text.startswith("Could not override"):
-        cause = " ".join(str(error.__cause__).split()).split(" full_key")[0]
-        return f"{text.split(' To append')[0].rstrip('.')}: {cause}; clipgen-train --help lists the keys"
-    return text
-
-
-def train(config: DictConfig) -> int:
-    """Train one stage as configured: 0, or 130 where Ctrl-C stopped it. The run folder is ``config.output``."""
+def train(config: DictConfig, sweep: bool = False) -> None:
+    """Train one stage as configured; KeyboardInterrupt where Ctrl-C stopped it. The run folder is ``config.output``."""
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
 
-    from clipgen import callbacks
     from clipgen.cli.config import as_yaml, make
 
     if missing := OmegaConf.missing_keys(config):
-        raise ValueError(
-            f"stage={config.stage_name} needs a value for {', '.join(sorted(missing))}: give {min(missing)}=..."
-        )
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"stage={config.stage_name} needs a value for {names}: give {min(missing)}=...")
     OmegaConf.resolve(config)
-    output = Path(config.output)
-    ckpt = find_resume(config.resume)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
+    output = Path(str(config.output))
+    trainer = make_trainer(config, output)
+    if sweep and trainer.world_size > 1:
+        raise ValueError(
+            f"--multirun needs a single device, got {trainer.world_size}: each would start the sweep again"
+        )
     data = make(config.data)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)
-    stop = callbacks.StopCleanly(output / "checkpoints" / "last.ckpt")
-    trainer = make(
+    ckpt = find_resume(config.resume, model)
+    if not trainer.is_global_zero:
+        return fit(trainer, model, data, ckpt, output)
+    with output_folder(output, keep="checkpoints/*.ckpt"):
+        prepare(output, as_yaml(config), model)
+        fit(trainer, model, data, ckpt, output)
+
+
+def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
+    """Lightning's trainer with our callbacks."""
+    from clipgen import callbacks
+    from clipgen.cli.config import make
+
+    folder, visible = output / "checkpoints", sys.stderr.isatty()
+    return make(
         config.trainer,
         default_root_dir=str(output),
         logger=make(config.logger) if "_target_" in config.logger else False,
-        enable_progress_bar=sys.stderr.isatty(),
-        enable_model_summary=sys.stderr.isatty(),
-        callbacks=[stop, callbacks.Pictures(output / "pictures", **OmegaConf.to_object(config.pictures)),
-                   *callbacks.checkpoints(output / "checkpoints", config.monitor, config.checkpoint.every_n_steps),
-                   callbacks.Results(), *([callbacks.Bar()] if sys.stderr.isatty() else [])],
+        enable_progress_bar=visible,
+        enable_model_summary=visible,
+        plugins=[callbacks.WholeCheckpoints()],
+        callbacks=[callbacks.StopCleanly(folder / "last.ckpt"), make(config.pictures, folder=output / "pictures"),
+                   *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
+                   *([callbacks.Bar()] if visible else [])],
     )  # fmt: skip
-    if trainer.is_global_zero:
-        prepare(output, as_yaml(config), model)
-    return fit(trainer, model, data, ckpt, stop, output)
 
 
 def build(config: DictConfig) -> pl.LightningModule:
@@ -134,7 +164,6 @@ def prepare(output: Path, yaml: str, model: pl.LightningModule) -> None:
     from clipgen import ConditionalTransformer
     from clipgen.pipeline import save_frozen
 
-    output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(yaml)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     (output / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
@@ -142,33 +171,38 @@ def prepare(output: Path, yaml: str, model: pl.LightningModule) -> None:
         save_frozen(output, *model.frozen())
 
 
-def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, stop: Any, output: Path) -> int:
+def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
     """Train, then leave the finished model in the run folder."""
+    from clipgen.weights.checkpoint import FOLDERS
+
     try:
         trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
-    except (KeyboardInterrupt, SystemExit):
-        if not stop.asked:
-            raise
-        logger.info("Stopped at step %d; go on with resume=%s", trainer.global_step, output)
-        return 130
+    except SystemExit as exit:  # what Lightning makes of Ctrl-C
+        done = trainer.global_step
+        logger.info("Stopped at step %d%s", done, f"; the same command with resume={output} goes on" if done else "")
+        raise KeyboardInterrupt from exit
+    trainer.save_checkpoint(output / "checkpoints" / "last.ckpt", weights_only=False)  # all processes have a part in it
     if trainer.is_global_zero:
-        trainer.save_checkpoint(stop.checkpoint, weights_only=False)
-        best = output / "checkpoints" / "best.ckpt"
-        name = "transformer" if hasattr(model, "sample") else "vqgan"
-        finished = type(model).load(best) if best.is_file() else model
-        finished.save(output / name)
+        best = next(callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor)
+        finished = type(model).load(best) if Path(best).is_file() else model  # no validation, no best
+        finished.save(output / FOLDERS[type(model).__name__])
         logger.info("Finished %d steps: %s", trainer.global_step, output)
-    return 0
 
 
-def find_resume(resume: str | None) -> str | None:
-    """The checkpoint to go on from: a file, or last.ckpt of a run folder."""
+def find_resume(resume: str | None, model: pl.LightningModule) -> str | None:
+    """The checkpoint to go on from: a file, or last.ckpt of a run folder; refused where it is of another model."""
     if resume is None:
         return None
+    from clipgen.weights.checkpoint import load_ckpt
+
     path = Path(resume).expanduser()
     path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
+    arguments, state = load_ckpt(path, type(model).__name__)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+        other = [f"model.{k}={v}" for k, v in arguments.items() if model.hparams.get(k) != v]
+        raise ValueError(f"resume must name a checkpoint of the same model, got {path} with {', '.join(other)}")
     return str(path)
 
 

@@ -95,8 +95,8 @@ def centered(masks: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def templates(image_size: int) -> tuple[Tensor, list[tuple[str, str]]]:
     """Centred masks (N, H, W) of every shape at radii from well under "small" to well over "large", with their names."""
-    border = (RADII["small"][1] + RADII["large"][0]) / 2
-    radii = torch.arange(RADII["small"][0] - 1, RADII["large"][1] + 1, 0.5)
+    border = (RADII["small"][-1] + RADII["large"][0]) / 2
+    radii = torch.arange(RADII["small"][0] - 1, RADII["large"][-1] + 1, 0.5)
     sizes = ["small" if radius < border else "large" for radius in radii]
     masks = [silhouettes(s, radii * image_size / 32, torch.zeros(len(radii), 2), image_size) for s in SHAPES]
     return centered(torch.cat(masks)), [(shape, size) for shape in SHAPES for size in sizes]

@@ -33,19 +33,26 @@ class VectorQuantizer(nn.Module):
             length times sqrt(D), the way of ViT-VQGAN (arXiv:2110.04627), whose codes stay alive.
         revive_after: a code that no latent of this many training batches chose is moved onto a latent that is
             badly served; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
+        codebook_momentum: 0 learns the codes by the gradient of ``codebook_loss`` (the paper). Above 0, each batch moves
+            a code by ``1 - codebook_momentum`` of the way to the mean of its latents (mini-batch k-means), which follows
+            the encoder much faster.
     """
 
     idle: Tensor
 
-    def __init__(self, codebook_size: int, codebook_dim: int, distance: str = "euclidean", revive_after: int = 0):
+    def __init__(self, codebook_size: int, codebook_dim: int, distance: str = "euclidean", revive_after: int = 0,
+                 codebook_momentum: float = 0.0):  # fmt: skip
         super().__init__()
         if codebook_size < 2:
             raise ValueError(f"codebook_size must be at least 2, got {codebook_size}")
         if distance not in ("euclidean", "cosine"):
             raise ValueError(f"distance must be 'euclidean' or 'cosine', got {distance!r}")
+        if not 0 <= codebook_momentum < 1:
+            raise ValueError(f"codebook_momentum must be in [0, 1), got {codebook_momentum}")
         self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
-        self.distance, self.revive_after = distance, revive_after
+        self.distance, self.revive_after, self.codebook_momentum = distance, revive_after, codebook_momentum
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
+        self.embedding.weight.requires_grad_(codebook_momentum == 0)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
         self.register_buffer(
             "idle", torch.full((codebook_size,), max(revive_after, 1) - 1)
@@ -66,6 +73,8 @@ class VectorQuantizer(nn.Module):
             flat = self._scaled(rearrange(z.float(), "b d h w -> b h w d"))
             indices = self.nearest(flat)
             codes = F.embedding(indices, self.codebook)  # (B, h, w, D)
+            if self.training and self.codebook_momentum:
+                self.move_(flat.detach().flatten(0, 2), indices.flatten())
             if self.training and self.revive_after:
                 error = (flat - codes).detach().square().sum(-1)
                 self.revive_(flat.detach().flatten(0, 2), indices.flatten(), error.flatten())
@@ -85,6 +94,17 @@ class VectorQuantizer(nn.Module):
     def codes(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) -> codes (B, D, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
+
+    @torch.no_grad()
+    def move_(self, latents: Tensor, indices: Tensor) -> None:
+        """Move each code towards the mean of the latents (N, D) that chose it, over all ranks."""
+        count = torch.bincount(indices, minlength=self.codebook_size)[:, None].to(latents)
+        total = torch.zeros_like(self.embedding.weight).index_add_(0, indices, latents)
+        if dist.is_initialized():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+        mean = torch.where(count > 0, total / count.clamp(min=1), self.embedding.weight)
+        self.embedding.weight.lerp_(mean, 1 - self.codebook_momentum)
 
     @torch.no_grad()
     def revive_(self, latents: Tensor, indices: Tensor, error: Tensor) -> None:

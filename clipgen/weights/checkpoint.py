@@ -1,12 +1,14 @@
 """Models in and out of files: our folders (JSON + safetensors), training checkpoints, and run folders.
 
-A model folder holds ``config.json`` (which model, its constructor's arguments) and ``model.safetensors``. A run folder is
-what a training run leaves: ``checkpoints/`` while it trains, and a model folder named after the model once it is finished.
+A model folder holds ``config.json`` (which model, its constructor's arguments) and ``model.safetensors``. A run folder
+is what a training run leaves: ``checkpoints/`` while it trains, and a model folder named after the model once it is
+finished.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +57,17 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         (whole / "model.safetensors").write_bytes(save(tensors))
         replace(path, whole, Path(partial) / "old")
     return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write to the path that this gives, beside ``path``, which then appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def replace(path: Path, new: Path, old: Path) -> None:

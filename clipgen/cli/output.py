@@ -1,0 +1,43 @@
+"""The folder that a command writes to: checked before the work, and gone again where the work comes to nothing."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def output_folder(folder: Path, keep: str = "") -> Iterator[None]:
+    """Make a folder for the work inside the ``with``; where that fails and the folder was new, it is removed.
+
+    Args:
+        keep: pattern of files that are worth keeping although the work failed.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
+    ours = folder in new or (folder.is_dir() and not any(folder.iterdir()))
+    try:
+        check_writable(folder)
+        yield
+    except BaseException:
+        if ours and not (keep and any(folder.glob(keep))):
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # others may have begun to use them
+                for parent in new[1:]:
+                    parent.rmdir()
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, and raise OSError unless files can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise OSError(f"output must be a folder that can be written to, got {folder}: {error.strerror}") from error
