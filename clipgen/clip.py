@@ -70,8 +70,8 @@ class FrozenCLIP(pl.LightningModule):
         self.model_name, self.pretrained = model_name, pretrained
         folder = find_folder(model_name)
         name, quick_gelu = (f"local-dir:{folder}", False) if folder else match_activation(model_name, pretrained)
-        model = load_open_clip(name, pretrained, quick_gelu)
-        self.model = model.eval().requires_grad_(False)
+        model: Any = load_open_clip(name, pretrained, quick_gelu)
+        self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(folder, name, model.context_length)
         self.image_size = open_clip.transformer.to_2tuple(model.visual.image_size)[0]
         self.resize_mode = getattr(model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def generator_loss(logits_fake: Tensor, kind: str) -> Tensor:
     raise ValueError(f"adversarial must be 'hinge' or 'log', got {kind!r}")
 
 
-def adaptive_weight(loss: Tensor, generator_loss: Tensor, last_layer: nn.Parameter, maximum: float = 1e4) -> Tensor:
+def adaptive_weight(loss: Tensor, generator_loss: Tensor, last_layer: Tensor, maximum: float = 1e4) -> Tensor:
     """VQ-GAN's lambda (arXiv:2012.09841, Eq. 7): makes both gradients equally long at the decoder's last layer."""
     ours = torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
     theirs = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)[0].float().norm()
@@ -89,13 +90,13 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
     except Exception as error:  # a missing file, no network, a file of something else: the way out is the same
         source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
         raise ValueError(
-            f"the perceptual loss needs the weights {source}, which cannot be had ({' '.join(str(error).split())}): put "
+            f"the perceptual loss needs the weights {source}, not to be had ({' '.join(str(error).split())}): put "
             f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), name the file in "
             "model.vgg_weights=PATH, or go without by model.perceptual_weight=0"
         ) from error
 
 
-def load_vgg_(network: nn.Module, vgg: dict[str, Tensor]) -> nn.Module:
+def load_vgg_(network: Any, vgg: dict[str, Tensor]) -> nn.Module:
     """Put ``features.N.*`` of torchvision's VGG-16 into the slices of LPIPS, where layer N keeps its number."""
     for name, parameter in network.net.named_parameters():
         layer = name.split(".", 1)[1]  # slice1.0.weight -> 0.weight

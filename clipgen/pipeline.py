@@ -61,28 +61,32 @@ class TextToImage:
         return self
 
     @torch.no_grad()
-    def __call__(self, prompt: str, num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
-                 guidance_scale: float = 1.0, rerank_from: int | None = None, seed: int | None = None) -> list[Image.Image]:  # fmt: skip
+    def __call__(
+        self, prompt: str, num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
+        guidance_scale: float = 1.0, rerank_from: int | None = None, seed: int | None = None,
+    ) -> list[Image.Image]:  # fmt: skip
         """Draw pictures of a sentence.
 
         Args:
             num_images: how many to return. rerank_from: draw so many and return those that CLIP finds nearest.
-            seed: image i draws from ``seed + i`` (None: a random one); it is in the picture's ``info`` with the settings.
+            seed: image i draws from ``seed + i`` (None: a random one); its ``info`` says so, with the settings.
 
         Returns:
             PIL images, best first where reranked.
         """
-        settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+        settings: dict[str, Any] = dict(
+            temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale
+        )
         check_request(prompt, num_images, rerank_from)
         check_sampling(**settings)
         seeds = row_seeds(seed, rerank_from or num_images)
         clip_embedding = self.clip.encode_text([prompt])
         images = self.generate(clip_embedding.expand(len(seeds), -1), seeds, **settings)
-        chosen = range(len(seeds))
+        chosen = list(range(len(seeds)))
         if rerank_from:
             scores = self.clip.encode_image(images) @ clip_embedding[0]
             chosen = scores.argsort(descending=True)[:num_images].tolist()
-        pictures = to_pil(images[list(chosen)])
+        pictures = to_pil(images[chosen])
         for picture, i in zip(pictures, chosen):
             picture.info.update(prompt=prompt, seed=seeds[i], **settings, clipgen=clipgen.__version__)
         return pictures

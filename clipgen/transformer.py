@@ -27,7 +27,8 @@ class ConditionalTransformer(pl.LightningModule):
     Training needs the frozen pair, see ``attach``; batches then hold ``images`` (B, 3, H, W) in [-1, 1].
 
     Args:
-        n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, grid_positions: see ``ConditionalGPT2``.
+        n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, grid_positions: see
+            ``ConditionalGPT2``.
         condition_dropout: part of the rows trained without condition, for guidance at sampling (10 % is usual; the
             paper has none).
         condition_cosine: noise on the training condition, as its expected cosine with the clean embedding; 1 is
@@ -39,7 +40,8 @@ class ConditionalTransformer(pl.LightningModule):
 
     def __init__(
         self, *, n_layer: int = 24, n_head: int = 16, n_embd: int = 1024, codebook_size: int = 16384,
-        num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True, grid_positions: bool = False,
+        num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True,
+        grid_positions: bool = False,
         condition_dropout: float = 0.0, condition_cosine: float = 1.0, clip_loss_weight: float = 0.0,
         learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0,
         schedule: str = "constant", warmup_steps: int = 0,
@@ -105,8 +107,13 @@ class ConditionalTransformer(pl.LightningModule):
 
     # ----------------------------------------------------------------------------------------------------- training
 
+    @property
+    def h(self) -> Any:
+        """The constructor's arguments."""
+        return self.hparams
+
     def configure_optimizers(self) -> Any:
-        h = self.hparams
+        h = self.h
         optimizer = torch.optim.AdamW(decay_groups(self, h.weight_decay), lr=h.learning_rate, betas=tuple(h.betas))
         rate = schedule(optimizer, h.schedule, h.warmup_steps, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
@@ -131,17 +138,17 @@ class ConditionalTransformer(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         indices, clip_embedding = self.encode(batch["images"])
-        condition = losses.noisy_condition(clip_embedding, self.hparams.condition_cosine)
+        condition = losses.noisy_condition(clip_embedding, self.h.condition_cosine)
         drop = None
-        if self.hparams.condition_dropout > 0:
-            drop = torch.rand(len(indices), device=indices.device) < self.hparams.condition_dropout
+        if self.h.condition_dropout > 0:
+            drop = torch.rand(len(indices), device=indices.device) < self.h.condition_dropout
         logits = self.gpt(indices, condition, drop)
         loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())  # Eq. 8, a token
         self.log("train/cross_entropy", loss.detach(), prog_bar=True)
-        if self.hparams.clip_loss_weight > 0:
+        if self.h.clip_loss_weight > 0:
             clip_loss = self.clip_loss(logits, clip_embedding, batch["images"].shape[-1])
             self.log("train/clip_loss", clip_loss.detach())
-            loss = loss + self.hparams.clip_loss_weight * clip_loss  # Eq. 10
+            loss = loss + self.h.clip_loss_weight * clip_loss  # Eq. 10
         self.log("train/loss", loss.detach())
         return loss
 

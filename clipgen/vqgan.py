@@ -28,8 +28,9 @@ class VQGAN(pl.LightningModule):
     Images are (B, 3, H, W) in [-1, 1]; height and width are divisible by f = ``patch_size * 2 ** (len(ch_mult) - 1)``.
 
     Args:
-        codebook_size, codebook_dim, distance, revive_after, codebook_momentum: the quantizer's, see ``VectorQuantizer``.
-        ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, dropout: see ``Encoder``.
+        codebook_size, codebook_dim, distance, revive_after, codebook_momentum: see ``VectorQuantizer``.
+        ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, mid_attention,
+            local_encoder, dropout: see ``Encoder``.
         reconstruction: ``"l1"`` or ``"l2"``.
         codebook_weight, commitment_weight: of the two terms of Eq. 4; beta of VQ-VAE is the second.
         perceptual_weight: of LPIPS; 0 needs no VGG weights. vgg_weights: their file, else torchvision's cache.
@@ -41,16 +42,20 @@ class VQGAN(pl.LightningModule):
         gradient_clip: largest gradient norm of either half; 0 does not clip.
     """
 
+    counts: Tensor
+    discriminator: Any  # PatchDiscriminator, or None
+
     def __init__(
-        self, *, codebook_size: int = 16384, codebook_dim: int = 256, distance: str = "euclidean", revive_after: int = 0,
-        codebook_momentum: float = 0.0,
-        ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (16,), resolution: int = 256, z_channels: int = 256, patch_size: int = 1, mid_attention: bool = True,
-        dropout: float = 0.0, reconstruction: str = "l1", codebook_weight: float = 1.0, commitment_weight: float = 0.25,
-        perceptual_weight: float = 1.0, vgg_weights: str | None = None, discriminator_weight: float = 0.8,
-        discriminator_start: int = 25_000, discriminator_warmup: int = 0, ndf: int = 64, n_layers: int = 3,
-        adversarial: str = "hinge", learning_rate: float = 4.5e-6, betas: Sequence[float] = (0.5, 0.9),
-        schedule: str = "constant", warmup_steps: int = 0, gradient_clip: float = 0.0,
+        self, *, codebook_size: int = 16384, codebook_dim: int = 256, distance: str = "euclidean",
+        revive_after: int = 0, codebook_momentum: float = 0.0, ch: int = 128,
+        ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2, attn_resolutions: Sequence[int] = (16,),
+        resolution: int = 256, z_channels: int = 256, patch_size: int = 1, mid_attention: bool = True,
+        local_encoder: bool = False, dropout: float = 0.0, reconstruction: str = "l1", codebook_weight: float = 1.0,
+        commitment_weight: float = 0.25, perceptual_weight: float = 1.0, vgg_weights: str | None = None,
+        discriminator_weight: float = 0.8, discriminator_start: int = 25_000, discriminator_warmup: int = 0,
+        ndf: int = 64, n_layers: int = 3, adversarial: str = "hinge", learning_rate: float = 4.5e-6,
+        betas: Sequence[float] = (0.5, 0.9), schedule: str = "constant", warmup_steps: int = 0,
+        gradient_clip: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         for name, kind, kinds in (
@@ -67,7 +72,7 @@ class VQGAN(pl.LightningModule):
             ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, attn_resolutions=attn_resolutions, dropout=dropout,
             resolution=resolution, z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention,
         )  # fmt: skip
-        self.encoder, self.decoder = Encoder(**sizes), Decoder(**sizes)
+        self.encoder, self.decoder = Encoder(local=local_encoder, **sizes), Decoder(**sizes)
         self.quantize = VectorQuantizer(codebook_size, codebook_dim, distance, revive_after, codebook_momentum)
         self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
@@ -111,8 +116,13 @@ class VQGAN(pl.LightningModule):
 
     # ----------------------------------------------------------------------------------------------------- training
 
+    @property
+    def h(self) -> Any:
+        """The constructor's arguments."""
+        return self.hparams
+
     def configure_optimizers(self) -> Any:
-        h = self.hparams
+        h = self.h
         generator = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("discriminator.")]
         halves = [generator] + ([list(self.discriminator.parameters())] if self.discriminator else [])
         optimizers = [torch.optim.Adam(half, lr=h.learning_rate, betas=tuple(h.betas)) for half in halves]
@@ -124,13 +134,13 @@ class VQGAN(pl.LightningModule):
             raise ValueError(
                 "trainer.precision must be 32-true or bf16-mixed, got 16-mixed: GAN losses overflow in fp16"
             )
-        if self.hparams.perceptual_weight > 0:
-            self._lpips = (losses.load_lpips(self.hparams.vgg_weights).to(self.device),)
+        if self.h.perceptual_weight > 0:
+            self._lpips = (losses.load_lpips(self.h.vgg_weights).to(self.device),)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = batch["images"]
         reconstruction, quantized = self.autoencode(images)
-        awake = self.discriminator is not None and self.global_step >= self.hparams.discriminator_start
+        awake = self.discriminator is not None and self.global_step >= self.h.discriminator_start
         self._generator_step(images, reconstruction, quantized, awake)
         if awake:
             self._discriminator_step(images, reconstruction.detach())
@@ -139,7 +149,7 @@ class VQGAN(pl.LightningModule):
 
     def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: Quantized) -> dict[str, Tensor]:
         """The terms that need no discriminator, each weighted: they sum up to the loss (Eq. 4 and LPIPS)."""
-        h = self.hparams
+        h = self.h
         terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, h.reconstruction)}
         if self._lpips:
             terms["perceptual_loss"] = h.perceptual_weight * self._lpips[0](images, reconstruction).mean()
@@ -148,12 +158,12 @@ class VQGAN(pl.LightningModule):
         return terms
 
     def _generator_step(self, images: Tensor, reconstruction: Tensor, quantized: Quantized, awake: bool) -> None:
-        optimizers = self.optimizers()
+        optimizers: Any = self.optimizers()
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
         self.toggle_optimizer(optimizer)
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         loss = torch.stack(list(terms.values())).sum()
-        if awake and self.global_step >= self.hparams.discriminator_start + self.hparams.discriminator_warmup:
+        if awake and self.global_step >= self.h.discriminator_start + self.h.discriminator_warmup:
             adversarial, weight = self._adversarial_loss(terms, reconstruction)
             loss = loss + weight * adversarial
             terms |= {"generator_loss": adversarial, "adaptive_weight": weight}
@@ -163,17 +173,18 @@ class VQGAN(pl.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
 
     def _adversarial_loss(self, terms: dict[str, Tensor], reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        adversarial = losses.generator_loss(self.discriminator(reconstruction), self.hparams.adversarial)
+        adversarial = losses.generator_loss(self.discriminator(reconstruction), self.h.adversarial)
         visible = terms["reconstruction_loss"] + terms.get("perceptual_loss", 0.0)
         weight = losses.adaptive_weight(visible, adversarial, self.decoder.last_layer)
-        return adversarial, self.hparams.discriminator_weight * weight
+        return adversarial, self.h.discriminator_weight * weight
 
     def _discriminator_step(self, images: Tensor, reconstruction: Tensor) -> None:
         # the raw optimizer: Lightning's wrapper would count this as a second global step of the same batch
-        optimizer = self.optimizers(use_pl_optimizer=False)[1]
+        optimizers: Any = self.optimizers(use_pl_optimizer=False)
+        optimizer = optimizers[1]
         self.toggle_optimizer(optimizer)
         loss = losses.discriminator_loss(
-            self.discriminator(images), self.discriminator(reconstruction), self.hparams.adversarial
+            self.discriminator(images), self.discriminator(reconstruction), self.h.adversarial
         )
         self._step(loss, optimizer, 1)
         self.untoggle_optimizer(optimizer)
@@ -182,11 +193,11 @@ class VQGAN(pl.LightningModule):
     def _step(self, loss: Tensor, optimizer: Any, half: int) -> None:
         optimizer.zero_grad()
         self.manual_backward(loss)
-        if self.hparams.gradient_clip > 0:
+        if self.h.gradient_clip > 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.hparams.gradient_clip)
+            nn.utils.clip_grad_norm_(parameters, self.h.gradient_clip)
         optimizer.step()
-        schedulers = self.lr_schedulers()
+        schedulers: Any = self.lr_schedulers()
         (schedulers[half] if isinstance(schedulers, list) else schedulers).step()
 
     # --------------------------------------------------------------------------------------------------- validation
@@ -205,7 +216,8 @@ class VQGAN(pl.LightningModule):
         self.log_dict({f"val/{name}": v for name, v in terms.items()}, batch_size=len(images), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        usage, perplexity = usage_and_perplexity(self.all_gather(self.counts).view(-1, self.codebook_size).sum(0))
+        counts: Any = self.all_gather(self.counts)  # (K,), or (ranks, K)
+        usage, perplexity = usage_and_perplexity(counts.view(-1, self.codebook_size).sum(0))
         self.log_dict({"val/codebook_usage": usage, "val/perplexity": perplexity}, sync_dist=False)
 
     # -------------------------------------------------------------------------------------------------------- files

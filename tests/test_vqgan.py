@@ -118,6 +118,14 @@ def test_a_sleeping_or_absent_discriminator_is_not_in_the_loss(fit):
         torch.testing.assert_close(metrics["train/loss"], sum(terms))
 
 
+def test_an_awake_discriminator_is_in_the_loss(fit):
+    metrics = fit(gan(), 1, batch=4).callback_metrics
+    terms = sum(metrics[f"train/{name}_loss"] for name in ("reconstruction", "codebook", "commitment"))
+    adversarial = metrics["train/adaptive_weight"] * metrics["train/generator_loss"]
+    torch.testing.assert_close(metrics["train/loss"], terms + adversarial)
+    assert adversarial.abs() > 1e-4
+
+
 def test_warming_up_the_discriminator_does_not_touch_the_generator(fit):
     """While it trains alone, the generator is bit for bit what it would be without it."""
     trained = []
@@ -198,7 +206,8 @@ def test_training_lowers_the_loss_and_uses_the_codebook():
     pl.Trainer(max_steps=40, accelerator="cpu", **quiet).fit(vqgan, data)
     vqgan.eval()
     trainer = pl.Trainer(accelerator="cpu", **quiet)
-    trainer.validate(vqgan, data, verbose=False)
+    trainer.validate(vqgan, DataLoader([{"images": -image} for image in images]), verbose=False)
+    trainer.validate(vqgan, data, verbose=False)  # counts anew
     with torch.no_grad():
         error = (vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3))
         indices = vqgan.encode(images)

@@ -44,5 +44,6 @@ def set_up_logging() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in ("does not have many workers", "LeafSpec", "logs directory", "pre-optimization", "logging interval"):
+    for message in ("does not have many workers", "LeafSpec", "logs directory", "pre-optimization", "logging interval",
+                    "dirpath has changed"):  # fmt: skip
         warnings.filterwarnings("ignore", message=f"(?s).*{message}")

@@ -92,7 +92,9 @@ often needed:
   output=FOLDER             the run folder (default: outputs/STAGE/TIME)
   resume=RUN                go on from a run folder or .ckpt; repeat the other arguments
   trainer.max_steps=1000    any key that  clipgen-train stage=vqgan --cfg job  shows
-  --multirun key=a,b        one run after another, for each value"""
+
+several runs, one after another:
+  clipgen-train --multirun stage=vqgan key=a,b"""
 
 
 def train(config: DictConfig, sweep: bool = False) -> None:
@@ -109,9 +111,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     output = Path(str(config.output))
     trainer = make_trainer(config, output)
     if sweep and trainer.world_size > 1:
-        raise ValueError(
-            f"--multirun needs a single device, got {trainer.world_size}: each would start the sweep again"
-        )
+        raise ValueError(f"--multirun needs a single device, got {trainer.world_size}: each starts its own sweep")
     data = make(config.data)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)

@@ -94,7 +94,7 @@ def centered(masks: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def templates(image_size: int) -> tuple[Tensor, list[tuple[str, str]]]:
-    """Centred masks (N, H, W) of every shape at radii from well under "small" to well over "large", with their names."""
+    """Centred masks (N, H, W) of every shape at radii from under "small" to over "large", with their names."""
     border = (RADII["small"][-1] + RADII["large"][0]) / 2
     radii = torch.arange(RADII["small"][0] - 1, RADII["large"][-1] + 1, 0.5)
     sizes = ["small" if radius < border else "large" for radius in radii]

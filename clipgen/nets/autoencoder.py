@@ -6,24 +6,35 @@ The parameters carry taming-transformers' names, so that published weights fit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 
-def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class PositionNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position alone: (B, C, h, w) -> (B, C, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def norm(channels: int, local: bool = False) -> nn.Module:
+    return PositionNorm(channels, eps=1e-6) if local else nn.GroupNorm(32, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """norm, swish, conv, twice, beside a shortcut: (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """norm, swish, conv, twice, beside a shortcut: (B, C_in, h, w) -> (B, C_out, h, w).
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+    A ``local`` block sees one position at a time: its kernels are 1 x 1, its norms are over channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, local: bool = False):
         super().__init__()
-        self.norm1, self.conv1 = norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        kernel = dict(kernel_size=1) if local else dict(kernel_size=3, padding=1)
+        self.norm1, self.conv1 = norm(in_channels, local), nn.Conv2d(in_channels, out_channels, **kernel)
+        self.norm2, self.conv2 = norm(out_channels, local), nn.Conv2d(out_channels, out_channels, **kernel)
         self.dropout = nn.Dropout(dropout)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -75,10 +86,11 @@ class Level(nn.Module):
     """The blocks of one resolution, then (``down``) or (``up``) a change of it."""
 
     def __init__(
-        self, channels: Sequence[int], attention: bool, dropout: float, *, down: bool = False, up: bool = False
-    ):
+        self, channels: Sequence[int], attention: bool, dropout: float, *, local: bool = False, down: bool = False,
+        up: bool = False,
+    ):  # fmt: skip
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b, dropout) for a, b in zip(channels, channels[1:]))
+        self.block = nn.ModuleList(ResnetBlock(a, b, dropout, local) for a, b in pairwise(channels))
         self.attn = nn.ModuleList(AttnBlock(c) for c in channels[1:] if attention)
         if down:
             self.downsample = Downsample(channels[-1])
@@ -97,9 +109,9 @@ class Level(nn.Module):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, attention: bool, dropout: float):
+    def __init__(self, channels: int, attention: bool, dropout: float, local: bool = False):
         super().__init__()
-        self.block_1, self.block_2 = (ResnetBlock(channels, channels, dropout) for _ in range(2))
+        self.block_1, self.block_2 = (ResnetBlock(channels, channels, dropout, local) for _ in range(2))
         self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,24 +129,27 @@ class Encoder(nn.Module):
         z_channels: channels of the features.
         patch_size: pixels are first folded into channels, patch by patch. 1 is VQ-GAN; 2 or 4 spare the costly
             work at full resolution where a CPU has to do it.
-        mid_attention: attend to all positions in the middle, as VQ-GAN does. Without it an index says what is near its
-            place, and a transformer learns such indices sooner.
+        mid_attention: attend to all positions in the middle, as VQ-GAN does.
+        local: each feature is a function of its own patch alone (1 x 1 kernels, norms over channels; only strided
+            convolutions reach further). Equal patches then get equal indices wherever and beside whatever they stand,
+            which a small transformer learns in a fraction of the steps; putting them together is left to the decoder.
     """
 
     def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
                  resolution: int, z_channels: int, patch_size: int = 1, mid_attention: bool = True,
-                 dropout: float = 0.0):  # fmt: skip
+                 dropout: float = 0.0, local: bool = False):  # fmt: skip
         super().__init__()
+        kernel = dict(kernel_size=1) if local else dict(kernel_size=3, padding=1)
         self.patch = nn.PixelUnshuffle(patch_size)
-        self.conv_in = nn.Conv2d(3 * patch_size**2, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * patch_size**2, ch, **kernel)
         self.down, before = nn.ModuleList(), ch
         for i, mult in enumerate(ch_mult):
             attention = resolution // patch_size // 2**i in attn_resolutions
             channels = [before] + [ch * mult] * num_res_blocks
-            self.down.append(Level(channels, attention, dropout, down=i < len(ch_mult) - 1))
+            self.down.append(Level(channels, attention, dropout, local=local, down=i < len(ch_mult) - 1))
             before = channels[-1]
-        self.mid = Middle(before, mid_attention, dropout)
-        self.norm_out, self.conv_out = norm(before), nn.Conv2d(before, z_channels, 3, padding=1)
+        self.mid = Middle(before, mid_attention, dropout, local)
+        self.norm_out, self.conv_out = norm(before, local), nn.Conv2d(before, z_channels, **kernel)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(self.patch(images))
@@ -170,6 +185,6 @@ class Decoder(nn.Module):
         return self.unpatch(self.conv_out(F.silu(self.norm_out(x))))
 
     @property
-    def last_layer(self) -> torch.nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight at which the adaptive weight of VQ-GAN compares gradients (its Eq. 7)."""
         return self.conv_out.weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class CachedDecoder:
 
     def __call__(self, position: int, previous: Tensor | None) -> Tensor:
         """Logits (B, K) of the index at ``position``, given the one before it (B,), None at position 0."""
-        net = self.gpt.transformer
+        net: Any = self.gpt.transformer
         x = self.condition if previous is None else net.wte(previous)
         x = x + net.wpe.weight[position]  # (B, C)
         for layer, block in enumerate(net.h):
@@ -34,7 +35,7 @@ class CachedDecoder:
             x = x + block.mlp(block.ln_2(x))
         return self.gpt.head(net.ln_f(x))
 
-    def _attend(self, layer: int, position: int, attention: torch.nn.Module, x: Tensor) -> Tensor:
+    def _attend(self, layer: int, position: int, attention: Any, x: Tensor) -> Tensor:
         batch, width = x.shape
         q, k, v = attention.c_attn(x).view(batch, 3, self.n_head, width // self.n_head).unbind(1)  # (B, H, C / H)
         keys, values = self.keys[layer], self.values[layer]  # (B, H, T, C / H)

@@ -33,9 +33,9 @@ class VectorQuantizer(nn.Module):
             length times sqrt(D), the way of ViT-VQGAN (arXiv:2110.04627), whose codes stay alive.
         revive_after: a code that no latent of this many training batches chose is moved onto a latent that is
             badly served; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
-        codebook_momentum: 0 learns the codes by the gradient of ``codebook_loss`` (the paper). Above 0, each batch moves
-            a code by ``1 - codebook_momentum`` of the way to the mean of its latents (mini-batch k-means), which follows
-            the encoder much faster.
+        codebook_momentum: 0 learns the codes by the gradient of ``codebook_loss`` (the paper). Above 0,
+            each batch moves a code by ``1 - codebook_momentum`` of the way to the mean of its latents (mini-batch
+            k-means), which follows the encoder faster.
     """
 
     idle: Tensor
