@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,24 +45,28 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with whole_file(path) as partial, partial.open("wb") as file:
+        with whole_file(path) as partial, partial.open("wb") as file:
+            try:
                 torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch's own complaint hides what the system said
-            if isinstance(error.__context__, OSError):
-                raise OSError(error.__context__.errno, error.__context__.strerror, str(path)) from error
-            raise
+            except RuntimeError as error:  # torch's own complaint hides what the system said
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 class StopCleanly(pl.Callback):
-    """On Ctrl-C or SIGTERM: finish the step, save ``last.ckpt``, stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM while ``listening``: finish the step, save ``last.ckpt``, stop. A second stops at once."""
 
     def __init__(self, checkpoint: str | Path):
         self.checkpoint, self.asked = Path(checkpoint), False
 
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):  # Lightning puts the old handlers back when it is done
-            signal.signal(name, self._ask)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals, and give them back: what comes after training is interrupted in the ordinary way."""
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from clipgen.weights.checkpoint import whole_file
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -60,14 +61,9 @@ def wrap(text: str, width: int, font: Any) -> list[str]:
 
 def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a PNG, whole or not at all; ``metadata`` goes into its text chunks, numbers as JSON."""
-    path = Path(path)
     info = PngInfo()
     for key, value in (metadata or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(Path(path)) as partial:
         picture.save(partial, format="PNG", pnginfo=info)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return Path(path)

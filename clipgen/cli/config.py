@@ -15,8 +15,8 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 MESSAGES = (  # what Hydra says -> what we say
-    (r"You must specify '(\w+)'.* Available options: (.*)", r"\1 must be one of \2; give \1=..."),
-    (r".*Could not find '(\w+)/(.*)' Available options in '\1': (.*)", r"\1 must be one of \3, got \2"),
+    (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
+    (r".*Could not find '(\w+)/(.*)' Available options in '\1':,? (.*)", r"\1 must be one of \3, got \2"),
     (r".*Could not find '(\w+)/(.*)'", r"\1 must be an existing group option, got \2"),
     (r"Error parsing override '(.*)' missing EQUAL.*", r"arguments must be KEY=VALUE, got \1"),
     (r"Error parsing override '(.*?)' (.*) See https.*", r"\1 cannot be read: \2; put quotes around the value"),
@@ -66,10 +66,7 @@ def as_yaml(config: DictConfig) -> str:
 
 def explain(error: BaseException) -> str:
     """Hydra's message in one sentence."""
-    text = " ".join(str(error).split()).split(" Config search path")[0]
-    text = re.sub(
-        "(?<=Available options).*: (.*)", lambda found: found[0].replace(found[1], found[1].replace(" ", ", ")), text
-    )
+    text = " ".join(str(error).replace("\n\t", ", ").split()).split(" Config search path")[0]
     for pattern, ours in MESSAGES:
         if re.fullmatch(pattern, text):
             return re.sub(pattern, ours, text)
@@ -88,7 +85,8 @@ def check_types(node: DictConfig, given: dict[str, Any]) -> None:
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except NameError:  # a library that imports a name for its type checker only
         return
-    for key, value in OmegaConf.to_container(node, resolve=True).items():
+    values: Any = OmegaConf.to_container(node, resolve=True)
+    for key, value in values.items():
         if key in hints and key not in given and not fits(value, hints[key]):
             raise TypeError(f"{node._get_full_key(key)} must be {plain(hints[key])}, got {value!r}")
 

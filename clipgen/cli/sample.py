@@ -58,7 +58,7 @@ def run() -> None:
         for number, prompt in enumerate(args.prompt):
             for picture in pipe(prompt, args.num_images, seed=args.seed, rerank_from=args.rerank_from, **settings):
                 name = f"{number:02d}_{slug(prompt)}_{picture.info['seed']}.png"
-                print(save_png(picture, args.output / name, picture.info))
+                print(save_png(picture, args.output / name, picture.info))  # type: ignore[arg-type]
                 pictures.append(picture)
                 captions.append(prompt)
         columns = args.num_images if len(args.prompt) > 1 else None

@@ -45,7 +45,6 @@ def run_hydra() -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from hydra.types import RunMode
-    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     from clipgen.cli.config import config_dir, explain
 
@@ -54,6 +53,8 @@ def run_hydra() -> None:
 
     @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
     def task(config: DictConfig) -> None:
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
+
         if sweep := HydraConfig.get().mode == RunMode.MULTIRUN:
             config.output = HydraConfig.get().runtime.output_dir
         try:
@@ -173,17 +174,21 @@ def prepare(output: Path, yaml: str, model: pl.LightningModule) -> None:
 
 def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
     """Train, then leave the finished model in the run folder."""
+    from clipgen.callbacks import StopCleanly
     from clipgen.weights.checkpoint import FOLDERS
 
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    stop = next(callback for callback in callbacks if isinstance(callback, StopCleanly))
     try:
-        trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
+        with stop.listening():
+            trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
     except SystemExit as exit:  # what Lightning makes of Ctrl-C
         done = trainer.global_step
         logger.info("Stopped at step %d%s", done, f"; the same command with resume={output} goes on" if done else "")
         raise KeyboardInterrupt from exit
     trainer.save_checkpoint(output / "checkpoints" / "last.ckpt", weights_only=False)  # all processes have a part in it
     if trainer.is_global_zero:
-        best = next(callback.best_model_path for callback in trainer.checkpoint_callbacks if callback.monitor)
+        best = next(callback.best_model_path for callback in callbacks if getattr(callback, "monitor", None))
         finished = type(model).load(best) if Path(best).is_file() else model  # no validation, no best
         finished.save(output / FOLDERS[type(model).__name__])
         logger.info("Finished %d steps: %s", trainer.global_step, output)

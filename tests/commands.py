@@ -1,0 +1,78 @@
+"""The commands as a user runs them, on networks so small that a step takes milliseconds."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clipgen.cli import demo, sample, train
+
+MAINS = {"clipgen-train": train.main, "clipgen-sample": sample.main, "clipgen-demo": demo.main}
+SHAPES = ["data.train_size=64", "data.val_size=8"]
+STEPS = [
+    "data.batch_size=8", "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1",
+    "checkpoint.every_n_steps=2", "pictures.num_images=4",
+]  # fmt: skip
+VQGAN = [
+    "stage=vqgan", "model.ch=32", "model.ch_mult=[1]", "model.num_res_blocks=1", "model.z_channels=32",
+    "model.codebook_size=16", "model.codebook_dim=8", "model.patch_size=8", "model.warmup_steps=1", *STEPS,
+]  # fmt: skip
+TRANSFORMER = [
+    "stage=transformer", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.warmup_steps=1", *STEPS,
+]  # fmt: skip
+PROMPT = "a large blue ring on a white background"
+
+
+def command(name: str, *arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
+    """Run an installed command in a process and a folder of its own."""
+    program = Path(sys.executable).parent / name
+    if not program.is_file():
+        pytest.skip(f"{name} is not installed beside this Python: pip install -e .")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [program, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, **options
+    )
+
+
+class Call:
+    """What a command said and how it ended, called within this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, *arguments: object):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", [name, *map(str, arguments)])
+            patch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it; this puts it back
+            capsys.readouterr()
+            MAINS[name]()
+        self.code = end.value.code
+        self.stdout, self.stderr = capsys.readouterr()
+
+
+@functools.cache
+def trained(base: Path) -> tuple[Path, Path]:
+    """Both stages, by the installed commands: (folder in which they ran, run folder of stage 2), once a session."""
+    folder = base / "trained"
+    folder.mkdir()
+    adversary = ["model.discriminator_weight=0.8", "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1"]
+    for arguments in ([*VQGAN, *adversary], [*TRANSFORMER, "model.condition_dropout=0.5", "vqgan=vqgan_run"]):
+        done = command("clipgen-train", *arguments, *SHAPES, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert "Finished 4 steps: outputs/" in done.stderr and "Traceback" not in done.stderr
+        if not (folder / "vqgan_run").exists():
+            (folder / "vqgan_run").symlink_to(only(folder / "outputs" / "vqgan"))
+    return folder, only(folder / "outputs" / "transformer")
+
+
+def only(folder: Path) -> Path:
+    """The one thing in a folder."""
+    (path,) = folder.iterdir()
+    return path
+
+
+def everything(folder: Path) -> set[str]:
+    """All files and folders below, hidden ones too."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}

@@ -1,0 +1,190 @@
+"""``clipgen-sample``: pictures, what is written into them, which model draws them, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import PROMPT, Call, command, everything, trained
+from PIL import Image
+
+import clipgen
+from clipgen.cli.sample import newest_run
+
+BUNDLED = Path(clipgen.__file__).parent / "bundled"
+NAME = "00_a-large-blue-ring-on-a-white-background_{}.png"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """(folder in which both stages were trained, run folder of stage 2)."""
+    return trained(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Call clipgen-sample in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: Call(monkeypatch, capsys, "clipgen-sample", *arguments)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_as_a_process_then_again_in_another_folder(call, runs, tmp_path):
+    """The newest run is found and named; the same seed gives the same bytes, also when the run has moved."""
+    folder, run = runs
+    request = ["--prompt", PROMPT, "--num-images", 3, "--seed", 7]
+    done = command("clipgen-sample", *request, "--output", tmp_path / "a", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"Model: {run.relative_to(folder)}" and "Traceback" not in done.stderr
+    assert set(content(tmp_path / "a")) == {NAME.format(seed) for seed in (7, 8, 9)} | {"grid.png"}
+
+    moved = shutil.copytree(run, tmp_path / "moved")
+    again = call(*request, "--checkpoint", moved, "--output", "b")
+    assert again.code == 0 and again.stdout.splitlines()[0] == f"Model: {moved}"
+    assert content(tmp_path / "b") == content(tmp_path / "a")
+
+
+def test_what_is_written_into_the_pictures(call, runs, tmp_path):
+    settings = ["--temperature", 0.7, "--top-k", 5, "--top-p", 0.8, "--guidance-scale", 2, "--seed", 3]
+    assert call("--prompt", PROMPT, "--num-images", 2, "--checkpoint", runs[1], "--output", "s", *settings).code == 0
+    for seed in (3, 4):
+        picture = Image.open(tmp_path / "s" / NAME.format(seed))
+        picture.load()
+        assert picture.size == (32, 32) and picture.text["prompt"] == PROMPT
+        assert picture.text["clipgen"] == clipgen.__version__ and json.loads(picture.text["seed"]) == seed
+        names = ("temperature", "top_k", "top_p", "guidance_scale")
+        assert [json.loads(picture.text[name]) for name in names] == [0.7, 5, 0.8, 2.0]
+
+
+def test_several_prompts_make_one_grid(call, runs, tmp_path):
+    prompts = [PROMPT, "a small red star on a black background", PROMPT]
+    flags = [part for prompt in prompts for part in ("--prompt", prompt)]
+    result = call(*flags, "--num-images", 2, "--checkpoint", runs[1], "--output", "s")
+    assert result.code == 0 and len(result.stdout.splitlines()) == 1 + 3 * 2 + 1
+    files = content(tmp_path / "s")
+    assert len(files) == 7 and {name[:2] for name in files if name != "grid.png"} == {"00", "01", "02"}
+    grid = Image.open(tmp_path / "s" / "grid.png")
+    assert grid.height > grid.width  # three rows of two
+
+
+def test_a_name_of_any_prompt_is_a_file_name(call, runs, tmp_path):
+    prompts = ["a/../../ring", "日本 ☃", "x" * 500]
+    flags = [part for prompt in prompts for part in ("--prompt", prompt)]
+    assert call(*flags, "--num-images", 1, "--checkpoint", runs[1], "--output", "s").code == 0
+    assert {path for path in everything(tmp_path) if not path.startswith("s")} == set()
+    assert [len(list((tmp_path / "s").glob(f"0{i}_*.png"))) for i in range(3)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("place", ["transformer", "checkpoints/last.ckpt", "checkpoints/best.ckpt"])
+def test_other_names_of_the_same_run(call, runs, tmp_path, place):
+    assert call("--prompt", PROMPT, "--num-images", 1, "--checkpoint", runs[1] / place, "--output", "s").code == 0
+    assert (tmp_path / "s" / NAME.format(0)).is_file()
+
+
+def test_the_newest_finished_run_is_taken(tmp_path):
+    assert newest_run(tmp_path / "outputs") is None
+    for age, name in enumerate(("transformer/2026-01-02", "mine", "transformer/2026-01-01")):
+        file = tmp_path / "outputs" / name / "transformer" / "config.json"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (1e9 - age, 1e9 - age))
+    (tmp_path / "outputs/transformer/unfinished/checkpoints").mkdir(parents=True)
+    (tmp_path / "outputs/vqgan/later/vqgan").mkdir(parents=True)
+    (tmp_path / "outputs/vqgan/later/vqgan/config.json").touch()
+    assert newest_run(tmp_path / "outputs") == str(tmp_path / "outputs" / "transformer/2026-01-02")
+    os.utime(tmp_path / "outputs/mine/transformer/config.json")
+    assert newest_run(tmp_path / "outputs") == str(tmp_path / "outputs" / "mine")
+
+
+@pytest.mark.skipif(not (BUNDLED / "transformer").is_dir(), reason="no transformer is bundled with the package yet")
+@pytest.mark.parametrize("arguments", [[], ["--checkpoint", "shapes"]], ids=["by default", "by name"])
+def test_the_bundled_model(call, tmp_path, arguments):
+    result = call("--prompt", PROMPT, "--num-images", 1, *arguments)
+    assert result.code == 0 and result.stdout.splitlines()[0] == "Model: the bundled shapes model"
+    assert Image.open(tmp_path / "samples" / NAME.format(0)).size == (32, 32)
+
+
+# ---------------------------------------------------------------------------------------------------- clear refusals
+
+ONE = ["--prompt", PROMPT, "--num-images", "1"]
+OURS = [*ONE, "--checkpoint", "{transformer}"]
+ERRORS = {
+    "top_p": ([*OURS, "--top-p", "1.3"], r"top_p must be in \(0, 1\], got 1.3"),
+    "top_p 0": ([*OURS, "--top-p", "0"], r"top_p must be in \(0, 1\], got 0.0"),
+    "top_k": ([*OURS, "--top-k", "0"], "top_k must be at least 1, got 0"),
+    "temperature": ([*OURS, "--temperature", "nan"], "temperature must be at least 0, got nan"),
+    "guidance": ([*OURS, "--guidance-scale", "-1"], "guidance_scale must be at least 0, got -1.0"),
+    "empty prompt": (["--prompt", ""], "prompt must not be empty, got ''"),
+    "blank prompt": (["--prompt", PROMPT, "--prompt", " "], "prompt must not be empty, got ' '"),
+    "no pictures": ([*OURS, "--num-images", "0"], "num_images must be at least 1, got 0"),
+    "too few to choose from": ([*OURS, "--num-images", "4", "--rerank-from", "3"], "rerank_from must be at least"),
+    "negative seed": ([*OURS, "--seed", "-1"], r"seed must be in \[0, 2\*\*63\), got -1"),
+    "huge seed": ([*OURS, "--seed", "9" * 30], r"seed must be in \[0, 2\*\*63\), got 9+"),
+    "unknown device": ([*OURS, "--device", "x"], "device"),
+    "missing": ([*ONE, "--checkpoint", "x"], "x does not exist; `clipgen-train stage=transformer` makes one"),
+    "empty": ([*ONE, "--checkpoint", "{vqgan}/pictures"], "pictures holds no such model"),
+    "wrong stage, run": ([*ONE, "--checkpoint", "{vqgan}"], "is a VQGAN checkpoint .*Transformer is needed"),
+    "wrong stage, folder": ([*ONE, "--checkpoint", "{vqgan}/vqgan"], "is a VQGAN checkpoint"),
+    "wrong stage, file": ([*ONE, "--checkpoint", "{vqgan}/checkpoints/best.ckpt"], "is a VQGAN checkpoint"),
+    "damaged": ([*ONE, "--checkpoint", "{tmp}/damaged.ckpt"], "damaged.ckpt is no readable checkpoint"),
+    "damaged CLIP": ([*ONE, "--checkpoint", "{tmp}/broken"], "clip.json is damaged"),
+    "output in a file": ([*OURS, "--output", "{tmp}/damaged.ckpt/s"], "output must be a folder .*, got .*s:"),
+    "output is a file": ([*OURS, "--output", "{tmp}/damaged.ckpt"], "output must be .*damaged.ckpt: File exists"),
+    "output that cannot be": ([*OURS, "--output", "/proc/none"], "output must be a folder .*, got /proc/none:"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_refusals(call, runs, tmp_path, name):
+    """One sentence, no traceback, and nothing is left behind."""
+    (tmp_path / "damaged.ckpt").write_bytes(b"PK\x03\x04 no checkpoint")
+    shutil.copytree(runs[1] / "transformer", tmp_path / "broken" / "transformer")
+    shutil.copytree(runs[1] / "vqgan", tmp_path / "broken" / "vqgan")
+    (tmp_path / "broken" / "clip.json").write_text("{")
+    places = {"vqgan": (runs[0] / "vqgan_run").resolve(), "transformer": runs[1], "tmp": tmp_path}
+    before, (arguments, message) = everything(tmp_path), ERRORS[name]
+    result = call(*(re.sub(r"\{(\w+)\}", lambda found: str(places[found[1]]), argument) for argument in arguments))
+    assert result.code == 1 and result.stderr.count("\n") == 1
+    assert re.search(f"^clipgen-sample: error: .*{message}", result.stderr), result.stderr
+    assert everything(tmp_path) == before
+
+
+def test_guidance_needs_a_null_condition(call, pipe, tmp_path, tiny_transformer):
+    pipe.transformer.gpt.null = None
+    pipe.transformer.hparams["condition_dropout"] = 0.0
+    pipe.save(tmp_path / "pipe")
+    before = everything(tmp_path)
+    result = call(*ONE, "--checkpoint", "pipe", "--guidance-scale", 2)
+    assert result.code == 1 and "train it with condition_dropout > 0" in result.stderr
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["--prompt", "a", "--top-k", "many"]], ids=["no prompt", "no number"])
+def test_the_command_line_itself(call, tmp_path, arguments):
+    result = call(*arguments)
+    assert result.code == 2 and "Traceback" not in result.stderr and everything(tmp_path) == set()
+    assert re.search("clipgen-sample: error: .*--(prompt|top-k)", result.stderr)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_full_disk(call, runs, tmp_path, existing):
+    """The system refuses files of more than 100 bytes: no picture is half there."""
+    resource = pytest.importorskip("resource")
+    if existing:
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s" / "mine.txt").write_text("precious")
+    before, limit = everything(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        result = call(*ONE, "--checkpoint", runs[1], "--output", "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert result.code == 1 and re.fullmatch(r"clipgen-sample: error: File too large: s/\S+\.png\n", result.stderr)
+    assert everything(tmp_path) == before

@@ -1,0 +1,398 @@
+"""``clipgen-train``: what a run leaves behind, stopping and going on, and how it says no."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import SHAPES, TRANSFORMER, VQGAN, Call, command, everything, only, trained
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from clipgen import VQGAN as Tokenizer
+from clipgen import ConditionalTransformer, TextToImage
+from clipgen.callbacks import WholeCheckpoints
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """(run folder of stage 1, of stage 2)."""
+    folder, transformer = trained(tmp_path_factory.getbasetemp())
+    return (folder / "vqgan_run").resolve(), transformer
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Call clipgen-train in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: Call(monkeypatch, capsys, "clipgen-train", *arguments)
+
+
+def steps_of(run: Path) -> int:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+
+# --------------------------------------------------------------------------------------------------------- run folders
+
+
+def test_run_folders(runs):
+    for run, model in zip(runs, (Tokenizer, ConditionalTransformer)):
+        names = {path.name for path in run.iterdir()}
+        assert {"config.yaml", "versions.json", "checkpoints", "pictures"} <= names
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        assert steps_of(run) == 4
+        assert not [name for name in everything(run) if "partial" in name]
+        for checkpoint in (run, run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"):
+            assert isinstance(model.load(checkpoint), model)
+
+
+def test_configuration_and_versions_are_written_resolved(runs):
+    for run, stage in zip(runs, ("vqgan", "transformer")):
+        text = (run / "config.yaml").read_text()
+        config = yaml.safe_load(text)
+        assert "${" not in text and config["stage_name"] == stage and config["data"]["train_size"] == 64
+        assert json.loads((run / "versions.json").read_text()).keys() >= {"python", "clipgen", "torch", "transformers"}
+    assert yaml.safe_load((runs[0] / "config.yaml").read_text())["model"]["codebook_size"] == 16
+
+
+def test_picture_grids(runs):
+    for run, names in zip(runs, ({"reconstructions"}, {"from_images", "from_texts"})):
+        pictures = list((run / "pictures").iterdir())
+        assert {path.name for path in pictures} == {f"{name}_{step:07d}.png" for name in names for step in (2, 4)}
+        for path in pictures:
+            assert Image.open(path).convert("L").getextrema()[0] < 250  # not a white sheet
+
+
+def test_tensorboard(runs):
+    logged = []
+    for run in runs:
+        events = EventAccumulator(str(run)).Reload().Tags()
+        logged.append(set(events["scalars"]) | set(events["images"]))
+    assert logged[0] >= {
+        "train/reconstruction_loss", "train/codebook_loss", "train/commitment_loss", "train/perplexity",
+        "val/reconstruction_loss", "val/codebook_usage", "val/perplexity", "val/reconstructions",
+    }  # fmt: skip
+    assert logged[1] >= {"train/cross_entropy", "val/cross_entropy", "val/from_images", "val/from_texts"}
+
+
+def test_the_discriminator_trained(runs):
+    events = EventAccumulator(str(runs[0])).Reload()
+    for name in ("discriminator_loss", "generator_loss", "adaptive_weight"):
+        assert [event.step for event in events.Scalars(f"train/{name}")] == [1, 2, 3]  # it starts at step 1
+    state = torch.load(runs[0] / "checkpoints" / "last.ckpt", weights_only=True)
+    assert any(name.startswith("discriminator.") for name in state["state_dict"])
+    assert len(state["optimizer_states"]) == 2
+
+
+def test_frozen_models_stay_out_of_checkpoints_and_lie_beside_them(runs):
+    state = torch.load(runs[1] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(name.startswith("gpt.") for name in state)
+    assert {"vqgan", "transformer", "clip.json"} <= {path.name for path in runs[1].iterdir()}
+    assert TextToImage.load(runs[1]).vqgan.codebook_size == 16
+
+
+def test_a_run_in_a_used_folder_replaces_the_model(call, runs, tmp_path):
+    """The best checkpoint of the run before is not taken for this run's, which has none without validation."""
+    shutil.copytree(runs[0], tmp_path / "run")
+    assert call(*VQGAN, *SHAPES, "output=run", "trainer.limit_val_batches=0", "seed=5").code == 0
+    ours, last = (Tokenizer.load(tmp_path / "run" / name) for name in ("vqgan", "checkpoints/last.ckpt"))
+    assert torch.equal(ours.decoder.last_layer, last.decoder.last_layer)
+
+
+# --------------------------------------------------------------------------------------------------------- other data
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    for i in range(12):
+        path = tmp_path / "photos" / f"{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 36), (i * 20, 99, 0)).save(path)
+    return tmp_path / "photos"
+
+
+SMALL = ["data.image_size=32", "data.batch_size=4", "data.num_workers=0", "trainer.max_steps=2"]
+
+
+def test_a_folder_of_images(call, photos, tmp_path):
+    (photos / "broken.jpg").write_bytes(b"no picture")
+    assert call(*VQGAN, "data=folder", f"data.root={photos}", *SMALL, "data.val_fraction=0.4", "output=run").code == 0
+    assert steps_of(tmp_path / "run") == 2 and Tokenizer.load(tmp_path / "run")
+
+
+def test_shards(call, photos, tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "make_shards.py"
+    spec = importlib.util.spec_from_file_location("make_shards", script)
+    make_shards = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_shards)
+    make_shards.main([str(photos), "--output", "shards", "--shard-size", "3", "--val-fraction", "0.4"])
+    urls = ["data.train_urls='shards/train-*.tar'", "data.val_urls='shards/val-{000000..000000}.tar'"]
+    assert call(*VQGAN, "data=webdataset", *urls, *SMALL, "output=run").code == 0
+    assert steps_of(tmp_path / "run") == 2 and (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ stopping and resuming
+
+
+def interrupt_at(monkeypatch, method: str, when: int) -> None:
+    """Ctrl-C in the middle of the given call of a VQGAN's method."""
+    original, calls = getattr(Tokenizer, method), iter(range(1, 1000))
+
+    def interrupted(self, *arguments):
+        if next(calls) == when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Tokenizer, method, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("method", "when", "step"), [("training_step", 3, 3), ("validation_step", 2, 2)], ids=["training", "validation"]
+)
+def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, method, when, step):
+    caplog.set_level(logging.INFO)
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, method, when)  # the first validation step is the sanity check's
+        stopped = call(*VQGAN, *SHAPES, "output=run")
+    assert (stopped.code, stopped.stderr) == (130, "")
+    assert f"Stopped at step {step}; the same command with resume=run goes on" in caplog.text
+    assert steps_of(tmp_path / "run") == step and not (tmp_path / "run" / "vqgan").exists()
+    assert signal.getsignal(signal.SIGINT) == handler  # what comes after training can be interrupted as before
+
+    seen = []
+    original = Tokenizer.training_step
+    monkeypatch.setattr(
+        Tokenizer, "training_step", lambda self, *a: (seen.append(self.global_step), original(self, *a))[1]
+    )
+    assert call(*VQGAN, *SHAPES, "output=run2", "resume=run", "trainer.max_steps=5").code == 0
+    assert seen == list(range(step, 5)) and steps_of(tmp_path / "run2") == 5
+    assert Tokenizer.load(tmp_path / "run2")
+
+
+def test_ctrl_c_before_the_first_step_leaves_nothing(call, monkeypatch, caplog, tmp_path):
+    caplog.set_level(logging.INFO)
+    interrupt_at(monkeypatch, "validation_step", 1)
+    assert call(*VQGAN, *SHAPES, "output=run/deep").code == 130
+    assert "Stopped at step 0" in caplog.text and "resume" not in caplog.text
+    assert everything(tmp_path) == set()
+
+
+def test_ctrl_c_stops_a_sweep(call, monkeypatch, tmp_path):
+    interrupt_at(monkeypatch, "training_step", 2)
+    assert call("--multirun", *VQGAN, *SHAPES, "output=sweep", "seed=1,2").code == 130
+    assert steps_of(tmp_path / "sweep" / "0") == 2 and not (tmp_path / "sweep" / "1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
+def test_ctrl_c_in_the_terminal(tmp_path):
+    program = Path(sys.executable).parent / "clipgen-train"
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    arguments = [*VQGAN, *SHAPES, "output=run", "trainer.max_steps=1000000", "trainer.val_check_interval=1000000"]
+    process = subprocess.Popen([program, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not last.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "Traceback" not in stderr
+    step = steps_of(tmp_path / "run")
+    assert step == int(re.search(r"Stopped at step (\d+)", stderr)[1]) >= 2
+    done = command("clipgen-train", *VQGAN, *SHAPES, "resume=run", f"trainer.max_steps={step + 2}", cwd=tmp_path)
+    assert done.returncode == 0 and f"Finished {step + 2} steps" in done.stderr
+
+
+def test_sweeps(call, tmp_path):
+    """--multirun: a folder a run, below one; a run that fails does not stop the others."""
+    result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "trainer.max_steps=abc,2")
+    assert result.code == 1 and "trainer.max_steps must be int, got 'abc'" in result.stderr
+    assert everything(tmp_path / "sweep" / "0") == set() and steps_of(tmp_path / "sweep" / "1") == 2
+
+
+# ---------------------------------------------------------------------------------------------------- clear refusals
+
+ERRORS = {
+    "no stage": ([], r"stage must be one of transformer, vqgan; give stage=\.\.\."),
+    "wrong stage": (["stage=gan"], "stage must be one of transformer, vqgan, got gan"),
+    "two stages": (["stage=vqgan,transformer"], "stage=vqgan,transformer has several values"),
+    "no value": (["vqgan"], "arguments must be KEY=VALUE, got vqgan"),
+    "odd value": ([*VQGAN, "output=a=b"], "arguments must be KEY=VALUE, with quotes"),
+    "unknown experiment": (["stage=vqgan", "experiment=x"], "experiment must be one of cifar10, coco, .*, got x"),
+    "unknown data": (["stage=vqgan", "data=x"], "data must be one of folder, shapes, webdataset, got x"),
+    "unknown logger": (["stage=vqgan", "logger=x"], "logger must be one of .*tensorboard.*, got x"),
+    "unknown key": ([*VQGAN, "model.chh=1"], r"there is no key model\.chh; .* --cfg job"),
+    "unknown top key": ([*VQGAN, "modle.ch=1"], r"there is no key modle\.ch"),
+    "unknown argument": ([*VQGAN, *SHAPES, "+model.chh=1"], "unexpected keyword argument 'chh'"),
+    "a word for a size": ([*VQGAN, *SHAPES, "model.ch=abc"], "model.ch must be int, got 'abc'"),
+    "a list for a size": ([*VQGAN, *SHAPES, "model.ch=[1]"], r"model.ch must be int, got \[1\]"),
+    "a size for a list": ([*VQGAN, *SHAPES, "model.ch_mult=2"], "model.ch_mult must be list of int, got 2"),
+    "a word for a number": ([*VQGAN, *SHAPES, "model.learning_rate=fast"], "learning_rate must be float, got 'fast'"),
+    "a word for steps": ([*VQGAN, *SHAPES, "trainer.max_steps=abc"], "trainer.max_steps must be int, got 'abc'"),
+    "a word for a batch": ([*VQGAN, "data.batch_size=abc"], "data.batch_size must be int, got 'abc'"),
+    "a word for a seed": ([*VQGAN, *SHAPES, "seed=abc"], "seed must be int, got 'abc'"),
+    "unknown kind": ([*VQGAN, *SHAPES, "model.reconstruction=l3"], "reconstruction must be 'l1' or 'l2', got 'l3'"),
+    "unknown precision": ([*VQGAN, *SHAPES, "trainer.precision=8"], "trainer.precision must be .*bf16-mixed.*, got 8"),
+    "no such device": ([*VQGAN, *SHAPES, "trainer.accelerator=hpu"], "HPU|hpu"),
+    "top_p": ([*VQGAN, *SHAPES, "pictures.top_p=1.3"], r"top_p must be in \(0, 1\], got 1.3"),
+    "every 0 steps": ([*VQGAN, *SHAPES, "checkpoint.every_n_steps=0"], "every_n_steps must be at least 1, got 0"),
+    "monitor": ([*VQGAN, *SHAPES, "monitor=val/x", "output=run"], "monitor='val/x'"),
+    "a large batch": ([*VQGAN, *SHAPES, "data.batch_size=100"], "batch_size must be at most 64"),
+    "an odd size": ([*VQGAN, *SHAPES, "data.image_size=30"], r"divisible by 8, got \(8, 3, 30, 30\)"),
+    "no data": ([*VQGAN, "data=folder"], "stage=vqgan needs a value for data.root: give data.root="),
+    "missing data": ([*VQGAN, "data=folder", "data.root=/none"], "root must be an existing folder .*, got /none"),
+    "missing shards": (
+        [*VQGAN, "data=webdataset", "data.train_urls=/none/*.tar", "data.val_urls=null"],
+        r"urls must name existing shards, got /none/\*.tar",
+    ),
+    "data without images": ([*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"], r"checkpoints must hold \.jpg"),
+    "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a value for vqgan: give vqgan="),
+    "missing vqgan": ([*TRANSFORMER, *SHAPES, "vqgan=x"], "x does not exist; `clipgen-train stage=vqgan` makes"),
+    "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/pictures"], "pictures holds no such model"),
+    "damaged vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={damaged}"], "damaged.ckpt is no readable checkpoint"),
+    "wrong vqgan folder": (
+        [*TRANSFORMER, *SHAPES, "vqgan={transformer}/transformer"],
+        "is a ConditionalTransformer .* VQGAN is needed",
+    ),
+    "wrong vqgan file": (
+        [*TRANSFORMER, *SHAPES, "vqgan={transformer}/checkpoints/best.ckpt"],
+        "is a ConditionalTransformer checkpoint",
+    ),
+    "unknown clip": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "clip.model_name=x"], "CLIP 'x' is no bundled model"),
+    "no clip folder": (
+        [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "clip.model_name={vqgan}"],
+        "no open_clip_config.json in",
+    ),
+    "clip without weights": (
+        [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "clip.model_name={clip}"],
+        "weights of CLIP .* cannot",
+    ),
+    "missing resume": ([*VQGAN, *SHAPES, "resume=x"], r"resume must name a .ckpt or a run folder .*, got x"),
+    "resume a model": ([*VQGAN, *SHAPES, "resume={vqgan}/vqgan"], "resume must name a .ckpt or a run folder"),
+    "resume the wrong stage": ([*VQGAN, *SHAPES, "resume={transformer}"], "but a VQGAN is needed"),
+    "resume nonsense": ([*VQGAN, *SHAPES, "resume={damaged}"], "damaged.ckpt is no readable checkpoint"),
+    "resume another size": (
+        [*VQGAN, *SHAPES, "resume={vqgan}", "model.ch=64"],
+        "the same model, .* with .*ch=32",
+    ),
+    "output in a file": ([*VQGAN, *SHAPES, "output={damaged}/run"], "output must be a folder .*, got .*run"),
+    "output that cannot be": ([*VQGAN, *SHAPES, "output=/proc/none/run"], "output must be a folder .*, got /proc"),
+    "sweep over stages": (["--multirun", "stage=vqgan,transformer"], "--multirun cannot sweep over stage"),
+    "no VGG": ([*VQGAN, *SHAPES, "model.perceptual_weight=1", "model.vgg_weights=/none"], "or go without"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_refusals(call, runs, tmp_path, name):
+    """One sentence, no traceback, and nothing is left behind."""
+    places = dict(zip(("vqgan", "transformer"), runs))
+    places |= {"damaged": tmp_path / "damaged.ckpt", "clip": tmp_path / "clip"}
+    places["damaged"].write_bytes(b"PK\x03\x04 no checkpoint")
+    places["clip"].mkdir()
+    shutil.copy(Path(sys.modules["clipgen"].__file__).parent / "bundled/clip/open_clip_config.json", places["clip"])
+    before, (arguments, message) = everything(tmp_path), ERRORS[name]
+    result = call(*(re.sub(r"\{(\w+)\}", lambda found: str(places[found[1]]), argument) for argument in arguments))
+    assert result.code == 1
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and re.search(f"^clipgen-train: error: .*{message}", lines[0]), result.stderr
+    kept = {path for path in everything(tmp_path) if path.startswith("run")} if name == "monitor" else set()
+    assert everything(tmp_path) - kept == before
+
+
+def test_a_sweep_on_two_devices_is_refused(call, tmp_path):
+    """Each process would start a sweep of its own."""
+    two = ["trainer.accelerator=cpu", "trainer.devices=2"]
+    result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "seed=1,2", *two)
+    assert result.code == 1 and "--multirun needs a single device, got 2" in result.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_unexpected_error_says_how_to_see_more(call, monkeypatch, tmp_path):
+    def fail(*_):
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(Tokenizer, "training_step", fail)
+    assert "error: KeyError: 'surprise' (CLIPGEN_DEBUG=1 shows where)" in call(*VQGAN, *SHAPES, "output=run").stderr
+    assert everything(tmp_path) == set()
+
+
+def test_refusal_as_a_process(tmp_path):
+    """The same through the installed command: the streams and the exit code are really those."""
+    done = command("clipgen-train", *VQGAN, "model.chh=1", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "clipgen-train: error: there is no key model.chh; clipgen-train stage=vqgan --cfg job shows all keys\n"
+    )
+    assert everything(tmp_path) == set()
+
+
+# ------------------------------------------------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_files():
+    """The system refuses files of more than 30 kB: room for configuration and events, none for a checkpoint."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_no_room_for_the_first_checkpoint(call, small_files, tmp_path):
+    result = call(*VQGAN, *SHAPES, "output=run", "trainer.limit_val_batches=0")
+    assert result.code == 1
+    assert re.fullmatch(r"clipgen-train: error: File too large: .*last\.ckpt\n", result.stderr), result.stderr
+    assert everything(tmp_path) == set()
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["plain", "inside torch"])
+def test_no_room_for_a_later_checkpoint(monkeypatch, tmp_path, hidden):
+    """The one before stays whole, and nothing lies beside it."""
+    path, files = tmp_path / "checkpoints" / "last.ckpt", WholeCheckpoints()
+    files.save_checkpoint({"step": 1}, path)
+
+    def full(checkpoint, file):
+        file.write(b"half")
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            if not hidden:
+                raise
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904, as torch does it
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        files.save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert only(path.parent) == path
+
+
+# --------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help(call):
+    shown = call("--help")
+    assert shown.code == 0 and shown.stderr == ""
+    groups = ["experiment=cifar10|coco|imagenet|shapes", "data=folder|shapes|webdataset"]
+    for word in ("stage=vqgan", "stage=transformer vqgan=", "resume=", "--cfg job", *groups):
+        assert word in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+
+
+def test_all_keys_are_shown(call, tmp_path):
+    shown = call("stage=vqgan", "--cfg", "job")
+    assert shown.code == 0 and {"model", "data", "trainer", "pictures"} <= yaml.safe_load(shown.stdout).keys()
+    assert everything(tmp_path) == set()

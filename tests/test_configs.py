@@ -1,0 +1,182 @@
+"""The YAML: everything composes, keys are arguments, and the paper's experiments hold the paper's numbers."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from clipgen import callbacks
+from clipgen.cli.config import composed, config_dir, fits, make, plain
+from clipgen.clip import FrozenCLIP
+from clipgen.data.folder import folder_data
+from clipgen.data.shapes import shapes_data
+from clipgen.data.shards import shard_data
+from clipgen.transformer import ConditionalTransformer
+from clipgen.vqgan import VQGAN
+
+STAGES = ("vqgan", "transformer")
+EXPERIMENTS = ("shapes", "cifar10", "coco", "imagenet")
+NEEDED = {"coco": ["data.root=x"], "imagenet": ["data.train_urls=x", "data.val_urls=x"]}
+
+
+def group(name: str) -> dict[str, dict]:
+    """The files of a group as written, by name."""
+    return {file.stem: yaml.safe_load(file.read_text()) or {} for file in Path(config_dir(), name).glob("*.yaml")}
+
+
+def experiment(stage: str, name: str):
+    return composed(f"stage={stage}", f"experiment={name}", *NEEDED.get(name, []), *["vqgan=x"] * (stage != "vqgan"))
+
+
+def values(node: dict) -> set[str]:
+    return set(node) - {"_target_"}
+
+
+def arguments(function) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "self"]
+
+
+# ------------------------------------------------------------------------------------------------------- composition
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_stage_of_every_experiment_composes(stage, name):
+    config = experiment(stage, name)
+    OmegaConf.resolve(config)
+    assert config.stage_name == stage and config.output.startswith(f"outputs/{stage}/")
+    assert not OmegaConf.missing_keys(config)
+    assert config.trainer.max_steps > 0 or config.trainer.max_epochs > 0  # or it would never end
+
+
+def test_there_are_no_other_experiments_or_stages():
+    assert set(group("experiment")) == set(EXPERIMENTS) and set(group("stage")) == set(STAGES)
+    assert set(group("recipe")) == {f"{name}_{stage}" for name in EXPERIMENTS for stage in STAGES}
+
+
+@pytest.mark.parametrize("name", ["csv", "none", "tensorboard", "wandb"])
+def test_loggers(name):
+    node = composed("stage=vqgan", f"logger={name}").logger
+    if name != "none":  # wandb itself need not be there
+        assert values(node) <= set(arguments(get_object(node["_target_"]).__init__))
+
+
+# ------------------------------------------------------------------------------------------------ keys are arguments
+
+
+@pytest.mark.parametrize(("stage", "model"), [("vqgan", VQGAN), ("transformer", ConditionalTransformer)])
+def test_model_keys_are_the_constructors_arguments(stage, model):
+    node = group("stage")[stage]["model"]
+    assert get_object(node["_target_"]) is model
+    assert values(node) == set(arguments(model.__init__))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_defaults_are_the_constructors_defaults(stage):
+    """Python and YAML users get the same model; but for what YAML takes from elsewhere."""
+    node = group("stage")[stage]["model"]
+    defaults = inspect.signature(get_object(node["_target_"]).__init__).parameters
+    for key in values(node) - {"resolution", "codebook_size" * (stage != "vqgan"), "num_tokens", "clip_dim"}:
+        default = defaults[key].default
+        assert node[key] == (list(default) if isinstance(default, tuple) else pytest.approx(default)), key
+
+
+@pytest.mark.parametrize(
+    ("name", "factory"), [("shapes", shapes_data), ("folder", folder_data), ("webdataset", shard_data)]
+)
+def test_data_keys_are_the_factorys_arguments(name, factory):
+    node = group("data")[name]
+    assert get_object(node["_target_"]) is factory and values(node) == set(arguments(factory))
+
+
+def test_other_keys_are_arguments_too():
+    for name, node in group("clip").items():
+        assert get_object(node["_target_"]) is FrozenCLIP, name
+        assert values(node) == set(arguments(FrozenCLIP.__init__))
+    config = composed("stage=vqgan")
+    assert values(config.pictures) == set(arguments(callbacks.Pictures.__init__)) - {"folder"}
+    assert values(config.checkpoint) == set(arguments(callbacks.checkpoints)) - {"folder", "monitor"}
+    assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
+
+
+@pytest.mark.parametrize("name", sorted(group("recipe")))
+def test_recipes_change_keys_that_exist(name):
+    stage = name.rsplit("_", 1)[1]
+    recipe, whole = group("recipe")[name], composed(f"stage={stage}")
+    for node in ("model", "trainer", "pictures"):
+        assert set(recipe.get(node, {})) <= set(whole[node]), node
+
+
+# ------------------------------------------------------------------------------------------------ the paper's numbers
+
+
+@pytest.mark.parametrize("name", ["coco", "imagenet"])
+def test_stage_1_is_the_papers(name):
+    config = experiment("vqgan", name)
+    model = config.model
+    assert (model.codebook_size, model.codebook_dim, model.distance) == (16384, 256, "euclidean")
+    assert (model.n_layers, model.discriminator_start, model.discriminator_warmup) == (3, 25_000, 0)
+    assert model.perceptual_weight > 0 and model.discriminator_weight > 0 and model.dropout == 0
+    assert (model.learning_rate, model.schedule, model.warmup_steps) == (4.5e-6, "constant", 0)
+    assert (config.data.batch_size, config.data.image_size, config.trainer.max_epochs) == (16, 256, 100)
+    assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
+    with torch.device("meta"):
+        vqgan = make(model)
+    assert vqgan.downsampling == 16
+    assert count(vqgan) == pytest.approx(78.8e6, rel=0.002)
+    assert count(vqgan.discriminator) == pytest.approx(2.77e6, rel=0.01)  # PatchGAN of 64 channels and 3 layers
+    assert vqgan.quantize.codebook.shape == (16384, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "batch_size", "max_steps", "parameters", "table_1"),
+    [
+        ("coco", (24, 16, 1024), 32, 1_000_000, 319.9e6, 307e6),
+        ("imagenet", (48, 24, 1536), 16, 2_000_000, 1386.3e6, 1.6e9),
+    ],
+)
+def test_stage_2_is_the_papers(name, sizes, batch_size, max_steps, parameters, table_1):
+    config = experiment("transformer", name)
+    model = config.model
+    assert (model.n_layer, model.n_head, model.n_embd) == sizes
+    assert model.clip_loss_weight == 0.2
+    assert (model.learning_rate, model.weight_decay, model.schedule, model.warmup_steps) == (1e-5, 0, "constant", 0)
+    assert (model.condition_dropout, model.condition_cosine) == (0, 1)  # both are ours
+    assert (config.data.batch_size, config.data.image_size, config.trainer.max_steps) == (batch_size, 256, max_steps)
+    assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
+    assert (config.pictures.top_k, config.pictures.top_p) == (300, 1.0)
+    with torch.device("meta"):
+        transformer = make(model, codebook_size=16384, num_tokens=256, clip_dim=512)
+    assert count(transformer) == pytest.approx(parameters, rel=0.002)
+    assert count(transformer) == pytest.approx(table_1, rel=0.15)  # the paper does not say what it counts
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (1, int, True), (1.0, int, False), (True, int, False), ("1", int, False), (None, int, False),
+        (1, float, True), (1e-3, float, True), (False, float, False),
+        (True, bool, True), (1, bool, False), ("a", str, True), (1, str, False),
+        (None, str | None, True), (3, str | None, False), ([1, 2], list[int], True), ([1, "a"], list[int], False),
+        (3, str | list[str], False), ("a", str | list[str], True),
+    ],
+)  # fmt: skip
+def test_types(value, kind, expected):
+    assert fits(value, kind) is expected
+
+
+def test_types_for_people():
+    assert plain(str | list[int] | None) == "str or list of int or null"

@@ -1,0 +1,128 @@
+"""What is installed: light to import, typed, complete, and at home in any folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from commands import command, everything
+
+import clipgen
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "torchvision", "transformers", "open_clip", "pytorch_lightning", "numpy", "PIL", "hydra", "omegaconf"}
+
+
+def loaded_by(code: str, cwd: Path) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after running the code."""
+    script = f"import sys\n{code}\nprint('loaded', *{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("command_line", ["sample", "demo", "train"])
+def test_help_is_light(tmp_path, command_line):
+    """--help loads neither torch nor what stands on it; only clipgen-train's needs to know where the YAML lies."""
+    code = (
+        f"from clipgen.cli.{command_line} import main\n"
+        f"sys.argv = ['clipgen-{command_line}', '--help']\n"
+        "try: main()\nexcept SystemExit as end: assert end.code == 0"
+    )
+    allowed = {"hydra", "omegaconf"} if command_line == "train" else set()
+    loaded = loaded_by(code, tmp_path)
+    assert "clipgen" in loaded and not loaded & (HEAVY - allowed)
+
+
+def test_a_wrong_key_is_told_before_anything_heavy_is_loaded(tmp_path):
+    code = (
+        "from clipgen.cli.train import main\n"
+        "sys.argv = ['clipgen-train', 'stage=vqgan', 'model.chh=1']\n"
+        "try: main()\nexcept SystemExit as end: assert end.code == 1"
+    )
+    assert not loaded_by(code, tmp_path) & {"torch", "transformers", "open_clip", "pytorch_lightning"}
+
+
+def test_importing_the_package_is_light(tmp_path):
+    assert not loaded_by("import clipgen; clipgen.__version__", tmp_path) & HEAVY
+
+
+def test_the_version_is_the_installed_one():
+    assert importlib.metadata.version("clipgen") == clipgen.__version__
+
+
+def test_typed():
+    """PEP 561: without this file nobody's type checker looks at our hints."""
+    assert (Path(clipgen.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["clipgen-train", "clipgen-sample", "clipgen-demo"])
+def test_commands_are_installed_and_work_elsewhere(tmp_path, name):
+    done = command(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and name in done.stdout
+    assert everything(tmp_path) == set()
+
+
+def test_the_configuration_is_found_elsewhere(tmp_path):
+    done = command("clipgen-train", "stage=transformer", "experiment=coco", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0 and "n_embd: 1024" in done.stdout
+    assert everything(tmp_path) == set()
+
+
+# -------------------------------------------------------------------------------------------------------- wheel, sdist
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A folder with wheel and sdist."""
+    pytest.importorskip("build", reason="needs the package build: pip install 'clipgen[test]'")
+    pytest.importorskip("hatchling", reason="without hatchling here, building would need the network")
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
+    done = subprocess.run(build, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def names_in(built: Path, kind: str) -> set[str]:
+    if kind == "wheel":
+        return set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
+    with tarfile.open(next(built.glob("*.tar.gz"))) as tar:
+        return {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+
+
+@pytest.mark.slow
+def test_wheel(built):
+    """Made by way of the sdist, which is therefore complete."""
+    names = names_in(built, "wheel")
+    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipgen").rglob("*.py")}
+    configs = {f"clipgen/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    bundled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipgen/bundled").rglob("*") if path.is_file()}
+    assert {"clipgen/configs/train.yaml", "clipgen/configs/stage/vqgan.yaml"} <= configs
+    assert "clipgen/bundled/clip/open_clip_model.safetensors" in bundled
+    assert names >= package | configs | bundled | {"clipgen/py.typed"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"clipgen"}  # no tests, no scripts
+    assert next(built.glob("*.whl")).stat().st_size < 12e6
+
+
+@pytest.mark.slow
+def test_sdist(built):
+    names = names_in(built, "sdist")
+    assert names >= {"pyproject.toml", "README.md", "LICENSE", "configs/train.yaml", "clipgen/py.typed"}
+    assert names >= {"scripts/make_shards.py", "tests/conftest.py", "clipgen/bundled/clip/open_clip_model.safetensors"}
+    assert not [name for name in names if name.startswith(("runs", "outputs", "data", ".venv"))]
+
+
+@pytest.mark.slow
+def test_the_wheel_finds_its_configuration(built, tmp_path):
+    """Unpacked, without the repository beside it."""
+    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
+    code = "import clipgen.cli.config as c; print(c.config_dir()); print(c.composed('stage=vqgan').model.ndf)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [str(tmp_path / "site" / "clipgen" / "configs"), "64"], done.stderr
