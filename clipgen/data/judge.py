@@ -16,7 +16,7 @@ from torch import Tensor
 from clipgen.data.shapes import BACKGROUNDS, COLORS, RADII, SHAPES, Attributes, rgb, silhouettes
 
 NOTHING = "nothing"  # the judge's word where an image shows no silhouette that it knows
-MIN_OVERLAP = 0.6  # intersection over union under which a silhouette is no known shape
+MIN_OVERLAP = 0.7  # intersection over union under which a silhouette is no known shape
 
 
 def judge(images: Tensor) -> list[Attributes]:

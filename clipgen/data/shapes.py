@@ -1,8 +1,8 @@
 """The embedded data set: antialiased coloured shapes, each with the sentence that describes it.
 
-6 shapes x 8 colours x 2 sizes x 3 backgrounds = 288 sentences; the position moves by up to two pixels each way, the
-radius by one. Everything is drawn on the fly from signed distances, and the same seed draws the same
-images.
+6 shapes x 8 colours x 2 sizes x 3 backgrounds = 288 sentences; the position moves by up to two pixels each way and the
+radius by up to one, so no two images are alike. Everything is drawn on the fly from signed distances, and the same seed
+draws the same images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLORS = {
     "red": (214, 39, 40), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (245, 215, 40),
     "orange": (245, 130, 20), "purple": (140, 50, 185), "cyan": (50, 205, 225), "pink": (250, 130, 200),
 }  # fmt: skip
-RADII = {"small": (7.5, 8.5), "large": (11.5, 12.5)}  # pixels of a 32-pixel image
+RADII = {"small": (7.5, 8.5), "large": (11.5, 12.5)}  # from, to: pixels of a 32-pixel image
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
 SHIFTS = (-2, 0, 2)  # pixels of a 32-pixel image, to the right and down
 
@@ -152,8 +152,8 @@ class ShapesDataset(Dataset):
         pool = ALL_ATTRIBUTES if attributes is None else attributes
         self.attributes = [pool[c if attributes is None else i % len(pool)] for i, c in enumerate(choices)]
         scale = image_size / 32
-        radii = torch.tensor([RADII[a.size] for a in self.attributes])  # (length, choices)
-        self.radii = radii.gather(1, torch.randint(radii.shape[1], (length, 1), generator=generator))[:, 0] * scale
+        low, high = torch.tensor([RADII[a.size] for a in self.attributes]).T
+        self.radii = (low + (high - low) * torch.rand(length, generator=generator)) * scale
         self.centers = torch.tensor(SHIFTS)[torch.randint(len(SHIFTS), (length, 2), generator=generator)] * scale
 
     def __len__(self) -> int:

@@ -24,6 +24,10 @@ def norm(channels: int, local: bool = False) -> nn.Module:
     return PositionNorm(channels, eps=1e-6) if local else nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def conv(in_channels: int, out_channels: int, local: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1) if local else nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+
 class ResnetBlock(nn.Module):
     """norm, swish, conv, twice, beside a shortcut: (B, C_in, h, w) -> (B, C_out, h, w).
 
@@ -32,9 +36,8 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float, local: bool = False):
         super().__init__()
-        kernel = dict(kernel_size=1) if local else dict(kernel_size=3, padding=1)
-        self.norm1, self.conv1 = norm(in_channels, local), nn.Conv2d(in_channels, out_channels, **kernel)
-        self.norm2, self.conv2 = norm(out_channels, local), nn.Conv2d(out_channels, out_channels, **kernel)
+        self.norm1, self.conv1 = norm(in_channels, local), conv(in_channels, out_channels, local)
+        self.norm2, self.conv2 = norm(out_channels, local), conv(out_channels, out_channels, local)
         self.dropout = nn.Dropout(dropout)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -139,9 +142,8 @@ class Encoder(nn.Module):
                  resolution: int, z_channels: int, patch_size: int = 1, mid_attention: bool = True,
                  dropout: float = 0.0, local: bool = False):  # fmt: skip
         super().__init__()
-        kernel = dict(kernel_size=1) if local else dict(kernel_size=3, padding=1)
         self.patch = nn.PixelUnshuffle(patch_size)
-        self.conv_in = nn.Conv2d(3 * patch_size**2, ch, **kernel)
+        self.conv_in = conv(3 * patch_size**2, ch, local)
         self.down, before = nn.ModuleList(), ch
         for i, mult in enumerate(ch_mult):
             attention = resolution // patch_size // 2**i in attn_resolutions
@@ -149,7 +151,7 @@ class Encoder(nn.Module):
             self.down.append(Level(channels, attention, dropout, local=local, down=i < len(ch_mult) - 1))
             before = channels[-1]
         self.mid = Middle(before, mid_attention, dropout, local)
-        self.norm_out, self.conv_out = norm(before, local), nn.Conv2d(before, z_channels, **kernel)
+        self.norm_out, self.conv_out = norm(before, local), conv(before, z_channels, local)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(self.patch(images))

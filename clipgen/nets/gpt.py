@@ -33,7 +33,7 @@ class ConditionalGPT2(nn.Module):
             raise ValueError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
         self.num_tokens, self.codebook_size = num_tokens, codebook_size
         # "gelu_pytorch_tanh" is GPT-2's "gelu_new" in one kernel instead of eight
-        self.transformer = GPT2Model(GPT2Config(
+        self.transformer = GPT2Model(GPT2Config(  # type: ignore[call-arg]
             vocab_size=codebook_size, n_positions=num_tokens, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, activation_function="gelu_pytorch_tanh",
             attn_implementation="sdpa", use_cache=False, bos_token_id=None, eos_token_id=None,
