@@ -15,6 +15,7 @@ from clipgen.cli.console import guarded
 
 START = time.perf_counter()
 PROMPTS = 200
+SAMPLING = {"temperature": 0.6, "top_k": 300, "top_p": 1.0}
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def run() -> None:
         draw_reconstructions(pipe, args.output / "reconstructions.png")
         draw_losses([vqgan / "metrics.csv", transformer / "metrics.csv"], args.output / "losses.png")
     seconds["total"] = time.perf_counter() - START
-    report(args.output, accuracy, seconds, {"seed": args.seed, "overrides": args.overrides, "prompts": PROMPTS})
+    report(args.output, accuracy, seconds, {"seed": args.seed, "overrides": args.overrides, "prompts": PROMPTS, "sampling": SAMPLING})
 
 
 def configs(output: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 
 def sample_and_judge(pipe: Any, path: Path, seed: int) -> dict[str, float]:
-    """Draw one picture for each of 200 sentences, by the pipeline's ordinary sampling, and read them back."""
+    """Draw one picture for each of 200 sentences and read them back."""
     import torch
 
     from clipgen.data.judge import accuracy
@@ -93,7 +94,7 @@ def sample_and_judge(pipe: Any, path: Path, seed: int) -> dict[str, float]:
     order = torch.randperm(len(ALL_ATTRIBUTES), generator=torch.Generator().manual_seed(seed))[:PROMPTS]
     attributes = [ALL_ATTRIBUTES[i] for i in order]
     prompts = [str(a) for a in attributes]
-    images = pipe.generate(pipe.clip.encode_text(prompts), seed)
+    images = pipe.generate(pipe.clip.encode_text(prompts), seed, **SAMPLING)
     save_png(grid(to_pil(images), columns=20, captions=prompts, cell=96), path)
     return accuracy(images, attributes)
 

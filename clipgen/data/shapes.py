@@ -1,6 +1,6 @@
 """The embedded data set: antialiased coloured shapes, each with the sentence that describes it.
 
-6 shapes x 8 colours x 2 sizes x 3 backgrounds = 288 sentences; the position moves by up to two pixels each way and the
+6 shapes x 8 colours x 2 sizes x 3 backgrounds = 288 sentences; the position moves by up to four pixels each way and the
 radius by up to one, so no two images are alike. Everything is drawn on the fly from signed distances, and the same seed
 draws the same images.
 """
@@ -24,9 +24,9 @@ COLORS = {
     "red": (214, 39, 40), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (245, 215, 40),
     "orange": (245, 130, 20), "purple": (140, 50, 185), "cyan": (50, 205, 225), "pink": (250, 130, 200),
 }  # fmt: skip
-RADII = {"small": (7.5, 8.5), "large": (11.5, 12.5)}  # from, to: pixels of a 32-pixel image
+RADII = {"small": (7.5, 8.5), "large": (11.0, 12.0)}  # from, to: pixels of a 32-pixel image
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
-SHIFTS = (-2, 0, 2)  # pixels of a 32-pixel image, to the right and down
+SHIFTS = (-4, 0, 4)  # pixels of a 32-pixel image, to the right and down
 
 
 @dataclass(frozen=True)
