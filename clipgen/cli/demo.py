@@ -55,7 +55,12 @@ def run() -> None:
         draw_reconstructions(pipe, args.output / "reconstructions.png")
         draw_losses([vqgan / "metrics.csv", transformer / "metrics.csv"], args.output / "losses.png")
     seconds["total"] = time.perf_counter() - START
-    report(args.output, accuracy, seconds, {"seed": args.seed, "overrides": args.overrides, "prompts": PROMPTS, "sampling": SAMPLING})
+    report(
+        args.output,
+        accuracy,
+        seconds,
+        {"seed": args.seed, "overrides": args.overrides, "prompts": PROMPTS, "sampling": SAMPLING},
+    )
 
 
 def configs(output: Path, seed: int, overrides: list[str]) -> dict[str, Any]:

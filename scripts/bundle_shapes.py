@@ -1,0 +1,22 @@
+"""Bundle a finished demo's models with the package, in 16 bits.
+
+clipgen-demo --output demo && python scripts/bundle_shapes.py demo/transformer
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from clipgen import TextToImage
+from clipgen.pipeline import BUNDLED
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="stage-2 run folder")
+    TextToImage.load(parser.parse_args().run).save(BUNDLED["shapes"], half=True)
+
+
+if __name__ == "__main__":
+    main()
