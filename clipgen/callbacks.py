@@ -19,7 +19,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from clipgen.images import grid, save_png, to_pil
+from clipgen.images import frequency_chart, grid, save_png, to_pil
 from clipgen.pipeline import TextToImage
 from clipgen.sampling import check_sampling
 from clipgen.transformer import ConditionalTransformer
@@ -103,8 +103,8 @@ class Results(pl.Callback):
 
 
 class Pictures(pl.Callback):
-    """After each validation, log a grid and write it to ``folder``: reconstructions in stage 1; in stage 2 samples from
-    the embeddings of validation images and of sentences.
+    """After each validation, log pictures and write them to ``folder``: in stage 1 reconstructions and how often each
+    code is used; in stage 2 samples from the embeddings of validation images and of sentences.
 
     Args:
         prompts: the sentences of stage 2.
@@ -138,7 +138,10 @@ class Pictures(pl.Callback):
         """Name -> grid."""
         if isinstance(module, VQGAN):
             pairs = torch.stack([images, module(images)], dim=1).flatten(0, 1)
-            return {"reconstructions": grid(to_pil(pairs), columns=8)}
+            chart = frequency_chart(
+                module.counts, f"step {module.global_step}, {int((module.counts == 0).sum())} dead codes"
+            )
+            return {"reconstructions": grid(to_pil(pairs), columns=8), "codebook_usage": chart}
         assert isinstance(module, ConditionalTransformer), type(module)
         pipe = TextToImage(*module.frozen()[:1], module, module.frozen()[1])
         pairs = torch.stack([images, pipe.generate(pipe.clip.encode_image(images), 0, **self.sampling)], dim=1)

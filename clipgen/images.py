@@ -67,3 +67,22 @@ def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[str, Any]
     with whole_file(Path(path)) as partial:
         picture.save(partial, format="PNG", pnginfo=info)
     return Path(path)
+
+
+def frequency_chart(counts: Tensor, title: str) -> Image.Image:
+    """How often each code was chosen (K,), most frequent first, as a picture."""
+    import io
+
+    from matplotlib.figure import Figure  # without pyplot, which would keep it
+
+    p = (counts.float() / counts.sum().clamp(min=1)).sort(descending=True).values.cpu().numpy()
+    figure = Figure(figsize=(6, 3), dpi=100, layout="constrained")
+    axis = figure.add_subplot()
+    axis.fill_between(range(len(p)), p, step="mid")
+    axis.axhline(1 / len(p), color="gray", linestyle=":", label="all codes alike")
+    axis.set(
+        title=title, xlabel="code, most frequent first", ylabel="share of indices", xlim=(0, len(p)), ylim=(0, None)
+    )
+    axis.legend()
+    figure.savefig(buffer := io.BytesIO(), format="png")
+    return Image.open(buffer).convert("RGB")

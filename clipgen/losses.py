@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,40 @@ def generator_loss(logits_fake: Tensor, kind: str) -> Tensor:
     raise ValueError(f"adversarial must be 'hinge' or 'log', got {kind!r}")
 
 
-def adaptive_weight(loss: Tensor, generator_loss: Tensor, last_layer: Tensor, maximum: float = 1e4) -> Tensor:
-    """VQ-GAN's lambda (arXiv:2012.09841, Eq. 7): makes both gradients equally long at the decoder's last layer."""
-    ours = torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
-    theirs = torch.autograd.grad(generator_loss, last_layer, retain_graph=True)[0].float().norm()
+def adaptive_weight(
+    reconstruction: Tensor, last_layer: Tensor, gradient: Tensor, adversarial: Tensor, maximum: float = 1e4
+) -> Tensor:
+    """VQ-GAN's lambda (arXiv:2012.09841, Eq. 7): makes both gradients equally long at the decoder's last layer.
+
+    Args:
+        reconstruction: made by ``last_layer``. gradient, adversarial: of the two losses, at the reconstruction.
+        maximum: bound of the result.
+    """
+    ours, theirs = (
+        torch.autograd.grad(reconstruction, last_layer, part.to(reconstruction), retain_graph=True)[0].float().norm()
+        for part in (gradient, adversarial)
+    )
     return (ours / (theirs + 1e-4)).clamp(0, maximum).detach()
+
+
+class LeCam(nn.Module):
+    """LeCam's regularisation of the discriminator (arXiv:2104.03310): its logits shall stay near the running mean of
+    the other kind's, which keeps it from winning where images are few."""
+
+    means: Tensor
+
+    def __init__(self, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("means", torch.zeros(2))  # of real and fake logits
+
+    def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+        """E[relu(D(I) - mean_fake)^2] + E[relu(mean_real - D(I'))^2]; moves the running means."""
+        with torch.no_grad():
+            now = torch.stack([logits_real.float().mean(), logits_fake.float().mean()])
+            self.means.lerp_(now, 1 - self.decay)
+        real, fake = self.means
+        return F.relu(logits_real - fake).square().mean() + F.relu(real - logits_fake).square().mean()
 
 
 def clip_loss(generated: Tensor, target: Tensor) -> Tensor:
@@ -86,7 +116,7 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
         else:
             vgg = torch.load(Path(vgg_weights).expanduser(), map_location="cpu", weights_only=True)
         network = _LPIPS(net="vgg", pnet_rand=True)  # its linear layers come with the package
-        return load_vgg_(network, vgg).eval().requires_grad_(False)
+        return frozen(load_vgg_(network, vgg))
     except Exception as error:  # a missing file, no network, a file of something else: the way out is the same
         source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
         raise ValueError(
@@ -94,6 +124,20 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
             f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), name the file in "
             "model.vgg_weights=PATH, or go without by model.perceptual_weight=0"
         ) from error
+
+
+def lpips_of(state: dict[str, Tensor]) -> nn.Module:
+    """LPIPS with the weights that a published checkpoint or our own folder holds."""
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    network = _LPIPS(net="vgg", pnet_rand=True)
+    network.load_state_dict({**state, **{f"lins.{k[3:]}": v for k, v in state.items() if re.match(r"lin\d", k)}})
+    return frozen(network)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """For good: in evaluation mode and without gradients of its own."""
+    return network.eval().requires_grad_(False)
 
 
 def load_vgg_(network: Any, vgg: dict[str, Tensor]) -> nn.Module:

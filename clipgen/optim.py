@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -31,6 +32,12 @@ def factor(kind: str, warmup_steps: int, total_steps: float) -> Callable[[int], 
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     return at
+
+
+def optimizer_steps(trainer: Any, accumulate: int) -> float:
+    """Steps that a training will take where a module accumulates by itself: Lightning counts one a batch."""
+    batches = trainer.estimated_stepping_batches
+    return batches if batches == trainer.max_steps else math.ceil(batches / accumulate)
 
 
 def decay_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:

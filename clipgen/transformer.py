@@ -157,7 +157,7 @@ class ConditionalTransformer(pl.LightningModule):
         vqgan, clip = self.frozen()
         p = logits.softmax(dim=-1)
         one_hot = F.one_hot(p.argmax(dim=-1), p.shape[-1]).to(p)
-        codes = (one_hot + p - p.detach()) @ vqgan.quantize.codebook  # (B, T, D)
+        codes = (one_hot + p - p.detach()) @ vqgan.codebook  # (B, T, D)
         z_q = rearrange(codes, "b (h w) d -> b d h w", w=width // vqgan.downsampling)
         return losses.clip_loss(clip.encode_image(vqgan.decode_latents(z_q)), clip_embedding)
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clipgen import losses
-from clipgen.nets.autoencoder import Decoder, Encoder
+from clipgen.nets.autoencoder import Autoencoder
 from clipgen.nets.discriminator import PatchDiscriminator
-from clipgen.nets.quantizer import Quantized, VectorQuantizer, usage_and_perplexity
-from clipgen.optim import schedule
+from clipgen.nets.quantizer import Quantized, usage_and_perplexity
+from clipgen.optim import optimizer_steps, schedule
 from clipgen.weights import checkpoint as files
+from clipgen.weights import published
 
-logger = logging.getLogger(__name__)
+NETWORK = (  # the arguments that decide which weights fit
+    "quantizer", "codebook_size", "codebook_dim", "levels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
+    "resolution", "z_channels", "patch_size", "mid_attention", "local_encoder", "norm_eps", "ndf", "n_layers",
+)  # fmt: skip
+PARTS = ("discriminator.", "lpips.")  # what a model folder may hold beside the tokenizer
 
 
 class VQGAN(pl.LightningModule):
@@ -28,34 +33,43 @@ class VQGAN(pl.LightningModule):
     Images are (B, 3, H, W) in [-1, 1]; height and width are divisible by f = ``patch_size * 2 ** (len(ch_mult) - 1)``.
 
     Args:
-        codebook_size, codebook_dim, distance, revive_after, codebook_momentum: see ``VectorQuantizer``.
-        ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, mid_attention,
-            local_encoder, dropout: see ``Encoder``.
+        quantizer, codebook_size, codebook_dim, levels, norm_eps, local_encoder: see ``Autoencoder``.
+        revive_after, codebook_momentum, kmeans_iters: see ``VectorQuantizer``.
+        ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, mid_attention, dropout,
+            checkpointing: see ``Encoder``.
         reconstruction: ``"l1"`` or ``"l2"``.
-        codebook_weight, commitment_weight: of the two terms of Eq. 4; beta of VQ-VAE is the second.
+        codebook_weight, commitment_weight: of the two terms of Eq. 4; beta of VQ-VAE is the second. (Published weights
+            were trained with beta on the first: 0.25 and 1 continue them as they began.)
+        entropy_weight: of LFQ's. kl_weight: of Gumbel's.
         perceptual_weight: of LPIPS; 0 needs no VGG weights. vgg_weights: their file, else torchvision's cache.
         discriminator_weight: 0 trains no discriminator. discriminator_start: the step at which it wakes up (25 000 in
             the paper; before it neither half of the GAN trains). discriminator_warmup: steps that it then trains alone
             before its gradient reaches the generator. ndf: its width. n_layers: its strided layers.
-        adversarial: ``"hinge"`` or ``"log"`` (Eq. 5).
+        adversarial: ``"hinge"`` or ``"log"`` (Eq. 5). adaptive_weight_max: bound of the adaptive weight.
+        lecam_weight: of LeCam's regularisation of the discriminator; 0 is none.
+        ema_decay: of the average over the weights of past steps, which evaluation and files then use; 0 keeps none.
         learning_rate, betas: Adam's, both halves. schedule, warmup_steps: see ``optim.schedule``.
         gradient_clip: largest gradient norm of either half; 0 does not clip.
+        accumulate: batches a step. compile: by torch.compile. channels_last: memory format of images and weights.
     """
 
     counts: Tensor
     discriminator: Any  # PatchDiscriminator, or None
 
     def __init__(
-        self, *, codebook_size: int = 16384, codebook_dim: int = 256, distance: str = "euclidean",
-        revive_after: int = 0, codebook_momentum: float = 0.0, ch: int = 128,
-        ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2, attn_resolutions: Sequence[int] = (16,),
-        resolution: int = 256, z_channels: int = 256, patch_size: int = 1, mid_attention: bool = True,
-        local_encoder: bool = False, dropout: float = 0.0, reconstruction: str = "l1", codebook_weight: float = 1.0,
-        commitment_weight: float = 0.25, perceptual_weight: float = 1.0, vgg_weights: str | None = None,
-        discriminator_weight: float = 0.8, discriminator_start: int = 25_000, discriminator_warmup: int = 0,
-        ndf: int = 64, n_layers: int = 3, adversarial: str = "hinge", learning_rate: float = 4.5e-6,
-        betas: Sequence[float] = (0.5, 0.9), schedule: str = "constant", warmup_steps: int = 0,
-        gradient_clip: float = 0.0,
+        self, *, quantizer: str = "euclidean", codebook_size: int = 16384, codebook_dim: int = 256,
+        levels: Sequence[int] | None = None, revive_after: int = 0, codebook_momentum: float = 0.0,
+        kmeans_iters: int = 0, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (16,), resolution: int = 256, z_channels: int = 256, patch_size: int = 1,
+        mid_attention: bool = True, local_encoder: bool = False, norm_eps: float = 1e-6, dropout: float = 0.0,
+        checkpointing: bool = False, reconstruction: str = "l1", codebook_weight: float = 1.0,
+        commitment_weight: float = 0.25, entropy_weight: float = 0.1, kl_weight: float = 1e-8,
+        perceptual_weight: float = 1.0, vgg_weights: str | None = None, discriminator_weight: float = 0.8,
+        discriminator_start: int = 25_000, discriminator_warmup: int = 0, ndf: int = 64, n_layers: int = 3,
+        adversarial: str = "hinge", adaptive_weight_max: float = 1e4, lecam_weight: float = 0.0,
+        ema_decay: float = 0.0, learning_rate: float = 4.5e-6, betas: Sequence[float] = (0.5, 0.9),
+        schedule: str = "constant", warmup_steps: int = 0, gradient_clip: float = 0.0, accumulate: int = 1,
+        compile: bool = False, channels_last: bool = False,
     ):  # fmt: skip
         super().__init__()
         for name, kind, kinds in (
@@ -64,55 +78,76 @@ class VQGAN(pl.LightningModule):
         ):
             if kind not in kinds:  # now, and not at the step where it is first used
                 raise ValueError(f"{name} must be {' or '.join(map(repr, kinds))}, got {kind!r}")
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         self.save_hyperparameters()
         self.automatic_optimization = False  # two optimizers take turns
         self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
         self.codebook_size = codebook_size
-        sizes: dict[str, Any] = dict(
-            ch=ch, ch_mult=ch_mult, num_res_blocks=num_res_blocks, attn_resolutions=attn_resolutions, dropout=dropout,
-            resolution=resolution, z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention,
+        self.autoencoder = Autoencoder(
+            quantizer=quantizer, codebook_size=codebook_size, codebook_dim=codebook_dim, levels=levels,
+            revive_after=revive_after, codebook_momentum=codebook_momentum, kmeans_iters=kmeans_iters, ch=ch,
+            ch_mult=ch_mult, num_res_blocks=num_res_blocks, attn_resolutions=attn_resolutions, resolution=resolution,
+            z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention, local_encoder=local_encoder,
+            norm_eps=norm_eps, dropout=dropout, checkpointing=checkpointing,
         )  # fmt: skip
-        self.encoder, self.decoder = Encoder(local=local_encoder, **sizes), Decoder(**sizes)
-        self.quantize = VectorQuantizer(codebook_size, codebook_dim, distance, revive_after, codebook_momentum)
-        self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
+        average = get_ema_multi_avg_fn(ema_decay)
+        self.ema = AveragedModel(self.autoencoder, multi_avg_fn=average) if ema_decay > 0 else None
         self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None
+        self.lecam = losses.LeCam() if discriminator_weight > 0 and lecam_weight > 0 else None
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
         self._lpips: tuple[nn.Module, ...] = ()  # in a tuple: frozen, so no part of parameters, mode or checkpoints
 
     # ------------------------------------------------------------------------------------------- images <-> indices
 
+    @property
+    def tokenizer(self) -> Autoencoder:
+        """The network that images go through: in evaluation the averaged one, where there is one."""
+        net: Any = self.autoencoder if self.ema is None or self.training else self.ema.module
+        return net
+
+    @property
+    def codebook(self) -> Tensor:
+        """All codes, (K, D)."""
+        return self.tokenizer.quantize.codebook
+
     def encode_latents(self, images: Tensor) -> Tensor:
         """Images -> latents before quantisation, (B, D, h, w)."""
-        height, width = images.shape[-2:]
-        f = self.downsampling
-        if images.ndim != 4 or height % f or width % f:
-            near = " or ".join(f"{max(side // f, 1) * f}" for side in (height, width))
-            raise ValueError(
-                f"images must be (B, 3, H, W) with sides divisible by {f}, got {tuple(images.shape)}; try {near}"
-            )
-        return self.quant_conv(self.encoder(images))
+        self._check_size(images)
+        return self.tokenizer.encode(images)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images -> codebook indices, (B, h, w) int64: the row-major sequence s of the paper."""
-        return self.quantize(self.encode_latents(images)).indices
+        return self.tokenizer.quantize(self.encode_latents(images)).indices
 
     def decode(self, indices: Tensor) -> Tensor:
         """Codebook indices (B, h, w) -> images (B, 3, h * f, w * f)."""
-        return self.decode_latents(self.quantize.codes(indices))
+        return self.decode_latents(self.tokenizer.quantize.codes(indices))
 
     def decode_latents(self, z_q: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> images (B, 3, h * f, w * f)."""
-        return self.decoder(self.post_quant_conv(z_q))
+        return self.tokenizer.decode(z_q)
 
     def autoencode(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images -> reconstruction, and what the quantizer returned."""
-        quantized = self.quantize(self.encode_latents(images))
-        return self.decode_latents(quantized.z_q), quantized
+        self._check_size(images)
+        return self.tokenizer(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images -> reconstruction, both (B, 3, H, W)."""
         return self.autoencode(images)[0]
+
+    def _check_size(self, images: Tensor) -> None:
+        sides, f = images.shape[-2:], self.downsampling
+        if images.ndim != 4 or any(side % f for side in sides):
+            near = [sorted({max(side // f, 1) * f, -(-side // f) * f}) for side in sides]
+            height, width = (" or ".join(map(str, either)) for either in near)
+            raise ValueError(
+                f"images must be (B, 3, H, W) with sides divisible by {f}, got {tuple(images.shape)}; "
+                f"try a height of {height} and a width of {width}"
+            )
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -123,10 +158,10 @@ class VQGAN(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         h = self.h
-        generator = [p for n, p in self.named_parameters() if p.requires_grad and not n.startswith("discriminator.")]
-        halves = [generator] + ([list(self.discriminator.parameters())] if self.discriminator else [])
-        optimizers = [torch.optim.Adam(half, lr=h.learning_rate, betas=tuple(h.betas)) for half in halves]
-        total = self.trainer.estimated_stepping_batches
+        halves = [self.autoencoder] + ([self.discriminator] if self.discriminator else [])
+        parameters = [[p for p in half.parameters() if p.requires_grad] for half in halves]
+        optimizers = [torch.optim.Adam(half, lr=h.learning_rate, betas=tuple(h.betas)) for half in parameters]
+        total = optimizer_steps(self.trainer, h.accumulate)
         return optimizers, [schedule(o, h.schedule, h.warmup_steps, total) for o in optimizers]
 
     def on_fit_start(self) -> None:
@@ -135,77 +170,111 @@ class VQGAN(pl.LightningModule):
                 "trainer.precision must be 32-true or bf16-mixed, got 16-mixed: GAN losses overflow in fp16"
             )
         if self.h.perceptual_weight > 0:
-            self._lpips = (losses.load_lpips(self.h.vgg_weights).to(self.device),)
+            lpips = self._lpips[0] if self._lpips else losses.load_lpips(self.h.vgg_weights)
+            self._lpips = (lpips.to(self.device),)
+        self.train()  # what was loaded is in evaluation mode, and Lightning leaves it there
+        self.optimize_()
+
+    def optimize_(self) -> None:
+        """Apply ``channels_last`` and ``compile``; neither changes what is computed, or the names of parameters."""
+        if self.h.channels_last:
+            self.to(memory_format=torch.channels_last)
+        if self.h.compile:
+            # the decoder's last layer stays out: the adaptive weight asks for its gradient alone
+            net: Any = self.autoencoder
+            net.encoder.compile()
+            net.decoder.trunk = torch.compile(net.decoder.trunk)
+            for frozen_or_not in (self.discriminator, *self._lpips):
+                if frozen_or_not is not None:
+                    frozen_or_not.compile()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = batch["images"]
-        reconstruction, quantized = self.autoencode(images)
+        if self.h.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self.h.kmeans_iters and self.global_step == batch_idx == 0:
+            with torch.no_grad():
+                self.autoencoder.quantize.start_(self.encode_latents(images))
+        if batch_idx % self.h.accumulate == 0:
+            self.zero_grad()
+        step_now = (batch_idx + 1) % self.h.accumulate == 0 or self.trainer.is_last_batch
         awake = self.discriminator is not None and self.global_step >= self.h.discriminator_start
-        self._generator_step(images, reconstruction, quantized, awake)
-        if awake:
-            self._discriminator_step(images, reconstruction.detach())
-        perplexity = usage_and_perplexity(torch.bincount(quantized.indices.flatten(), minlength=self.codebook_size))[1]
-        self.log("train/perplexity", perplexity)
+
+        reconstruction, quantized = self.autoencode(images)
+        # One pass serves both halves: each sees the reconstruction as a leaf, so neither's gradient reaches the other
+        leaf = reconstruction.detach().float().requires_grad_()
+        logits_fake = self.discriminator(leaf) if awake else None
+        terms = self.autoencoder_loss(images, leaf, quantized)
+        pixels = self._gradient(terms, leaf, logits_fake, reconstruction)
+        quantizer_loss = sum(terms[name] for name in quantized.losses)
+        self._step((reconstruction * pixels).sum() + quantizer_loss, 0, step_now)
+        if logits_fake is not None:
+            self._step(self._discriminator_loss(images, logits_fake), 1, step_now)
+        self._log(terms, quantized)
 
     def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: Quantized) -> dict[str, Tensor]:
         """The terms that need no discriminator, each weighted: they sum up to the loss (Eq. 4 and LPIPS)."""
-        h = self.h
-        terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, h.reconstruction)}
+        terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, self.h.reconstruction)}
         if self._lpips:
-            terms["perceptual_loss"] = h.perceptual_weight * self._lpips[0](images, reconstruction).mean()
-        terms["codebook_loss"] = h.codebook_weight * quantized.losses["codebook_loss"]
-        terms["commitment_loss"] = h.commitment_weight * quantized.losses["commitment_loss"]
-        return terms
+            terms["perceptual_loss"] = self.h.perceptual_weight * self._lpips[0](images, reconstruction).mean()
+        weights = {name: self.h[name.replace("loss", "weight")] for name in quantized.losses}
+        return terms | {name: weights[name] * value for name, value in quantized.losses.items()}
 
-    def _generator_step(self, images: Tensor, reconstruction: Tensor, quantized: Quantized, awake: bool) -> None:
-        optimizers: Any = self.optimizers()
-        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
-        self.toggle_optimizer(optimizer)
-        terms = self.autoencoder_loss(images, reconstruction, quantized)
-        loss = torch.stack(list(terms.values())).sum()
-        if awake and self.global_step >= self.h.discriminator_start + self.h.discriminator_warmup:
-            adversarial, weight = self._adversarial_loss(terms, reconstruction)
-            loss = loss + weight * adversarial
-            terms |= {"generator_loss": adversarial, "adaptive_weight": weight}
-        self._step(loss, optimizer, 0)
-        self.untoggle_optimizer(optimizer)
-        self.log_dict({f"train/{name}": value.detach() for name, value in terms.items()})
-        self.log("train/loss", loss.detach(), prog_bar=True)
-
-    def _adversarial_loss(self, terms: dict[str, Tensor], reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-        adversarial = losses.generator_loss(self.discriminator(reconstruction), self.h.adversarial)
+    def _gradient(
+        self, terms: dict[str, Tensor], leaf: Tensor, logits_fake: Tensor | None, reconstruction: Tensor
+    ) -> Tensor:
+        """The loss's gradient at the reconstruction; the adversarial terms are added to ``terms``."""
         visible = terms["reconstruction_loss"] + terms.get("perceptual_loss", 0.0)
-        weight = losses.adaptive_weight(visible, adversarial, self.decoder.last_layer)
-        return adversarial, self.h.discriminator_weight * weight
+        gradient = torch.autograd.grad(visible, leaf)[0]
+        if logits_fake is None or self.global_step < self.h.discriminator_start + self.h.discriminator_warmup:
+            return gradient
+        adversarial = losses.generator_loss(logits_fake, self.h.adversarial)
+        pull = torch.autograd.grad(adversarial, leaf, retain_graph=True)[0]
+        last_layer, bound = self.autoencoder.decoder.last_layer, self.h.adaptive_weight_max
+        weight = losses.adaptive_weight(reconstruction, last_layer, gradient, pull, bound)
+        weight = self.h.discriminator_weight * weight
+        terms |= {"generator_loss": adversarial, "adaptive_weight": weight}
+        return gradient + weight * pull
 
-    def _discriminator_step(self, images: Tensor, reconstruction: Tensor) -> None:
-        # the raw optimizer: Lightning's wrapper would count this as a second global step of the same batch
-        optimizers: Any = self.optimizers(use_pl_optimizer=False)
-        optimizer = optimizers[1]
-        self.toggle_optimizer(optimizer)
-        loss = losses.discriminator_loss(
-            self.discriminator(images), self.discriminator(reconstruction), self.h.adversarial
-        )
-        self._step(loss, optimizer, 1)
-        self.untoggle_optimizer(optimizer)
+    def _discriminator_loss(self, images: Tensor, logits_fake: Tensor) -> Tensor:
+        logits_real = self.discriminator(images)
+        loss = losses.discriminator_loss(logits_real, logits_fake, self.h.adversarial)
         self.log("train/discriminator_loss", loss.detach(), prog_bar=True)
+        if self.lecam is not None:
+            loss = loss + self.h.lecam_weight * self.lecam(logits_real, logits_fake)
+        return loss
 
-    def _step(self, loss: Tensor, optimizer: Any, half: int) -> None:
-        optimizer.zero_grad()
-        self.manual_backward(loss)
+    def _step(self, loss: Tensor, half: int, now: bool) -> None:
+        """Add the loss's gradient to a half of the GAN, and step its optimizer where it is time to."""
+        self.manual_backward(loss / self.h.accumulate)
+        if not now:
+            return
+        # the raw one of the discriminator: Lightning's wrapper would count a second global step for the same batch
+        optimizers: Any = self.optimizers(use_pl_optimizer=half == 0)
+        optimizer = optimizers[half] if isinstance(optimizers, list) else optimizers
         if self.h.gradient_clip > 0:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.h.gradient_clip)
         optimizer.step()
         schedulers: Any = self.lr_schedulers()
         (schedulers[half] if isinstance(schedulers, list) else schedulers).step()
+        if half == 0 and self.ema is not None:
+            self.ema.update_parameters(self.autoencoder)
+
+    def _log(self, terms: dict[str, Tensor], quantized: Quantized) -> None:
+        parts = {name: value.detach() for name, value in terms.items()}
+        self.log_dict({f"train/{name}": value for name, value in parts.items()})
+        adversarial = parts.pop("adaptive_weight", 0.0) * parts.pop("generator_loss", 0.0)
+        self.log("train/loss", torch.stack(list(parts.values())).sum() + adversarial, prog_bar=True)
+        perplexity = usage_and_perplexity(torch.bincount(quantized.indices.flatten(), minlength=self.codebook_size))[1]
+        self.log("train/perplexity", perplexity)
 
     # --------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
         self.counts.zero_()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         images = batch["images"]
         reconstruction, quantized = self.autoencode(images)
         self.counts += torch.bincount(quantized.indices.flatten(), minlength=self.codebook_size)
@@ -214,20 +283,27 @@ class VQGAN(pl.LightningModule):
         squared = ((reconstruction.clamp(-1, 1) - images) / 2).square().mean(dim=(1, 2, 3))
         terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()  # dB, mean over images; peak 1 for [0, 1]
         self.log_dict({f"val/{name}": v for name, v in terms.items()}, batch_size=len(images), sync_dist=True)
+        return reconstruction
 
     def on_validation_epoch_end(self) -> None:
         counts: Any = self.all_gather(self.counts)  # (K,), or (ranks, K)
-        usage, perplexity = usage_and_perplexity(counts.view(-1, self.codebook_size).sum(0))
-        self.log_dict({"val/codebook_usage": usage, "val/perplexity": perplexity}, sync_dist=False)
+        self.counts = counts.view(-1, self.codebook_size).sum(0)
+        usage, perplexity = usage_and_perplexity(self.counts)
+        dead = (self.counts == 0).sum().float()
+        self.log_dict({"val/codebook_usage": usage, "val/perplexity": perplexity, "val/dead_codes": dead})
 
     # -------------------------------------------------------------------------------------------------------- files
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["clipgen_model"] = type(self).__name__
 
-    def save(self, path: str | Path, half: bool = False) -> Path:
-        """Write a model folder, without the discriminator."""
-        state = {k: v for k, v in self.state_dict().items() if not k.startswith("discriminator.")}
+    def save(self, path: str | Path, half: bool = False, training: bool = False) -> Path:
+        """Write a model folder: the tokenizer; with ``training`` also the discriminator and LPIPS, where there are."""
+        net: Any = self.autoencoder if self.ema is None else self.ema.module
+        state = net.state_dict()
+        if training:
+            for prefix, part in zip(PARTS, (self.discriminator, *self._lpips)):
+                state |= {prefix + k: v for k, v in part.state_dict().items()} if part is not None else {}
         return files.save_folder(path, type(self).__name__, dict(self.hparams), state, half)
 
     @classmethod
@@ -236,7 +312,58 @@ class VQGAN(pl.LightningModule):
         arguments, state = files.load(path, cls.__name__)
         with files.fitting(path, cls.__name__):
             model = cls(**arguments)
-            if not any(name.startswith("discriminator.") for name in state):
-                model.discriminator = None
-            model.load_state_dict(state)
-        return model.eval()
+            if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
+                model.load_state_dict(state)
+                return model.eval()
+            return model.with_weights(state)
+
+    @classmethod
+    def from_taming(cls, checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> VQGAN:
+        """Load a published VQModel or GumbelVQ of taming-transformers, in evaluation mode.
+
+        Args:
+            checkpoint: its ``.ckpt``. Nothing in it is executed. config: its ``.yaml``, or what stands there.
+
+        Raises:
+            ValueError: the file is none of theirs, or wants to run code; says which.
+        """
+        return cls._published(checkpoint, published.taming(checkpoint, config))
+
+    @classmethod
+    def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
+        """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode."""
+        return cls._published(checkpoint, published.hfailab_vqgan(checkpoint))
+
+    @classmethod
+    def _published(cls, checkpoint: str | Path, found: published.Model) -> VQGAN:
+        arguments, state = found
+        with files.fitting(checkpoint, cls.__name__):
+            return cls(**arguments).with_weights(state)
+
+    def with_weights(self, state: dict[str, Tensor]) -> VQGAN:
+        """Take over weights as a model folder holds them, in evaluation mode; without a discriminator's, have none."""
+        self.load_tokenizer(state)
+        discriminator, lpips = (published.below(prefix, state) for prefix in PARTS)
+        if not discriminator:
+            self.discriminator = self.lecam = None
+        elif self.discriminator is not None:
+            self.discriminator.load_state_dict(discriminator)
+        if len(lpips) > 5:  # not only its linear layers: with VGG
+            self._lpips = (losses.lpips_of(lpips),)
+        return self.eval()
+
+    def take_over(self, other: VQGAN) -> VQGAN:
+        """Go on from another's weights: the tokenizer's, and the discriminator's and LPIPS where it has them."""
+        self.load_tokenizer(other.eval().tokenizer.state_dict())
+        if self.discriminator is not None and other.discriminator is not None:
+            self.discriminator.load_state_dict(other.discriminator.state_dict())
+        self._lpips = other._lpips
+        return self
+
+    def load_tokenizer(self, state: dict[str, Tensor]) -> None:
+        """Take over the tokenizer's weights alone."""
+        state = {k: v for k, v in state.items() if not k.startswith(PARTS)}
+        for net in (self.autoencoder, *([self.ema.module] if self.ema is not None else [])):
+            missing = net.load_state_dict(state, strict=False)
+            if unknown := [k for k in (*missing.missing_keys, *missing.unexpected_keys) if k != "quantize.idle"]:
+                raise RuntimeError(f"weights do not fit: {', '.join(unknown)}")

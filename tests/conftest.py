@@ -19,7 +19,7 @@ from clipgen.vqgan import VQGAN
 
 SHARED = Path(os.environ.get("CLIPGEN_SHARED", Path(__file__).parents[2] / "shared"))
 VQGAN_SIZES = dict(
-    codebook_size=16, codebook_dim=8, distance="cosine", revive_after=5, ch=32, ch_mult=[1, 1], num_res_blocks=1,
+    codebook_size=16, codebook_dim=8, quantizer="cosine", revive_after=5, ch=32, ch_mult=[1, 1], num_res_blocks=1,
     attn_resolutions=[], resolution=32, z_channels=32, patch_size=4, perceptual_weight=0.0, discriminator_weight=0.0,
     ndf=8, n_layers=1, learning_rate=1e-3,
 )  # fmt: skip
@@ -53,7 +53,7 @@ def images() -> Tensor:
 def tiny_vqgan(images: Tensor) -> VQGAN:
     """f = 8: 32 x 32 pixels are 4 x 4 indices. Untrained, but its codes lie where the latents do."""
     vqgan = VQGAN(**VQGAN_SIZES)
-    vqgan.quantize(vqgan.encode_latents(images))  # the first batch in training mode seeds the codebook
+    vqgan.autoencoder.quantize(vqgan.encode_latents(images))  # the first batch in training mode seeds the codebook
     return vqgan.eval()
 
 
@@ -81,9 +81,10 @@ def fit():
     """Train a module on shapes for some steps, as the command does but without its callbacks; returns the trainer."""
 
     def run(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, batch: int = 8, **settings) -> pl.Trainer:
+        size = steps * batch * module.hparams.get("accumulate", 1)
         quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=list(callbacks), **(quiet | settings))
-        trainer.fit(module, DataLoader(ShapesDataset(steps * batch, seed=3), batch_size=batch))
+        trainer.fit(module, DataLoader(ShapesDataset(size, seed=3), batch_size=batch))
         return trainer
 
     return run

@@ -69,7 +69,7 @@ def test_configuration_and_versions_are_written_resolved(runs):
 
 
 def test_picture_grids(runs):
-    for run, names in zip(runs, ({"reconstructions"}, {"from_images", "from_texts"})):
+    for run, names in zip(runs, ({"reconstructions", "codebook_usage"}, {"from_images", "from_texts"})):
         pictures = list((run / "pictures").iterdir())
         assert {path.name for path in pictures} == {f"{name}_{step:07d}.png" for name in names for step in (2, 4)}
         for path in pictures:
@@ -109,7 +109,7 @@ def test_a_run_in_a_used_folder_replaces_the_model(call, runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "run")
     assert call(*VQGAN, *SHAPES, "output=run", "trainer.limit_val_batches=0", "seed=5").code == 0
     ours, last = (Tokenizer.load(tmp_path / "run" / name) for name in ("vqgan", "checkpoints/last.ckpt"))
-    assert torch.equal(ours.decoder.last_layer, last.decoder.last_layer)
+    assert torch.equal(ours.autoencoder.decoder.last_layer, last.autoencoder.decoder.last_layer)
 
 
 # --------------------------------------------------------------------------------------------------------- other data

@@ -120,7 +120,7 @@ def test_recipes_change_keys_that_exist(name):
 def test_stage_1_is_the_papers(name):
     config = experiment("vqgan", name)
     model = config.model
-    assert (model.codebook_size, model.codebook_dim, model.distance) == (16384, 256, "euclidean")
+    assert (model.codebook_size, model.codebook_dim, model.quantizer) == (16384, 256, "euclidean")
     assert (model.n_layers, model.discriminator_start, model.discriminator_warmup) == (3, 25_000, 0)
     assert model.perceptual_weight > 0 and model.discriminator_weight > 0 and model.dropout == 0
     assert (model.learning_rate, model.schedule, model.warmup_steps) == (4.5e-6, "constant", 0)
@@ -131,7 +131,7 @@ def test_stage_1_is_the_papers(name):
     assert vqgan.downsampling == 16
     assert count(vqgan) == pytest.approx(78.8e6, rel=0.002)
     assert count(vqgan.discriminator) == pytest.approx(2.77e6, rel=0.01)  # PatchGAN of 64 channels and 3 layers
-    assert vqgan.quantize.codebook.shape == (16384, 256)
+    assert vqgan.codebook.shape == (16384, 256)
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,24 @@ def test_unknown_kinds_are_refused():
 
 def test_adaptive_weight_by_hand():
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))
-    loss, adversarial = (layer * torch.tensor([3.0, 4.0])).sum(), 0.5 * layer[0]  # gradients of length 5 and 0.5
-    weight = losses.adaptive_weight(loss, adversarial, layer)
+    reconstruction = layer * torch.tensor([3.0, 4.0])
+    ours, theirs = torch.tensor([1.0, 1.0]), torch.tensor([0.5 / 3, 0.0])  # 5 and 0.5 long at the layer
+    weight = losses.adaptive_weight(reconstruction, layer, ours, theirs)
     assert weight.item() == pytest.approx(5 / (0.5 + 1e-4)) and not weight.requires_grad
     assert layer.grad is None
-    loss.backward()  # the graph is still there
-    assert losses.adaptive_weight((9e9 * layer).sum(), 0.0 * layer.sum(), layer).item() == 1e4
+    reconstruction.sum().backward(retain_graph=True)  # the graph is still there
+    assert losses.adaptive_weight(reconstruction, layer, 9e9 * ours, 0 * theirs).item() == 1e4
+    assert losses.adaptive_weight(reconstruction, layer, ours, theirs, maximum=3.0).item() == 3
+
+
+def test_lecam_by_hand():
+    lecam = losses.LeCam(decay=0.9)
+    real, fake = torch.tensor([2.0, 4.0]), torch.tensor([-1.0, -3.0])
+    value = lecam(real, fake)  # means move a tenth of the way: 0.3 and -0.2
+    assert lecam.means.tolist() == pytest.approx([0.3, -0.2])
+    expected = ((2.2**2 + 4.2**2) + (1.3**2 + 3.3**2)) / 2
+    assert value.item() == pytest.approx(expected)
+    assert lecam(torch.tensor([-9.0]), torch.tensor([9.0])).item() == 0  # a fooled discriminator is left alone
 
 
 # --------------------------------------------------------------------------------------------------------------- LPIPS

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from clipgen.nets.quantizer import VectorQuantizer, usage_and_perplexity
+from clipgen.nets.quantizer import GumbelQuantizer, VectorQuantizer, usage_and_perplexity
 
 BOTH = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 
@@ -150,6 +150,39 @@ def test_codes_follow_the_mean_of_their_latents():
     torch.testing.assert_close(module.embedding.weight.data, after)
 
 
+def test_kmeans_puts_the_codes_where_the_clusters_are():
+    clusters = torch.tensor([[5.0, 5.0], [-5.0, 5.0], [0.0, -8.0], [9.0, 0.0]])
+    z = clusters.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
+    module = VectorQuantizer(8, 2, kmeans_iters=10, revive_after=50)
+    module.start_(z[:, :, None, None])
+    assert (torch.cdist(clusters, module.codebook).min(dim=1).values < 0.2).all()
+    before = module.codebook.clone()
+    module(z[:, :, None, None])
+    assert torch.equal(module.codebook, before)  # what k-means placed is not seeded again
+    untouched = VectorQuantizer(8, 2)
+    before = untouched.codebook.clone()
+    untouched.start_(z[:, :, None, None])
+    assert torch.equal(untouched.codebook, before)
+
+
+def test_gumbel_by_hand():
+    """Likeliest in evaluation; drawn by the softmax of its logits in training; the divergence is from uniform."""
+    module = GumbelQuantizer(4, 3)
+    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    module.proj.weight.data.zero_()
+    module.proj.bias.data = p.log()
+    z = torch.randn(64, 3, 8, 8, requires_grad=True)
+    drawn = module(z)
+    share = torch.bincount(drawn.indices.flatten(), minlength=4) / drawn.indices.numel()
+    torch.testing.assert_close(share, p, atol=0.03, rtol=0)
+    torch.testing.assert_close(drawn.z_q, module.codes(drawn.indices))
+    assert drawn.losses["kl_loss"].item() == pytest.approx((p * (p * 4).log()).sum().item(), rel=1e-4)
+    (drawn.z_q * torch.randn_like(drawn.z_q)).sum().backward()
+    assert module.proj.weight.grad.abs().sum() > 0 and module.embed.weight.grad.abs().sum() > 0
+    sure = module.eval()(z)
+    assert (sure.indices == 3).all() and torch.equal(sure.z_q, module.codes(sure.indices))
+
+
 def test_usage_and_perplexity_by_hand():
     even = usage_and_perplexity(torch.tensor([5, 5, 5, 5]))
     assert [v.item() for v in even] == pytest.approx([1.0, 4.0])
@@ -176,8 +209,9 @@ def test_refused(arguments, message):
 def _rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)  # the codebook: the same on both
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    module = VectorQuantizer(16, 4, revive_after=2, codebook_momentum=0.5)
+    module = VectorQuantizer(16, 4, revive_after=2, codebook_momentum=0.5, kmeans_iters=2)
     torch.manual_seed(rank)  # the data: not the same
+    module.start_(5 + torch.randn(32, 4, 1, 1))
     for _ in range(4):
         module(5 + torch.randn(32, 4, 1, 1))
     torch.save(module.state_dict(), f"{folder}/{rank}.pt")

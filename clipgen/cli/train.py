@@ -138,6 +138,7 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
         enable_model_summary=visible,
         plugins=[callbacks.WholeCheckpoints()],
         callbacks=[callbacks.StopCleanly(folder / "last.ckpt"), make(config.pictures, folder=output / "pictures"),
+                   *([make(config.metrics)] if "metrics" in config else []),
                    *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
                    *([callbacks.Bar()] if visible else [])],
     )  # fmt: skip
@@ -149,7 +150,7 @@ def build(config: DictConfig) -> pl.LightningModule:
     from clipgen.cli.config import make
 
     if config.stage_name == "vqgan":
-        return make(config.model)
+        return make(config.model) if config.start_from is None else start_from(config)
     vqgan = VQGAN.load(config.vqgan)
     clip = make(config.clip)
     sizes = {
@@ -158,6 +159,16 @@ def build(config: DictConfig) -> pl.LightningModule:
         "clip_dim": clip.embed_dim,
     }
     return make(config.model, **{k: v for k, v in sizes.items() if config.model[k] is None}).attach(vqgan, clip)
+
+
+def start_from(config: DictConfig) -> pl.LightningModule:
+    """A VQGAN with another's network and weights, to be trained as configured."""
+    from clipgen import VQGAN
+    from clipgen.cli.config import make
+    from clipgen.vqgan import NETWORK
+
+    source = VQGAN.load(config.start_from)
+    return make(config.model, **{k: source.hparams[k] for k in NETWORK}, kmeans_iters=0).take_over(source)
 
 
 def prepare(output: Path, yaml: str, model: pl.LightningModule) -> None:

@@ -1,4 +1,5 @@
-"""Encoder and decoder of VQ-GAN (arXiv:2012.09841): a pyramid of residual blocks, attention at chosen resolutions.
+"""The network of VQ-GAN (arXiv:2012.09841): encoder, quantizer, decoder. The first and the last are pyramids of
+residual blocks with attention at chosen resolutions.
 
 The parameters carry taming-transformers' names, so that published weights fit.
 """
@@ -7,10 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clipgen.nets.lookup_free import FSQ, LFQ
+from clipgen.nets.quantizer import GumbelQuantizer, Quantized, VectorQuantizer
+
+QUANTIZERS = ("euclidean", "cosine", "fsq", "lfq", "gumbel")
 
 
 class PositionNorm(nn.LayerNorm):
@@ -121,6 +130,13 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
+def through(part: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
+    """part(x), whose inner activations are computed again in the backward pass where ``checkpointing``."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(part, x, use_reentrant=False)
+    return part(x)
+
+
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> features (B, z_channels, H / f, W / f), f = patch_size * 2 ** (len(ch_mult) - 1).
 
@@ -133,6 +149,8 @@ class Encoder(nn.Module):
         patch_size: pixels are first folded into channels, patch by patch. 1 is VQ-GAN; 2 or 4 spare the costly
             work at full resolution where a CPU has to do it.
         mid_attention: attend to all positions in the middle, as VQ-GAN does.
+        checkpointing: keep only what enters each level, and compute the rest again in the backward pass: less memory,
+            more time.
         local: each feature is a function of its own patch alone (1 x 1 kernels, norms over channels; only strided
             convolutions reach further). Equal patches then get equal indices wherever and beside whatever they stand,
             which a small transformer learns in a fraction of the steps; putting them together is left to the decoder.
@@ -140,8 +158,9 @@ class Encoder(nn.Module):
 
     def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
                  resolution: int, z_channels: int, patch_size: int = 1, mid_attention: bool = True,
-                 dropout: float = 0.0, local: bool = False):  # fmt: skip
+                 dropout: float = 0.0, checkpointing: bool = False, local: bool = False):  # fmt: skip
         super().__init__()
+        self.checkpointing = checkpointing
         self.patch = nn.PixelUnshuffle(patch_size)
         self.conv_in = conv(3 * patch_size**2, ch, local)
         self.down, before = nn.ModuleList(), ch
@@ -155,9 +174,9 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(self.patch(images))
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        for part in (*self.down, self.mid):
+            x = through(part, x, self.checkpointing)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -165,8 +184,9 @@ class Decoder(nn.Module):
 
     def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
                  resolution: int, z_channels: int, patch_size: int = 1, mid_attention: bool = True,
-                 dropout: float = 0.0):  # fmt: skip
+                 dropout: float = 0.0, checkpointing: bool = False):  # fmt: skip
         super().__init__()
+        self.checkpointing = checkpointing
         before = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, before, 3, padding=1)
         self.mid = Middle(before, mid_attention, dropout)
@@ -181,12 +201,79 @@ class Decoder(nn.Module):
         self.unpatch = nn.PixelShuffle(patch_size)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.unpatch(self.conv_out(F.silu(self.norm_out(x))))
+        return self.unpatch(self.conv_out(self.trunk(z)))
+
+    def trunk(self, z: Tensor) -> Tensor:
+        """All but the last layer, which stays apart because the adaptive weight asks for its gradients alone."""
+        x = self.conv_in(z)
+        for part in (self.mid, *reversed(self.up)):
+            x = through(part, x, self.checkpointing)
+        return F.silu(self.norm_out(x))
 
     @property
     def last_layer(self) -> Tensor:
         """The weight at which the adaptive weight of VQ-GAN compares gradients (its Eq. 7)."""
         return self.conv_out.weight
+
+
+class Autoencoder(nn.Module):
+    """Images -> latents -> codes -> images: all of stage 1 that is needed once it is trained.
+
+    Args:
+        quantizer: ``"euclidean"`` (the paper) or ``"cosine"``: ``VectorQuantizer``; ``"fsq"``, ``"lfq"``:
+            ``lookup_free``; ``"gumbel"``: ``GumbelQuantizer``.
+        codebook_size, codebook_dim: K, D. levels: of FSQ, whose product is K and whose number is D.
+        revive_after, codebook_momentum, kmeans_iters: see ``VectorQuantizer``.
+        norm_eps: of the group norms; HFAiLab/clip-gen's weights want 1e-5.
+        local_encoder: ``local`` of the encoder alone. The rest: see ``Encoder``.
+    """
+
+    def __init__(self, *, quantizer: str, codebook_size: int, codebook_dim: int, levels: Sequence[int] | None = None,
+                 revive_after: int = 0, codebook_momentum: float = 0.0, kmeans_iters: int = 0, z_channels: int,
+                 local_encoder: bool = False, norm_eps: float = 1e-6, **sizes: Any):  # fmt: skip
+        super().__init__()
+        self.encoder = Encoder(z_channels=z_channels, local=local_encoder, **sizes)
+        self.decoder = Decoder(z_channels=z_channels, **sizes)
+        self.quantize = make_quantizer(
+            quantizer, codebook_size, codebook_dim, levels, revive_after=revive_after,
+            codebook_momentum=codebook_momentum, kmeans_iters=kmeans_iters,
+        )  # fmt: skip
+        self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.eps = norm_eps
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> latents (B, D, h, w)."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, z_q: Tensor) -> Tensor:
+        """Codes (B, D, h, w) -> images (B, 3, H, W)."""
+        return self.decoder(self.post_quant_conv(z_q))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """Images -> reconstruction, and what the quantizer returned."""
+        quantized = self.quantize(self.encode(images))
+        return self.decode(quantized.z_q), quantized
+
+
+def make_quantizer(
+    kind: str, codebook_size: int, codebook_dim: int, levels: Sequence[int] | None, **learned: Any
+) -> Any:
+    """The quantizer of a name; ValueError where its sizes do not go together. ``learned``: of ``VectorQuantizer``."""
+    if kind not in QUANTIZERS:
+        raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {kind!r}")
+    if kind in ("euclidean", "cosine"):
+        return VectorQuantizer(codebook_size, codebook_dim, kind, **learned)
+    if kind == "gumbel":
+        return GumbelQuantizer(codebook_size, codebook_dim)
+    if kind == "fsq" and not levels:
+        raise ValueError("levels must be given for quantizer 'fsq', as in [8, 5, 5, 5], got none")
+    made, dim = (FSQ(levels or ()), len(levels or ())) if kind == "fsq" else (LFQ(codebook_dim), codebook_dim)
+    if (codebook_size, codebook_dim) != (made.codebook_size, dim):
+        raise ValueError(
+            f"codebook_size and codebook_dim must be {made.codebook_size} and {dim} for quantizer {kind!r}"
+            f"{f' of levels {list(levels)}' if levels else ''}, got {codebook_size} and {codebook_dim}"
+        )
+    return made

@@ -1,4 +1,8 @@
-"""Vector quantisation: latents -> the nearest of K codes, with straight-through gradients."""
+"""Vector quantisation with a learned codebook: latents -> one of K codes, with straight-through gradients.
+
+Every quantizer, here and in ``lookup_free``, is called with latents (B, D, h, w), returns ``Quantized``, turns indices
+back by ``codes``, and shows all its codes as ``codebook`` (K, D).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ class Quantized(NamedTuple):
 
     z_q: Tensor  # (B, D, h, w), gradients pass straight through to z
     indices: Tensor  # (B, h, w) int64
-    losses: dict[str, Tensor]  # codebook_loss and commitment_loss, not yet weighted
+    losses: dict[str, Tensor]  # by name (codebook_loss, commitment_loss, entropy_loss, kl_loss), not yet weighted
 
 
 class VectorQuantizer(nn.Module):
@@ -33,6 +37,7 @@ class VectorQuantizer(nn.Module):
             length times sqrt(D), the way of ViT-VQGAN (arXiv:2110.04627), whose codes stay alive.
         revive_after: a code that no latent of this many training batches chose is moved onto a latent that is
             badly served; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
+        kmeans_iters: rounds of k-means in ``start_``, which puts the codes where the latents are; 0: it does nothing.
         codebook_momentum: 0 learns the codes by the gradient of ``codebook_loss`` (the paper). Above 0,
             each batch moves a code by ``1 - codebook_momentum`` of the way to the mean of its latents (mini-batch
             k-means), which follows the encoder faster.
@@ -41,7 +46,7 @@ class VectorQuantizer(nn.Module):
     idle: Tensor
 
     def __init__(self, codebook_size: int, codebook_dim: int, distance: str = "euclidean", revive_after: int = 0,
-                 codebook_momentum: float = 0.0):  # fmt: skip
+                 codebook_momentum: float = 0.0, kmeans_iters: int = 0):  # fmt: skip
         super().__init__()
         if codebook_size < 2:
             raise ValueError(f"codebook_size must be at least 2, got {codebook_size}")
@@ -51,6 +56,7 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"codebook_momentum must be in [0, 1), got {codebook_momentum}")
         self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
         self.distance, self.revive_after, self.codebook_momentum = distance, revive_after, codebook_momentum
+        self.kmeans_iters = kmeans_iters
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         self.embedding.weight.requires_grad_(codebook_momentum == 0)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
@@ -96,6 +102,23 @@ class VectorQuantizer(nn.Module):
         return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
 
     @torch.no_grad()
+    def start_(self, z: Tensor) -> None:
+        """Put the codes where k-means finds the clusters of the first batch (B, D, h, w), the same on every rank."""
+        if not self.kmeans_iters:
+            return
+        latents = self._scaled(rearrange(z.float(), "b d h w -> (b h w) d"))
+        centres = latents[torch.multinomial(latents.new_ones(len(latents)), self.codebook_size, replacement=True)]
+        for _ in range(self.kmeans_iters):
+            nearest = torch.cdist(latents, centres).argmin(dim=1)
+            count = torch.bincount(nearest, minlength=self.codebook_size)[:, None]
+            total = torch.zeros_like(centres).index_add_(0, nearest, latents)
+            centres = self._scaled(torch.where(count > 0, total / count.clamp(min=1), centres))
+        if dist.is_initialized():
+            dist.broadcast(centres, src=0)
+        self.embedding.weight.data.copy_(centres)
+        self.idle.zero_()
+
+    @torch.no_grad()
     def move_(self, latents: Tensor, indices: Tensor) -> None:
         """Move each code towards the mean of the latents (N, D) that chose it, over all ranks."""
         count = torch.bincount(indices, minlength=self.codebook_size)[:, None].to(latents)
@@ -123,6 +146,42 @@ class VectorQuantizer(nn.Module):
             dist.broadcast(chosen, src=0)
         self.embedding.weight.data.copy_(torch.where(dead[:, None], chosen, self.embedding.weight))
         self.idle[dead] = 0
+
+
+class GumbelQuantizer(nn.Module):
+    """Codes drawn by the Gumbel-softmax of logits that a 1 x 1 convolution gives (arXiv:1611.01144), as in
+    taming-transformers' GumbelVQ; in evaluation the likeliest. Here for its published weights.
+
+    ``kl_loss`` is the divergence of the drawn distribution from the uniform one.
+    """
+
+    def __init__(self, codebook_size: int, codebook_dim: int, temperature: float = 1.0):
+        super().__init__()
+        self.codebook_size, self.temperature = codebook_size, temperature
+        self.proj = nn.Conv2d(codebook_dim, codebook_size, 1)
+        self.embed = nn.Embedding(codebook_size, codebook_dim)
+
+    @property
+    def codebook(self) -> Tensor:
+        """All codes, (K, D)."""
+        return self.embed.weight
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Latents (B, D, h, w) -> codes, indices and losses. Runs in fp32 whatever the autocast."""
+        with torch.autocast(z.device.type, enabled=False):
+            logits = self.proj(z.float())  # (B, K, h, w)
+            p = logits.softmax(dim=1)
+            kl = (p * torch.log(p * self.codebook_size + 1e-10)).sum(dim=1).mean()
+            if not self.training:
+                indices = logits.argmax(dim=1)
+                return Quantized(self.codes(indices), indices, {"kl_loss": kl})
+            one_hot = F.gumbel_softmax(logits, tau=self.temperature, dim=1, hard=True)
+            z_q = torch.einsum("bkhw,kd->bdhw", one_hot, self.codebook)
+            return Quantized(z_q, one_hot.argmax(dim=1), {"kl_loss": kl})
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) -> codes (B, D, h, w)."""
+        return rearrange(self.embed(indices), "b h w d -> b d h w")
 
 
 def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:

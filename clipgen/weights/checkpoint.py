@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,15 +130,47 @@ def load_folder(path: Path, model: str) -> tuple[dict[str, Any], State]:
 
 
 def load_ckpt(path: Path, model: str) -> tuple[dict[str, Any], State]:
-    """Read a training checkpoint; nothing in it is executed."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes raise anything from KeyError to the unpickler's own errors
-        raise ValueError(f"{path} is no readable checkpoint: {' '.join(str(error).split())[:200]}") from error
-    check_model(checkpoint.get("clipgen_model") if isinstance(checkpoint, dict) else None, model, path)
+    """Read a training checkpoint of ours."""
+    checkpoint = read_checkpoint(path)
+    check_model(checkpoint.get("clipgen_model"), model, path)
     return checkpoint["hyper_parameters"], checkpoint["state_dict"]
+
+
+class Inert:
+    """Stands for the classes that old checkpoints name without using them, so that none of their code runs."""
+
+
+INERT = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)  # Lightning 1.0 pickled it as a key
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What torch.save wrote as a dict; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no checkpoint, or one that wants to run code.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes raise anything from KeyError to OSError
+        if isinstance(error, OSError) and error.filename:  # the system's, not torch's
+            raise
+        raise ValueError(f"{path} is no readable checkpoint: {unreadable(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no readable checkpoint: it holds a {type(found).__name__}")
+    return found
+
+
+def unreadable(error: Exception) -> str:
+    """torch's reason in short; which function it was where a file asks for one that no weights need."""
+    reason = " ".join(str(error).split())
+    if named := re.search(r"[Uu]nsupported (?:global: |class )?GLOBAL ([\w.]+)", reason):
+        return f"it wants to run {named[1]}, which no weights need: refused"
+    return reason.rpartition("WeightsUnpickler error: ")[2][:200]
 
 
 @contextmanager

@@ -1,0 +1,226 @@
+"""Other projects' tokenizers come in: the same indices and pictures as their own modules, and nothing is executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import command
+from conftest import changed, weights_of
+
+from clipgen import losses
+from clipgen.vqgan import VQGAN
+from clipgen.weights import checkpoint, published
+
+
+def load(folder: Path) -> VQGAN:
+    if folder.name.startswith("taming"):
+        return VQGAN.from_taming(folder / "last.ckpt", folder / "model.yaml")
+    return VQGAN.from_hfailab(folder / "vqgan.pt")
+
+
+@pytest.fixture(params=["taming_vqgan", "taming_gumbel", "hfailab_clip_gen"])
+def folder(request, shared) -> Path:
+    return shared / "parity" / request.param
+
+
+@torch.no_grad()
+def test_parity(folder):
+    vqgan = load(folder)
+    expected = {name: torch.from_numpy(array) for name, array in np.load(folder / "expected.npz").items()}
+    z = vqgan.encode_latents(expected["images"])
+    assert torch.equal(vqgan.encode(expected["images"]), expected["indices"])
+    for ours, name in (
+        (z, "z"),
+        (vqgan.tokenizer.quantize(z).z_q, "z_q"),
+        (vqgan(expected["images"]), "reconstruction"),
+        (vqgan.decode(expected["indices"]), "reconstruction"),
+    ):
+        if name in expected:
+            torch.testing.assert_close(ours, expected[name], atol=1e-4, rtol=0)
+    assert expected["reconstruction"].std() > 0.01  # nothing that would agree by being zero
+
+
+@torch.no_grad()
+def test_a_converted_folder_is_the_same_bit_for_bit(folder, tmp_path, images):
+    vqgan = load(folder)
+    again = VQGAN.load(vqgan.save(tmp_path / "bare"))
+    assert again.discriminator is None and vqgan.discriminator is not None
+    assert torch.equal(again(images), vqgan(images))
+    whole = VQGAN.load(vqgan.save(tmp_path / "whole", training=True))
+    assert not changed(whole, weights_of(vqgan))
+
+
+def test_published_weights_can_be_trained_further(folder, fit):
+    vqgan = load(folder)
+    before = weights_of(vqgan)
+    vqgan.hparams.update(perceptual_weight=0.0, discriminator_start=0, learning_rate=1e-4)
+    fit(vqgan, 1, batch=2)
+    moved = changed(vqgan, before)
+    assert any(name.startswith("discriminator") for name in moved)
+    assert any(name.startswith("autoencoder.encoder") for name in moved)
+    assert vqgan.h.commitment_weight == 1 and vqgan.h.codebook_weight < 1  # where they were trained with beta
+
+
+CONFIG = {
+    "model": {
+        "target": "taming.models.vqgan.VQModel",
+        "params": {
+            "embed_dim": 8, "n_embed": 16,
+            "ddconfig": {"double_z": False, "z_channels": 8, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
+                         "ch_mult": [1, 2, 1], "num_res_blocks": 2, "attn_resolutions": [64, 16], "dropout": 0.0},
+            "lossconfig": {"target": "taming.modules.losses.DummyLoss"},
+        },
+    }
+}  # fmt: skip
+
+
+def checkpoint_of(vqgan: VQGAN, path: Path, **others: object) -> Path:
+    """taming's layout: our names of the tokenizer are theirs."""
+    torch.save({"state_dict": dict(vqgan.autoencoder.state_dict()) | others}, path)
+    return path
+
+
+@torch.no_grad()
+def test_any_ddconfig(tmp_path, images):
+    arguments = published.taming_arguments(CONFIG)
+    theirs = VQGAN(**arguments | dict(quantizer="euclidean")).eval()
+    ours = VQGAN.from_taming(checkpoint_of(theirs, tmp_path / "last.ckpt"), CONFIG)
+    assert ours.downsampling == 4 and len(ours.autoencoder.encoder.down[0].attn) == 2
+    assert torch.equal(ours(images), theirs(images))
+    assert ours.discriminator is None
+
+
+def test_lpips_of_the_file_is_used(tmp_path, images, fit):
+    """With VGG in the checkpoint no other weights are needed: there are none here."""
+    torch.manual_seed(1)
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    lpips = _LPIPS(net="vgg", pnet_rand=True).eval()
+    theirs = {f"loss.perceptual_loss.{k}": v for k, v in lpips.state_dict().items() if not k.startswith("lins")}
+    theirs |= {"loss.perceptual_loss.scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
+    path = checkpoint_of(VQGAN(**published.taming_arguments(CONFIG)), tmp_path / "last.ckpt", **theirs)
+    vqgan = VQGAN.from_taming(path, CONFIG)
+    found = vqgan._lpips[0]
+    assert not found.training and not any(p.requires_grad for p in found.parameters())
+    assert torch.equal(found(images, -images), lpips(images, -images))
+    metrics = fit(vqgan, 1, batch=2).callback_metrics
+    assert metrics["train/perceptual_loss"] > 0
+    again = VQGAN.load(vqgan.save(tmp_path / "folder", training=True))
+    assert torch.equal(again._lpips[0](images, -images), lpips(images, -images))
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy", "pickle"])
+def test_a_checkpoint_that_wants_to_run_code_is_refused(tmp_path, layout):
+    trap = tmp_path / "it ran"
+    content = {"state_dict": {"encoder.conv_in.weight": torch.zeros(1)}, "callbacks": Bomb(trap)}
+    path = tmp_path / "last.ckpt"
+    if layout == "pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=layout == "zip")
+    for read in (lambda: VQGAN.from_taming(path, CONFIG), lambda: VQGAN.from_hfailab(path), lambda: VQGAN.load(path)):
+        with pytest.raises(
+            ValueError,
+            match=r"last\.ckpt is no readable checkpoint: it wants to run (\w+\.mkdir|torch\.storage\.\w+),",
+        ):
+            read()
+    assert not trap.exists()
+
+
+def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
+    """What ModelCheckpoint stands for in an old file is an inert class of ours."""
+
+    class Fake:
+        pass
+
+    Fake.__module__, Fake.__qualname__ = "pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"
+    import pytorch_lightning.callbacks.model_checkpoint as real
+
+    original, real.ModelCheckpoint = real.ModelCheckpoint, Fake
+    try:
+        torch.save({"callbacks": {Fake: {"best": 1.0}}, "state_dict": {}}, tmp_path / "old.ckpt")
+    finally:
+        real.ModelCheckpoint = original
+    assert list(checkpoint.read_checkpoint(tmp_path / "old.ckpt")["callbacks"]) == [checkpoint.Inert]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(target="taming.models.cond_transformer.Net2NetTransformer"),
+            "target must be VQModel or GumbelVQ.*got Net2",
+        ),
+        (dict(params={}), "none of taming-transformers' tokenizers: KeyError.*ddconfig"),
+    ],
+)
+def test_other_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        published.taming_arguments({"model": CONFIG["model"] | change})
+
+
+def test_clear_errors(tmp_path, tiny_vqgan):
+    good = checkpoint_of(VQGAN(**published.taming_arguments(CONFIG)), tmp_path / "good.ckpt")
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.ckpt")
+    torch.save([1], tmp_path / "list.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes(good.read_bytes()[:5000])
+    (tmp_path / "bad.yaml").write_text("a: [")
+    (tmp_path / "list.yaml").write_text("- 1")
+    for name, config, message in (
+        ("none.ckpt", CONFIG, "no checkpoint .*none.ckpt"),
+        ("other.ckpt", CONFIG, "other.ckpt is no checkpoint of taming-transformers"),
+        ("list.ckpt", CONFIG, "it holds a list"),
+        ("cut.ckpt", CONFIG, "cut.ckpt is no readable checkpoint"),
+        ("good.ckpt", tmp_path / "none.yaml", "none.yaml"),
+        ("good.ckpt", tmp_path / "bad.yaml", "bad.yaml is no YAML"),
+        ("good.ckpt", tmp_path / "list.yaml", "list.yaml is no configuration"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            VQGAN.from_taming(tmp_path / name, config)
+    other_size = {"model": CONFIG["model"] | {"params": CONFIG["model"]["params"] | {"n_embed": 17}}}
+    with pytest.raises(ValueError, match=r"good\.ckpt does not fit the VQGAN .*size mismatch for quantize"):
+        VQGAN.from_taming(good, other_size)
+
+
+def test_clipgen_convert(shared, tmp_path, images):
+    folder = shared / "parity" / "taming_vqgan"
+    ran = command(
+        "clipgen-convert", "taming", folder / "last.ckpt", folder / "model.yaml", "--output", "f4", cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert torch.equal(VQGAN.load(tmp_path / "f4")(images), load(folder)(images))
+    ran = command("clipgen-convert", "taming", folder / "last.ckpt", "--output", "f4", cwd=tmp_path)
+    assert ran.returncode == 1 and "taming needs its model.yaml" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_training_goes_on_from_a_folder_by_command(shared, tmp_path):
+    vqgan = load(shared / "parity" / "taming_vqgan")
+    vqgan.save(tmp_path / "f4", training=True)
+    arguments = ["stage=vqgan", "start_from=f4", "output=run", "model.perceptual_weight=0", "trainer.max_steps=1",
+                 "model.discriminator_weight=0.8", "model.discriminator_start=0", "model.learning_rate=0",
+                 "data.train_size=32", "data.batch_size=4", "trainer.val_check_interval=1", "logger=none"]  # fmt: skip
+    ran = command("clipgen-train", *arguments, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    trained = VQGAN.load(tmp_path / "run")
+    assert not changed(trained.autoencoder.encoder, weights_of(vqgan.autoencoder.encoder))
+    assert trained.h.codebook_weight == 1.0  # the training's own
+
+
+def test_lpips_of_a_state_is_frozen():
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    state = {k: v for k, v in _LPIPS(net="vgg", pnet_rand=True).state_dict().items() if not k.startswith("lins")}
+    assert not losses.lpips_of(state).training

@@ -1,0 +1,97 @@
+"""Metrics of reconstructions, against values by other means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from clipgen.data.shapes import ShapesDataset
+from clipgen.evaluation.features import Features, feature_extractor
+from clipgen.evaluation.reconstruction import ReconstructionMetrics
+
+
+def four_numbers(images: torch.Tensor) -> torch.Tensor:
+    """A feature space that a test can follow: means of four quarters."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 2).flatten(1)
+
+
+def validate(vqgan, callback: pl.Callback, count: int = 24, batch: int = 8) -> dict[str, float]:
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], **quiet)
+    (found,) = trainer.validate(vqgan, DataLoader(ShapesDataset(count, seed=9), batch), verbose=False)
+    return found
+
+
+@torch.no_grad()
+def test_ssim_and_rfid(tiny_vqgan):
+    images = ShapesDataset(24, seed=9).render(range(24))
+    reconstruction = tiny_vqgan(images).clamp(-1, 1)
+    found = validate(tiny_vqgan, ReconstructionMetrics(fid_features=f"{__name__}:four_numbers"))
+    # Frechet distance by numpy: ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)
+    a, b = (four_numbers(x).double().numpy() for x in (images, reconstruction))
+    ca, cb = np.cov(a.T), np.cov(b.T)
+    root = np.sqrt(np.linalg.eigvals(ca @ cb).astype(complex)).real.sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * root
+    assert found["val/rfid"] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+    # SSIM by its formula, with the Gaussian window of the paper (11 pixels, sigma 1.5)
+    g = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    window = (g[:, None] * g / (g.sum() ** 2)).expand(3, 1, 11, 11).double()
+    blur = lambda x: torch.nn.functional.conv2d(x, window, groups=3)
+    x, y = ((v.double() + 1) / 2 for v in (images, reconstruction))
+    mx, my = blur(x), blur(y)
+    vx, vy, vxy = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+    ssim = ((2 * mx * my + 1e-4) * (2 * vxy + 9e-4)) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+    assert found["val/ssim"] == pytest.approx(ssim.mean().item(), abs=0.02)  # torchmetrics pads the border
+
+
+def test_batches_do_not_matter_and_each_validation_counts_anew(tiny_vqgan):
+    metrics = ReconstructionMetrics(fid_features=f"{__name__}:four_numbers")
+    first = validate(tiny_vqgan, metrics, batch=8)
+    assert validate(tiny_vqgan, metrics, batch=6) == pytest.approx(first, rel=1e-3)
+
+
+def test_dead_codes_usage_and_perplexity_go_together(tiny_vqgan):
+    found = validate(tiny_vqgan, ReconstructionMetrics(ssim=False))
+    assert found["val/dead_codes"] == 16 - round(16 * found["val/codebook_usage"])
+    assert 1 <= found["val/perplexity"] <= 16 - found["val/dead_codes"]
+    assert "val/ssim" not in found and "val/rfid" not in found
+
+
+def test_clip_is_a_feature_space(images, shapes_clip):
+    features = feature_extractor("clip:shapes")
+    assert features.num_features == shapes_clip.embed_dim
+    assert torch.equal(features(images), shapes_clip.encode_image(images))
+
+
+@pytest.mark.parametrize("name", ["vgg", "clip:", "no_such_module:f", f"{__name__}:no_such_function"])
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match=r"features .*(must be|cannot be had)"):
+        feature_extractor(name)
+
+
+def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"features must be \(2, F\)"):
+        Features(lambda images: images)
+
+
+def test_inception_without_its_weights_says_what_to_do(monkeypatch):
+    def broken(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", broken)
+    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+        feature_extractor("inception")
+
+
+def test_identical_images_have_no_distance():
+    metrics = ReconstructionMetrics(fid_features=f"{__name__}:four_numbers")
+    images = ShapesDataset(16, seed=1).render(range(16))
+    metrics.update(None, images, images)
+    found = {name: metric.compute().item() for name, metric in metrics.metrics.items()}
+    assert found["ssim"] == pytest.approx(1, abs=1e-4) and found["rfid"] == pytest.approx(0, abs=1e-3)
+    assert math.isfinite(found["rfid"])
