@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -38,6 +39,12 @@ def optimizer_steps(trainer: Any, accumulate: int) -> float:
     """Steps that a training will take where a module accumulates by itself: Lightning counts one a batch."""
     batches = trainer.estimated_stepping_batches
     return batches if batches == trainer.max_steps else math.ceil(batches / accumulate)
+
+
+@torch.no_grad()
+def move_average_(decay: float, averages: list[Tensor], now: list[Tensor], steps: int) -> None:
+    """Exponential moving average, as ``AveragedModel`` wants it; torch's own cannot be pickled, which DDP may need."""
+    torch._foreach_lerp_(averages, now, 1 - decay)
 
 
 def decay_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:

@@ -19,6 +19,7 @@ from clipgen.nets.gpt import ConditionalGPT2
 from clipgen.optim import decay_groups, schedule
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
+from clipgen.weights import hfailab
 
 
 class ConditionalTransformer(pl.LightningModule):
@@ -27,8 +28,8 @@ class ConditionalTransformer(pl.LightningModule):
     Training needs the frozen pair, see ``attach``; batches then hold ``images`` (B, 3, H, W) in [-1, 1].
 
     Args:
-        n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, grid_positions: see
-            ``ConditionalGPT2``.
+        n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, head_bias, activation,
+            grid_positions: see ``ConditionalGPT2``.
         condition_dropout: part of the rows trained without condition, for guidance at sampling (10 % is usual; the
             paper has none).
         condition_cosine: noise on the training condition, as its expected cosine with the clean embedding; 1 is
@@ -41,7 +42,7 @@ class ConditionalTransformer(pl.LightningModule):
     def __init__(
         self, *, n_layer: int = 24, n_head: int = 16, n_embd: int = 1024, codebook_size: int = 16384,
         num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True,
-        grid_positions: bool = False,
+        head_bias: bool = False, activation: str = "gelu_pytorch_tanh", grid_positions: bool = False,
         condition_dropout: float = 0.0, condition_cosine: float = 1.0, clip_loss_weight: float = 0.0,
         learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0,
         schedule: str = "constant", warmup_steps: int = 0,
@@ -55,8 +56,8 @@ class ConditionalTransformer(pl.LightningModule):
         self.num_tokens, self.codebook_size, self.clip_dim = num_tokens, codebook_size, clip_dim
         self.gpt = ConditionalGPT2(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, codebook_size=codebook_size, num_tokens=num_tokens,
-            clip_dim=clip_dim, dropout=dropout, tie_head=tie_head, null_condition=condition_dropout > 0,
-            grid_positions=grid_positions,
+            clip_dim=clip_dim, dropout=dropout, tie_head=tie_head, head_bias=head_bias, activation=activation,
+            null_condition=condition_dropout > 0, grid_positions=grid_positions,
         )  # fmt: skip
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
 
@@ -180,6 +181,19 @@ class ConditionalTransformer(pl.LightningModule):
         """Load a model folder, a run folder or a checkpoint of stage 2, in evaluation mode."""
         arguments, state = files.load(path, cls.__name__)
         with files.fitting(path, cls.__name__):
+            model = cls(**arguments)
+            model.load_state_dict(state)
+        return model.eval()
+
+    @classmethod
+    def from_hfailab(cls, checkpoint: str | Path, n_head: int | None = None) -> ConditionalTransformer:
+        """Load ``gpt_*.pt`` of HFAiLab/clip-gen, in evaluation mode.
+
+        Args:
+            n_head: heads leave no trace in the weights; None: they are 64 wide, as in all sizes of that project.
+        """
+        arguments, state = hfailab.transformer(checkpoint, n_head)
+        with files.fitting(checkpoint, cls.__name__):
             model = cls(**arguments)
             model.load_state_dict(state)
         return model.eval()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from clipgen import losses
 from clipgen.nets.autoencoder import Autoencoder
 from clipgen.nets.discriminator import PatchDiscriminator
 from clipgen.nets.quantizer import Quantized, usage_and_perplexity
-from clipgen.optim import optimizer_steps, schedule
+from clipgen.optim import move_average_, optimizer_steps, schedule
 from clipgen.weights import checkpoint as files
-from clipgen.weights import published
+from clipgen.weights import hfailab, taming
+from clipgen.weights.safe import below
 
 NETWORK = (  # the arguments that decide which weights fit
     "quantizer", "codebook_size", "codebook_dim", "levels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
@@ -93,7 +95,7 @@ class VQGAN(pl.LightningModule):
             z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention, local_encoder=local_encoder,
             norm_eps=norm_eps, dropout=dropout, checkpointing=checkpointing,
         )  # fmt: skip
-        average = get_ema_multi_avg_fn(ema_decay)
+        average = partial(move_average_, ema_decay)
         self.ema = AveragedModel(self.autoencoder, multi_avg_fn=average) if ema_decay > 0 else None
         self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None
         self.lecam = losses.LeCam() if discriminator_weight > 0 and lecam_weight > 0 else None
@@ -327,15 +329,15 @@ class VQGAN(pl.LightningModule):
         Raises:
             ValueError: the file is none of theirs, or wants to run code; says which.
         """
-        return cls._published(checkpoint, published.taming(checkpoint, config))
+        return cls._published(checkpoint, taming.vqgan(checkpoint, config))
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode."""
-        return cls._published(checkpoint, published.hfailab_vqgan(checkpoint))
+        return cls._published(checkpoint, hfailab.vqgan(checkpoint))
 
     @classmethod
-    def _published(cls, checkpoint: str | Path, found: published.Model) -> VQGAN:
+    def _published(cls, checkpoint: str | Path, found: files.Model) -> VQGAN:
         arguments, state = found
         with files.fitting(checkpoint, cls.__name__):
             return cls(**arguments).with_weights(state)
@@ -343,7 +345,7 @@ class VQGAN(pl.LightningModule):
     def with_weights(self, state: dict[str, Tensor]) -> VQGAN:
         """Take over weights as a model folder holds them, in evaluation mode; without a discriminator's, have none."""
         self.load_tokenizer(state)
-        discriminator, lpips = (published.below(prefix, state) for prefix in PARTS)
+        discriminator, lpips = (below(prefix, state) for prefix in PARTS)
         if not discriminator:
             self.discriminator = self.lecam = None
         elif self.discriminator is not None:

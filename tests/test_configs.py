@@ -21,8 +21,8 @@ from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 STAGES = ("vqgan", "transformer")
-EXPERIMENTS = ("shapes", "cifar10", "coco", "imagenet")
-NEEDED = {"coco": ["data.root=x"], "imagenet": ["data.train_urls=x", "data.val_urls=x"]}
+EXPERIMENTS = ("shapes", "cifar10", "coco", "imagenet", "modern")
+NEEDED = {"modern": ["data.root=x"], "coco": ["data.root=x"], "imagenet": ["data.train_urls=x", "data.val_urls=x"]}
 
 
 def group(name: str) -> dict[str, dict]:
@@ -111,6 +111,24 @@ def test_recipes_change_keys_that_exist(name):
     recipe, whole = group("recipe")[name], composed(f"stage={stage}")
     for node in ("model", "trainer", "pictures"):
         assert set(recipe.get(node, {})) <= set(whole[node]), node
+
+
+@pytest.mark.parametrize("name", sorted(group("tokenizer")))
+def test_every_tokenizer_composes_and_builds(name):
+    config = composed("stage=vqgan", "experiment=cifar10", f"tokenizer={name}")
+    with torch.device("meta"):
+        vqgan = make(config.model)
+    assert vqgan.h.quantizer == {"paper": "euclidean"}.get(name, name)
+
+
+def test_the_modern_tokenizer():
+    """16384 codes of 8 dimensions on a sphere, f = 16; trained in bf16, compiled."""
+    config = composed("stage=vqgan", "experiment=modern", "data.root=x")
+    with torch.device("meta"):
+        vqgan = make(config.model)
+    assert vqgan.downsampling == 16 and vqgan.h.quantizer == "cosine" and vqgan.h.compile
+    assert count(vqgan.autoencoder) == pytest.approx(71.9e6, rel=0.01)
+    assert config.trainer.precision == "bf16-mixed" and config.model.ema_decay > 0
 
 
 # ------------------------------------------------------------------------------------------------ the paper's numbers

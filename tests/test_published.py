@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from commands import command
 from conftest import changed, weights_of
 
 from clipgen import losses
+from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
-from clipgen.weights import checkpoint, published
+from clipgen.weights import safe, taming
 
 
 def load(folder: Path) -> VQGAN:
@@ -87,7 +89,7 @@ def checkpoint_of(vqgan: VQGAN, path: Path, **others: object) -> Path:
 
 @torch.no_grad()
 def test_any_ddconfig(tmp_path, images):
-    arguments = published.taming_arguments(CONFIG)
+    arguments = taming.arguments_of(CONFIG)
     theirs = VQGAN(**arguments | dict(quantizer="euclidean")).eval()
     ours = VQGAN.from_taming(checkpoint_of(theirs, tmp_path / "last.ckpt"), CONFIG)
     assert ours.downsampling == 4 and len(ours.autoencoder.encoder.down[0].attn) == 2
@@ -103,7 +105,7 @@ def test_lpips_of_the_file_is_used(tmp_path, images, fit):
     lpips = _LPIPS(net="vgg", pnet_rand=True).eval()
     theirs = {f"loss.perceptual_loss.{k}": v for k, v in lpips.state_dict().items() if not k.startswith("lins")}
     theirs |= {"loss.perceptual_loss.scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
-    path = checkpoint_of(VQGAN(**published.taming_arguments(CONFIG)), tmp_path / "last.ckpt", **theirs)
+    path = checkpoint_of(VQGAN(**taming.arguments_of(CONFIG)), tmp_path / "last.ckpt", **theirs)
     vqgan = VQGAN.from_taming(path, CONFIG)
     found = vqgan._lpips[0]
     assert not found.training and not any(p.requires_grad for p in found.parameters())
@@ -154,7 +156,7 @@ def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
         torch.save({"callbacks": {Fake: {"best": 1.0}}, "state_dict": {}}, tmp_path / "old.ckpt")
     finally:
         real.ModelCheckpoint = original
-    assert list(checkpoint.read_checkpoint(tmp_path / "old.ckpt")["callbacks"]) == [checkpoint.Inert]
+    assert list(safe.read_checkpoint(tmp_path / "old.ckpt")["callbacks"]) == [safe.Inert]
 
 
 @pytest.mark.parametrize(
@@ -169,11 +171,11 @@ def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
 )
 def test_other_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        published.taming_arguments({"model": CONFIG["model"] | change})
+        taming.arguments_of({"model": CONFIG["model"] | change})
 
 
 def test_clear_errors(tmp_path, tiny_vqgan):
-    good = checkpoint_of(VQGAN(**published.taming_arguments(CONFIG)), tmp_path / "good.ckpt")
+    good = checkpoint_of(VQGAN(**taming.arguments_of(CONFIG)), tmp_path / "good.ckpt")
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.ckpt")
     torch.save([1], tmp_path / "list.ckpt")
     (tmp_path / "cut.ckpt").write_bytes(good.read_bytes()[:5000])
@@ -202,8 +204,42 @@ def test_clipgen_convert(shared, tmp_path, images):
     )
     assert ran.returncode == 0, ran.stderr
     assert torch.equal(VQGAN.load(tmp_path / "f4")(images), load(folder)(images))
-    ran = command("clipgen-convert", "taming", folder / "last.ckpt", "--output", "f4", cwd=tmp_path)
-    assert ran.returncode == 1 and "taming needs its model.yaml" in ran.stderr and "Traceback" not in ran.stderr
+    none = (folder / "none.ckpt", folder / "model.yaml")
+    ran = command("clipgen-convert", "taming", *none, "--output", "other", cwd=tmp_path)
+    assert ran.returncode == 1 and "none.ckpt" in ran.stderr and len(ran.stderr.splitlines()) == 1
+
+
+@torch.no_grad()
+def test_hfailabs_transformer(shared):
+    folder = shared / "parity" / "hfailab_clip_gen"
+    expected = {name: torch.from_numpy(array) for name, array in np.load(folder / "expected.npz").items()}
+    transformer = ConditionalTransformer.from_hfailab(folder / "gpt.pt", n_head=4)
+    logits = transformer(expected["indices"].flatten(1), expected["clip_embedding"])
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
+    assert expected["logits"].std() > 0.01
+    # the decode loop is over the same weights: bias of the head and exact gelu included
+    greedy = transformer.sample(expected["clip_embedding"], temperature=0)
+    again = transformer(greedy, expected["clip_embedding"]).argmax(-1)
+    assert torch.equal(greedy, again)
+
+
+def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
+    """Their CLIP would be OpenAI's; a tiny one of the width that the fixture wants stands in."""
+    folder = shared / "parity" / "hfailab_clip_gen"
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "width": 32, "heads": 2, "layers": 1}
+    sizes = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    import open_clip
+    import train_clip
+
+    train_clip.write_config(tmp_path / "clip", sizes, ["a bus"], (0.5,) * 3, (0.5,) * 3)
+    train_clip.save(open_clip.create_model(f"local-dir:{tmp_path / 'clip'}", load_weights=False), tmp_path / "clip")
+    files = (folder / "vqgan.pt", folder / "gpt.pt", "--n-head", 4, "--clip", "clip", "--clip-pretrained", "")
+    ran = command("clipgen-convert", "hfailab", *files, "--output", "pair", cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    ran = command("clipgen-sample", "--checkpoint", "pair", "--prompt", "a bus", "--num-images", 1, cwd=tmp_path)
+    assert ran.returncode == 0 and (tmp_path / "samples" / "grid.png").is_file(), ran.stderr
 
 
 def test_training_goes_on_from_a_folder_by_command(shared, tmp_path):

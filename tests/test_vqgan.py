@@ -318,6 +318,27 @@ def test_fp16_is_refused(monkeypatch):
         vqgan.on_fit_start()
 
 
+class SameOnAllRanks(pl.Callback):
+    """Ranks saw different images; what they trained must be the same, bit for bit."""
+
+    def on_train_end(self, trainer, module) -> None:
+        for name, tensor in module.state_dict().items():
+            if name.endswith(("running_mean", "running_var", "lecam.means")):
+                continue  # statistics of a rank's own images
+            first, second = module.all_gather(tensor.float())
+            assert torch.equal(first, second), name
+        assert trainer.world_size == 2 and trainer.global_step == 4
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(fit):
+    vqgan = gan(discriminator_start=1, discriminator_warmup=1, revive_after=2, codebook_momentum=0.9, kmeans_iters=3,
+                ema_decay=0.9, lecam_weight=0.1)  # fmt: skip
+    before = weights_of(vqgan)
+    fit(vqgan, 8, SameOnAllRanks(), batch=4, devices=2, strategy="ddp_spawn_find_unused_parameters_true", max_epochs=1)
+    assert {name.split(".")[0] for name in changed(vqgan, before)} >= {"autoencoder", "ema", "discriminator"}
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 

@@ -1,4 +1,9 @@
-"""``clipgen-convert``: other projects' published tokenizers -> our model folders."""
+"""``clipgen-convert``: other projects' published models -> our folders.
+
+clipgen-convert taming last.ckpt model.yaml --output vqgan-f16
+clipgen-convert hfailab vqgan_coco.pt gpt_coco.pt --output coco
+clipgen-sample --checkpoint coco --prompt "A city bus driving on the city street"
+"""
 
 from __future__ import annotations
 
@@ -15,25 +20,40 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser("clipgen-convert", description=__doc__)
-    p.add_argument("project", choices=("taming", "hfailab"), help="taming-transformers, or HFAiLab/clip-gen")
-    p.add_argument("checkpoint", type=Path, help="last.ckpt, or vqgan_*.pt")
-    p.add_argument("config", type=Path, nargs="?", help="model.yaml of taming-transformers")
-    p.add_argument("--output", type=Path, required=True, help="model folder to write")
-    p.add_argument("--training", action="store_true", help="keep what only a training needs: discriminator and LPIPS")
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("clipgen-convert", description=__doc__, formatter_class=raw)
+    projects = p.add_subparsers(dest="project", required=True)
+    taming = projects.add_parser("taming", help="a tokenizer of CompVis/taming-transformers")
+    taming.add_argument("vqgan", type=Path, help="last.ckpt")
+    taming.add_argument("config", type=Path, help="model.yaml")
+    hfailab = projects.add_parser("hfailab", help="HFAiLab/clip-gen's tokenizer, or both of its models")
+    hfailab.add_argument("vqgan", type=Path, help="vqgan_*.pt")
+    hfailab.add_argument("transformer", type=Path, nargs="?", help="gpt_*.pt: makes a folder that clipgen-sample takes")
+    hfailab.add_argument("--n-head", type=int, help="of the transformer (default: heads of 64)")
+    hfailab.add_argument("--clip", default="ViT-B-32-quickgelu", help="its CLIP (default: %(default)s, OpenAI's)")
+    hfailab.add_argument("--clip-pretrained", default="openai", help="weights of the CLIP (default: %(default)s)")
+    for project in (taming, hfailab):
+        project.add_argument("--output", type=Path, required=True, help="folder to write")
+        project.add_argument("--training", action="store_true",
+                             help="keep what only a training needs: discriminator and LPIPS")  # fmt: skip
     return p
 
 
 def run() -> None:
     """Read, convert, write."""
     args = parser().parse_args()
-    from clipgen import VQGAN
+    from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
 
-    if (args.config is None) == (args.project == "taming"):
-        raise ValueError(f"{args.project} needs {'its model.yaml' if args.project == 'taming' else 'no model.yaml'}")
-    taming = args.project == "taming"
-    vqgan = VQGAN.from_taming(args.checkpoint, args.config) if taming else VQGAN.from_hfailab(args.checkpoint)
-    print(vqgan.save(args.output, training=args.training))
+    if args.project == "taming":
+        vqgan = VQGAN.from_taming(args.vqgan, args.config)
+    else:
+        vqgan = VQGAN.from_hfailab(args.vqgan)
+    if args.project == "taming" or args.transformer is None:
+        print(vqgan.save(args.output, training=args.training))
+        return
+    transformer = ConditionalTransformer.from_hfailab(args.transformer, args.n_head)
+    clip = FrozenCLIP(args.clip, args.clip_pretrained or None)
+    print(TextToImage(vqgan, transformer, clip).save(args.output))
 
 
 if __name__ == "__main__":

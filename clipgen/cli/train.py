@@ -130,8 +130,12 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     from clipgen.cli.config import make
 
     folder, visible = output / "checkpoints", sys.stderr.isatty()
+    strategy = config.trainer.strategy
+    if strategy == "auto" and config.trainer.devices != 1:  # a sleeping discriminator has no gradients
+        strategy = "ddp_find_unused_parameters_true"
     return make(
         config.trainer,
+        strategy=strategy,
         default_root_dir=str(output),
         logger=make(config.logger) if "_target_" in config.logger else False,
         enable_progress_bar=visible,

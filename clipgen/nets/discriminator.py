@@ -37,3 +37,9 @@ def init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
+
+
+def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
+    """``ndf`` and ``n_layers`` of a PatchGAN, read off its convolutions; nothing where there is none."""
+    kernels = [tensor for tensor in state.values() if tensor.ndim == 4]
+    return {"ndf": kernels[0].shape[0], "n_layers": len(kernels) - 2} if kernels else {}

@@ -19,27 +19,28 @@ class ConditionalGPT2(nn.Module):
         n_layer, n_head, n_embd: GPT-2's own.
         codebook_size: K. num_tokens: T. clip_dim: E.
         dropout: on embeddings, attention and residuals.
-        tie_head: share the output matrix with the index embedding, as GPT-2 does.
+        tie_head: share the output matrix with the index embedding, as GPT-2 does. head_bias: add one to the logits.
+        activation: transformers' name; GPT-2's is the default, as one kernel ("gelu_new" is eight).
         grid_positions: start the learned positions from the row and column that each one scores, instead of GPT-2's
             noise: what lies above an index is then found from the first step on.
         null_condition: own a learned condition that stands for "anything", for classifier-free guidance.
     """
 
     def __init__(self, *, n_layer: int, n_head: int, n_embd: int, codebook_size: int, num_tokens: int, clip_dim: int,
-                 dropout: float = 0.0, tie_head: bool = True, null_condition: bool = False,
+                 dropout: float = 0.0, tie_head: bool = True, head_bias: bool = False,
+                 activation: str = "gelu_pytorch_tanh", null_condition: bool = False,
                  grid_positions: bool = False):  # fmt: skip
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
         self.num_tokens, self.codebook_size = num_tokens, codebook_size
-        # "gelu_pytorch_tanh" is GPT-2's "gelu_new" in one kernel instead of eight
         self.transformer = GPT2Model(GPT2Config(  # type: ignore[call-arg]
             vocab_size=codebook_size, n_positions=num_tokens, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, activation_function="gelu_pytorch_tanh",
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, activation_function=activation,
             attn_implementation="sdpa", use_cache=False, bos_token_id=None, eos_token_id=None,
         ))  # fmt: skip
         self.clip_proj = nn.Linear(clip_dim, n_embd)
-        self.head = nn.Linear(n_embd, codebook_size, bias=False)
+        self.head = nn.Linear(n_embd, codebook_size, bias=head_bias)
         if tie_head:
             self.head.weight = self.transformer.wte.weight
         else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
 
 import clipgen
+from clipgen.weights.safe import State, read_checkpoint
 
 COMMANDS = {
     "VQGAN": "clipgen-train stage=vqgan",
@@ -29,7 +28,7 @@ COMMANDS = {
 }
 FOLDERS = {"VQGAN": "vqgan", "ConditionalTransformer": "transformer"}  # name of the model folder in a run folder
 FILES = ("config.json", "model.safetensors")
-State = dict[str, Tensor]
+Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
 
 def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
@@ -134,43 +133,6 @@ def load_ckpt(path: Path, model: str) -> tuple[dict[str, Any], State]:
     checkpoint = read_checkpoint(path)
     check_model(checkpoint.get("clipgen_model"), model, path)
     return checkpoint["hyper_parameters"], checkpoint["state_dict"]
-
-
-class Inert:
-    """Stands for the classes that old checkpoints name without using them, so that none of their code runs."""
-
-
-INERT = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)  # Lightning 1.0 pickled it as a key
-
-
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What torch.save wrote as a dict; nothing in it is executed.
-
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: no checkpoint, or one that wants to run code.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        with torch.serialization.safe_globals([(Inert, name) for name in INERT]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise anything from KeyError to OSError
-        if isinstance(error, OSError) and error.filename:  # the system's, not torch's
-            raise
-        raise ValueError(f"{path} is no readable checkpoint: {unreadable(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no readable checkpoint: it holds a {type(found).__name__}")
-    return found
-
-
-def unreadable(error: Exception) -> str:
-    """torch's reason in short; which function it was where a file asks for one that no weights need."""
-    reason = " ".join(str(error).split())
-    if named := re.search(r"[Uu]nsupported (?:global: |class )?GLOBAL ([\w.]+)", reason):
-        return f"it wants to run {named[1]}, which no weights need: refused"
-    return reason.rpartition("WeightsUnpickler error: ")[2][:200]
 
 
 @contextmanager
