@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from clipgen.data.images import unit_hash
 from clipgen.images import frequency_chart, grid, save_png, to_pil
 from clipgen.pipeline import TextToImage
 from clipgen.sampling import check_sampling
@@ -86,6 +87,17 @@ class StopCleanly(pl.Callback):
             raise KeyboardInterrupt
 
 
+class StepSeeds(pl.Callback):
+    """Makes what a step draws (dropout, noise) a function of seed, step and rank: a resumed run draws the same."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        place = f"{self.seed} {trainer.fit_loop.epoch_loop.total_batch_idx} {trainer.global_rank}"
+        torch.manual_seed(int(unit_hash(place) * 2**48))
+
+
 class Bar(RichProgressBar):
     """Rich's bar with rates and time left, without Lightning's version number."""
 
@@ -122,7 +134,7 @@ class Pictures(pl.Callback):
 
     def on_validation_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int,
                                 dataloader_idx: int = 0) -> None:  # fmt: skip
-        if batch_idx == 0:
+        if batch_idx == 0 and "images" in batch:  # a cache has none
             self.images = batch["images"][: self.num_images]
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

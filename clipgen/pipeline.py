@@ -129,6 +129,14 @@ def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) 
     (root / "clip.json").write_text(json.dumps(config) + "\n")
 
 
+def copy_frozen(source: Path, root: Path) -> None:
+    """What ``save_frozen`` left in one folder, into another."""
+    for name in ("vqgan", "clip"):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, root / name, dirs_exist_ok=True)
+    shutil.copy(source / "clip.json", root / "clip.json")
+
+
 def load_clip(root: Path) -> FrozenCLIP:
     """The CLIP that ``clip.json`` of a folder names."""
     if not (root / "clip.json").is_file():

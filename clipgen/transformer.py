@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,13 @@ class ConditionalTransformer(pl.LightningModule):
         vqgan, clip = self._frozen
         return (vqgan, clip) if vqgan.device == self.device else (vqgan.to(self.device), clip.to(self.device))
 
+    def encoded(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What stage 2 learns from, indices (B, T) and CLIP embeddings (B, E): of a batch's images, or as cached."""
+        return self.encode(batch["images"]) if "images" in batch else (batch["indices"], batch["clip_embedding"])
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> what stage 2 learns from: indices (B, T) and CLIP embeddings (B, E)."""
+        """Images -> indices (B, T) and CLIP embeddings (B, E)."""
         vqgan, clip = self.frozen()
         indices = rearrange(vqgan.encode(images), "b h w -> b (h w)")
         if indices.shape[1] != self.num_tokens:
@@ -138,7 +143,7 @@ class ConditionalTransformer(pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        indices, clip_embedding = self.encode(batch["images"])
+        indices, clip_embedding = self.encoded(batch)
         condition = losses.noisy_condition(clip_embedding, self.h.condition_cosine)
         drop = None
         if self.h.condition_dropout > 0:
@@ -147,23 +152,23 @@ class ConditionalTransformer(pl.LightningModule):
         loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())  # Eq. 8, a token
         self.log("train/cross_entropy", loss.detach(), prog_bar=True)
         if self.h.clip_loss_weight > 0:
-            clip_loss = self.clip_loss(logits, clip_embedding, batch["images"].shape[-1])
+            clip_loss = self.clip_loss(logits, clip_embedding)
             self.log("train/clip_loss", clip_loss.detach())
             loss = loss + self.h.clip_loss_weight * clip_loss  # Eq. 10
         self.log("train/loss", loss.detach())
         return loss
 
-    def clip_loss(self, logits: Tensor, clip_embedding: Tensor, width: int) -> Tensor:
+    def clip_loss(self, logits: Tensor, clip_embedding: Tensor) -> Tensor:
         """L_CLIP (Eq. 9) of the most likely indices' picture, differentiable by a straight-through arg max."""
         vqgan, clip = self.frozen()
         p = logits.softmax(dim=-1)
         one_hot = F.one_hot(p.argmax(dim=-1), p.shape[-1]).to(p)
         codes = (one_hot + p - p.detach()) @ vqgan.codebook  # (B, T, D)
-        z_q = rearrange(codes, "b (h w) d -> b d h w", w=width // vqgan.downsampling)
+        z_q = rearrange(codes, "b (h w) d -> b d h w", h=math.isqrt(self.num_tokens))
         return losses.clip_loss(clip.encode_image(vqgan.decode_latents(z_q)), clip_embedding)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        indices, clip_embedding = self.encode(batch["images"])
+        indices, clip_embedding = self.encoded(batch)
         loss = F.cross_entropy(self.gpt(indices, clip_embedding).flatten(0, 1), indices.flatten())
         self.log("val/cross_entropy", loss, batch_size=len(indices), prog_bar=True, sync_dist=True)
 

@@ -34,11 +34,11 @@ def config_dir() -> str:
     return str(inside if inside.is_dir() else package.parent / "configs")
 
 
-def composed(*overrides: str) -> DictConfig:
-    """What ``clipgen-train`` would run with these overrides."""
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    """What ``clipgen-train`` (or the command of another ``name``) would run with these overrides."""
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
-            return compose("train", overrides=list(overrides))
+            return compose(name, overrides=list(overrides))
     except HydraException as error:
         raise ValueError(explain(error)) from error
 

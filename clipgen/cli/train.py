@@ -103,8 +103,10 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
 
-    from clipgen.cli.config import as_yaml, make
+    from clipgen.cli.config import make
 
+    if is_encoded(config):
+        settle_encoded(config)
     if missing := OmegaConf.missing_keys(config):
         names = ", ".join(sorted(missing))
         raise ValueError(f"stage={config.stage_name} needs a value for {names}: give {min(missing)}=...")
@@ -120,7 +122,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     if not trainer.is_global_zero:
         return fit(trainer, model, data, ckpt, output)
     with output_folder(output, keep="checkpoints/*.ckpt"):
-        prepare(output, as_yaml(config), model)
+        prepare(output, config, model)
         fit(trainer, model, data, ckpt, output)
 
 
@@ -141,7 +143,8 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
         enable_progress_bar=visible,
         enable_model_summary=visible,
         plugins=[callbacks.WholeCheckpoints()],
-        callbacks=[callbacks.StopCleanly(folder / "last.ckpt"), make(config.pictures, folder=output / "pictures"),
+        callbacks=[callbacks.StepSeeds(config.seed), callbacks.StopCleanly(folder / "last.ckpt"),
+                   make(config.pictures, folder=output / "pictures"),
                    *([make(config.metrics)] if "metrics" in config else []),
                    *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
                    *([callbacks.Bar()] if visible else [])],
@@ -155,6 +158,8 @@ def build(config: DictConfig) -> pl.LightningModule:
 
     if config.stage_name == "vqgan":
         return make(config.model) if config.start_from is None else start_from(config)
+    if is_encoded(config):
+        return build_encoded(config)
     vqgan = VQGAN.load(config.vqgan)
     clip = make(config.clip)
     sizes = {
@@ -163,6 +168,42 @@ def build(config: DictConfig) -> pl.LightningModule:
         "clip_dim": clip.embed_dim,
     }
     return make(config.model, **{k: v for k, v in sizes.items() if config.model[k] is None}).attach(vqgan, clip)
+
+
+def is_encoded(config: DictConfig) -> bool:
+    """Whether training reads a cache."""
+    return config.data._target_.endswith("EncodedData")
+
+
+def settle_encoded(config: DictConfig) -> None:
+    """A cache holds its tokenizer, and knows its source: what an experiment says of its own does not concern it."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.is_missing(config, "vqgan"):
+        config.vqgan = config.data.root
+    keys = ("_target_", "root", "batch_size", "num_workers", "seed")
+    config.data = OmegaConf.masked_copy(config.data, keys)  # type: ignore[arg-type]
+
+
+def build_encoded(config: DictConfig) -> pl.LightningModule:
+    """The transformer for a cache, whose tokenizer and CLIP must be the run's; only the CLIP loss needs them loaded."""
+    from clipgen import VQGAN
+    from clipgen.cli.config import make
+    from clipgen.data.encoded import read_manifest
+    from clipgen.encoding import clip_identity, saved_identity
+    from clipgen.pipeline import load_clip
+
+    manifest = read_manifest(config.data.root)
+    if config.vqgan != config.data.root and saved_identity(config.vqgan) != manifest["vqgan"]:
+        raise ValueError(f"the encoded cache {config.data.root} was made with another tokenizer than {config.vqgan}")
+    if clip_identity(config.clip.model_name, config.clip.pretrained) != manifest["clip"]:
+        used = f"{config.clip.model_name} {config.clip.pretrained or ''}".strip()
+        raise ValueError(f"the encoded cache {config.data.root} was made with a CLIP other than {used}")
+    sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
+    model = make(config.model, **{k: v for k, v in sizes.items() if config.model[k] is None})
+    if config.model.clip_loss_weight > 0:
+        model.attach(VQGAN.load(config.data.root), load_clip(Path(config.data.root)))
+    return model
 
 
 def start_from(config: DictConfig) -> pl.LightningModule:
@@ -175,16 +216,20 @@ def start_from(config: DictConfig) -> pl.LightningModule:
     return make(config.model, **{k: source.hparams[k] for k in NETWORK}, kmeans_iters=0).take_over(source)
 
 
-def prepare(output: Path, yaml: str, model: pl.LightningModule) -> None:
+def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None:
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
-    from clipgen.pipeline import save_frozen
+    from clipgen.cli.config import as_yaml
+    from clipgen.pipeline import copy_frozen, save_frozen
 
-    (output / "config.yaml").write_text(yaml)
+    (output / "config.yaml").write_text(as_yaml(config))
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     (output / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
     if isinstance(model, ConditionalTransformer):
-        save_frozen(output, *model.frozen())
+        if is_encoded(config):
+            copy_frozen(Path(config.data.root).expanduser(), output)
+        else:
+            save_frozen(output, *model.frozen())
 
 
 def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,6 +23,7 @@ _DECODE_UP_TO = 5_000
 
 class ImageFolder(Dataset[dict[str, Tensor]]):
     """All usable images below a folder, sorted by path; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
+    Item `i` of pass `p` is asked for as `(p, i)`: its crop and flip follow from the seed, the pass and the item alone.
 
     Construction checks every file. Up to 5000 files are decoded, so that unusable ones are all known before training;
     of larger folders only the headers are read, which finds empty files, other content and decompression bombs. What
@@ -34,12 +36,14 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         flip: mirror half of the training images.
         val_fraction: share of the images held out for validation, in [0, 1). Each image's side follows from a hash of
             its path, so adding files does not move others. At 0 there is no split: either side is the whole folder.
-        seed: of the split.
+        seed: of the split, and of crops and flips.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is no folder.
         ValueError: an argument is out of range, or nothing in the folder is usable.
     """
+
+    counts_passes = True
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         seed: int = 0,
     ) -> None:
         self.root = Path(root).expanduser()
+        self.seed = seed
         self.image_size = image_size
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
         self.tally = Tally(str(root))
@@ -67,16 +72,32 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = range(len(self))[index]  # raises IndexError, which ends a plain for loop
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+        turn, item = index if isinstance(index, tuple) else (0, index)
+        start = range(len(self))[item]  # raises IndexError, which ends a plain for loop
+        generator = self._generator(turn, item)
         for step in range(len(self)):
             path = self.root / self.files[(start + step) % len(self)]
             try:
-                return {"images": self.transform(decode_image(path))}
+                return {"images": self.transform(decode_image(path), generator)}
             except UnusableImage as error:
                 if self.tally.skip(str(path), error):
                     self.tally.use(-1)
         raise ValueError(f"{self.root} has no usable image left: {self.tally}")
+
+    def views(self, items: Sequence[int], count: int) -> Iterator[Tensor]:
+        """``count`` crops of each usable image among ``items``, (count, 3, H, W); 1: the centre crop."""
+        crop = self.transform if count > 1 else val_transform(self.image_size)
+        for item in items:
+            try:
+                image = decode_image(self.root / self.files[item])
+            except UnusableImage as error:
+                self.tally.skip(str(self.root / self.files[item]), error)
+                continue
+            yield torch.stack([crop(image, self._generator(turn, item)) for turn in range(count)])
+
+    def _generator(self, turn: int, item: int) -> torch.Generator:
+        return torch.Generator().manual_seed(int(unit_hash(f"{self.seed} {turn} {item}") * 2**48))
 
     def summary(self) -> None:
         """Log how many images were used and skipped, if that has changed since it was last logged."""
@@ -160,7 +181,7 @@ def folder_data(
     training; with neither, there is no validation.
     """
     if val_root is not None:
-        train = ImageFolder(root, image_size, train=True, flip=flip)
+        train = ImageFolder(root, image_size, train=True, flip=flip, seed=seed)
         val: ImageFolder | None = ImageFolder(val_root, image_size, train=False)
     else:
         train = ImageFolder(root, image_size, train=True, flip=flip, val_fraction=val_fraction, seed=seed)

@@ -6,14 +6,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from clipgen.data.order import Order, batches_done
 
 
 class ImageData(pl.LightningDataModule):
     """Batches {"images": (B, 3, H, W) in [-1, 1]} from a training and a validation dataset, map-style or iterable.
 
-    Training batches are shuffled and full. The order of a map-style dataset follows from `seed` and epoch alone, so a
-    resumed run goes through its epochs in the order that it would have had.
+    Training batches are shuffled and full. The order of a map-style dataset follows from `seed` and step alone, so a
+    run that is stopped anywhere and resumed sees what it would have seen.
 
     Args:
         train: training dataset. If it is iterable it shuffles and splits itself between ranks and workers.
@@ -53,13 +55,13 @@ class ImageData(pl.LightningDataModule):
         world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
         self._require_one_batch(world_size)
-        sampler: DistributedSampler[Any] | None = None
-        if not isinstance(self.train, IterableDataset):
-            # Used on one device too: it shuffles by seed and epoch, and Lightning tells it the epoch.
-            sampler = DistributedSampler(self.train, world_size, rank, seed=self.seed, drop_last=True)
-        # After a resume the workers get other seeds than at the start, and so other crops and other shards.
-        step = self.trainer.global_step if self.trainer else 0
-        generator = torch.Generator().manual_seed(self.seed + rank + step)
+        stream = isinstance(self.train, IterableDataset)
+        sampler = None if stream else Order.of(self.trainer, self.train, self.batch_size, self.seed)
+        if stream and self.trainer and hasattr(self.train, "resume"):
+            done, limit = batches_done(self.trainer), self.trainer.limit_train_batches
+            epoch, batches = divmod(done, limit) if isinstance(limit, int) else (0, done)  # streams have no other end
+            self.train.resume(epoch, batches, self.batch_size)
+        generator = torch.Generator().manual_seed(self.seed + rank)
         return self._loader(self.train, self.batch_size, sampler=sampler, drop_last=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:

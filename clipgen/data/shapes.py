@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,12 @@ class ShapesDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:  # DataLoader asks for whole batches here
         images = self.render(indices)
         return [{"images": image, "texts": str(self.attributes[i])} for image, i in zip(images, indices)]
+
+    def views(self, items: Sequence[int], count: int) -> Iterator[Tensor]:
+        """The images at ``items`` one by one, as (1, 3, H, W); shapes have no other crops than what they are."""
+        if count != 1:
+            raise ValueError(f"augmentations must be 1 for shapes, got {count}; ask for more images by data.train_size")
+        return (self.render([item]) for item in items)
 
     def render(self, indices: Sequence[int]) -> Tensor:
         """Draw the images at ``indices``: (B, 3, H, W) in [-1, 1]."""

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+import torch
 import webdataset as wds
 from braceexpand import braceexpand
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 from webdataset.utils import pytorch_worker_info
 
-from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image
+from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image, unit_hash
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import Transform, train_transform, val_transform
 
@@ -60,7 +62,7 @@ def image_shards(
         raise ValueError(f"shuffle must be at least 0, got {shuffle}")
     transform = train_transform(image_size, flip) if train else val_transform(image_size)
     tally = Tally(urls if isinstance(urls, str) else ", ".join(urls))
-    shards = ImageShards(expand_urls(urls), transform, train, shuffle, labels, seed, tally)
+    shards = ImageShards(expand_urls(urls), image_size, transform, train, shuffle, labels, seed, tally)
     shards.check()
     return shards
 
@@ -94,6 +96,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     """
 
     urls: list[str]
+    image_size: int
     transform: Transform
     train: bool
     shuffle: int
@@ -101,6 +104,11 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     seed: int
     tally: Tally
     _epoch: int = 0
+    _had: tuple[int, int] = (0, 0)  # batches of this epoch before a resume, and images in a batch
+
+    def resume(self, epoch: int, batches: int, batch_size: int) -> None:
+        """Let training begin where a run stood. The stream is gone through again: only so is known what was usable."""
+        self._epoch, self._had = epoch, (batches, batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self._train() if self.train else self._validate()
@@ -120,14 +128,33 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Log how many images were read and how many skipped, if that has changed since it was last logged."""
         self.tally.summary()
 
+    def views(self, url: str, count: int) -> Iterator[Tensor]:
+        """``count`` crops of each usable image of one shard, in order, (count, 3, H, W); 1: the centre crop."""
+        crop = self.transform if count > 1 else val_transform(self.image_size)
+        for number, sample in enumerate(self._read(url)):
+            try:
+                image = decode_image(sample[_image_key(sample)])
+            except UnusableImage as error:
+                self.tally.skip(_name(sample), error)
+                continue
+            seeds = [f"{self.seed} {os.path.basename(url)} {turn} {number}" for turn in range(count)]
+            generators = [torch.Generator().manual_seed(int(unit_hash(seed) * 2**48)) for seed in seeds]
+            yield torch.stack([crop(image, generator) for generator in generators])
+
     def _train(self) -> Iterator[dict[str, Any]]:
-        rank, _, worker, _ = pytorch_worker_info()
-        info = get_worker_info()  # its seed is a new one for every iterator, also where workers start afresh
-        rng = random.Random(f"{self.seed} {rank} {worker} {self._epoch} {info.seed if info else 0}")
+        rank, _, worker, workers = pytorch_worker_info()
+        info = get_worker_info()
+        base = info.seed - worker if info else 0  # a new one for every iterator, also where workers start afresh
+        (batches, batch_size), self._had = self._had, (0, 0)
+        turn = (worker + batches) % workers  # workers take turns, batch by batch: a resume goes on with the next one's
+        rng = random.Random(f"{self.seed} {rank} {turn} {self._epoch} {base}")
         self._epoch += 1
+        return islice(self._endless(rng), len(range(turn, batches, workers)) * batch_size, None)
+
+    def _endless(self, rng: random.Random) -> Iterator[dict[str, Any]]:
         misses = 0
         for sample in wds.shuffle(self.shuffle, rng=rng)(self._resample(rng)):
-            decoded = self._decode(sample)
+            decoded = self._decode(sample, torch.Generator().manual_seed(rng.getrandbits(48)))
             misses = 0 if decoded else misses + 1
             if misses == _PATIENCE:
                 raise ValueError(f"{self.tally.name} must hold usable images, got {misses} others on end: {self.tally}")
@@ -176,13 +203,14 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         self.tally.skip(url, UnusableImage("broken shard", f"what came before is used; {error}"))
         return True
 
-    def _decode(self, sample: dict[str, Any]) -> dict[str, Any] | None:
+    def _decode(self, sample: dict[str, Any], generator: torch.Generator | None = None) -> dict[str, Any] | None:
         try:
-            decoded: dict[str, Any] = {"images": self.transform(decode_image(sample[_image_key(sample)]))}
+            image = decode_image(sample[_image_key(sample)])
+            decoded: dict[str, Any] = {"images": self.transform(image, generator)}
             if self.labels:
                 decoded["label"] = _label(sample)
         except UnusableImage as error:
-            self.tally.skip(f"{sample['__url__']}: {sample['__key__']}.{_image_key(sample)}", error)
+            self.tally.skip(_name(sample), error)
             return None
         self.tally.use()
         return decoded
@@ -225,6 +253,10 @@ def _image_key(sample: dict[str, Any]) -> str:
     """Find the image in a sample: "jpg" rather than "seg.png", else the first that is named like an image, else ""."""
     keys = [key for key in sample if f".{key}".endswith(EXTENSIONS)]
     return min(keys, key=lambda key: key.count("."), default="")
+
+
+def _name(sample: dict[str, Any]) -> str:
+    return f"{sample['__url__']}: {sample['__key__']}.{_image_key(sample)}"
 
 
 def _label(sample: dict[str, Any]) -> int:

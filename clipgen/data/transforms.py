@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[..., Tensor]  # (picture, generator=None) -> image
 
 
 def train_transform(image_size: int, flip: bool = True) -> Transform:
     """Make the paper's training transform: short side to `image_size`, random crop, and with `flip` a mirror image half
     of the time. It turns an RGB picture of any size into (3, image_size, image_size) in [-1, 1].
 
-    The draws come from torch's global generator, which DataLoader seeds in every worker.
+    The draws come from the generator that it is given, else from torch's global one, which DataLoader seeds in workers.
     """
     return partial(_transform, _checked(image_size), True, flip)
 
@@ -27,8 +27,10 @@ def val_transform(image_size: int) -> Transform:
     return partial(_transform, _checked(image_size), False, False)
 
 
-def _transform(image_size: int, random_crop: bool, flip: bool, image: Image.Image) -> Tensor:
-    x, y, mirror = torch.rand(3).tolist() if random_crop else (0.5, 0.5, 1.0)
+def _transform(
+    image_size: int, random_crop: bool, flip: bool, image: Image.Image, generator: torch.Generator | None = None
+) -> Tensor:
+    x, y, mirror = torch.rand(3, generator=generator).tolist() if random_crop else (0.5, 0.5, 1.0)
     square = _crop(image, image_size, x, y)
     if flip and mirror < 0.5:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -1,0 +1,76 @@
+"""``clipgen-encode vqgan=RUN output=FOLDER``: CLIP and VQ-GAN once over a data source, for ``data=encoded``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipgen.cli.console import guarded
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HELP = """usage: clipgen-encode vqgan=RUN output=FOLDER [experiment=NAME] [data=NAME] [key=value ...]
+
+Run the tokenizer and CLIP once over the images; then train on what they say:
+  clipgen-train stage=transformer data=encoded data.root=FOLDER
+
+Killed and started again it goes on, to the same bytes. Under torchrun or in a SLURM array, processes share the work.
+
+often needed:
+  augmentations=10          crops and flips of each training image (default: 1, the centre crop)
+  device=cuda               default: the fastest there is
+  data.root=/photos         any key that  clipgen-encode --cfg job  shows"""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    guarded("clipgen-encode", run)
+
+
+def run() -> None:
+    """Compose the configuration of the arguments, encode."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(HELP)
+        return
+    from clipgen.cli.config import as_yaml, composed
+
+    arguments = sys.argv[1:]
+    if show := "--cfg" in arguments:
+        arguments = [a for a in arguments if a not in ("--cfg", "job")]
+    config = composed(*arguments, name="encode")
+    if show:
+        print(as_yaml(config))
+        return
+    encode(config)
+
+
+def encode(config: DictConfig) -> None:
+    """Encode as configured."""
+    from omegaconf import OmegaConf
+
+    from clipgen import VQGAN, encoding
+    from clipgen.cli.config import make
+    from clipgen.cli.sample import best_device
+
+    if missing := OmegaConf.missing_keys(config):
+        raise ValueError(f"clipgen-encode needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
+    OmegaConf.resolve(config)
+    vqgan, clip = VQGAN.load(config.vqgan), make(config.clip)
+    data = make(config.data, batch_size=1)  # its own batches are for training
+    for model in (vqgan, clip):
+        model.to(config.device or best_device())
+    source = OmegaConf.to_container(config.data)
+    assert isinstance(source, dict)
+    settings = {"source": {k: v for k, v in source.items() if k not in ("batch_size", "num_workers", "shuffle")}}
+    rank, world_size = encoding.share()
+    whole = encoding.encode(
+        config.output, data, vqgan, clip, settings, augmentations=config.augmentations, shard_size=config.shard_size,
+        batch_size=config.batch_size, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    print(f"{'Finished' if whole else 'This part is finished, others are not'}: {Path(config.output)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The encoded cache: what stage 2 learns from, computed once. Indices and CLIP embeddings in memory-mapped shards.
+
+A split's folder holds ``shard-000000.npy``, ... and nothing else; each is an array of records, one an image:
+``indices`` (A, T) of the smallest unsigned type that holds them, and ``embedding`` (A, E) in fp16, for A augmentations.
+The folder above holds ``manifest.json``, and the frozen models as a run folder does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipgen.data.order import Order
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "val")
+
+
+def record(augmentations: int, num_tokens: int, codebook_size: int, clip_dim: int) -> np.dtype:
+    """The type of one image's record."""
+    kind = "<u2" if codebook_size <= 2**16 else "<u4"
+    return np.dtype([("indices", kind, (augmentations, num_tokens)), ("embedding", "<f2", (augmentations, clip_dim))])
+
+
+def read_manifest(root: str | Path) -> dict[str, Any]:
+    """What ``clipgen-encode`` wrote about a cache.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is not finished.
+    """
+    path = Path(root).expanduser() / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"no encoded cache in {root}: there is no {MANIFEST}; `clipgen-encode output={root}`")
+    manifest = json.loads(path.read_text())
+    if "images" not in manifest:
+        raise ValueError(f"the encoded cache {root} is not finished; the same clipgen-encode command goes on with it")
+    return manifest
+
+
+class EncodedDataset(Dataset[dict[str, Tensor]]):
+    """A split of a cache, by random access: ``{"indices": (T,) int64, "clip_embedding": (E,) unit norm}``.
+
+    Item ``i`` of pass ``p`` through the data is asked for as ``(p, i)``: passes take the augmentations in turn, each
+    image beginning at another one.
+    """
+
+    counts_passes = True
+
+    def __init__(self, folder: str | Path):
+        self.files = sorted(Path(folder).glob("shard-*.npy"))
+        if not self.files:
+            raise FileNotFoundError(f"no shards of an encoded cache in {folder}")
+        self.ends = np.cumsum([np.load(file, mmap_mode="r").shape[0] for file in self.files])
+
+    @cached_property
+    def shards(self) -> list[np.ndarray]:
+        """The memory maps, opened in the process that reads them."""
+        return [np.load(file, mmap_mode="r") for file in self.files]
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker opens its own
+        return {key: value for key, value in self.__dict__.items() if key != "shards"}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[Any]) -> dict[str, Tensor]:  # DataLoader asks for whole batches here
+        """Many items at once: ``{"indices": (B, T), "clip_embedding": (B, E)}``."""
+        asked = np.asarray(indices)
+        turn, item = asked.T if asked.ndim == 2 else (0, asked)
+        if item.max() >= len(self):
+            raise IndexError(f"index must be below {len(self)}, got {item.max()}")
+        shard = np.searchsorted(self.ends, item, side="right")
+        row = item - np.where(shard > 0, self.ends[shard - 1], 0)
+        first = self.shards[0]
+        view = (turn + item) % first.dtype["indices"].shape[0]
+        found = {}
+        for name in ("indices", "embedding"):
+            kind = first.dtype[name]
+            found[name] = np.empty((len(item), kind.shape[1]), kind.base)
+            for number in np.unique(shard):
+                here = shard == number
+                found[name][here] = self.shards[number][name][row[here], view[here]]
+        embedding = torch.from_numpy(found["embedding"].astype(np.float32))
+        return {
+            "indices": torch.from_numpy(found["indices"].astype(np.int64)),
+            "clip_embedding": torch.nn.functional.normalize(embedding, dim=-1),  # fp16 rounds the length too
+        }
+
+
+class EncodedData(pl.LightningDataModule):
+    """The data of ``data=encoded``: batches as ``EncodedDataset.batch`` gives them.
+
+    Args:
+        root: the cache, as ``clipgen-encode`` leaves it.
+        batch_size: images in a batch, on each device. num_workers: processes that read; 0 reads in the main one.
+        seed: of the order.
+    """
+
+    def __init__(self, root: str | Path, batch_size: int, num_workers: int = 0, seed: int = 0):
+        super().__init__()
+        self.root, self.batch_size, self.num_workers, self.seed = Path(root).expanduser(), batch_size, num_workers, seed
+        self.manifest = read_manifest(self.root)
+        self.datasets = {name: EncodedDataset(self.root / name) for name in SPLITS if self.manifest["images"][name]}
+        if batch_size < 1 or batch_size > len(self.datasets["train"]):
+            raise ValueError(f"batch_size must be in [1, {len(self.datasets['train'])}], got {batch_size}")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        dataset = self.datasets["train"]
+        order = Order.of(self.trainer, dataset, self.batch_size, self.seed)
+        return self._loader(dataset, sampler=order, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loader(self.datasets["val"]) if "val" in self.datasets else []
+
+    def _loader(self, dataset: EncodedDataset, **options: Any) -> DataLoader[Any]:
+        collate: Any = whole
+        return DataLoader(
+            dataset, self.batch_size, collate_fn=collate, num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(), **options,
+        )  # fmt: skip
+
+
+def whole(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``EncodedDataset`` hands over whole batches: there is nothing to collate."""
+    return batch

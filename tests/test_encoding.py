@@ -1,0 +1,278 @@
+"""The encoded cache: what it holds, that it survives being killed, and that training from it is training."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import TRANSFORMER, Call, command
+from conftest import VQGAN_SIZES
+from PIL import Image
+
+from clipgen import encoding
+from clipgen.data.encoded import EncodedData, EncodedDataset, read_manifest
+from clipgen.data.folder import folder_data
+from clipgen.data.shapes import ShapesDataset, shapes_data
+from clipgen.images import to_pil
+from clipgen.vqgan import VQGAN
+
+SOURCE = {"source": {"what": "shapes"}}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def data():
+    return shapes_data(train_size=50, val_size=10, image_size=32, batch_size=8)
+
+
+@pytest.fixture
+def encode(tiny_vqgan, shapes_clip, data):
+    return lambda root, **options: encoding.encode(
+        root, data, tiny_vqgan, shapes_clip, SOURCE, **(dict(shard_size=16, batch_size=7) | options)
+    )
+
+
+@pytest.fixture
+def cache(encode, tmp_path) -> Path:
+    assert encode(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@torch.no_grad()
+def test_it_holds_what_the_models_say(cache, data, tiny_vqgan, shapes_clip):
+    dataset = EncodedDataset(cache / "train")
+    assert len(dataset) == 50 and len(dataset.files) == 4
+    images = data.train.render(range(50))
+    batch = dataset.__getitems__(list(range(50)))
+    assert torch.equal(batch["indices"], tiny_vqgan.encode(images).flatten(1)) and batch["indices"].dtype == torch.int64
+    torch.testing.assert_close(batch["clip_embedding"], shapes_clip.encode_image(images), atol=2e-3, rtol=0)  # fp16
+    torch.testing.assert_close(batch["clip_embedding"].norm(dim=1), torch.ones(50))
+    assert torch.equal(dataset[33]["indices"], batch["indices"][33])
+    with pytest.raises(IndexError):
+        dataset[50]
+    manifest = read_manifest(cache)
+    assert manifest["images"] == {"train": 50, "val": 10} and manifest["num_tokens"] == 16
+    assert manifest["bytes_per_image"] == 16 * 2 + 64 * 2
+
+
+def test_folders_with_broken_images_and_augmentations(shared, tmp_path, tiny_vqgan, shapes_clip):
+    data = folder_data(shared / "data" / "bad_images", 32, batch_size=2, val_fraction=0)
+    assert encoding.encode(tmp_path / "a", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5)
+    dataset = EncodedDataset(tmp_path / "a" / "train")
+    assert len(dataset) == len(data.train)  # those that can be used
+    views = torch.stack([dataset[(turn, 0)]["indices"] for turn in range(4)])
+    assert torch.equal(views[0], views[3]) and not torch.equal(views[0], views[1])  # in turn
+    assert encoding.encode(tmp_path / "b", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_one_augmentation_is_the_centre_crop(tmp_path, tiny_vqgan, shapes_clip):
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((64, 32), 90).convert("RGB").save(tmp_path / "images" / "wide.png")
+    data = folder_data(tmp_path / "images", 32, batch_size=1, val_fraction=0)
+    encoding.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+    centre = folder_data(tmp_path / "images", 32, batch_size=1, val_root=tmp_path / "images").val[0]["images"]
+    found = EncodedDataset(tmp_path / "cache" / "train")[0]["indices"]
+    assert torch.equal(found, tiny_vqgan.encode(centre[None]).flatten())
+
+
+def test_shapes_have_no_augmentations(encode, tmp_path):
+    with pytest.raises(ValueError, match="augmentations must be 1 for shapes, got 2"):
+        encode(tmp_path / "cache", augmentations=2)
+
+
+def test_ranks_share_the_work_and_the_last_one_finishes(encode, cache, tmp_path):
+    other = tmp_path / "other"
+    assert not encode(other, rank=1, world_size=2)
+    with pytest.raises(ValueError, match="is not finished"):
+        read_manifest(other)
+    assert encode(other, rank=0, world_size=2)
+    assert contents(other) == contents(cache)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "5", "SLURM_ARRAY_TASK_MIN": "4"}, (3, 5)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}, (1, 3)),
+    ],
+)
+def test_the_share_of_a_process(monkeypatch, environment, expected):
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert encoding.share() == expected
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_a_shard_that_breaks_off_is_done_again(encode, cache, tmp_path, monkeypatch, after):
+    """Stopped in the middle of a shard: what was whole stays, the rest follows, byte for byte the same."""
+    whole, count = encoding.encode_shard, []
+
+    def broken(path, batches, *models):
+        count.append(path)
+        if len(count) == after:
+            batches = iter([next(batches), None])  # the second batch is none
+        whole(path, batches, *models)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "encode_shard", broken)
+        with pytest.raises(AttributeError):
+            encode(tmp_path / "other")
+    assert len(list((tmp_path / "other").rglob("shard-*.npy"))) == after - 1
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "other").rglob("shard-*.npy")}
+    assert encode(tmp_path / "other")
+    assert contents(tmp_path / "other") == contents(cache)
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())  # not written again
+
+
+def test_another_source_or_model_does_not_go_into_the_same_cache(encode, cache, data, shapes_clip):
+    with pytest.raises(ValueError, match="holds a cache made with shard_size=16, not 20; give another output"):
+        encode(cache, shard_size=20)
+    torch.manual_seed(5)
+    with pytest.raises(ValueError, match="holds a cache made with vqgan="):
+        encoding.encode(cache, data, VQGAN(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
+
+
+def test_identities(tmp_path, tiny_vqgan, fit):
+    """One for each set of weights, whatever file holds them."""
+    mine = encoding.vqgan_identity(tiny_vqgan.tokenizer.state_dict())
+    assert encoding.saved_identity(tiny_vqgan.save(tmp_path / "folder", training=True)) == mine
+    averaged = VQGAN(**VQGAN_SIZES, ema_decay=0.5)
+    fit(averaged, 2, batch=4).save_checkpoint(tmp_path / "last.ckpt")
+    saved = encoding.saved_identity(tmp_path / "last.ckpt")
+    assert saved == encoding.vqgan_identity(averaged.eval().tokenizer.state_dict()) != mine
+    assert encoding.clip_identity("ViT-B-32-quickgelu", "openai") == "ViT-B-32-quickgelu openai"
+    assert re.fullmatch("[0-9a-f]{16}", encoding.clip_identity("shapes", None))
+
+
+def test_the_data_module(cache):
+    module = EncodedData(cache, batch_size=16)
+    batches = list(module.train_dataloader())
+    assert len(batches) == len(module.train_dataloader()) == 3
+    assert batches[0]["indices"].shape == (16, 16) and batches[0]["clip_embedding"].shape == (16, 64)
+    assert sum(len(batch["indices"]) for batch in module.val_dataloader()) == 10
+    workers = list(EncodedData(cache, batch_size=16, num_workers=2).train_dataloader())
+    assert all(torch.equal(a["indices"], b["indices"]) for a, b in zip(batches, workers))
+    with pytest.raises(ValueError, match=r"batch_size must be in \[1, 50\], got 51"):
+        EncodedData(cache, batch_size=51)
+
+
+def test_large_codebooks_take_four_bytes():
+    assert encoding.record(1, 4, 2**16, 2)["indices"].base == np.uint16
+    assert encoding.record(1, 4, 2**16 + 1, 2)["indices"].base == np.uint32
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: Call(monkeypatch, capsys, *arguments)
+
+
+ENCODE = ["data.train_size=64", "data.val_size=16", "shard_size=16", "device=cpu", "output=cache"]
+
+
+@pytest.fixture
+def encoded(call, tiny_vqgan, tmp_path):
+    tiny_vqgan.save(tmp_path / "vqgan")
+    result = call("clipgen-encode", "vqgan=vqgan", *ENCODE)
+    assert result.code == 0 and "Finished: cache" in result.stdout, result.stderr
+    return tmp_path / "cache"
+
+
+def test_training_from_a_cache_needs_neither_model(call, encoded, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipgen.clip.FrozenCLIP.__init__", refuse)
+        patch.setattr("clipgen.vqgan.VQGAN.__init__", refuse)
+        result = call("clipgen-train", *TRANSFORMER, "data=encoded", f"data.root={encoded}", "output=run")
+    assert result.code == 0, result.stderr
+    result = call("clipgen-sample", "--checkpoint", "run", "--prompt", "a large red star on a white background",
+                  "--num-images", "1")  # fmt: skip
+    assert result.code == 0 and Path("samples/grid.png").is_file(), result.stderr
+
+
+def test_the_clip_loss_loads_them(call, encoded):
+    arguments = ["data=encoded", f"data.root={encoded}", "output=run", "model.clip_loss_weight=0.2"]
+    result = call("clipgen-train", *TRANSFORMER, *arguments, "trainer.max_steps=2")
+    assert result.code == 0, result.stderr
+
+
+def test_a_cache_of_other_models_is_refused(call, encoded, tmp_path):
+    torch.manual_seed(3)
+    VQGAN(**VQGAN_SIZES).save(tmp_path / "other")
+    for argument, message in (
+        ("vqgan=other", "another tokenizer than other"),
+        ("clip=openai", "a CLIP other than ViT"),
+    ):
+        result = call("clipgen-train", *TRANSFORMER, "data=encoded", f"data.root={encoded}", argument, "output=run")
+        assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs a value for output, vqgan"),
+        (["vqgan=none", "output=x"], "no VQGAN checkpoint: none does not exist"),
+        (["vqgan=vqgan", "output=x", "no.key=1"], "there is no key no.key"),
+    ],
+)
+def test_clear_errors(call, tiny_vqgan, tmp_path, arguments, message):
+    tiny_vqgan.save(tmp_path / "vqgan")
+    result = call("clipgen-encode", *arguments)
+    assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_cache_is_named(call):
+    result = call("clipgen-train", *TRANSFORMER, "data=encoded", "data.root=none", "output=run")
+    assert result.code == 1 and "no encoded cache in none" in result.stderr and "clipgen-encode" in result.stderr
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(tmp_path, tiny_vqgan):
+    """SIGKILL at moments of its own choosing, until it is through."""
+    import subprocess
+    import sys
+
+    tiny_vqgan.save(tmp_path / "vqgan")
+    for index, image in enumerate(to_pil(ShapesDataset(40, seed=4).render(range(40)))):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        image.save(tmp_path / "images" / f"{index:03d}.png")
+    arguments = ["vqgan=vqgan", "data=folder", "data.root=images", "data.image_size=32", "shard_size=2", "device=cpu",
+                 "batch_size=1"]  # fmt: skip
+    done = command("clipgen-encode", *arguments, "output=straight", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    program, kills = Path(sys.executable).parent / "clipgen-encode", 0
+    for wait in (0.01, 0.05, 0.1, 0.2):
+        with subprocess.Popen([program, *arguments, "output=killed"], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+            while process.poll() is None and not list(tmp_path.glob("killed/train/*")):
+                time.sleep(0.005)
+            time.sleep(wait)
+            kills += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+    assert kills and (tmp_path / "killed" / "manifest.json").is_file()
+    done = command("clipgen-encode", *arguments, "output=killed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    left = {path.name for path in (tmp_path / "killed").rglob("*.partial")}
+    found = {name: data for name, data in contents(tmp_path / "killed").items() if not name.endswith(".partial")}
+    assert found == contents(tmp_path / "straight"), left
+    assert sum(json.loads(found["manifest.json"])["images"].values()) == 40

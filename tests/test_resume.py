@@ -1,0 +1,149 @@
+"""Stopped anywhere and resumed, a run ends as if it had not been stopped: bit for bit, with every kind of data."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from commands import Call, command
+from conftest import VQGAN_SIZES
+from PIL import Image
+
+from clipgen.data.order import Order
+from clipgen.data.shapes import ShapesDataset
+from clipgen.images import to_pil
+from clipgen.vqgan import VQGAN
+
+SMALL = ["data.batch_size=4", "trainer.max_steps=7", "trainer.val_check_interval=5",
+         "trainer.check_val_every_n_epoch=null", "pictures.num_images=2", "logger=none",
+         "checkpoint.every_n_steps=1"]  # fmt: skip
+STAGES = {
+    "vqgan": ["stage=vqgan", "model.ch=32", "model.ch_mult=[1]", "model.num_res_blocks=1", "model.z_channels=32",
+              "model.codebook_size=16", "model.codebook_dim=8", "model.patch_size=8", "model.warmup_steps=1",
+              "model.ema_decay=0.9", "model.discriminator_weight=0.5", "model.discriminator_start=2",
+              "model.dropout=0.1",
+              "model.ndf=8", "model.n_layers=1", "model.lecam_weight=0.1", "model.revive_after=2",
+              "model.kmeans_iters=2", *SMALL],
+    "transformer": ["stage=transformer", "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.warmup_steps=1",
+                    "model.dropout=0.1", "model.condition_dropout=0.3", "model.condition_cosine=0.9", *SMALL],
+}  # fmt: skip
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: Call(monkeypatch, capsys, *arguments)
+
+
+@pytest.fixture
+def sources(tmp_path, call) -> dict[str, list[str]]:
+    """Ten images (so that seven steps of four lie in several passes) as each kind of data."""
+    pictures = to_pil(ShapesDataset(14, image_size=40, seed=2).render(range(14)))
+    (tmp_path / "images").mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / "images" / f"{i}.png")
+    for name, part in (("a", pictures[:6]), ("b", pictures[6:])):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for i, picture in enumerate(part):
+                add(tar, f"{i}.png", picture)
+    VQGAN(**VQGAN_SIZES).save(tmp_path / "vqgan")
+    shapes = ["data=shapes", "data.train_size=14", "data.val_size=4"]
+    encoded = call("clipgen-encode", *shapes, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
+    assert encoded.code == 0, encoded.stderr
+    streams = ["data=webdataset", "data.train_urls=[a.tar,b.tar]", "data.val_urls=a.tar", "data.num_workers=0",
+               "data.shuffle=5", "data.image_size=32"]  # fmt: skip
+    return {
+        "shapes": shapes,
+        "folder": [
+            "data=folder",
+            "data.root=images",
+            "data.image_size=32",
+            "data.num_workers=0",
+            "data.val_fraction=0.2",
+        ],
+        "webdataset": streams,
+        "workers": [*streams[:-3], "data.num_workers=2", *streams[-2:]],
+        "encoded": ["data=encoded", "data.root=cache"],
+    }
+
+
+def add(tar: tarfile.TarFile, name: str, picture: Image.Image) -> None:
+    picture.save(buffer := io.BytesIO(), format="png")
+    info = tarfile.TarInfo(name)
+    info.size = buffer.tell()
+    tar.addfile(info, io.BytesIO(buffer.getvalue()))
+
+
+def state(run: str) -> dict[str, torch.Tensor]:
+    """Everything that the next step would depend on."""
+    checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
+    found = dict(checkpoint["state_dict"])
+    for half, optimizer in enumerate(checkpoint["optimizer_states"]):
+        for number, moments in optimizer["state"].items():
+            found |= {f"{half}.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    assert checkpoint["global_step"] == 7
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "stop"),
+    [("vqgan", "shapes", 4), ("vqgan", "folder", 2), ("vqgan", "webdataset", 5), ("transformer", "encoded", 1),
+     ("transformer", "encoded", 5), ("transformer", "shapes", 3), ("transformer", "folder", 5),
+     pytest.param("vqgan", "workers", 3, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
+    arguments = [*STAGES[stage], *sources[kind], *(["vqgan=vqgan"] if stage == "transformer" else [])]
+    schedule = ["model.schedule=constant"]  # a cosine would end where the shorter run does
+    for options in (["output=straight"], ["output=half", f"trainer.max_steps={stop}"], ["output=half", "resume=half"]):
+        result = call("clipgen-train", *arguments, *schedule, *options)
+        assert result.code == 0, result.stderr
+    straight, resumed = state("straight"), state("half")
+    assert straight.keys() == resumed.keys()
+    assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
+
+
+@pytest.mark.slow
+def test_two_processes_resume_as_one_run(sources, tmp_path):
+    """From the cache, under DDP."""
+    arguments = [*STAGES["transformer"], *sources["encoded"], "data.batch_size=2", "model.schedule=constant",
+                 "trainer.devices=2", "trainer.accelerator=cpu"]  # fmt: skip
+    for options in (["output=straight"], ["output=half", "trainer.max_steps=4"], ["output=half", "resume=half"]):
+        done = command("clipgen-train", *arguments, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    straight, resumed = state(tmp_path / "straight"), state(tmp_path / "half")
+    assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
+
+
+# --------------------------------------------------------------------------------------------------------------- Order
+
+
+def taken(size: int, count: int, **options) -> list:
+    order = Order(list(range(size)), seed=3, **options)
+    items: list = []
+    while len(items) < count:
+        items += list(order)
+    return items[:count]
+
+
+@pytest.mark.parametrize("start", range(9))
+def test_an_order_begins_anywhere(start):
+    whole = taken(14, 60, batch_size=4)
+    assert taken(14, 20, batch_size=4, start=start) == whole[4 * start : 4 * start + 20]
+
+
+def test_a_pass_has_every_item_once_at_most_and_passes_differ():
+    items = taken(12, 24, batch_size=4)
+    assert sorted(items[:12]) == sorted(items[12:]) == list(range(12)) and items[:12] != items[12:]
+
+
+def test_ranks_share_a_pass():
+    first, second = (taken(16, 8, batch_size=4, rank=rank, world_size=2) for rank in range(2))
+    assert sorted(first + second) == list(range(16))
+
+
+def test_too_few_items_are_refused():
+    with pytest.raises(ValueError, match="batch_size must be at most 3, the training images a device, got 4"):
+        Order(range(7), 4, seed=0, world_size=2)
