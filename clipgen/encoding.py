@@ -162,10 +162,7 @@ def share() -> tuple[int, int]:
 
 def vqgan_identity(state: State) -> str:
     """A hash of what decides a tokenizer's indices, the same for all files that hold it."""
-    digest = hashlib.sha256()
-    for name in sorted(name for name in state if name != "quantize.idle"):
-        digest.update(name.encode() + state[name].detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return files.fingerprint({name: tensor for name, tensor in state.items() if name != "quantize.idle"})
 
 
 def saved_identity(path: str | Path) -> str:

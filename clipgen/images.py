@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from clipgen.data.images import to_rgb
+from clipgen.data.transforms import val_transform
 from clipgen.weights.checkpoint import whole_file
 
 
@@ -20,6 +22,12 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """Images (B, 3, H, W) in [-1, 1] -> PIL images."""
     pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def from_pil(picture: Image.Image, size: int | None = None) -> Tensor:
+    """A picture's central square -> (1, 3, size, size) in [-1, 1]; None: as large as it is."""
+    rgb = to_rgb(picture)
+    return val_transform(size or min(rgb.size))(rgb)[None]
 
 
 def grid(pictures: Sequence[Image.Image], columns: int | None = None, captions: Sequence[str] | None = None,

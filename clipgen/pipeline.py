@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
@@ -17,13 +20,16 @@ from torch import Tensor
 import clipgen
 from clipgen.clip import BUNDLED as BUNDLED_CLIPS
 from clipgen.clip import FrozenCLIP, find_folder
-from clipgen.images import to_pil
-from clipgen.sampling import check_sampling, row_seeds
+from clipgen.images import from_pil, to_pil
+from clipgen.sampling import Watch, check_sampling, row_seeds
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
+from clipgen.weights import checkpoint as files
 
 BUNDLED = {"shapes": Path(__file__).parent / "bundled"}
 BATCH = 64  # images drawn at a time
+Prompt = str | Mapping[str, float] | Image.Image | Tensor
+Preview = Callable[[Tensor], None]
 
 
 class TextToImage:
@@ -60,16 +66,46 @@ class TextToImage:
             part.to(device)
         return self
 
+    @property
+    def image_size(self) -> int:
+        """Height and width of the pictures in pixels."""
+        return self.side * self.vqgan.downsampling
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash of the weights that draw: of transformer and tokenizer."""
+        tokenizer = {f"vqgan.{name}": tensor for name, tensor in self.vqgan.tokenizer.state_dict().items()}
+        return files.fingerprint(self.transformer.state_dict() | tokenizer)
+
     @torch.no_grad()
+    def embed(self, prompt: Prompt) -> Tensor:
+        """The CLIP embedding (1, E), unit norm, of what is asked for.
+
+        Args:
+            prompt: a sentence; a picture, for variations of it; a mixture ``{"a cat": 0.7, "a dog": 0.3}`` of
+                sentences, with negative weights too; or an embedding (E,).
+        """
+        if isinstance(prompt, str):
+            return self.clip.encode_text([prompt])
+        if isinstance(prompt, Image.Image):
+            return self.clip.encode_image(from_pil(prompt).to(self.clip.device))
+        if isinstance(prompt, Tensor):
+            return F.normalize(prompt.view(1, -1).to(self.clip.device), dim=-1)
+        weights = torch.tensor(list(prompt.values()), device=self.clip.device)
+        return F.normalize(weights[None] @ self.clip.encode_text(list(prompt)), dim=-1)
+
     def __call__(
-        self, prompt: str, num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
+        self, prompt: Prompt, num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
         guidance_scale: float = 1.0, rerank_from: int | None = None, seed: int | None = None,
+        complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
     ) -> list[Image.Image]:  # fmt: skip
-        """Draw pictures of a sentence.
+        """Draw pictures of a sentence, or of what else ``embed`` takes.
 
         Args:
             num_images: how many to return. rerank_from: draw so many and return those that CLIP finds nearest.
             seed: image i draws from ``seed + i`` (None: a random one); its ``info`` says so, with the settings.
+            complete: a picture whose upper part, ``keep`` of its height, is taken over; the rest is drawn.
+            preview: called with the images so far, (B, 3, h, W) in [-1, 1], after each row of indices.
 
         Returns:
             PIL images, best first where reranked.
@@ -80,33 +116,110 @@ class TextToImage:
         check_request(prompt, num_images, rerank_from)
         check_sampling(**settings)
         seeds = row_seeds(seed, rerank_from or num_images)
-        clip_embedding = self.clip.encode_text([prompt])
-        images = self.generate(clip_embedding.expand(len(seeds), -1), seeds, **settings)
+        clip_embedding = self.embed(prompt)
+        given = None if complete is None else self.upper_indices(complete, keep)
+        rows = clip_embedding.expand(len(seeds), -1)
+        images = self.generate(rows, seeds, **settings, given=given, preview=preview)
         chosen = list(range(len(seeds)))
         if rerank_from:
-            scores = self.clip.encode_image(images) @ clip_embedding[0]
+            with torch.no_grad():
+                scores = self.clip.encode_image(images) @ clip_embedding[0]
             chosen = scores.argsort(descending=True)[:num_images].tolist()
         pictures = to_pil(images[chosen])
         for picture, i in zip(pictures, chosen):
-            picture.info.update(prompt=prompt, seed=seeds[i], **settings, clipgen=clipgen.__version__)
+            picture.info.update(prompt=describe(prompt), seed=seeds[i], **settings, clipgen=clipgen.__version__,
+                                model=self.fingerprint)  # fmt: skip
+            if isinstance(prompt, Mapping):
+                picture.info["mixture"] = dict(prompt)
         return pictures
 
     @torch.no_grad()
-    def generate(self, clip_embedding: Tensor, seed: int | Sequence[int] | None = None, **settings: Any) -> Tensor:
-        """CLIP embeddings (B, E) of sentences or images -> images (B, 3, H, W) in [-1, 1], one a row."""
+    def generate(
+        self, clip_embedding: Tensor, seed: int | Sequence[int] | None = None, *, given: Tensor | None = None,
+        preview: Preview | None = None, **settings: Any,
+    ) -> Tensor:  # fmt: skip
+        """CLIP embeddings (B, E) of sentences or images -> images (B, 3, H, W) in [-1, 1], one a row.
+
+        ``given`` (1, P): first indices of every image. ``preview``, ``settings``: see ``__call__``.
+        """
         seeds = row_seeds(seed, len(clip_embedding))
         parts = []
         for start in range(0, len(seeds), BATCH):
             rows = slice(start, start + BATCH)
-            indices = self.transformer.sample(clip_embedding[rows], seed=seeds[rows], **settings)
-            parts.append(self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", h=self.side)).clamp(-1, 1))
+            condition = clip_embedding[rows]
+            prefix = None if given is None else given.expand(len(condition), -1)
+            watch = None if preview is None else self._watch(preview)
+            indices = self.transformer.sample(condition, seed=seeds[rows], given=prefix, watch=watch, **settings)
+            parts.append(self.decode(indices))
         return torch.cat(parts)
 
+    @torch.no_grad()
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices of whole rows (B, t) -> images (B, 3, h, W) in [-1, 1]."""
+        return self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", w=self.side)).clamp(-1, 1)
 
-def check_request(prompt: str, num_images: int, rerank_from: int | None) -> None:
+    def _watch(self, preview: Preview) -> Watch:
+        def watch(indices: Tensor) -> None:
+            if indices.shape[1] % self.side == 0:
+                preview(self.decode(indices))
+
+        return watch
+
+    @torch.no_grad()
+    def upper_indices(self, picture: Image.Image, keep: float) -> Tensor:
+        """The indices (1, P) of the upper part of a picture, in whole rows."""
+        if not 0 < keep < 1:
+            raise ValueError(f"keep must be in (0, 1), got {keep}")
+        images = from_pil(picture, self.image_size).to(self.vqgan.device)
+        rows = max(round(keep * self.side), 1)
+        return self.vqgan.encode(images)[:, :rows].flatten(1)
+
+    def interpolate(self, first: Prompt, second: Prompt, steps: int = 8, *, seed: int | None = None,
+                    **settings: Any) -> list[Image.Image]:  # fmt: skip
+        """Pictures on the arc between two prompts' embeddings, all from one seed; ``settings`` as of ``__call__``."""
+        if steps < 2:
+            raise ValueError(f"steps must be at least 2, got {steps}")
+        a, b = self.embed(first), self.embed(second)
+        angle = torch.acos((a * b).sum().clamp(-1 + 1e-6, 1 - 1e-6))
+        t = torch.linspace(0, 1, steps, device=a.device)[:, None]
+        arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+        (one,) = row_seeds(seed, 1)
+        return to_pil(self.generate(arc, [one] * steps, **settings))
+
+
+def describe(prompt: Prompt) -> str:
+    """A prompt in words, for file names and metadata."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        terms = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):g} {text}" for text, weight in prompt.items())
+        return terms.removeprefix("+ ")
+    return "an image" if isinstance(prompt, Image.Image) else "an embedding"
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """``"0.7 a cat + 0.3 a dog"`` -> ``{"a cat": 0.7, "a dog": 0.3}``; a term without a number counts 1.
+
+    Raises:
+        ValueError: a term is empty.
+    """
+    first, *rest = re.split(r"(?:^|\s)([+-])(?:\s|$)", text.strip())
+    mixture: dict[str, float] = {}
+    for sign, term in [("+", first)] * bool(first or not rest) + list(zip(rest[::2], rest[1::2])):
+        weighted = re.fullmatch(r"([+-]?\d*\.?\d+)\s+(.*)", term.strip())
+        weight, words = (float(weighted[1]), weighted[2]) if weighted else (1.0, term.strip())
+        if not words:
+            raise ValueError(f'a mixture must be terms such as "0.7 a cat + 0.3 a dog", got {text!r}')
+        mixture[words] = mixture.get(words, 0.0) + (weight if sign == "+" else -weight)
+    return mixture
+
+
+def check_request(prompt: Prompt, num_images: int, rerank_from: int | None) -> None:
     """Raise ValueError unless the request makes sense."""
-    if not prompt.strip():
-        raise ValueError(f"prompt must not be empty, got {prompt!r}")
+    texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Mapping) else ["an image"]
+    for text in texts or [""]:
+        if not text.strip():
+            raise ValueError(f"prompt must not be empty, got {text!r}")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     if rerank_from is not None and rerank_from < num_images:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Step = Callable[[int, "Tensor | None"], Tensor]  # (position, previous index (B,)) -> logits (B, K)
+Watch = Callable[[Tensor], None]
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0) -> None:
@@ -60,15 +61,28 @@ def guided(step: Step, scale: float) -> Step:
 
 
 @torch.no_grad()
-def decode(step: Step, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0) -> Tensor:
-    """Draw T indices a row, each given the ones before: uniforms (B, T) -> (B, T) int64."""
+def decode(
+    step: Step, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
+    given: Tensor | None = None, watch: Watch | None = None,
+) -> Tensor:  # fmt: skip
+    """Draw T indices a row, each given the ones before: uniforms (B, T) -> (B, T) int64.
+
+    Args:
+        given: the first indices (B, P), which are taken as they are. watch: called with all indices so far, (B, t).
+    """
     check_sampling(temperature, top_k, top_p)
     indices = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
+    fixed = 0 if given is None else given.shape[1]
     previous = None
     for position in range(uniforms.shape[1]):
         logits = step(position, previous)
-        previous = draw(logits, uniforms[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
+        if given is not None and position < fixed:
+            previous = given[:, position]
+        else:
+            previous = draw(logits, uniforms[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
         indices[:, position] = previous
+        if watch:
+            watch(indices[:, : position + 1])
     return indices
 
 

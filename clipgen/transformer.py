@@ -79,7 +79,8 @@ class ConditionalTransformer(pl.LightningModule):
 
     @torch.no_grad()
     def sample(self, clip_embedding: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
-               guidance_scale: float = 1.0, seed: int | Sequence[int] | None = None) -> Tensor:  # fmt: skip
+               guidance_scale: float = 1.0, seed: int | Sequence[int] | None = None, given: Tensor | None = None,
+               watch: sampling.Watch | None = None) -> Tensor:  # fmt: skip
         """Draw indices for CLIP embeddings of images or sentences.
 
         Args:
@@ -87,6 +88,7 @@ class ConditionalTransformer(pl.LightningModule):
             temperature, top_k, top_p: see ``sampling.draw``; k = 300, p = 1 are the paper's.
             guidance_scale: 1 is none; more follows the condition more closely. Needs ``condition_dropout`` in training.
             seed: row i draws from ``seed + i``; or one seed a row. A row's indices do not depend on the other rows.
+            given: first indices (B, P) to go on from. watch: called with the indices so far, (B, t), at every step.
 
         Returns:
             (B, T) int64.
@@ -103,7 +105,8 @@ class ConditionalTransformer(pl.LightningModule):
         uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
         self.eval()  # without dropout
         try:
-            return sampling.decode(step, uniforms, temperature=temperature, top_k=top_k, top_p=top_p)
+            settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+            return sampling.decode(step, uniforms, **settings, given=given, watch=watch)
         finally:
             self.train(was_training)
 

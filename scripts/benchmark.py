@@ -2,34 +2,55 @@
 
     python scripts/benchmark.py vqgan --size cifar
     python scripts/benchmark.py vqgan --size paper --device cuda --batch 16 --variants plain bf16 compile bf16+compile
+    python scripts/benchmark.py transformer --size cifar
+    python scripts/benchmark.py sample --batches 1 8
 
-Each variant runs in a process of its own, so that its peak memory is its own. ``a+b`` switches both on.
+A variant ``a+b`` switches both on. Variants run in processes of their own, so that peak memory is their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import platform
 import resource
+import statistics
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytorch_lightning as pl
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
+from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, losses
+from clipgen.data.encoded import EncodedDataset, record, whole
+from clipgen.data.shapes import ShapesDataset
+
+WARM_UP = 3  # steps that are not measured
 CIFAR = dict(
-    codebook_size=1024, codebook_dim=16, quantizer="cosine", ch=96, ch_mult=[1], num_res_blocks=1, attn_resolutions=[],
+    codebook_size=1024, codebook_dim=32, quantizer="cosine", ch=96, ch_mult=[1], num_res_blocks=1, attn_resolutions=[],
     resolution=32, z_channels=96, patch_size=4, mid_attention=False, perceptual_weight=0.0, ndf=32, n_layers=2,
 )  # fmt: skip
 VQGAN_SIZES: dict[str, dict[str, Any]] = {"cifar": CIFAR, "paper": {}}  # an empty one: the published f16, 16384 x 256
+SMALL = dict(codebook_size=1024, num_tokens=64, clip_dim=64)  # of 32 x 32 pixels
+TRANSFORMER_SIZES: dict[str, dict[str, Any]] = {
+    "demo": dict(n_layer=4, n_head=4, n_embd=128, **SMALL), "cifar": dict(n_layer=4, n_head=6, n_embd=192, **SMALL),
+    "medium": {},  # the paper's for COCO
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {}, "compile": {"compile": True}, "channels_last": {"channels_last": True},
     "checkpointing": {"checkpointing": True}, "ema": {"ema_decay": 0.999}, "lecam": {"lecam_weight": 0.1},
     "without_discriminator": {"discriminator_weight": 0.0}, "bf16": {"precision": "bf16-mixed"},
+    "clip_loss": {"clip_loss_weight": 0.2},
 }  # fmt: skip
 
 
@@ -38,16 +59,19 @@ def options(variant: str) -> dict[str, Any]:
     return {key: value for name in variant.split("+") for key, value in OPTIONS[name].items()}
 
 
-def rate(function: Callable[[], Any], images: int, steps: int, device: str) -> float:
-    """Images a second of ``function``, which handles ``images`` of them, after two calls of warm-up."""
-    seconds = []
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def seconds(function: Callable[[], Any], steps: int, device: str) -> float:
+    """Median seconds of a call, after two of warm-up."""
+    found = []
     for _ in range(steps + 2):
         start = time.perf_counter()
         function()
         if device == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return images / sorted(seconds[2:])[len(seconds[2:]) // 2]  # by the median
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[2:])
 
 
 def peak_memory(device: str) -> float:
@@ -58,53 +82,36 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 
 
-def measure_vqgan(size: str, variant: str, batch: int, steps: int, device: str, perceptual: bool) -> dict[str, float]:
-    """Images a second of a training step, of encoding, of decoding; and peak memory."""
-    import pytorch_lightning as pl
-    from torchmetrics.functional.image.lpips import _LPIPS
+class Clock(pl.Callback):
+    """The time from the end of one training step to the end of the next: loading its batch is part of it."""
 
-    from clipgen import VQGAN, losses
+    def __init__(self, device: str):
+        self.device, self.ends = device, [time.perf_counter()]
 
-    arguments = {**VQGAN_SIZES[size], "discriminator_start": 0, **options(variant)}
-    precision = arguments.pop("precision", "32-true")
-    arguments["perceptual_weight"] = float(perceptual)
-    vqgan = VQGAN(**arguments)
-    if perceptual:  # its speed does not depend on its weights
-        vqgan._lpips = (losses.frozen(_LPIPS(net="vgg", pnet_rand=True)),)
-    pixels = vqgan.h.resolution
-    images = torch.rand(batch, 3, pixels, pixels) * 2 - 1
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Median of a step."""
+        steps = [b - a for a, b in zip(self.ends, self.ends[1:])]
+        return statistics.median(steps[WARM_UP:])
+
+
+def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precision: str) -> dict[str, float]:
+    """Seconds of a training step and peak memory."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
     clock = Clock(device)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    data = torch.utils.data.DataLoader([{"images": images}] * (steps + 3), batch_size=None)
-    trainer = pl.Trainer(accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=1, precision=precision,
-                         callbacks=[clock], **quiet)  # fmt: skip
-    trainer.fit(vqgan, data)
-    found = {"train": batch / sorted(clock.seconds[3:])[steps // 2], "train_gib": peak_memory(device)}
-    vqgan, images = vqgan.eval().to(device), images.to(device)
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision != "32-true"):
-        indices = vqgan.encode(images)
-        found["encode"] = rate(lambda: vqgan.encode(images), batch, steps, device)
-        found["decode"] = rate(lambda: vqgan.decode(indices), batch, steps, device)
-    return found
-
-
-def Clock(device: str) -> Any:
-    """A callback that takes the time of each training step."""
-    import pytorch_lightning as pl
-
-    class Clock(pl.Callback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_train_batch_start(self, *_: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - self.start)
-
-    return Clock()
+    accelerator: Any = "gpu" if device == "cuda" else "cpu"
+    trainer = pl.Trainer(
+        accelerator=accelerator, devices=1, max_epochs=1, precision=precision, callbacks=[clock], **quiet
+    )
+    trainer.fit(module, data)
+    return {"seconds": clock.seconds, "GiB": peak_memory(device)}
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -113,21 +120,169 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def vqgan(args: argparse.Namespace) -> dict[str, Any]:
-    """The table of stage 1."""
-    batch = args.batch or {"cifar": 24, "paper": 2}[args.size]
-    rows = {}
-    for variant in args.variants:
-        rows[variant] = apart(measure_vqgan, args.size, variant, batch, args.steps, args.device, args.perceptual)
-        print(f"{variant}: {json.dumps(rows[variant])}", file=sys.stderr)
-    first = rows[args.variants[0]]
-    print(f"| {args.size}, batch {batch} | train images/s | ratio | train GiB | encode images/s | decode images/s |")
-    print("|---|---|---|---|---|---|")
+def table(title: str, rows: dict[str, dict[str, float]], ratio: str) -> None:
+    """Print rows as Markdown; the ratio is of column ``ratio`` to the first row's."""
+    columns = list(next(iter(rows.values())))
+    first = next(iter(rows.values()))[ratio]
+    print(f"| {title} | {' | '.join(columns)} | {ratio}, ratio |\n|{'---|' * (len(columns) + 2)}")
     for name, row in rows.items():
-        ratio = row["train"] / first["train"]
-        print(f"| {name} | {row['train']:.2f} | {ratio:.2f} | {row['train_gib']:.2f} | {row['encode']:.2f} | "
-              f"{row['decode']:.2f} |")  # fmt: skip
+        print(f"| {name} | {' | '.join(f'{row[c]:.4g}' for c in columns)} | {row[ratio] / first:.2f} |")
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def measure_vqgan(size: str, variant: str, batch: int, steps: int, device: str, perceptual: bool) -> dict[str, float]:
+    """Images a second of a training step, of encoding, of decoding; and the training's peak memory."""
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    arguments = {**VQGAN_SIZES[size], "discriminator_start": 0, **options(variant)}
+    precision = arguments.pop("precision", "32-true")
+    vqgan = VQGAN(**arguments | {"perceptual_weight": float(perceptual)})
+    if perceptual:  # its speed does not depend on its weights
+        vqgan._lpips = (losses.frozen(_LPIPS(net="vgg", pnet_rand=True)),)
+    images = torch.rand(batch, 3, vqgan.h.resolution, vqgan.h.resolution) * 2 - 1
+    step = fit(vqgan, DataLoader([{"images": images}] * (steps + WARM_UP), batch_size=None), device, precision)
+    vqgan, images = vqgan.eval().to(device), images.to(device)
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision != "32-true"):
+        indices = vqgan.encode(images)
+        encode = seconds(lambda: vqgan.encode(images), steps, device)
+        decode = seconds(lambda: vqgan.decode(indices), steps, device)
+    rates = {"train images/s": step["seconds"], "encode images/s": encode, "decode images/s": decode}
+    return {name: batch / value for name, value in rates.items()} | {"train GiB": step["GiB"]}
+
+
+def vqgan(args: argparse.Namespace) -> dict[str, Any]:
+    """Stage 1."""
+    batch = args.batch or {"cifar": 24, "paper": 1}[args.size]
+    measure = lambda v: apart(measure_vqgan, args.size, v, batch, args.steps, args.device, args.perceptual)
+    rows = {variant: measure(variant) for variant in args.variants}
+    table(f"VQ-GAN, {args.size}, batch {batch}", rows, "train images/s")
     return {"batch": batch, "rows": rows}
+
+
+def measure_transformer(size: str, source: str, variant: str, batch: int, steps: int, device: str) -> dict[str, float]:
+    """Images and tokens a second of a training step, from images or from a cache; and peak memory."""
+    arguments = {**TRANSFORMER_SIZES[size], **options(variant)}
+    precision = arguments.pop("precision", "32-true")
+    transformer = ConditionalTransformer(**arguments)
+    count, sizes = (steps + WARM_UP) * batch, transformer.h
+    if source == "images":
+        transformer.attach(VQGAN(**CIFAR).eval(), FrozenCLIP("shapes"))
+        found = fit(transformer, DataLoader(ShapesDataset(count), batch), device, precision)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = np.ones(count, record(1, sizes.num_tokens, sizes.codebook_size, sizes.clip_dim))
+            np.save(Path(folder) / "shard-000000.npy", rows)
+            data: Any = EncodedDataset(folder)
+            order = torch.randperm(count).tolist()
+            found = fit(transformer, DataLoader(data, batch, sampler=order, collate_fn=whole), device, precision)  # type: ignore[arg-type]
+    images = batch / found["seconds"]
+    row = {"images/s": images, "tokens/s": images * sizes.num_tokens, "GiB": found["GiB"]}
+    if device == "cuda":
+        parameters = sum(p.numel() for p in transformer.gpt.transformer.h.parameters())
+        row["MFU"] = 6 * parameters * row["tokens/s"] / 989e12  # of an H200's dense bf16 peak
+    return row
+
+
+def transformer(args: argparse.Namespace) -> dict[str, Any]:
+    """Stage 2, online and from the cache; and how fast the cache is read."""
+    batch = args.batch or {"demo": 32, "cifar": 32, "medium": 1}[args.size]
+    rows = {}
+    for source in ["cache"] if args.size == "medium" else ["images", "cache"]:
+        for variant in args.variants:
+            row = apart(measure_transformer, args.size, source, variant, batch, args.steps, args.device)
+            rows[f"from {source}, {variant}"] = row
+    table(f"GPT-2, {args.size}, batch {batch}", rows, "images/s")
+    rate = reading_rate()
+    print(f"\nReading a cache of 200 000 images in 20 shards, batches of 256 in random order: {rate:.0f} images/s")
+    return {"batch": batch, "rows": rows, "reading": rate}
+
+
+def reading_rate() -> float:
+    """Images a second out of a cache, by one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(20):
+            np.save(Path(folder) / f"shard-{i:06d}.npy", np.ones(10_000, record(1, 256, 16384, 512)))
+        data: Any = EncodedDataset(folder)
+        order = torch.randperm(len(data)).tolist()[:100_000]
+        loader = DataLoader(data, 256, sampler=order, collate_fn=whole)  # type: ignore[arg-type]
+        for start in (time.perf_counter(), time.perf_counter()):  # the second pass, with the files in memory
+            start = time.perf_counter()
+            images = sum(len(batch["indices"]) for batch in loader)
+    return images / (time.perf_counter() - start)
+
+
+def products(transformer: ConditionalTransformer, batch: int) -> Callable[[], Any]:
+    """The matrix products of decoding and nothing else: what no decode loop can be faster than."""
+    gpt: Any = transformer.gpt.transformer
+    weights = [w for block in gpt.h for w in (block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight,
+                                              block.mlp.c_proj.weight)]  # fmt: skip
+    weights.append(transformer.gpt.head.weight.T)
+    inputs = {w.shape[0]: torch.randn(batch, w.shape[0], device=w.device, dtype=w.dtype) for w in weights}
+
+    def run() -> None:
+        for _ in range(transformer.num_tokens):
+            for weight in weights:
+                inputs[weight.shape[0]] @ weight
+
+    return run
+
+
+def generate(transformer: ConditionalTransformer, embedding: Tensor) -> Callable[[], Any]:
+    """transformers' own ``generate`` over the same weights, with its cache."""
+    from transformers import GPT2LMHeadModel
+
+    gpt: Any = transformer.gpt
+    model: Any = GPT2LMHeadModel(gpt.transformer.config)
+    model.transformer, model.lm_head = gpt.transformer, gpt.head
+    model = model.eval().to(embedding.device)
+    settings = dict(do_sample=True, top_k=300, top_p=0.95, use_cache=True, pad_token_id=0)
+    tokens = transformer.num_tokens
+
+    def run() -> Any:
+        start = gpt.condition(embedding)[:, None]
+        return model.generate(inputs_embeds=start, max_new_tokens=tokens, min_new_tokens=tokens, **settings)
+
+    return run
+
+
+def sample(args: argparse.Namespace) -> dict[str, Any]:
+    """Decoding against transformers' generate and against the bare matrix products, alternating."""
+    sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, codebook_size=args.codebook_size)
+    transformer = ConditionalTransformer(**sizes, num_tokens=args.num_tokens, clip_dim=512).eval().to(args.device)
+    transformer = transformer.to(torch.bfloat16) if args.bf16 else transformer
+    rows: dict[str, dict[str, float]] = {}
+    for batch in args.batches:
+        embedding = torch.nn.functional.normalize(torch.randn(batch, 512, device=args.device), dim=-1)
+        embedding = embedding.to(torch.bfloat16) if args.bf16 else embedding
+        runs = {
+            "products": products(transformer, batch),
+            "clipgen": lambda e=embedding: transformer.sample(e, top_k=300, top_p=0.95, seed=0),
+            "generate": generate(transformer, embedding),
+        }
+        with torch.inference_mode():
+            found: dict[str, list[float]] = {name: [] for name in runs}
+            for _ in range(args.steps + 1):
+                for name, run in runs.items():
+                    found[name].append(seconds_once(run, args.device))
+        median = {name: statistics.median(values[1:]) for name, values in found.items()}
+        rows[f"batch {batch}"] = {f"{name}, s": value for name, value in median.items()} | {
+            "clipgen / products": median["clipgen"] / median["products"],
+            "generate / clipgen": median["generate"] / median["clipgen"],
+            "images/s": batch / median["clipgen"], "tokens/s": batch * args.num_tokens / median["clipgen"],
+        }  # fmt: skip
+    title = f"{args.n_layer} x {args.n_embd}, K = {args.codebook_size}, T = {args.num_tokens}"
+    table(title, rows, "images/s")
+    return {"rows": rows}
+
+
+def seconds_once(function: Callable[[], Any], device: str) -> float:
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def machine(device: str) -> str:
@@ -138,20 +293,30 @@ def machine(device: str) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--output", type=Path, help="JSON to write")
     parts = p.add_subparsers(dest="part", required=True)
     v = parts.add_parser("vqgan", help="stage 1: train step, encode, decode")
     v.add_argument("--size", choices=VQGAN_SIZES, default="cifar")
-    v.add_argument("--batch", type=int, help="default: 24 for cifar, 2 for paper")
-    v.add_argument("--steps", type=int, default=10, help="measured, after three of warm-up")
-    v.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     v.add_argument("--perceptual", action="store_true", help="with LPIPS (random weights)")
-    v.add_argument("--variants", nargs="+", default=["plain", "channels_last", "checkpointing", "compile"],
-                   help=f"of {', '.join(OPTIONS)}, joined by +; ratios are to the first")  # fmt: skip
+    t = parts.add_parser("transformer", help="stage 2: train step, from images and from a cache")
+    t.add_argument("--size", choices=TRANSFORMER_SIZES, default="cifar")
+    for part, variants in ((v, ["plain", "channels_last", "checkpointing", "compile"]), (t, ["plain"])):
+        part.add_argument("--batch", type=int)
+        part.add_argument("--variants", nargs="+", default=variants, help=f"of {', '.join(OPTIONS)}, joined by +")
+    s = parts.add_parser("sample", help="the decode loop")
+    s.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    for name, value in (("n-layer", 8), ("n-head", 8), ("n-embd", 512), ("codebook-size", 4096), ("num-tokens", 256)):
+        s.add_argument(f"--{name}", type=int, default=value)
+    s.add_argument("--bf16", action="store_true")
+    for part, steps in ((v, 10), (t, 20), (s, 3)):
+        part.add_argument("--steps", type=int, default=steps, help="measured, after some of warm-up")
+        part.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        part.add_argument("--output", type=Path, help="JSON to write")
     args = p.parse_args()
-    for name in {part for variant in args.variants for part in variant.split("+")} - set(OPTIONS):
+    for name in {part for variant in getattr(args, "variants", []) for part in variant.split("+")} - set(OPTIONS):
         p.error(f"variants must be of {', '.join(OPTIONS)}, got {name}")
-    found = {"part": args.part, "machine": machine(args.device), **{"vqgan": vqgan}[args.part](args)}
+    run = {"vqgan": vqgan, "transformer": transformer, "sample": sample}[args.part]
+    found = {"part": args.part, "machine": machine(args.device), **run(args)}
+    print(f"\n{found['machine']}")
     if args.output:
         args.output.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -60,6 +60,12 @@ def test_lfq_by_hand():
     assert "entropy_loss" not in module.eval()(z).losses
 
 
+def test_a_code_that_nobody_is_near_gives_no_nan():
+    z = torch.full((4, 6, 2, 2), 9.0, requires_grad=True)
+    LFQ(6)(z).losses["entropy_loss"].backward()
+    assert torch.isfinite(z.grad).all()
+
+
 def test_the_entropy_drives_all_codes_into_use():
     module, free = LFQ(4), torch.nn.Parameter(0.02 + 0.005 * torch.randn(256, 4))  # all of one sign
     optimizer = torch.optim.Adam([free], lr=0.001)

@@ -14,6 +14,8 @@ from PIL import Image
 import clipgen
 from clipgen import TextToImage
 from clipgen.clip import BUNDLED, FrozenCLIP
+from clipgen.images import from_pil, to_pil
+from clipgen.pipeline import describe, parse_mixture
 from clipgen.transformer import ConditionalTransformer
 
 PROMPT = "a large blue ring on a white background"
@@ -65,7 +67,8 @@ def test_metadata(pipe):
     settings = dict(temperature=0.9, top_k=7, top_p=0.8, guidance_scale=2.0)
     pictures = pipe(PROMPT, num_images=2, seed=3, **settings)
     for j, picture in enumerate(pictures):
-        assert picture.info == dict(prompt=PROMPT, seed=3 + j, **settings, clipgen=clipgen.__version__)
+        mine = dict(clipgen=clipgen.__version__, model=pipe.fingerprint)
+        assert picture.info == dict(prompt=PROMPT, seed=3 + j, **settings, **mine)
         again = pipe(PROMPT, seed=picture.info["seed"], **settings)[0]
         assert np.abs(np.asarray(again).astype(int) - np.asarray(picture)).max() <= 1
 
@@ -162,3 +165,82 @@ def test_what_is_missing_is_named(tmp_path, pipe):
     pipe.transformer.save(tmp_path / "run" / "transformer")
     with pytest.raises(FileNotFoundError, match=r"no clip.json in .*run"):
         TextToImage.load(tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------- other things to ask for
+
+STAR = "a small red star on a black background"
+
+
+def test_embeddings_of_prompts(pipe, images):
+    text = pipe.clip.encode_text([PROMPT, STAR])
+    mixed = torch.nn.functional.normalize(0.7 * text[:1] - 0.2 * text[1:], dim=-1)
+    torch.testing.assert_close(pipe.embed({PROMPT: 0.7, STAR: -0.2}), mixed)
+    torch.testing.assert_close(pipe.embed(PROMPT), text[:1])
+    torch.testing.assert_close(pipe.embed(3 * text[0]), text[:1])
+    picture = to_pil(images[:1])[0]
+    torch.testing.assert_close(pipe.embed(picture), pipe.clip.encode_image(images[:1]), atol=0.02, rtol=0)  # 8 bits
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.7 a cat + 0.3 a dog", {"a cat": 0.7, "a dog": 0.3}),
+        ("a cat - 0.5 a dog", {"a cat": 1.0, "a dog": -0.5}),
+        ("-1 a well-known cat + .5 a dog + .5 a dog", {"a well-known cat": -1.0, "a dog": 1.0}),
+        ("a cat", {"a cat": 1.0}),
+        ("- 2 a cat + a dog", {"a cat": -2.0, "a dog": 1.0}),
+    ],
+)
+def test_mixtures_are_read_and_said(text, expected):
+    assert parse_mixture(text) == expected
+    assert parse_mixture(describe(expected)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "  ", "a cat + ", "+"])
+def test_empty_terms_are_refused(text):
+    with pytest.raises(ValueError, match="a mixture must be terms such as"):
+        parse_mixture(text)
+
+
+def test_a_variation_of_a_picture_and_a_mixture(pipe, images):
+    picture = to_pil(images[:1])[0]
+    e = pipe.clip.encode_image(from_pil(picture))
+    by_hand = to_pil(pipe.generate(e, 5))[0]
+    assert np.array_equal(np.asarray(pipe(picture, seed=5)[0]), np.asarray(by_hand))
+    mixed = pipe({PROMPT: 0.5, STAR: 0.5}, seed=5)[0]
+    assert mixed.info["mixture"] == {PROMPT: 0.5, STAR: 0.5} and mixed.info["prompt"] == f"0.5 {PROMPT} + 0.5 {STAR}"
+    with pytest.raises(ValueError, match="prompt must not be empty"):
+        pipe({})
+
+
+@torch.no_grad()
+def test_completing_a_picture_keeps_its_upper_indices(pipe, images):
+    picture = to_pil(images[:1])[0]
+    indices = []
+    drawn = pipe.transformer.sample
+    pipe.transformer.sample = lambda *a, **k: indices.append(drawn(*a, **k)) or indices[-1]
+    pipe(PROMPT, num_images=3, complete=picture, seed=1)
+    kept = pipe.vqgan.encode(from_pil(picture)).flatten(1)[:, :8]  # two rows of four
+    assert torch.equal(indices[0][:, :8], kept.expand(3, -1))
+    assert len(indices[0][:, 8:].unique(dim=0)) > 1
+    with pytest.raises(ValueError, match=r"keep must be in \(0, 1\), got 1"):
+        pipe(PROMPT, complete=picture, keep=1)
+
+
+def test_previews_are_the_upper_rows_of_the_picture(pipe):
+    """Without attention a decoder's rows depend on rows nearby: the first ones are there long before the last."""
+    seen = []
+    pipe(PROMPT, num_images=2, seed=2, preview=seen.append)
+    assert [tuple(images.shape) for images in seen] == [(2, 3, 8 * rows, 32) for rows in (1, 2, 3, 4)]
+    final = pipe.generate(pipe.embed(PROMPT).expand(2, -1), [2, 3])
+    assert torch.equal(seen[-1], final)
+
+
+def test_interpolation_goes_from_one_to_the_other(pipe):
+    strip = pipe.interpolate(PROMPT, STAR, steps=5, seed=7)
+    assert len(strip) == 5
+    for picture, prompt in ((strip[0], PROMPT), (strip[-1], STAR)):
+        assert np.abs(np.asarray(picture).astype(int) - np.asarray(pipe(prompt, seed=7)[0])).max() <= 1
+    with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
+        pipe.interpolate(PROMPT, STAR, steps=1)

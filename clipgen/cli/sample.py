@@ -1,13 +1,26 @@
-"""``clipgen-sample --prompt "..."``: pictures of sentences."""
+"""``clipgen-sample --prompt "..."``: pictures of sentences, of other pictures, and of what lies between them."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded
 from clipgen.cli.output import output_folder
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clipgen.pipeline import Preview, Prompt, TextToImage
+
+SETTINGS: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "guidance_scale": float}
 
 
 def main() -> None:
@@ -18,19 +31,29 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line. Nothing heavy is imported before it is read."""
     p = argparse.ArgumentParser("clipgen-sample", description="Draw pictures of sentences.")
-    p.add_argument("--prompt", action="append", required=True, help="a sentence; may be given several times")
-    p.add_argument("--num-images", type=int, default=4, help="pictures a sentence (default: %(default)s)")
-    p.add_argument("--checkpoint", help="stage-2 run folder, checkpoint or pipeline folder; default: the newest "
-                   "finished run below outputs/, else the bundled shapes model")  # fmt: skip
+    what = p.add_argument_group("what to draw, any of them several times")
+    what.add_argument("--prompt", action="append", default=[], help="a sentence")
+    what.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
+    what.add_argument("--image", type=Path, action="append", default=[], help="a picture, for variations of it")
+    what.add_argument("--mix", action="append", default=[], help='"0.7 a cat + 0.3 a dog"; weights may be negative')
+    what.add_argument("--interpolate", nargs=2, metavar=("A", "B"), action="append", default=[],
+                      help="two sentences: a strip of --num-images pictures between them")  # fmt: skip
+    what.add_argument("--from", type=Path, dest="origin", help="a picture of this command: draw it again, exactly")
+    p.add_argument("--complete", type=Path, help="a picture whose upper half is taken over")
+    p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
+    p.add_argument("--checkpoint", help="stage-2 run folder, checkpoint, pipeline folder or hf-hub: name; default: the "
+                   "newest finished run below outputs/, else the bundled shapes model")  # fmt: skip
     p.add_argument("--output", type=Path, default=Path("samples"), help="folder for the PNGs (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="picture i draws from seed + i (default: %(default)s)")
-    p.add_argument(
-        "--top-k", type=int, default=300, help="keep the k likeliest codes (default: %(default)s, the paper's)"
-    )
+    p.add_argument("--top-k", type=int, default=300,
+                   help="keep the k likeliest codes (default: %(default)s, the paper's)")  # fmt: skip
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to p (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (default: %(default)s)")
     p.add_argument("--guidance-scale", type=float, default=1.0, help="1 is none; needs a model trained for it")
     p.add_argument("--rerank-from", type=int, help="draw so many and keep those that CLIP finds nearest")
+    p.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="all combinations on one labelled sheet: "
+                   "--sweep top_k=100,300 top_p=0.8,1.0")  # fmt: skip
+    p.add_argument("--preview", action="store_true", help="keep preview.png up to date with the rows drawn so far")
     p.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
     return p
 
@@ -38,31 +61,147 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Check everything that can be checked, load the model, draw, write."""
     args = parser().parse_args()
-    from clipgen.images import grid, save_png
     from clipgen.pipeline import TextToImage, check_request
     from clipgen.sampling import check_sampling
 
-    settings = dict(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, guidance_scale=args.guidance_scale
-    )
-    check_sampling(**settings)
-    for prompt in args.prompt:
+    if args.origin:
+        repeat_(args)
+    prompts = read_prompts(args)
+    sweeps = read_sweep(args.sweep or [], {name: getattr(args, name) for name in SETTINGS})
+    for settings in sweeps:
+        check_sampling(**settings)
+    for prompt in prompts:
         check_request(prompt, args.num_images, args.rerank_from)
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
+    complete = read_picture(args.complete) if args.complete else None
     checkpoint = args.checkpoint or newest_run(Path("outputs")) or "shapes"
     with output_folder(args.output):
         pipe = TextToImage.load(checkpoint).to(args.device or best_device())
         print(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
-        pictures, captions = [], []
-        for number, prompt in enumerate(args.prompt):
-            for picture in pipe(prompt, args.num_images, seed=args.seed, rerank_from=args.rerank_from, **settings):
-                name = f"{number:02d}_{slug(prompt)}_{picture.info['seed']}.png"
+        if args.origin and args.fingerprint not in (None, pipe.fingerprint):
+            raise ValueError(f"{args.origin} was drawn by another model than {checkpoint}: name its --checkpoint")
+        draw(pipe, prompts, sweeps, complete, args)
+
+
+def draw(pipe: TextToImage, prompts: list[Prompt], sweeps: list[dict[str, Any]], complete: Image.Image | None,
+         args: argparse.Namespace) -> None:  # fmt: skip
+    """Draw and write every picture, and the sheet of all."""
+    from clipgen.images import grid, save_png
+    from clipgen.pipeline import describe
+
+    pictures, captions = [], []
+    count = len(prompts) * len(sweeps) * (args.rerank_from or args.num_images) + len(args.interpolate) * args.num_images
+    with progress(count, pipe, args) as preview:
+        for number, (prompt, settings) in enumerate(product(prompts, sweeps)):
+            options = dict(rerank_from=args.rerank_from, complete=complete, preview=preview)
+            label = " ".join(f"{key}={settings[key]}" for key in settings if len({s[key] for s in sweeps}) > 1)
+            for picture in pipe(prompt, args.num_images, seed=args.seed, **options, **settings):
+                name = f"{number:02d}_{slug(describe(prompt))}_{picture.info['seed']}.png"
                 print(save_png(picture, args.output / name, picture.info))  # type: ignore[arg-type]
                 pictures.append(picture)
-                captions.append(prompt)
-        columns = args.num_images if len(args.prompt) > 1 else None
+                captions.append(label or describe(prompt))
+        for number, (first, second) in enumerate(args.interpolate):
+            strip = pipe.interpolate(
+                first, second, max(args.num_images, 2), seed=args.seed, preview=preview, **sweeps[0]
+            )
+            name = f"interpolation_{number:02d}_{slug(first)}_{slug(second)}.png"
+            print(save_png(grid(strip, columns=len(strip)), args.output / name))
+    if pictures:
+        columns = args.num_images if len(prompts) * len(sweeps) > 1 else None
         print(save_png(grid(pictures, columns=columns, captions=captions), args.output / "grid.png"))
+
+
+@contextmanager
+def progress(count: int, pipe: TextToImage, args: argparse.Namespace) -> Iterator[Preview | None]:
+    """A bar with images a second and time left, where somebody looks; gives what to call after each row."""
+    from clipgen.images import grid, save_png, to_pil
+
+    def save(images: Any) -> None:
+        save_png(grid(to_pil(images)), args.output / "preview.png")
+
+    if not sys.stderr.isatty():
+        yield save if args.preview else None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[rate]:.2f} images/s")
+    with Progress(*Progress.get_default_columns()[:-1], speed, TimeRemainingColumn(), console=Console(stderr=True),
+                  transient=True) as bar:  # fmt: skip
+        task = bar.add_task("drawing", total=count, rate=0.0)
+
+        def show(images: Any) -> None:
+            bar.advance(task, len(images) / pipe.side)
+            now = bar.tasks[0]
+            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-6))
+            if args.preview:
+                save(images)
+
+        yield show
+
+
+# ------------------------------------------------------------------------------------------------------- what is asked
+
+
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Everything to draw, but interpolations."""
+    from clipgen.pipeline import parse_mixture
+
+    lines = [line.strip() for file in args.prompts_file for line in file.read_text(encoding="utf-8").splitlines()]
+    mixtures = [parse_mixture(mix) if isinstance(mix, str) else mix for mix in args.mix]
+    prompts: list[Prompt] = [*args.prompt, *filter(None, lines), *mixtures]
+    prompts += [read_picture(path) for path in args.image]
+    if not prompts and not args.interpolate:
+        ways = "--prompt, --prompts-file, --image, --mix, --interpolate or --from"
+        raise ValueError(f"there must be something to draw: give {ways}")
+    return prompts
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture file."""
+    from clipgen.data.images import UnusableImage, decode_image
+
+    try:
+        return decode_image(path)
+    except UnusableImage as error:
+        raise ValueError(f"{path} cannot be used as an image: {error}") from error
+
+
+def read_sweep(sweep: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """``["top_k=1,2", "top_p=0.8"]`` -> all combinations, over the other settings."""
+    axes = []
+    for text in sweep:
+        key, _, values = text.partition("=")
+        try:
+            axes.append([(key, SETTINGS[key](value)) for value in values.split(",")])
+        except (KeyError, ValueError):
+            names = ", ".join(SETTINGS)
+            raise ValueError(f"sweep must be KEY=VALUE,VALUE with a key of {names}, got {text!r}") from None
+    return [settings | dict(choice) for choice in product(*axes)]
+
+
+def repeat_(args: argparse.Namespace) -> None:
+    """Take over from a picture's metadata what made it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(args.origin) as picture:
+            picture.load()
+            found = dict(getattr(picture, "text", {}))
+        known = {name: json.loads(found[name]) for name in ("seed", *SETTINGS)}
+        prompt = found["prompt"]
+    except (KeyError, ValueError, UnidentifiedImageError) as error:
+        raise ValueError(f"{args.origin} is no picture of clipgen-sample: it does not tell its settings") from error
+    if prompt in ("an image", "an embedding"):
+        raise ValueError(f"{args.origin} was drawn of {prompt}, which it does not hold: give --image and --seed")
+    if "mixture" in found:
+        args.mix.append(json.loads(found["mixture"]))
+    else:
+        args.prompt.append(prompt)
+    for name, value in known.items():
+        setattr(args, name, value)
+    args.num_images, args.fingerprint = 1, found.get("model")
 
 
 def newest_run(outputs: Path) -> str | None:

@@ -101,7 +101,8 @@ class LFQ(nn.Module):
         log_p = (2 * self.inverse_temperature * z @ self.codebook.T).log_softmax(dim=-1)  # -||z - e||^2, but constants
         p = log_p.exp()
         sure = -(p * log_p).sum(dim=-1).mean()
-        spread = -torch.special.xlogy(p.mean(dim=0), p.mean(dim=0)).sum()
+        mean = p.mean(dim=0)
+        spread = -(mean * mean.clamp(min=1e-12).log()).sum()  # a code that nobody is near has no finite gradient
         return sure - self.diversity * spread
 
     def _vectors(self, indices: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ finished.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -133,6 +134,14 @@ def load_ckpt(path: Path, model: str) -> tuple[dict[str, Any], State]:
     checkpoint = read_checkpoint(path)
     check_model(checkpoint.get("clipgen_model"), model, path)
     return checkpoint["hyper_parameters"], checkpoint["state_dict"]
+
+
+def fingerprint(state: State) -> str:
+    """A short hash of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
