@@ -94,21 +94,17 @@ class ConditionalTransformer(pl.LightningModule):
             (B, T) int64.
         """
         sampling.check_sampling(temperature, top_k, top_p, guidance_scale)
-        was_training, rows = self.training, len(clip_embedding)
+        rows = len(clip_embedding)
         condition = self.gpt.condition(clip_embedding)
         if guidance_scale != 1:
             everything = torch.ones(rows, dtype=torch.bool, device=condition.device)
             condition = torch.cat([condition, self.gpt.condition(clip_embedding, drop=everything)])
-        step: sampling.Step = CachedDecoder(self.gpt, condition)
+        step: sampling.Step = CachedDecoder(self.gpt, condition)  # knows no dropout, in training mode either
         if guidance_scale != 1:
             step = sampling.guided(step, guidance_scale)
         uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
-        self.eval()  # without dropout
-        try:
-            settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-            return sampling.decode(step, uniforms, **settings, given=given, watch=watch)
-        finally:
-            self.train(was_training)
+        settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        return sampling.decode(step, uniforms, **settings, given=given, watch=watch)
 
     # ----------------------------------------------------------------------------------------------------- training
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,27 +21,54 @@ class CachedDecoder:
     """
 
     def __init__(self, gpt: ConditionalGPT2, condition: Tensor):
-        self.gpt, self.condition = gpt, condition
-        config = gpt.transformer.config
-        self.n_head = config.n_head
-        shape = (config.n_layer, len(condition), config.n_head, gpt.num_tokens, config.n_embd // config.n_head)
+        net: Any = gpt.transformer
+        config, rows = net.config, len(condition)
+        self.condition, self.wte, self.wpe = condition, net.wte.weight, net.wpe.weight
+        self.heads, self.width = config.n_head, config.n_embd
+        self.layers = [Layer(block, rows) for block in net.h]
+        self.norm, self.head = net.ln_f, product(gpt.head.weight.T, gpt.head.bias, rows)
+        shape = (config.n_layer, rows, config.n_head, gpt.num_tokens, config.n_embd // config.n_head)
         self.keys, self.values = condition.new_empty(shape), condition.new_empty(shape)
 
     def __call__(self, position: int, previous: Tensor | None) -> Tensor:
         """Logits (B, K) of the index at ``position``, given the one before it (B,), None at position 0."""
-        net: Any = self.gpt.transformer
-        x = self.condition if previous is None else net.wte(previous)
-        x = x + net.wpe.weight[position]  # (B, C)
-        for layer, block in enumerate(net.h):
-            x = x + self._attend(layer, position, block.attn, block.ln_1(x))
-            x = x + block.mlp(block.ln_2(x))
-        return self.gpt.head(net.ln_f(x))
+        x = self.condition if previous is None else F.embedding(previous, self.wte)
+        x = x + self.wpe[position]  # (B, C)
+        for layer, keys, values in zip(self.layers, self.keys, self.values):
+            x = x + layer.proj(self._attend(position, layer.qkv(layer.ln_1(x)), keys, values))
+            x = x + layer.mlp_proj(layer.act(layer.mlp_fc(layer.ln_2(x))))
+        return self.head(self.norm(x))
 
-    def _attend(self, layer: int, position: int, attention: Any, x: Tensor) -> Tensor:
-        batch, width = x.shape
-        q, k, v = attention.c_attn(x).view(batch, 3, self.n_head, width // self.n_head).unbind(1)  # (B, H, C / H)
-        keys, values = self.keys[layer], self.values[layer]  # (B, H, T, C / H)
-        keys[:, :, position], values[:, :, position] = k, v
+    def _attend(self, position: int, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """What the rows' heads see in the positions so far: (B, 3 C), 2 x (B, H, T, C / H) -> (B, C)."""
+        q, k, v = qkv.view(len(qkv), 3, self.heads, 1, -1).unbind(1)  # (B, H, 1, C / H)
         seen = slice(position + 1)
-        y = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, seen], values[:, :, seen])  # (B, H, 1, C / H)
-        return attention.c_proj(y.reshape(batch, width))
+        keys[:, :, position : position + 1], values[:, :, position : position + 1] = k, v
+        y = F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen])  # (B, H, 1, C / H)
+        return y.reshape(len(qkv), self.width)
+
+
+class Layer:
+    """The weights of one block, laid out for ``rows`` rows at a time."""
+
+    def __init__(self, block: Any, rows: int):
+        self.ln_1, self.ln_2, self.act = block.ln_1, block.ln_2, block.mlp.act
+        self.qkv, self.proj, self.mlp_fc, self.mlp_proj = (
+            product(linear.weight, linear.bias, rows)
+            for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        )
+
+
+def product(weight: Tensor, bias: Tensor | None, rows: int) -> Callable[[Tensor], Tensor]:
+    """x (B, in) -> x @ weight + bias (B, out), for a weight (in, out).
+
+    For several rows on a CPU, the product of the transposes is up to twice as fast as the plain one (measured from 2
+    to 64 rows), so the weight is laid out for that once.
+    """
+    if rows == 1 or weight.device.type != "cpu":
+        return (lambda x: x @ weight) if bias is None else (lambda x: torch.addmm(bias, x, weight))
+    transposed = weight.T.contiguous()
+    if bias is None:
+        return lambda x: (transposed @ x.T).T
+    column = bias[:, None]
+    return lambda x: torch.addmm(column, transposed, x.T).T
