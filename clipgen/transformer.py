@@ -17,7 +17,7 @@ from clipgen import losses, sampling
 from clipgen.clip import FrozenCLIP
 from clipgen.nets.decode import CachedDecoder
 from clipgen.nets.gpt import ConditionalGPT2
-from clipgen.optim import decay_groups, schedule
+from clipgen.optim import OPTIMIZERS, make_optimizer, schedule
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 from clipgen.weights import hfailab
@@ -36,6 +36,7 @@ class ConditionalTransformer(pl.LightningModule):
         condition_cosine: noise on the training condition, as its expected cosine with the clean embedding; 1 is
             none (the paper).
         clip_loss_weight: lambda of Eq. 10 (0.2 in the paper); 0 spares decoder and CLIP their backward pass.
+        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks; see ``optim.make_optimizer``.
         learning_rate, betas, weight_decay: AdamW's; without weight decay it is the paper's Adam.
         schedule, warmup_steps: see ``optim.schedule``.
     """
@@ -45,12 +46,14 @@ class ConditionalTransformer(pl.LightningModule):
         num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True,
         head_bias: bool = False, activation: str = "gelu_pytorch_tanh", grid_positions: bool = False,
         condition_dropout: float = 0.0, condition_cosine: float = 1.0, clip_loss_weight: float = 0.0,
-        learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0,
-        schedule: str = "constant", warmup_steps: int = 0,
+        optimizer: str = "adamw", learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.0, schedule: str = "constant", warmup_steps: int = 0,
     ):  # fmt: skip
         super().__init__()
         if not 0 <= condition_dropout < 1:
             raise ValueError(f"condition_dropout must be in [0, 1), got {condition_dropout}")
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
         if not 0 < condition_cosine <= 1:
             raise ValueError(f"condition_cosine must be in (0, 1], got {condition_cosine}")
         self.save_hyperparameters()
@@ -115,7 +118,8 @@ class ConditionalTransformer(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         h = self.h
-        optimizer = torch.optim.AdamW(decay_groups(self, h.weight_decay), lr=h.learning_rate, betas=tuple(h.betas))
+        blocks = self.gpt.transformer.h
+        optimizer = make_optimizer(self, blocks, h.optimizer, h.learning_rate, h.betas, h.weight_decay)
         rate = schedule(optimizer, h.schedule, h.warmup_steps, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
 

@@ -28,7 +28,8 @@ STAGES = {
               "model.ndf=8", "model.n_layers=1", "model.lecam_weight=0.1", "model.revive_after=2",
               "model.kmeans_iters=2", *SMALL],
     "transformer": ["stage=transformer", "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.warmup_steps=1",
-                    "model.dropout=0.1", "model.condition_dropout=0.3", "model.condition_cosine=0.9", *SMALL],
+                    "model.dropout=0.1", "model.condition_dropout=0.3", "model.condition_cosine=0.9",
+                    "model.optimizer=muon", *SMALL],
 }  # fmt: skip
 
 

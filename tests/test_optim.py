@@ -1,0 +1,81 @@
+"""Optimizers: several as one, against themselves apart."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from clipgen.optim import Together, make_optimizer
+from clipgen.transformer import ConditionalTransformer
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(module: nn.Module, optimizers: list, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (module(x) - x[:, :2]).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def halves(module: nn.Module) -> list:
+    matrices = [p for p in module.parameters() if p.ndim == 2]
+    vectors = [p for p in module.parameters() if p.ndim == 1]
+    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(vectors, lr=0.01)]
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_together_is_each_for_itself():
+    apart, joint = net(), net()
+    train(apart, halves(apart), 5)
+    train(joint, [Together(*halves(joint))], 5)
+    assert same(apart, joint) and not same(joint, net())
+
+
+def test_a_state_is_loaded_into_the_parts():
+    straight = net()
+    train(straight, [Together(*halves(straight))], 6)
+    begun = net()
+    first = Together(*halves(begun))
+    train(begun, [first], 3)
+    resumed = copy.deepcopy(begun)
+    second = Together(*halves(resumed))
+    second.load_state_dict(first.state_dict())
+    train(resumed, [second], 3, first=3)
+    assert same(straight, resumed)
+
+
+def test_a_schedule_reaches_the_parts():
+    module = net()
+    joint = Together(*halves(module))
+    schedule = torch.optim.lr_scheduler.LambdaLR(joint, lambda step: 0.0)
+    before = copy.deepcopy(module)
+    train(module, [joint], 2)
+    assert same(module, before) and schedule.get_last_lr() == [0.0, 0.0]
+
+
+def test_muon_takes_the_matrices_of_the_blocks_alone():
+    transformer = ConditionalTransformer(n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64)
+    blocks = transformer.gpt.transformer.h
+    optimizer = make_optimizer(transformer, blocks, "muon", 1e-3, (0.9, 0.95), 0.1)
+    assert isinstance(optimizer, Together)
+    muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
+    assert muon == {id(p) for p in blocks.parameters() if p.ndim == 2} and len(muon) == 8
+    assert adamw == {id(p) for p in transformer.parameters()} - muon
+
+
+def test_other_names_are_refused():
+    with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
+        ConditionalTransformer(optimizer="sgd")
