@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,24 @@ from clipgen.weights import checkpoint as files
 
 BUNDLED = {"shapes": Path(__file__).parent / "bundled"}
 BATCH = 64  # images drawn at a time
+CARD = """---
+library_name: clipgen
+pipeline_tag: text-to-image
+---
+
+A text-to-image model after CLIP-GEN (arXiv:2203.00386), trained by clipgen {version} from images alone.
+Its CLIP: {clip}.
+
+```python
+from clipgen import TextToImage
+
+TextToImage.load("hf-hub:OWNER/NAME")("a sentence")[0].save("picture.png")
+```
+
+| part | setting | value |
+|---|---|---|
+{rows}
+"""
 Prompt = str | Mapping[str, float] | Image.Image | Tensor
 Preview = Callable[[Tensor], None]
 
@@ -48,17 +67,39 @@ class TextToImage:
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> TextToImage:
-        """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, or what ``save`` wrote."""
+        """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, what ``save`` wrote, or
+        ``"hf-hub:OWNER/NAME"``, what ``push_to_hub`` uploaded."""
+        if str(path_or_name).startswith("hf-hub:"):
+            from huggingface_hub import snapshot_download
+
+            path_or_name = snapshot_download(str(path_or_name).removeprefix("hf-hub:"))
         path = Path(BUNDLED.get(str(path_or_name), path_or_name)).expanduser()
         transformer = ConditionalTransformer.load(path)
         root = path.parent.parent if path.is_file() else path.parent if (path / "config.json").is_file() else path
         return cls(VQGAN.load(root), transformer, load_clip(root))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
-        """Write tokenizer, CLIP and transformer below a folder; what ``load`` reads."""
+        """Write tokenizer, CLIP and transformer below a folder, with a model card; what ``load`` reads."""
         save_frozen(Path(path), self.vqgan, self.clip, half)
         self.transformer.save(Path(path) / "transformer", half)
+        (Path(path) / "README.md").write_text(self.card())
         return Path(path)
+
+    def push_to_hub(self, name: str, private: bool = False) -> str:
+        """Upload to the Hugging Face hub as ``OWNER/NAME``, for ``load("hf-hub:OWNER/NAME")``; returns the address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            api.upload_folder(repo_id=name, folder_path=self.save(folder))
+        return str(address)
+
+    def card(self) -> str:
+        """The model card: what it is, how to draw with it, how it was trained."""
+        settings = {"transformer": dict(self.transformer.hparams), "vqgan": dict(self.vqgan.hparams)}
+        rows = [f"| {part} | {k} | {v} |" for part, values in settings.items() for k, v in values.items()]
+        return CARD.format(clip=self.clip.model_name, version=clipgen.__version__, rows="\n".join(rows))
 
     def to(self, device: str | torch.device) -> TextToImage:
         """Move all parts to a device."""
@@ -142,15 +183,22 @@ class TextToImage:
 
         ``given`` (1, P): first indices of every image. ``preview``, ``settings``: see ``__call__``.
         """
-        seeds = row_seeds(seed, len(clip_embedding))
-        parts = []
-        for start in range(0, len(seeds), BATCH):
-            rows = slice(start, start + BATCH)
+        seeds, parts, batch, done = row_seeds(seed, len(clip_embedding)), [], BATCH, 0
+        while done < len(seeds):
+            rows = slice(done, done + batch)
             condition = clip_embedding[rows]
             prefix = None if given is None else given.expand(len(condition), -1)
             watch = None if preview is None else self._watch(preview)
-            indices = self.transformer.sample(condition, seed=seeds[rows], given=prefix, watch=watch, **settings)
-            parts.append(self.decode(indices))
+            try:
+                indices = self.transformer.sample(condition, seed=seeds[rows], given=prefix, watch=watch, **settings)
+                parts.append(self.decode(indices))
+            except torch.OutOfMemoryError:  # of a GPU: what is finished stays, the rest goes on in halves
+                if len(condition) == 1:
+                    raise
+                batch = (len(condition) + 1) // 2
+                torch.cuda.empty_cache()
+                continue
+            done += len(condition)
         return torch.cat(parts)
 
     @torch.no_grad()

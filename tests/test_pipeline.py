@@ -118,7 +118,12 @@ def test_parts_that_do_not_belong_together_are_refused(tiny_vqgan, shapes_clip):
 
 def test_save_and_load(tmp_path, pipe):
     again = TextToImage.load(pipe.save(tmp_path / "deep" / "pipe"))
-    assert sorted(p.name for p in (tmp_path / "deep" / "pipe").iterdir()) == ["clip.json", "transformer", "vqgan"]
+    assert sorted(p.name for p in (tmp_path / "deep" / "pipe").iterdir()) == [
+        "README.md",
+        "clip.json",
+        "transformer",
+        "vqgan",
+    ]
     assert np.array_equal(pixels(again(PROMPT, 2, seed=1)), pixels(pipe(PROMPT, 2, seed=1)))
     again.save(tmp_path / "deep" / "pipe")  # onto itself
     assert np.array_equal(
@@ -244,3 +249,45 @@ def test_interpolation_goes_from_one_to_the_other(pipe):
         assert np.abs(np.asarray(picture).astype(int) - np.asarray(pipe(prompt, seed=7)[0])).max() <= 1
     with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
         pipe.interpolate(PROMPT, STAR, steps=1)
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
+    whole = pipe.generate(pipe.embed(PROMPT).expand(7, -1), 3)
+    sizes, draw = [], pipe.transformer.sample
+
+    def sample(condition, **options):
+        sizes.append(len(condition))
+        if len(condition) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(condition, **options)
+
+    monkeypatch.setattr(pipe.transformer, "sample", sample)
+    again = pipe.generate(pipe.embed(PROMPT).expand(7, -1), 3)
+    assert sizes == [7, 4, 2, 2, 2, 1]
+    torch.testing.assert_close(again, whole, atol=1e-4, rtol=0)
+    monkeypatch.setattr(
+        pipe.transformer, "sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe(PROMPT)
+
+
+def test_the_hub(pipe, monkeypatch, tmp_path):
+    """Up and down again, with a folder in the place of the hub."""
+    import huggingface_hub
+
+    class Api:
+        def create_repo(self, name, **_):
+            return f"https://hub/{name}"
+
+        def upload_folder(self, repo_id, folder_path):
+            shutil.copytree(folder_path, tmp_path / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / name))
+    assert pipe.push_to_hub("me/shapes") == "https://hub/me/shapes"
+    again = TextToImage.load("hf-hub:me/shapes")
+    assert again.fingerprint == pipe.fingerprint
+    card = (tmp_path / "me" / "shapes" / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card and "| transformer | n_layer | 2 |" in card
+    assert not [path for path in (tmp_path / "me").rglob("*") if path.suffix in (".ckpt", ".pt", ".pkl", ".bin")]
