@@ -136,7 +136,7 @@ def measure_vqgan(size: str, variant: str, batch: int, steps: int, device: str, 
     """Images a second of a training step, of encoding, of decoding; and the training's peak memory."""
     from torchmetrics.functional.image.lpips import _LPIPS
 
-    arguments = {**VQGAN_SIZES[size], "discriminator_start": 0, **options(variant)}
+    arguments = {**VQGAN_SIZES[size], "discriminator_start": 0, "channels_last": False, **options(variant)}
     precision = arguments.pop("precision", "32-true")
     vqgan = VQGAN(**arguments | {"perceptual_weight": float(perceptual)})
     if perceptual:  # its speed does not depend on its weights

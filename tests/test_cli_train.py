@@ -231,7 +231,7 @@ ERRORS = {
     "no value": (["vqgan"], "arguments must be KEY=VALUE, got vqgan"),
     "odd value": ([*VQGAN, "output=a=b"], "arguments must be KEY=VALUE, with quotes"),
     "unknown experiment": (["stage=vqgan", "experiment=x"], "experiment must be one of cifar10, coco, .*, got x"),
-    "unknown data": (["stage=vqgan", "data=x"], "data must be one of folder, shapes, webdataset, got x"),
+    "unknown data": (["stage=vqgan", "data=x"], "data must be one of encoded, folder, shapes, webdataset, got x"),
     "unknown logger": (["stage=vqgan", "logger=x"], "logger must be one of .*tensorboard.*, got x"),
     "unknown key": ([*VQGAN, "model.chh=1"], r"there is no key model\.chh; .* --cfg job"),
     "unknown top key": ([*VQGAN, "modle.ch=1"], r"there is no key modle\.ch"),
@@ -386,7 +386,7 @@ def test_no_room_for_a_later_checkpoint(monkeypatch, tmp_path, hidden):
 def test_help(call):
     shown = call("--help")
     assert shown.code == 0 and shown.stderr == ""
-    groups = ["experiment=cifar10|coco|imagenet|shapes", "data=folder|shapes|webdataset"]
+    groups = ["experiment=cifar10|coco|imagenet|modern|shapes", "data=encoded|folder|shapes|webdataset"]
     for word in ("stage=vqgan", "stage=transformer vqgan=", "resume=", "--cfg job", *groups):
         assert word in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 100

@@ -232,7 +232,7 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path, fit, images):
 def gradients(fit, **options) -> dict[str, torch.Tensor]:
     """What a step leaves in each parameter; with weights that many of Adam's steps moved, tiny differences grow."""
     torch.manual_seed(1)
-    vqgan = gan(revive_after=0, learning_rate=0.0, **options)
+    vqgan = gan(revive_after=0, learning_rate=0.0, **(dict(channels_last=False) | options))
     fit(vqgan, 1, batch=4)
     return {name: p.grad for name, p in vqgan.named_parameters()}
 
