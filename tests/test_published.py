@@ -197,6 +197,7 @@ def test_clear_errors(tmp_path, tiny_vqgan):
         VQGAN.from_taming(good, other_size)
 
 
+@pytest.mark.slow
 def test_clipgen_convert(shared, tmp_path, images):
     folder = shared / "parity" / "taming_vqgan"
     ran = command(
@@ -223,6 +224,7 @@ def test_hfailabs_transformer(shared):
     assert torch.equal(greedy, again)
 
 
+@pytest.mark.slow
 def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
     """Their CLIP would be OpenAI's; a tiny one of the width that the fixture wants stands in."""
     folder = shared / "parity" / "hfailab_clip_gen"
@@ -242,6 +244,7 @@ def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
     assert ran.returncode == 0 and (tmp_path / "samples" / "grid.png").is_file(), ran.stderr
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_folder_by_command(shared, tmp_path):
     vqgan = load(shared / "parity" / "taming_vqgan")
     vqgan.save(tmp_path / "f4", training=True)
