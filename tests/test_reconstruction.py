@@ -83,8 +83,8 @@ def test_inception_without_its_weights_says_what_to_do(monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", broken)
-    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", broken)
+    with pytest.raises(ValueError, match=r"\(no network\): pip install .*inception:FILE"):
         feature_extractor("inception")
 
 

@@ -1,0 +1,229 @@
+"""``clipgen-eval``: the papers' metrics of a model, of anybody's pictures, or of a tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipgen.cli.console import guarded
+from clipgen.cli.output import output_folder
+
+if TYPE_CHECKING:
+    from clipgen.evaluation.collection import Source
+    from clipgen.evaluation.measure import Measure
+
+DESCRIPTION = """The papers' metrics of a model, of anybody's pictures, or of a tokenizer.
+
+  clipgen-eval --checkpoint RUN --captions captions_val2014.json --reference val2014
+  clipgen-eval --checkpoint RUN --classes classes.json --template "A photo of a {label}." --reference 'val-*.tar'
+  clipgen-eval --images THEIRS --captions captions.json --reference val2014 --name "another system"
+  clipgen-eval --vqgan RUN --reference val2014
+  clipgen-eval --checkpoint shapes --captions shapes --reference shapes --judge --features clip:shapes --clip shapes
+
+Killed and started again it goes on. Under torchrun or in a SLURM array, processes share the work."""
+
+
+def main() -> None:
+    """Entry point of the command."""
+    guarded("clipgen-eval", run)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Nothing heavy is imported before it is read."""
+    p = argparse.ArgumentParser(
+        "clipgen-eval", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = p.add_argument_group("what to evaluate").add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", help="a stage-2 run folder, checkpoint, pipeline folder, hf-hub: name or shapes")
+    what.add_argument("--images", type=Path, help="a folder of pictures, of whatever system")
+    what.add_argument("--vqgan", help="a stage-1 run folder, checkpoint or model folder: its reconstructions")
+    said = p.add_argument_group("sentences")
+    said.add_argument("--captions", help="text (a sentence a line; FILE<tab>sentence), JSON (list, mapping, COCO), "
+                      "or 'shapes'; default for --images: what the PNGs or .txt files beside them say")  # fmt: skip
+    said.add_argument("--classes", help="class names instead, in the same formats")
+    said.add_argument("--template", default="A photo of a {label}.", help="of the classes (default: %(default)s)")
+    said.add_argument("--num-images", type=int, default=30_000, help="drawn (default: %(default)s, the papers')")
+    how = p.add_argument_group("protocol")
+    how.add_argument("--reference", help="real images: a folder, tar shards, or shapes; without it no FID, KID, "
+                     "precision, recall")  # fmt: skip
+    how.add_argument("--features", default="inception", help="space of IS, FID, KID, precision and recall: inception "
+                     "(torch-fidelity's resize), inception-clean, inception:FILE, clip:MODEL[:TAG], torchvision:MODEL, "
+                     "timm:MODEL, module:function, none (default: %(default)s)")  # fmt: skip
+    how.add_argument("--blur", type=int, nargs="+", default=[0, 1, 2], help="radii of FID-0, FID-1, FID-2")
+    how.add_argument("--clip", action="append", help="MODEL[:TAG] of a CLIP score, several times (default: "
+                     "ViT-B-32-quickgelu:openai, where there are sentences; none: no score)")  # fmt: skip
+    how.add_argument("--captioner", help="of CapS: blip, blip:NAME_OR_FOLDER, module:function")
+    how.add_argument("--judge", action="store_true", help="read the pictures by the rules of the shapes data")
+    how.add_argument("--image-size", type=int, help="of --images and the reference (default: as the images)")
+    draw = p.add_argument_group("drawing")
+    draw.add_argument("--seed", type=int, default=0, help="image i draws from seed + i (default: %(default)s)")
+    draw.add_argument("--top-k", type=int, default=300)
+    draw.add_argument("--top-p", type=float, default=1.0)
+    draw.add_argument("--temperature", type=float, default=1.0)
+    draw.add_argument("--guidance-scale", type=float, default=1.0)
+    draw.add_argument("--rerank-from", type=int, default=1, help="draw so many a sentence, keep the one nearest to it")
+    p.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (default: %(default)s)")
+    p.add_argument("--name", help="of the table's row")
+    p.add_argument("--batch-size", type=int, default=50)
+    p.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
+    return p
+
+
+def run() -> None:
+    """Check what can be checked, evaluate, print the row."""
+    args = parser().parse_args()
+    from clipgen.evaluation.evaluate import table
+    from clipgen.weights.checkpoint import whole_file
+
+    check(args)
+    with output_folder(args.output, keep="parts/part-*.npz"):
+        found = reconstructions(args) if args.vqgan else judged(args)
+        if found is None:
+            print(f"This part is finished, others are not: {args.output}")
+            return
+        row = table([(args.name or args.checkpoint or args.vqgan or str(args.images), found)])
+        with whole_file(args.output / "row.md") as partial:
+            partial.write_text(row, encoding="utf-8")
+    print(f"{row}\nHow it was measured: {args.output / 'metrics.json'}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what no evaluation can do."""
+    from clipgen.sampling import check_sampling
+
+    check_sampling(args.temperature, args.top_k, args.top_p, args.guidance_scale)
+    for name, least in (("num_images", 2), ("batch_size", 1), ("rerank_from", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(args, name)}")
+    if any(radius < 0 for radius in args.blur):
+        raise ValueError(f"blur must be radii of at least 0, got {min(args.blur)}")
+    if args.checkpoint and not (args.captions or args.classes):
+        raise ValueError("a model needs sentences to draw: give --captions or --classes")
+    if args.classes and "{label}" not in args.template:
+        raise ValueError(f"template must have a place for the class, {{label}}, got {args.template!r}")
+    if args.vqgan and not args.reference:
+        raise ValueError("a tokenizer needs images to reconstruct: give --reference")
+
+
+def judged(args: argparse.Namespace) -> dict[str, float] | None:
+    """Evaluate a model or a folder of pictures."""
+    from clipgen.encoding import share
+    from clipgen.evaluation.evaluate import evaluate
+    from clipgen.evaluation.sources import RealImages
+
+    source, size = drawn(args) if args.checkpoint else pictures(args)
+    measure = make_measure(args, bool(getattr(source, "captions", None)))
+    reference = RealImages(args.reference, size, args.batch_size, args.num_images) if args.reference else None
+    with progress(sum(len(piece) for piece in source.pieces)) as advance:
+        return evaluate(args.output, source, measure, reference, advance=advance, share=share())
+
+
+def sentences(args: argparse.Namespace) -> list[Any]:
+    """What was asked for: (file or None, sentence)."""
+    from clipgen.evaluation.captions import read_captions
+
+    if args.classes:
+        return [(None, args.template.format(label=label)) for _, label in read_captions(args.classes)]
+    return read_captions(args.captions)
+
+
+def drawn(args: argparse.Namespace) -> tuple[Source, int]:
+    """A model's images, and their size."""
+    from clipgen.cli.sample import best_device
+    from clipgen.evaluation.captions import choose
+    from clipgen.evaluation.sources import Drawn, drawing
+    from clipgen.pipeline import TextToImage
+
+    captions = choose([caption for _, caption in sentences(args)], args.num_images, args.seed)
+    pipe = TextToImage.load(args.checkpoint).to(args.device or best_device())
+    settings: dict[str, Any] = {
+        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance_scale", "rerank_from")
+    }
+    draw = drawing(pipe, **settings)
+    source = Drawn(draw, captions, args.seed, settings | {"model": pipe.fingerprint}, args.batch_size)
+    return source, args.image_size or pipe.image_size
+
+
+def pictures(args: argparse.Namespace) -> tuple[Source, int]:
+    """A folder's images, and their size."""
+    from clipgen.evaluation.sources import Pictures
+
+    needed = args.judge or args.captioner or args.clip not in (None, ["none"]) or args.captions or args.classes
+    captions: Any = sentences(args) if args.captions or args.classes else None if needed else ()
+    source = Pictures(args.images, args.image_size, captions, args.batch_size)
+    return source, source.image_size
+
+
+def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
+    """The networks that measure, on their device."""
+    from clipgen import FrozenCLIP
+    from clipgen.cli.sample import best_device
+    from clipgen.evaluation.captioner import captioner
+    from clipgen.evaluation.features import feature_extractor
+    from clipgen.evaluation.measure import Measure
+
+    device = args.device or best_device()
+    names = args.clip or (["ViT-B-32-quickgelu:openai"] if with_captions else [])
+    clips = {name: FrozenCLIP(*(name.split(":", 1) + [None])[:2]).to(device) for name in names if name != "none"}
+    features = None if args.features == "none" else feature_extractor(args.features).to(device)
+    return Measure(
+        features, args.blur, clips, captioner(args.captioner) if args.captioner else None, args.captioner, args.judge
+    )
+
+
+def reconstructions(args: argparse.Namespace) -> dict[str, float]:
+    """Evaluate a tokenizer on the reference: PSNR, SSIM, LPIPS where VGG weights are had, rFID, codebook usage."""
+    import pytorch_lightning as pl
+    from torch.utils.data import DataLoader
+
+    from clipgen import VQGAN
+    from clipgen.evaluation.evaluate import write
+    from clipgen.evaluation.reconstruction import ReconstructionMetrics
+    from clipgen.evaluation.sources import RealImages
+
+    vqgan = VQGAN.load(args.vqgan)
+    images = RealImages(args.reference, args.image_size or vqgan.hparams["resolution"])
+    features = None if args.features == "none" else args.features
+    try:
+        metrics = ReconstructionMetrics(lpips=True, fid_features=features)
+    except ValueError as error:
+        if "perceptual loss" not in str(error):
+            raise
+        print("LPIPS is left out: VGG-16's weights are not to be had", file=sys.stderr)
+        metrics = ReconstructionMetrics(lpips=False, fid_features=features)
+    trainer = pl.Trainer(callbacks=[metrics], logger=False, enable_checkpointing=False, enable_model_summary=False,
+                         enable_progress_bar=sys.stderr.isatty(), default_root_dir=args.output)  # fmt: skip
+    (logged,) = trainer.validate(vqgan, DataLoader(images.dataset, args.batch_size), verbose=False)
+    found = {name.removeprefix("val/"): value for name, value in logged.items()}
+    write(args.output / "metrics.json", found, {"features": features, "reference": images.identity})
+    return found
+
+
+@contextmanager
+def progress(count: int) -> Iterator[Callable[[int], None]]:
+    """A bar with images a second and time left, where somebody looks."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[rate]:.1f} images/s")
+    with Progress(*Progress.get_default_columns()[:-1], speed, TimeRemainingColumn(), console=Console(stderr=True),
+                  transient=True) as bar:  # fmt: skip
+        task = bar.add_task("images", total=count, rate=0.0)
+
+        def advance(done: int) -> None:
+            bar.advance(task, done)
+            now = bar.tasks[0]
+            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-6))
+
+        yield advance
+
+
+if __name__ == "__main__":
+    main()

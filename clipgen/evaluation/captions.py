@@ -1,0 +1,94 @@
+"""The sentences of an evaluation: which pictures are asked for, or what the pictures of a folder should show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from clipgen.data.shapes import ALL_ATTRIBUTES
+
+Caption = tuple[str | None, str]  # of which file, where that is known; and the sentence
+
+
+def read_captions(source: str | Path) -> list[Caption]:
+    """Read sentences.
+
+    Args:
+        source: ``"shapes"``, all 288 of the embedded data; a text file, a sentence a line, or a file name, a tab and a
+            sentence; JSON: a list of sentences, ``{"file": "sentence"}``, or COCO's captions.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or nothing in it.
+    """
+    if source == "shapes":
+        return [(None, str(attributes)) for attributes in ALL_ATTRIBUTES]
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"captions must be 'shapes' or an existing file, got {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = from_json(json.loads(text)) if path.suffix == ".json" else from_lines(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"captions cannot be read from {path}: {error}") from error
+    if not found or not all(caption.strip() for _, caption in found):
+        raise ValueError(f"captions must be sentences, got {'an empty one' if found else 'none'} in {path}")
+    return found
+
+
+def from_lines(text: str) -> list[Caption]:
+    """A sentence a line, each with a file name and a tab before it or all without."""
+    rows = [line.strip().rpartition("\t") for line in text.splitlines() if line.strip()]
+    return [(name or None, caption) for name, _, caption in rows]
+
+
+def from_json(content: Any) -> list[Caption]:
+    """A list, a mapping, or COCO's layout."""
+    if isinstance(content, list):
+        return [(None, str(caption)) for caption in content]
+    if "annotations" in content:
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        return [(files[row["image_id"]], row["caption"]) for row in content["annotations"]]
+    return [(name, str(caption)) for name, caption in content.items()]
+
+
+def choose(captions: Sequence[str], count: int, seed: int) -> list[str]:
+    """``count`` sentences: all in turn where there are fewer, else a random part, in the order of the file."""
+    if count >= len(captions):
+        return [captions[i % len(captions)] for i in range(count)]
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]
+    return [captions[i] for i in order.sort().values.tolist()]
+
+
+def captions_of(root: Path, files: Sequence[str], captions: Sequence[Caption] | None) -> list[str]:
+    """The sentence of each picture of a folder: by name, else one a picture in the order of their names; None: what
+    the pictures themselves hold (``clipgen-sample`` writes it into them) or text files of the same name beside them.
+
+    Raises:
+        ValueError: a picture has no sentence, or there are more or fewer sentences than pictures.
+    """
+    if captions is None:
+        return [own_caption(root / file) for file in files]
+    if any(name is None for name, _ in captions):
+        if len(captions) != len(files):
+            raise ValueError(f"captions must be one a picture, got {len(captions)} for {len(files)} pictures in {root}")
+        return [caption for _, caption in captions]
+    first = {str(name): caption for name, caption in reversed(captions)}
+    if missing := [file for file in files if file not in first]:
+        raise ValueError(f"captions must name every picture of {root}, got none for {missing[0]}")
+    return [first[file] for file in files]
+
+
+def own_caption(path: Path) -> str:
+    """What a picture says that it shows."""
+    if (beside := path.with_suffix(".txt")).is_file():
+        return beside.read_text(encoding="utf-8").strip()
+    with Image.open(path) as picture:
+        prompt = getattr(picture, "text", {}).get("prompt")
+    if not prompt:
+        raise ValueError(f"captions are needed: {path} holds none, and there is no {beside.name} beside it")
+    return str(prompt)

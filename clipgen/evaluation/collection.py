@@ -1,0 +1,135 @@
+"""What was measured of a set of images, part by part on disk, so that a killed evaluation goes on where it was.
+
+A folder holds ``identity.json``, which says of what and how, and ``part-000000.npz``, ... with a row an image. Rows are
+read in the order of a hash of the images' pixels: no number depends on the order or the batches in which they came.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from clipgen.evaluation.features import to_bytes
+from clipgen.weights.checkpoint import whole_file
+
+KEY = "key"
+IDENTITY = "identity.json"
+Columns = dict[str, np.ndarray]
+Measuring = Callable[[Tensor, list[str]], Columns]  # images and captions -> a row an image
+Advance = Callable[[int], None]
+Batch = tuple[Tensor, list[str]]  # images (B, 3, H, W) in [-1, 1], and their captions
+
+
+class Source(Protocol):
+    """Images in pieces, each of which can be read alone."""
+
+    identity: dict[str, Any]
+    pieces: list[Any]
+
+    def read(self, piece: Any) -> Iterator[Batch]:
+        """The images of a piece, batch by batch."""
+
+
+@dataclass
+class Collection:
+    """The folder of a measured set of images."""
+
+    folder: Path
+
+    @property
+    def parts(self) -> list[Path]:
+        """The files, in order."""
+        return sorted(self.folder.glob("part-*.npz"))
+
+    def each(self, column: str) -> Iterator[np.ndarray]:
+        """A column part by part, in no order of meaning."""
+        for path in self.parts:
+            with np.load(path) as part:
+                yield part[column]
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole column, in the order of the images' hashes."""
+        return np.concatenate(list(self.each(name)))[np.argsort(np.concatenate(list(self.each(KEY))))]
+
+    def columns(self) -> set[str]:
+        """What was measured."""
+        with np.load(self.parts[0]) as part:
+            return set(part.files)
+
+    def __len__(self) -> int:
+        return sum(len(keys) for keys in self.each(KEY))
+
+
+def collect(folder: Path, source: Source, measure: Measuring, identity: dict[str, Any],
+            advance: Advance = lambda count: None, share: tuple[int, int] = (0, 1)) -> bool:  # fmt: skip
+    """Measure a source's images; parts that are there already stay.
+
+    Args:
+        identity: of what is measured; with the source's own it must be that of the parts in the folder.
+        advance: called with a number of images when they are done, found ones included.
+        share: (rank, world size): processes share the parts and do not talk.
+
+    Returns:
+        Whether all parts are there now.
+    """
+    begin(folder, identity | source.identity)
+    paths = [folder / f"part-{number:06d}.npz" for number in range(len(source.pieces))]
+    for path, piece in list(zip(paths, source.pieces))[share[0] :: share[1]]:
+        if path.is_file():
+            with np.load(path) as part:
+                advance(len(part[KEY]))
+        else:
+            write_part(path, (measured(measure, batch, advance) for batch in source.read(piece)))
+    return all(path.is_file() for path in paths)
+
+
+def begin(folder: Path, identity: dict[str, Any]) -> None:
+    """Write the identity, or make sure that the one which is there is the same.
+
+    Raises:
+        ValueError: the folder's parts are of another set of images, or were measured otherwise.
+    """
+    path, wanted = folder / IDENTITY, json.loads(json.dumps(identity))
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(wanted, indent=2) + "\n")
+        return
+    found = json.loads(path.read_text())
+    if other := [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]:
+        key = other[0]
+        raise ValueError(f"{folder} was measured with {key}={found.get(key)}, not {wanted.get(key)}: name another")
+
+
+def measured(measure: Measuring, batch: Batch, advance: Advance) -> Columns:
+    """A batch's rows, with the keys of its images."""
+    images, captions = batch
+    if not images.isfinite().all():
+        bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
+        about = f" of {captions[bad]!r}" if captions else ""
+        raise ValueError(f"images must be finite, got NaN or infinity in an image{about}")
+    pixels = to_bytes(images)
+    columns = measure(pixels.float() / 127.5 - 1, captions) | {KEY: keys(pixels)}
+    advance(len(images))
+    return columns
+
+
+def keys(pixels: Tensor) -> np.ndarray:
+    """A hash (B,) of each image's bytes."""
+    digests = [hashlib.blake2b(image.cpu().numpy().tobytes(), digest_size=8).digest() for image in pixels]
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def write_part(path: Path, batches: Iterable[Columns]) -> None:
+    """Write a part, whole or not at all."""
+    found = list(batches)
+    columns = {name: np.concatenate([batch[name] for batch in found]) for name in (found[0] if found else ())}
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **(columns or {KEY: np.empty(0, np.uint64)}))  # type: ignore[arg-type]

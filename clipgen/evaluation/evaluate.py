@@ -1,0 +1,80 @@
+"""One evaluation from images to a table row: measure, compare, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from clipgen.evaluation.collection import Advance, Collection, Source, collect
+from clipgen.evaluation.measure import Measure, summary
+from clipgen.weights.checkpoint import whole_file
+
+LABELS = {
+    "is_mean": "IS ↑", "is_std": "IS std", "fid_0": "FID-0 ↓", "fid_1": "FID-1 ↓", "fid_2": "FID-2 ↓",
+    "kid_mean": "KID ↓", "kid_std": "KID std", "precision": "precision ↑", "recall": "recall ↑", "caps": "CapS ↑",
+    "judge_all": "judge: all ↑", "psnr": "PSNR ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "rfid": "rFID ↓",
+    "codebook_usage": "codes in use ↑",
+}  # fmt: skip
+
+
+def evaluate(
+    output: str | Path, source: Source, measure: Measure, reference: Source | None = None, *,
+    advance: Advance = lambda count: None, share: tuple[int, int] = (0, 1),
+) -> dict[str, float] | None:  # fmt: skip
+    """Measure a source's images, compare them with the reference's, and write ``metrics.json``.
+
+    Killed at any moment and called again it goes on. The reference is measured once for each content and feature space
+    and kept in ``reference_folder``. ``share``: (rank, world size) of processes that measure together.
+
+    Returns:
+        The metrics; None where other processes have not finished their share.
+    """
+    images, theirs = Collection(Path(output) / "parts"), None
+    whole = collect(images.folder, source, measure, measure.identity, advance, share)
+    if reference is not None:
+        others = measure.for_reference()
+        theirs = Collection(reference_folder(others.identity | reference.identity))
+        whole &= collect(theirs.folder, reference, others, others.identity, share=share)
+    if not whole:
+        return None
+    found = summary(images, theirs)
+    protocol = {"images": len(images), **measure.identity, **source.identity}
+    if theirs is not None and reference is not None:
+        protocol["reference"] = {"images": len(theirs), **reference.identity}
+    write(Path(output) / "metrics.json", found, protocol)
+    return found
+
+
+def reference_folder(identity: Mapping[str, Any]) -> Path:
+    """Where a reference's features are kept: below ``$CLIPGEN_CACHE``, or ``~/.cache/clipgen``."""
+    base = Path(os.environ.get("CLIPGEN_CACHE", "~/.cache/clipgen")).expanduser()
+    return base / "features" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write(path: Path, found: Mapping[str, float], protocol: Mapping[str, Any]) -> None:
+    """The numbers, and all that must be known to compare them with others."""
+    versions = {name: version(name) for name in ("clipgen", "torch", "pillow")}
+    content = {"metrics": dict(found), "protocol": dict(protocol), "versions": versions}
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    """A Markdown table of systems and their metrics; a dash where one was not measured."""
+    names = [name for name in dict.fromkeys(n for _, found in rows for n in found) if not name.endswith("_std")]
+    lines = [["system", *(LABELS.get(name, name.replace("_", " ")) for name in names)], ["---"] * (len(names) + 1)]
+    lines += [[system, *(cell(found, name) for name in names)] for system, found in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def cell(found: Mapping[str, float], name: str) -> str:
+    """A number with four digits, and its spread where it is known."""
+    if name not in found:
+        return "-"
+    spread = found.get(name.replace("_mean", "") + "_std")
+    return f"{found[name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")

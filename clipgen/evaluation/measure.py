@@ -1,0 +1,138 @@
+"""What is measured of each image, and the table that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ImageFilter
+from torch import Tensor
+
+from clipgen.clip import FrozenCLIP
+from clipgen.data import judge
+from clipgen.data.shapes import parse
+from clipgen.evaluation import metrics
+from clipgen.evaluation.captioner import Captioner
+from clipgen.evaluation.collection import Collection, Columns
+from clipgen.evaluation.features import Features
+from clipgen.images import from_pil, to_pil
+from clipgen.weights.checkpoint import fingerprint
+
+ATTRIBUTES = ("all", "shape", "color", "size", "background")
+
+
+@dataclass
+class Measure:
+    """Images (B, 3, H, W) in [-1, 1] and their captions -> numbers, a row an image.
+
+    Args:
+        features: the space of FID, KID, precision and recall; of IS too, where it is a classifier's.
+        radii: of the Gaussian blur before the features, 0 is none: FID-0, FID-1, FID-2 of CogView and CLIP-GEN.
+        clips: by name, for the CLIP scores. captioner, captioner_name: for CapS.
+        shapes: whether the rule-based judge of the shapes data reads the images.
+    """
+
+    features: Features | None = None
+    radii: Sequence[int] = (0, 1, 2)
+    clips: dict[str, FrozenCLIP] = field(default_factory=dict)
+    captioner: Captioner | None = None
+    captioner_name: str | None = None
+    shapes: bool = False
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these numbers from others."""
+        found = self.space | {"shapes": self.shapes, "captioner": self.captioner_name}
+        return found | {f"clip {name}": fingerprint(clip.state_dict()) for name, clip in self.clips.items()}
+
+    @property
+    def space(self) -> dict[str, Any]:
+        """What must be the same where two sets of images are compared."""
+        return {"features": self.features.identity if self.features else None, "radii": list(self.radii)}
+
+    def for_reference(self) -> Measure:
+        """What is measured of the images that others are compared with."""
+        return Measure(self.features, self.radii)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Columns:
+        columns: dict[str, Tensor] = {}
+        if self.features:
+            for radius in self.radii:
+                columns[f"features_{radius}"], logits = self.features.classify(blurred(images, radius))
+                if radius == 0 and logits is not None:
+                    columns["logits"] = logits
+        for name, clip in self.clips.items():
+            columns[f"clip {name}"] = (clip.encode_image(images) * clip.encode_text(captions)).sum(1)
+        if self.captioner:
+            scores = [metrics.caption_score(words) for words in self.captioner(images, captions)]
+            columns["caps"] = torch.tensor(scores, dtype=torch.float64)
+        if self.shapes:
+            columns["judge"] = torch.tensor(judged(images, captions))
+        return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def blurred(images: Tensor, radius: int) -> Tensor:
+    """Pillow's Gaussian blur of images in [-1, 1], on 8-bit pixels as in the papers' tables."""
+    if radius == 0:
+        return images
+    blur = ImageFilter.GaussianBlur(radius)
+    return torch.cat([from_pil(picture.filter(blur)) for picture in to_pil(images)]).to(images.device)
+
+
+def judged(images: Tensor, captions: Sequence[str]) -> list[list[bool]]:
+    """For each image whether ``ATTRIBUTES`` are as its sentence says."""
+    rows = []
+    for found, caption in zip(judge.judge(images), captions, strict=True):
+        expected = parse(caption)
+        right = [getattr(found, name) == getattr(expected, name) for name in ATTRIBUTES[1:]]
+        rows.append([all(right), *right])
+    return rows
+
+
+def summary(images: Collection, reference: Collection | None = None) -> dict[str, float]:
+    """All metrics that the measured columns allow.
+
+    Args:
+        images: the set to judge. reference: what its distribution is compared with; None leaves FID, KID, precision
+            and recall out.
+
+    Raises:
+        ValueError: a set is too small, or the two were measured in different spaces.
+    """
+    columns, found = images.columns(), {}
+    if "logits" in columns:
+        found["is_mean"], found["is_std"] = metrics.inception_score(tensor(images, "logits"))
+    if reference:
+        found |= distances(images, reference)
+    for name in sorted(columns):
+        if name.startswith("clip "):
+            found[f"clip_score {name.removeprefix('clip ')}"] = 100 * images.column(name).astype(np.float64).mean()
+    if "caps" in columns:
+        found["caps"] = images.column("caps").mean()
+    if "judge" in columns:
+        right = images.column("judge").mean(0)
+        found |= {f"judge_{name}": value for name, value in zip(ATTRIBUTES, right)}
+    return {name: float(value) for name, value in found.items()}
+
+
+def distances(images: Collection, reference: Collection) -> dict[str, float]:
+    """FID at every blur; KID, precision and recall without one."""
+    found = {}
+    for name in sorted(images.columns() & reference.columns()):
+        if name.startswith("features_"):
+            both = metrics.moments(images.each(name)), metrics.moments(reference.each(name))
+            found[f"fid_{name.removeprefix('features_')}"] = metrics.frechet_distance(*both)
+    if "features_0" in images.columns():
+        pair = tensor(images, "features_0"), tensor(reference, "features_0")
+        found["kid_mean"], found["kid_std"] = metrics.kernel_distance(*pair)
+        found["precision"], found["recall"] = metrics.precision_recall(*pair)
+    return found
+
+
+def tensor(images: Collection, column: str) -> Tensor:
+    """A column for torch-fidelity."""
+    return torch.from_numpy(images.column(column))

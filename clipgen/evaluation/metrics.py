@@ -1,0 +1,84 @@
+"""The papers' metrics of sets of images, as functions of features: torch-fidelity's where it has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+KID_SUBSET = 1000  # images in each of torch-fidelity's 100 subsets; all of them where there are fewer
+NEIGHBOURS = 3  # of precision and recall
+Moments = tuple[np.ndarray, np.ndarray]  # mean (F,), covariance (F, F)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """FID (arXiv:1706.08500): ||m - m'||^2 + tr(C + C' - 2 (C C')^(1/2)).
+
+    The trace of the root is the sum of the roots of the eigenvalues of C^(1/2) C' C^(1/2), which is symmetric: that is
+    stabler, and on 2048 features ten times faster, than the general root.
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    values, vectors = np.linalg.eigh(cov_a)
+    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    product = np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)
+    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(product).sum()
+    return max(float(distance), 0.0)
+
+
+def kernel_distance(generated: Tensor, reference: Tensor) -> tuple[float, float]:
+    """KID (arXiv:1801.01401) of features (N, F), (M, F): mean and standard deviation over 100 subsets."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(KID_SUBSET, len(generated), len(reference))
+    return _two(kid_features_to_metric(generated, reference, kid_subset_size=size, verbose=False))
+
+
+def inception_score(logits: Tensor) -> tuple[float, float]:
+    """IS (arXiv:1606.03498) of logits (N, C): mean and standard deviation over 10 splits."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    return _two(isc_features_to_metric(logits, splits=min(10, len(logits))))
+
+
+def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Improved precision and recall (arXiv:1904.06991) of features (N, F), (M, F), with 3 neighbours.
+
+    Raises:
+        ValueError: a set has no more images than neighbours.
+    """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    if (few := min(len(generated), len(reference))) <= NEIGHBOURS:
+        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on either side, got {few}")
+    found = prc_features_to_metric(generated, reference, save_cpu_ram=True, verbose=False)
+    return found["precision"], found["recall"]
+
+
+def caption_score(log_probabilities: Tensor) -> float:
+    """CapS of CogView (arXiv:2105.13290): the geometric mean of a caption's token probabilities (L,)."""
+    return math.exp(log_probabilities.double().mean().item())
+
+
+def _two(found: dict[str, Any]) -> tuple[float, float]:
+    mean, deviation = found.values()
+    return mean, deviation
+
+
+def moments(parts: Iterable[np.ndarray]) -> Moments:
+    """Mean and unbiased covariance of features that come part by part, (n, F) each; in 64 bits, in constant memory.
+
+    Raises:
+        ValueError: there are fewer than two rows.
+    """
+    count, shift, total, outer = 0, np.zeros(0), np.zeros(0), np.zeros(0)
+    for part in filter(len, parts):
+        if not count:  # products of small differences keep their digits
+            shift, total, outer = part.mean(0, dtype=np.float64), np.zeros(part.shape[1]), np.zeros(part.shape[1:] * 2)
+        centred = part - shift
+        count, total, outer = count + len(part), total + centred.sum(0), outer + centred.T @ centred
+    if count < 2:
+        raise ValueError(f"a Frechet distance needs at least two images on either side, got {count}")
+    return shift + total / count, (outer - np.outer(total, total) / count) / (count - 1)

@@ -1,0 +1,149 @@
+"""Where the images of an evaluation come from: a system that draws, a folder of pictures, a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgen.data.folder import ImageFolder, find_images
+from clipgen.data.images import UnusableImage, decode_image
+from clipgen.data.shapes import ShapesDataset
+from clipgen.data.shards import ImageShards, image_shards
+from clipgen.encoding import pieces, read
+from clipgen.evaluation.captions import Caption, captions_of
+from clipgen.evaluation.collection import Batch
+from clipgen.images import from_pil
+from clipgen.pipeline import TextToImage
+
+PIECE = 500  # images in a part: what a kill can lose
+Draw = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> images (B, 3, H, W) in [-1, 1]
+
+
+class Drawn:
+    """Images that a system draws, one a caption, each from its own seed.
+
+    Args:
+        draw: captions and seeds -> images. identity: tells the system and its settings from others.
+        batch_size: images asked for at once.
+    """
+
+    def __init__(self, draw: Draw, captions: Sequence[str], seed: int, identity: dict[str, Any], batch_size: int = 50):
+        self.draw, self.captions, self.seed, self.batch_size = draw, list(captions), seed, batch_size
+        self.pieces = runs(len(self.captions), PIECE)
+        digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
+        self.identity = identity | {"captions": digest, "seed": seed, "images": len(self.captions)}
+
+    def read(self, piece: range) -> Iterator[Batch]:
+        for start in range(piece.start, piece.stop, self.batch_size):
+            numbers = range(start, min(start + self.batch_size, piece.stop))
+            captions = [self.captions[i] for i in numbers]
+            yield self.draw(captions, [self.seed + i for i in numbers]), captions
+
+
+def drawing(pipe: TextToImage, rerank_from: int = 1, **settings: Any) -> Draw:
+    """How a pipeline draws; of ``rerank_from`` images a caption it hands over what its CLIP finds nearest."""
+
+    def draw(captions: list[str], seeds: list[int]) -> Tensor:
+        embeddings = pipe.clip.encode_text(captions).repeat_interleave(rerank_from, dim=0)
+        each = [seed * rerank_from + i for seed in seeds for i in range(rerank_from)]
+        images = pipe.generate(embeddings, each, **settings)
+        if rerank_from == 1:
+            return images
+        with torch.no_grad():
+            scores = torch.cat([(pipe.clip.encode_image(i) * e).sum(1)
+                                for i, e in zip(images.split(256), embeddings.split(256))])  # fmt: skip
+        rows = torch.arange(len(seeds), device=scores.device)
+        return images[scores.view(-1, rerank_from).argmax(1) + rows * rerank_from]
+
+    return draw
+
+
+class Pictures:
+    """The pictures of a folder, whoever drew them: central squares, resized where they are not ``image_size`` already.
+
+    Args:
+        image_size: None: as the first picture. captions: see ``captions_of``; ``()``: none are needed.
+        workers: threads that decode.
+    """
+
+    def __init__(self, root: str | Path, image_size: int | None = None, captions: Sequence[Caption] | None = (),
+                 batch_size: int = 50, workers: int = 4):  # fmt: skip
+        self.root, self.batch_size, self.workers = Path(root).expanduser(), batch_size, workers
+        self.files = find_images(self.root)
+        self.image_size = image_size or min(self._decode(self.files[0]).size)
+        self.captions = [] if captions == () else captions_of(self.root, self.files, captions)
+        self.pieces = runs(len(self.files), PIECE)
+        said = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
+        content = content_hash([self.root / file for file in self.files])
+        self.identity = {"pictures": content, "captions": said, "image_size": self.image_size}
+
+    def read(self, piece: range) -> Iterator[Batch]:
+        with ThreadPool(self.workers) as pool:
+            for start in range(piece.start, piece.stop, self.batch_size):
+                rows = slice(start, min(start + self.batch_size, piece.stop))
+                yield torch.cat(pool.map(self._load, self.files[rows])), self.captions[rows]
+
+    def _load(self, file: str) -> Tensor:
+        return from_pil(self._decode(file), self.image_size)
+
+    def _decode(self, file: str) -> Any:
+        try:
+            return decode_image(self.root / file)
+        except UnusableImage as error:
+            raise ValueError(f"{self.root / file} cannot be used as an image: {error}") from error
+
+
+class RealImages:
+    """The usable images of a data set, centre-cropped: what others are compared with.
+
+    Args:
+        name: a folder, tar shards (globs, braces) or ``"shapes"``. count, seed: of shapes, which are drawn.
+    """
+
+    def __init__(self, name: str, image_size: int, batch_size: int = 50, count: int = 10_000, seed: int = 1_000_003):
+        self.batch_size = batch_size
+        self.dataset: Any = open_dataset(name, image_size, count, seed)
+        self.pieces = pieces(self.dataset, PIECE)
+        if isinstance(self.dataset, ShapesDataset):
+            content = f"shapes {count} {seed}"
+        elif isinstance(self.dataset, ImageShards):
+            content = content_hash([Path(url) for url in self.dataset.urls])
+        else:
+            content = content_hash([self.dataset.root / file for file in self.dataset.files])
+        self.identity = {"pictures": content, "image_size": image_size}
+
+    def read(self, piece: Any) -> Iterator[Batch]:
+        return ((views[:, 0], []) for views in read(self.dataset, piece, 1, self.batch_size))
+
+
+def open_dataset(name: str, image_size: int, count: int, seed: int) -> Any:
+    """``"shapes"``, a folder, or shards."""
+    if name == "shapes":
+        return ShapesDataset(count, image_size, seed)
+    if Path(name).expanduser().is_dir():
+        return ImageFolder(name, image_size, train=False)
+    return image_shards(name, image_size, train=False)
+
+
+def content_hash(paths: Sequence[Path]) -> str:
+    """A hash of files' bytes, in order; of what is no file (a URL), of its name."""
+    digest = hashlib.sha256()
+    for path in paths:
+        if not path.is_file():
+            digest.update(str(path).encode())
+            continue
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:32]
+
+
+def runs(count: int, size: int) -> list[range]:
+    """0, 1, ..., count - 1 in runs of ``size``."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,0 +1,493 @@
+"""The papers' metrics, against torch-fidelity end to end, numpy, Pillow and values by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from commands import Call
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
+from clipgen.evaluation import captions as sentences
+from clipgen.evaluation import metrics
+from clipgen.evaluation.captioner import captioner
+from clipgen.evaluation.collection import Collection, collect
+from clipgen.evaluation.evaluate import evaluate, table
+from clipgen.evaluation.features import clean_resize, feature_extractor
+from clipgen.evaluation.measure import Measure, blurred, summary
+from clipgen.evaluation.sources import Drawn, Pictures, RealImages, drawing
+from clipgen.images import save_png, to_pil
+
+fidelity = pytest.importorskip("torch_fidelity")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """A randomly initialised Inception, saved as the published one is."""
+    torch.manual_seed(0)
+    from torch_fidelity import feature_extractor_inceptionv3 as published
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    kept, published.load_state_dict_from_url = published.load_state_dict_from_url, lambda *a, **k: {}
+    strict = torch.nn.Module.load_state_dict
+    try:
+        torch.nn.Module.load_state_dict = lambda self, state, *a, **k: None
+        network = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    finally:
+        torch.nn.Module.load_state_dict, published.load_state_dict_from_url = strict, kept
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)  # else the features of so deep a network vanish
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def shapes_folder(folder, count: int, seed: int):
+    """PNGs of shapes that carry their sentences."""
+    folder.mkdir()
+    data = ShapesDataset(count, seed=seed)
+    for i, picture in enumerate(to_pil(data.render(range(count)))):
+        save_png(picture, folder / f"{i:03d}.png", {"prompt": str(data.attributes[i])})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("pictures")
+    return shapes_folder(base / "a", 24, 1), shapes_folder(base / "b", 30, 2)
+
+
+def some_features(images: Tensor) -> Tensor:
+    """Means of 8 x 8 patches, 48 numbers."""
+    return F.adaptive_avg_pool2d(images, 4).flatten(1)
+
+
+def sixteen_classes(images: Tensor) -> tuple[Tensor, Tensor]:
+    found = some_features(images)
+    return found, found[:, :16] * 3
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_frechet_distance_is_torch_fidelitys_and_scipys():
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(500, 20)) @ rng.normal(size=(20, 20)), rng.normal(size=(400, 20)) + 0.5
+    ours = metrics.frechet_distance(metrics.moments(np.array_split(a, 7)), metrics.moments([b]))
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    both = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    assert ours == pytest.approx(fid_statistics_to_metric(*both, False)["frechet_inception_distance"], rel=1e-6)
+    root = scipy_linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    by_scipy = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    assert ours == pytest.approx(by_scipy, rel=1e-6)
+
+
+def test_frechet_distance_of_two_known_gaussians():
+    """Diagonal covariances: sum (m - m')^2 + (s - s')^2."""
+    a = np.array([1.0, 2.0]), np.diag([4.0, 9.0])
+    b = np.array([0.0, 4.0]), np.diag([1.0, 25.0])
+    assert metrics.frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 4)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_moments_of_far_away_features_keep_their_digits():
+    x = np.random.default_rng(0).normal(size=(100, 3)) + 1e6
+    mean, covariance = metrics.moments(np.array_split(x, 9))
+    assert mean == pytest.approx(x.mean(0), rel=1e-12) and covariance == pytest.approx(np.cov(x.T), rel=1e-6)
+    with pytest.raises(ValueError, match="at least two images on either side, got 1"):
+        metrics.moments([x[:1]])
+
+
+def test_inception_score_by_hand():
+    """Two classes, each image sure of one of them: exp(KL) = 2; all alike: 1."""
+    sure = torch.tensor([[50.0, 0.0], [0.0, 50.0]]).repeat(500, 1)
+    mean, _ = metrics.inception_score(sure)
+    assert mean == pytest.approx(2, rel=1e-2)
+    assert metrics.inception_score(torch.zeros(100, 5))[0] == pytest.approx(1)
+
+
+def test_kernel_distance_by_its_formula():
+    x, y = torch.randn(40, 6), torch.randn(40, 6) + 1
+    k = lambda a, b: (a @ b.T / 6 + 1) ** 3
+    off = lambda m: (m.sum() - m.trace()) / (40 * 39)
+    expected = off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean()  # fewer than 1000: every subset is the whole
+    mean, spread = metrics.kernel_distance(x, y)
+    assert mean == pytest.approx(expected.item(), rel=1e-4) and spread == pytest.approx(0, abs=1e-4)
+
+
+def test_precision_and_recall_of_sets_that_know_each_other():
+    x = torch.randn(50, 4)
+    assert metrics.precision_recall(x, x) == (1, 1)
+    assert metrics.precision_recall(x[:25] * 0.01, x)[1] < metrics.precision_recall(x[:25] * 0.01, x)[0]  # one mode
+    with pytest.raises(ValueError, match="more than 3 images on either side, got 3"):
+        metrics.precision_recall(x[:3], x)
+
+
+def test_caption_score_is_the_geometric_mean():
+    assert metrics.caption_score(torch.tensor([0.5, 0.125]).log()) == pytest.approx(0.25)
+
+
+def test_blur_is_pillows(images):
+    for radius in (1, 2):
+        for ours, picture in zip(to_pil(blurred(images, radius)), to_pil(images)):
+            assert np.array_equal(np.asarray(ours), np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))))
+    assert blurred(images, 0) is images
+
+
+# ------------------------------------------------------------------------------------------------------ feature spaces
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resize", ["inception", "inception-clean"])
+def test_a_folder_has_torch_fidelitys_numbers(two_folders, inception_file, tmp_path, resize):
+    """The whole way from PNG files, beside torch-fidelity's own command."""
+    features = feature_extractor(f"{resize}:{inception_file}")
+    ours = evaluate(tmp_path, Pictures(two_folders[0]), Measure(features, [0]), RealImages(str(two_folders[1]), 32))
+    theirs = fidelity.calculate_metrics(
+        input1=str(two_folders[0]), input2=str(two_folders[1]), isc=True, fid=True, kid=True, prc=True, cuda=False,
+        kid_subset_size=24, verbose=False, cache=False, feature_extractor="inception-v3-compat",
+        feature_layer_prc="2048",
+        feature_extractor_weights_path=str(inception_file),
+    )  # fmt: skip
+    pairs = {"fid_0": "frechet_inception_distance", "precision": "precision", "recall": "recall"}
+    if resize == "inception":
+        for name, key in pairs.items():  # theirs takes roots of a singular product's general eigenvalues: 1e-5 of noise
+            assert ours[name] == pytest.approx(theirs[key], rel=1e-4), name
+    else:
+        assert ours["fid_0"] != pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_inception_by_a_file(inception_file, images):
+    """The network's features are torch-fidelity's; the resizes are two spaces; a crafted file runs nothing."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    network = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_file))
+    plain, clean = (feature_extractor(f"{name}:{inception_file}") for name in ("inception", "inception-clean"))
+    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
+    for ours, theirs in zip(plain.classify(images), network(pixels)):
+        assert torch.equal(ours, theirs)
+    assert plain.identity != clean.identity and not torch.allclose(plain(images), clean(images), rtol=1e-3)
+    large = F.interpolate(images, (299, 299))  # nothing to resize: both agree
+    assert torch.allclose(plain(large), clean(large), atol=1e-5)
+    bad = inception_file.with_name("bad.pth")
+    torch.save({"x": pytest.raises}, bad)
+    with pytest.raises(ValueError, match="need torch-fidelity and its weights"):
+        feature_extractor(f"inception:{bad}")
+
+
+def test_the_clean_resize_is_pillows_on_floats(images):
+    pixels = (images + 1) * 127.5
+    ours = clean_resize(pixels, 61)
+    for image, expected in zip(ours[:2], pixels[:2]):
+        for channel, plane in zip(image, expected):
+            resized = Image.fromarray(plane.numpy(), mode="F").resize((61, 61), Image.Resampling.BICUBIC)
+            assert np.abs(np.asarray(resized).clip(0, 255) - channel.numpy()).max() < 0.01
+
+
+def test_classifiers_of_torchvision_and_timm(tmp_path, images):
+    import timm
+    from torchvision.models import resnet18
+
+    network = resnet18().eval()
+    torch.save(network.state_dict(), tmp_path / "resnet.pth")
+    features, logits = feature_extractor(f"torchvision:resnet18:{tmp_path / 'resnet.pth'}").classify(images)
+    assert features.shape == (8, 512) and torch.allclose(network.fc(features), logits, atol=1e-5)
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "timm.pth")
+    features, logits = feature_extractor(f"timm:resnet10t:{tmp_path / 'timm.pth'}").classify(images)
+    assert features.shape == (8, 512) and logits.shape == (8, 1000)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("nonsense", "features must be inception"), ("torchvision:nothing", "nothing"), ("timm:nothing", "cannot be had"),
+    ("os:nothing", "has no attribute"), ("inception:/nowhere.pth", "need torch-fidelity and its weights"),
+])  # fmt: skip
+def test_features_that_cannot_be_had(name, message):
+    with pytest.raises(ValueError, match=message):
+        feature_extractor(name)
+
+
+# -------------------------------------------------------------------------------------------------------- whole sets
+
+
+def of(source, measure, folder, **options) -> dict[str, float]:
+    collect(folder, source, measure, measure.identity, **options)
+    return summary(Collection(folder))
+
+
+def test_numbers_depend_on_neither_batches_nor_workers_nor_order(two_folders, tmp_path, shapes_clip):
+    features = feature_extractor(f"{__name__}:sixteen_classes")
+    measure = Measure(features, clips={"shapes": shapes_clip}, shapes=True)
+    real = RealImages(str(two_folders[1]), 32)
+    first = evaluate(tmp_path / "1", Pictures(two_folders[0], captions=None), measure, real)
+    shuffled = tmp_path / "shuffled"
+    shuffled.mkdir()
+    for i, file in enumerate(sorted(two_folders[0].iterdir(), key=lambda path: path.name[::-1])):
+        (shuffled / f"{i}.png").write_bytes(file.read_bytes())
+    other = Pictures(shuffled, captions=None, batch_size=7, workers=1)
+    second = evaluate(tmp_path / "2", other, measure, RealImages(str(two_folders[1]), 32, batch_size=11))
+    assert second == pytest.approx(first, rel=1e-6)
+    assert {"is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "clip_score shapes"} < set(first)
+    assert first["judge_all"] == 1 and first["fid_0"] > 0.01
+
+
+def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 6)
+    prompts = [str(a) for a in ALL_ATTRIBUTES[:20]]
+    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    asked = []
+
+    def draw(captions, seeds):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(seeds)
+        return drawing(pipe)(captions, seeds)
+
+    source = lambda how: Drawn(how, prompts, 5, {"model": "tiny"}, batch_size=4)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path / "killed", source(draw), measure, measure.identity)
+    assert [path.name for path in sorted((tmp_path / "killed").iterdir())] == ["identity.json", "part-000000.npz"]
+    done = []
+    collect(tmp_path / "killed", source(drawing(pipe)), measure, measure.identity, advance=done.append)
+    assert done[0] == 6 and sum(done) == 20  # what was there counts as done
+    collect(tmp_path / "whole", source(drawing(pipe)), measure, measure.identity)
+    for ours, theirs in zip(Collection(tmp_path / "killed").parts, Collection(tmp_path / "whole").parts):
+        with np.load(ours) as a, np.load(theirs) as b:
+            assert all(np.array_equal(a[name], b[name]) for name in b.files)
+
+
+def test_processes_share_the_parts(two_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
+    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    source = Pictures(two_folders[0])
+    assert evaluate(tmp_path, source, measure, share=(1, 2)) is None
+    assert len(Collection(tmp_path / "parts").parts) == 1
+    assert evaluate(tmp_path, source, measure, share=(0, 2)) is not None
+    assert len(Collection(tmp_path / "parts")) == 24
+
+
+def test_spaces_are_never_mixed(two_folders, tmp_path):
+    ours, other = (
+        Measure(feature_extractor(f"{__name__}:{name}"), [0]) for name in ("some_features", "sixteen_classes")
+    )
+    evaluate(tmp_path, Pictures(two_folders[0]), ours)
+    with pytest.raises(ValueError, match=r"was measured with features=.*some_features .*, not .*sixteen_classes"):
+        evaluate(tmp_path, Pictures(two_folders[0]), other)
+    with pytest.raises(ValueError, match="was measured with pictures="):
+        evaluate(tmp_path, Pictures(two_folders[1]), ours)
+
+
+def test_a_reference_is_measured_once(two_folders, tmp_path):
+    calls = []
+
+    class Counted(Measure):
+        def __call__(self, images, captions):
+            calls.append(len(images))
+            return super().__call__(images, captions)
+
+        def for_reference(self):
+            return Counted(self.features, self.radii)
+
+    measure = Counted(feature_extractor(f"{__name__}:some_features"), [0])
+    for run in "12":
+        evaluate(tmp_path / run, Pictures(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
+    assert sum(calls) == 24 + 30 + 24
+
+
+def test_reranking_takes_the_nearest_of_the_same_draws(pipe):
+    captions = [str(a) for a in ALL_ATTRIBUTES[:3]]
+    best = drawing(pipe, rerank_from=4)(captions, [0, 1, 2])
+    text = pipe.clip.encode_text(captions)
+    for i in range(3):
+        four = pipe.generate(text[i : i + 1].expand(4, -1), [4 * i + j for j in range(4)])
+        scores = pipe.clip.encode_image(four) @ text[i]
+        assert torch.allclose(best[i], four[scores.argmax()], atol=1e-5)
+
+
+def test_an_image_of_nan_is_refused(tmp_path):
+    def draw(captions, seeds):
+        images = torch.zeros(len(seeds), 3, 8, 8)
+        images[-1, 0, 0, 0] = math.nan
+        return images
+
+    with pytest.raises(ValueError, match="images must be finite, got NaN or infinity in an image of 'two'"):
+        collect(tmp_path, Drawn(draw, ["one", "two"], 0, {}), Measure(None), {})
+
+
+# ------------------------------------------------------------------------------------------------------------ captions
+
+
+def test_captions_in_every_format(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n\n a dog \n")
+    (tmp_path / "b.txt").write_text("1.png\ta cat\n")
+    (tmp_path / "c.json").write_text(json.dumps(["a cat"]))
+    (tmp_path / "d.json").write_text(json.dumps({"x/1.png": "a cat"}))
+    coco = {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "A bus."}]}
+    (tmp_path / "e.json").write_text(json.dumps(coco))
+    read = lambda name: sentences.read_captions(tmp_path / name)
+    assert read("a.txt") == [(None, "a cat"), (None, "a dog")] and read("b.txt") == [("1.png", "a cat")]
+    assert read("c.json") == [(None, "a cat")] and read("d.json") == [("x/1.png", "a cat")]
+    assert read("e.json") == [("7.jpg", "A bus.")] and len(sentences.read_captions("shapes")) == 288
+    for name, content in (("f.json", "{"), ("g.json", '{"annotations": 3}'), ("h.txt", ""), ("i.json", '["a", " "]')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=name):
+            read(name)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
+        read("nothing.txt")
+
+
+def test_a_part_of_the_captions_or_all_in_turn():
+    assert sentences.choose(["a", "b"], 5, 0) == ["a", "b", "a", "b", "a"]
+    some = sentences.choose([str(i) for i in range(100)], 10, 1)
+    assert some == sentences.choose([str(i) for i in range(100)], 10, 1) and len(set(some)) == 10
+    assert some == sorted(some, key=int) and some != sentences.choose([str(i) for i in range(100)], 10, 2)
+
+
+def test_captions_of_pictures(two_folders, tmp_path):
+    folder = two_folders[0]
+    source = Pictures(folder, captions=None)
+    assert source.captions == [str(a) for a in ShapesDataset(24, seed=1).attributes]
+    by_name = [(f"{i:03d}.png", f"caption {i}") for i in reversed(range(24))]
+    assert Pictures(folder, captions=by_name).captions[3] == "caption 3"
+    with pytest.raises(ValueError, match=r"none for 000\.png"):
+        Pictures(folder, captions=by_name[:5])
+    with pytest.raises(ValueError, match="one a picture, got 2 for 24 pictures"):
+        Pictures(folder, captions=[(None, "a"), (None, "b")])
+    Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
+    with pytest.raises(ValueError, match=r"silent\.png holds none"):
+        Pictures(tmp_path, captions=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------- CapS
+
+
+def test_blips_caption_score_is_the_formula(tmp_path, images):
+    """A tiny BLIP: the product of the words' probabilities, one forward pass a word, without special tokens."""
+    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor
+    from transformers import BlipProcessor as Processor
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "blue", "star", "ring"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), vocab_file=str(tmp_path / "vocab.txt"))
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config = BlipConfig(
+        text_config=dict(**small, vocab_size=11, encoder_hidden_size=16, bos_token_id=5, sep_token_id=3, pad_token_id=0,
+                         eos_token_id=3, is_decoder=True, initializer_range=0.5),
+        vision_config=dict(**small, image_size=32, patch_size=16, initializer_range=0.5), projection_dim=8,
+    )  # fmt: skip
+    model = BlipForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "blip")
+    size = {"height": 32, "width": 32}
+    Processor(BlipImageProcessor(size=size), tokenizer).save_pretrained(tmp_path / "blip")
+    ours = captioner(f"blip:{tmp_path / 'blip'}")(images[:2], ["a red star", "a blue"])
+    pixels = BlipImageProcessor(size=size)(to_pil(images[:2]), return_tensors="pt")["pixel_values"]
+    for row, (image, ids) in enumerate(zip(pixels, ([6, 7, 9], [6, 8]))):
+        product, before = 1.0, [5]
+        for word in ids:
+            with torch.no_grad():
+                logits = model(pixel_values=image[None], input_ids=torch.tensor([before])).logits[0, -1]
+            product *= logits.softmax(-1)[word].item()
+            before.append(word)
+        assert metrics.caption_score(ours[row]) == pytest.approx(product ** (1 / len(ids)), rel=1e-4)
+
+
+def half_sure(images: Tensor, captions) -> list[Tensor]:
+    """A captioner by hand: every word has probability 1 / 2, but "blue" 1 / 8."""
+    return [torch.tensor([0.125 if word == "blue" else 0.5 for word in text.split()]).log() for text in captions]
+
+
+def test_caption_score_of_a_set(tmp_path, images):
+    source = Drawn(lambda captions, seeds: images[: len(seeds)], ["a red", "a blue"], 0, {})
+    found = of(source, Measure(None, captioner=captioner(f"{__name__}:half_sure")), tmp_path)
+    assert found == {"caps": pytest.approx((0.5 + 0.25) / 2)}
+    with pytest.raises(ValueError, match=r"captioner 'blip:/nowhere' cannot be had .* go online once"):
+        captioner("blip:/nowhere")
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    return lambda *arguments: Call(monkeypatch, capsys, "clipgen-eval", *arguments)
+
+
+OFFLINE = ("--features", "clip:shapes", "--clip", "shapes", "--device", "cpu")
+
+
+@pytest.mark.slow
+def test_the_bundled_model(call, tmp_path):
+    done = call("--checkpoint", "shapes", "--captions", "shapes", "--reference", "shapes", "--judge", "--num-images",
+                40, "--top-p", 0.8, "--output", tmp_path / "out", *OFFLINE)  # fmt: skip
+    assert done.code == 0, done.stderr
+    content = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert content["metrics"]["judge_all"] >= 0.9 and content["metrics"]["clip_score shapes"] > 80
+    assert content["protocol"]["images"] == 40 and content["protocol"]["reference"]["images"] == 40
+    assert content["protocol"]["features"].startswith("clip:shapes ")
+    assert "| FID-0 ↓ |" in (tmp_path / "out/row.md").read_text() and "| FID-0 ↓ |" in done.stdout
+
+
+def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
+    done = call("--images", two_folders[0], "--reference", two_folders[1], "--judge", "--name", "another system",
+                "--output", tmp_path / "out", *OFFLINE)  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert "| another system |" in done.stdout
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["judge_all"] == 1
+
+
+def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
+    tiny_vqgan.save(tmp_path / "vqgan")
+    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    assert done.code == 0, done.stderr
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]
+    images = torch.cat([batch for batch, _ in Pictures(two_folders[0]).read(range(24))])
+    with torch.no_grad():
+        error = (tiny_vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4
+    assert found["psnr"] == pytest.approx(-10 * error.log10().mean().item(), rel=1e-4)
+    assert {"ssim", "rfid", "codebook_usage"} < set(found)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--checkpoint", "shapes"), "give --captions or --classes"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--num-images", 1), "num_images must be at least 2, got 1"),
+    (("--checkpoint", "shapes", "--captions", "nowhere.txt"), "existing file, got nowhere.txt"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--top-p", 1.3), "top_p must be in (0, 1], got 1.3"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--captioner", "blip:/nowhere"), "captioner 'blip:/nowhere'"),
+    (("--checkpoint", "shapes", "--classes", "shapes", "--template", "A photo"), "a place for the class"),
+    (("--images", "nowhere"), "root must be an existing folder"),
+    (("--vqgan", "nowhere"), "give --reference"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--blur", -1), "blur must be radii of at least 0, got -1"),
+])  # fmt: skip
+def test_one_sentence(call, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    done = call(*arguments, "--output", "out", *OFFLINE)
+    assert done.code == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_picture_is_too_few(call, tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "one/a.png")
+    done = call("--images", tmp_path / "one", "--reference", tmp_path / "one", "--clip", "none", "--features",
+                "clip:shapes", "--output", tmp_path / "out")  # fmt: skip
+    assert done.code == 1 and "at least two images on either side, got 1" in done.stderr
+
+
+def test_tables():
+    rows = [("a", {"is_mean": 21.4321, "is_std": 0.5, "fid_0": 20.7}), ("b", {"fid_0": 1e-3})]
+    assert table(rows) == (
+        "| system | IS ↑ | FID-0 ↓ |\n| --- | --- | --- |\n| a | 21.43 ± 0.5 | 20.7 |\n| b | - | 0.001 |\n"
+    )
