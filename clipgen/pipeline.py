@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 import clipgen
+from clipgen.bridge import Bridge
 from clipgen.clip import BUNDLED as BUNDLED_CLIPS
 from clipgen.clip import FrozenCLIP, find_folder
 from clipgen.images import from_pil, to_pil
@@ -28,6 +29,7 @@ from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 
 BUNDLED = {"shapes": Path(__file__).parent / "bundled"}
+BRIDGE = "bridge.safetensors"
 BATCH = 64  # images drawn at a time
 CARD = """---
 library_name: clipgen
@@ -56,11 +58,15 @@ class TextToImage:
 
     pipe = TextToImage.load("shapes")
     pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
+
+    Args:
+        bridge: moves the embeddings of sentences to where those of images lie; None leaves them where they are.
     """
 
-    def __init__(self, vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCLIP):
+    def __init__(self, vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCLIP,
+                 bridge: Bridge | None = None):  # fmt: skip
         transformer.attach(vqgan, clip)  # refuses parts that do not belong together
-        self.vqgan, self.transformer, self.clip = vqgan.eval(), transformer.eval(), clip
+        self.vqgan, self.transformer, self.clip, self.bridge = vqgan.eval(), transformer.eval(), clip, bridge
         self.side = math.isqrt(transformer.num_tokens)
         if self.side**2 != transformer.num_tokens:
             raise ValueError(f"num_tokens must be a square, for square pictures, got {transformer.num_tokens}")
@@ -76,12 +82,15 @@ class TextToImage:
         path = Path(BUNDLED.get(str(path_or_name), path_or_name)).expanduser()
         transformer = ConditionalTransformer.load(path)
         root = path.parent.parent if path.is_file() else path.parent if (path / "config.json").is_file() else path
-        return cls(VQGAN.load(root), transformer, load_clip(root))
+        bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
+        return cls(VQGAN.load(root), transformer, load_clip(root), bridge)
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write tokenizer, CLIP and transformer below a folder, with a model card; what ``load`` reads."""
         save_frozen(Path(path), self.vqgan, self.clip, half)
         self.transformer.save(Path(path) / "transformer", half)
+        if self.bridge:
+            self.bridge.save(Path(path) / BRIDGE)
         (Path(path) / "README.md").write_text(self.card())
         return Path(path)
 
@@ -103,8 +112,9 @@ class TextToImage:
 
     def to(self, device: str | torch.device) -> TextToImage:
         """Move all parts to a device."""
-        for part in (self.vqgan, self.transformer, self.clip):
-            part.to(device)
+        for part in (self.vqgan, self.transformer, self.clip, self.bridge):
+            if part is not None:
+                part.to(device)
         return self
 
     @property
@@ -114,9 +124,17 @@ class TextToImage:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A short hash of the weights that draw: of transformer and tokenizer."""
+        """A short hash of the weights that draw: of transformer, tokenizer and bridge."""
         tokenizer = {f"vqgan.{name}": tensor for name, tensor in self.vqgan.tokenizer.state_dict().items()}
-        return files.fingerprint(self.transformer.state_dict() | tokenizer)
+        bridge = {
+            f"bridge.{name}": tensor for name, tensor in (self.bridge.state_dict() if self.bridge else {}).items()
+        }
+        return files.fingerprint(self.transformer.state_dict() | tokenizer | bridge)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Sentences -> embeddings (B, E), unit norm, where this pipeline draws from: behind the bridge."""
+        found = self.clip.encode_text(texts)
+        return found if self.bridge is None else self.bridge(found)
 
     @torch.no_grad()
     def embed(self, prompt: Prompt) -> Tensor:
@@ -127,18 +145,18 @@ class TextToImage:
                 sentences, with negative weights too; or an embedding (E,).
         """
         if isinstance(prompt, str):
-            return self.clip.encode_text([prompt])
+            return self.encode_text([prompt])
         if isinstance(prompt, Image.Image):
             return self.clip.encode_image(from_pil(prompt).to(self.clip.device))
         if isinstance(prompt, Tensor):
             return F.normalize(prompt.view(1, -1).to(self.clip.device), dim=-1)
         weights = torch.tensor(list(prompt.values()), device=self.clip.device)
-        return F.normalize(weights[None] @ self.clip.encode_text(list(prompt)), dim=-1)
+        return F.normalize(weights[None] @ self.encode_text(list(prompt)), dim=-1)
 
     def __call__(
         self, prompt: Prompt, num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
-        guidance_scale: float = 1.0, rerank_from: int | None = None, seed: int | None = None,
-        complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
+        guidance_scale: float = 1.0, guidance_power: float = 0.0, rerank_from: int | None = None,
+        seed: int | None = None, complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
     ) -> list[Image.Image]:  # fmt: skip
         """Draw pictures of a sentence, or of what else ``embed`` takes.
 
@@ -152,8 +170,9 @@ class TextToImage:
             PIL images, best first where reranked.
         """
         settings: dict[str, Any] = dict(
-            temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale
-        )
+            temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale,
+            guidance_power=guidance_power,
+        )  # fmt: skip
         check_request(prompt, num_images, rerank_from)
         check_sampling(**settings)
         seeds = row_seeds(seed, rerank_from or num_images)

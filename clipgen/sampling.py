@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,7 +12,8 @@ Step = Callable[[int, "Tensor | None"], Tensor]  # (position, previous index (B,
 Watch = Callable[[Tensor], None]
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0) -> None:
+def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0,
+                   guidance_power: float = 0.0) -> None:  # fmt: skip
     """Raise ValueError unless the settings make sense."""
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
@@ -21,6 +23,8 @@ def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if not guidance_scale >= 0:
         raise ValueError(f"guidance_scale must be at least 0, got {guidance_scale}")
+    if not math.isfinite(guidance_power):
+        raise ValueError(f"guidance_power must be a finite number, got {guidance_power}")
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0) -> Tensor:
@@ -47,17 +51,24 @@ def draw(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: i
     return candidates.gather(-1, choice.minimum(last))[:, 0]
 
 
-def guided(step: Step, scale: float) -> Step:
+def guided(step: Step, scales: Sequence[float]) -> Step:
     """Classifier-free guidance (arXiv:2207.12598): the inner step scores B conditioned rows, then the same B without.
 
-    ``l = l_null + scale * (l_condition - l_null)``: scale 1 is no guidance.
+    ``l = l_null + scale * (l_condition - l_null)``, with the scale of each position: 1 is no guidance.
     """
 
     def guided_step(position: int, previous: Tensor | None) -> Tensor:
         condition, null = step(position, None if previous is None else previous.repeat(2)).chunk(2)
-        return null + scale * (condition - null)
+        return null + scales[position] * (condition - null)
 
     return guided_step
+
+
+def guidance_scales(scale: float, power: float, length: int) -> list[float]:
+    """The scale at each position: ``1 + (scale - 1) * w``, x in [0, 1] from the first to the last. w is 1 for power 0,
+    rises as ``x ** power`` for a power above, falls as ``(1 - x) ** -power`` for one below."""
+    places = [position / max(length - 1, 1) for position in range(length)]
+    return [1 + (scale - 1) * (x**power if power >= 0 else (1 - x) ** -power) for x in places]
 
 
 @torch.no_grad()

@@ -82,14 +82,16 @@ class ConditionalTransformer(pl.LightningModule):
 
     @torch.no_grad()
     def sample(self, clip_embedding: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
-               guidance_scale: float = 1.0, seed: int | Sequence[int] | None = None, given: Tensor | None = None,
-               watch: sampling.Watch | None = None) -> Tensor:  # fmt: skip
+               guidance_scale: float = 1.0, guidance_power: float = 0.0, seed: int | Sequence[int] | None = None,
+               given: Tensor | None = None, watch: sampling.Watch | None = None) -> Tensor:  # fmt: skip
         """Draw indices for CLIP embeddings of images or sentences.
 
         Args:
             clip_embedding: (B, E), unit norm.
             temperature, top_k, top_p: see ``sampling.draw``; k = 300, p = 1 are the paper's.
             guidance_scale: 1 is none; more follows the condition more closely. Needs ``condition_dropout`` in training.
+            guidance_power: 0: the same guidance everywhere; above, it grows along the image; below, it fades. See
+                ``sampling.guidance_scales``.
             seed: row i draws from ``seed + i``; or one seed a row. A row's indices do not depend on the other rows.
             given: first indices (B, P) to go on from. watch: called with the indices so far, (B, t), at every step.
 
@@ -104,7 +106,7 @@ class ConditionalTransformer(pl.LightningModule):
             condition = torch.cat([condition, self.gpt.condition(clip_embedding, drop=everything)])
         step: sampling.Step = CachedDecoder(self.gpt, condition)  # knows no dropout, in training mode either
         if guidance_scale != 1:
-            step = sampling.guided(step, guidance_scale)
+            step = sampling.guided(step, sampling.guidance_scales(guidance_scale, guidance_power, self.num_tokens))
         uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
         settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         return sampling.decode(step, uniforms, **settings, given=given, watch=watch)

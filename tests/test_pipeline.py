@@ -64,7 +64,7 @@ def test_without_a_seed_the_picture_tells_its_own(pipe):
 
 
 def test_metadata(pipe):
-    settings = dict(temperature=0.9, top_k=7, top_p=0.8, guidance_scale=2.0)
+    settings = dict(temperature=0.9, top_k=7, top_p=0.8, guidance_scale=2.0, guidance_power=1.0)
     pictures = pipe(PROMPT, num_images=2, seed=3, **settings)
     for j, picture in enumerate(pictures):
         mine = dict(clipgen=clipgen.__version__, model=pipe.fingerprint)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from clipgen.sampling import check_sampling, decode, draw, guided, random_streams, row_seeds
+from clipgen.sampling import check_sampling, decode, draw, guidance_scales, guided, random_streams, row_seeds
 
 SETTINGS = [
     dict(temperature=1.0, top_k=300, top_p=1.0),
@@ -140,10 +140,17 @@ def test_guidance_by_hand():
         seen.append(previous)
         return torch.cat([condition, null])
 
-    torch.testing.assert_close(guided(step, 1.0)(0, None), condition)
-    torch.testing.assert_close(guided(step, 0.0)(0, None), null)
-    torch.testing.assert_close(guided(step, 3.0)(1, torch.tensor([7, 8])), 3 * condition - 2 * null)
+    torch.testing.assert_close(guided(step, [1.0])(0, None), condition)
+    torch.testing.assert_close(guided(step, [0.0])(0, None), null)
+    torch.testing.assert_close(guided(step, [9.0, 3.0])(1, torch.tensor([7, 8])), 3 * condition - 2 * null)
     assert seen[-1].tolist() == [7, 8, 7, 8]  # both halves continue the same sequence
+
+
+def test_guidance_schedules():
+    assert guidance_scales(3.0, 0.0, 4) == [3.0] * 4
+    assert guidance_scales(5.0, 1.0, 5) == [1, 2, 3, 4, 5] and guidance_scales(5.0, -1.0, 5) == [5, 4, 3, 2, 1]
+    assert guidance_scales(5.0, 2.0, 3) == [1, 2, 5] and guidance_scales(0.0, 1.0, 3) == [1, 0.5, 0]
+    assert guidance_scales(2.0, 1.0, 1) == [1]
 
 
 def test_streams_belong_to_their_seeds():
@@ -168,9 +175,9 @@ def test_row_seeds():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -0.1), ("temperature", math.nan), ("top_k", 0), ("top_k", -3), ("top_p", 0.0), ("top_p", 1.3),
-     ("top_p", math.nan), ("guidance_scale", -1.0), ("guidance_scale", math.nan)],
+     ("top_p", math.nan), ("guidance_scale", -1.0), ("guidance_scale", math.nan), ("guidance_power", math.inf)],
 )  # fmt: skip
 def test_senseless_settings_are_refused(name, value):
-    settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0) | {name: value}
+    settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0, guidance_power=0.0) | {name: value}
     with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
         check_sampling(**settings)

@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--top-p", type=float, default=1.0)
     draw.add_argument("--temperature", type=float, default=1.0)
     draw.add_argument("--guidance-scale", type=float, default=1.0)
+    draw.add_argument("--guidance-power", type=float, default=0.0)
     draw.add_argument("--rerank-from", type=int, default=1, help="draw so many a sentence, keep the one nearest to it")
     p.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (default: %(default)s)")
     p.add_argument("--name", help="of the table's row")
@@ -95,7 +96,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for what no evaluation can do."""
     from clipgen.sampling import check_sampling
 
-    check_sampling(args.temperature, args.top_k, args.top_p, args.guidance_scale)
+    check_sampling(args.temperature, args.top_k, args.top_p, args.guidance_scale, args.guidance_power)
     for name, least in (("num_images", 2), ("batch_size", 1), ("rerank_from", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(args, name)}")
@@ -141,7 +142,8 @@ def drawn(args: argparse.Namespace) -> tuple[Source, int]:
     captions = choose([caption for _, caption in sentences(args)], args.num_images, args.seed)
     pipe = TextToImage.load(args.checkpoint).to(args.device or best_device())
     settings: dict[str, Any] = {
-        name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance_scale", "rerank_from")
+        name: getattr(args, name)
+        for name in ("temperature", "top_k", "top_p", "guidance_scale", "guidance_power", "rerank_from")
     }
     draw = drawing(pipe, **settings)
     source = Drawn(draw, captions, args.seed, settings | {"model": pipe.fingerprint}, args.batch_size)

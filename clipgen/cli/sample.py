@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from clipgen.pipeline import Preview, Prompt, TextToImage
 
-SETTINGS: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "guidance_scale": float}
+SETTINGS: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "guidance_scale": float,
+                            "guidance_power": float}  # fmt: skip
 
 
 def main() -> None:
@@ -50,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to p (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (default: %(default)s)")
     p.add_argument("--guidance-scale", type=float, default=1.0, help="1 is none; needs a model trained for it")
+    p.add_argument("--guidance-power", type=float, default=0.0, help="above 0 guidance grows along the image, below it "
+                   "fades (default: %(default)s, the same everywhere)")  # fmt: skip
     p.add_argument("--rerank-from", type=int, help="draw so many and keep those that CLIP finds nearest")
     p.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="all combinations on one labelled sheet: "
                    "--sweep top_k=100,300 top_p=0.8,1.0")  # fmt: skip

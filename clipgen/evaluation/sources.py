@@ -50,14 +50,15 @@ def drawing(pipe: TextToImage, rerank_from: int = 1, **settings: Any) -> Draw:
     """How a pipeline draws; of ``rerank_from`` images a caption it hands over what its CLIP finds nearest."""
 
     def draw(captions: list[str], seeds: list[int]) -> Tensor:
-        embeddings = pipe.clip.encode_text(captions).repeat_interleave(rerank_from, dim=0)
+        embeddings = pipe.encode_text(captions).repeat_interleave(rerank_from, dim=0)
+        sought = pipe.clip.encode_text(captions).repeat_interleave(rerank_from, dim=0)
         each = [seed * rerank_from + i for seed in seeds for i in range(rerank_from)]
         images = pipe.generate(embeddings, each, **settings)
         if rerank_from == 1:
             return images
         with torch.no_grad():
             scores = torch.cat([(pipe.clip.encode_image(i) * e).sum(1)
-                                for i, e in zip(images.split(256), embeddings.split(256))])  # fmt: skip
+                                for i, e in zip(images.split(256), sought.split(256))])  # fmt: skip
         rows = torch.arange(len(seeds), device=scores.device)
         return images[scores.view(-1, rerank_from).argmax(1) + rows * rerank_from]
 
