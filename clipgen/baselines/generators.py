@@ -11,12 +11,14 @@ with ``noise_dim`` and ``class_names``, and ``device``, where its inputs have to
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.baselines.label import LabelConditioned
@@ -91,9 +93,10 @@ def load_generator(
     """A generator by name.
 
     Args:
-        source: a run folder of the label-conditioned transformer; a TorchScript file (``.pt``, ``.pth``, ``.ts``) whose
-            forward takes (noise, class_indices); or ``module:function``, an importable function or object of the
-            interface (the current folder is searched too).
+        source: a run folder of the label-conditioned transformer; ``biggan-deep-128``, ``-256``, ``-512`` or
+            ``biggan:FOLDER``, see ``load_biggan``; a TorchScript file (``.pt``, ``.pth``, ``.ts``) whose forward takes
+            (noise, class_indices); or ``module:function``, an importable function or object of the interface (the
+            current folder is searched too).
         noise_dim, class_names: of the interface; for the last two, where the object does not say itself.
         settings: of ``LabelConditioned``.
 
@@ -105,12 +108,15 @@ def load_generator(
         return LabelConditioned.load(path, **settings).to(device)
     if settings:
         raise ValueError(f"{', '.join(settings)} must be left to our own models, got {source}")
+    if source.startswith(("biggan-deep-", "biggan:")):
+        return complete(load_biggan(source.removeprefix("biggan:"), device), source, noise_dim, class_names, device)
     if path.suffix in (".pt", ".pth", ".ts"):
         return complete(load_torchscript(path, device), source, noise_dim, class_names, device)
     module, colon, name = source.partition(":")
     if not colon:
         raise FileNotFoundError(
-            f"generator must be a run folder, a TorchScript file or module:function, got {source}, which does not exist"
+            "generator must be a run folder, biggan-deep-256, a TorchScript file or module:function, "
+            f"got {source}, which does not exist"
         )
     return complete(load_function(module, name), source, noise_dim, class_names, device)
 
@@ -124,6 +130,45 @@ def complete(function: Any, name: str, noise_dim: int | None, class_names: Seque
     if missing or not noise_dim or not class_names:
         raise ValueError(f"{name} does not tell its {' and '.join(missing)}: they must be given")
     return Foreign(function, name, int(noise_dim), class_names, device)
+
+
+class BigGAN:
+    """BigGAN-deep (arXiv:1809.11096) of the package pytorch-pretrained-biggan, untruncated: noise is N(0, I)."""
+
+    def __init__(self, model: Any):
+        self.model, self.noise_dim, self.classes = model, model.config.z_dim, model.config.num_classes
+        self.class_names = names_of("imagenet") if self.classes == 1000 else None
+
+    def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor:
+        one_hot = F.one_hot(class_indices, self.classes).to(noise)
+        return self.model(noise, one_hot, 1.0)
+
+
+def load_biggan(name: str, device: str | torch.device) -> BigGAN:
+    """DeepMind's BigGAN-deep on ImageNet, by the extra ``clipgen[biggan]``.
+
+    Args:
+        name: ``biggan-deep-128``, ``-256`` or ``-512``, which the package downloads; or a folder with the same files,
+            ``config.json`` and ``pytorch_model.bin``.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: the weights cannot be had.
+    """
+    try:
+        import pytorch_pretrained_biggan as package
+    except ImportError as error:
+        raise ImportError(f"BigGAN needs pip install 'clipgen[biggan]': {error}") from error
+    logging.getLogger(package.__name__).setLevel(logging.CRITICAL)  # says what it then raises
+    try:
+        model = package.BigGAN.from_pretrained(name)
+    except Exception as error:  # of the network, of files, of torch
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the weights of BigGAN {name} cannot be had; with its config.json and pytorch_model.bin in a folder, "
+            f"biggan:FOLDER needs no network ({reason})"
+        ) from error
+    return BigGAN(model.to(device).eval())
 
 
 def load_torchscript(path: Path, device: str | torch.device) -> Any:

@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     optimise.add_argument("--batch-size", type=int, default=1, help="pictures at a time (default: %(default)s)")
 
     find = systems.add_parser("search", help="draw from the classes nearest to the sentence, keep what CLIP finds best")
-    find.add_argument("--generator", required=True, help="run of the label-conditioned transformer, TorchScript file "
-                      "or module:function; called with (noise, class_indices)")  # fmt: skip
+    find.add_argument("--generator", required=True, help="run of the label-conditioned transformer, biggan-deep-256, "
+                      "TorchScript file or module:function that is called with (noise, class_indices)")  # fmt: skip
     find.add_argument("--noise-dim", type=int, help="of a generator that does not say it itself")
     find.add_argument(
         "--class-names", help="of such a generator: .json list, text file with a name a line, or imagenet"
