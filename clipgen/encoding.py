@@ -26,6 +26,7 @@ from clipgen.weights import checkpoint as files
 from clipgen.weights.safe import State, below
 
 logger = logging.getLogger(__name__)
+Batch = tuple[Tensor, list["int | None"]]  # images (B, A, 3, H, W), classes
 
 
 def encode(
@@ -55,6 +56,8 @@ def encode(
         "clip": clip_identity(clip.model_name, clip.pretrained), "codebook_size": vqgan.codebook_size,
         "clip_dim": clip.embed_dim, "augmentations": augmentations, "shard_size": shard_size,
     }  # fmt: skip
+    if getattr(data.train, "labels", False) and data.train.class_names:
+        manifest["class_names"] = data.train.class_names
     begin(root, manifest, vqgan, clip)
     whole = True
     for split, (dataset, views) in splits.items():
@@ -78,23 +81,27 @@ def pieces(dataset: Any, size: int) -> list[Any]:
     return [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
 
 
-def read(dataset: Any, piece: Any, views: int, batch_size: int) -> Iterator[Tensor]:
-    """Batches (B, A, 3, H, W) of the usable images of a piece, in order."""
+def read(dataset: Any, piece: Any, views: int, batch_size: int) -> Iterator[Batch]:
+    """Batches (B, A, 3, H, W) of the usable images of a piece, in order, with their B classes where there are some."""
     images = dataset.views(piece, views)
     while batch := list(islice(images, max(batch_size // views, 1))):
-        yield torch.stack(batch)
+        pictures, labels = zip(*batch)
+        yield torch.stack(pictures), list(labels)
 
 
 @torch.inference_mode()
-def encode_shard(path: Path, batches: Iterator[Tensor], vqgan: VQGAN, clip: FrozenCLIP) -> None:
+def encode_shard(path: Path, batches: Iterator[Batch], vqgan: VQGAN, clip: FrozenCLIP) -> None:
     """Write one shard."""
     start, rows = time.perf_counter(), []
-    for images in batches:
+    for images, labels in batches:
         flat = images.flatten(0, 1).to(vqgan.device)
         indices = vqgan.encode(flat).flatten(1).cpu().numpy()
         embedding = clip.encode_image(flat).cpu().numpy()
-        kind = record(images.shape[1], indices.shape[1], vqgan.codebook_size, embedding.shape[1])
+        labelled = labels[0] is not None
+        kind = record(images.shape[1], indices.shape[1], vqgan.codebook_size, embedding.shape[1], labelled)
         row = np.empty(len(images), kind)
+        if labelled:
+            row["label"] = labels
         row["indices"] = indices.reshape(row["indices"].shape)
         row["embedding"] = embedding.reshape(row["embedding"].shape)
         rows.append(row)
@@ -129,10 +136,19 @@ def finish(root: Path, manifest: dict[str, Any]) -> None:
     if not images["train"]:
         raise ValueError(f"the source of {root} must hold a usable image, got none")
     kind = next(kind for shape, kind in headers["train"] if shape[0])
-    write_manifest(
-        root / MANIFEST,
-        manifest | {"num_tokens": kind["indices"].shape[1], "bytes_per_image": kind.itemsize, "images": images},
-    )
+    found = {"num_tokens": kind["indices"].shape[1], "bytes_per_image": kind.itemsize, "images": images}
+    if "label" in (kind.names or ()):
+        found["num_classes"] = count_classes(root, manifest.get("class_names"))
+    write_manifest(root / MANIFEST, manifest | found)
+
+
+def count_classes(root: Path, names: list[str] | None) -> int:
+    """How many classes a cache has: as many as there are names, or as its largest label needs."""
+    shards = [np.load(path, mmap_mode="r") for split in SPLITS for path in (root / split).glob("shard-*.npy")]
+    largest = max(int(shard["label"].max()) for shard in shards if len(shard))
+    if names and largest >= len(names):
+        raise ValueError(f"the labels of {root} must be below {len(names)}, the number of class names, got {largest}")
+    return len(names) if names else largest + 1
 
 
 def header(path: Path) -> tuple[tuple[int, ...], np.dtype]:

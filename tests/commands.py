@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from clipgen.cli import convert, demo, encode, evaluate, sample, train
+from clipgen.cli import baseline, convert, demo, encode, evaluate, sample, train
 
 MAINS = {"clipgen-train": train.main, "clipgen-sample": sample.main, "clipgen-demo": demo.main,
-         "clipgen-convert": convert.main, "clipgen-encode": encode.main, "clipgen-eval": evaluate.main}  # fmt: skip
+         "clipgen-convert": convert.main, "clipgen-encode": encode.main, "clipgen-eval": evaluate.main,
+         "clipgen-baseline": baseline.main}  # fmt: skip
 SHAPES = ["data.train_size=64", "data.val_size=8"]
 STEPS = [
     "data.batch_size=8", "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,11 +16,13 @@ import torch
 from commands import TRANSFORMER, Call, command
 from conftest import VQGAN_SIZES
 from PIL import Image
+from test_data_real import make_tar
 
 from clipgen import encoding
-from clipgen.data.encoded import EncodedData, EncodedDataset, read_manifest
+from clipgen.data.encoded import EncodedData, EncodedDataset, class_names, read_manifest
 from clipgen.data.folder import folder_data
-from clipgen.data.shapes import ShapesDataset, shapes_data
+from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
+from clipgen.data.shards import read_names, shard_data
 from clipgen.images import to_pil
 from clipgen.vqgan import VQGAN
 
@@ -130,7 +133,7 @@ def test_a_shard_that_breaks_off_is_done_again(encode, cache, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "encode_shard", broken)
-        with pytest.raises(AttributeError):
+        with pytest.raises(TypeError):
             encode(tmp_path / "other")
     assert len(list((tmp_path / "other").rglob("shard-*.npy"))) == after - 1
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "other").rglob("shard-*.npy")}
@@ -276,3 +279,102 @@ def test_killed_and_started_again(tmp_path, tiny_vqgan):
     found = {name: data for name, data in contents(tmp_path / "killed").items() if not name.endswith(".partial")}
     assert found == contents(tmp_path / "straight"), left
     assert sum(json.loads(found["manifest.json"])["images"].values()) == 40
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def labels_of(cache: Path, split: str = "train") -> list[int]:
+    data = EncodedData(cache, batch_size=1, condition="label")
+    batch = data.datasets[split].__getitems__(list(range(len(data.datasets[split]))))
+    assert batch["clip_embedding"].dtype == torch.float32 and torch.equal(
+        batch["clip_embedding"].sum(dim=1), torch.ones(len(batch["indices"]))
+    )
+    return batch["clip_embedding"].argmax(dim=1).tolist()
+
+
+def test_labels_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
+    data = shapes_data(train_size=50, val_size=10, image_size=32, batch_size=8, labels=True)
+    assert encoding.encode(tmp_path / "labelled", data, tiny_vqgan, shapes_clip, {}, shard_size=16)
+    expected = [ALL_ATTRIBUTES.index(attributes) for attributes in data.train.attributes]
+    assert labels_of(tmp_path / "labelled") == expected
+    manifest = read_manifest(tmp_path / "labelled")
+    assert manifest["num_classes"] == 288 and manifest["class_names"][expected[7]] == data.train[7]["texts"]
+    assert manifest["bytes_per_image"] == 16 * 2 + 64 * 2 + 4
+    plain, labelled = (EncodedDataset(root / "train")[(0, 33)] for root in (cache, tmp_path / "labelled"))
+    assert all(torch.equal(plain[name], labelled[name]) for name in plain)  # all else is the same
+    assert "num_classes" not in read_manifest(cache) and np.load(cache / "train/shard-000000.npy").dtype.names == (
+        "indices", "embedding"
+    )  # fmt: skip
+
+
+def test_labels_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
+    """Of two shards, the first of which holds nothing that can be used."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    make_tar(tmp_path / "0.tar", {"0.png": b"broken", "0.cls": b"1"})
+    make_tar(tmp_path / "1.tar", {"0.png": picture.getvalue(), "0.cls": b"4", "1.png": picture.getvalue(),
+                                  "2.png": picture.getvalue(), "2.cls": b"-1", "3.png": picture.getvalue(),
+                                  "3.cls": b"2"})  # fmt: skip
+    data = shard_data(f"{tmp_path}/*.tar", None, 32, batch_size=1, labels=True)
+    assert encoding.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
+    assert labels_of(tmp_path / "cache") == [4, 2]  # those without a class cannot be used
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest["num_classes"] == 5 and class_names(manifest, "cache") == ["0", "1", "2", "3", "4"]
+
+    (tmp_path / "names.json").write_text('["a", "b", "c", "d"]')
+    named = shard_data(f"{tmp_path}/*.tar", None, 32, 1, labels=True, class_names=str(tmp_path / "names.json"))
+    with pytest.raises(ValueError, match="must be below 4, the number of class names, got 4"):
+        encoding.encode(tmp_path / "named", named, tiny_vqgan, shapes_clip, {})
+
+
+def test_a_first_shard_without_images(tmp_path, tiny_vqgan, shapes_clip):
+    """It knows no sizes; reading the cache took them from it."""
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    make_tar(tmp_path / "0.tar", {"0.png": b"broken"})
+    make_tar(tmp_path / "1.tar", {"0.png": picture.getvalue(), "1.png": picture.getvalue()})
+    data = shard_data(f"{tmp_path}/*.tar", None, 32, batch_size=1)
+    assert encoding.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
+    dataset = EncodedDataset(tmp_path / "cache" / "train")
+    assert len(dataset) == 2 and dataset[(1, 0)]["indices"].shape == (16,)
+    assert dataset[1]["clip_embedding"].shape == (64,)
+
+
+def test_labels_of_folders(tmp_path, tiny_vqgan, shapes_clip):
+    for name in ("train/cat/a.png", "train/cat/deep/b.png", "train/ant/c.png", "val/cat/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    data = folder_data(tmp_path / "train", 32, 1, val_root=tmp_path / "val", labels=True)
+    assert encoding.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+    assert labels_of(tmp_path / "cache") == [0, 1, 1] and labels_of(tmp_path / "cache", "val") == [1]  # sorted by path
+    assert read_manifest(tmp_path / "cache")["class_names"] == ["ant", "cat"]
+    with pytest.raises(ValueError, match=r"in a folder named after one of the training classes, got ant/c.png"):
+        folder_data(tmp_path / "val", 32, 1, val_root=tmp_path / "train", labels=True)
+    with pytest.raises(ValueError, match=r"in a folder named after its class, got a.png"):
+        folder_data(tmp_path / "train" / "cat", 32, 1, val_fraction=0, labels=True)
+
+
+def test_a_cache_without_labels_says_so(cache):
+    with pytest.raises(ValueError, match=r"holds no labels: make one with `clipgen-encode data\.labels=true`"):
+        EncodedData(cache, batch_size=1, condition="label")
+    with pytest.raises(ValueError, match="condition must be 'clip' or 'label', got 'text'"):
+        EncodedData(cache, batch_size=1, condition="text")
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", '["a cat", "a dog"]'), ("a.txt", "a cat\n\n a dog \n")])
+def test_names_of_classes(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert read_names(tmp_path / name) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize("text", ["{}", "[1, 2]", "[]", "[", ""])
+def test_names_that_are_none(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a.json must hold a .*list of class names"):
+        read_names(tmp_path / "a.json")
+
+
+def test_a_cache_of_before_goes_on(call, encoded):
+    """The keys for labels are in its settings only where they are used."""
+    assert set(read_manifest(encoded)["source"]) == {"_target_", "train_size", "val_size", "image_size", "seed"}

@@ -26,7 +26,7 @@ def loaded_by(code: str, cwd: Path) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("command_line", ["sample", "demo", "train"])
+@pytest.mark.parametrize("command_line", ["sample", "demo", "train", "baseline"])
 def test_help_is_light(tmp_path, command_line):
     """--help loads neither torch nor what stands on it; only clipgen-train's needs to know where the YAML lies."""
     code = (

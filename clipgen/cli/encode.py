@@ -20,6 +20,7 @@ Killed and started again it goes on, to the same bytes. Under torchrun or in a S
 
 often needed:
   augmentations=10          crops and flips of each training image (default: 1, the centre crop)
+  data.labels=true          each image's class too, for data.condition=label in training
   device=cuda               default: the fastest there is
   data.root=/photos         any key that  clipgen-encode --cfg job  shows"""
 
@@ -63,7 +64,9 @@ def encode(config: DictConfig) -> None:
         model.to(config.device or best_device())
     source = OmegaConf.to_container(config.data)
     assert isinstance(source, dict)
-    settings = {"source": {k: v for k, v in source.items() if k not in ("batch_size", "num_workers", "shuffle")}}
+    leave_out = ["batch_size", "num_workers", "shuffle"]
+    leave_out += [key for key in ("labels", "class_names") if not source.get(key)]  # caches that were made before
+    settings = {"source": {k: v for k, v in source.items() if k not in leave_out}}
     rank, world_size = encoding.share()
     whole = encoding.encode(
         config.output, data, vqgan, clip, settings, augmentations=config.augmentations, shard_size=config.shard_size,

@@ -181,15 +181,17 @@ def settle_encoded(config: DictConfig) -> None:
 
     if OmegaConf.is_missing(config, "vqgan"):
         config.vqgan = config.data.root
-    keys = ("_target_", "root", "batch_size", "num_workers", "seed")
+    keys = ("_target_", "root", "batch_size", "num_workers", "seed", "condition")
     config.data = OmegaConf.masked_copy(config.data, keys)  # type: ignore[arg-type]
+    if config.data.condition == "label" and not OmegaConf.is_missing(config, "model"):
+        config.model.condition_cosine = 1.0  # noise bridges images and sentences, which a class has nothing to do with
 
 
 def build_encoded(config: DictConfig) -> pl.LightningModule:
     """The transformer for a cache, whose tokenizer and CLIP must be the run's; only the CLIP loss needs them loaded."""
     from clipgen import VQGAN
     from clipgen.cli.config import make
-    from clipgen.data.encoded import read_manifest
+    from clipgen.data.encoded import class_names, read_manifest
     from clipgen.encoding import clip_identity, saved_identity
     from clipgen.pipeline import load_clip
 
@@ -200,10 +202,23 @@ def build_encoded(config: DictConfig) -> pl.LightningModule:
         used = f"{config.clip.model_name} {config.clip.pretrained or ''}".strip()
         raise ValueError(f"the encoded cache {config.data.root} was made with a CLIP other than {used}")
     sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
+    if config.data.condition == "label":
+        return build_labels(config, sizes, class_names(manifest, config.data.root))
     model = make(config.model, **{k: v for k, v in sizes.items() if config.model[k] is None})
     if config.model.clip_loss_weight > 0:
         model.attach(VQGAN.load(config.data.root), load_clip(Path(config.data.root)))
     return model
+
+
+def build_labels(config: DictConfig, sizes: dict[str, Any], names: list[str]) -> pl.LightningModule:
+    """The transformer that is given an image's class instead of its CLIP embedding."""
+    from clipgen.cli.config import check_types, make
+
+    sizes = sizes | {"clip_dim": len(names)}
+    given = {k: v for k, v in sizes.items() if config.model[k] is None} | {"class_names": names}
+    check_types(config.model, given)  # as of the transformer, whose arguments it takes
+    config.model._target_ = "clipgen.baselines.label.LabelTransformer"
+    return make(config.model, **given)
 
 
 def start_from(config: DictConfig) -> pl.LightningModule:

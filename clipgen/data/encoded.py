@@ -1,7 +1,8 @@
 """The encoded cache: what stage 2 learns from, computed once. Indices and CLIP embeddings in memory-mapped shards.
 
 A split's folder holds ``shard-000000.npy``, ... and nothing else; each is an array of records, one an image:
-``indices`` (A, T) of the smallest unsigned type that holds them, and ``embedding`` (A, E) in fp16, for A augmentations.
+``indices`` (A, T) of the smallest unsigned type that holds them, and ``embedding`` (A, E) in fp16, for A augmentations;
+where the source has classes and was asked for them, also ``label``.
 The folder above holds ``manifest.json``, and the frozen models as a run folder does.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,10 +27,13 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 
 
-def record(augmentations: int, num_tokens: int, codebook_size: int, clip_dim: int) -> np.dtype:
+def record(augmentations: int, num_tokens: int, codebook_size: int, clip_dim: int, labels: bool = False) -> np.dtype:
     """The type of one image's record."""
     kind = "<u2" if codebook_size <= 2**16 else "<u4"
-    return np.dtype([("indices", kind, (augmentations, num_tokens)), ("embedding", "<f2", (augmentations, clip_dim))])
+    fields: list[Any] = [
+        ("indices", kind, (augmentations, num_tokens)), ("embedding", "<f2", (augmentations, clip_dim))
+    ]  # fmt: skip
+    return np.dtype(fields + [("label", "<i4")] * labels)
 
 
 def read_manifest(root: str | Path) -> dict[str, Any]:
@@ -46,20 +51,37 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
+    """The classes of a cache's images by name; by number where the source knew no names.
+
+    Raises:
+        ValueError: it was made without classes.
+    """
+    if "num_classes" not in manifest:
+        raise ValueError(f"the encoded cache {root} holds no labels: make one with `clipgen-encode data.labels=true`")
+    return manifest.get("class_names") or [str(number) for number in range(manifest["num_classes"])]
+
+
 class EncodedDataset(Dataset[dict[str, Tensor]]):
     """A split of a cache, by random access: ``{"indices": (T,) int64, "clip_embedding": (E,) unit norm}``.
 
     Item ``i`` of pass ``p`` through the data is asked for as ``(p, i)``: passes take the augmentations in turn, each
     image beginning at another one.
+
+    Args:
+        num_classes: where given, ``clip_embedding`` is the one-hot class (num_classes,) instead.
     """
 
     counts_passes = True
 
-    def __init__(self, folder: str | Path):
-        self.files = sorted(Path(folder).glob("shard-*.npy"))
+    def __init__(self, folder: str | Path, num_classes: int | None = None):
+        found = sorted(Path(folder).glob("shard-*.npy"))
+        lengths = {file: np.load(file, mmap_mode="r").shape[0] for file in found}
+        self.files = [file for file in found if lengths[file]]  # one without images knows no sizes
         if not self.files:
             raise FileNotFoundError(f"no shards of an encoded cache in {folder}")
-        self.ends = np.cumsum([np.load(file, mmap_mode="r").shape[0] for file in self.files])
+        self.ends = np.cumsum([lengths[file] for file in self.files])
+        self.num_classes = num_classes
 
     @cached_property
     def shards(self) -> list[np.ndarray]:
@@ -85,18 +107,24 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
         row = item - np.where(shard > 0, self.ends[shard - 1], 0)
         first = self.shards[0]
         view = (turn + item) % first.dtype["indices"].shape[0]
+        condition = "embedding" if self.num_classes is None else "label"
         found = {}
-        for name in ("indices", "embedding"):
+        for name in ("indices", condition):
             kind = first.dtype[name]
-            found[name] = np.empty((len(item), kind.shape[1]), kind.base)
+            found[name] = np.empty((len(item), *kind.shape[1:]), kind.base)
             for number in np.unique(shard):
                 here = shard == number
-                found[name][here] = self.shards[number][name][row[here], view[here]]
-        embedding = torch.from_numpy(found["embedding"].astype(np.float32))
+                place = (row[here], view[here]) if kind.shape else row[here]
+                found[name][here] = self.shards[number][name][place]
         return {
             "indices": torch.from_numpy(found["indices"].astype(np.int64)),
-            "clip_embedding": torch.nn.functional.normalize(embedding, dim=-1),  # fp16 rounds the length too
+            "clip_embedding": self._condition(torch.from_numpy(found[condition])),
         }
+
+    def _condition(self, found: Tensor) -> Tensor:
+        if self.num_classes is None:
+            return F.normalize(found.float(), dim=-1)  # fp16 rounds the length too
+        return F.one_hot(found.long(), self.num_classes).float()
 
 
 class EncodedData(pl.LightningDataModule):
@@ -106,13 +134,22 @@ class EncodedData(pl.LightningDataModule):
         root: the cache, as ``clipgen-encode`` leaves it.
         batch_size: images in a batch, on each device. num_workers: processes that read; 0 reads in the main one.
         seed: of the order.
+        condition: what ``clip_embedding`` of a batch is. ``"clip"``: the images' CLIP embeddings; ``"label"``: their
+            one-hot classes (B, num_classes).
+
+    Raises:
+        ValueError: an argument is out of range, or a cache without classes is asked for them.
     """
 
-    def __init__(self, root: str | Path, batch_size: int, num_workers: int = 0, seed: int = 0):
+    def __init__(self, root: str | Path, batch_size: int, num_workers: int = 0, seed: int = 0, condition: str = "clip"):
         super().__init__()
         self.root, self.batch_size, self.num_workers, self.seed = Path(root).expanduser(), batch_size, num_workers, seed
         self.manifest = read_manifest(self.root)
-        self.datasets = {name: EncodedDataset(self.root / name) for name in SPLITS if self.manifest["images"][name]}
+        if condition not in ("clip", "label"):
+            raise ValueError(f"condition must be 'clip' or 'label', got {condition!r}")
+        classes = len(class_names(self.manifest, self.root)) if condition == "label" else None
+        splits = [name for name in SPLITS if self.manifest["images"][name]]
+        self.datasets = {name: EncodedDataset(self.root / name, classes) for name in splits}
         if batch_size < 1 or batch_size > len(self.datasets["train"]):
             raise ValueError(f"batch_size must be in [1, {len(self.datasets['train'])}], got {batch_size}")
 

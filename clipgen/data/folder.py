@@ -37,10 +37,12 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         val_fraction: share of the images held out for validation, in [0, 1). Each image's side follows from a hash of
             its path, so adding files does not move others. At 0 there is no split: either side is the whole folder.
         seed: of the split, and of crops and flips.
+        labels: give a cache the class of each image too, which is the sub-folder of `root` that it lies in.
+        class_names: the sub-folders in the order of their classes; None: sorted.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is no folder.
-        ValueError: an argument is out of range, or nothing in the folder is usable.
+        ValueError: an argument is out of range, nothing in the folder is usable, or an image lies in no class.
     """
 
     counts_passes = True
@@ -53,6 +55,8 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         flip: bool = True,
         val_fraction: float = 0.0,
         seed: int = 0,
+        labels: bool = False,
+        class_names: list[str] | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
         self.seed = seed
@@ -60,6 +64,12 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
         self.tally = Tally(str(root))
         usable = scan_folder(self.root, self.tally)
+        self.labels = labels
+        known = set(class_names or [_class(file) for file in usable]) - {""}
+        self.class_names = class_names or sorted(known)
+        if labels and (stray := [file for file in usable if _class(file) not in known]):
+            which = "one of the training classes" if class_names else "its class"
+            raise ValueError(f"labels needs each image of {root} in a folder named after {which}, got {stray[0]}")
         rest, self._held_out = split_files(usable, val_fraction, seed)
         self.files = self._held_out if self._held_out and not train else rest
 
@@ -85,8 +95,9 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
                     self.tally.use(-1)
         raise ValueError(f"{self.root} has no usable image left: {self.tally}")
 
-    def views(self, items: Sequence[int], count: int) -> Iterator[Tensor]:
-        """``count`` crops of each usable image among ``items``, (count, 3, H, W); 1: the centre crop."""
+    def views(self, items: Sequence[int], count: int) -> Iterator[tuple[Tensor, int | None]]:
+        """``count`` crops of each usable image among ``items``, (count, 3, H, W), and its class where ``labels``;
+        1: the centre crop."""
         crop = self.transform if count > 1 else val_transform(self.image_size)
         for item in items:
             try:
@@ -94,7 +105,8 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
             except UnusableImage as error:
                 self.tally.skip(str(self.root / self.files[item]), error)
                 continue
-            yield torch.stack([crop(image, self._generator(turn, item)) for turn in range(count)])
+            label = self.class_names.index(_class(self.files[item])) if self.labels else None
+            yield torch.stack([crop(image, self._generator(turn, item)) for turn in range(count)]), label
 
     def _generator(self, turn: int, item: int) -> torch.Generator:
         return torch.Generator().manual_seed(int(unit_hash(f"{self.seed} {turn} {item}") * 2**48))
@@ -174,6 +186,7 @@ def folder_data(
     val_fraction: float = 0.02,
     flip: bool = True,
     seed: int = 0,
+    labels: bool = False,
 ) -> ImageData:
     """Make the data of a run from a folder of images; arguments as in `ImageFolder` and `ImageData`.
 
@@ -181,12 +194,20 @@ def folder_data(
     training; with neither, there is no validation.
     """
     if val_root is not None:
-        train = ImageFolder(root, image_size, train=True, flip=flip, seed=seed)
-        val: ImageFolder | None = ImageFolder(val_root, image_size, train=False)
+        train = ImageFolder(root, image_size, train=True, flip=flip, seed=seed, labels=labels)
+        names = train.class_names if labels else None
+        val: ImageFolder | None = ImageFolder(val_root, image_size, train=False, labels=labels, class_names=names)
     else:
-        train = ImageFolder(root, image_size, train=True, flip=flip, val_fraction=val_fraction, seed=seed)
+        train = ImageFolder(
+            root, image_size, train=True, flip=flip, val_fraction=val_fraction, seed=seed, labels=labels
+        )
         val = train.held_out() if val_fraction else None
     return ImageData(train, val, batch_size, num_workers, seed=seed)
+
+
+def _class(file: str) -> str:
+    """The first folder of a relative path, "" where it has none."""
+    return file.split("/")[0] if "/" in file else ""
 
 
 def _problem(check: Callable[[Path], object], root: Path, file: str) -> UnusableImage | None:

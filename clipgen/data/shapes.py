@@ -139,14 +139,17 @@ class ShapesDataset(Dataset):
         image_size: height and width in pixels.
         seed: draws attributes, positions and radii; another seed gives other images.
         attributes: the ``Attributes`` of each image in turn (repeated to ``length``) instead of random ones.
+        labels: give a cache the class of each image too, the place of its attributes among ``ALL_ATTRIBUTES``.
     """
 
     def __init__(
-        self, length: int, image_size: int = 32, seed: int = 0, attributes: Sequence[Attributes] | None = None
-    ):
+        self, length: int, image_size: int = 32, seed: int = 0, attributes: Sequence[Attributes] | None = None,
+        labels: bool = False,
+    ):  # fmt: skip
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
-        self.image_size = image_size
+        self.image_size, self.labels = image_size, labels
+        self.class_names = [str(attributes) for attributes in ALL_ATTRIBUTES]
         generator = torch.Generator().manual_seed(seed)
         choices = torch.randint(len(ALL_ATTRIBUTES), (length,), generator=generator).tolist()
         pool = ALL_ATTRIBUTES if attributes is None else attributes
@@ -166,11 +169,13 @@ class ShapesDataset(Dataset):
         images = self.render(indices)
         return [{"images": image, "texts": str(self.attributes[i])} for image, i in zip(images, indices)]
 
-    def views(self, items: Sequence[int], count: int) -> Iterator[Tensor]:
-        """The images at ``items`` one by one, as (1, 3, H, W); shapes have no other crops than what they are."""
+    def views(self, items: Sequence[int], count: int) -> Iterator[tuple[Tensor, int | None]]:
+        """The images at ``items`` one by one, as (1, 3, H, W), and their class where ``labels``; shapes have no other
+        crops than what they are."""
         if count != 1:
             raise ValueError(f"augmentations must be 1 for shapes, got {count}; ask for more images by data.train_size")
-        return (self.render([item]) for item in items)
+        place = {attributes: i for i, attributes in enumerate(ALL_ATTRIBUTES)}
+        return ((self.render([item]), place[self.attributes[item]] if self.labels else None) for item in items)
 
     def render(self, indices: Sequence[int]) -> Tensor:
         """Draw the images at ``indices``: (B, 3, H, W) in [-1, 1]."""
@@ -191,8 +196,10 @@ class ShapesDataset(Dataset):
 
 
 def shapes_data(
-    train_size: int, val_size: int, image_size: int, batch_size: int, num_workers: int = 0, seed: int = 0
-) -> ImageData:
+    train_size: int, val_size: int, image_size: int, batch_size: int, num_workers: int = 0, seed: int = 0,
+    labels: bool = False,
+) -> ImageData:  # fmt: skip
     """The data module of ``data=shapes``: training and validation images from different seeds."""
-    train = ShapesDataset(train_size, image_size, seed=2 * seed)
-    return ImageData(train, ShapesDataset(val_size, image_size, seed=2 * seed + 1), batch_size, num_workers, seed=seed)
+    train = ShapesDataset(train_size, image_size, seed=2 * seed, labels=labels)
+    val = ShapesDataset(val_size, image_size, seed=2 * seed + 1, labels=labels)
+    return ImageData(train, val, batch_size, num_workers, seed=seed)

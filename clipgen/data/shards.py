@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import random
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +105,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     labels: bool
     seed: int
     tally: Tally
+    class_names: list[str] | None = None
     _epoch: int = 0
     _had: tuple[int, int] = (0, 0)  # batches of this epoch before a resume, and images in a batch
 
@@ -128,18 +131,20 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Log how many images were read and how many skipped, if that has changed since it was last logged."""
         self.tally.summary()
 
-    def views(self, url: str, count: int) -> Iterator[Tensor]:
-        """``count`` crops of each usable image of one shard, in order, (count, 3, H, W); 1: the centre crop."""
+    def views(self, url: str, count: int) -> Iterator[tuple[Tensor, int | None]]:
+        """``count`` crops of each usable image of one shard, in order, (count, 3, H, W), 1: the centre crop; and its
+        class where ``labels``."""
         crop = self.transform if count > 1 else val_transform(self.image_size)
         for number, sample in enumerate(self._read(url)):
             try:
                 image = decode_image(sample[_image_key(sample)])
+                label = _label(sample) if self.labels else None
             except UnusableImage as error:
                 self.tally.skip(_name(sample), error)
                 continue
             seeds = [f"{self.seed} {os.path.basename(url)} {turn} {number}" for turn in range(count)]
             generators = [torch.Generator().manual_seed(int(unit_hash(seed) * 2**48)) for seed in seeds]
-            yield torch.stack([crop(image, generator) for generator in generators])
+            yield torch.stack([crop(image, generator) for generator in generators]), label
 
     def _train(self) -> Iterator[dict[str, Any]]:
         rank, _, worker, workers = pytorch_worker_info()
@@ -225,11 +230,34 @@ def shard_data(
     flip: bool = True,
     shuffle: int = 1000,
     seed: int = 0,
+    labels: bool = False,
+    class_names: str | None = None,
 ) -> ImageData:
-    """Make the data of a run from shards; arguments as in `image_shards` and `ImageData`. `val_urls` may be None."""
-    train = image_shards(train_urls, image_size, train=True, flip=flip, shuffle=shuffle, seed=seed)
-    val = image_shards(val_urls, image_size, train=False) if val_urls else None
+    """Make the data of a run from shards; arguments as in `image_shards` and `ImageData`. `val_urls` may be None.
+
+    `class_names` is a file that `read_names` reads: what the numbers in the `.cls` files stand for.
+    """
+    train = image_shards(train_urls, image_size, train=True, flip=flip, shuffle=shuffle, labels=labels, seed=seed)
+    val = image_shards(val_urls, image_size, train=False, labels=labels) if val_urls else None
+    train.class_names = read_names(class_names) if class_names else None
     return ImageData(train, val, batch_size, num_workers, seed=seed)
+
+
+def read_names(path: str | Path) -> list[str]:
+    """Names of classes from a file: a JSON list, or a name a line.
+
+    Raises:
+        ValueError: the file holds neither.
+    """
+    text = Path(path).expanduser().read_text(encoding="utf-8")
+    try:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        names = json.loads(text) if str(path).endswith(".json") else lines
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a JSON list of class names: {error}") from error
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} must hold a list of class names, got {text[:60]!r}")
+    return names
 
 
 def _expand(url: str) -> list[str]:
@@ -261,6 +289,8 @@ def _name(sample: dict[str, Any]) -> str:
 
 def _label(sample: dict[str, Any]) -> int:
     try:
-        return int(sample["cls"])
+        if (label := int(sample["cls"])) < 0:
+            raise ValueError(f"must be at least 0, got {label}")
+        return label
     except (KeyError, ValueError) as error:
         raise UnusableImage("without label", f"{type(error).__name__} {error}") from error

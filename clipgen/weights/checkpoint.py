@@ -26,8 +26,13 @@ from clipgen.weights.safe import State, read_checkpoint
 COMMANDS = {
     "VQGAN": "clipgen-train stage=vqgan",
     "ConditionalTransformer": "clipgen-train stage=transformer",
+    "LabelTransformer": "clipgen-train stage=transformer data=encoded data.condition=label",
 }
-FOLDERS = {"VQGAN": "vqgan", "ConditionalTransformer": "transformer"}  # name of the model folder in a run folder
+FOLDERS = {  # name of the model folder in a run folder
+    "VQGAN": "vqgan",
+    "ConditionalTransformer": "transformer",
+    "LabelTransformer": "label_transformer",
+}
 FILES = ("config.json", "model.safetensors")
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
@@ -105,7 +110,7 @@ def find(path: Path, model: str) -> Path:
         if place.is_file() or (place / "config.json").is_file():
             return place
     others = [name for name in FOLDERS if name != model and (path / FOLDERS[name]).is_dir()]
-    hint = f"it holds a {others[0]}" if others else f"`{COMMANDS[model]}` makes one"
+    hint = f"it holds a {others[-1]}" if others else f"`{COMMANDS[model]}` makes one"
     state = "holds no such model" if path.is_dir() else "does not exist"
     raise FileNotFoundError(f"no {model} checkpoint: {path} {state}; {hint}")
 

@@ -1,0 +1,142 @@
+"""The label-conditioned transformer: stage 2 with an image's class in the place of its CLIP embedding.
+
+The row "VQGAN + label conditioned Transformer" of CLIP-GEN's Table 3 (after arXiv:2012.09841): it knows the classes of
+its training images, and no other words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from clipgen import sampling
+from clipgen.nets.decode import CachedDecoder
+from clipgen.pipeline import BATCH
+from clipgen.transformer import ConditionalTransformer
+from clipgen.vqgan import VQGAN
+
+
+class LabelTransformer(ConditionalTransformer):
+    """``ConditionalTransformer`` whose condition is a one-hot class (B, num_classes).
+
+    Trained by ``clipgen-train stage=transformer data=encoded data.condition=label``. Its files are no
+    ``ConditionalTransformer``'s: what draws from sentences refuses them.
+
+    Args:
+        class_names: the classes, in order; ``clip_dim`` is their number. All else is ``ConditionalTransformer``'s.
+
+    Raises:
+        ValueError: an argument needs CLIP embeddings.
+    """
+
+    def __init__(self, *, class_names: Sequence[str], **arguments: Any):
+        classes = len(class_names)
+        if arguments.get("clip_loss_weight", 0) > 0:
+            raise ValueError(
+                f"clip_loss_weight must be 0 with data.condition=label, got {arguments['clip_loss_weight']}: "
+                "a class has no place in CLIP's space"
+            )
+        if arguments.get("condition_cosine", 1) < 1:
+            raise ValueError(f"condition_cosine must be 1 for classes, got {arguments['condition_cosine']}")
+        if arguments.setdefault("clip_dim", classes) != classes:
+            raise ValueError(f"clip_dim must be {classes}, the number of classes, got {arguments['clip_dim']}")
+        super().__init__(**arguments)
+        self.hparams["class_names"] = self.class_names = list(class_names)
+
+    def one_hot(self, class_indices: Tensor) -> Tensor:
+        """Classes (B,) int64 -> conditions (B, num_classes)."""
+        if class_indices.min() < 0 or class_indices.max() >= self.clip_dim:
+            raise ValueError(f"class_indices must be in [0, {self.clip_dim}), got {class_indices.tolist()}")
+        return F.one_hot(class_indices.to(self.device), self.clip_dim).float()
+
+
+class LabelConditioned:
+    """Pictures of classes: a tokenizer and the transformer that knows the classes of its images.
+
+    As a generator it turns standard normal noise (B, noise_dim = num_tokens) and classes (B,) into images.
+
+    Args:
+        settings: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale`` as of ``ConditionalTransformer.sample``.
+    """
+
+    def __init__(self, vqgan: VQGAN, transformer: LabelTransformer, **settings: Any):
+        if vqgan.codebook_size != transformer.codebook_size:
+            raise ValueError(f"codebook_size must be {vqgan.codebook_size}, got {transformer.codebook_size}")
+        self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
+        self.settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0) | settings
+        sampling.check_sampling(**self.settings)  # type: ignore[arg-type]
+        self.noise_dim, self.class_names = transformer.num_tokens, transformer.class_names
+
+    @classmethod
+    def load(cls, path: str | Path, **settings: Any) -> LabelConditioned:
+        """Load a run folder of ``clipgen-train stage=transformer data=encoded data.condition=label``, or a checkpoint
+        inside one."""
+        transformer = LabelTransformer.load(path)
+        assert isinstance(transformer, LabelTransformer)
+        return cls(VQGAN.load(run_folder(path)), transformer, **settings)
+
+    def to(self, device: str | torch.device) -> LabelConditioned:
+        """Move both parts to a device."""
+        for part in (self.vqgan, self.transformer):
+            part.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.transformer.device
+
+    def find(self, label: str | int) -> int:
+        """The index of a class, given by name or number.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        if str(label) in self.class_names:
+            return self.class_names.index(str(label))
+        if str(label).isdecimal() and int(label) < len(self.class_names):
+            return int(label)
+        some = ", ".join(self.class_names[:10]) + ", ..." * (len(self.class_names) > 10)
+        raise ValueError(f"label must be below {len(self.class_names)} or one of {some}; got {label!r}")
+
+    def draw(self, class_indices: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of classes (B,) int64; row i draws from ``seed + i``, or from its own seed."""
+        uniforms = sampling.random_streams(sampling.row_seeds(seed, len(class_indices)), self.noise_dim)
+        return self._decode(uniforms, class_indices)
+
+    def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor:
+        """Images of classes (B,) that follow from noise (B, noise_dim): each number's normal CDF draws an index."""
+        below_one = 1 - torch.finfo(torch.float32).eps
+        return self._decode(torch.special.ndtr(noise.float()).clamp(0, below_one), class_indices)
+
+    @torch.no_grad()
+    def _decode(self, uniforms: Tensor, class_indices: Tensor) -> Tensor:
+        one_hot, images = self.transformer.one_hot(class_indices), []
+        for rows, condition in zip(uniforms.to(self.device).split(BATCH), one_hot.split(BATCH)):
+            indices = self._indices(rows, condition)
+            side = round(self.noise_dim**0.5)
+            images.append(self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", h=side)).clamp(-1, 1))
+        return torch.cat(images)
+
+    def _indices(self, uniforms: Tensor, one_hot: Tensor) -> Tensor:
+        gpt, settings = self.transformer.gpt, dict(self.settings)
+        scale = settings.pop("guidance_scale")
+        condition = gpt.condition(one_hot)
+        if scale != 1:
+            everything = torch.ones(len(one_hot), dtype=torch.bool, device=one_hot.device)
+            condition = torch.cat([condition, gpt.condition(one_hot, drop=everything)])
+        step: sampling.Step = CachedDecoder(gpt, condition)
+        step = step if scale == 1 else sampling.guided(step, scale)
+        return sampling.decode(step, uniforms, **settings)  # type: ignore[arg-type]
+
+
+def run_folder(path: str | Path) -> Path:
+    """The run folder that a run folder, a model folder or a checkpoint inside it belongs to."""
+    path = Path(path).expanduser()
+    return path.parent.parent if path.is_file() else path.parent if (path / "config.json").is_file() else path
