@@ -172,9 +172,13 @@ def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
     names = args.clip or (["ViT-B-32-quickgelu:openai"] if with_captions else [])
     clips = {name: FrozenCLIP(*(name.split(":", 1) + [None])[:2]).to(device) for name in names if name != "none"}
     features = None if args.features == "none" else feature_extractor(args.features).to(device)
+    classes = [caption for _, caption in sentences(args)] if args.classes else []
+    if args.features == "none" or features.num_classes != len(classes):
+        classes = []  # of another classifier
     return Measure(
-        features, args.blur, clips, captioner(args.captioner) if args.captioner else None, args.captioner, args.judge
-    )
+        features, args.blur, clips, captioner(args.captioner) if args.captioner else None, args.captioner, classes,
+        args.judge,
+    )  # fmt: skip
 
 
 def reconstructions(args: argparse.Namespace) -> dict[str, float]:

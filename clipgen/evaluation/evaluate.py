@@ -17,7 +17,8 @@ from clipgen.weights.checkpoint import whole_file
 LABELS = {
     "is_mean": "IS ↑", "is_std": "IS std", "fid_0": "FID-0 ↓", "fid_1": "FID-1 ↓", "fid_2": "FID-2 ↓",
     "kid_mean": "KID ↓", "kid_std": "KID std", "precision": "precision ↑", "recall": "recall ↑", "caps": "CapS ↑",
-    "judge_all": "judge: all ↑", "psnr": "PSNR ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "rfid": "rFID ↓",
+    "judge_all": "judge: all ↑",
+    "accuracy": "recognised ↑", "psnr": "PSNR ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "rfid": "rFID ↓",
     "codebook_usage": "codes in use ↑",
 }  # fmt: skip
 

@@ -33,7 +33,8 @@ class Features(nn.Module):
         super().__init__()
         self.function, self.identity = function, identity
         with torch.no_grad():
-            self.num_features = self(torch.zeros(2, 3, 64, 64)).shape[1]
+            features, logits = self.classify(torch.zeros(2, 3, 64, 64))
+        self.num_features, self.num_classes = features.shape[1], 0 if logits is None else logits.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(images)[0]

@@ -32,6 +32,7 @@ class Measure:
         features: the space of FID, KID, precision and recall; of IS too, where it is a classifier's.
         radii: of the Gaussian blur before the features, 0 is none: FID-0, FID-1, FID-2 of CogView and CLIP-GEN.
         clips: by name, for the CLIP scores. captioner, captioner_name: for CapS.
+        classes: the sentence of each class, where the features are a classifier's: how many it recognises.
         shapes: whether the rule-based judge of the shapes data reads the images.
     """
 
@@ -40,12 +41,13 @@ class Measure:
     clips: dict[str, FrozenCLIP] = field(default_factory=dict)
     captioner: Captioner | None = None
     captioner_name: str | None = None
+    classes: Sequence[str] = ()
     shapes: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
         """What tells these numbers from others."""
-        found = self.space | {"shapes": self.shapes, "captioner": self.captioner_name}
+        found = self.space | {"shapes": self.shapes, "classes": list(self.classes), "captioner": self.captioner_name}
         return found | {f"clip {name}": fingerprint(clip.state_dict()) for name, clip in self.clips.items()}
 
     @property
@@ -65,6 +67,9 @@ class Measure:
                 columns[f"features_{radius}"], logits = self.features.classify(blurred(images, radius))
                 if radius == 0 and logits is not None:
                     columns["logits"] = logits
+                    if self.classes:
+                        asked = torch.tensor([self.classes.index(caption) for caption in captions])
+                        columns["accuracy"] = (logits.argmax(dim=1).cpu() == asked).float()
         for name, clip in self.clips.items():
             columns[f"clip {name}"] = (clip.encode_image(images) * clip.encode_text(captions)).sum(1)
         if self.captioner:
@@ -111,8 +116,7 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
     for name in sorted(columns):
         if name.startswith("clip "):
             found[f"clip_score {name.removeprefix('clip ')}"] = 100 * images.column(name).astype(np.float64).mean()
-    if "caps" in columns:
-        found["caps"] = images.column("caps").mean()
+    found |= {name: images.column(name).mean() for name in ("accuracy", "caps") if name in columns}
     if "judge" in columns:
         right = images.column("judge").mean(0)
         found |= {f"judge_{name}": value for name, value in zip(ATTRIBUTES, right)}

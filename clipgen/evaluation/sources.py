@@ -120,7 +120,7 @@ class RealImages:
         self.identity = {"pictures": content, "image_size": image_size}
 
     def read(self, piece: Any) -> Iterator[Batch]:
-        return ((views[:, 0], []) for views in read(self.dataset, piece, 1, self.batch_size))
+        return ((views[:, 0], []) for views, _ in read(self.dataset, piece, 1, self.batch_size))
 
 
 def open_dataset(name: str, image_size: int, count: int, seed: int) -> Any:
