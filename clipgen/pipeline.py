@@ -115,8 +115,8 @@ class TextToImage:
     @cached_property
     def fingerprint(self) -> str:
         """A short hash of the weights that draw: of transformer and tokenizer."""
-        tokenizer = {f"vqgan.{name}": tensor for name, tensor in self.vqgan.tokenizer.state_dict().items()}
-        return files.fingerprint(self.transformer.state_dict() | tokenizer)
+        parts = {"gpt": self.transformer.network, "vqgan": self.vqgan.tokenizer}
+        return files.fingerprint({f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()})
 
     @torch.no_grad()
     def embed(self, prompt: Prompt) -> Tensor:
