@@ -57,7 +57,7 @@ class StopCleanly(pl.Callback):
     """On Ctrl-C or SIGTERM while ``listening``: finish the step, save ``last.ckpt``, stop. A second stops at once."""
 
     def __init__(self, checkpoint: str | Path):
-        self.checkpoint, self.asked = Path(checkpoint), False
+        self.checkpoint, self.asked, self.steps = Path(checkpoint), False, 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -74,8 +74,12 @@ class StopCleanly(pl.Callback):
             raise KeyboardInterrupt
         self.asked = True
 
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.steps = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._stop(trainer)
+        if trainer.global_step > self.steps:  # where batches accumulate, gradients would be lost in between
+            self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._stop(trainer)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 RECONSTRUCTIONS = ("l1", "l2")
 ADVERSARIALS = ("hinge", "log")
+CLIP_LOSSES = ("log", "cosine")
+CLIP_LOSS_CODES = ("straight_through", "gumbel", "expected")
 
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
@@ -77,10 +79,33 @@ class LeCam(nn.Module):
         return F.relu(logits_real - fake).square().mean() + F.relu(real - logits_fake).square().mean()
 
 
-def clip_loss(generated: Tensor, target: Tensor) -> Tensor:
-    """-log s of unit vectors (B, E) (Eq. 9), with the similarity s = (1 + cos) / 2 in (0, 1]."""
-    similarity = (1 + (generated * target).sum(dim=-1)) / 2
-    return -similarity.clamp(min=1e-6).log().mean()
+def clip_loss(generated: Tensor, target: Tensor, kind: str = "log") -> Tensor:
+    """How far unit vectors (B, E) are apart: ``"log"``: -log s (Eq. 9), with s = (1 + cos) / 2 in (0, 1]; or
+    ``"cosine"``: 1 - cos, whose gradient is as long for far pairs as for near ones."""
+    cosine = (generated * target).sum(dim=-1)
+    if kind == "log":
+        return -((1 + cosine) / 2).clamp(min=1e-6).log().mean()
+    if kind == "cosine":
+        return (1 - cosine).mean()
+    raise ValueError(f"clip_loss_kind must be 'log' or 'cosine', got {kind!r}")
+
+
+def differentiable_codes(logits: Tensor, codebook: Tensor, kind: str) -> Tensor:
+    """Codes that logits choose, with gradients: (B, T, K), (K, D) -> (B, T, D).
+
+    ``"expected"``: the mean code, p @ codebook. ``"straight_through"``: the most likely code, with the gradient of
+    the mean one (arXiv:1308.3432). ``"gumbel"``: a drawn code by the Gumbel-max trick, with the gradient of the mean
+    one under the same noise (straight-through Gumbel-softmax at temperature 1, arXiv:1611.01144).
+    """
+    if kind not in CLIP_LOSS_CODES:
+        raise ValueError(f"clip_loss_codes must be one of {', '.join(CLIP_LOSS_CODES)}, got {kind!r}")
+    if kind == "gumbel":
+        noise = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+        logits = logits - noise.exponential_().log()
+    mean = logits.softmax(dim=-1) @ codebook
+    if kind == "expected":
+        return mean
+    return mean + (F.embedding(logits.argmax(dim=-1), codebook) - mean).detach()
 
 
 def noisy_condition(clip_embedding: Tensor, cosine: float) -> Tensor:

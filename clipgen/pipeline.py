@@ -125,11 +125,8 @@ class TextToImage:
     @cached_property
     def fingerprint(self) -> str:
         """A short hash of the weights that draw: of transformer, tokenizer and bridge."""
-        tokenizer = {f"vqgan.{name}": tensor for name, tensor in self.vqgan.tokenizer.state_dict().items()}
-        bridge = {
-            f"bridge.{name}": tensor for name, tensor in (self.bridge.state_dict() if self.bridge else {}).items()
-        }
-        return files.fingerprint(self.transformer.state_dict() | tokenizer | bridge)
+        parts = {"gpt": self.transformer.network, "vqgan": self.vqgan.tokenizer, "bridge": self.bridge or Bridge()}
+        return files.fingerprint({f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()})
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Sentences -> embeddings (B, E), unit norm, where this pipeline draws from: behind the bridge."""

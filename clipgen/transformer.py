@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim.swa_utils import AveragedModel
 
 from clipgen import losses, sampling
 from clipgen.clip import FrozenCLIP
 from clipgen.nets.decode import CachedDecoder
 from clipgen.nets.gpt import ConditionalGPT2
-from clipgen.optim import OPTIMIZERS, make_optimizer, schedule
+from clipgen.optim import OPTIMIZERS, make_optimizer, move_average_, schedule
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
-from clipgen.weights import hfailab
+from clipgen.weights import hfailab, language
+from clipgen.weights.safe import below
 
 
 class ConditionalTransformer(pl.LightningModule):
@@ -30,39 +34,61 @@ class ConditionalTransformer(pl.LightningModule):
 
     Args:
         n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, head_bias, activation,
-            grid_positions: see ``ConditionalGPT2``.
+            grid_positions, checkpointing: see ``ConditionalGPT2``.
         condition_dropout: part of the rows trained without condition, for guidance at sampling (10 % is usual; the
             paper has none).
         condition_cosine: noise on the training condition, as its expected cosine with the clean embedding; 1 is
             none (the paper).
         clip_loss_weight: lambda of Eq. 10 (0.2 in the paper); 0 spares decoder and CLIP their backward pass.
+        clip_loss_codes: which codes are decoded for it; see ``losses.differentiable_codes``. clip_loss_kind:
+            ``"log"`` (Eq. 9) or ``"cosine"``; see ``losses.clip_loss``.
+        clip_loss_every: optimizer steps from one with this loss to the next, where it then weighs as many times as
+            much (lazy regularisation, arXiv:1912.04958, Sec. 3.1). clip_loss_fraction: part of a batch's rows that
+            it is computed on, at least one.
+        ema_decay: of the average over the weights of past steps, which evaluation and files then use; 0 keeps none.
         optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks; see ``optim.make_optimizer``.
         learning_rate, betas, weight_decay: AdamW's; without weight decay it is the paper's Adam.
         schedule, warmup_steps: see ``optim.schedule``.
+        compile: train by torch.compile.
     """
 
     def __init__(
         self, *, n_layer: int = 24, n_head: int = 16, n_embd: int = 1024, codebook_size: int = 16384,
         num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True,
         head_bias: bool = False, activation: str = "gelu_pytorch_tanh", grid_positions: bool = False,
-        condition_dropout: float = 0.0, condition_cosine: float = 1.0, clip_loss_weight: float = 0.0,
-        optimizer: str = "adamw", learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999),
-        weight_decay: float = 0.0, schedule: str = "constant", warmup_steps: int = 0,
+        checkpointing: bool = False, condition_dropout: float = 0.0, condition_cosine: float = 1.0,
+        clip_loss_weight: float = 0.0, clip_loss_codes: str = "straight_through", clip_loss_kind: str = "log",
+        clip_loss_every: int = 1, clip_loss_fraction: float = 1.0, ema_decay: float = 0.0, optimizer: str = "adamw",
+        learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0,
+        schedule: str = "constant", warmup_steps: int = 0, compile: bool = False,
     ):  # fmt: skip
         super().__init__()
         if not 0 <= condition_dropout < 1:
             raise ValueError(f"condition_dropout must be in [0, 1), got {condition_dropout}")
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+        for name, kind, kinds in (
+            ("optimizer", optimizer, OPTIMIZERS),
+            ("clip_loss_codes", clip_loss_codes, losses.CLIP_LOSS_CODES),
+            ("clip_loss_kind", clip_loss_kind, losses.CLIP_LOSSES),
+        ):
+            if kind not in kinds:  # now, and not at the step where it is first used
+                raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {kind!r}")
         if not 0 < condition_cosine <= 1:
             raise ValueError(f"condition_cosine must be in (0, 1], got {condition_cosine}")
+        if clip_loss_every < 1:
+            raise ValueError(f"clip_loss_every must be at least 1, got {clip_loss_every}")
+        if not 0 < clip_loss_fraction <= 1:
+            raise ValueError(f"clip_loss_fraction must be in (0, 1], got {clip_loss_fraction}")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         self.save_hyperparameters()
         self.num_tokens, self.codebook_size, self.clip_dim = num_tokens, codebook_size, clip_dim
         self.gpt = ConditionalGPT2(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, codebook_size=codebook_size, num_tokens=num_tokens,
             clip_dim=clip_dim, dropout=dropout, tie_head=tie_head, head_bias=head_bias, activation=activation,
-            null_condition=condition_dropout > 0, grid_positions=grid_positions,
+            null_condition=condition_dropout > 0, grid_positions=grid_positions, checkpointing=checkpointing,
         )  # fmt: skip
+        average = partial(move_average_, ema_decay)
+        self.ema = AveragedModel(self.gpt, multi_avg_fn=average).requires_grad_(False) if ema_decay > 0 else None
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
 
     def attach(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
@@ -76,14 +102,21 @@ class ConditionalTransformer(pl.LightningModule):
         self._frozen = (vqgan.eval().requires_grad_(False), clip)
         return self
 
+    @property
+    def network(self) -> ConditionalGPT2:
+        """The network that draws and is evaluated: the averaged one, where there is one."""
+        net: Any = self.gpt if self.ema is None else self.ema.module
+        return net
+
     def forward(self, indices: Tensor, clip_embedding: Tensor) -> Tensor:
         """Teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
-        return self.gpt(indices, clip_embedding)
+        return (self.gpt if self.training else self.network)(indices, clip_embedding)
 
     @torch.no_grad()
     def sample(self, clip_embedding: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
                guidance_scale: float = 1.0, guidance_power: float = 0.0, seed: int | Sequence[int] | None = None,
-               given: Tensor | None = None, watch: sampling.Watch | None = None) -> Tensor:  # fmt: skip
+               uniforms: Tensor | None = None, given: Tensor | None = None,
+               watch: sampling.Watch | None = None) -> Tensor:  # fmt: skip
         """Draw indices for CLIP embeddings of images or sentences.
 
         Args:
@@ -93,21 +126,23 @@ class ConditionalTransformer(pl.LightningModule):
             guidance_power: 0: the same guidance everywhere; above, it grows along the image; below, it fades. See
                 ``sampling.guidance_scales``.
             seed: row i draws from ``seed + i``; or one seed a row. A row's indices do not depend on the other rows.
+            uniforms: (B, T) in [0, 1), what the indices are drawn by, instead of a seed.
             given: first indices (B, P) to go on from. watch: called with the indices so far, (B, t), at every step.
 
         Returns:
             (B, T) int64.
         """
         sampling.check_sampling(temperature, top_k, top_p, guidance_scale)
-        rows = len(clip_embedding)
-        condition = self.gpt.condition(clip_embedding)
+        rows, net = len(clip_embedding), self.network
+        condition = net.condition(clip_embedding)
         if guidance_scale != 1:
             everything = torch.ones(rows, dtype=torch.bool, device=condition.device)
-            condition = torch.cat([condition, self.gpt.condition(clip_embedding, drop=everything)])
-        step: sampling.Step = CachedDecoder(self.gpt, condition)  # knows no dropout, in training mode either
+            condition = torch.cat([condition, net.condition(clip_embedding, drop=everything)])
+        step: sampling.Step = CachedDecoder(net, condition)  # knows no dropout, in training mode either
         if guidance_scale != 1:
             step = sampling.guided(step, sampling.guidance_scales(guidance_scale, guidance_power, self.num_tokens))
-        uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
+        if uniforms is None:
+            uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
         settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         return sampling.decode(step, uniforms, **settings, given=given, watch=watch)
 
@@ -124,6 +159,25 @@ class ConditionalTransformer(pl.LightningModule):
         optimizer = make_optimizer(self, blocks, h.optimizer, h.learning_rate, h.betas, h.weight_decay)
         rate = schedule(optimizer, h.schedule, h.warmup_steps, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+
+    def configure_model(self) -> None:
+        """Share the weights out over the processes, where the trainer's strategy brings a mesh of devices: FSDP."""
+        if self.device_mesh is None or isinstance(self.gpt, FSDPModule):
+            return
+        nets: list[Any] = [self.gpt] if self.ema is None else [self.gpt, self.ema.module]
+        for net in nets:  # what lies outside the blocks stays together: the head may be the index embedding
+            for part in (*net.transformer.h, net):  # nothing stays whole after a forward pass, which may be validation
+                fully_shard(part, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
+
+    def on_fit_start(self) -> None:
+        self.train()  # what was loaded is in evaluation mode, and Lightning leaves it there
+        if self.h.compile:
+            self.gpt.compile()  # in place: the names of parameters stay
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        if self.ema is not None:
+            self.ema.update_parameters(self.gpt)
 
     def frozen(self) -> tuple[VQGAN, FrozenCLIP]:
         """The attached pair, on this module's device."""
@@ -156,25 +210,25 @@ class ConditionalTransformer(pl.LightningModule):
         logits = self.gpt(indices, condition, drop)
         loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())  # Eq. 8, a token
         self.log("train/cross_entropy", loss.detach(), prog_bar=True)
-        if self.h.clip_loss_weight > 0:
+        if self.h.clip_loss_weight > 0 and self.global_step % self.h.clip_loss_every == 0:
             clip_loss = self.clip_loss(logits, clip_embedding)
             self.log("train/clip_loss", clip_loss.detach())
-            loss = loss + self.h.clip_loss_weight * clip_loss  # Eq. 10
+            loss = loss + self.h.clip_loss_weight * self.h.clip_loss_every * clip_loss  # Eq. 10
         self.log("train/loss", loss.detach())
         return loss
 
     def clip_loss(self, logits: Tensor, clip_embedding: Tensor) -> Tensor:
-        """L_CLIP (Eq. 9) of the most likely indices' picture, differentiable by a straight-through arg max."""
+        """L_CLIP (Eq. 9) of the picture that logits choose, on the first rows: the order of a batch is random."""
         vqgan, clip = self.frozen()
-        p = logits.softmax(dim=-1)
-        one_hot = F.one_hot(p.argmax(dim=-1), p.shape[-1]).to(p)
-        codes = (one_hot + p - p.detach()) @ vqgan.codebook  # (B, T, D)
+        rows = max(round(self.h.clip_loss_fraction * len(logits)), 1)
+        codes = losses.differentiable_codes(logits[:rows], vqgan.codebook, self.h.clip_loss_codes)  # (rows, T, D)
         z_q = rearrange(codes, "b (h w) d -> b d h w", h=math.isqrt(self.num_tokens))
-        return losses.clip_loss(clip.encode_image(vqgan.decode_latents(z_q)), clip_embedding)
+        generated = clip.encode_image(vqgan.decode_latents(z_q))
+        return losses.clip_loss(generated, clip_embedding[:rows], self.h.clip_loss_kind)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.encoded(batch)
-        loss = F.cross_entropy(self.gpt(indices, clip_embedding).flatten(0, 1), indices.flatten())
+        loss = F.cross_entropy(self.network(indices, clip_embedding).flatten(0, 1), indices.flatten())
         self.log("val/cross_entropy", loss, batch_size=len(indices), prog_bar=True, sync_dist=True)
 
     # -------------------------------------------------------------------------------------------------------- files
@@ -183,17 +237,44 @@ class ConditionalTransformer(pl.LightningModule):
         checkpoint["clipgen_model"] = type(self).__name__
 
     def save(self, path: str | Path, half: bool = False) -> Path:
-        """Write a model folder."""
-        return files.save_folder(path, type(self).__name__, dict(self.hparams), self.state_dict(), half)
+        """Write a model folder; of the averaged weights, where there are any."""
+        state = {f"gpt.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        return files.save_folder(path, type(self).__name__, dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> ConditionalTransformer:
         """Load a model folder, a run folder or a checkpoint of stage 2, in evaluation mode."""
         arguments, state = files.load(path, cls.__name__)
+        if not below("ema.", state):  # a folder holds one network, and nobody shall pay for a second
+            arguments = arguments | {"ema_decay": 0.0}
         with files.fitting(path, cls.__name__):
             model = cls(**arguments)
             model.load_state_dict(state)
         return model.eval()
+
+    def start_from_language(self, name: str | Path) -> ConditionalTransformer:
+        """Take over what a GPT-2 learned from language: its blocks and last norm, and its positions unless
+        ``grid_positions`` asks for others.
+
+        The heads that look one or a few places back find them by the positions, so blocks alone would lose them; of
+        1024 positions the first ``num_tokens`` are taken, of fewer all. Words are no indices: their embedding is not.
+
+        Args:
+            name: a name on the Hugging Face hub (``"gpt2"``, ``"gpt2-medium"``), or a folder of ``save_pretrained``.
+
+        Raises:
+            ValueError: it cannot be had, is no GPT-2, or is of another size; says which.
+        """
+        net: Any = self.gpt.transformer
+        state = language.gpt2(name, net.config)
+        for part in ("h", "ln_f"):
+            getattr(net, part).load_state_dict(below(f"{part}.", state))
+        if not self.h.grid_positions:
+            positions = state["wpe.weight"][: self.num_tokens]
+            net.wpe.weight.data[: len(positions)] = positions
+        if self.ema is not None:
+            self.network.load_state_dict(self.gpt.state_dict())
+        return self
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path, n_head: int | None = None) -> ConditionalTransformer:

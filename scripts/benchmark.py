@@ -3,6 +3,7 @@
     python scripts/benchmark.py vqgan --size cifar
     python scripts/benchmark.py vqgan --size paper --device cuda --batch 16 --variants plain bf16 compile bf16+compile
     python scripts/benchmark.py transformer --size cifar
+    python scripts/benchmark.py transformer --size medium --device cuda --batch 32 --variants bf16 bf16+compile
     python scripts/benchmark.py sample --batches 1 8
 
 A variant ``a+b`` switches both on. Variants run in processes of their own, so that peak memory is their own.
@@ -11,6 +12,7 @@ A variant ``a+b`` switches both on. Variants run in processes of their own, so t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
@@ -50,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {}, "compile": {"compile": True}, "channels_last": {"channels_last": True},
     "checkpointing": {"checkpointing": True}, "ema": {"ema_decay": 0.999}, "lecam": {"lecam_weight": 0.1},
     "without_discriminator": {"discriminator_weight": 0.0}, "bf16": {"precision": "bf16-mixed"},
-    "clip_loss": {"clip_loss_weight": 0.2},
+    "clip_loss": {"clip_loss_weight": 0.2}, "every_4": {"clip_loss_every": 4}, "quarter": {"clip_loss_fraction": 0.25},
 }  # fmt: skip
 
 
@@ -85,8 +87,8 @@ def peak_memory(device: str) -> float:
 class Clock(pl.Callback):
     """The time from the end of one training step to the end of the next: loading its batch is part of it."""
 
-    def __init__(self, device: str):
-        self.device, self.ends = device, [time.perf_counter()]
+    def __init__(self, device: str, period: int):
+        self.device, self.period, self.ends = device, period, [time.perf_counter()]
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.device == "cuda":
@@ -95,16 +97,16 @@ class Clock(pl.Callback):
 
     @property
     def seconds(self) -> float:
-        """Median of a step."""
-        steps = [b - a for a, b in zip(self.ends, self.ends[1:])]
-        return statistics.median(steps[WARM_UP:])
+        """Of a step: the median of runs of ``period`` steps, after which the same things happen again."""
+        ends = self.ends[WARM_UP :: self.period]
+        return statistics.median((b - a) / self.period for a, b in itertools.pairwise(ends))
 
 
 def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precision: str) -> dict[str, float]:
     """Seconds of a training step and peak memory."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    clock = Clock(device)
+    clock = Clock(device, module.hparams.get("clip_loss_every", 1))
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     accelerator: Any = "gpu" if device == "cuda" else "cpu"
     trainer = pl.Trainer(
@@ -167,8 +169,9 @@ def measure_transformer(size: str, source: str, variant: str, batch: int, steps:
     precision = arguments.pop("precision", "32-true")
     transformer = ConditionalTransformer(**arguments)
     count, sizes = (steps + WARM_UP) * batch, transformer.h
-    if source == "images":
+    if source == "images" or sizes.clip_loss_weight > 0:
         transformer.attach(VQGAN(**CIFAR).eval(), FrozenCLIP("shapes"))
+    if source == "images":
         found = fit(transformer, DataLoader(ShapesDataset(count), batch), device, precision)
     else:
         with tempfile.TemporaryDirectory() as folder:
@@ -180,9 +183,15 @@ def measure_transformer(size: str, source: str, variant: str, batch: int, steps:
     images = batch / found["seconds"]
     row = {"images/s": images, "tokens/s": images * sizes.num_tokens, "GiB": found["GiB"]}
     if device == "cuda":
-        parameters = sum(p.numel() for p in transformer.gpt.transformer.h.parameters())
-        row["MFU"] = 6 * parameters * row["tokens/s"] / 989e12  # of an H200's dense bf16 peak
+        row["MFU"] = flops(transformer) * row["tokens/s"] / 989e12  # of an H200's dense bf16 peak
     return row
+
+
+def flops(transformer: ConditionalTransformer) -> float:
+    """Floating-point operations that a token of training needs: 6 N + 12 L C T (PaLM, arXiv:2204.02311, App. B)."""
+    gpt, sizes = transformer.gpt, transformer.h
+    parameters = sum(p.numel() for p in gpt.transformer.h.parameters()) + gpt.head.weight.numel()
+    return 6 * parameters + 12 * sizes.n_layer * sizes.n_embd * sizes.num_tokens
 
 
 def transformer(args: argparse.Namespace) -> dict[str, Any]:
@@ -299,7 +308,8 @@ def main() -> None:
     v.add_argument("--perceptual", action="store_true", help="with LPIPS (random weights)")
     t = parts.add_parser("transformer", help="stage 2: train step, from images and from a cache")
     t.add_argument("--size", choices=TRANSFORMER_SIZES, default="cifar")
-    for part, variants in ((v, ["plain", "channels_last", "checkpointing", "compile"]), (t, ["plain"])):
+    training = ["plain", "compile", "checkpointing", "ema", "clip_loss", "clip_loss+every_4", "clip_loss+quarter"]
+    for part, variants in ((v, ["plain", "channels_last", "checkpointing", "compile"]), (t, training)):
         part.add_argument("--batch", type=int)
         part.add_argument("--variants", nargs="+", default=variants, help=f"of {', '.join(OPTIONS)}, joined by +")
     s = parts.add_parser("sample", help="the decode loop")

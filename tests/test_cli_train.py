@@ -21,6 +21,7 @@ import yaml
 from commands import SHAPES, TRANSFORMER, VQGAN, Call, command, everything, only, trained
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
@@ -183,6 +184,34 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
     assert Tokenizer.load(tmp_path / "run2")
 
 
+def test_ctrl_c_waits_for_the_batches_that_make_a_step(call, monkeypatch, tmp_path):
+    """What they have added up is in no checkpoint: between them, a resumed run would not be the run."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "training_step", 3)
+        assert call(*VQGAN, *SHAPES, "output=run", "model.accumulate=2").code == 130
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
+    assert (checkpoint["global_step"], batches) == (2, 4)
+
+
+def test_starting_from_language_weights(call, runs, monkeypatch, tmp_path):
+    """At the beginning and never again: a resumed run, a sampler and a reader of the folder need them no more."""
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50)).save_pretrained(tmp_path / "gpt2")
+    arguments = [*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "output=run", "language_weights=gpt2"]
+    seen = []
+    original = ConditionalTransformer.start_from_language
+    monkeypatch.setattr(
+        ConditionalTransformer, "start_from_language", lambda self, name: (seen.append(name), original(self, name))[1]
+    )
+    assert call(*arguments, "trainer.max_steps=2").code == 0
+    shutil.rmtree(tmp_path / "gpt2")
+    resumed = call(*arguments, "resume=run")
+    assert resumed.code == 0, resumed.stderr
+    assert seen == ["gpt2"] and steps_of(tmp_path / "run") == 4
+    for place in ("transformer", "checkpoints/last.ckpt"):
+        assert "language_weights" not in ConditionalTransformer.load(tmp_path / "run" / place).hparams
+
+
 def test_ctrl_c_before_the_first_step_leaves_nothing(call, monkeypatch, caplog, tmp_path):
     caplog.set_level(logging.INFO)
     interrupt_at(monkeypatch, "validation_step", 1)
@@ -278,6 +307,17 @@ ERRORS = {
     "clip without weights": (
         [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "clip.model_name={clip}"],
         "weights of CLIP .* cannot",
+    ),
+    "no language weights": (
+        [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "language_weights={clip}"],
+        "language_weights must name a GPT-2 on the Hugging Face hub, or a folder of one, got",
+    ),
+    "a size of the other stage": (["stage=vqgan", "size=gpt2-small"], "there is no key|n_layer"),
+    "unknown size": (["stage=transformer", "size=x"], "size must be one of gpt2-large, .*, got x"),
+    "fsdp in stage 1": ([*VQGAN, *SHAPES, "trainer.strategy=fsdp"], "trainer.strategy must not be fsdp in stage=vqgan"),
+    "fsdp on any number": (
+        [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "trainer.strategy=fsdp", "trainer.devices=auto"],
+        "trainer.devices must be a number of devices with trainer.strategy=fsdp, got auto",
     ),
     "missing resume": ([*VQGAN, *SHAPES, "resume=x"], r"resume must name a .ckpt or a run folder .*, got x"),
     "resume a model": ([*VQGAN, *SHAPES, "resume={vqgan}/vqgan"], "resume must name a .ckpt or a run folder"),

@@ -121,6 +121,32 @@ def test_every_tokenizer_composes_and_builds(name):
     assert vqgan.h.quantizer == {"paper": "euclidean"}.get(name, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "language", "parameters"),
+    [("gpt2-small", 124_439_808, None), ("gpt2-medium", 354_823_168, None), ("gpt2-large", 774_030_080, None),
+     ("gpt2-xl", 1_557_611_200, None), ("gpt2-xl-clipgen", None, 1_386.3e6)],
+)  # fmt: skip
+def test_sizes(name, language, parameters):
+    """Those of OpenAI's have as many parameters as its GPT-2, where words and positions are as many as there."""
+    config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"size={name}")
+    with torch.device("meta"):
+        transformer = make(config.model, codebook_size=50257, num_tokens=1024, clip_dim=512)
+        ours = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
+    if language:
+        assert count(transformer) - count(transformer.gpt.clip_proj) == language
+    else:
+        assert count(ours) == pytest.approx(parameters, rel=0.002)
+    assert set(group("size")[name]) == {"model"} and set(group("size")[name]["model"]) == {
+        "n_layer",
+        "n_head",
+        "n_embd",
+    }
+
+
+def test_there_are_no_other_sizes():
+    assert set(group("size")) == {"gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"}
+
+
 def test_the_modern_tokenizer():
     """16384 codes of 8 dimensions on a sphere, f = 16; trained in bf16, compiled."""
     config = composed("stage=vqgan", "experiment=modern", "data.root=x")

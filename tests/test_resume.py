@@ -29,7 +29,8 @@ STAGES = {
               "model.kmeans_iters=2", *SMALL],
     "transformer": ["stage=transformer", "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.warmup_steps=1",
                     "model.dropout=0.1", "model.condition_dropout=0.3", "model.condition_cosine=0.9",
-                    "model.optimizer=muon", *SMALL],
+                    "model.optimizer=muon", "model.ema_decay=0.9", "model.clip_loss_weight=0.2",
+                    "model.clip_loss_codes=gumbel", "model.clip_loss_every=2", *SMALL],
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from clipgen.data.shapes import (
     SHIFTS,
     Attributes,
     ShapesDataset,
+    held_out_attributes,
     parse,
     shapes_data,
     silhouettes,
@@ -70,6 +71,37 @@ def test_a_sentence_has_many_images():
     """Place and radius vary below the words."""
     images = ShapesDataset(200, seed=1, attributes=ALL_ATTRIBUTES[:1]).render(range(200))
     assert len(images.flatten(1).unique(dim=0)) > 40
+
+
+@pytest.mark.parametrize(("fraction", "pairs"), [(0.0, 0), (0.1, 5), (0.25, 12), (0.5, 24)])
+def test_held_out_pairs_are_never_shown(fraction, pairs):
+    hidden = held_out_attributes(fraction)
+    assert hidden == held_out_attributes(fraction) and len(hidden) == 6 * pairs  # 2 sizes x 3 backgrounds
+    assert len({(a.shape, a.color) for a in hidden}) == pairs
+    assert set(held_out_attributes(fraction / 2)) <= set(hidden)
+    data = shapes_data(train_size=4000, val_size=1000, image_size=32, batch_size=8, held_out=fraction)
+    for part in (data.train, data.val):
+        shown = set(part.attributes)
+        assert not shown & set(hidden) and len(shown) > 0.9 * (288 - len(hidden))
+        for names, attribute in ((SHAPES, "shape"), (COLORS, "color")):  # each is there, with others
+            assert {getattr(a, attribute) for a in shown} == set(names)
+    for attribute, names in (("shape", SHAPES), ("color", COLORS)):  # and missing as seldom as can be
+        missing = [len({(a.shape, a.color) for a in hidden if getattr(a, attribute) == name}) for name in names]
+        assert max(missing) <= -(-pairs // 6)
+
+
+def test_without_held_out_pairs_the_images_are_what_they_were():
+    """Seed 0's first sentences, from before there was the argument."""
+    first = ["a small blue triangle on a black background", "a large yellow star on a white background"]
+    assert [str(a) for a in ShapesDataset(2).attributes] == first
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 0.999])
+def test_a_senseless_part_is_refused(fraction):
+    with pytest.raises(
+        ValueError, match=rf"held_out must be in \[0, 1\) and leave one of the 48 pairs, got {fraction}"
+    ):
+        held_out_attributes(fraction)
 
 
 def test_training_and_validation_images_differ():

@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import Tensor
 
 from clipgen import sampling
-from clipgen.nets.decode import CachedDecoder
 from clipgen.pipeline import BATCH
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -69,8 +68,8 @@ class LabelConditioned:
         if vqgan.codebook_size != transformer.codebook_size:
             raise ValueError(f"codebook_size must be {vqgan.codebook_size}, got {transformer.codebook_size}")
         self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
-        self.settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0) | settings
-        sampling.check_sampling(**self.settings)  # type: ignore[arg-type]
+        self.settings: dict[str, Any] = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0) | settings
+        sampling.check_sampling(**self.settings)
         self.noise_dim, self.class_names = transformer.num_tokens, transformer.class_names
 
     @classmethod
@@ -119,21 +118,10 @@ class LabelConditioned:
     def _decode(self, uniforms: Tensor, class_indices: Tensor) -> Tensor:
         one_hot, images = self.transformer.one_hot(class_indices), []
         for rows, condition in zip(uniforms.to(self.device).split(BATCH), one_hot.split(BATCH)):
-            indices = self._indices(rows, condition)
+            indices = self.transformer.sample(condition, uniforms=rows, **self.settings)
             side = round(self.noise_dim**0.5)
             images.append(self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", h=side)).clamp(-1, 1))
         return torch.cat(images)
-
-    def _indices(self, uniforms: Tensor, one_hot: Tensor) -> Tensor:
-        gpt, settings = self.transformer.gpt, dict(self.settings)
-        scale = settings.pop("guidance_scale")
-        condition = gpt.condition(one_hot)
-        if scale != 1:
-            everything = torch.ones(len(one_hot), dtype=torch.bool, device=one_hot.device)
-            condition = torch.cat([condition, gpt.condition(one_hot, drop=everything)])
-        step: sampling.Step = CachedDecoder(gpt, condition)
-        step = step if scale == 1 else sampling.guided(step, scale)
-        return sampling.decode(step, uniforms, **settings)  # type: ignore[arg-type]
 
 
 def run_folder(path: str | Path) -> Path:

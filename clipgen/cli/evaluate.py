@@ -173,7 +173,7 @@ def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
     clips = {name: FrozenCLIP(*(name.split(":", 1) + [None])[:2]).to(device) for name in names if name != "none"}
     features = None if args.features == "none" else feature_extractor(args.features).to(device)
     classes = [caption for _, caption in sentences(args)] if args.classes else []
-    if args.features == "none" or features.num_classes != len(classes):
+    if features is None or features.num_classes != len(classes):
         classes = []  # of another classifier
     return Measure(
         features, args.blur, clips, captioner(args.captioner) if args.captioner else None, args.captioner, classes,

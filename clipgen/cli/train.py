@@ -135,6 +135,8 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     strategy = config.trainer.strategy
     if strategy == "auto" and config.trainer.devices != 1:  # a sleeping discriminator has no gradients
         strategy = "ddp_find_unused_parameters_true"
+    if fsdp := strategy == "fsdp":
+        strategy = sharded(config)
     return make(
         config.trainer,
         strategy=strategy,
@@ -144,22 +146,44 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
         enable_model_summary=visible,
         plugins=[callbacks.WholeCheckpoints()],
         callbacks=[callbacks.StepSeeds(config.seed), callbacks.StopCleanly(folder / "last.ckpt"),
-                   make(config.pictures, folder=output / "pictures"),
+                   *([] if fsdp else [make(config.pictures, folder=output / "pictures")]),  # one process draws them
                    *([make(config.metrics)] if "metrics" in config else []),
                    *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
                    *([callbacks.Bar()] if visible else [])],
     )  # fmt: skip
 
 
+def sharded(config: DictConfig) -> Any:
+    """FSDP over all devices, with whole checkpoints. Lightning's name for it is of torch's first FSDP, which flattens
+    the weights: matrices could not be told from vectors then, which weight decay and Muon do."""
+    from pytorch_lightning.strategies import ModelParallelStrategy
+
+    devices = config.trainer.devices
+    if config.stage_name != "transformer":
+        raise ValueError("trainer.strategy must not be fsdp in stage=vqgan: its weights fit anywhere; take ddp")
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices must be a number of devices with trainer.strategy=fsdp, got {devices}")
+    processes = devices * config.trainer.num_nodes
+    return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
 def build(config: DictConfig) -> pl.LightningModule:
-    """The model to train; in stage 2 with its frozen pair, whose sizes fill what the configuration leaves open."""
-    from clipgen import VQGAN
+    """The model to train, with the weights that it starts from."""
     from clipgen.cli.config import make
 
     if config.stage_name == "vqgan":
         return make(config.model) if config.start_from is None else start_from(config)
-    if is_encoded(config):
-        return build_encoded(config)
+    model = build_encoded(config) if is_encoded(config) else build_online(config)
+    if config.language_weights is not None and config.resume is None:
+        model.start_from_language(config.language_weights)
+    return model
+
+
+def build_online(config: DictConfig) -> Any:
+    """The transformer with its frozen pair, whose sizes fill what the configuration leaves open."""
+    from clipgen import VQGAN
+    from clipgen.cli.config import make
+
     vqgan = VQGAN.load(config.vqgan)
     clip = make(config.clip)
     sizes = {
@@ -187,7 +211,7 @@ def settle_encoded(config: DictConfig) -> None:
         config.model.condition_cosine = 1.0  # noise bridges images and sentences, which a class has nothing to do with
 
 
-def build_encoded(config: DictConfig) -> pl.LightningModule:
+def build_encoded(config: DictConfig) -> Any:
     """The transformer for a cache, whose tokenizer and CLIP must be the run's; only the CLIP loss needs them loaded."""
     from clipgen import VQGAN
     from clipgen.cli.config import make
@@ -264,8 +288,8 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
     trainer.save_checkpoint(output / "checkpoints" / "last.ckpt", weights_only=False)  # all processes have a part in it
     if trainer.is_global_zero:
         best = next(callback.best_model_path for callback in callbacks if getattr(callback, "monitor", None))
-        finished = type(model).load(best) if Path(best).is_file() else model  # no validation, no best
-        finished.save(output / FOLDERS[type(model).__name__])
+        best = best if Path(best).is_file() else output / "checkpoints" / "last.ckpt"  # no validation, no best
+        type(model).load(best).save(output / FOLDERS[type(model).__name__])
         logger.info("Finished %d steps: %s", trainer.global_step, output)
 
 

@@ -45,6 +45,28 @@ class Attributes:
 ALL_ATTRIBUTES = tuple(Attributes(*names) for names in itertools.product(RADII, COLORS, SHAPES, BACKGROUNDS))
 
 
+def held_out_attributes(fraction: float) -> tuple[Attributes, ...]:
+    """What ``data.held_out`` keeps from training: all sentences of some of the 48 pairs of a shape and a colour.
+
+    The pairs follow from the fraction alone. They lie on diagonals of the shuffled table of shapes and colours, so that
+    every shape and every colour is missing as seldom as can be; a larger fraction holds out those of a smaller, too.
+
+    Raises:
+        ValueError: the fraction is not in [0, 1), or so large that nothing is left.
+    """
+    pairs = len(SHAPES) * len(COLORS)
+    if not 0 <= fraction < 1 or round(fraction * pairs) == pairs:
+        raise ValueError(f"held_out must be in [0, 1) and leave one of the {pairs} pairs, got {fraction}")
+    generator = torch.Generator().manual_seed(0)
+    shapes, colors = (
+        [list(names)[i] for i in torch.randperm(len(names), generator=generator)] for names in (SHAPES, COLORS)
+    )
+    diagonals = itertools.product(range(len(colors)), range(len(shapes)))
+    order = [(shapes[i], colors[(i + shift) % len(colors)]) for shift, i in diagonals]
+    chosen = set(order[: round(fraction * pairs)])
+    return tuple(a for a in ALL_ATTRIBUTES if (a.shape, a.color) in chosen)
+
+
 def parse(sentence: str) -> Attributes:
     """Read the attributes back from a sentence of the set; inverse of ``str(attributes)``.
 
@@ -140,19 +162,22 @@ class ShapesDataset(Dataset):
         seed: draws attributes, positions and radii; another seed gives other images.
         attributes: the ``Attributes`` of each image in turn (repeated to ``length``) instead of random ones.
         labels: give a cache the class of each image too, the place of its attributes among ``ALL_ATTRIBUTES``.
+        held_out: part of the pairs of a shape and a colour that are not among the random ones; see
+            ``held_out_attributes``.
     """
 
     def __init__(
         self, length: int, image_size: int = 32, seed: int = 0, attributes: Sequence[Attributes] | None = None,
-        labels: bool = False,
+        labels: bool = False, held_out: float = 0.0,
     ):  # fmt: skip
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
         self.image_size, self.labels = image_size, labels
         self.class_names = [str(attributes) for attributes in ALL_ATTRIBUTES]
         generator = torch.Generator().manual_seed(seed)
-        choices = torch.randint(len(ALL_ATTRIBUTES), (length,), generator=generator).tolist()
-        pool = ALL_ATTRIBUTES if attributes is None else attributes
+        hidden = set(held_out_attributes(held_out))
+        pool = attributes or [a for a in ALL_ATTRIBUTES if a not in hidden]
+        choices = torch.randint(len(pool), (length,), generator=generator).tolist()
         self.attributes = [pool[c if attributes is None else i % len(pool)] for i, c in enumerate(choices)]
         scale = image_size / 32
         low, high = torch.tensor([RADII[a.size] for a in self.attributes]).T
@@ -197,9 +222,13 @@ class ShapesDataset(Dataset):
 
 def shapes_data(
     train_size: int, val_size: int, image_size: int, batch_size: int, num_workers: int = 0, seed: int = 0,
-    labels: bool = False,
+    labels: bool = False, held_out: float = 0.0,
 ) -> ImageData:  # fmt: skip
-    """The data module of ``data=shapes``: training and validation images from different seeds."""
-    train = ShapesDataset(train_size, image_size, seed=2 * seed, labels=labels)
-    val = ShapesDataset(val_size, image_size, seed=2 * seed + 1, labels=labels)
+    """The data module of ``data=shapes``: training and validation images from different seeds.
+
+    Args:
+        held_out: part of the 48 pairs of a shape and a colour that neither shows; see ``held_out_attributes``.
+    """
+    train = ShapesDataset(train_size, image_size, seed=2 * seed, labels=labels, held_out=held_out)
+    val = ShapesDataset(val_size, image_size, seed=2 * seed + 1, labels=labels, held_out=held_out)
     return ImageData(train, val, batch_size, num_workers, seed=seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class ConditionalGPT2(nn.Module):
         dropout: on embeddings, attention and residuals.
         tie_head: share the output matrix with the index embedding, as GPT-2 does. head_bias: add one to the logits.
         activation: transformers' name; GPT-2's is the default, as one kernel ("gelu_new" is eight).
+        checkpointing: keep no activations inside blocks, compute them again on the way back: less memory, more time.
         grid_positions: start the learned positions from the row and column that each one scores, instead of GPT-2's
             noise: what lies above an index is then found from the first step on.
         null_condition: own a learned condition that stands for "anything", for classifier-free guidance.
@@ -29,7 +31,7 @@ class ConditionalGPT2(nn.Module):
     def __init__(self, *, n_layer: int, n_head: int, n_embd: int, codebook_size: int, num_tokens: int, clip_dim: int,
                  dropout: float = 0.0, tie_head: bool = True, head_bias: bool = False,
                  activation: str = "gelu_pytorch_tanh", null_condition: bool = False,
-                 grid_positions: bool = False):  # fmt: skip
+                 grid_positions: bool = False, checkpointing: bool = False):  # fmt: skip
         super().__init__()
         if n_embd % n_head:
             raise ValueError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
@@ -39,6 +41,10 @@ class ConditionalGPT2(nn.Module):
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, activation_function=activation,
             attn_implementation="sdpa", use_cache=False, bos_token_id=None, eos_token_id=None,
         ))  # fmt: skip
+        if checkpointing:
+            net: Any = self.transformer  # the second name is that of older transformers
+            enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self.clip_proj = nn.Linear(clip_dim, n_embd)
         self.head = nn.Linear(n_embd, codebook_size, bias=head_bias)
         if tie_head:
