@@ -376,5 +376,5 @@ def test_names_that_are_none(tmp_path, text):
 
 
 def test_a_cache_of_before_goes_on(call, encoded):
-    """The keys for labels are in its settings only where they are used."""
+    """Keys that came later are in its settings only where they are used."""
     assert set(read_manifest(encoded)["source"]) == {"_target_", "train_size", "val_size", "image_size", "seed"}
