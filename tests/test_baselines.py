@@ -308,6 +308,21 @@ def test_the_classes_nearest_to_a_prompt():
             search.top_labels(labels, prompt, k)
 
 
+def test_templates(shapes_clip, caplog):
+    name = "a small red star on a black background"
+    labels = search.encode_labels(shapes_clip, [name])
+    assert torch.equal(labels, shapes_clip.encode_text([name])) and not caplog.records  # no word but those it knows
+    other = search.encode_labels(shapes_clip, ["red star"], "a small {label} on a black background")
+    assert torch.equal(labels, other)
+    with pytest.raises(ValueError, match=r"template must hold \{label\}, got 'a star'"):
+        search.encode_labels(shapes_clip, [name], "a star")
+    asked = []
+    clip = ToyCLIP()
+    clip.encode_text = lambda texts: asked.extend(texts) or torch.zeros(len(texts), 2)
+    search.encode_labels(clip, ["dog", "cat {x}"])
+    assert asked == ["An image of dog", "An image of cat {x}"]  # the paper's
+
+
 def test_the_best_answer_is_found():
     """The class of 50 degrees with a noise of about tanh^-1(0.6) is the answer to 50.6."""
     found = search.search(ToyGAN(), ToyCLIP(), "50.6", k=3, num_images=200, seed=1, keep=True)

@@ -34,9 +34,22 @@ class Found(NamedTuple):
     images: Tensor | None  # all of them (num_images, 3, H, W), where they were to be kept
 
 
-def encode_labels(clip: FrozenCLIP, class_names: Sequence[str], template: str = TEMPLATE) -> Tensor:
-    """CLIP embeddings of the classes' names in the template, (num_classes, E)."""
-    texts = [template.format(label=name) for name in class_names]
+def encode_labels(clip: FrozenCLIP, class_names: Sequence[str], template: str | None = None) -> Tensor:
+    """CLIP embeddings of the classes' names in a template, (num_classes, E).
+
+    Args:
+        template: with {label} in it; None: the paper's, or for a CLIP of few words that lacks its words the bare names.
+
+    Raises:
+        ValueError: the template has no place for the name.
+    """
+    if template is None:
+        known = getattr(getattr(clip, "tokenizer", None), "index", None)  # of a WordTokenizer
+        words = TEMPLATE.lower().split()[:-1]
+        template = TEMPLATE if known is None or all(word in known for word in words) else "{label}"
+    if "{label}" not in template:
+        raise ValueError(f"template must hold {{label}}, got {template!r}")
+    texts = [template.replace("{label}", name) for name in class_names]
     return torch.cat([clip.encode_text(texts[i : i + TEXTS]) for i in range(0, len(texts), TEXTS)])
 
 
@@ -141,7 +154,7 @@ Watch = Callable[[int, int, int, Found], None]  # (k, seed, number of the prompt
 def search_table(
     generator: Generator, clip: FrozenCLIP, prompts: Sequence[str], threshold: float | None = None, *,
     ks: Sequence[int] = KS, num_images: int = 100, seeds: Sequence[int] = SEEDS, batch_size: int = 32,
-    template: str = TEMPLATE, keep: bool = False, watch: Watch | None = None,
+    template: str | None = None, keep: bool = False, watch: Watch | None = None,
 ) -> list[Row]:  # fmt: skip
     """Tables 1 (but for FID) and 2 and Figure 2: every prompt searched with every k and seed.
 

@@ -56,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
         "--class-names", help="of such a generator: .json list, text file with a name a line, or imagenet"
     )
     find.add_argument("--k", type=int, default=10, help="classes to draw from (default: %(default)s)")
+    find.add_argument(
+        "--template", help='how CLIP is asked about a class (default: "An image of {label}", the paper\'s)'
+    )
     find.add_argument("--num-images", type=int, default=100, help="pictures to draw, b_max (default: %(default)s)")
     find.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
     find.add_argument(
@@ -123,7 +126,7 @@ def run_vqgan_clip(args: argparse.Namespace) -> None:
 def run_search(args: argparse.Namespace) -> None:
     """The best picture of each prompt, or the paper's tables over all prompts."""
     from clipgen.baselines.generators import load_generator, names_of
-    from clipgen.baselines.search import search, search_table
+    from clipgen.baselines.search import encode_labels, search, search_table
 
     names = names_of(args.class_names) if args.class_names else None
     generator = load_generator(args.generator, args.noise_dim, names, args.device, **settings_of(args))
@@ -131,14 +134,15 @@ def run_search(args: argparse.Namespace) -> None:
     if args.table:
         rows = search_table(
             generator, clip, args.prompts, args.threshold, num_images=args.num_images, seeds=args.seeds,
-            batch_size=args.batch_size, keep=args.keep_all,
+            batch_size=args.batch_size, template=args.template, keep=args.keep_all,
             watch=lambda k, seed, number, found: keep_all(args, found, f"k{k}/seed{seed}/{number:05d}"),
         )  # fmt: skip
         return write_table(rows, args)
     sheet = Sheet(args, {"k": args.k, "num_images": args.num_images})
+    labels = encode_labels(clip, generator.class_names, args.template)
     for number, prompt in enumerate(args.prompts):
         found = search(generator, clip, prompt, args.k, args.num_images, args.seed, batch_size=args.batch_size,
-                       keep=args.keep_all)  # fmt: skip
+                       labels=labels, keep=args.keep_all)  # fmt: skip
         keep_all(args, found, f"{number:05d}")
         name = generator.class_names[found.class_index]
         info = {"prompt": prompt, "clip_score": found.score, "label": name, "curve": found.curve.tolist()}

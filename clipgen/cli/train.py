@@ -207,7 +207,7 @@ def settle_encoded(config: DictConfig) -> None:
         config.vqgan = config.data.root
     keys = ("_target_", "root", "batch_size", "num_workers", "seed", "condition")
     config.data = OmegaConf.masked_copy(config.data, keys)  # type: ignore[arg-type]
-    if config.data.condition == "label" and not OmegaConf.is_missing(config, "model"):
+    if config.data.condition == "label" and "condition_cosine" in config.model:
         config.model.condition_cosine = 1.0  # noise bridges images and sentences, which a class has nothing to do with
 
 
