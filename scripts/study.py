@@ -176,7 +176,9 @@ class Study:
         """How a row's system draws."""
         if row.system == "vqgan_clip":
             vqgan = VQGAN.load(self.vqgan)
-            return lambda captions, seeds: vqgan_clip(vqgan, self.clip, self.clip.encode_text(captions), seed=seeds)
+            return lambda captions, seeds: vqgan_clip(
+                vqgan, self.clip, self.clip.encode_text(captions), steps=100, cutouts=16, seed=seeds
+            )
         assert row.recipe
         run = self.trained(row.recipe, seed)
         if row.system == "pipeline":
@@ -213,8 +215,9 @@ class Study:
             draw = self.draw(row, seed)
             source = Drawn(draw, captions, 10_000 * seed, {"row": row.name, "steps": self.args.steps})
             evaluate(folder, source, self.measure, self.reference)
-            sheet = grid(to_pil(draw(captions[:16], list(range(16)))), columns=8, captions=captions[:16], cell=96)
-            save_png(sheet, folder / "grid.png")
+            first = captions[:: max(count // 8, 1)][:8]
+            images = draw(first, list(range(len(first))))
+            save_png(grid(to_pil(images), columns=8, captions=first, cell=96), folder / "grid.png")
         return json.loads((folder / "metrics.json").read_text())["metrics"]
 
 

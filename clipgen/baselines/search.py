@@ -74,7 +74,7 @@ def search(
     """Algorithm 1: draw ``num_images`` (b_max) images of the top-k classes, keep the nearest to the prompt.
 
     Image b follows from seed, prompt and b alone: from no other image, and not from the batch size; with all classes
-    as k it is plain random search. (The paper's MAXCLIP begins at 0, so that it may find nothing; ours at -1.)
+    as k it is plain random search. (The paper's MAXCLIP begins at 0, so that it may find nothing; ours at -2.)
 
     Args:
         k: classes to draw from. labels: of ``encode_labels``, where they are at hand. keep: return all images too.

@@ -65,7 +65,9 @@ def encode(config: DictConfig) -> None:
     source = OmegaConf.to_container(config.data)
     assert isinstance(source, dict)
     leave_out = ["batch_size", "num_workers", "shuffle"]
-    leave_out += [key for key in ("labels", "class_names", "held_out") if not source.get(key)]  # caches that were made before
+    leave_out += [
+        key for key in ("labels", "class_names", "held_out") if not source.get(key)
+    ]  # caches that were made before
     settings = {"source": {k: v for k, v in source.items() if k not in leave_out}}
     rank, world_size = encoding.share()
     whole = encoding.encode(
