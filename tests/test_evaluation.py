@@ -19,7 +19,7 @@ from clipgen.evaluation import metrics
 from clipgen.evaluation.captioner import captioner
 from clipgen.evaluation.collection import Collection, collect
 from clipgen.evaluation.evaluate import evaluate, table
-from clipgen.evaluation.features import clean_resize, feature_extractor
+from clipgen.evaluation.features import Features, clean_resize, feature_extractor
 from clipgen.evaluation.measure import Measure, blurred, summary
 from clipgen.evaluation.sources import Drawn, Pictures, RealImages, drawing
 from clipgen.images import save_png, to_pil
@@ -288,6 +288,32 @@ def test_spaces_are_never_mixed(two_folders, tmp_path):
         evaluate(tmp_path, Pictures(two_folders[0]), other)
     with pytest.raises(ValueError, match="was measured with pictures="):
         evaluate(tmp_path, Pictures(two_folders[1]), ours)
+
+
+def test_a_reference_that_was_measured_before(two_folders, tmp_path):
+    ours, other = (Measure(feature_extractor(f"{__name__}:{n}"), [0]) for n in ("some_features", "sixteen_classes"))
+    expected = evaluate(tmp_path / "1", Pictures(two_folders[0]), ours, RealImages(str(two_folders[1]), 32))
+    evaluate(tmp_path / "reference", Pictures(two_folders[1]), ours)
+    measured = Collection(tmp_path / "reference/parts")
+    found = evaluate(tmp_path / "2", Pictures(two_folders[0]), ours, measured)
+    assert found == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"reference .*parts was measured with features=.*some_features"):
+        evaluate(tmp_path / "3", Pictures(two_folders[0]), other, measured)
+    assert not (tmp_path / "3").exists()
+
+
+def test_classes_that_a_classifier_recognises(tmp_path):
+    """Two of three images are taken for what their sentences say."""
+    images = torch.zeros(3, 3, 4, 4)
+    images[0, 0], images[1, 1], images[2, 2] = 1.0, 1.0, 1.0
+
+    def three_classes(images):
+        means = images.mean((2, 3))
+        return means, means
+
+    measure = Measure(Features(three_classes, "three"), [0], classes=["red", "green", "blue"])
+    source = Drawn(lambda captions, seeds: images, ["red", "green", "red"], 0, {})
+    assert of(source, measure, tmp_path)["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_a_reference_is_measured_once(two_folders, tmp_path):

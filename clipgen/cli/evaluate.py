@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     said.add_argument("--template", default="A photo of a {label}.", help="of the classes (default: %(default)s)")
     said.add_argument("--num-images", type=int, default=30_000, help="drawn (default: %(default)s, the papers')")
     how = p.add_argument_group("protocol")
-    how.add_argument("--reference", help="real images: a folder, tar shards, or shapes; without it no FID, KID, "
-                     "precision, recall")  # fmt: skip
+    how.add_argument("--reference", help="real images: a folder, tar shards, or shapes; or a folder of parts that "
+                     "was measured before; without it no FID, KID, precision, recall")  # fmt: skip
     how.add_argument("--features", default="inception", help="space of IS, FID, KID, precision and recall: inception "
                      "(torch-fidelity's resize), inception-clean, inception:FILE, clip:MODEL[:TAG], torchvision:MODEL, "
                      "timm:MODEL, module:function, none (default: %(default)s)")  # fmt: skip
@@ -114,13 +114,25 @@ def judged(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of pictures."""
     from clipgen.encoding import share
     from clipgen.evaluation.evaluate import evaluate
-    from clipgen.evaluation.sources import RealImages
 
     source, size = drawn(args) if args.checkpoint else pictures(args)
     measure = make_measure(args, bool(getattr(source, "captions", None)))
-    reference = RealImages(args.reference, size, args.batch_size, args.num_images) if args.reference else None
+    reference = compared(args, size)
     with progress(sum(len(piece) for piece in source.pieces)) as advance:
         return evaluate(args.output, source, measure, reference, advance=advance, share=share())
+
+
+def compared(args: argparse.Namespace, size: int) -> Any:
+    """The reference: measured before, or images; None where none is given."""
+    from clipgen.evaluation.collection import IDENTITY, Collection
+    from clipgen.evaluation.sources import RealImages
+
+    if args.reference is None:
+        return None
+    folder = Path(args.reference).expanduser()
+    if (folder / IDENTITY).is_file():
+        return Collection(folder)
+    return RealImages(args.reference, size, args.batch_size, args.num_images)
 
 
 def sentences(args: argparse.Namespace) -> list[Any]:

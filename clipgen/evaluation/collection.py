@@ -44,6 +44,12 @@ class Collection:
     folder: Path
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What was measured, and how."""
+        found: dict[str, Any] = json.loads((self.folder / IDENTITY).read_text())
+        return found
+
+    @property
     def parts(self) -> list[Path]:
         """The files, in order."""
         return sorted(self.folder.glob("part-*.npz"))

@@ -24,31 +24,44 @@ LABELS = {
 
 
 def evaluate(
-    output: str | Path, source: Source, measure: Measure, reference: Source | None = None, *,
+    output: str | Path, source: Source, measure: Measure, reference: Source | Collection | None = None, *,
     advance: Advance = lambda count: None, share: tuple[int, int] = (0, 1),
 ) -> dict[str, float] | None:  # fmt: skip
     """Measure a source's images, compare them with the reference's, and write ``metrics.json``.
 
-    Killed at any moment and called again it goes on. The reference is measured once for each content and feature space
-    and kept in ``reference_folder``. ``share``: (rank, world size) of processes that measure together.
+    Killed at any moment and called again it goes on. A reference of images is measured once for each content and
+    feature space, and kept in ``reference_folder``; or it is a collection that was measured before.
+
+    Args:
+        advance: called with a number of images when they are done. share: (rank, world size) of processes that measure
+            together.
 
     Returns:
         The metrics; None where other processes have not finished their share.
     """
-    images, theirs = Collection(Path(output) / "parts"), None
+    images, others = Collection(Path(output) / "parts"), measure.for_reference()
+    if isinstance(reference, Collection):
+        check_space(reference, others)
     whole = collect(images.folder, source, measure, measure.identity, advance, share)
-    if reference is not None:
-        others = measure.for_reference()
+    theirs = reference if isinstance(reference, Collection) else None
+    if reference is not None and not isinstance(reference, Collection):
         theirs = Collection(reference_folder(others.identity | reference.identity))
         whole &= collect(theirs.folder, reference, others, others.identity, share=share)
     if not whole:
         return None
     found = summary(images, theirs)
-    protocol = {"images": len(images), **measure.identity, **source.identity}
-    if theirs is not None and reference is not None:
-        protocol["reference"] = {"images": len(theirs), **reference.identity}
+    protocol = {"images": len(images)} | images.identity
+    if theirs is not None:
+        protocol["reference"] = {"images": len(theirs)} | theirs.identity
     write(Path(output) / "metrics.json", found, protocol)
     return found
+
+
+def check_space(reference: Collection, measure: Measure) -> None:
+    """Raise ValueError where a reference was measured in another space than images are to be."""
+    for key, wanted in measure.space.items():
+        if (got := reference.identity.get(key)) != wanted:
+            raise ValueError(f"the reference {reference.folder} was measured with {key}={got}, not {wanted}")
 
 
 def reference_folder(identity: Mapping[str, Any]) -> Path:
