@@ -20,7 +20,7 @@ import clipgen
 from clipgen.clip import FrozenCLIP, find_folder
 from clipgen.data.encoded import MANIFEST, SPLITS, record
 from clipgen.data.shards import ImageShards
-from clipgen.pipeline import save_frozen
+from clipgen.frozen import save_frozen
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 from clipgen.weights.safe import State, below

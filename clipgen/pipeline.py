@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -20,9 +17,10 @@ from torch import Tensor
 
 import clipgen
 from clipgen.bridge import Bridge
-from clipgen.clip import BUNDLED as BUNDLED_CLIPS
-from clipgen.clip import FrozenCLIP, find_folder
+from clipgen.clip import FrozenCLIP
+from clipgen.frozen import load_clip, run_folder, save_frozen
 from clipgen.images import from_pil, to_pil
+from clipgen.prompts import Prompt, check_request, describe
 from clipgen.sampling import Watch, check_sampling, row_seeds
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -49,7 +47,6 @@ TextToImage.load("hf-hub:OWNER/NAME")("a sentence")[0].save("picture.png")
 |---|---|---|
 {rows}
 """
-Prompt = str | Mapping[str, float] | Image.Image | Tensor
 Preview = Callable[[Tensor], None]
 
 
@@ -81,7 +78,7 @@ class TextToImage:
             path_or_name = snapshot_download(str(path_or_name).removeprefix("hf-hub:"))
         path = Path(BUNDLED.get(str(path_or_name), path_or_name)).expanduser()
         transformer = ConditionalTransformer.load(path)
-        root = path.parent.parent if path.is_file() else path.parent if (path / "config.json").is_file() else path
+        root = run_folder(path)
         bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
         return cls(VQGAN.load(root), transformer, load_clip(root), bridge)
 
@@ -249,80 +246,3 @@ class TextToImage:
         arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
         (one,) = row_seeds(seed, 1)
         return to_pil(self.generate(arc, [one] * steps, **settings))
-
-
-def describe(prompt: Prompt) -> str:
-    """A prompt in words, for file names and metadata."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, Mapping):
-        terms = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):g} {text}" for text, weight in prompt.items())
-        return terms.removeprefix("+ ")
-    return "an image" if isinstance(prompt, Image.Image) else "an embedding"
-
-
-def parse_mixture(text: str) -> dict[str, float]:
-    """``"0.7 a cat + 0.3 a dog"`` -> ``{"a cat": 0.7, "a dog": 0.3}``; a term without a number counts 1.
-
-    Raises:
-        ValueError: a term is empty.
-    """
-    first, *rest = re.split(r"(?:^|\s)([+-])(?:\s|$)", text.strip())
-    mixture: dict[str, float] = {}
-    for sign, term in [("+", first)] * bool(first or not rest) + list(zip(rest[::2], rest[1::2])):
-        weighted = re.fullmatch(r"([+-]?\d*\.?\d+)\s+(.*)", term.strip())
-        weight, words = (float(weighted[1]), weighted[2]) if weighted else (1.0, term.strip())
-        if not words:
-            raise ValueError(f'a mixture must be terms such as "0.7 a cat + 0.3 a dog", got {text!r}')
-        mixture[words] = mixture.get(words, 0.0) + (weight if sign == "+" else -weight)
-    return mixture
-
-
-def check_request(prompt: Prompt, num_images: int, rerank_from: int | None) -> None:
-    """Raise ValueError unless the request makes sense."""
-    texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Mapping) else ["an image"]
-    for text in texts or [""]:
-        if not text.strip():
-            raise ValueError(f"prompt must not be empty, got {text!r}")
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-    if rerank_from is not None and rerank_from < num_images:
-        raise ValueError(f"rerank_from must be at least num_images ({num_images}), got {rerank_from}")
-
-
-def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) -> None:
-    """Write what a transformer needs beside it: ``vqgan/``, and ``clip.json`` with the CLIP's name.
-
-    A CLIP that lives in a folder of its own is copied to ``clip/``, so that the whole can be moved.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    vqgan.save(root / "vqgan", half)
-    config, folder = clip.config(), find_folder(clip.model_name)
-    if folder and clip.model_name not in BUNDLED_CLIPS:
-        if folder != (root / "clip").resolve():
-            shutil.rmtree(root / "clip", ignore_errors=True)  # nothing of another CLIP may stay: a vocabulary would
-            shutil.copytree(folder, root / "clip")
-        config["model_name"] = "clip"
-    (root / "clip.json").write_text(json.dumps(config) + "\n")
-
-
-def copy_frozen(source: Path, root: Path) -> None:
-    """What ``save_frozen`` left in one folder, into another."""
-    for name in ("vqgan", "clip"):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, root / name, dirs_exist_ok=True)
-    shutil.copy(source / "clip.json", root / "clip.json")
-
-
-def load_clip(root: Path) -> FrozenCLIP:
-    """The CLIP that ``clip.json`` of a folder names."""
-    if not (root / "clip.json").is_file():
-        raise FileNotFoundError(
-            f"no clip.json in {root}: a pipeline folder or a run of `clipgen-train stage=transformer` has one"
-        )
-    try:
-        config = json.loads((root / "clip.json").read_text())
-        name, pretrained = config["model_name"], config["pretrained"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{root / 'clip.json'} is damaged: {error}") from error
-    return FrozenCLIP(str(root / name) if (root / name).is_dir() else name, pretrained)

@@ -15,7 +15,7 @@ import clipgen
 from clipgen import TextToImage
 from clipgen.clip import BUNDLED, FrozenCLIP
 from clipgen.images import from_pil, to_pil
-from clipgen.pipeline import describe, parse_mixture
+from clipgen.prompts import describe, parse_mixture
 from clipgen.transformer import ConditionalTransformer
 
 PROMPT = "a large blue ring on a white background"

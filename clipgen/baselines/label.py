@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from clipgen import sampling
+from clipgen.frozen import run_folder
 from clipgen.pipeline import BATCH
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -122,9 +123,3 @@ class LabelConditioned:
             side = round(self.noise_dim**0.5)
             images.append(self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", h=side)).clamp(-1, 1))
         return torch.cat(images)
-
-
-def run_folder(path: str | Path) -> Path:
-    """The run folder that a run folder, a model folder or a checkpoint inside it belongs to."""
-    path = Path(path).expanduser()
-    return path.parent.parent if path.is_file() else path.parent if (path / "config.json").is_file() else path

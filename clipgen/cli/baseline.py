@@ -208,8 +208,7 @@ def load_pair(args: argparse.Namespace) -> tuple[VQGAN, FrozenCLIP]:
 def load_clip_of(args: argparse.Namespace) -> FrozenCLIP:
     """The CLIP that was named; else the one that a run of ours was made with; else the papers'."""
     from clipgen import FrozenCLIP
-    from clipgen.baselines.label import run_folder
-    from clipgen.pipeline import load_clip
+    from clipgen.frozen import load_clip, run_folder
 
     if args.clip:
         return FrozenCLIP(args.clip, args.clip_pretrained).to(args.device)

@@ -18,7 +18,8 @@ from clipgen.cli.output import output_folder
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clipgen.pipeline import Preview, Prompt, TextToImage
+    from clipgen.pipeline import Preview, TextToImage
+    from clipgen.prompts import Prompt
 
 SETTINGS: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "guidance_scale": float,
                             "guidance_power": float}  # fmt: skip
@@ -64,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Check everything that can be checked, load the model, draw, write."""
     args = parser().parse_args()
-    from clipgen.pipeline import TextToImage, check_request
+    from clipgen.pipeline import TextToImage
+    from clipgen.prompts import check_request
     from clipgen.sampling import check_sampling
 
     if args.origin:
@@ -91,7 +93,7 @@ def draw(pipe: TextToImage, prompts: list[Prompt], sweeps: list[dict[str, Any]],
          args: argparse.Namespace) -> None:  # fmt: skip
     """Draw and write every picture, and the sheet of all."""
     from clipgen.images import grid, save_png
-    from clipgen.pipeline import describe
+    from clipgen.prompts import describe
 
     pictures, captions = [], []
     count = len(prompts) * len(sweeps) * (args.rerank_from or args.num_images) + len(args.interpolate) * args.num_images
@@ -149,7 +151,7 @@ def progress(count: int, pipe: TextToImage, args: argparse.Namespace) -> Iterato
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Everything to draw, but interpolations."""
-    from clipgen.pipeline import parse_mixture
+    from clipgen.prompts import parse_mixture
 
     lines = [line.strip() for file in args.prompts_file for line in file.read_text(encoding="utf-8").splitlines()]
     mixtures = [parse_mixture(mix) if isinstance(mix, str) else mix for mix in args.mix]

@@ -217,7 +217,7 @@ def build_encoded(config: DictConfig) -> Any:
     from clipgen.cli.config import make
     from clipgen.data.encoded import class_names, read_manifest
     from clipgen.encoding import clip_identity, saved_identity
-    from clipgen.pipeline import load_clip
+    from clipgen.frozen import load_clip
 
     manifest = read_manifest(config.data.root)
     if config.vqgan != config.data.root and saved_identity(config.vqgan) != manifest["vqgan"]:
@@ -259,7 +259,7 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
     from clipgen.cli.config import as_yaml
-    from clipgen.pipeline import copy_frozen, save_frozen
+    from clipgen.frozen import copy_frozen, save_frozen
 
     (output / "config.yaml").write_text(as_yaml(config))
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
