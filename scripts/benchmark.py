@@ -258,32 +258,55 @@ def generate(transformer: ConditionalTransformer, embedding: Tensor) -> Callable
 
 def sample(args: argparse.Namespace) -> dict[str, Any]:
     """Decoding against transformers' generate and against the bare matrix products, alternating."""
-    sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, codebook_size=args.codebook_size)
-    transformer = ConditionalTransformer(**sizes, num_tokens=args.num_tokens, clip_dim=512).eval().to(args.device)
-    transformer = transformer.to(torch.bfloat16) if args.bf16 else transformer
-    rows: dict[str, dict[str, float]] = {}
-    for batch in args.batches:
-        embedding = torch.nn.functional.normalize(torch.randn(batch, 512, device=args.device), dim=-1)
-        embedding = embedding.to(torch.bfloat16) if args.bf16 else embedding
-        runs = {
-            "products": products(transformer, batch),
-            "clipgen": lambda e=embedding: transformer.sample(e, top_k=300, top_p=0.95, seed=0),
-            "generate": generate(transformer, embedding),
-        }
-        with torch.inference_mode():
-            found: dict[str, list[float]] = {name: [] for name in runs}
-            for _ in range(args.steps + 1):
-                for name, run in runs.items():
-                    found[name].append(seconds_once(run, args.device))
-        median = {name: statistics.median(values[1:]) for name, values in found.items()}
-        rows[f"batch {batch}"] = {f"{name}, s": value for name, value in median.items()} | {
-            "clipgen / products": median["clipgen"] / median["products"],
-            "generate / clipgen": median["generate"] / median["clipgen"],
-            "images/s": batch / median["clipgen"], "tokens/s": batch * args.num_tokens / median["clipgen"],
-        }  # fmt: skip
-    title = f"{args.n_layer} x {args.n_embd}, K = {args.codebook_size}, T = {args.num_tokens}"
-    table(title, rows, "images/s")
+    rows = {
+        f"T {tokens}, batch {batch}": measure_sample(args, tokens, batch)
+        for tokens in args.num_tokens
+        for batch in args.batches
+    }
+    table(f"{args.n_layer} x {args.n_embd}, K = {args.codebook_size}", rows, "images/s")
+    if args.plot:
+        plot_sample(rows, args)
     return {"rows": rows}
+
+
+def measure_sample(args: argparse.Namespace, tokens: int, batch: int) -> dict[str, float]:
+    """The median seconds of each way, for one length and batch."""
+    sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, codebook_size=args.codebook_size)
+    transformer = ConditionalTransformer(**sizes, num_tokens=tokens, clip_dim=512).eval().to(args.device)
+    embedding = torch.nn.functional.normalize(torch.randn(batch, 512, device=args.device), dim=-1)
+    if args.bf16:
+        transformer, embedding = transformer.to(torch.bfloat16), embedding.to(torch.bfloat16)
+    runs = {
+        "products": products(transformer, batch),
+        "clipgen": lambda: transformer.sample(embedding, top_k=300, top_p=0.95, seed=0),
+        "generate": generate(transformer, embedding),
+    }
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.inference_mode():
+        for _ in range(args.steps + 1):
+            for name, run in runs.items():
+                found[name].append(seconds_once(run, args.device))
+    median = {name: statistics.median(values[1:]) for name, values in found.items()}
+    return {f"{name}, s": value for name, value in median.items()} | {
+        "clipgen / products": median["clipgen"] / median["products"],
+        "generate / clipgen": median["generate"] / median["clipgen"],
+        "images/s": batch / median["clipgen"], "tokens/s": batch * tokens / median["clipgen"],
+    }  # fmt: skip
+
+
+def plot_sample(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
+    """Seconds an image against the number of indices, a panel a batch size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(args.batches), 3.2), layout="constrained")
+    for axis, batch in zip(figure.subplots(1, len(args.batches), squeeze=False)[0], args.batches):
+        for name, style in (("generate", "o--"), ("clipgen", "o-"), ("products", "o:")):
+            seconds = [rows[f"T {tokens}, batch {batch}"][f"{name}, s"] / batch for tokens in args.num_tokens]
+            axis.plot(args.num_tokens, seconds, style, label=name)
+        axis.set(title=f"batch {batch}", xlabel="indices", ylabel="seconds an image", xscale="log", yscale="log")
+        axis.set_xticks(args.num_tokens, [str(tokens) for tokens in args.num_tokens], minor=False)
+        axis.legend()
+    figure.savefig(args.plot, dpi=110)
 
 
 def seconds_once(function: Callable[[], Any], device: str) -> float:
@@ -314,8 +337,10 @@ def main() -> None:
         part.add_argument("--variants", nargs="+", default=variants, help=f"of {', '.join(OPTIONS)}, joined by +")
     s = parts.add_parser("sample", help="the decode loop")
     s.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    for name, value in (("n-layer", 8), ("n-head", 8), ("n-embd", 512), ("codebook-size", 4096), ("num-tokens", 256)):
+    for name, value in (("n-layer", 8), ("n-head", 8), ("n-embd", 512), ("codebook-size", 4096)):
         s.add_argument(f"--{name}", type=int, default=value)
+    s.add_argument("--num-tokens", type=int, nargs="+", default=[256])
+    s.add_argument("--plot", type=Path, help="PNG of the growth with the number of indices")
     s.add_argument("--bf16", action="store_true")
     for part, steps in ((v, 10), (t, 20), (s, 3)):
         part.add_argument("--steps", type=int, default=steps, help="measured, after some of warm-up")
