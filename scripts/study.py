@@ -165,7 +165,7 @@ class Study:
         config = composed(
             "stage=transformer", *self.experiment, "data=encoded", f"seed={seed}", "logger=csv",
             f"trainer.max_steps={self.args.steps}", f"trainer.val_check_interval={self.args.steps}",
-            "pictures.num_images=1", "pictures.prompts=[]", *(f"model.{change}" for change in changes),
+            "pictures.num_images=1", "trainer.limit_val_batches=10", "pictures.prompts=[]", *(f"model.{change}" for change in changes),
             *(["data.condition=label"] if recipe == "label" else []),
         )  # fmt: skip
         config.data.root, config.output = str(self.cache), str(run)
