@@ -98,6 +98,16 @@ def state(run: str) -> dict[str, torch.Tensor]:
 )  # fmt: skip
 def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
     arguments = [*STAGES[stage], *sources[kind], *(["vqgan=vqgan"] if stage == "transformer" else [])]
+    stopped_and_resumed(call, arguments, stop)
+
+
+def test_a_resumed_run_is_the_run_where_batches_accumulate(call, sources):
+    more = ["vqgan=vqgan", "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5"]
+    stopped_and_resumed(call, [*STAGES["transformer"], *sources["encoded"], *more], 3)
+
+
+def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
+    """Compare with a run that was not stopped."""
     schedule = ["model.schedule=constant"]  # a cosine would end where the shorter run does
     for options in (["output=straight"], ["output=half", f"trainer.max_steps={stop}"], ["output=half", "resume=half"]):
         result = call("clipgen-train", *arguments, *schedule, *options)
