@@ -53,6 +53,8 @@ RECIPES = {  # of stage 2, over the experiment's own
     "label": ["condition_dropout=0.1"],
 }  # fmt: skip
 
+SHOWN = ("accuracy", "judge_all", "clip_score", "fid_0", "precision", "recall")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -165,7 +167,8 @@ class Study:
         config = composed(
             "stage=transformer", *self.experiment, "data=encoded", f"seed={seed}", "logger=csv",
             f"trainer.max_steps={self.args.steps}", f"trainer.val_check_interval={self.args.steps}",
-            "pictures.num_images=1", "trainer.limit_val_batches=10", "pictures.prompts=[]", *(f"model.{change}" for change in changes),
+            "trainer.limit_val_batches=10", "pictures.num_images=1", "pictures.prompts=[]",
+            *(f"model.{change}" for change in changes),
             *(["data.condition=label"] if recipe == "label" else []),
         )  # fmt: skip
         config.data.root, config.output = str(self.cache), str(run)
@@ -224,13 +227,11 @@ class Study:
 def spread(results: Sequence[dict[str, float]]) -> dict[str, float]:
     """Mean over seeds and, with several, the standard deviation."""
     found = {}
-    for name in results[0]:
-        if name.endswith("_std") or name.startswith("is_"):
-            continue
+    for name in (n for n in results[0] if n.startswith(SHOWN)):
         values = torch.tensor([result[name] for result in results], dtype=torch.float64)
         found[name] = values.mean().item()
         if len(values) > 1:
-            found[name.replace("_mean", "") + "_std"] = values.std().item()
+            found[f"{name}_std"] = values.std().item()
     return found
 
 
