@@ -4,7 +4,8 @@
     python scripts/benchmark.py vqgan --size paper --device cuda --batch 16 --variants plain bf16 compile bf16+compile
     python scripts/benchmark.py transformer --size cifar
     python scripts/benchmark.py transformer --size medium --device cuda --batch 32 --variants bf16 bf16+compile
-    python scripts/benchmark.py sample --batches 1 8
+    python scripts/benchmark.py sample --batches 1 8 --num-tokens 64 256 1024 --plot growth.png
+    python scripts/benchmark.py rerank
 
 A variant ``a+b`` switches both on. Variants run in processes of their own, so that peak memory is their own.
 """
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, losses
+from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage, losses
 from clipgen.data.encoded import EncodedDataset, record, whole
 from clipgen.data.shapes import ShapesDataset
 
@@ -309,6 +310,28 @@ def plot_sample(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> 
     figure.savefig(args.plot, dpi=110)
 
 
+def rerank(args: argparse.Namespace) -> dict[str, Any]:
+    """What choosing among candidates by CLIP costs beside drawing them."""
+    pipe = TextToImage.load(args.checkpoint).to(args.device)
+    embedding = pipe.embed(args.prompt)
+    rows = {f"{count} candidates": measure_rerank(pipe, embedding, count, args) for count in args.batches}
+    table(f"reranking, {args.checkpoint}", rows, "reranking / drawing")
+    return {"rows": rows}
+
+
+@torch.inference_mode()
+def measure_rerank(pipe: TextToImage, embedding: Tensor, count: int, args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of either, for so many candidates."""
+    drawing = lambda: pipe.generate(embedding.expand(count, -1), 0)
+    images = drawing()
+    choosing = lambda: (pipe.clip.encode_image(images) @ embedding[0]).argmax().item()
+    draw, choose = (
+        statistics.median([seconds_once(run, args.device) for _ in range(args.steps + 1)][1:])
+        for run in (drawing, choosing)
+    )
+    return {"drawing, s": draw, "reranking, s": choose, "reranking / drawing": choose / draw}
+
+
 def seconds_once(function: Callable[[], Any], device: str) -> float:
     start = time.perf_counter()
     function()
@@ -342,14 +365,18 @@ def main() -> None:
     s.add_argument("--num-tokens", type=int, nargs="+", default=[256])
     s.add_argument("--plot", type=Path, help="PNG of the growth with the number of indices")
     s.add_argument("--bf16", action="store_true")
-    for part, steps in ((v, 10), (t, 20), (s, 3)):
+    r = parts.add_parser("rerank", help="choosing by CLIP, beside drawing")
+    r.add_argument("--checkpoint", default="shapes")
+    r.add_argument("--prompt", default="a large blue ring on a white background")
+    r.add_argument("--batches", type=int, nargs="+", default=[64], help="candidates")
+    for part, steps in ((v, 10), (t, 20), (s, 3), (r, 3)):
         part.add_argument("--steps", type=int, default=steps, help="measured, after some of warm-up")
         part.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         part.add_argument("--output", type=Path, help="JSON to write")
     args = p.parse_args()
     for name in {part for variant in getattr(args, "variants", []) for part in variant.split("+")} - set(OPTIONS):
         p.error(f"variants must be of {', '.join(OPTIONS)}, got {name}")
-    run = {"vqgan": vqgan, "transformer": transformer, "sample": sample}[args.part]
+    run = {"vqgan": vqgan, "transformer": transformer, "sample": sample, "rerank": rerank}[args.part]
     found = {"part": args.part, "machine": machine(args.device), **run(args)}
     print(f"\n{found['machine']}")
     if args.output:
