@@ -203,8 +203,7 @@ class Study:
         """What a row does to the sentences' embeddings."""
         if not (row.shift or row.nearest):
             return None
-        data = EncodedDataset(self.cache / "train")
-        memory = data.__getitems__(range(0, len(data), max(len(data) // 10_000, 1)))["clip_embedding"]
+        memory = EncodedDataset(self.cache / "train").embeddings()
         shift = mean_shift(memory, self.clip.encode_text(self.setting.sentences)) if row.shift else None
         return Bridge(shift, memory if row.nearest else None)
 
@@ -265,8 +264,7 @@ def real_images_score(study: Study) -> float:
         return real_score(study.clip, data.render(range(1000)), [str(a) for a in data.attributes])
     data = EncodedDataset(study.cache / "val")
     labels = torch.cat([torch.from_numpy(shard["label"].astype("int64")) for shard in data.shards])
-    embeddings = data.__getitems__(range(len(data)))["clip_embedding"]
-    return (embeddings * study.clip.encode_text(study.setting.sentences)[labels]).sum(1).mean().item()
+    return (data.embeddings(len(data)) * study.clip.encode_text(study.setting.sentences)[labels]).sum(1).mean().item()
 
 
 def main() -> None:

@@ -174,6 +174,12 @@ def test_the_data_module(cache):
         EncodedData(cache, batch_size=51)
 
 
+def test_embeddings_of_a_bridge(cache):
+    data = EncodedDataset(cache / "train")
+    every = data.__getitems__(range(len(data)))["clip_embedding"]
+    assert torch.equal(data.embeddings(), every) and torch.equal(data.embeddings(len(data) // 3), every[::3])
+
+
 def test_large_codebooks_take_four_bytes():
     assert encoding.record(1, 4, 2**16, 2)["indices"].base == np.uint16
     assert encoding.record(1, 4, 2**16 + 1, 2)["indices"].base == np.uint32

@@ -121,6 +121,11 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
             "clip_embedding": self._condition(torch.from_numpy(found[condition])),
         }
 
+    def embeddings(self, count: int = 10_000) -> Tensor:
+        """What images are conditioned on, (N, E): all of them, or about ``count``, evenly spread; for a ``Bridge``."""
+        found: Tensor = self.__getitems__(range(0, len(self), max(len(self) // count, 1)))["clip_embedding"]
+        return found
+
     def _condition(self, found: Tensor) -> Tensor:
         if self.num_classes is None:
             return F.normalize(found.float(), dim=-1)  # fp16 rounds the length too
