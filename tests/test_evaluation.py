@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -218,6 +219,23 @@ def test_classifiers_of_torchvision_and_timm(tmp_path, images):
 def test_features_that_cannot_be_had(name, message):
     with pytest.raises(ValueError, match=message):
         feature_extractor(name)
+
+
+def test_images_go_where_the_networks_are(images, shapes_clip):
+    """Decoded pictures lie on the CPU; a space that is a network's method moves with its network."""
+    seen = []
+
+    def features(images):
+        seen.append((images.device.type, len(images)))
+        return torch.zeros(len(images), 1)
+
+    measure = Measure(Features(features), [0], device="meta")
+    for each in (measure, measure.for_reference()):
+        each(images, [])
+    assert seen[1:] == [("meta", 8)] * 2
+    moved = Features(copy.deepcopy(shapes_clip).encode_image).to(torch.float64)
+    assert moved.classify(images.double())[0].shape == (8, shapes_clip.embed_dim)
+    assert {p.dtype for p in moved.parameters()} == {torch.float64}
 
 
 # -------------------------------------------------------------------------------------------------------- whole sets

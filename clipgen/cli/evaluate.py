@@ -189,7 +189,7 @@ def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
         classes = []  # of another classifier
     return Measure(
         features, args.blur, clips, captioner(args.captioner) if args.captioner else None, args.captioner, classes,
-        args.judge,
+        args.judge, device,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class Features(nn.Module):
     def __init__(self, function: Any, identity: str = ""):
         super().__init__()
         self.function, self.identity = function, identity
+        self.owner = getattr(function, "__self__", None)  # a method's network moves to other devices with this one
         with torch.no_grad():
             features, logits = self.classify(torch.zeros(2, 3, 64, 64))
         self.num_features, self.num_classes = features.shape[1], 0 if logits is None else logits.shape[1]

@@ -34,6 +34,7 @@ class Measure:
         clips: by name, for the CLIP scores. captioner, captioner_name: for CapS.
         classes: the sentence of each class, where the features are a classifier's: how many it recognises.
         shapes: whether the rule-based judge of the shapes data reads the images.
+        device: where the networks are; None: images are measured where they come.
     """
 
     features: Features | None = None
@@ -43,6 +44,7 @@ class Measure:
     captioner_name: str | None = None
     classes: Sequence[str] = ()
     shapes: bool = False
+    device: torch.device | str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -57,11 +59,11 @@ class Measure:
 
     def for_reference(self) -> Measure:
         """What is measured of the images that others are compared with."""
-        return Measure(self.features, self.radii)
+        return Measure(self.features, self.radii, device=self.device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Columns:
-        columns: dict[str, Tensor] = {}
+        images, columns = images.to(self.device), dict[str, Tensor]()
         if self.features:
             for radius in self.radii:
                 columns[f"features_{radius}"], logits = self.features.classify(blurred(images, radius))
