@@ -393,6 +393,41 @@ def test_captions_in_every_format(tmp_path):
         read("nothing.txt")
 
 
+def test_captions_as_windows_and_the_web_write_them(tmp_path):
+    """A byte order mark, CRLF, line separators within a sentence, and tabs within one after a file's name."""
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na\u2028dog\r\n".encode())
+    (tmp_path / "b.txt").write_text("1.png\ta cat\ton a mat\n")
+    (tmp_path / "c.JSON").write_bytes(b'\xef\xbb\xbf["a cat"]')
+    assert sentences.read_captions(tmp_path / "a.txt") == [(None, "a cat"), (None, "a\u2028dog")]
+    assert sentences.read_captions(tmp_path / "b.txt") == [("1.png", "a cat\ton a mat")]
+    assert sentences.read_captions(tmp_path / "c.JSON") == [(None, "a cat")]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.txt", "1.png\ta cat\na dog\n", "must stand before every sentence, or before none"),
+    ("a.txt", "1.png\ta cat\n2.png\t\n", "an empty one"),
+    ("a.json", '[{"caption": "a cat"}]', "each sentence must be a text, got {'caption': 'a cat'}"),
+    ("a.json", '{"1.png": ["a cat", "a pet"]}', "each sentence must be a text"), ("a.json", "[null]", "got None"),
+    ("a.json", '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "caption": 3}]}', "got 3"),
+    ("a.json", '"a cat"', "a list, a mapping or COCO's layout"), ("a.json", "{}", "got none in"),
+])  # fmt: skip
+def test_what_is_no_sentence_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        sentences.read_captions(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_an_empty_text_beside_a_picture_is_no_sentence(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf \n")
+    with pytest.raises(ValueError, match=r"a\.png holds none, and no a\.txt beside it does"):
+        Pictures(tmp_path, captions=None)
+    (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt must be a text in UTF-8"):
+        Pictures(tmp_path, captions=None)
+
+
 def test_a_part_of_the_captions_or_all_in_turn():
     assert sentences.choose(["a", "b"], 5, 0) == ["a", "b", "a", "b", "a"]
     some = sentences.choose([str(i) for i in range(100)], 10, 1)
