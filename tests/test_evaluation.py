@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tarfile
 
 import numpy as np
 import pytest
@@ -318,6 +319,55 @@ def test_a_reference_that_was_measured_before(two_folders, tmp_path):
     with pytest.raises(ValueError, match=r"reference .*parts was measured with features=.*some_features"):
         evaluate(tmp_path / "3", Pictures(two_folders[0]), other, measured)
     assert not (tmp_path / "3").exists()
+
+
+def test_a_part_without_images_is_no_obstacle(two_folders, tmp_path):
+    """Shards of which one holds no picture: the reference is what the other holds."""
+    for name, files in (("0", []), ("1", sorted(two_folders[1].iterdir()))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for file in files:
+                tar.add(file, file.name)
+    measure = Measure(feature_extractor(f"{__name__}:sixteen_classes"), [0])
+    expected = evaluate(tmp_path / "a", Pictures(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
+    shards = RealImages(str(tmp_path / "*.tar"), 32)
+    assert evaluate(tmp_path / "b", Pictures(two_folders[0]), measure, shards) == pytest.approx(expected, rel=1e-6)
+    collect(tmp_path / "c", shards, measure, measure.identity)
+    found = Collection(tmp_path / "c")
+    assert len(found) == 30 and {"features_0", "logits"} < found.columns()
+    collect(tmp_path / "d", Drawn(lambda captions, seeds: torch.empty(0), [], 0, {}), measure, measure.identity)
+    with pytest.raises(ValueError, match=r"reference must hold images, got none in .*d$"):
+        evaluate(tmp_path / "e", Pictures(two_folders[0]), measure, Collection(tmp_path / "d"))
+
+
+def test_a_reference_that_is_not_finished_is_refused(two_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
+    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    evaluate(tmp_path, Pictures(two_folders[1]), measure, share=(0, 2))
+    with pytest.raises(ValueError, match=r"reference .*parts is not finished"):
+        evaluate(tmp_path / "new", Pictures(two_folders[0]), measure, Collection(tmp_path / "parts"))
+
+
+def test_damaged_parts_are_named(two_folders, tmp_path):
+    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    evaluate(tmp_path, Pictures(two_folders[0]), measure)
+    part = tmp_path / "parts/part-000000.npz"
+    for content in (part.read_bytes()[:300], b"", b"junk"):
+        part.write_bytes(content)
+        with pytest.raises(ValueError, match=r"part-000000\.npz is damaged .* delete it"):
+            evaluate(tmp_path, Pictures(two_folders[0]), measure)
+    part.unlink()
+    assert evaluate(tmp_path, Pictures(two_folders[0]), measure) is not None
+    (tmp_path / "parts/identity.json").write_text("{")
+    with pytest.raises(ValueError, match=r"identity\.json does not say what was measured"):
+        evaluate(tmp_path, Pictures(two_folders[0]), measure)
+
+
+def test_what_fails_before_its_first_part_binds_nobody(two_folders, tmp_path):
+    (tmp_path / "other.txt").write_text("a user's own file")
+    measure = Measure(shapes=True)
+    with pytest.raises(ValueError, match="sentence must read like"):
+        evaluate(tmp_path, Pictures(two_folders[0], captions=[(None, "a cat")] * 24), measure)
+    assert evaluate(tmp_path, Pictures(two_folders[0], captions=None), measure)["judge_all"] == 1
 
 
 def test_classes_that_a_classifier_recognises(tmp_path):

@@ -45,7 +45,8 @@ def evaluate(
     whole = collect(images.folder, source, measure, measure.identity, advance, share)
     theirs = reference if isinstance(reference, Collection) else None
     if reference is not None and not isinstance(reference, Collection):
-        theirs = Collection(reference_folder(others.identity | reference.identity))
+        parts = {"parts": len(reference.pieces)}
+        theirs = Collection(reference_folder(others.identity | reference.identity | parts))
         whole &= collect(theirs.folder, reference, others, others.identity, share=share)
     if not whole:
         return None
@@ -58,7 +59,9 @@ def evaluate(
 
 
 def check_space(reference: Collection, measure: Measure) -> None:
-    """Raise ValueError where a reference was measured in another space than images are to be."""
+    """Raise ValueError where a reference is not finished, or measured in another space than images are to be."""
+    if not reference.whole:
+        raise ValueError(f"the reference {reference.folder} is not finished: finish its evaluation first")
     for key, wanted in measure.space.items():
         if (got := reference.identity.get(key)) != wanted:
             raise ValueError(f"the reference {reference.folder} was measured with {key}={got}, not {wanted}")

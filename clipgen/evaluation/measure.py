@@ -113,7 +113,7 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
     columns, found = images.columns(), {}
     if "logits" in columns:
         found["is_mean"], found["is_std"] = metrics.inception_score(tensor(images, "logits"))
-    if reference:
+    if reference is not None:
         found |= distances(images, reference)
     for name in sorted(columns):
         if name.startswith("clip "):
@@ -127,6 +127,8 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
 
 def distances(images: Collection, reference: Collection) -> dict[str, float]:
     """FID at every blur; KID, precision and recall without one."""
+    if not len(reference):
+        raise ValueError(f"the reference must hold images, got none in {reference.folder}")
     found = {}
     for name in sorted(images.columns() & reference.columns()):
         if name.startswith("features_"):
