@@ -15,6 +15,8 @@ from commands import Call
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from clipgen.cli.evaluate import parser
+from clipgen.cli.evaluate import sentences as asked
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
 from clipgen.evaluation import captions as sentences
 from clipgen.evaluation import metrics
@@ -381,7 +383,10 @@ def test_classes_that_a_classifier_recognises(tmp_path):
 
     measure = Measure(Features(three_classes, "three"), [0], classes=["red", "green", "blue"])
     source = Drawn(lambda captions, seeds: images, ["red", "green", "red"], 0, {})
-    assert of(source, measure, tmp_path)["accuracy"] == pytest.approx(2 / 3)
+    assert of(source, measure, tmp_path / "1")["accuracy"] == pytest.approx(2 / 3)
+    measure.classes = ["crane", "green", "crane"]  # of ImageNet's classes some share a name
+    source = Drawn(lambda captions, seeds: images, ["crane", "green", "crane"], 0, {})
+    assert of(source, measure, tmp_path / "2")["accuracy"] == 1
 
 
 def test_a_reference_is_measured_once(two_folders, tmp_path):
@@ -599,12 +604,37 @@ def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
     (("--images", "nowhere"), "root must be an existing folder"),
     (("--vqgan", "nowhere"), "give --reference"),
     (("--checkpoint", "shapes", "--captions", "shapes", "--blur", -1), "blur must be radii of at least 0, got -1"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--image-size", 0), "image_size must be at least 1, got 0"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--reference", "shapes", "--features", "none"), "in a space"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--clip", "none", "--features", "none"), "nothing to measure"),
+    (("--checkpoint", "shapes", "--classes", "shapes", "--judge"), "sentence must read like"),
 ])  # fmt: skip
 def test_one_sentence(call, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    done = call(*arguments, "--output", "out", *OFFLINE)
+    defaults = [part for pair in zip(OFFLINE[::2], OFFLINE[1::2]) if pair[0] not in arguments for part in pair]
+    done = call(*arguments, "--output", "out", *defaults)
     assert done.code == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_changes_no_number_is_not_refused(call, two_folders, tmp_path):
+    """The order of the radii, the size of batches, the name, the reference; another radius is."""
+    arguments = ("--images", two_folders[0], "--output", tmp_path / "out", "--features", "clip:shapes", "--clip",
+                 "none", "--device", "cpu")  # fmt: skip
+    reference = ("--reference", two_folders[1])
+    assert call(*arguments, *reference, "--blur", 0, 1).code == 0
+    first = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert call(*arguments, *reference, "--blur", 1, 0, 1, "--batch-size", 7, "--name", "x").code == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == first
+    done = call(*arguments, *reference, "--blur", 0)
+    assert done.code == 1 and "was measured with radii=[0, 1], not [0]: name another" in done.stderr
+
+
+def test_the_sentence_of_a_class(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps({"1.png": "cat", "2.png": "{dog}"}))
+    args = parser().parse_args(["--images", "x", "--classes", str(tmp_path / "classes.json"), "--template",
+                                "{a} {label}"])  # fmt: skip
+    assert asked(args) == [("1.png", "{a} cat"), ("2.png", "{a} {dog}")]
 
 
 def test_one_picture_is_too_few(call, tmp_path):

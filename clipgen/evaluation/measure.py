@@ -57,6 +57,11 @@ class Measure:
         """What must be the same where two sets of images are compared."""
         return {"features": self.features.identity if self.features else None, "radii": list(self.radii)}
 
+    @property
+    def anything(self) -> bool:
+        """Whether there is a number that comes of it."""
+        return bool(self.features or self.clips or self.captioner or self.shapes)
+
     def for_reference(self) -> Measure:
         """What is measured of the images that others are compared with."""
         return Measure(self.features, self.radii, device=self.device)
@@ -70,8 +75,8 @@ class Measure:
                 if radius == 0 and logits is not None:
                     columns["logits"] = logits
                     if self.classes:
-                        asked = torch.tensor([self.classes.index(caption) for caption in captions])
-                        columns["accuracy"] = (logits.argmax(dim=1).cpu() == asked).float()
+                        found = [self.classes[i] for i in logits.argmax(dim=1).tolist()]  # some classes share a name
+                        columns["accuracy"] = torch.tensor([a == b for a, b in zip(found, captions)]).float()
         for name, clip in self.clips.items():
             columns[f"clip {name}"] = (clip.encode_image(images) * clip.encode_text(captions)).sum(1)
         if self.captioner:
