@@ -121,6 +121,8 @@ def test_inception_score_by_hand():
     mean, _ = metrics.inception_score(sure)
     assert mean == pytest.approx(2, rel=1e-2)
     assert metrics.inception_score(torch.zeros(100, 5))[0] == pytest.approx(1)
+    with pytest.raises(ValueError, match="at least 20 images, got 19"):
+        metrics.inception_score(sure[:19])
 
 
 def test_kernel_distance_by_its_formula():
@@ -142,6 +144,8 @@ def test_precision_and_recall_of_sets_that_know_each_other():
 
 def test_caption_score_is_the_geometric_mean():
     assert metrics.caption_score(torch.tensor([0.5, 0.125]).log()) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="a caption with a token, got none"):
+        metrics.caption_score(torch.empty(0))
 
 
 def test_blur_is_pillows(images):
@@ -263,6 +267,14 @@ def test_numbers_depend_on_neither_batches_nor_workers_nor_order(two_folders, tm
     assert second == pytest.approx(first, rel=1e-6)
     assert {"is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "clip_score shapes"} < set(first)
     assert first["judge_all"] == 1 and first["fid_0"] > 0.01
+
+
+def test_an_inception_score_of_few_images_is_left_out(two_folders, tmp_path, caplog):
+    """Splits of one image would make it 1, whatever they show."""
+    few = Pictures(two_folders[0])
+    few.files, few.pieces = few.files[:12], [range(12)]
+    found = of(few, Measure(feature_extractor(f"{__name__}:sixteen_classes"), [0]), tmp_path)
+    assert "is_mean" not in found and "IS is left out: it needs at least 20 images, got 12" in caplog.text
 
 
 def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
@@ -518,8 +530,8 @@ def test_blips_caption_score_is_the_formula(tmp_path, images):
     tokenizer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), vocab_file=str(tmp_path / "vocab.txt"))
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     config = BlipConfig(
-        text_config=dict(**small, vocab_size=11, encoder_hidden_size=16, bos_token_id=5, sep_token_id=3, pad_token_id=0,
-                         eos_token_id=3, is_decoder=True, initializer_range=0.5),
+        text_config=dict(**small, vocab_size=11, max_position_embeddings=12, encoder_hidden_size=16, bos_token_id=5,
+                         sep_token_id=3, pad_token_id=0, eos_token_id=3, is_decoder=True, initializer_range=0.5),
         vision_config=dict(**small, image_size=32, patch_size=16, initializer_range=0.5), projection_dim=8,
     )  # fmt: skip
     model = BlipForConditionalGeneration(config).eval()
@@ -536,6 +548,15 @@ def test_blips_caption_score_is_the_formula(tmp_path, images):
             product *= logits.softmax(-1)[word].item()
             before.append(word)
         assert metrics.caption_score(ours[row]) == pytest.approx(product ** (1 / len(ids)), rel=1e-4)
+    blip = captioner(f"blip:{tmp_path / 'blip'}")
+    known, unknown, long = blip(images[:1].repeat(3, 1, 1, 1), ["a red", "a zebra", "a " * 40])
+    assert len(unknown) == 2 and known[0] == pytest.approx(unknown[0].item(), rel=1e-4) and len(long) == 12 - 2
+    with pytest.raises(ValueError, match=r"a caption with a token, got none in '\\x00'"):
+        Measure(captioner=blip)(images[:1], ["\x00"])
+    other = captioner(f"blip:{tmp_path / 'blip'}")
+    identities = [Measure(captioner=each, captioner_name="blip").identity for each in (blip, other)]
+    torch.nn.init.zeros_(next(other.model.parameters()))
+    assert identities[0] == identities[1] != Measure(captioner=other, captioner_name="blip").identity
 
 
 def half_sure(images: Tensor, captions) -> list[Tensor]:

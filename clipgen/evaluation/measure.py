@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,13 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data import judge
 from clipgen.data.shapes import parse
 from clipgen.evaluation import metrics
-from clipgen.evaluation.captioner import Captioner
+from clipgen.evaluation.captioner import Blip, Captioner
 from clipgen.evaluation.collection import Collection, Columns
 from clipgen.evaluation.features import Features
 from clipgen.images import from_pil, to_pil
 from clipgen.weights.checkpoint import fingerprint
 
+logger = logging.getLogger(__name__)
 ATTRIBUTES = ("all", "shape", "color", "size", "background")
 
 
@@ -50,6 +52,8 @@ class Measure:
     def identity(self) -> dict[str, Any]:
         """What tells these numbers from others."""
         found = self.space | {"shapes": self.shapes, "classes": list(self.classes), "captioner": self.captioner_name}
+        if isinstance(self.captioner, Blip):
+            found["captioner_weights"] = fingerprint(self.captioner.model.state_dict())
         return found | {f"clip {name}": fingerprint(clip.state_dict()) for name, clip in self.clips.items()}
 
     @property
@@ -80,11 +84,21 @@ class Measure:
         for name, clip in self.clips.items():
             columns[f"clip {name}"] = (clip.encode_image(images) * clip.encode_text(captions)).sum(1)
         if self.captioner:
-            scores = [metrics.caption_score(words) for words in self.captioner(images, captions)]
-            columns["caps"] = torch.tensor(scores, dtype=torch.float64)
+            columns["caps"] = torch.tensor(caption_scores(self.captioner, images, captions), dtype=torch.float64)
         if self.shapes:
             columns["judge"] = torch.tensor(judged(images, captions))
         return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def caption_scores(captioner: Captioner, images: Tensor, captions: Sequence[str]) -> list[float]:
+    """CapS of each image and its caption; an error names the caption."""
+    scores = []
+    for words, caption in zip(captioner(images, captions), captions, strict=True):
+        try:
+            scores.append(metrics.caption_score(words))
+        except ValueError as error:
+            raise ValueError(f"{error} in {caption!r}") from error
+    return scores
 
 
 def blurred(images: Tensor, radius: int) -> Tensor:
@@ -116,7 +130,9 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
         ValueError: a set is too small, or the two were measured in different spaces.
     """
     columns, found = images.columns(), {}
-    if "logits" in columns:
+    if "logits" in columns and len(images) < 2 * metrics.SPLITS:
+        logger.warning("IS is left out: it needs at least %d images, got %d", 2 * metrics.SPLITS, len(images))
+    elif "logits" in columns:
         found["is_mean"], found["is_std"] = metrics.inception_score(tensor(images, "logits"))
     if reference is not None:
         found |= distances(images, reference)
