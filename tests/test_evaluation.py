@@ -18,6 +18,7 @@ from torch import Tensor
 from clipgen.cli.evaluate import parser
 from clipgen.cli.evaluate import sentences as asked
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
+from clipgen.encoding import vqgan_identity
 from clipgen.evaluation import captions as sentences
 from clipgen.evaluation import metrics
 from clipgen.evaluation.captioner import captioner
@@ -221,7 +222,8 @@ def test_classifiers_of_torchvision_and_timm(tmp_path, images):
 
 @pytest.mark.parametrize(("name", "message"), [
     ("nonsense", "features must be inception"), ("torchvision:nothing", "nothing"), ("timm:nothing", "cannot be had"),
-    ("os:nothing", "has no attribute"), ("inception:/nowhere.pth", "need torch-fidelity and its weights"),
+    ("os:nothing", "has no attribute"), ("math:sqrt", "features 'math:sqrt' cannot be had"),
+    ("inception:/nowhere.pth", "need torch-fidelity and its weights"),
 ])  # fmt: skip
 def test_features_that_cannot_be_had(name, message):
     with pytest.raises(ValueError, match=message):
@@ -605,9 +607,13 @@ def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
 
 def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
     tiny_vqgan.save(tmp_path / "vqgan")
-    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out",
+                "--batch-size", 7, *OFFLINE)  # fmt: skip
     assert done.code == 0, done.stderr
-    found = json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]
+    content = json.loads((tmp_path / "out/metrics.json").read_text())
+    found, protocol = content["metrics"], content["protocol"]
+    assert protocol["vqgan"] == vqgan_identity(tiny_vqgan.tokenizer.state_dict())
+    assert protocol["features"] == feature_extractor("clip:shapes").identity
     images = torch.cat([batch for batch, _ in Pictures(two_folders[0]).read(range(24))])
     with torch.no_grad():
         error = (tiny_vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4

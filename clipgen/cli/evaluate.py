@@ -205,9 +205,12 @@ def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
 def reconstructions(args: argparse.Namespace) -> dict[str, float]:
     """Evaluate a tokenizer on the reference: PSNR, SSIM, LPIPS where VGG weights are had, rFID, codebook usage."""
     import pytorch_lightning as pl
+    import torch
     from torch.utils.data import DataLoader
 
     from clipgen import VQGAN
+    from clipgen.cli.sample import best_device
+    from clipgen.encoding import vqgan_identity
     from clipgen.evaluation.evaluate import write
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
     from clipgen.evaluation.sources import RealImages
@@ -222,11 +225,16 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
             raise
         print("LPIPS is left out: VGG-16's weights are not to be had", file=sys.stderr)
         metrics = ReconstructionMetrics(lpips=False, fid_features=features)
-    trainer = pl.Trainer(callbacks=[metrics], logger=False, enable_checkpointing=False, enable_model_summary=False,
+    device = torch.device(args.device or best_device())
+    trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else device.type,
+                         devices=1 if device.index is None else [device.index], callbacks=[metrics], logger=False,
+                         enable_checkpointing=False, enable_model_summary=False,
                          enable_progress_bar=sys.stderr.isatty(), default_root_dir=args.output)  # fmt: skip
     (logged,) = trainer.validate(vqgan, DataLoader(images.dataset, args.batch_size), verbose=False)
     found = {name.removeprefix("val/"): value for name, value in logged.items()}
-    write(args.output / "metrics.json", found, {"features": features, "reference": images.identity})
+    protocol = {"vqgan": vqgan_identity(vqgan.tokenizer.state_dict()), "features": metrics.features,
+                "reference": images.identity}  # fmt: skip
+    write(args.output / "metrics.json", found, protocol)
     return found
 
 

@@ -85,7 +85,7 @@ def imported(name: str, module: str, function: str) -> Features:
         found = import_module(module)
         digest = hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:16]
         return Features(getattr(found, function), f"{name} {digest}")
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, OSError, TypeError) as error:  # no such thing, or it has no source in Python
         raise ValueError(f"features {name!r} cannot be had: {error}") from error
 
 
