@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import tarfile
 
 import numpy as np
@@ -24,7 +25,7 @@ from clipgen.evaluation import metrics
 from clipgen.evaluation.captioner import captioner
 from clipgen.evaluation.collection import Collection, collect
 from clipgen.evaluation.evaluate import evaluate, table
-from clipgen.evaluation.features import Features, clean_resize, feature_extractor
+from clipgen.evaluation.features import Features, clean_resize, feature_extractor, source_hash
 from clipgen.evaluation.measure import Measure, blurred, summary
 from clipgen.evaluation.sources import Drawn, Pictures, RealImages, drawing
 from clipgen.images import save_png, to_pil
@@ -568,7 +569,9 @@ def half_sure(images: Tensor, captions) -> list[Tensor]:
 
 def test_caption_score_of_a_set(tmp_path, images):
     source = Drawn(lambda captions, seeds: images[: len(seeds)], ["a red", "a blue"], 0, {})
-    found = of(source, Measure(None, captioner=captioner(f"{__name__}:half_sure")), tmp_path)
+    measure = Measure(None, captioner=captioner(f"{__name__}:half_sure"))
+    assert measure.identity["captioner_source"] == source_hash(half_sure) == source_hash(sys.modules[__name__])
+    found = of(source, measure, tmp_path)
     assert found == {"caps": pytest.approx((0.5 + 0.25) / 2)}
     with pytest.raises(ValueError, match=r"captioner 'blip:/nowhere' cannot be had .* go online once"):
         captioner("blip:/nowhere")
@@ -673,6 +676,7 @@ def test_one_picture_is_too_few(call, tmp_path):
 
 
 def test_tables():
+    assert table([("a|b", {"fid_0": 2})]).splitlines()[-1] == "| a\\|b | 2 |"
     rows = [("a", {"is_mean": 21.4321, "is_std": 0.5, "fid_0": 20.7}), ("b", {"fid_0": 1e-3})]
     assert table(rows) == (
         "| system | IS ↑ | FID-0 ↓ |\n| --- | --- | --- |\n| a | 21.43 ± 0.5 | 20.7 |\n| b | - | 0.001 |\n"

@@ -85,7 +85,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     """A Markdown table of systems and their metrics; a dash where one was not measured."""
     names = [name for name in dict.fromkeys(n for _, found in rows for n in found) if not name.endswith("_std")]
     lines = [["system", *(LABELS.get(name, name.replace("_", " ")) for name in names)], ["---"] * (len(names) + 1)]
-    lines += [[system, *(cell(found, name) for name in names)] for system, found in rows]
+    lines += [[system.replace("|", "\\|"), *(cell(found, name) for name in names)] for system, found in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -83,10 +83,14 @@ def imported(name: str, module: str, function: str) -> Features:
     """A user's own function; its file's content is part of the identity."""
     try:
         found = import_module(module)
-        digest = hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:16]
-        return Features(getattr(found, function), f"{name} {digest}")
+        return Features(getattr(found, function), f"{name} {source_hash(found)}")
     except (ImportError, AttributeError, OSError, TypeError) as error:  # no such thing, or it has no source in Python
         raise ValueError(f"features {name!r} cannot be had: {error}") from error
+
+
+def source_hash(thing: Any) -> str:
+    """A hash of the file in which a module or function is written."""
+    return hashlib.sha256(inspect.getsource(inspect.getmodule(thing) or thing).encode()).hexdigest()[:16]
 
 
 def inception(name: str, clean: bool, weights: str | None) -> Features:

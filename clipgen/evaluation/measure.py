@@ -18,7 +18,7 @@ from clipgen.data.shapes import parse
 from clipgen.evaluation import metrics
 from clipgen.evaluation.captioner import Blip, Captioner
 from clipgen.evaluation.collection import Collection, Columns
-from clipgen.evaluation.features import Features
+from clipgen.evaluation.features import Features, source_hash
 from clipgen.images import from_pil, to_pil
 from clipgen.weights.checkpoint import fingerprint
 
@@ -54,6 +54,8 @@ class Measure:
         found = self.space | {"shapes": self.shapes, "classes": list(self.classes), "captioner": self.captioner_name}
         if isinstance(self.captioner, Blip):
             found["captioner_weights"] = fingerprint(self.captioner.model.state_dict())
+        elif self.captioner:
+            found["captioner_source"] = source_hash(self.captioner)
         return found | {f"clip {name}": fingerprint(clip.state_dict()) for name, clip in self.clips.items()}
 
     @property
