@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,13 +16,16 @@ from commands import Call
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from clipgen.cli.evaluate import parser
+from clipgen.cli.evaluate import sentences as asked
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
+from clipgen.encoding import vqgan_identity
 from clipgen.evaluation import captions as sentences
 from clipgen.evaluation import metrics
 from clipgen.evaluation.captioner import captioner
 from clipgen.evaluation.collection import Collection, collect
 from clipgen.evaluation.evaluate import evaluate, table
-from clipgen.evaluation.features import Features, clean_resize, feature_extractor
+from clipgen.evaluation.features import Features, clean_resize, feature_extractor, source_hash
 from clipgen.evaluation.measure import Measure, blurred, summary
 from clipgen.evaluation.sources import Drawn, Pictures, RealImages, drawing
 from clipgen.images import save_png, to_pil
@@ -117,6 +123,8 @@ def test_inception_score_by_hand():
     mean, _ = metrics.inception_score(sure)
     assert mean == pytest.approx(2, rel=1e-2)
     assert metrics.inception_score(torch.zeros(100, 5))[0] == pytest.approx(1)
+    with pytest.raises(ValueError, match="at least 20 images, got 19"):
+        metrics.inception_score(sure[:19])
 
 
 def test_kernel_distance_by_its_formula():
@@ -138,6 +146,8 @@ def test_precision_and_recall_of_sets_that_know_each_other():
 
 def test_caption_score_is_the_geometric_mean():
     assert metrics.caption_score(torch.tensor([0.5, 0.125]).log()) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="a caption with a token, got none"):
+        metrics.caption_score(torch.empty(0))
 
 
 def test_blur_is_pillows(images):
@@ -213,11 +223,29 @@ def test_classifiers_of_torchvision_and_timm(tmp_path, images):
 
 @pytest.mark.parametrize(("name", "message"), [
     ("nonsense", "features must be inception"), ("torchvision:nothing", "nothing"), ("timm:nothing", "cannot be had"),
-    ("os:nothing", "has no attribute"), ("inception:/nowhere.pth", "need torch-fidelity and its weights"),
+    ("os:nothing", "has no attribute"), ("math:sqrt", "features 'math:sqrt' cannot be had"),
+    ("inception:/nowhere.pth", "need torch-fidelity and its weights"),
 ])  # fmt: skip
 def test_features_that_cannot_be_had(name, message):
     with pytest.raises(ValueError, match=message):
         feature_extractor(name)
+
+
+def test_images_go_where_the_networks_are(images, shapes_clip):
+    """Decoded pictures lie on the CPU; a space that is a network's method moves with its network."""
+    seen = []
+
+    def features(images):
+        seen.append((images.device.type, len(images)))
+        return torch.zeros(len(images), 1)
+
+    measure = Measure(Features(features), [0], device="meta")
+    for each in (measure, measure.for_reference()):
+        each(images, [])
+    assert seen[1:] == [("meta", 8)] * 2
+    moved = Features(copy.deepcopy(shapes_clip).encode_image).to(torch.float64)
+    assert moved.classify(images.double())[0].shape == (8, shapes_clip.embed_dim)
+    assert {p.dtype for p in moved.parameters()} == {torch.float64}
 
 
 # -------------------------------------------------------------------------------------------------------- whole sets
@@ -242,6 +270,14 @@ def test_numbers_depend_on_neither_batches_nor_workers_nor_order(two_folders, tm
     assert second == pytest.approx(first, rel=1e-6)
     assert {"is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "clip_score shapes"} < set(first)
     assert first["judge_all"] == 1 and first["fid_0"] > 0.01
+
+
+def test_an_inception_score_of_few_images_is_left_out(two_folders, tmp_path, caplog):
+    """Splits of one image would make it 1, whatever they show."""
+    few = Pictures(two_folders[0])
+    few.files, few.pieces = few.files[:12], [range(12)]
+    found = of(few, Measure(feature_extractor(f"{__name__}:sixteen_classes"), [0]), tmp_path)
+    assert "is_mean" not in found and "IS is left out: it needs at least 20 images, got 12" in caplog.text
 
 
 def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
@@ -302,6 +338,55 @@ def test_a_reference_that_was_measured_before(two_folders, tmp_path):
     assert not (tmp_path / "3").exists()
 
 
+def test_a_part_without_images_is_no_obstacle(two_folders, tmp_path):
+    """Shards of which one holds no picture: the reference is what the other holds."""
+    for name, files in (("0", []), ("1", sorted(two_folders[1].iterdir()))):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for file in files:
+                tar.add(file, file.name)
+    measure = Measure(feature_extractor(f"{__name__}:sixteen_classes"), [0])
+    expected = evaluate(tmp_path / "a", Pictures(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
+    shards = RealImages(str(tmp_path / "*.tar"), 32)
+    assert evaluate(tmp_path / "b", Pictures(two_folders[0]), measure, shards) == pytest.approx(expected, rel=1e-6)
+    collect(tmp_path / "c", shards, measure, measure.identity)
+    found = Collection(tmp_path / "c")
+    assert len(found) == 30 and {"features_0", "logits"} < found.columns()
+    collect(tmp_path / "d", Drawn(lambda captions, seeds: torch.empty(0), [], 0, {}), measure, measure.identity)
+    with pytest.raises(ValueError, match=r"reference must hold images, got none in .*d$"):
+        evaluate(tmp_path / "e", Pictures(two_folders[0]), measure, Collection(tmp_path / "d"))
+
+
+def test_a_reference_that_is_not_finished_is_refused(two_folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
+    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    evaluate(tmp_path, Pictures(two_folders[1]), measure, share=(0, 2))
+    with pytest.raises(ValueError, match=r"reference .*parts is not finished"):
+        evaluate(tmp_path / "new", Pictures(two_folders[0]), measure, Collection(tmp_path / "parts"))
+
+
+def test_damaged_parts_are_named(two_folders, tmp_path):
+    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    evaluate(tmp_path, Pictures(two_folders[0]), measure)
+    part = tmp_path / "parts/part-000000.npz"
+    for content in (part.read_bytes()[:300], b"", b"junk"):
+        part.write_bytes(content)
+        with pytest.raises(ValueError, match=r"part-000000\.npz is damaged .* delete it"):
+            evaluate(tmp_path, Pictures(two_folders[0]), measure)
+    part.unlink()
+    assert evaluate(tmp_path, Pictures(two_folders[0]), measure) is not None
+    (tmp_path / "parts/identity.json").write_text("{")
+    with pytest.raises(ValueError, match=r"identity\.json does not say what was measured"):
+        evaluate(tmp_path, Pictures(two_folders[0]), measure)
+
+
+def test_what_fails_before_its_first_part_binds_nobody(two_folders, tmp_path):
+    (tmp_path / "other.txt").write_text("a user's own file")
+    measure = Measure(shapes=True)
+    with pytest.raises(ValueError, match="sentence must read like"):
+        evaluate(tmp_path, Pictures(two_folders[0], captions=[(None, "a cat")] * 24), measure)
+    assert evaluate(tmp_path, Pictures(two_folders[0], captions=None), measure)["judge_all"] == 1
+
+
 def test_classes_that_a_classifier_recognises(tmp_path):
     """Two of three images are taken for what their sentences say."""
     images = torch.zeros(3, 3, 4, 4)
@@ -313,7 +398,10 @@ def test_classes_that_a_classifier_recognises(tmp_path):
 
     measure = Measure(Features(three_classes, "three"), [0], classes=["red", "green", "blue"])
     source = Drawn(lambda captions, seeds: images, ["red", "green", "red"], 0, {})
-    assert of(source, measure, tmp_path)["accuracy"] == pytest.approx(2 / 3)
+    assert of(source, measure, tmp_path / "1")["accuracy"] == pytest.approx(2 / 3)
+    measure.classes = ["crane", "green", "crane"]  # of ImageNet's classes some share a name
+    source = Drawn(lambda captions, seeds: images, ["crane", "green", "crane"], 0, {})
+    assert of(source, measure, tmp_path / "2")["accuracy"] == 1
 
 
 def test_a_reference_is_measured_once(two_folders, tmp_path):
@@ -375,6 +463,41 @@ def test_captions_in_every_format(tmp_path):
         read("nothing.txt")
 
 
+def test_captions_as_windows_and_the_web_write_them(tmp_path):
+    """A byte order mark, CRLF, line separators within a sentence, and tabs within one after a file's name."""
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na\u2028dog\r\n".encode())
+    (tmp_path / "b.txt").write_text("1.png\ta cat\ton a mat\n")
+    (tmp_path / "c.JSON").write_bytes(b'\xef\xbb\xbf["a cat"]')
+    assert sentences.read_captions(tmp_path / "a.txt") == [(None, "a cat"), (None, "a\u2028dog")]
+    assert sentences.read_captions(tmp_path / "b.txt") == [("1.png", "a cat\ton a mat")]
+    assert sentences.read_captions(tmp_path / "c.JSON") == [(None, "a cat")]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.txt", "1.png\ta cat\na dog\n", "must stand before every sentence, or before none"),
+    ("a.txt", "1.png\ta cat\n2.png\t\n", "an empty one"),
+    ("a.json", '[{"caption": "a cat"}]', "each sentence must be a text, got {'caption': 'a cat'}"),
+    ("a.json", '{"1.png": ["a cat", "a pet"]}', "each sentence must be a text"), ("a.json", "[null]", "got None"),
+    ("a.json", '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "caption": 3}]}', "got 3"),
+    ("a.json", '"a cat"', "a list, a mapping or COCO's layout"), ("a.json", "{}", "got none in"),
+])  # fmt: skip
+def test_what_is_no_sentence_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        sentences.read_captions(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_an_empty_text_beside_a_picture_is_no_sentence(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf \n")
+    with pytest.raises(ValueError, match=r"a\.png holds none, and no a\.txt beside it does"):
+        Pictures(tmp_path, captions=None)
+    (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt must be a text in UTF-8"):
+        Pictures(tmp_path, captions=None)
+
+
 def test_a_part_of_the_captions_or_all_in_turn():
     assert sentences.choose(["a", "b"], 5, 0) == ["a", "b", "a", "b", "a"]
     some = sentences.choose([str(i) for i in range(100)], 10, 1)
@@ -410,8 +533,8 @@ def test_blips_caption_score_is_the_formula(tmp_path, images):
     tokenizer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), vocab_file=str(tmp_path / "vocab.txt"))
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     config = BlipConfig(
-        text_config=dict(**small, vocab_size=11, encoder_hidden_size=16, bos_token_id=5, sep_token_id=3, pad_token_id=0,
-                         eos_token_id=3, is_decoder=True, initializer_range=0.5),
+        text_config=dict(**small, vocab_size=11, max_position_embeddings=12, encoder_hidden_size=16, bos_token_id=5,
+                         sep_token_id=3, pad_token_id=0, eos_token_id=3, is_decoder=True, initializer_range=0.5),
         vision_config=dict(**small, image_size=32, patch_size=16, initializer_range=0.5), projection_dim=8,
     )  # fmt: skip
     model = BlipForConditionalGeneration(config).eval()
@@ -428,6 +551,15 @@ def test_blips_caption_score_is_the_formula(tmp_path, images):
             product *= logits.softmax(-1)[word].item()
             before.append(word)
         assert metrics.caption_score(ours[row]) == pytest.approx(product ** (1 / len(ids)), rel=1e-4)
+    blip = captioner(f"blip:{tmp_path / 'blip'}")
+    known, unknown, long = blip(images[:1].repeat(3, 1, 1, 1), ["a red", "a zebra", "a " * 40])
+    assert len(unknown) == 2 and known[0] == pytest.approx(unknown[0].item(), rel=1e-4) and len(long) == 12 - 2
+    with pytest.raises(ValueError, match=r"a caption with a token, got none in '\\x00'"):
+        Measure(captioner=blip)(images[:1], ["\x00"])
+    other = captioner(f"blip:{tmp_path / 'blip'}")
+    identities = [Measure(captioner=each, captioner_name="blip").identity for each in (blip, other)]
+    torch.nn.init.zeros_(next(other.model.parameters()))
+    assert identities[0] == identities[1] != Measure(captioner=other, captioner_name="blip").identity
 
 
 def half_sure(images: Tensor, captions) -> list[Tensor]:
@@ -437,7 +569,9 @@ def half_sure(images: Tensor, captions) -> list[Tensor]:
 
 def test_caption_score_of_a_set(tmp_path, images):
     source = Drawn(lambda captions, seeds: images[: len(seeds)], ["a red", "a blue"], 0, {})
-    found = of(source, Measure(None, captioner=captioner(f"{__name__}:half_sure")), tmp_path)
+    measure = Measure(None, captioner=captioner(f"{__name__}:half_sure"))
+    assert measure.identity["captioner_source"] == source_hash(half_sure) == source_hash(sys.modules[__name__])
+    found = of(source, measure, tmp_path)
     assert found == {"caps": pytest.approx((0.5 + 0.25) / 2)}
     with pytest.raises(ValueError, match=r"captioner 'blip:/nowhere' cannot be had .* go online once"):
         captioner("blip:/nowhere")
@@ -476,9 +610,13 @@ def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
 
 def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
     tiny_vqgan.save(tmp_path / "vqgan")
-    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out",
+                "--batch-size", 7, *OFFLINE)  # fmt: skip
     assert done.code == 0, done.stderr
-    found = json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]
+    content = json.loads((tmp_path / "out/metrics.json").read_text())
+    found, protocol = content["metrics"], content["protocol"]
+    assert protocol["vqgan"] == vqgan_identity(tiny_vqgan.tokenizer.state_dict())
+    assert protocol["features"] == feature_extractor("clip:shapes").identity
     images = torch.cat([batch for batch, _ in Pictures(two_folders[0]).read(range(24))])
     with torch.no_grad():
         error = (tiny_vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4
@@ -496,12 +634,37 @@ def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
     (("--images", "nowhere"), "root must be an existing folder"),
     (("--vqgan", "nowhere"), "give --reference"),
     (("--checkpoint", "shapes", "--captions", "shapes", "--blur", -1), "blur must be radii of at least 0, got -1"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--image-size", 0), "image_size must be at least 1, got 0"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--reference", "shapes", "--features", "none"), "in a space"),
+    (("--checkpoint", "shapes", "--captions", "shapes", "--clip", "none", "--features", "none"), "nothing to measure"),
+    (("--checkpoint", "shapes", "--classes", "shapes", "--judge"), "sentence must read like"),
 ])  # fmt: skip
 def test_one_sentence(call, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    done = call(*arguments, "--output", "out", *OFFLINE)
+    defaults = [part for pair in zip(OFFLINE[::2], OFFLINE[1::2]) if pair[0] not in arguments for part in pair]
+    done = call(*arguments, "--output", "out", *defaults)
     assert done.code == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_changes_no_number_is_not_refused(call, two_folders, tmp_path):
+    """The order of the radii, the size of batches, the name, the reference; another radius is."""
+    arguments = ("--images", two_folders[0], "--output", tmp_path / "out", "--features", "clip:shapes", "--clip",
+                 "none", "--device", "cpu")  # fmt: skip
+    reference = ("--reference", two_folders[1])
+    assert call(*arguments, *reference, "--blur", 0, 1).code == 0
+    first = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert call(*arguments, *reference, "--blur", 1, 0, 1, "--batch-size", 7, "--name", "x").code == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == first
+    done = call(*arguments, *reference, "--blur", 0)
+    assert done.code == 1 and "was measured with radii=[0, 1], not [0]: name another" in done.stderr
+
+
+def test_the_sentence_of_a_class(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps({"1.png": "cat", "2.png": "{dog}"}))
+    args = parser().parse_args(["--images", "x", "--classes", str(tmp_path / "classes.json"), "--template",
+                                "{a} {label}"])  # fmt: skip
+    assert asked(args) == [("1.png", "{a} cat"), ("2.png", "{a} {dog}")]
 
 
 def test_one_picture_is_too_few(call, tmp_path):
@@ -513,6 +676,7 @@ def test_one_picture_is_too_few(call, tmp_path):
 
 
 def test_tables():
+    assert table([("a|b", {"fid_0": 2})]).splitlines()[-1] == "| a\\|b | 2 |"
     rows = [("a", {"is_mean": 21.4321, "is_std": 0.5, "fid_0": 20.7}), ("b", {"fid_0": 1e-3})]
     assert table(rows) == (
         "| system | IS ↑ | FID-0 ↓ |\n| --- | --- | --- |\n| a | 21.43 ± 0.5 | 20.7 |\n| b | - | 0.001 |\n"

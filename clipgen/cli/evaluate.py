@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--features", default="inception", help="space of IS, FID, KID, precision and recall: inception "
                      "(torch-fidelity's resize), inception-clean, inception:FILE, clip:MODEL[:TAG], torchvision:MODEL, "
                      "timm:MODEL, module:function, none (default: %(default)s)")  # fmt: skip
-    how.add_argument("--blur", type=int, nargs="+", default=[0, 1, 2], help="radii of FID-0, FID-1, FID-2")
+    how.add_argument("--blur", type=int, nargs="+", default=[0, 1, 2], help="radii of FID-0, FID-1, FID-2; IS, "
+                     "KID, precision and recall are measured at 0 (default: 0 1 2)")  # fmt: skip
     how.add_argument("--clip", action="append", help="MODEL[:TAG] of a CLIP score, several times (default: "
                      "ViT-B-32-quickgelu:openai, where there are sentences; none: no score)")  # fmt: skip
     how.add_argument("--captioner", help="of CapS: blip, blip:NAME_OR_FOLDER, module:function")
@@ -97,9 +98,9 @@ def check(args: argparse.Namespace) -> None:
     from clipgen.sampling import check_sampling
 
     check_sampling(args.temperature, args.top_k, args.top_p, args.guidance_scale, args.guidance_power)
-    for name, least in (("num_images", 2), ("batch_size", 1), ("rerank_from", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(args, name)}")
+    for name, least in (("num_images", 2), ("batch_size", 1), ("rerank_from", 1), ("image_size", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if any(radius < 0 for radius in args.blur):
         raise ValueError(f"blur must be radii of at least 0, got {min(args.blur)}")
     if args.checkpoint and not (args.captions or args.classes):
@@ -108,15 +109,23 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"template must have a place for the class, {{label}}, got {args.template!r}")
     if args.vqgan and not args.reference:
         raise ValueError("a tokenizer needs images to reconstruct: give --reference")
+    if args.reference and args.features == "none" and not args.vqgan:
+        raise ValueError("a reference is compared in a space: give --features other than none, or no --reference")
 
 
 def judged(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of pictures."""
+    from clipgen.data.shapes import parse
     from clipgen.encoding import share
     from clipgen.evaluation.evaluate import evaluate
 
     source, size = drawn(args) if args.checkpoint else pictures(args)
-    measure = make_measure(args, bool(getattr(source, "captions", None)))
+    captions = getattr(source, "captions", [])
+    for caption in captions if args.judge else ():
+        parse(caption)  # fails before the work
+    measure = make_measure(args, bool(captions))
+    if not measure.anything:
+        raise ValueError("there is nothing to measure: give --features, --clip, --captioner or --judge")
     reference = compared(args, size)
     with progress(sum(len(piece) for piece in source.pieces)) as advance:
         return evaluate(args.output, source, measure, reference, advance=advance, share=share())
@@ -140,7 +149,7 @@ def sentences(args: argparse.Namespace) -> list[Any]:
     from clipgen.evaluation.captions import read_captions
 
     if args.classes:
-        return [(None, args.template.format(label=label)) for _, label in read_captions(args.classes)]
+        return [(file, args.template.replace("{label}", label)) for file, label in read_captions(args.classes)]
     return read_captions(args.captions)
 
 
@@ -188,17 +197,20 @@ def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
     if features is None or features.num_classes != len(classes):
         classes = []  # of another classifier
     return Measure(
-        features, args.blur, clips, captioner(args.captioner) if args.captioner else None, args.captioner, classes,
-        args.judge,
+        features, sorted(set(args.blur)), clips, captioner(args.captioner) if args.captioner else None,
+        args.captioner, classes, args.judge, device,
     )  # fmt: skip
 
 
 def reconstructions(args: argparse.Namespace) -> dict[str, float]:
     """Evaluate a tokenizer on the reference: PSNR, SSIM, LPIPS where VGG weights are had, rFID, codebook usage."""
     import pytorch_lightning as pl
+    import torch
     from torch.utils.data import DataLoader
 
     from clipgen import VQGAN
+    from clipgen.cli.sample import best_device
+    from clipgen.encoding import vqgan_identity
     from clipgen.evaluation.evaluate import write
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
     from clipgen.evaluation.sources import RealImages
@@ -213,11 +225,16 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
             raise
         print("LPIPS is left out: VGG-16's weights are not to be had", file=sys.stderr)
         metrics = ReconstructionMetrics(lpips=False, fid_features=features)
-    trainer = pl.Trainer(callbacks=[metrics], logger=False, enable_checkpointing=False, enable_model_summary=False,
+    device = torch.device(args.device or best_device())
+    trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else device.type,
+                         devices=1 if device.index is None else [device.index], callbacks=[metrics], logger=False,
+                         enable_checkpointing=False, enable_model_summary=False,
                          enable_progress_bar=sys.stderr.isatty(), default_root_dir=args.output)  # fmt: skip
     (logged,) = trainer.validate(vqgan, DataLoader(images.dataset, args.batch_size), verbose=False)
     found = {name.removeprefix("val/"): value for name, value in logged.items()}
-    write(args.output / "metrics.json", found, {"features": features, "reference": images.identity})
+    protocol = {"vqgan": vqgan_identity(vqgan.tokenizer.state_dict()), "features": metrics.features,
+                "reference": images.identity}  # fmt: skip
+    write(args.output / "metrics.json", found, protocol)
     return found
 
 

@@ -36,7 +36,11 @@ def captioner(name: str) -> Captioner:
 
 
 class Blip:
-    """BLIP (arXiv:2201.12086) as a language model under an image. Special tokens are no words: they do not count."""
+    """BLIP (arXiv:2201.12086) as a language model under an image.
+
+    Special tokens are no words and do not count; a word that it does not know counts as ``[UNK]``. A caption is cut to
+    the positions that the model has.
+    """
 
     def __init__(self, name: str):
         from transformers import BlipForConditionalGeneration, BlipProcessor
@@ -48,12 +52,15 @@ class Blip:
     def __call__(self, images: Tensor, captions: Sequence[str]) -> list[Tensor]:
         self.model.to(images.device)
         pixels = [image for image in ((images + 1) * 127.5).round().to(torch.uint8).cpu()]
-        inputs = self.processor(images=pixels, text=list(captions), return_tensors="pt", padding=True, truncation=True)
+        longest = self.model.config.text_config.max_position_embeddings
+        inputs = self.processor(images=pixels, text=list(captions), return_tensors="pt", padding=True, truncation=True,
+                                max_length=longest)  # fmt: skip
         inputs = inputs.to(images.device)
         ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"]
         ids[:, 0] = self.model.config.text_config.bos_token_id  # BLIP's decoder starts with a token of its own
         logits = self.model(pixel_values=inputs["pixel_values"], input_ids=ids, attention_mask=mask).logits
         log_p = F.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
-        special = torch.tensor(self.processor.tokenizer.all_special_ids, device=ids.device)
+        tokenizer = self.processor.tokenizer
+        special = torch.tensor(sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id}), device=ids.device)
         words = ~torch.isin(ids[:, 1:], special)
         return [row[keep] for row, keep in zip(log_p, words)]

@@ -30,30 +30,46 @@ def read_captions(source: str | Path) -> list[Caption]:
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"captions must be 'shapes' or an existing file, got {path}")
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        found = from_json(json.loads(text)) if path.suffix == ".json" else from_lines(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = from_json(json.loads(text)) if path.suffix.lower() == ".json" else from_lines(text)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     if not found or not all(caption.strip() for _, caption in found):
         raise ValueError(f"captions must be sentences, got {'an empty one' if found else 'none'} in {path}")
     return found
 
 
+def read_text(path: Path) -> str:
+    """A text file, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
+
+
 def from_lines(text: str) -> list[Caption]:
     """A sentence a line, each with a file name and a tab before it or all without."""
-    rows = [line.strip().rpartition("\t") for line in text.splitlines() if line.strip()]
-    return [(name or None, caption) for name, _, caption in rows]
+    rows = [line.partition("\t") for line in text.split("\n") if line.strip()]
+    if len({tab for _, tab, _ in rows}) > 1:
+        raise ValueError("a file name and a tab must stand before every sentence, or before none")
+    return [(name.strip(), caption.strip()) if tab else (None, name.strip()) for name, tab, caption in rows]
 
 
 def from_json(content: Any) -> list[Caption]:
     """A list, a mapping, or COCO's layout."""
     if isinstance(content, list):
-        return [(None, str(caption)) for caption in content]
-    if "annotations" in content:
+        found: list[tuple[str | None, Any]] = [(None, caption) for caption in content]
+    elif not isinstance(content, dict):
+        raise ValueError(f"it must hold a list, a mapping or COCO's layout, got {content!r:.60}")
+    elif "annotations" in content:
         files = {image["id"]: image["file_name"] for image in content["images"]}
-        return [(files[row["image_id"]], row["caption"]) for row in content["annotations"]]
-    return [(name, str(caption)) for name, caption in content.items()]
+        found = [(files[row["image_id"]], row["caption"]) for row in content["annotations"]]
+    else:
+        found = list(content.items())
+    if other := [caption for _, caption in found if not isinstance(caption, str)]:
+        raise ValueError(f"each sentence must be a text, got {other[0]!r:.60}")
+    return found
 
 
 def choose(captions: Sequence[str], count: int, seed: int) -> list[str]:
@@ -85,10 +101,12 @@ def captions_of(root: Path, files: Sequence[str], captions: Sequence[Caption] | 
 
 def own_caption(path: Path) -> str:
     """What a picture says that it shows."""
-    if (beside := path.with_suffix(".txt")).is_file():
-        return beside.read_text(encoding="utf-8").strip()
-    with Image.open(path) as picture:
-        prompt = getattr(picture, "text", {}).get("prompt")
+    beside = path.with_suffix(".txt")
+    if beside.is_file():
+        prompt = read_text(beside).strip()
+    else:
+        with Image.open(path) as picture:
+            prompt = getattr(picture, "text", {}).get("prompt", "")
     if not prompt:
-        raise ValueError(f"captions are needed: {path} holds none, and there is no {beside.name} beside it")
+        raise ValueError(f"captions are needed: {path} holds none, and no {beside.name} beside it does")
     return str(prompt)

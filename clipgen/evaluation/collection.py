@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
@@ -46,8 +49,7 @@ class Collection:
     @property
     def identity(self) -> dict[str, Any]:
         """What was measured, and how."""
-        found: dict[str, Any] = json.loads((self.folder / IDENTITY).read_text())
-        return found
+        return read_identity(self.folder / IDENTITY)
 
     @property
     def parts(self) -> list[Path]:
@@ -55,10 +57,10 @@ class Collection:
         return sorted(self.folder.glob("part-*.npz"))
 
     def each(self, column: str) -> Iterator[np.ndarray]:
-        """A column part by part, in no order of meaning."""
+        """A column part by part, in no order of meaning; parts without images have none."""
         for path in self.parts:
-            with np.load(path) as part:
-                yield part[column]
+            if len(read_column(path, KEY)):
+                yield read_column(path, column)
 
     def column(self, name: str) -> np.ndarray:
         """A whole column, in the order of the images' hashes."""
@@ -66,8 +68,12 @@ class Collection:
 
     def columns(self) -> set[str]:
         """What was measured."""
-        with np.load(self.parts[0]) as part:
-            return set(part.files)
+        return set().union(*map(columns_of, self.parts))
+
+    @property
+    def whole(self) -> bool:
+        """Whether all parts are there."""
+        return len(self.parts) == self.identity.get("parts")
 
     def __len__(self) -> int:
         return sum(len(keys) for keys in self.each(KEY))
@@ -85,14 +91,18 @@ def collect(folder: Path, source: Source, measure: Measuring, identity: dict[str
     Returns:
         Whether all parts are there now.
     """
-    begin(folder, identity | source.identity)
+    begin(folder, identity | source.identity | {"parts": len(source.pieces)})
     paths = [folder / f"part-{number:06d}.npz" for number in range(len(source.pieces))]
-    for path, piece in list(zip(paths, source.pieces))[share[0] :: share[1]]:
-        if path.is_file():
-            with np.load(path) as part:
-                advance(len(part[KEY]))
-        else:
-            write_part(path, (measured(measure, batch, advance) for batch in source.read(piece)))
+    try:
+        for path, piece in list(zip(paths, source.pieces))[share[0] :: share[1]]:
+            if path.is_file():
+                advance(len(read_column(path, KEY)))
+            else:
+                write_part(path, (measured(measure, batch, advance) for batch in source.read(piece)))
+    except BaseException:
+        if share[1] == 1 and not Collection(folder).parts:  # nothing that other settings could be mixed with
+            (folder / IDENTITY).unlink(missing_ok=True)
+        raise
     return all(path.is_file() for path in paths)
 
 
@@ -108,10 +118,42 @@ def begin(folder: Path, identity: dict[str, Any]) -> None:
         with whole_file(path) as partial:
             partial.write_text(json.dumps(wanted, indent=2) + "\n")
         return
-    found = json.loads(path.read_text())
+    found = read_identity(path)
     if other := [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]:
         key = other[0]
-        raise ValueError(f"{folder} was measured with {key}={found.get(key)}, not {wanted.get(key)}: name another")
+        got, asked = (str(each.get(key))[:200] for each in (found, wanted))
+        raise ValueError(f"{folder} was measured with {key}={got}, not {asked}: name another")
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What a folder says that it holds."""
+    try:
+        found: dict[str, Any] = dict(json.loads(path.read_text()))
+        return found
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} does not say what was measured: {error}") from error
+
+
+def columns_of(path: Path) -> set[str]:
+    """The names of a part's columns."""
+    with damage_named(path), np.load(path) as part:
+        return set(part.files)
+
+
+def read_column(path: Path, name: str) -> np.ndarray:
+    """One column of a part."""
+    with damage_named(path), np.load(path) as part:
+        column: np.ndarray = part[name]
+        return column
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Raise ValueError with the way out where a part cannot be read."""
+    try:
+        yield
+    except (BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
 
 
 def measured(measure: Measuring, batch: Batch, advance: Advance) -> Columns:

@@ -45,7 +45,8 @@ def evaluate(
     whole = collect(images.folder, source, measure, measure.identity, advance, share)
     theirs = reference if isinstance(reference, Collection) else None
     if reference is not None and not isinstance(reference, Collection):
-        theirs = Collection(reference_folder(others.identity | reference.identity))
+        parts = {"parts": len(reference.pieces)}
+        theirs = Collection(reference_folder(others.identity | reference.identity | parts))
         whole &= collect(theirs.folder, reference, others, others.identity, share=share)
     if not whole:
         return None
@@ -58,7 +59,9 @@ def evaluate(
 
 
 def check_space(reference: Collection, measure: Measure) -> None:
-    """Raise ValueError where a reference was measured in another space than images are to be."""
+    """Raise ValueError where a reference is not finished, or measured in another space than images are to be."""
+    if not reference.whole:
+        raise ValueError(f"the reference {reference.folder} is not finished: finish its evaluation first")
     for key, wanted in measure.space.items():
         if (got := reference.identity.get(key)) != wanted:
             raise ValueError(f"the reference {reference.folder} was measured with {key}={got}, not {wanted}")
@@ -82,7 +85,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     """A Markdown table of systems and their metrics; a dash where one was not measured."""
     names = [name for name in dict.fromkeys(n for _, found in rows for n in found) if not name.endswith("_std")]
     lines = [["system", *(LABELS.get(name, name.replace("_", " ")) for name in names)], ["---"] * (len(names) + 1)]
-    lines += [[system, *(cell(found, name) for name in names)] for system, found in rows]
+    lines += [[system.replace("|", "\\|"), *(cell(found, name) for name in names)] for system, found in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

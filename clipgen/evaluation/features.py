@@ -32,6 +32,7 @@ class Features(nn.Module):
     def __init__(self, function: Any, identity: str = ""):
         super().__init__()
         self.function, self.identity = function, identity
+        self.owner = getattr(function, "__self__", None)  # a method's network moves to other devices with this one
         with torch.no_grad():
             features, logits = self.classify(torch.zeros(2, 3, 64, 64))
         self.num_features, self.num_classes = features.shape[1], 0 if logits is None else logits.shape[1]
@@ -82,10 +83,14 @@ def imported(name: str, module: str, function: str) -> Features:
     """A user's own function; its file's content is part of the identity."""
     try:
         found = import_module(module)
-        digest = hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:16]
-        return Features(getattr(found, function), f"{name} {digest}")
-    except (ImportError, AttributeError) as error:
+        return Features(getattr(found, function), f"{name} {source_hash(found)}")
+    except (ImportError, AttributeError, OSError, TypeError) as error:  # no such thing, or it has no source in Python
         raise ValueError(f"features {name!r} cannot be had: {error}") from error
+
+
+def source_hash(thing: Any) -> str:
+    """A hash of the file in which a module or function is written."""
+    return hashlib.sha256(inspect.getsource(inspect.getmodule(thing) or thing).encode()).hexdigest()[:16]
 
 
 def inception(name: str, clean: bool, weights: str | None) -> Features:

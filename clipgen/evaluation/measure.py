@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,13 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data import judge
 from clipgen.data.shapes import parse
 from clipgen.evaluation import metrics
-from clipgen.evaluation.captioner import Captioner
+from clipgen.evaluation.captioner import Blip, Captioner
 from clipgen.evaluation.collection import Collection, Columns
-from clipgen.evaluation.features import Features
+from clipgen.evaluation.features import Features, source_hash
 from clipgen.images import from_pil, to_pil
 from clipgen.weights.checkpoint import fingerprint
 
+logger = logging.getLogger(__name__)
 ATTRIBUTES = ("all", "shape", "color", "size", "background")
 
 
@@ -34,6 +36,7 @@ class Measure:
         clips: by name, for the CLIP scores. captioner, captioner_name: for CapS.
         classes: the sentence of each class, where the features are a classifier's: how many it recognises.
         shapes: whether the rule-based judge of the shapes data reads the images.
+        device: where the networks are; None: images are measured where they come.
     """
 
     features: Features | None = None
@@ -43,11 +46,16 @@ class Measure:
     captioner_name: str | None = None
     classes: Sequence[str] = ()
     shapes: bool = False
+    device: torch.device | str | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
         """What tells these numbers from others."""
         found = self.space | {"shapes": self.shapes, "classes": list(self.classes), "captioner": self.captioner_name}
+        if isinstance(self.captioner, Blip):
+            found["captioner_weights"] = fingerprint(self.captioner.model.state_dict())
+        elif self.captioner:
+            found["captioner_source"] = source_hash(self.captioner)
         return found | {f"clip {name}": fingerprint(clip.state_dict()) for name, clip in self.clips.items()}
 
     @property
@@ -55,29 +63,44 @@ class Measure:
         """What must be the same where two sets of images are compared."""
         return {"features": self.features.identity if self.features else None, "radii": list(self.radii)}
 
+    @property
+    def anything(self) -> bool:
+        """Whether there is a number that comes of it."""
+        return bool(self.features or self.clips or self.captioner or self.shapes)
+
     def for_reference(self) -> Measure:
         """What is measured of the images that others are compared with."""
-        return Measure(self.features, self.radii)
+        return Measure(self.features, self.radii, device=self.device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, captions: Sequence[str]) -> Columns:
-        columns: dict[str, Tensor] = {}
+        images, columns = images.to(self.device), dict[str, Tensor]()
         if self.features:
             for radius in self.radii:
                 columns[f"features_{radius}"], logits = self.features.classify(blurred(images, radius))
                 if radius == 0 and logits is not None:
                     columns["logits"] = logits
                     if self.classes:
-                        asked = torch.tensor([self.classes.index(caption) for caption in captions])
-                        columns["accuracy"] = (logits.argmax(dim=1).cpu() == asked).float()
+                        found = [self.classes[i] for i in logits.argmax(dim=1).tolist()]  # some classes share a name
+                        columns["accuracy"] = torch.tensor([a == b for a, b in zip(found, captions)]).float()
         for name, clip in self.clips.items():
             columns[f"clip {name}"] = (clip.encode_image(images) * clip.encode_text(captions)).sum(1)
         if self.captioner:
-            scores = [metrics.caption_score(words) for words in self.captioner(images, captions)]
-            columns["caps"] = torch.tensor(scores, dtype=torch.float64)
+            columns["caps"] = torch.tensor(caption_scores(self.captioner, images, captions), dtype=torch.float64)
         if self.shapes:
             columns["judge"] = torch.tensor(judged(images, captions))
         return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def caption_scores(captioner: Captioner, images: Tensor, captions: Sequence[str]) -> list[float]:
+    """CapS of each image and its caption; an error names the caption."""
+    scores = []
+    for words, caption in zip(captioner(images, captions), captions, strict=True):
+        try:
+            scores.append(metrics.caption_score(words))
+        except ValueError as error:
+            raise ValueError(f"{error} in {caption!r}") from error
+    return scores
 
 
 def blurred(images: Tensor, radius: int) -> Tensor:
@@ -109,9 +132,11 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
         ValueError: a set is too small, or the two were measured in different spaces.
     """
     columns, found = images.columns(), {}
-    if "logits" in columns:
+    if "logits" in columns and len(images) < 2 * metrics.SPLITS:
+        logger.warning("IS is left out: it needs at least %d images, got %d", 2 * metrics.SPLITS, len(images))
+    elif "logits" in columns:
         found["is_mean"], found["is_std"] = metrics.inception_score(tensor(images, "logits"))
-    if reference:
+    if reference is not None:
         found |= distances(images, reference)
     for name in sorted(columns):
         if name.startswith("clip "):
@@ -125,6 +150,8 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
 
 def distances(images: Collection, reference: Collection) -> dict[str, float]:
     """FID at every blur; KID, precision and recall without one."""
+    if not len(reference):
+        raise ValueError(f"the reference must hold images, got none in {reference.folder}")
     found = {}
     for name in sorted(images.columns() & reference.columns()):
         if name.startswith("features_"):

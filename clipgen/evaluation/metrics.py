@@ -11,6 +11,7 @@ from torch import Tensor
 
 KID_SUBSET = 1000  # images in each of torch-fidelity's 100 subsets; all of them where there are fewer
 NEIGHBOURS = 3  # of precision and recall
+SPLITS = 10  # of IS
 Moments = tuple[np.ndarray, np.ndarray]  # mean (F,), covariance (F, F)
 
 
@@ -29,7 +30,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def kernel_distance(generated: Tensor, reference: Tensor) -> tuple[float, float]:
-    """KID (arXiv:1801.01401) of features (N, F), (M, F): mean and standard deviation over 100 subsets."""
+    """KID (arXiv:1801.01401) of features (N, F), (M, F): mean and standard deviation over 100 subsets.
+
+    Unbiased, so that it may be below 0. With no more than 1000 images on a side that side is whole in every subset, as
+    in clean-fid: the deviation then tells of the other side alone, and is 0 where both are whole.
+    """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     size = min(KID_SUBSET, len(generated), len(reference))
@@ -37,10 +42,16 @@ def kernel_distance(generated: Tensor, reference: Tensor) -> tuple[float, float]
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """IS (arXiv:1606.03498) of logits (N, C): mean and standard deviation over 10 splits."""
+    """IS (arXiv:1606.03498) of logits (N, C): mean and standard deviation over 10 splits.
+
+    Raises:
+        ValueError: a split would be a single image, whose score is 1 whatever it shows.
+    """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    return _two(isc_features_to_metric(logits, splits=min(10, len(logits))))
+    if len(logits) < 2 * SPLITS:
+        raise ValueError(f"an Inception score needs at least {2 * SPLITS} images, got {len(logits)}")
+    return _two(isc_features_to_metric(logits, splits=SPLITS))
 
 
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -58,7 +69,13 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
 
 
 def caption_score(log_probabilities: Tensor) -> float:
-    """CapS of CogView (arXiv:2105.13290): the geometric mean of a caption's token probabilities (L,)."""
+    """CapS of CogView (arXiv:2105.13290): the geometric mean of a caption's token probabilities (L,).
+
+    Raises:
+        ValueError: there is no token.
+    """
+    if not len(log_probabilities):
+        raise ValueError("CapS needs a caption with a token, got none")
     return math.exp(log_probabilities.double().mean().item())
 
 

@@ -33,8 +33,11 @@ class ReconstructionMetrics(pl.Callback):
         self.metrics: dict[str, Metric] = {}
         if ssim:
             self.metrics["ssim"] = StructuralSimilarityIndexMeasure(data_range=1.0)
+        self.features: str | None = None  # the identity of their space
         if fid_features:
-            self.metrics["rfid"] = FrechetInceptionDistance(feature=feature_extractor(fid_features))
+            extractor = feature_extractor(fid_features)
+            self.features = extractor.identity
+            self.metrics["rfid"] = FrechetInceptionDistance(feature=extractor)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for metric in self.metrics.values():
