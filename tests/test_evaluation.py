@@ -597,7 +597,7 @@ def test_the_bundled_model(call, tmp_path):
     assert content["metrics"]["judge_all"] >= 0.9 and content["metrics"]["clip_score shapes"] > 80
     assert content["protocol"]["images"] == 40 and content["protocol"]["reference"]["images"] == 40
     assert content["protocol"]["features"].startswith("clip:shapes ")
-    assert "| FID-0 ↓ |" in (tmp_path / "out/row.md").read_text() and "| FID-0 ↓ |" in done.stdout
+    assert "| FID-0 ↓ (clip:shapes) |" in (tmp_path / "out/row.md").read_text() and "FID-0" in done.stdout
 
 
 def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
@@ -676,6 +676,8 @@ def test_one_picture_is_too_few(call, tmp_path):
 
 
 def test_tables():
+    named = table([("a", {"fid_0": 2, "caps": 0.5, "psnr": 20})], "inception-clean", "blip").splitlines()[0]
+    assert named == "| system | FID-0 ↓ (inception-clean) | CapS ↑ (blip) | PSNR ↑ |"
     assert table([("a|b", {"fid_0": 2})]).splitlines()[-1] == "| a\\|b | 2 |"
     rows = [("a", {"is_mean": 21.4321, "is_std": 0.5, "fid_0": 20.7}), ("b", {"fid_0": 1e-3})]
     assert table(rows) == (

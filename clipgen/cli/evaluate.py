@@ -87,7 +87,8 @@ def run() -> None:
         if found is None:
             print(f"This part is finished, others are not: {args.output}")
             return
-        row = table([(args.name or args.checkpoint or args.vqgan or str(args.images), found)])
+        name = args.name or args.checkpoint or args.vqgan or str(args.images)
+        row = table([(name, found)], args.features, args.captioner or "")
         with whole_file(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
     print(f"{row}\nHow it was measured: {args.output / 'metrics.json'}")

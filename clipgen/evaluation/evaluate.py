@@ -15,12 +15,12 @@ from clipgen.evaluation.measure import Measure, summary
 from clipgen.weights.checkpoint import whole_file
 
 LABELS = {
-    "is_mean": "IS ↑", "is_std": "IS std", "fid_0": "FID-0 ↓", "fid_1": "FID-1 ↓", "fid_2": "FID-2 ↓",
-    "kid_mean": "KID ↓", "kid_std": "KID std", "precision": "precision ↑", "recall": "recall ↑", "caps": "CapS ↑",
-    "judge_all": "judge: all ↑",
+    "is_mean": "IS ↑", "fid_0": "FID-0 ↓", "fid_1": "FID-1 ↓", "fid_2": "FID-2 ↓", "kid_mean": "KID ↓",
+    "precision": "precision ↑", "recall": "recall ↑", "caps": "CapS ↑", "judge_all": "judge: all ↑",
     "accuracy": "recognised ↑", "psnr": "PSNR ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "rfid": "rFID ↓",
     "codebook_usage": "codes in use ↑",
 }  # fmt: skip
+BY_FEATURES = ("is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "rfid")
 
 
 def evaluate(
@@ -39,16 +39,9 @@ def evaluate(
     Returns:
         The metrics; None where other processes have not finished their share.
     """
-    images, others = Collection(Path(output) / "parts"), measure.for_reference()
-    if isinstance(reference, Collection):
-        check_space(reference, others)
-    whole = collect(images.folder, source, measure, measure.identity, advance, share)
-    theirs = reference if isinstance(reference, Collection) else None
-    if reference is not None and not isinstance(reference, Collection):
-        parts = {"parts": len(reference.pieces)}
-        theirs = Collection(reference_folder(others.identity | reference.identity | parts))
-        whole &= collect(theirs.folder, reference, others, others.identity, share=share)
-    if not whole:
+    theirs, whole = measured_reference(reference, measure.for_reference(), share)
+    images = Collection(Path(output) / "parts")
+    if not (collect(images.folder, source, measure, measure.identity, advance, share) and whole):
         return None
     found = summary(images, theirs)
     protocol = {"images": len(images)} | images.identity
@@ -56,6 +49,19 @@ def evaluate(
         protocol["reference"] = {"images": len(theirs)} | theirs.identity
     write(Path(output) / "metrics.json", found, protocol)
     return found
+
+
+def measured_reference(
+    reference: Source | Collection | None, measure: Measure, share: tuple[int, int]
+) -> tuple[Collection | None, bool]:
+    """The reference as a collection, and whether all of it is measured."""
+    if reference is None:
+        return None, True
+    if isinstance(reference, Collection):
+        check_space(reference, measure)
+        return reference, True
+    found = Collection(reference_folder(measure.identity | reference.identity | {"parts": len(reference.pieces)}))
+    return found, collect(found.folder, reference, measure, measure.identity, share=share)
 
 
 def check_space(reference: Collection, measure: Measure) -> None:
@@ -81,10 +87,16 @@ def write(path: Path, found: Mapping[str, float], protocol: Mapping[str, Any]) -
         partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-    """A Markdown table of systems and their metrics; a dash where one was not measured."""
+def table(rows: Sequence[tuple[str, Mapping[str, float]]], features: str = "", captioner: str = "") -> str:
+    """A Markdown table of systems and their metrics; a dash where one was not measured.
+
+    Args:
+        features, captioner: named in the columns that depend on them.
+    """
+    by = dict.fromkeys(BY_FEATURES, features) | {"caps": captioner}
     names = [name for name in dict.fromkeys(n for _, found in rows for n in found) if not name.endswith("_std")]
-    lines = [["system", *(LABELS.get(name, name.replace("_", " ")) for name in names)], ["---"] * (len(names) + 1)]
+    heads = [LABELS.get(name, name.replace("_", " ")) + (f" ({by[name]})" if by.get(name) else "") for name in names]
+    lines = [["system", *heads], ["---"] * (len(names) + 1)]
     lines += [[system.replace("|", "\\|"), *(cell(found, name) for name in names)] for system, found in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
