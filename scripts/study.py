@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from recognise import load_or_train
 from torch import Tensor
 
@@ -207,9 +208,13 @@ class Study:
         shift = mean_shift(memory, self.clip.encode_text(self.setting.sentences)) if row.shift else None
         return Bridge(shift, memory if row.nearest else None)
 
+    def folder(self, row: Row, seed: int) -> Path:
+        """Where a row's numbers and pictures lie."""
+        return self.output / "rows" / f"{row.name.replace(' ', '_').replace('/', '_')}-{seed}"
+
     def result(self, row: Row, seed: int) -> dict[str, float]:
         """A row's numbers from one seed."""
-        folder = self.output / "rows" / f"{row.name.replace(' ', '_').replace('/', '_')}-{seed}"
+        folder = self.folder(row, seed)
         if not (folder / "metrics.json").is_file():
             count = self.args.optimised if row.system == "vqgan_clip" else self.args.num_images
             every = max(len(self.setting.sentences) // count, 1)
@@ -231,6 +236,18 @@ def spread(results: Sequence[dict[str, float]]) -> dict[str, float]:
         found[name] = values.mean().item()
         if len(values) > 1:
             found[f"{name}_std"] = values.std().item()
+    return found
+
+
+def sheet(study: Study, rows: Sequence[Row]) -> Image.Image:
+    """The first pictures of every row, one below the other."""
+    grids = [Image.open(study.folder(row, study.args.seeds[0]) / "grid.png") for row in rows]
+    found = Image.new("RGB", (grids[0].width, sum(g.height + 22 for g in grids)), "white")
+    top = 0
+    for row, picture in zip(rows, grids):
+        ImageDraw.Draw(found).text((6, top + 4), row.name, "black", ImageFont.load_default(size=14))
+        found.paste(picture, (0, top + 22))
+        top += picture.height + 22
     return found
 
 
@@ -285,9 +302,11 @@ def main() -> None:
     study, lines = Study(args), []
     if args.rows == "search":
         return write(args.output / "search.md", search_tables(study))
-    for row in (systems if args.rows == "systems" else gap)(study.setting):
+    rows = (systems if args.rows == "systems" else gap)(study.setting)
+    for row in rows:
         lines.append((row.name, spread([study.result(row, seed) for seed in args.seeds])))
         write(args.output / f"{args.rows}.md", table(lines))
+    save_png(sheet(study, rows), args.output / f"{args.rows}.png")
 
 
 def write(path: Path, text: str) -> None:
