@@ -130,12 +130,14 @@ class Study:
             self.setting = Setting([f"a photo of a {name}" for name in names], *list(vars(CIFAR).values())[1:])
             self.image_size = 32
             self.experiment += [f"shards={args.data}", f"clip.model_name={args.clip}"]
+            self.names = f"data.class_names={args.data / 'classes.json'}"
 
     @cached_property
     def cache(self) -> Path:
         """Indices, CLIP embeddings and classes of all training images."""
         root = self.output / "cache"
-        more = ["data.train_size=12000", "data.val_size=1000"] if self.args.experiment == "shapes" else []
+        shapes = self.args.experiment == "shapes"
+        more = ["data.train_size=12000", "data.val_size=1000"] if shapes else [self.names]
         config = composed(*self.experiment, *more, "data.labels=true", name="encode")
         config.vqgan, config.output = self.vqgan, str(root)
         encode.encode(config)
