@@ -315,6 +315,15 @@ def test_processes_share_the_parts(two_folders, tmp_path, monkeypatch):
     assert len(Collection(tmp_path / "parts")) == 24
 
 
+def test_functions_of_the_current_folder(tmp_path, monkeypatch, images):
+    (tmp_path / "my_space.py").write_text("def means(images):\n    return images.mean((2, 3))\n")
+    (tmp_path / "my_captioner.py").write_text("def none(images, captions):\n    return []\n")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(feature_extractor("my_space:means")(images), images.mean((2, 3)))
+    assert captioner("my_captioner:none")(images, []) == []
+    assert str(tmp_path) not in sys.path
+
+
 def test_spaces_are_never_mixed(two_folders, tmp_path):
     ours, other = (
         Measure(feature_extractor(f"{__name__}:{name}"), [0]) for name in ("some_features", "sixteen_classes")

@@ -10,9 +10,7 @@ with ``noise_dim`` and ``class_names``, and ``device``, where its inputs have to
 
 from __future__ import annotations
 
-import importlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from clipgen.baselines.label import LabelConditioned
 from clipgen.data.shards import read_names
+from clipgen.evaluation.features import import_function
 
 TOLERANCE = 0.05  # how far outside [-1, 1] a picture may lie by rounding
 
@@ -184,14 +183,10 @@ def load_torchscript(path: Path, device: str | torch.device) -> Any:
 
 def load_function(module: str, name: str) -> Any:
     """``name`` of a module that can be imported, also from the current folder."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = import_function(module, name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"generator {module}:{name} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(here)
     if not callable(found):
         raise ValueError(f"generator {module}:{name} must be callable, got a {type(found).__name__}")
     return found

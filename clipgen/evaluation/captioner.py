@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from clipgen.evaluation.features import import_function
 
 BLIP = "Salesforce/blip-image-captioning-base"
 Captioner = Callable[[Tensor, Sequence[str]], list[Tensor]]  # images, captions -> log p of each one's tokens, (L,)
@@ -26,7 +27,7 @@ def captioner(name: str) -> Captioner:
     """
     kind, _, rest = name.partition(":")
     try:
-        return Blip(rest or BLIP) if kind == "blip" else getattr(import_module(kind), rest)
+        return Blip(rest or BLIP) if kind == "blip" else import_function(kind, rest)
     except Exception as error:  # no network, no such folder or module: the way out is the same
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

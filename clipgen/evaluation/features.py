@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -82,10 +83,24 @@ def feature_extractor(name: str) -> Features:
 def imported(name: str, module: str, function: str) -> Features:
     """A user's own function; its file's content is part of the identity."""
     try:
-        found = import_module(module)
-        return Features(getattr(found, function), f"{name} {source_hash(found)}")
+        found = import_function(module, function)
+        return Features(found, f"{name} {source_hash(found)}")
     except (ImportError, AttributeError, OSError, TypeError) as error:  # no such thing, or it has no source in Python
         raise ValueError(f"features {name!r} cannot be had: {error}") from error
+
+
+def import_function(module: str, name: str) -> Any:
+    """``name`` of a module that can be imported, also from the current folder, where installed commands do not look.
+
+    Raises:
+        ImportError, AttributeError, ValueError: there is none.
+    """
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        return getattr(import_module(module), name)
+    finally:
+        sys.path.remove(here)
 
 
 def source_hash(thing: Any) -> str:

@@ -64,7 +64,7 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
 
     if (few := min(len(generated), len(reference))) <= NEIGHBOURS:
         raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on either side, got {few}")
-    found = prc_features_to_metric(generated, reference, save_cpu_ram=True, verbose=False)
+    found = prc_features_to_metric(generated, reference, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
     return found["precision"], found["recall"]
 
 
