@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
@@ -26,6 +27,28 @@ def guarded(command: str, main: Callable[[], None]) -> None:
         print(f"{command}: error: {bug}{sentence(error)}{hint}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def rate_bar(name: str, total: float) -> Iterator[Callable[[float], None]]:
+    """A bar with images a second and time left, where somebody looks; gives what to call when some are done."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[rate]:.2f} images/s")
+    with Progress(*Progress.get_default_columns()[:-1], speed, TimeRemainingColumn(), console=Console(stderr=True),
+                  transient=True) as bar:  # fmt: skip
+        task = bar.add_task(name, total=total, rate=0.0)
+
+        def advance(done: float) -> None:
+            bar.advance(task, done)
+            now = bar.tasks[0]
+            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-6))
+
+        yield advance
 
 
 def sentence(error: BaseException) -> str:

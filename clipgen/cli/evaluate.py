@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded
+from clipgen.cli.console import guarded, rate_bar
 from clipgen.cli.output import output_folder
 
 if TYPE_CHECKING:
@@ -128,7 +126,7 @@ def judged(args: argparse.Namespace) -> dict[str, float] | None:
     if not measure.anything:
         raise ValueError("there is nothing to measure: give --features, --clip, --captioner or --judge")
     reference = compared(args, size)
-    with progress(sum(len(piece) for piece in source.pieces)) as advance:
+    with rate_bar("images", sum(len(piece) for piece in source.pieces)) as advance:
         return evaluate(args.output, source, measure, reference, advance=advance, share=share())
 
 
@@ -237,28 +235,6 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
                 "reference": images.identity}  # fmt: skip
     write(args.output / "metrics.json", found, protocol)
     return found
-
-
-@contextmanager
-def progress(count: int) -> Iterator[Callable[[int], None]]:
-    """A bar with images a second and time left, where somebody looks."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
-
-    speed = TextColumn("{task.fields[rate]:.1f} images/s")
-    with Progress(*Progress.get_default_columns()[:-1], speed, TimeRemainingColumn(), console=Console(stderr=True),
-                  transient=True) as bar:  # fmt: skip
-        task = bar.add_task("images", total=count, rate=0.0)
-
-        def advance(done: int) -> None:
-            bar.advance(task, done)
-            now = bar.tasks[0]
-            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-6))
-
-        yield advance
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded
+from clipgen.cli.console import guarded, rate_bar
 from clipgen.cli.output import output_folder
 
 if TYPE_CHECKING:
@@ -125,25 +125,14 @@ def progress(count: int, pipe: TextToImage, args: argparse.Namespace) -> Iterato
     def save(images: Any) -> None:
         save_png(grid(to_pil(images)), args.output / "preview.png")
 
-    if not sys.stderr.isatty():
-        yield save if args.preview else None
-        return
-    from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
-
-    speed = TextColumn("{task.fields[rate]:.2f} images/s")
-    with Progress(*Progress.get_default_columns()[:-1], speed, TimeRemainingColumn(), console=Console(stderr=True),
-                  transient=True) as bar:  # fmt: skip
-        task = bar.add_task("drawing", total=count, rate=0.0)
+    with rate_bar("drawing", count) as advance:
 
         def show(images: Any) -> None:
-            bar.advance(task, len(images) / pipe.side)
-            now = bar.tasks[0]
-            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-6))
+            advance(len(images) / pipe.side)
             if args.preview:
                 save(images)
 
-        yield show
+        yield show if args.preview or sys.stderr.isatty() else None
 
 
 # ------------------------------------------------------------------------------------------------------- what is asked
