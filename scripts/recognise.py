@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from train_clip import labelled_batches
 
 from clipgen import TextToImage
 from clipgen.data.shards import image_shards
+from clipgen.evaluation.sources import drawing
 from clipgen.images import grid, save_png, to_pil
 
 
@@ -91,19 +91,6 @@ def recognised(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([net(part).argmax(1) for part in images.split(250)]) == labels
 
 
-def draw(
-    pipe: TextToImage, prompts: Sequence[str], per_class: int, seed: int, rerank: int, **settings: float
-) -> Tensor:
-    """Images (classes * per_class, 3, H, W), class by class; each the best of ``rerank`` draws by CLIP."""
-    embeddings = pipe.clip.encode_text(prompts).repeat_interleave(per_class * rerank, dim=0)
-    images = pipe.generate(embeddings, seed, **settings)
-    scores = torch.cat(
-        [(pipe.clip.encode_image(i) * e).sum(1) for i, e in zip(images.split(250), embeddings.split(250))]
-    )
-    best = scores.view(-1, rerank).argmax(1) + torch.arange(len(images) // rerank) * rerank
-    return images[best]
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
@@ -130,7 +117,8 @@ def main() -> None:
     pipe = TextToImage.load(args.checkpoint)
     settings = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "guidance_scale")}
     prompts = [args.template.format(label=name) for name in names]
-    images = draw(pipe, prompts, args.per_class, args.seed, args.rerank, **settings)
+    sentences = [prompt for prompt in prompts for _ in range(args.per_class)]
+    images = drawing(pipe, args.rerank, **settings)(sentences, [args.seed + i for i in range(len(sentences))])
     hits = recognised(net, images, torch.arange(len(names)).repeat_interleave(args.per_class))
     result = {name: part.float().mean().item() for name, part in zip(names, hits.view(len(names), -1))}
     result |= {"all": hits.float().mean().item(), "settings": {**settings, "rerank": args.rerank, "seed": args.seed}}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgen.evaluation.features import import_function
+from clipgen.evaluation.features import import_function, to_bytes
 
 BLIP = "Salesforce/blip-image-captioning-base"
 Captioner = Callable[[Tensor, Sequence[str]], list[Tensor]]  # images, captions -> log p of each one's tokens, (L,)
@@ -52,7 +52,7 @@ class Blip:
     @torch.no_grad()
     def __call__(self, images: Tensor, captions: Sequence[str]) -> list[Tensor]:
         self.model.to(images.device)
-        pixels = [image for image in ((images + 1) * 127.5).round().to(torch.uint8).cpu()]
+        pixels = list(to_bytes(images).cpu())
         longest = self.model.config.text_config.max_position_embeddings
         inputs = self.processor(images=pixels, text=list(captions), return_tensors="pt", padding=True, truncation=True,
                                 max_length=longest)  # fmt: skip
