@@ -223,12 +223,23 @@ def reading_rate() -> float:
     return images / (time.perf_counter() - start)
 
 
-def products(transformer: ConditionalTransformer, batch: int) -> Callable[[], Any]:
-    """The matrix products of decoding and nothing else: what no decode loop can be faster than."""
+def decoding_weights(transformer: ConditionalTransformer) -> list[Tensor]:
+    """The matrices (in, out) that every step of decoding multiplies with."""
     gpt: Any = transformer.gpt.transformer
     weights = [w for block in gpt.h for w in (block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight,
                                               block.mlp.c_proj.weight)]  # fmt: skip
-    weights.append(transformer.gpt.head.weight.T)
+    return [*weights, transformer.gpt.head.weight.T]
+
+
+def reads(transformer: ConditionalTransformer) -> Callable[[], Any]:
+    """Reading the weights once a token: what no decode loop can be faster than."""
+    memory = torch.cat([weight.flatten() for weight in decoding_weights(transformer)])
+    return lambda: [memory.sum() for _ in range(transformer.num_tokens)]
+
+
+def products(transformer: ConditionalTransformer, batch: int) -> Callable[[], Any]:
+    """The matrix products of decoding, as torch does them, and nothing else."""
+    weights = decoding_weights(transformer)
     inputs = {w.shape[0]: torch.randn(batch, w.shape[0], device=w.device, dtype=w.dtype) for w in weights}
 
     def run() -> None:
@@ -278,6 +289,7 @@ def measure_sample(args: argparse.Namespace, tokens: int, batch: int) -> dict[st
     if args.bf16:
         transformer, embedding = transformer.to(torch.bfloat16), embedding.to(torch.bfloat16)
     runs = {
+        "reads": reads(transformer),
         "products": products(transformer, batch),
         "clipgen": lambda: transformer.sample(embedding, top_k=300, top_p=0.95, seed=0),
         "generate": generate(transformer, embedding),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from clipgen.nets.decode import CachedDecoder
+from clipgen.nets.decode import CachedDecoder, product
 from clipgen.nets.gpt import ConditionalGPT2
 
 K, T, E, C = 50, 12, 16, 32
@@ -74,6 +74,18 @@ def test_the_cache_changes_nothing():
     step = CachedDecoder(gpt, gpt.condition(e))
     logits = [step(t, None if t == 0 else indices[:, t - 1]) for t in range(T)]
     torch.testing.assert_close(torch.stack(logits, dim=1), gpt(indices, e), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize(("outputs", "bias"), [(48, True), (48, False), (33, True)])
+def test_products_of_few_rows(rows, outputs, bias):
+    weight, offset, x = torch.randn(32, outputs), torch.randn(outputs) if bias else None, torch.randn(rows, 32)
+    expected = (x.double() @ weight.double() + (offset.double() if bias else 0)).float()
+    for laid_out in (weight, weight.T.contiguous().T):  # the tied head is a transposed one
+        torch.testing.assert_close(product(laid_out, offset, rows)(x), expected, atol=1e-5, rtol=1e-5)
+    half = product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
+    torch.testing.assert_close(half.float(), expected, atol=0.3, rtol=0.05)
 
 
 @torch.no_grad()

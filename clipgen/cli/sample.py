@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import sys
@@ -65,10 +66,12 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Check everything that can be checked, load the model, draw, write."""
     args = parser().parse_args()
+    gc.disable()  # looking for garbage while so much is imported takes a second, and finds hardly any
     from clipgen.pipeline import TextToImage
     from clipgen.prompts import check_request
     from clipgen.sampling import check_sampling
 
+    gc.enable()
     if args.origin:
         repeat_(args)
     prompts = read_prompts(args)
