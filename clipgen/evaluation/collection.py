@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -64,7 +65,23 @@ class Collection:
 
     def column(self, name: str) -> np.ndarray:
         """A whole column, in the order of the images' hashes."""
-        return np.concatenate(list(self.each(name)))[np.argsort(np.concatenate(list(self.each(KEY))))]
+        return np.concatenate(list(self.each(name)))[self.order]
+
+    def mapped(self, name: str, scratch: Path) -> np.ndarray:
+        """The same in a file without a name, on the disk of a folder: however many images, they need no memory."""
+        places, start = np.argsort(self.order), 0
+        shape, dtype = (len(places), *(first := next(self.each(name))).shape[1:]), first.dtype
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            found = np.memmap(file, dtype, "w+", shape=shape)
+        for part in self.each(name):
+            found[places[start : start + len(part)]] = part
+            start += len(part)
+        return found
+
+    @property
+    def order(self) -> np.ndarray:
+        """Which row comes first, second, ... by its hash."""
+        return np.argsort(np.concatenate(list(self.each(KEY))), kind="stable")
 
     def columns(self) -> set[str]:
         """What was measured."""

@@ -135,7 +135,7 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
     if "logits" in columns and len(images) < 2 * metrics.SPLITS:
         logger.warning("IS is left out: it needs at least %d images, got %d", 2 * metrics.SPLITS, len(images))
     elif "logits" in columns:
-        found["is_mean"], found["is_std"] = metrics.inception_score(tensor(images, "logits"))
+        found["is_mean"], found["is_std"] = metrics.inception_score(on_disk(images, "logits", images))
     if reference is not None:
         found |= distances(images, reference)
     for name in sorted(columns):
@@ -158,12 +158,12 @@ def distances(images: Collection, reference: Collection) -> dict[str, float]:
             both = metrics.moments(images.each(name)), metrics.moments(reference.each(name))
             found[f"fid_{name.removeprefix('features_')}"] = metrics.frechet_distance(*both)
     if "features_0" in images.columns():
-        pair = tensor(images, "features_0"), tensor(reference, "features_0")
+        pair = on_disk(images, "features_0", images), on_disk(reference, "features_0", images)
         found["kid_mean"], found["kid_std"] = metrics.kernel_distance(*pair)
         found["precision"], found["recall"] = metrics.precision_recall(*pair)
     return found
 
 
-def tensor(images: Collection, column: str) -> Tensor:
-    """A column for torch-fidelity."""
-    return torch.from_numpy(images.column(column))
+def on_disk(images: Collection, column: str, beside: Collection) -> Tensor:
+    """A wide column for torch-fidelity."""
+    return torch.from_numpy(images.mapped(column, beside.folder))

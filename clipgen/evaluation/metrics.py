@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 KID_SUBSET = 1000  # images in each of torch-fidelity's 100 subsets; all of them where there are fewer
 NEIGHBOURS = 3  # of precision and recall
 SPLITS = 10  # of IS
+DISTANCES = 2**22  # between images that are held at a time
 Moments = tuple[np.ndarray, np.ndarray]  # mean (F,), covariance (F, F)
 
 
@@ -44,6 +46,8 @@ def kernel_distance(generated: Tensor, reference: Tensor) -> tuple[float, float]
 def inception_score(logits: Tensor) -> tuple[float, float]:
     """IS (arXiv:1606.03498) of logits (N, C): mean and standard deviation over 10 splits.
 
+    The splits are torch-fidelity's, but one at a time, so that logits may lie on a disk.
+
     Raises:
         ValueError: a split would be a single image, whose score is 1 whatever it shows.
     """
@@ -51,7 +55,11 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 
     if len(logits) < 2 * SPLITS:
         raise ValueError(f"an Inception score needs at least {2 * SPLITS} images, got {len(logits)}")
-    return _two(isc_features_to_metric(logits, splits=SPLITS))
+    order = np.random.RandomState(2020).permutation(len(logits))
+    edges = [len(logits) * i // SPLITS for i in range(SPLITS + 1)]
+    splits = (logits[order[a:b]] for a, b in itertools.pairwise(edges))
+    scores = [_two(isc_features_to_metric(split, splits=1, shuffle=False))[0] for split in splits]
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -64,7 +72,8 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
 
     if (few := min(len(generated), len(reference))) <= NEIGHBOURS:
         raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on either side, got {few}")
-    found = prc_features_to_metric(generated, reference, save_cpu_ram=True, prc_batch_size=1000, verbose=False)
+    rows = min(max(DISTANCES // max(len(generated), len(reference)), 100), 1000)
+    found = prc_features_to_metric(generated, reference, save_cpu_ram=True, prc_batch_size=rows, verbose=False)
     return found["precision"], found["recall"]
 
 
