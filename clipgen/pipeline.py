@@ -28,7 +28,8 @@ from clipgen.weights import checkpoint as files
 
 BUNDLED = {"shapes": Path(__file__).parent / "bundled"}
 BRIDGE = "bridge.safetensors"
-BATCH = 64  # images drawn at a time
+BATCH = 64  # images drawn at a time on a CPU, and decoded at a time anywhere
+MOST = 1024  # images drawn at a time on a GPU, where its memory allows
 CARD = """---
 library_name: clipgen
 pipeline_tag: text-to-image
@@ -64,7 +65,7 @@ class TextToImage:
                  bridge: Bridge | None = None):  # fmt: skip
         transformer.attach(vqgan, clip)  # refuses parts that do not belong together
         self.vqgan, self.transformer, self.clip, self.bridge = vqgan.eval(), transformer.eval(), clip, bridge
-        self.side = math.isqrt(transformer.num_tokens)
+        self.side, self.dtype = math.isqrt(transformer.num_tokens), torch.float32
         if self.side**2 != transformer.num_tokens:
             raise ValueError(f"num_tokens must be a square, for square pictures, got {transformer.num_tokens}")
 
@@ -107,11 +108,21 @@ class TextToImage:
         rows = [f"| {part} | {k} | {v} |" for part, values in settings.items() for k, v in values.items()]
         return CARD.format(clip=self.clip.model_name, version=clipgen.__version__, rows="\n".join(rows))
 
-    def to(self, device: str | torch.device) -> TextToImage:
-        """Move all parts to a device."""
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TextToImage:
+        """Move all parts to a device. ``torch.bfloat16`` is for what takes the time, transformer and decoder: the
+        other parts stay as they are."""
         for part in (self.vqgan, self.transformer, self.clip, self.bridge):
             if part is not None:
                 part.to(device)
+        if dtype:
+            _ = self.fingerprint  # kept: of the weights as they were
+            self.dtype = dtype
+            self.transformer.to(dtype)
+        return self
+
+    def compile(self) -> TextToImage:
+        """Draw by torch.compile, on a GPU as CUDA graphs; see ``ConditionalTransformer.compile_sampling``."""
+        self.transformer.compile_sampling()
         return self
 
     @property
@@ -183,6 +194,8 @@ class TextToImage:
         for picture, i in zip(pictures, chosen):
             picture.info.update(prompt=describe(prompt), seed=seeds[i], **settings, clipgen=clipgen.__version__,
                                 model=self.fingerprint)  # fmt: skip
+            if self.dtype != torch.float32:
+                picture.info["dtype"] = str(self.dtype).removeprefix("torch.")
             if isinstance(prompt, Mapping):
                 picture.info["mixture"] = dict(prompt)
         return pictures
@@ -196,7 +209,8 @@ class TextToImage:
 
         ``given`` (1, P): first indices of every image. ``preview``, ``settings``: see ``__call__``.
         """
-        seeds, parts, batch, done = row_seeds(seed, len(clip_embedding)), [], BATCH, 0
+        guided = settings.get("guidance_scale", 1) != 1
+        seeds, parts, batch, done = row_seeds(seed, len(clip_embedding)), [], self._batch(guided), 0
         while done < len(seeds):
             rows = slice(done, done + batch)
             condition = clip_embedding[rows]
@@ -204,7 +218,7 @@ class TextToImage:
             watch = None if preview is None else self._watch(preview)
             try:
                 indices = self.transformer.sample(condition, seed=seeds[rows], given=prefix, watch=watch, **settings)
-                parts.append(self.decode(indices))
+                parts.append(torch.cat([self.decode(some) for some in indices.split(BATCH)]))
             except torch.OutOfMemoryError:  # of a GPU: what is finished stays, the rest goes on in halves
                 if len(condition) == 1:
                     raise
@@ -214,10 +228,21 @@ class TextToImage:
             done += len(condition)
         return torch.cat(parts)
 
+    def _batch(self, guided: bool) -> int:
+        """How many images to draw at a time: a GPU's half free memory may hold their keys and values."""
+        device, sizes = self.transformer.device, self.transformer.h
+        if device.type != "cuda":
+            return BATCH
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        row = 2 * sizes.n_layer * sizes.num_tokens * sizes.n_embd * self.dtype.itemsize * (2 if guided else 1)
+        return max(1, min(MOST, (torch.cuda.mem_get_info(device)[0] + unused) // 2 // row))
+
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Indices of whole rows (B, t) -> images (B, 3, h, W) in [-1, 1]."""
-        return self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", w=self.side)).clamp(-1, 1)
+        with torch.autocast(self.vqgan.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            images = self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", w=self.side))
+        return images.float().clamp(-1, 1)
 
     def _watch(self, preview: Preview) -> Watch:
         def watch(indices: Tensor) -> None:

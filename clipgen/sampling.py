@@ -58,7 +58,7 @@ def guided(step: Step, scales: Sequence[float]) -> Step:
     """
 
     def guided_step(position: int, previous: Tensor | None) -> Tensor:
-        condition, null = step(position, None if previous is None else previous.repeat(2)).chunk(2)
+        condition, null = step(position, None if previous is None else previous.repeat(2)).float().chunk(2)
         return null + scales[position] * (condition - null)
 
     return guided_step

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from clipgen import losses, sampling
 from clipgen.clip import FrozenCLIP
-from clipgen.nets.decode import CachedDecoder
+from clipgen.nets.decode import CachedDecoder, CompiledDecoder
 from clipgen.nets.gpt import ConditionalGPT2
 from clipgen.optim import OPTIMIZERS, make_optimizer, move_average_, schedule
 from clipgen.vqgan import VQGAN
@@ -90,6 +90,7 @@ class ConditionalTransformer(pl.LightningModule):
         average = partial(move_average_, ema_decay)
         self.ema = AveragedModel(self.gpt, multi_avg_fn=average).requires_grad_(False) if ema_decay > 0 else None
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
+        self._compiled: dict[Any, CompiledDecoder] | None = None
 
     def attach(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
         """Give the frozen pair that encodes training images. It is no part of parameters or checkpoints."""
@@ -138,13 +139,28 @@ class ConditionalTransformer(pl.LightningModule):
         if guidance_scale != 1:
             everything = torch.ones(rows, dtype=torch.bool, device=condition.device)
             condition = torch.cat([condition, net.condition(clip_embedding, drop=everything)])
-        step: sampling.Step = CachedDecoder(net, condition)  # knows no dropout, in training mode either
+        step = self._decoder(condition).start(condition)  # knows no dropout, in training mode either
         if guidance_scale != 1:
             step = sampling.guided(step, sampling.guidance_scales(guidance_scale, guidance_power, self.num_tokens))
         if uniforms is None:
             uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
         settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         return sampling.decode(step, uniforms, **settings, given=given, watch=watch)
+
+    def compile_sampling(self) -> ConditionalTransformer:
+        """Let ``sample`` run by torch.compile, on a GPU as CUDA graphs: the first images of each power of two of rows
+        wait for it a minute or so."""
+        self._compiled = {}
+        return self
+
+    def _decoder(self, condition: Tensor) -> CachedDecoder:
+        if self._compiled is None:
+            return CachedDecoder(self.network, len(condition))
+        rows = 2 ** (len(condition) - 1).bit_length()
+        key = rows, condition.device, condition.dtype
+        if key not in self._compiled:
+            self._compiled[key] = CompiledDecoder(self.network, rows)
+        return self._compiled[key]
 
     # ----------------------------------------------------------------------------------------------------- training
 

@@ -2,9 +2,12 @@
 
     python scripts/benchmark.py vqgan --size cifar
     python scripts/benchmark.py vqgan --size paper --device cuda --batch 16 --variants plain bf16 compile bf16+compile
-    python scripts/benchmark.py transformer --size cifar
+    python scripts/benchmark.py transformer --size cifar --clip ViT-B-32-quickgelu --variants plain
+    python scripts/benchmark.py encode
     python scripts/benchmark.py transformer --size medium --device cuda --batch 32 --variants bf16 bf16+compile
     python scripts/benchmark.py sample --batches 1 8 --num-tokens 64 256 1024 --plot growth.png
+    python scripts/benchmark.py sample --device cuda --bf16 --compile --decode --n-layer 24 --n-head 16 --n-embd 1024 \\
+        --codebook-size 16384 --batches 1 64 256 1024
     python scripts/benchmark.py rerank
 
 A variant ``a+b`` switches both on. Variants run in processes of their own, so that peak memory is their own.
@@ -16,6 +19,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import platform
 import resource
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
@@ -164,14 +169,31 @@ def vqgan(args: argparse.Namespace) -> dict[str, Any]:
     return {"batch": batch, "rows": rows}
 
 
-def measure_transformer(size: str, source: str, variant: str, batch: int, steps: int, device: str) -> dict[str, float]:
+def make_clip(name: str) -> FrozenCLIP:
+    """The bundled CLIP, or one of a published architecture: its speed does not depend on its weights."""
+    if name == "shapes":
+        return FrozenCLIP(name)
+    model = open_clip.create_model(name)
+    config = {
+        "model_cfg": open_clip.get_model_config(name),
+        "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
+        torch.save(model.state_dict(), Path(folder) / "open_clip_pytorch_model.bin")
+        return FrozenCLIP(folder)
+
+
+def measure_transformer(
+    size: str, source: str, variant: str, batch: int, steps: int, device: str, clip: str
+) -> dict[str, float]:
     """Images and tokens a second of a training step, from images or from a cache; and peak memory."""
     arguments = {**TRANSFORMER_SIZES[size], **options(variant)}
     precision = arguments.pop("precision", "32-true")
     transformer = ConditionalTransformer(**arguments)
     count, sizes = (steps + WARM_UP) * batch, transformer.h
     if source == "images" or sizes.clip_loss_weight > 0:
-        transformer.attach(VQGAN(**CIFAR).eval(), FrozenCLIP("shapes"))
+        transformer.attach(VQGAN(**CIFAR).eval(), make_clip(clip))
     if source == "images":
         found = fit(transformer, DataLoader(ShapesDataset(count), batch), device, precision)
     else:
@@ -188,6 +210,27 @@ def measure_transformer(size: str, source: str, variant: str, batch: int, steps:
     return row
 
 
+def encode(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``clipgen-encode`` does to images of the paper's size, and what that makes for ImageNet."""
+    row = apart(measure_encode, args.clip, args.batch, args.steps, args.device)
+    table(f"256 x 256, {args.clip}, batch {args.batch}", {"tokenizer and CLIP": row}, "images/s")
+    views, size = 1_281_167 * args.augmentations, np.dtype(record(1, 256, 16384, 512)).itemsize
+    hours = views / row["images/s"] / 3600
+    print(f"\nImageNet, {args.augmentations} augmentations: {views * size / 1e9:.1f} GB, {hours:.0f} hours")
+    return {"batch": args.batch, "rows": {"encode": row}, "hours": hours}
+
+
+def measure_encode(clip: str, batch: int, steps: int, device: str) -> dict[str, float]:
+    """Seconds of the paper's tokenizer and of a CLIP, images a second of both, peak memory."""
+    vqgan, encoder = VQGAN(perceptual_weight=0.0).eval().to(device), make_clip(clip).to(device)
+    images = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
+    with torch.inference_mode():
+        tokenizer = seconds(lambda: vqgan.encode(images), steps, device)
+        embedding = seconds(lambda: encoder.encode_image(images), steps, device)
+    rate = batch / (tokenizer + embedding)
+    return {"tokenizer, s": tokenizer, "CLIP, s": embedding, "images/s": rate, "GiB": peak_memory(device)}
+
+
 def flops(transformer: ConditionalTransformer) -> float:
     """Floating-point operations that a token of training needs: 6 N + 12 L C T (PaLM, arXiv:2204.02311, App. B)."""
     gpt, sizes = transformer.gpt, transformer.h
@@ -201,7 +244,7 @@ def transformer(args: argparse.Namespace) -> dict[str, Any]:
     rows = {}
     for source in ["cache"] if args.size == "medium" else ["images", "cache"]:
         for variant in args.variants:
-            row = apart(measure_transformer, args.size, source, variant, batch, args.steps, args.device)
+            row = apart(measure_transformer, args.size, source, variant, batch, args.steps, args.device, args.clip)
             rows[f"from {source}, {variant}"] = row
     table(f"GPT-2, {args.size}, batch {batch}", rows, "images/s")
     rate = reading_rate()
@@ -288,12 +331,14 @@ def measure_sample(args: argparse.Namespace, tokens: int, batch: int) -> dict[st
     embedding = torch.nn.functional.normalize(torch.randn(batch, 512, device=args.device), dim=-1)
     if args.bf16:
         transformer, embedding = transformer.to(torch.bfloat16), embedding.to(torch.bfloat16)
-    runs = {
+    if args.compile:
+        transformer.compile_sampling()
+    runs: dict[str, Callable[[], Any]] = {
         "reads": reads(transformer),
         "products": products(transformer, batch),
         "clipgen": lambda: transformer.sample(embedding, top_k=300, top_p=0.95, seed=0),
         "generate": generate(transformer, embedding),
-    }
+    } | ({"decode": pictures(transformer, batch, args)} if args.decode else {})
     found: dict[str, list[float]] = {name: [] for name in runs}
     with torch.inference_mode():
         for _ in range(args.steps + 1):
@@ -301,10 +346,26 @@ def measure_sample(args: argparse.Namespace, tokens: int, batch: int) -> dict[st
                 found[name].append(seconds_once(run, args.device))
     median = {name: statistics.median(values[1:]) for name, values in found.items()}
     return {f"{name}, s": value for name, value in median.items()} | {
+        "clipgen / reads": median["clipgen"] / median["reads"],
         "clipgen / products": median["clipgen"] / median["products"],
         "generate / clipgen": median["generate"] / median["clipgen"],
-        "images/s": batch / median["clipgen"], "tokens/s": batch * tokens / median["clipgen"],
+        "images/s": batch / (median["clipgen"] + median.get("decode", 0)),
+        "tokens/s": batch * tokens / median["clipgen"],
     }  # fmt: skip
+
+
+def pictures(transformer: ConditionalTransformer, batch: int, args: argparse.Namespace) -> Callable[[], Any]:
+    """Turning the indices into pictures, 64 at a time, by a tokenizer of the paper's size."""
+    side = math.isqrt(transformer.num_tokens)
+    indices = torch.randint(args.codebook_size, (batch, side, side), device=args.device)
+    tokenizer = VQGAN(codebook_size=args.codebook_size, perceptual_weight=0.0).eval().to(args.device)
+
+    def run() -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            for some in indices.split(64):
+                tokenizer.decode(some)
+
+    return run
 
 
 def plot_sample(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> None:
@@ -366,6 +427,11 @@ def main() -> None:
     v.add_argument("--perceptual", action="store_true", help="with LPIPS (random weights)")
     t = parts.add_parser("transformer", help="stage 2: train step, from images and from a cache")
     t.add_argument("--size", choices=TRANSFORMER_SIZES, default="cifar")
+    e = parts.add_parser("encode", help="clipgen-encode, at the paper's size")
+    e.add_argument("--batch", type=int, default=8)
+    e.add_argument("--augmentations", type=int, default=10, help="views of each image of ImageNet")
+    for part, name in ((t, "shapes"), (e, "ViT-B-32-quickgelu")):
+        part.add_argument("--clip", default=name, help="shapes, or an architecture of open_clip (default: %(default)s)")
     training = ["plain", "compile", "checkpointing", "ema", "clip_loss", "clip_loss+every_4", "clip_loss+quarter"]
     for part, variants in ((v, ["plain", "channels_last", "checkpointing", "compile"]), (t, training)):
         part.add_argument("--batch", type=int)
@@ -377,18 +443,20 @@ def main() -> None:
     s.add_argument("--num-tokens", type=int, nargs="+", default=[256])
     s.add_argument("--plot", type=Path, help="PNG of the growth with the number of indices")
     s.add_argument("--bf16", action="store_true")
+    s.add_argument("--compile", action="store_true", help="the decode loop, by torch.compile")
+    s.add_argument("--decode", action="store_true", help="into pictures too, by a tokenizer of the paper's size")
     r = parts.add_parser("rerank", help="choosing by CLIP, beside drawing")
     r.add_argument("--checkpoint", default="shapes")
     r.add_argument("--prompt", default="a large blue ring on a white background")
     r.add_argument("--batches", type=int, nargs="+", default=[64], help="candidates")
-    for part, steps in ((v, 10), (t, 20), (s, 3), (r, 3)):
+    for part, steps in ((v, 10), (t, 20), (e, 3), (s, 3), (r, 3)):
         part.add_argument("--steps", type=int, default=steps, help="measured, after some of warm-up")
         part.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         part.add_argument("--output", type=Path, help="JSON to write")
     args = p.parse_args()
     for name in {part for variant in getattr(args, "variants", []) for part in variant.split("+")} - set(OPTIONS):
         p.error(f"variants must be of {', '.join(OPTIONS)}, got {name}")
-    run = {"vqgan": vqgan, "transformer": transformer, "sample": sample, "rerank": rerank}[args.part]
+    run = {"vqgan": vqgan, "transformer": transformer, "encode": encode, "sample": sample, "rerank": rerank}[args.part]
     found = {"part": args.part, "machine": machine(args.device), **run(args)}
     print(f"\n{found['machine']}")
     if args.output:

@@ -185,7 +185,14 @@ def test_every_kind_of_request_at_once(call, runs, tmp_path):
     assert {"grid.png", "preview.png"} < set(files) and any(name.startswith("interpolation_00") for name in files)
 
 
-@pytest.mark.parametrize("request_", [["--prompt", PROMPT], ["--mix", f"0.5 {PROMPT} + 0.5 a small red star"]])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ["--prompt", PROMPT],
+        ["--mix", f"0.5 {PROMPT} + 0.5 a small red star"],
+        ["--prompt", PROMPT, "--dtype", "bfloat16"],
+    ],
+)
 def test_a_picture_is_drawn_again_from_itself(call, runs, tmp_path, request_):
     settings = ["--temperature", 0.7, "--top-k", 5, "--guidance-scale", 2, "--seed", 3, "--checkpoint", runs[1]]
     assert call(*request_, "--num-images", 1, *settings, "--output", "a").code == 0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from clipgen.nets.decode import CachedDecoder, product
+from clipgen.nets.decode import CachedDecoder, CompiledDecoder
 from clipgen.nets.gpt import ConditionalGPT2
 
 K, T, E, C = 50, 12, 16, 32
@@ -60,7 +60,7 @@ def test_greedy_decoding_is_gpt2s_index_for_index():
         inputs_embeds=first_token(gpt, e), attention_mask=torch.ones(8, 1, dtype=torch.long), do_sample=False,
         min_new_tokens=T, max_new_tokens=T, pad_token_id=0,
     )  # fmt: skip
-    step, previous, drawn = CachedDecoder(gpt, gpt.condition(e)), None, []
+    step, previous, drawn = CachedDecoder(gpt, 8).start(gpt.condition(e)), None, []
     for position in range(T):
         previous = step(position, previous).argmax(-1)
         drawn.append(previous)
@@ -71,9 +71,42 @@ def test_greedy_decoding_is_gpt2s_index_for_index():
 @torch.no_grad()
 def test_the_cache_changes_nothing():
     gpt, e, indices = network(), embeddings(4), torch.randint(K, (4, T))
-    step = CachedDecoder(gpt, gpt.condition(e))
+    step = CachedDecoder(gpt, 4).start(gpt.condition(e))
     logits = [step(t, None if t == 0 else indices[:, t - 1]) for t in range(T)]
     torch.testing.assert_close(torch.stack(logits, dim=1), gpt(indices, e), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_nor_does_compiling():
+    gpt = network()
+    decoder = CompiledDecoder(gpt, 4)
+    for rows in (4, 3):  # the second run starts over another one's cache, with a row to fill up
+        e, indices = embeddings(rows), torch.randint(K, (rows, T))
+        step = decoder.start(gpt.condition(e))
+        logits = [step(t, None if t == 0 else indices[:, t - 1]) for t in range(T)]
+        torch.testing.assert_close(torch.stack(logits, dim=1), gpt(indices, e), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_cuda_graphs_would_copy_nothing_but_the_tokens_and_the_position():
+    """What a graph does not find at its own address is copied at each replay: a weight must never be."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._guards import TracingContext
+
+    copied = []
+
+    def watch(program, inputs):
+        static = TracingContext.get().fw_metadata.static_input_indices
+        copied.append([tuple(x.shape) for i, x in enumerate(inputs) if i not in static])
+        return program
+
+    gpt, backend = network(tie_head=False), aot_autograd(fw_compiler=watch, inference_compiler=watch)
+    decoder = CompiledDecoder(gpt, 4)
+    program = torch.compile(decoder.logits, backend=backend, fullgraph=True, dynamic=False)
+    for position in (0, 3):
+        program(gpt.condition(embeddings(4)), decoder.positions[position])
+    assert [sorted(shapes) for shapes in copied] == [[(), (4, C)]]  # and one program serves all positions
 
 
 @torch.no_grad()
@@ -83,8 +116,10 @@ def test_products_of_few_rows(rows, outputs, bias):
     weight, offset, x = torch.randn(32, outputs), torch.randn(outputs) if bias else None, torch.randn(rows, 32)
     expected = (x.double() @ weight.double() + (offset.double() if bias else 0)).float()
     for laid_out in (weight, weight.T.contiguous().T):  # the tied head is a transposed one
-        torch.testing.assert_close(product(laid_out, offset, rows)(x), expected, atol=1e-5, rtol=1e-5)
-    half = product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
+        for decoder in (CachedDecoder, CompiledDecoder):
+            found = decoder.product(laid_out, offset, rows)(x)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    half = CachedDecoder.product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
     torch.testing.assert_close(half.float(), expected, atol=0.3, rtol=0.05)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -270,6 +271,45 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
     )
     with pytest.raises(torch.OutOfMemoryError):
         pipe(PROMPT)
+
+
+def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
+    """2 x 2 layers x 16 positions x 32 channels x 4 bytes an image (tests/conftest.py), in half of what is free."""
+    row = 2 * 2 * 16 * 32 * 4
+    assert pipe._batch(guided=False) == clipgen.pipeline.BATCH
+    monkeypatch.setattr(ConditionalTransformer, "device", torch.device("cuda"))
+    for name, value in (("memory_reserved", 9 * row), ("memory_allocated", 3 * row)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    for free, guided, expected in (
+        (94, False, 50),
+        (94, True, 25),
+        (0, True, 1),
+        (10**6, False, clipgen.pipeline.MOST),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * row, 10**9 * row))
+        assert pipe._batch(guided) == expected
+
+
+def test_bfloat16(pipe):
+    """Half the bytes; nearly the same pictures, where nothing is drawn by chance."""
+    half, settings = copy.deepcopy(pipe).to(dtype=torch.bfloat16), dict(top_k=1, seed=0)
+    assert half.transformer.gpt.head.weight.dtype == torch.bfloat16 and half.fingerprint == pipe.fingerprint
+    first = pipe.transformer.sample(pipe.embed(PROMPT), **settings)
+    assert (half.transformer.sample(half.embed(PROMPT), **settings) == first).float().mean() > 0.5
+    decoded = half.decode(first), pipe.decode(first)
+    assert decoded[0].dtype == torch.float32 and (decoded[0] - decoded[1]).abs().mean() < 0.02
+    guided = half(PROMPT, guidance_scale=2.0, seed=0)[0]
+    assert guided.info["dtype"] == "bfloat16" and "dtype" not in pipe(PROMPT, seed=0)[0].info
+
+
+def test_what_compile_asks_for(pipe, monkeypatch):
+    """Powers of two of rows, each made once; the compiler itself is tested in test_gpt.py."""
+    made, compiled = [], copy.deepcopy(pipe).compile()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: made.append(function) or function)
+    for rows, guidance in ((3, 1.0), (4, 1.0), (1, 1.0), (3, 2.0)):
+        e, settings = pipe.embed(PROMPT).expand(rows, -1), dict(seed=0, guidance_scale=guidance)
+        torch.testing.assert_close(compiled.generate(e, **settings), pipe.generate(e, **settings), atol=1e-4, rtol=0)
+    assert [function.__self__.shape[1] for function in made] == [4, 1, 8]
 
 
 def test_the_hub(pipe, monkeypatch, tmp_path):

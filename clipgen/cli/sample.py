@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SETTINGS: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "guidance_scale": float,
                             "guidance_power": float}  # fmt: skip
+DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
@@ -60,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
                    "--sweep top_k=100,300 top_p=0.8,1.0")  # fmt: skip
     p.add_argument("--preview", action="store_true", help="keep preview.png up to date with the rows drawn so far")
     p.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
+    p.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of transformer and decoder "
+                   "(default: %(default)s)")  # fmt: skip
+    p.add_argument("--compile", action="store_true", help="draw by torch.compile: for many pictures on a GPU")
     return p
 
 
@@ -85,11 +89,21 @@ def run() -> None:
     complete = read_picture(args.complete) if args.complete else None
     checkpoint = args.checkpoint or newest_run(Path("outputs")) or "shapes"
     with output_folder(args.output):
-        pipe = TextToImage.load(checkpoint).to(args.device or best_device())
+        pipe = prepared(TextToImage.load(checkpoint), args)
         print(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
         if args.origin and args.fingerprint not in (None, pipe.fingerprint):
             raise ValueError(f"{args.origin} was drawn by another model than {checkpoint}: name its --checkpoint")
         draw(pipe, prompts, sweeps, complete, args)
+
+
+def prepared(pipe: TextToImage, args: argparse.Namespace) -> TextToImage:
+    """The model where, and as, it shall draw."""
+    import torch
+
+    pipe.to(args.device or best_device())
+    if args.dtype != DTYPES[0]:
+        pipe.to(dtype=getattr(torch, args.dtype))
+    return pipe.compile() if args.compile else pipe
 
 
 def draw(pipe: TextToImage, prompts: list[Prompt], sweeps: list[dict[str, Any]], complete: Image.Image | None,
@@ -187,7 +201,9 @@ def repeat_(args: argparse.Namespace) -> None:
             picture.load()
             found = dict(getattr(picture, "text", {}))
         known = {name: json.loads(found[name]) for name in ("seed", *SETTINGS)}
-        prompt = found["prompt"]
+        prompt, args.dtype = found["prompt"], found.get("dtype", DTYPES[0])
+        if args.dtype not in DTYPES:
+            raise ValueError(args.dtype)
     except (KeyError, ValueError, UnidentifiedImageError) as error:
         raise ValueError(f"{args.origin} is no picture of clipgen-sample: it does not tell its settings") from error
     if prompt in ("an image", "an embedding"):

@@ -60,7 +60,8 @@ class ConditionalGPT2(nn.Module):
 
         ``drop`` (B,) bool marks rows that get the null condition instead.
         """
-        token = self.clip_proj(clip_embedding * clip_embedding.shape[-1] ** 0.5)
+        unit_variance = clip_embedding * clip_embedding.shape[-1] ** 0.5
+        token = self.clip_proj(unit_variance.to(self.clip_proj.weight.dtype))
         if drop is None:
             return token
         if self.null is None:
