@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import tarfile
+import time
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clipgen.data import folder as folder_module
 from clipgen.data import shards as shards_module
+from clipgen.data.ahead import AHEAD, ahead
 from clipgen.data.folder import ImageFolder, find_images, folder_data, split_files
 from clipgen.data.images import UnusableImage, check_header, decode_image
 from clipgen.data.module import ImageData
@@ -730,3 +732,18 @@ def test_patience_is_not_lost_on_a_few_corrupt_images(tmp_path: Path, monkeypatc
     monkeypatch.setattr(shards_module, "_PATIENCE", 3)
     make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": TRUNCATED, "2.jpg": GOOD})
     assert len(list(islice(image_shards(f"{tmp_path}/a.tar", 8, train=True, shuffle=0), 20))) == 20
+
+
+def test_ahead_keeps_the_order_and_does_not_run_off():
+    started = []
+
+    def slow_at_first(item: int) -> int:
+        started.append(item)
+        time.sleep(0.02 if item == 0 else 0)
+        return 2 * item
+
+    results = ahead(slow_at_first, range(10 * AHEAD))
+    assert next(results) == 0 and len(started) <= AHEAD + 1
+    assert [0, *results] == list(range(0, 20 * AHEAD, 2))
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda item: 1 / item, [1, 0]))

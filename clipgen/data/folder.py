@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipgen.data.ahead import ahead
 from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, check_header, decode_image, unit_hash
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import train_transform, val_transform
@@ -99,14 +100,17 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         """``count`` crops of each usable image among ``items``, (count, 3, H, W), and its class where ``labels``;
         1: the centre crop."""
         crop = self.transform if count > 1 else val_transform(self.image_size)
-        for item in items:
+
+        def load(item: int) -> tuple[Tensor, int | None] | None:
             try:
                 image = decode_image(self.root / self.files[item])
             except UnusableImage as error:
                 self.tally.skip(str(self.root / self.files[item]), error)
-                continue
+                return None
             label = self.class_names.index(_class(self.files[item])) if self.labels else None
-            yield torch.stack([crop(image, self._generator(turn, item)) for turn in range(count)]), label
+            return torch.stack([crop(image, self._generator(turn, item)) for turn in range(count)]), label
+
+        return filter(None, ahead(load, items))
 
     def _generator(self, turn: int, item: int) -> torch.Generator:
         return torch.Generator().manual_seed(int(unit_hash(f"{self.seed} {turn} {item}") * 2**48))

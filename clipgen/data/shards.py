@@ -25,6 +25,7 @@ from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 from webdataset.utils import pytorch_worker_info
 
+from clipgen.data.ahead import ahead
 from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image, unit_hash
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import Transform, train_transform, val_transform
@@ -135,16 +136,20 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """``count`` crops of each usable image of one shard, in order, (count, 3, H, W), 1: the centre crop; and its
         class where ``labels``."""
         crop = self.transform if count > 1 else val_transform(self.image_size)
-        for number, sample in enumerate(self._read(url)):
+
+        def load(numbered: tuple[int, dict[str, Any]]) -> tuple[Tensor, int | None] | None:
+            number, sample = numbered
             try:
                 image = decode_image(sample[_image_key(sample)])
                 label = _label(sample) if self.labels else None
             except UnusableImage as error:
                 self.tally.skip(_name(sample), error)
-                continue
+                return None
             seeds = [f"{self.seed} {os.path.basename(url)} {turn} {number}" for turn in range(count)]
             generators = [torch.Generator().manual_seed(int(unit_hash(seed) * 2**48)) for seed in seeds]
-            yield torch.stack([crop(image, generator) for generator in generators]), label
+            return torch.stack([crop(image, generator) for generator in generators]), label
+
+        return filter(None, ahead(load, enumerate(self._read(url))))
 
     def _train(self) -> Iterator[dict[str, Any]]:
         rank, _, worker, workers = pytorch_worker_info()
