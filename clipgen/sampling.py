@@ -107,8 +107,9 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """One seed a row: ``seed``, ``seed + 1``, ...; or the given ones; None draws a first one at random."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    if isinstance(seed, int):
-        return [seed + row for row in range(rows)]
-    if len(seed) != rows:
-        raise ValueError(f"seed must be one number, or one for each of the {rows} rows, got {len(seed)}")
-    return list(seed)
+    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != rows:
+        raise ValueError(f"seed must be one number, or one for each of the {rows} rows, got {len(seeds)}")
+    if senseless := [each for each in seeds if not 0 <= each < 2**63]:
+        raise ValueError(f"seeds must be in [0, 2**63), got {senseless[0]}")
+    return seeds

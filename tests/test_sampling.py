@@ -170,6 +170,10 @@ def test_row_seeds():
     assert drawn[1] == drawn[0] + 1 and row_seeds(None, 2) != drawn
     with pytest.raises(ValueError, match="one for each of the 3 rows, got 2"):
         row_seeds([1, 2], 3)
+    assert row_seeds(2**63 - 2, 2) == [2**63 - 2, 2**63 - 1]
+    for seed, first in ((2**63 - 1, 2**63), (-1, -1)):
+        with pytest.raises(ValueError, match=rf"seeds must be in \[0, 2\*\*63\), got {first}"):
+            row_seeds(seed, 2)
 
 
 @pytest.mark.parametrize(
