@@ -310,7 +310,7 @@ ERRORS = {
     ),
     "no language weights": (
         [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "language_weights={clip}"],
-        "language_weights must name a GPT-2 on the Hugging Face hub, or a folder of one, got",
+        "language_weights must name a GPT-2",
     ),
     "a size of the other stage": (["stage=vqgan", "size=gpt2-small"], "there is no key|n_layer"),
     "unknown size": (["stage=transformer", "size=x"], "size must be one of gpt2-large, .*, got x"),

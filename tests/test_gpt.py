@@ -55,7 +55,9 @@ def test_teacher_forced_logits_are_gpt2s(tie_head):
 
 @torch.no_grad()
 def test_greedy_decoding_is_gpt2s_index_for_index():
-    gpt, e = network(), embeddings(8)
+    gpt, e = network(tie_head=False), embeddings(8)
+    gpt.transformer.wpe.weight.normal_(std=1)  # else most rows say one word again and again,
+    gpt.clip_proj.weight.normal_(std=4)  # and the same one
     expected = published(gpt).generate(
         inputs_embeds=first_token(gpt, e), attention_mask=torch.ones(8, 1, dtype=torch.long), do_sample=False,
         min_new_tokens=T, max_new_tokens=T, pad_token_id=0,
@@ -65,7 +67,7 @@ def test_greedy_decoding_is_gpt2s_index_for_index():
         previous = step(position, previous).argmax(-1)
         drawn.append(previous)
     assert torch.equal(torch.stack(drawn, dim=1), expected)
-    assert len(expected.unique(dim=0)) > 1 and len(expected.unique()) > 5  # rows and positions do differ
+    assert len(expected.unique(dim=0)) > 2 and len(expected.unique()) > 2  # rows and positions do differ
 
 
 @torch.no_grad()
@@ -105,8 +107,8 @@ def test_cuda_graphs_would_copy_nothing_but_the_tokens_and_the_position():
     decoder = CompiledDecoder(gpt, 4)
     program = torch.compile(decoder.logits, backend=backend, fullgraph=True, dynamic=False)
     for position in (0, 3):
-        program(gpt.condition(embeddings(4)), decoder.positions[position])
-    assert [sorted(shapes) for shapes in copied] == [[(), (4, C)]]  # and one program serves all positions
+        program(gpt.condition(embeddings(4)), decoder.positions[position : position + 1])
+    assert [sorted(shapes) for shapes in copied] == [[(1,), (4, C)]]  # and one program serves all positions
 
 
 @torch.no_grad()

@@ -101,15 +101,15 @@ class CompiledDecoder(CachedDecoder):
 
         def step(position: int, previous: Tensor | None) -> Tensor:
             token = F.pad(self._token(condition, previous), (0, 0, 0, missing))
-            return self.program(token, self.positions[position])[:rows]
+            return self.program(token, self.positions[position : position + 1])[:rows]
 
         return step
 
     def attend(self, position: Tensor, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """As of ``CachedDecoder``, for a position () on the device."""
+        """As of ``CachedDecoder``, for a position (1,) on the device."""
         q, k, v = qkv.view(len(qkv), 3, self.heads, 1, -1).unbind(1)
-        keys.index_copy_(2, position[None], k)
-        values.index_copy_(2, position[None], v)
+        keys.index_copy_(2, position, k)
+        values.index_copy_(2, position, v)
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=(self.positions <= position)[None])
         return y.reshape(len(qkv), self.width)
 
