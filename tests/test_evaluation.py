@@ -282,6 +282,16 @@ def test_an_inception_score_of_few_images_is_left_out(two_folders, tmp_path, cap
     assert "is_mean" not in found and "IS is left out: it needs at least 20 images, got 12" in caplog.text
 
 
+def test_pictures_of_several_sizes_are_mentioned_once(tmp_path, caplog):
+    for name, size in (("a", (16, 16)), ("b", (16, 16)), ("c", (24, 20)), ("d", (20, 24))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    for image_size, mentioned in ((None, 1), (16, 0)):
+        caplog.clear()
+        source = Pictures(tmp_path, image_size, workers=1)
+        assert [images.shape for images, _ in source.read(source.pieces[0])] == [(4, 3, 16, 16)]
+        assert [r.message.startswith("c.png is 24 x 20: where") for r in caplog.records] == [True] * mentioned
+
+
 def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 6)
     prompts = [str(a) for a in ALL_ATTRIBUTES[:20]]

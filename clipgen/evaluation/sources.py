@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,6 +22,7 @@ from clipgen.evaluation.collection import Batch
 from clipgen.images import from_pil
 from clipgen.pipeline import TextToImage
 
+logger = logging.getLogger(__name__)
 PIECE = 500  # images in a part: what a kill can lose
 Draw = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> images (B, 3, H, W) in [-1, 1]
 
@@ -78,6 +80,7 @@ class Pictures:
         self.root, self.batch_size, self.workers = Path(root).expanduser(), batch_size, workers
         self.files = find_images(self.root)
         self.image_size = image_size or min(self._decode(self.files[0]).size)
+        self.surprised = image_size is not None
         self.captions = [] if captions == () else captions_of(self.root, self.files, captions)
         self.pieces = runs(len(self.files), PIECE)
         said = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
@@ -91,7 +94,13 @@ class Pictures:
                 yield torch.cat(pool.map(self._load, self.files[rows])), self.captions[rows]
 
     def _load(self, file: str) -> Tensor:
-        return from_pil(self._decode(file), self.image_size)
+        picture, size = self._decode(file), self.image_size
+        if picture.size != (size, size) and not self.surprised:
+            self.surprised = True
+            logger.warning("%s is %d x %d: where pictures are not %d x %d, as the first of %s, their central squares "
+                           "are resized to that; --image-size names another", file, *picture.size, size, size,
+                           self.root)  # fmt: skip
+        return from_pil(picture, size)
 
     def _decode(self, file: str) -> Any:
         try:
