@@ -65,7 +65,7 @@ class TextToImage:
                  bridge: Bridge | None = None):  # fmt: skip
         transformer.attach(vqgan, clip)  # refuses parts that do not belong together
         self.vqgan, self.transformer, self.clip, self.bridge = vqgan.eval(), transformer.eval(), clip, bridge
-        self.side, self.dtype = math.isqrt(transformer.num_tokens), torch.float32
+        self.side, self.dtype = math.isqrt(transformer.num_tokens), transformer.network.head.weight.dtype
         if self.side**2 != transformer.num_tokens:
             raise ValueError(f"num_tokens must be a square, for square pictures, got {transformer.num_tokens}")
 
@@ -110,7 +110,15 @@ class TextToImage:
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TextToImage:
         """Move all parts to a device. ``torch.bfloat16`` is for what takes the time, transformer and decoder: the
-        other parts stay as they are."""
+        other parts stay as they are.
+
+        Raises:
+            ValueError: a dtype that pictures could not be drawn in again.
+        """
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"a device must be named first; for a type alone: to(dtype={device})")
+        if dtype and dtype not in (self.dtype, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.bfloat16, or as loaded, got {dtype} after {self.dtype}")
         for part in (self.vqgan, self.transformer, self.clip, self.bridge):
             if part is not None:
                 part.to(device)
@@ -121,7 +129,8 @@ class TextToImage:
         return self
 
     def compile(self) -> TextToImage:
-        """Draw by torch.compile, on a GPU as CUDA graphs; see ``ConditionalTransformer.compile_sampling``."""
+        """Draw by torch.compile, on a GPU as CUDA graphs; see ``ConditionalTransformer.compile_sampling``. Then one
+        call at a time: threads need pipelines of their own."""
         self.transformer.compile_sampling()
         return self
 
@@ -218,31 +227,36 @@ class TextToImage:
             watch = None if preview is None else self._watch(preview)
             try:
                 indices = self.transformer.sample(condition, seed=seeds[rows], given=prefix, watch=watch, **settings)
-                parts.append(torch.cat([self.decode(some) for some in indices.split(BATCH)]))
+                parts.append(self.decode(indices))
             except torch.OutOfMemoryError:  # of a GPU: what is finished stays, the rest goes on in halves
                 if len(condition) == 1:
                     raise
                 batch = (len(condition) + 1) // 2
+                if self.transformer.decoders:
+                    self.transformer.decoders.clear()
                 torch.cuda.empty_cache()
                 continue
             done += len(condition)
         return torch.cat(parts)
 
     def _batch(self, guided: bool) -> int:
-        """How many images to draw at a time: a GPU's half free memory may hold their keys and values."""
+        """How many images to draw at a time: a power of two, whose keys and values fit into half a GPU's memory."""
         device, sizes = self.transformer.device, self.transformer.h
         if device.type != "cuda":
             return BATCH
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free += sum(2 * kept.keys.nbytes for kept in (self.transformer.decoders or {}).values())
         row = 2 * sizes.n_layer * sizes.num_tokens * sizes.n_embd * self.dtype.itemsize * (2 if guided else 1)
-        return max(1, min(MOST, (torch.cuda.mem_get_info(device)[0] + unused) // 2 // row))
+        return 1 << (max(1, min(MOST, free // 2 // row)).bit_length() - 1)
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Indices of whole rows (B, t) -> images (B, 3, h, W) in [-1, 1]."""
-        with torch.autocast(self.vqgan.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            images = self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", w=self.side))
-        return images.float().clamp(-1, 1)
+        grids = rearrange(indices, "b (h w) -> b h w", w=self.side).split(BATCH)
+        with torch.autocast(self.vqgan.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            images = [self.vqgan.decode(some) for some in grids]
+        return torch.cat(images).float().clamp(-1, 1)
 
     def _watch(self, preview: Preview) -> Watch:
         def watch(indices: Tensor) -> None:

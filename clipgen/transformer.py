@@ -90,7 +90,7 @@ class ConditionalTransformer(pl.LightningModule):
         average = partial(move_average_, ema_decay)
         self.ema = AveragedModel(self.gpt, multi_avg_fn=average).requires_grad_(False) if ema_decay > 0 else None
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
-        self._compiled: dict[Any, CompiledDecoder] | None = None
+        self.decoders: dict[Any, CompiledDecoder] | None = None  # by what they are for, after ``compile_sampling``
 
     def attach(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
         """Give the frozen pair that encodes training images. It is no part of parameters or checkpoints."""
@@ -149,18 +149,22 @@ class ConditionalTransformer(pl.LightningModule):
 
     def compile_sampling(self) -> ConditionalTransformer:
         """Let ``sample`` run by torch.compile, on a GPU as CUDA graphs: the first images of each power of two of rows
-        wait for it a minute or so."""
-        self._compiled = {}
+        wait for it a minute or so. Its memory is kept, and used by one call at a time."""
+        self.decoders = {}
         return self
 
     def _decoder(self, condition: Tensor) -> CachedDecoder:
-        if self._compiled is None:
+        if self.decoders is None:
             return CachedDecoder(self.network, len(condition))
         rows = 2 ** (len(condition) - 1).bit_length()
-        key = rows, condition.device, condition.dtype
-        if key not in self._compiled:
-            self._compiled[key] = CompiledDecoder(self.network, rows)
-        return self._compiled[key]
+        key = rows, condition.device, condition.dtype, id(self.network.head.weight)
+        if key not in self.decoders:
+            self.decoders[key] = CompiledDecoder(self.network, rows)
+        return self.decoders[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the compiled decoders, which hold on to the weights."""
+        return self.__dict__ | {"decoders": None if self.decoders is None else {}}
 
     # ----------------------------------------------------------------------------------------------------- training
 

@@ -190,6 +190,8 @@ def measure_transformer(
     """Images and tokens a second of a training step, from images or from a cache; and peak memory."""
     arguments = {**TRANSFORMER_SIZES[size], **options(variant)}
     precision = arguments.pop("precision", "32-true")
+    if clip != "shapes":
+        arguments["clip_dim"] = open_clip.get_model_config(clip)["embed_dim"]
     transformer = ConditionalTransformer(**arguments)
     count, sizes = (steps + WARM_UP) * batch, transformer.h
     if source == "images" or sizes.clip_loss_weight > 0:

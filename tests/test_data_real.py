@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clipgen.data import folder as folder_module
 from clipgen.data import shards as shards_module
-from clipgen.data.ahead import AHEAD, ahead
+from clipgen.data.ahead import AHEAD, THREADS, ahead
 from clipgen.data.folder import ImageFolder, find_images, folder_data, split_files
 from clipgen.data.images import UnusableImage, check_header, decode_image
 from clipgen.data.module import ImageData
@@ -747,3 +747,16 @@ def test_ahead_keeps_the_order_and_does_not_run_off():
     assert [0, *results] == list(range(0, 20 * AHEAD, 2))
     with pytest.raises(ZeroDivisionError):
         list(ahead(lambda item: 1 / item, [1, 0]))
+
+
+def test_what_nobody_reads_is_not_begun():
+    started = []
+
+    def slow(item: int) -> None:
+        started.append(item)
+        time.sleep(0.05)
+
+    results = ahead(slow, range(100))
+    next(results)
+    results.close()
+    assert len(started) <= 3 * THREADS < AHEAD * 2

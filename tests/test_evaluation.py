@@ -289,7 +289,13 @@ def test_pictures_of_several_sizes_are_mentioned_once(tmp_path, caplog):
         caplog.clear()
         source = Pictures(tmp_path, image_size, workers=1)
         assert [images.shape for images, _ in source.read(source.pieces[0])] == [(4, 3, 16, 16)]
-        assert [r.message.startswith("c.png is 24 x 20: where") for r in caplog.records] == [True] * mentioned
+        found = [record.message.startswith("c.png is 24 x 20, and the first of") for record in caplog.records]
+        assert found == [True] * mentioned
+    caplog.clear()
+    for name in "abcd":
+        Image.new("RGB", (24, 20), "red").save(tmp_path / f"{name}.png")  # all alike, if not square
+    source = Pictures(tmp_path, workers=1)
+    assert [images.shape for images, _ in source.read(source.pieces[0])] == [(4, 3, 20, 20)] and not caplog.records
 
 
 def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
@@ -633,6 +639,20 @@ def test_many_images_need_no_more_memory(tmp_path):
         found.stderr
     )
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".npz"]
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    np.savez(tmp_path / "part-000000.npz", key=np.zeros(2, np.uint64), features_0=np.zeros((2, 4), np.float32))
+    sizes = []
+
+    def full(descriptor, start, size):
+        sizes.append(size)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        Collection(tmp_path).mapped("features_0", tmp_path)
+    assert sizes == [32]
 
 
 @pytest.fixture

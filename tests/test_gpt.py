@@ -91,6 +91,17 @@ def test_nor_does_compiling():
 
 
 @torch.no_grad()
+def test_any_number_of_row_counts_compiles(monkeypatch):
+    """Dynamo counts the programs of all decoders together, and gives up at eight."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile(f, backend="eager", **options))
+    gpt = network()
+    for rows in range(1, 11):
+        step = CompiledDecoder(gpt, rows).start(gpt.condition(embeddings(rows)))
+        assert step(0, None).shape == (rows, K)
+
+
+@torch.no_grad()
 def test_cuda_graphs_would_copy_nothing_but_the_tokens_and_the_position():
     """What a graph does not find at its own address is copied at each replay: a weight must never be."""
     from torch._dynamo.backends.common import aot_autograd

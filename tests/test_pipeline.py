@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ import clipgen
 from clipgen import TextToImage
 from clipgen.clip import BUNDLED, FrozenCLIP
 from clipgen.images import from_pil, to_pil
+from clipgen.nets.decode import CompiledDecoder
 from clipgen.prompts import describe, parse_mixture
 from clipgen.transformer import ConditionalTransformer
 
@@ -275,19 +277,22 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
 
 def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
     """2 x 2 layers x 16 positions x 32 channels x 4 bytes an image (tests/conftest.py), in half of what is free."""
-    row = 2 * 2 * 16 * 32 * 4
+    row, pipe = 2 * 2 * 16 * 32 * 4, copy.deepcopy(pipe)
     assert pipe._batch(guided=False) == clipgen.pipeline.BATCH
     monkeypatch.setattr(ConditionalTransformer, "device", torch.device("cuda"))
     for name, value in (("memory_reserved", 9 * row), ("memory_allocated", 3 * row)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     for free, guided, expected in (
-        (94, False, 50),
-        (94, True, 25),
+        (94, False, 32),
+        (94, True, 16),
         (0, True, 1),
         (10**6, False, clipgen.pipeline.MOST),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * row, 10**9 * row))
         assert pipe._batch(guided) == expected
+    pipe.transformer.decoders = {"kept": CompiledDecoder(pipe.transformer.network, 32)}  # is there for the next batch
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * row, 10**9 * row))
+    assert pipe._batch(guided=False) == 32
 
 
 def test_bfloat16(pipe):
@@ -310,6 +315,36 @@ def test_what_compile_asks_for(pipe, monkeypatch):
         e, settings = pipe.embed(PROMPT).expand(rows, -1), dict(seed=0, guidance_scale=guidance)
         torch.testing.assert_close(compiled.generate(e, **settings), pipe.generate(e, **settings), atol=1e-4, rtol=0)
     assert [function.__self__.shape[1] for function in made] == [4, 1, 8]
+    other = copy.deepcopy(compiled)
+    torch.nn.init.normal_(other.transformer.gpt.head.weight)
+    assert other.transformer.decoders == {} and len(compiled.transformer.decoders) == 3
+    e = pipe.embed(PROMPT)
+    found = other.transformer.sample(e, seed=0)
+    other.transformer.decoders = None
+    assert torch.equal(found, other.transformer.sample(e, seed=0))  # by its own weights
+    pickle.loads(pickle.dumps(compiled.transformer))
+
+
+def test_a_pipeline_says_the_type_that_it_draws_in(pipe):
+    half = copy.deepcopy(pipe).to(dtype=torch.bfloat16)
+    assert half.to("cpu", torch.bfloat16) is half
+    assert TextToImage(half.vqgan, half.transformer, half.clip).dtype == torch.bfloat16
+    for wrong, message in (
+        (dict(dtype=torch.float32), "got torch.float32 after torch.bfloat16"),
+        (dict(dtype=torch.float16), "got torch.float16"),
+        (dict(device=torch.bfloat16), r"to\(dtype=torch.bfloat16\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            half.to(**wrong)
+
+
+def test_a_preview_decodes_no_more_at_once(pipe, monkeypatch):
+    sizes, decode = [], pipe.vqgan.decode
+    monkeypatch.setattr(clipgen.pipeline, "BATCH", 2)
+    monkeypatch.setattr(type(pipe), "_batch", lambda self, guided: 5)
+    monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: sizes.append(len(indices)) or decode(indices))
+    assert len(pipe(PROMPT, 5, seed=0, preview=lambda images: None)) == 5
+    assert set(sizes) == {1, 2}
 
 
 def test_the_hub(pipe, monkeypatch, tmp_path):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -71,7 +73,9 @@ class Collection:
         """The same in a file without a name, on the disk of a folder: however many images, they need no memory."""
         places, start = np.argsort(self.order), 0
         shape, dtype = (len(places), *(first := next(self.each(name))).shape[1:]), first.dtype
-        with tempfile.TemporaryFile(dir=scratch) as file:
+        with tempfile.TemporaryFile(dir=scratch if os.access(scratch, os.W_OK) else None) as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and the end of the process later
+                os.posix_fallocate(file.fileno(), 0, dtype.itemsize * math.prod(shape))
             found = np.memmap(file, dtype, "w+", shape=shape)
         for part in self.each(name):
             found[places[start : start + len(part)]] = part

@@ -79,8 +79,8 @@ class Pictures:
                  batch_size: int = 50, workers: int = 4):  # fmt: skip
         self.root, self.batch_size, self.workers = Path(root).expanduser(), batch_size, workers
         self.files = find_images(self.root)
-        self.image_size = image_size or min(self._decode(self.files[0]).size)
-        self.surprised = image_size is not None
+        self.first_size = self._decode(self.files[0]).size
+        self.image_size, self.warned = image_size or min(self.first_size), image_size is not None
         self.captions = [] if captions == () else captions_of(self.root, self.files, captions)
         self.pieces = runs(len(self.files), PIECE)
         said = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
@@ -94,13 +94,13 @@ class Pictures:
                 yield torch.cat(pool.map(self._load, self.files[rows])), self.captions[rows]
 
     def _load(self, file: str) -> Tensor:
-        picture, size = self._decode(file), self.image_size
-        if picture.size != (size, size) and not self.surprised:
-            self.surprised = True
-            logger.warning("%s is %d x %d: where pictures are not %d x %d, as the first of %s, their central squares "
-                           "are resized to that; --image-size names another", file, *picture.size, size, size,
-                           self.root)  # fmt: skip
-        return from_pil(picture, size)
+        picture = self._decode(file)
+        if picture.size != self.first_size and not self.warned:
+            self.warned = True
+            logger.warning("%s is %d x %d, and the first of %s %d x %d: the central squares of all are resized to %d x "
+                           "%d; --image-size names another", file, *picture.size, self.root, *self.first_size,
+                           self.image_size, self.image_size)  # fmt: skip
+        return from_pil(picture, self.image_size)
 
     def _decode(self, file: str) -> Any:
         try:

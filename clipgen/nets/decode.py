@@ -80,7 +80,7 @@ class CachedDecoder:
 
 class CompiledDecoder(CachedDecoder):
     """The same by torch.compile, replayed as CUDA graphs on a GPU: one program for all positions, so it attends to the
-    whole cache behind a mask. Its first steps compile; keep it, and start it again.
+    whole cache behind a mask. Its first steps compile; keep it, and start it again, but not before the last is done.
 
     Args:
         gpt: the network, on its device. rows: at most; fewer are filled up.
@@ -93,7 +93,10 @@ class CompiledDecoder(CachedDecoder):
         self.positions = torch.arange(gpt.num_tokens, device=self.wte.device)
         for kept in (self.keys, self.values, self.positions):  # graphs use them where they are, and no copies
             torch._dynamo.mark_static_address(kept)
-        self.program = torch.compile(self.logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        limit = torch._dynamo.config.recompile_limit  # of programs, for all numbers of rows together
+        torch._dynamo.config.recompile_limit = max(limit, 64)
+        mode = "reduce-overhead" if self.wte.is_cuda else "default"
+        self.program = torch.compile(self.logits, mode=mode, fullgraph=True, dynamic=False)
 
     def start(self, condition: Tensor) -> Step:
         """As of ``CachedDecoder``."""
