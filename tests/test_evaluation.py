@@ -146,6 +146,17 @@ def test_precision_and_recall_of_sets_that_know_each_other():
         metrics.precision_recall(x[:3], x)
 
 
+@pytest.mark.parametrize("sizes", [(4, 5, 3), (700, 1003, 16), (2002, 1500, 64)])
+def test_precision_and_recall_are_torch_fidelitys(sizes):
+    """Also where the last of several blocks holds fewer images than there are neighbours."""
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    a, b = torch.randn(sizes[0], sizes[2]), 1.1 * torch.randn(sizes[1], sizes[2]) + 0.1
+    expected = prc_features_to_metric(a, b, save_cpu_ram=False, verbose=False)
+    found = metrics.precision_recall(a, b)
+    assert found == pytest.approx((expected["precision"], expected["recall"]), rel=1e-6)
+
+
 def test_caption_score_is_the_geometric_mean():
     assert metrics.caption_score(torch.tensor([0.5, 0.125]).log()) == pytest.approx(0.25)
     with pytest.raises(ValueError, match="a caption with a token, got none"):
@@ -619,7 +630,7 @@ from clipgen.evaluation.measure import summary
 folder = Collection(Path(sys.argv[1]))
 torch.set_num_threads(1)
 now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-resource.setrlimit(resource.RLIMIT_DATA, (now + 200_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_DATA, (now + 150_000_000,) * 2)
 print(*summary(folder, folder))
 """
 
