@@ -79,22 +79,22 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
 
 def _share_inside(points: Tensor, centres: Tensor) -> float:
     """The part of points that lie in the ball of a centre, which reaches to its third neighbour among the centres."""
-    balls = list(zip(centres.split(BLOCK), _radii(centres).split(BLOCK)))
-    inside = [
-        torch.stack([(torch.cdist(some, others) <= radii).any(dim=1) for others, radii in balls]).any(dim=0)
-        for some in points.split(BLOCK)
-    ]
-    return torch.cat(inside).double().mean().item()
+    radii, inside = _radii(centres), torch.zeros(len(points), dtype=torch.bool)
+    for some, found in zip(points.split(BLOCK), inside.split(BLOCK)):
+        for others, reach in zip(centres.split(BLOCK), radii.split(BLOCK)):
+            found |= (torch.cdist(some, others) <= reach).any(dim=1)
+    return inside.double().mean().item()
 
 
 def _radii(centres: Tensor) -> Tensor:
     """The distance (M,) of each centre from its third neighbour; the nearest of all is itself."""
-    found = []
-    for some in centres.split(BLOCK):
-        distances = (torch.cdist(some, others) for others in centres.split(BLOCK))
-        nearest = [each.topk(min(NEIGHBOURS + 1, each.shape[1]), largest=False).values for each in distances]
-        found.append(torch.cat(nearest, dim=1).kthvalue(NEIGHBOURS + 1, dim=1).values)
-    return torch.cat(found)
+    radii = centres.new_empty(len(centres))
+    for some, found in zip(centres.split(BLOCK), radii.split(BLOCK)):
+        nearest = some.new_full((len(some), NEIGHBOURS + 1), torch.inf)
+        for others in centres.split(BLOCK):
+            nearest = torch.cat([nearest, torch.cdist(some, others)], dim=1).topk(NEIGHBOURS + 1, largest=False).values
+        found.copy_(nearest[:, -1])
+    return radii
 
 
 def caption_score(log_probabilities: Tensor) -> float:
