@@ -1,4 +1,4 @@
-"""The papers' metrics of sets of images, as functions of features: torch-fidelity's where it has them."""
+"""The papers' metrics of sets of images, as functions of features: torch-fidelity's where its memory has a bound."""
 
 from __future__ import annotations
 
