@@ -157,7 +157,7 @@ class ConditionalTransformer(pl.LightningModule):
         if self.decoders is None:
             return CachedDecoder(self.network, len(condition))
         rows = 2 ** (len(condition) - 1).bit_length()
-        key = rows, condition.device, condition.dtype, id(self.network.head.weight)
+        key = rows, condition.device, condition.dtype, id(self.network.head.weight)  # moved, cast, or replaced
         if key not in self.decoders:
             self.decoders[key] = CompiledDecoder(self.network, rows)
         return self.decoders[key]

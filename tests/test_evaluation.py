@@ -479,6 +479,54 @@ def test_an_image_of_nan_is_refused(tmp_path):
         collect(tmp_path, Drawn(draw, ["one", "two"], 0, {}), Measure(None), {})
 
 
+MANY = 12_000  # images, of which features and logits are 72 MB, and torch-fidelity's probabilities 290 MB
+LIMITED = """
+import re, resource, sys
+from pathlib import Path
+import torch
+import torch_fidelity.metric_isc, torch_fidelity.metric_kid
+from clipgen.evaluation.collection import Collection
+from clipgen.evaluation.measure import summary
+
+folder = Collection(Path(sys.argv[1]))
+torch.set_num_threads(1)
+now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+resource.setrlimit(resource.RLIMIT_DATA, (now + 150_000_000,) * 2)
+print(*summary(folder, folder))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone limits a process's memory by what it writes to")
+def test_many_images_need_no_more_memory(tmp_path):
+    rng = np.random.default_rng(0)
+    for start in range(0, MANY, 500):
+        rows = {"key": rng.integers(2**63, size=500).astype(np.uint64)}
+        rows |= {"features_0": rng.standard_normal((500, 512), np.float32)}
+        np.savez(tmp_path / f"part-{start:06d}.npz", **rows, logits=rng.standard_normal((500, 1000), np.float32))
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert found.stdout.split() == ["is_mean", "is_std", "fid_0", "kid_mean", "kid_std", "precision", "recall"], (
+        found.stderr
+    )
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".npz"]
+
+
+def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
+    np.savez(tmp_path / "part-000000.npz", key=np.zeros(2, np.uint64), features_0=np.zeros((2, 4), np.float32))
+    sizes = []
+
+    def full(descriptor, start, size):
+        sizes.append(size)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        Collection(tmp_path).mapped("features_0", tmp_path)
+    assert sizes == [32]
+
+
 # ------------------------------------------------------------------------------------------------------------ captions
 
 
@@ -616,54 +664,6 @@ def test_caption_score_of_a_set(tmp_path, images):
 
 
 # -------------------------------------------------------------------------------------------------------- the command
-
-
-MANY = 12_000  # images, of which features and logits are 72 MB, and torch-fidelity's probabilities 290 MB
-LIMITED = """
-import re, resource, sys
-from pathlib import Path
-import torch
-import scipy.linalg, torch_fidelity, torch_fidelity.metric_isc, torch_fidelity.metric_kid, torch_fidelity.metric_prc
-from clipgen.evaluation.collection import Collection
-from clipgen.evaluation.measure import summary
-
-folder = Collection(Path(sys.argv[1]))
-torch.set_num_threads(1)
-now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-resource.setrlimit(resource.RLIMIT_DATA, (now + 150_000_000,) * 2)
-print(*summary(folder, folder))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone limits a process's memory by what it writes to")
-def test_many_images_need_no_more_memory(tmp_path):
-    rng = np.random.default_rng(0)
-    for start in range(0, MANY, 500):
-        rows = {"key": rng.integers(2**63, size=500).astype(np.uint64)}
-        rows |= {"features_0": rng.standard_normal((500, 512), np.float32)}
-        np.savez(tmp_path / f"part-{start:06d}.npz", **rows, logits=rng.standard_normal((500, 1000), np.float32))
-    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert found.stdout.split() == ["is_mean", "is_std", "fid_0", "kid_mean", "kid_std", "precision", "recall"], (
-        found.stderr
-    )
-    assert not [path for path in tmp_path.iterdir() if path.suffix != ".npz"]
-
-
-def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
-    np.savez(tmp_path / "part-000000.npz", key=np.zeros(2, np.uint64), features_0=np.zeros((2, 4), np.float32))
-    sizes = []
-
-    def full(descriptor, start, size):
-        sizes.append(size)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match="No space left"):
-        Collection(tmp_path).mapped("features_0", tmp_path)
-    assert sizes == [32]
 
 
 @pytest.fixture

@@ -55,19 +55,19 @@ def test_teacher_forced_logits_are_gpt2s(tie_head):
 
 @torch.no_grad()
 def test_greedy_decoding_is_gpt2s_index_for_index():
-    gpt, e = network(tie_head=False), embeddings(8)
+    gpt, e = network(tie_head=False), embeddings(32)
     gpt.transformer.wpe.weight.normal_(std=1)  # else most rows say one word again and again,
     gpt.clip_proj.weight.normal_(std=4)  # and the same one
     expected = published(gpt).generate(
-        inputs_embeds=first_token(gpt, e), attention_mask=torch.ones(8, 1, dtype=torch.long), do_sample=False,
+        inputs_embeds=first_token(gpt, e), attention_mask=torch.ones(32, 1, dtype=torch.long), do_sample=False,
         min_new_tokens=T, max_new_tokens=T, pad_token_id=0,
     )  # fmt: skip
-    step, previous, drawn = CachedDecoder(gpt, 8).start(gpt.condition(e)), None, []
+    step, previous, drawn = CachedDecoder(gpt, 32).start(gpt.condition(e)), None, []
     for position in range(T):
         previous = step(position, previous).argmax(-1)
         drawn.append(previous)
     assert torch.equal(torch.stack(drawn, dim=1), expected)
-    assert len(expected.unique(dim=0)) > 2 and len(expected.unique()) > 2  # rows and positions do differ
+    assert len(expected.unique(dim=0)) > 2 and len(expected.unique()) > 5  # rows and positions do differ
 
 
 @torch.no_grad()

@@ -100,9 +100,7 @@ def prepared(pipe: TextToImage, args: argparse.Namespace) -> TextToImage:
     """The model where, and as, it shall draw."""
     import torch
 
-    pipe.to(args.device or best_device())
-    if args.dtype != DTYPES[0]:
-        pipe.to(dtype=getattr(torch, args.dtype))
+    pipe.to(args.device or best_device(), getattr(torch, args.dtype))
     return pipe.compile() if args.compile else pipe
 
 

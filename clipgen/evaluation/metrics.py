@@ -66,8 +66,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
     """Improved precision and recall (arXiv:1904.06991) of features (N, F), (M, F), with 3 neighbours.
 
-    Equal to torch-fidelity's, but block by block: it lines up all distances of many images, in memory that falls to
-    pieces.
+    Equal to torch-fidelity's, which concatenates all distances of a block of images; here memory has a bound.
 
     Raises:
         ValueError: a set has no more images than neighbours.

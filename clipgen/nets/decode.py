@@ -88,7 +88,7 @@ class CompiledDecoder(CachedDecoder):
 
     def __init__(self, gpt: ConditionalGPT2, rows: int):
         super().__init__(gpt, rows)
-        self.head = gpt.head
+        self.head = gpt.head  # whose weight graphs find at its address, unlike the transposed view of it
         self.keys, self.values = self.wte.new_zeros(self.shape), self.wte.new_zeros(self.shape)
         self.positions = torch.arange(gpt.num_tokens, device=self.wte.device)
         for kept in (self.keys, self.values, self.positions):  # graphs use them where they are, and no copies
