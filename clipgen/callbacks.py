@@ -54,7 +54,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class StopCleanly(pl.Callback):
-    """On Ctrl-C or SIGTERM while ``listening``: finish the step, save ``last.ckpt``, stop. A second stops at once."""
+    """On Ctrl-C or SIGTERM while ``listening``: finish the step, save ``last.ckpt``, stop. A second stops at once.
+
+    A step may have several batches, and a validation between them: its gradients so far would be lost.
+    """
 
     def __init__(self, checkpoint: str | Path):
         self.checkpoint, self.asked, self.steps = Path(checkpoint), False, 0
@@ -78,14 +81,13 @@ class StopCleanly(pl.Callback):
         self.steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step > self.steps:  # where batches accumulate, gradients would be lost in between
-            self._stop(trainer)
+        self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._stop(trainer)
 
     def _stop(self, trainer: pl.Trainer) -> None:
-        if self.asked:
+        if self.asked and (trainer.global_step > self.steps or trainer.sanity_checking):
             if trainer.global_step:
                 trainer.save_checkpoint(self.checkpoint, weights_only=False)
             raise KeyboardInterrupt

@@ -110,11 +110,11 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, method, existi
     def fail(self: Path, *arguments, **options):
         if method == "rename" and self.name != "folder":
             return original(self, *arguments, **options)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # in the middle of a file the system names none
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, method, fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left.*vqgan"):
             files.save_folder(path, "VQGAN", {"ch": 64}, STATE)
     assert [p.name for p in tmp_path.iterdir()] == (["vqgan"] if existing else [])
     if existing:

@@ -184,11 +184,13 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
     assert Tokenizer.load(tmp_path / "run2")
 
 
-def test_ctrl_c_waits_for_the_batches_that_make_a_step(call, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("method", "when"), [("training_step", 3), ("validation_step", 2)])
+def test_ctrl_c_waits_for_the_batches_that_make_a_step(call, monkeypatch, tmp_path, method, when):
     """What they have added up is in no checkpoint: between them, a resumed run would not be the run."""
     with monkeypatch.context() as patch:
-        interrupt_at(patch, "training_step", 3)
-        assert call(*VQGAN, *SHAPES, "output=run", "model.accumulate=2").code == 130
+        interrupt_at(patch, method, when)  # the first validation step is the sanity check's
+        more = ["model.accumulate=2", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"]
+        assert call(*VQGAN, *SHAPES, "output=run", *more).code == 130
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
     assert (checkpoint["global_step"], batches) == (2, 4)

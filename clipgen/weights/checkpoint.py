@@ -56,7 +56,8 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         for k, v in state.items()
     }
     config = {"model": model, "clipgen": clipgen.__version__, "arguments": arguments}
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as partial:
+    prefix = f".{path.name}-"
+    with naming(path), tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as partial:
         whole = Path(partial) / "folder"
         whole.mkdir()
         (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -66,14 +67,22 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the path in the system's complaints, which name no file where they come in the middle of writing one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Write to the path that this gives, beside ``path``, which then appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:  # the system names no file where it is in the middle of one
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        with naming(path):
+            yield partial
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
