@@ -18,10 +18,14 @@ from clipgen.data.transforms import val_transform
 from clipgen.weights.checkpoint import whole_file
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] -> what a file would hold of them, uint8."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Images (B, 3, H, W) in [-1, 1] -> PIL images."""
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(image) for image in to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def from_pil(picture: Image.Image, size: int | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from clipgen import losses
+from clipgen.images import to_bytes
 from clipgen.nets.autoencoder import Autoencoder
 from clipgen.nets.discriminator import PatchDiscriminator
 from clipgen.nets.quantizer import Quantized, usage_and_perplexity
@@ -277,15 +278,17 @@ class VQGAN(pl.LightningModule):
         self.counts.zero_()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Log the losses, and PSNR of the reconstruction as a file would hold it, in 8 bits; return that."""
         images = batch["images"]
         reconstruction, quantized = self.autoencode(images)
         self.counts += torch.bincount(quantized.indices.flatten(), minlength=self.codebook_size)
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
-        squared = ((reconstruction.clamp(-1, 1) - images) / 2).square().mean(dim=(1, 2, 3))
+        picture = to_bytes(reconstruction).float() / 127.5 - 1
+        squared = ((picture - images) / 2).square().mean(dim=(1, 2, 3))
         terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()  # dB, mean over images; peak 1 for [0, 1]
         self.log_dict({f"val/{name}": v for name, v in terms.items()}, batch_size=len(images), sync_dist=True)
-        return reconstruction
+        return picture
 
     def on_validation_epoch_end(self) -> None:
         counts: Any = self.all_gather(self.counts)  # (K,), or (ranks, K)

@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, method, existi
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, method, fail)
-        with pytest.raises(OSError, match="No space left.*vqgan"):
+        with pytest.raises(OSError, match=r"No space left.*vqgan"):
             files.save_folder(path, "VQGAN", {"ch": 64}, STATE)
     assert [p.name for p in tmp_path.iterdir()] == (["vqgan"] if existing else [])
     if existing:

@@ -710,6 +710,19 @@ def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
     assert {"ssim", "rfid", "codebook_usage"} < set(found)
 
 
+def test_the_numbers_of_something_else_are_not_written_over(call, two_folders, tiny_vqgan, tmp_path):
+    tiny_vqgan.save(tmp_path / "vqgan")
+    tokenizer = ("--vqgan", tmp_path / "vqgan", "--output", tmp_path / "out", *OFFLINE)
+    pictures = ("--images", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    assert call(*tokenizer, "--reference", two_folders[0]).code == 0
+    before = (tmp_path / "out/metrics.json").read_text()
+    assert call(*tokenizer, "--reference", two_folders[0]).code == 0  # the same again
+    for arguments, what in (((*tokenizer, "--reference", two_folders[1]), "reference"), (pictures, "vqgan")):
+        done = call(*arguments)
+        assert done.code == 1 and f"out was measured with {what}=" in done.stderr, done.stderr
+        assert (tmp_path / "out/metrics.json").read_text() == before
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--checkpoint", "shapes"), "give --captions or --classes"),
     (("--checkpoint", "shapes", "--captions", "shapes", "--num-images", 1), "num_images must be at least 2, got 1"),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from clipgen.data.shapes import ShapesDataset
 from clipgen.evaluation.features import Features, feature_extractor
 from clipgen.evaluation.reconstruction import ReconstructionMetrics
+from clipgen.images import from_pil, to_pil
 
 
 def four_numbers(images: torch.Tensor) -> torch.Tensor:
@@ -30,7 +31,8 @@ def validate(vqgan, callback: pl.Callback, count: int = 24, batch: int = 8) -> d
 @torch.no_grad()
 def test_ssim_and_rfid(tiny_vqgan):
     images = ShapesDataset(24, seed=9).render(range(24))
-    reconstruction = tiny_vqgan(images).clamp(-1, 1)
+    pictures = to_pil(tiny_vqgan(images))  # as they would be saved
+    reconstruction = torch.cat([from_pil(picture) for picture in pictures])
     found = validate(tiny_vqgan, ReconstructionMetrics(fid_features=f"{__name__}:four_numbers"))
     # Frechet distance by numpy: ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)
     a, b = (four_numbers(x).double().numpy() for x in (images, reconstruction))
@@ -47,6 +49,8 @@ def test_ssim_and_rfid(tiny_vqgan):
     vx, vy, vxy = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
     ssim = ((2 * mx * my + 1e-4) * (2 * vxy + 9e-4)) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
     assert found["val/ssim"] == pytest.approx(ssim.mean().item(), abs=0.02)  # torchmetrics pads the border
+    squared = ((x - y) ** 2).mean(dim=(1, 2, 3))
+    assert found["val/psnr"] == pytest.approx((-10 * squared.log10()).mean().item(), abs=1e-5)
 
 
 def test_batches_do_not_matter_and_each_validation_counts_anew(tiny_vqgan):

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Check what can be checked, evaluate, print the row."""
     args = parser().parse_args()
-    from clipgen.evaluation.evaluate import table
+    from clipgen.evaluation.evaluate import METRICS, table
     from clipgen.weights.checkpoint import whole_file
 
     check(args)
@@ -89,7 +89,7 @@ def run() -> None:
         row = table([(name, found)], args.features, args.captioner or "")
         with whole_file(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
-    print(f"{row}\nHow it was measured: {args.output / 'metrics.json'}")
+    print(f"{row}\nHow it was measured: {args.output / METRICS}")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -116,8 +116,9 @@ def judged(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of pictures."""
     from clipgen.data.shapes import parse
     from clipgen.encoding import share
-    from clipgen.evaluation.evaluate import evaluate
+    from clipgen.evaluation.evaluate import METRICS, evaluate, refuse_other
 
+    refuse_other(args.output / METRICS, {"vqgan": None})
     source, size = drawn(args) if args.checkpoint else pictures(args)
     captions = getattr(source, "captions", [])
     for caption in captions if args.judge else ():
@@ -210,7 +211,7 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from clipgen import VQGAN
     from clipgen.cli.sample import best_device
     from clipgen.encoding import vqgan_identity
-    from clipgen.evaluation.evaluate import write
+    from clipgen.evaluation.evaluate import METRICS, refuse_other, write
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
     from clipgen.evaluation.sources import RealImages
 
@@ -229,11 +230,12 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
                          devices=1 if device.index is None else [device.index], callbacks=[metrics], logger=False,
                          enable_checkpointing=False, enable_model_summary=False,
                          enable_progress_bar=sys.stderr.isatty(), default_root_dir=args.output)  # fmt: skip
-    (logged,) = trainer.validate(vqgan, DataLoader(images.dataset, args.batch_size), verbose=False)
-    found = {name.removeprefix("val/"): value for name, value in logged.items()}
     protocol = {"vqgan": vqgan_identity(vqgan.tokenizer.state_dict()), "features": metrics.features,
                 "reference": images.identity}  # fmt: skip
-    write(args.output / "metrics.json", found, protocol)
+    refuse_other(args.output / METRICS, protocol)
+    (logged,) = trainer.validate(vqgan, DataLoader(images.dataset, args.batch_size), verbose=False)
+    found = {name.removeprefix("val/"): value for name, value in logged.items()}
+    write(args.output / METRICS, found, protocol)
     return found
 
 

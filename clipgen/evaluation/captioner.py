@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgen.evaluation.features import import_function, to_bytes
+from clipgen.evaluation.features import import_function
+from clipgen.images import to_bytes
 
 BLIP = "Salesforce/blip-image-captioning-base"
 Captioner = Callable[[Tensor, Sequence[str]], list[Tensor]]  # images, captions -> log p of each one's tokens, (L,)

@@ -12,7 +12,7 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 from torch import Tensor
 
-from clipgen.evaluation.features import to_bytes
+from clipgen.images import to_bytes
 from clipgen.weights.checkpoint import whole_file
 
 KEY = "key"
@@ -140,10 +140,15 @@ def begin(folder: Path, identity: dict[str, Any]) -> None:
             partial.write_text(json.dumps(wanted, indent=2) + "\n")
         return
     found = read_identity(path)
-    if other := [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]:
-        key = other[0]
+    check_same(folder, found, wanted)
+
+
+def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first difference, where a folder holds another measurement than the wanted one."""
+    for key in sorted({*found, *wanted}):
         got, asked = (str(each.get(key))[:200] for each in (found, wanted))
-        raise ValueError(f"{folder} was measured with {key}={got}, not {asked}: name another")
+        if found.get(key) != wanted.get(key):
+            raise ValueError(f"{folder} was measured with {key}={got}, not {asked}: name another")
 
 
 def read_identity(path: Path) -> dict[str, Any]:

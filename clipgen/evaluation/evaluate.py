@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clipgen.evaluation.collection import Advance, Collection, Source, collect
+from clipgen.evaluation.collection import Advance, Collection, Source, check_same, collect, read_identity
 from clipgen.evaluation.measure import Measure, summary
 from clipgen.weights.checkpoint import whole_file
 
@@ -20,6 +20,7 @@ LABELS = {
     "accuracy": "recognised ↑", "psnr": "PSNR ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "rfid": "rFID ↓",
     "codebook_usage": "codes in use ↑",
 }  # fmt: skip
+METRICS = "metrics.json"
 BY_FEATURES = ("is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "rfid")
 
 
@@ -47,7 +48,7 @@ def evaluate(
     protocol = {"images": len(images)} | images.identity
     if theirs is not None:
         protocol["reference"] = {"images": len(theirs)} | theirs.identity
-    write(Path(output) / "metrics.json", found, protocol)
+    write(Path(output) / METRICS, found, protocol)
     return found
 
 
@@ -77,6 +78,14 @@ def reference_folder(identity: Mapping[str, Any]) -> Path:
     """Where a reference's features are kept: below ``$CLIPGEN_CACHE``, or ``~/.cache/clipgen``."""
     base = Path(os.environ.get("CLIPGEN_CACHE", "~/.cache/clipgen")).expanduser()
     return base / "features" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def refuse_other(path: Path, protocol: Mapping[str, Any]) -> None:
+    """Raise ValueError where ``path`` holds the numbers of another protocol, as far as this one says: they would be
+    lost."""
+    if path.is_file():
+        found = read_identity(path).get("protocol", {})
+        check_same(path.parent, {key: found.get(key) for key in protocol}, protocol)
 
 
 def write(path: Path, found: Mapping[str, float], protocol: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from clipgen.clip import FrozenCLIP
+from clipgen.images import to_bytes
 from clipgen.weights.checkpoint import fingerprint
 
 KINDS = "inception[-clean][:FILE], clip:MODEL[:TAG], torchvision:MODEL[:FILE], timm:MODEL[:FILE] or module:function"
@@ -159,11 +160,6 @@ def clean_resize(pixels: Tensor, size: int = INCEPTION_SIZE) -> Tensor:
     if pixels.shape[-2:] == (size, size):
         return pixels
     return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """[-1, 1] -> 8 bits."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 Load = Callable[[str, str], tuple[nn.Module, Callable[[Tensor], Tensor]]]  # model, weights -> network, preprocessing

@@ -46,7 +46,7 @@ class ReconstructionMetrics(pl.Callback):
     def on_validation_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
                                 batch_idx: int, dataloader_idx: int = 0) -> None:  # fmt: skip
         if isinstance(module, VQGAN):
-            self.update(module, batch["images"], outputs.clamp(-1, 1).float())
+            self.update(module, batch["images"], outputs)
 
     def update(self, module: pl.LightningModule, images: Tensor, reconstruction: Tensor) -> None:
         """Take in a batch of images and their reconstructions, both in [-1, 1]."""
