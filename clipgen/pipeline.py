@@ -246,7 +246,7 @@ class TextToImage:
             return BATCH
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free += sum(2 * kept.keys.nbytes for kept in (self.transformer.decoders or {}).values())
+        free += sum(2 * keys.nbytes for kept in (self.transformer.decoders or {}).values() for keys in kept.keys)
         row = 2 * sizes.n_layer * sizes.num_tokens * sizes.n_embd * self.dtype.itemsize * (2 if guided else 1)
         return 1 << (max(1, min(MOST, free // 2 // row)).bit_length() - 1)
 

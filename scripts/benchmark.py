@@ -297,12 +297,13 @@ def products(transformer: ConditionalTransformer, batch: int) -> Callable[[], An
 
 def generate(transformer: ConditionalTransformer, embedding: Tensor) -> Callable[[], Any]:
     """transformers' own ``generate`` over the same weights, with its cache."""
-    from transformers import GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     gpt: Any = transformer.gpt
-    model: Any = GPT2LMHeadModel(gpt.transformer.config)
-    model.transformer, model.lm_head = gpt.transformer, gpt.head
-    model = model.eval().to(embedding.device)
+    config = GPT2Config(**gpt.transformer.config.to_diff_dict() | {"attn_implementation": "sdpa"})
+    model: Any = GPT2LMHeadModel(config).eval().to(embedding)
+    model.transformer.load_state_dict(gpt.transformer.state_dict())
+    model.lm_head = gpt.head
     settings = dict(do_sample=True, top_k=300, top_p=0.95, use_cache=True, pad_token_id=0)
     tokens = transformer.num_tokens
 

@@ -103,13 +103,15 @@ def test_any_number_of_row_counts_compiles(monkeypatch):
 
 @torch.no_grad()
 def test_cuda_graphs_would_copy_nothing_but_the_tokens_and_the_position():
-    """What a graph does not find at its own address is copied at each replay: a weight must never be."""
+    """What a graph does not find at its own address is copied at each replay: a weight must never be. Nor the cache,
+    which a write into a slice of a larger tensor would copy: functionalized, that is a select_scatter."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._guards import TracingContext
 
-    copied = []
+    copied, operations = [], set()
 
     def watch(program, inputs):
+        operations.update(str(node.target) for node in program.graph.nodes)
         static = TracingContext.get().fw_metadata.static_input_indices
         copied.append([tuple(x.shape) for i, x in enumerate(inputs) if i not in static])
         return program
@@ -120,6 +122,22 @@ def test_cuda_graphs_would_copy_nothing_but_the_tokens_and_the_position():
     for position in (0, 3):
         program(gpt.condition(embeddings(4)), decoder.positions[position : position + 1])
     assert [sorted(shapes) for shapes in copied] == [[(1,), (4, C)]]  # and one program serves all positions
+    assert not [name for name in operations if "scatter" in name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_is_given_no_mask(monkeypatch, compiled):
+    """Flash attention takes none, and transformers would make one under torch.compile."""
+    calls, attend = [], F.scaled_dot_product_attention
+    record = lambda *a, attn_mask=None, is_causal=False, **k: (
+        calls.append((attn_mask, is_causal)),
+        attend(*a, attn_mask=attn_mask, is_causal=is_causal, **k),
+    )[1]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    gpt = network()
+    (torch.compile(gpt, backend="eager") if compiled else gpt)(torch.zeros(2, T, dtype=torch.int64), embeddings(2))
+    assert calls == [(None, True)] * 3
 
 
 @torch.no_grad()

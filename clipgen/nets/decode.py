@@ -89,9 +89,10 @@ class CompiledDecoder(CachedDecoder):
     def __init__(self, gpt: ConditionalGPT2, rows: int):
         super().__init__(gpt, rows)
         self.head = gpt.head  # whose weight graphs find at its address, unlike the transposed view of it
-        self.keys, self.values = self.wte.new_zeros(self.shape), self.wte.new_zeros(self.shape)
+        # a tensor a layer: torch.compile copies the whole of one at every write to a slice of it
+        self.keys, self.values = ([self.wte.new_zeros(self.shape[1:]) for _ in self.layers] for _ in range(2))
         self.positions = torch.arange(gpt.num_tokens, device=self.wte.device)
-        for kept in (self.keys, self.values, self.positions):  # graphs use them where they are, and no copies
+        for kept in (*self.keys, *self.values, self.positions):  # graphs use them where they are, and no copies
             torch._dynamo.mark_static_address(kept)
         limit = torch._dynamo.config.recompile_limit  # of programs, for all numbers of rows together
         torch._dynamo.config.recompile_limit = max(limit, 64)

@@ -6,8 +6,20 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2Model
+from transformers import AttentionInterface, GPT2Config, GPT2Model
+
+
+def causal_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     dropout: float = 0.0, **_: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention as transformers calls it, 3 x (B, H, T, D) -> (B, T, H, D), and no mask, which flash attention does
+    not take: transformers' own way builds one under torch.compile, and else waits for the GPU to find it needless."""
+    causal = query.shape[2] > 1
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal).transpose(1, 2), None
+
+
+AttentionInterface.register("causal", causal_attention)  # no function for masks has this name, so none is made
 
 
 class ConditionalGPT2(nn.Module):
@@ -39,7 +51,7 @@ class ConditionalGPT2(nn.Module):
         self.transformer = GPT2Model(GPT2Config(  # type: ignore[call-arg]
             vocab_size=codebook_size, n_positions=num_tokens, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
             resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, activation_function=activation,
-            attn_implementation="sdpa", use_cache=False, bos_token_id=None, eos_token_id=None,
+            attn_implementation="causal", use_cache=False, bos_token_id=None, eos_token_id=None,
         ))  # fmt: skip
         if checkpointing:
             net: Any = self.transformer  # the second name is that of older transformers
