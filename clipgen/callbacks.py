@@ -28,6 +28,7 @@ from clipgen.vqgan import VQGAN
 from clipgen.weights.checkpoint import whole_file
 
 logger = logging.getLogger(__name__)
+SHOWN = ("train/loss", "train/discriminator_loss", "train/cross_entropy", "val/loss", "val/cross_entropy")
 
 
 def checkpoints(folder: str | Path, monitor: str, every_n_steps: int) -> list[ModelCheckpoint]:
@@ -105,10 +106,16 @@ class StepSeeds(pl.Callback):
 
 
 class Bar(RichProgressBar):
-    """Rich's bar with rates and time left, without Lightning's version number."""
+    """Rich's bar with rates and time left, and losses as often as they are logged: to read one, a GPU is waited for."""
 
-    def get_metrics(self, *args: Any) -> Any:
-        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, float] = {}
+
+    def get_metrics(self, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.shown = {k: v.item() for k, v in trainer.callback_metrics.items() if k in SHOWN}
+        return self.shown
 
 
 class Results(pl.Callback):

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
@@ -42,10 +42,26 @@ def optimizer_steps(trainer: Any, accumulate: int) -> float:
     return batches if batches == trainer.max_steps else math.ceil(batches / accumulate)
 
 
-@torch.no_grad()
-def move_average_(decay: float, averages: list[Tensor], now: list[Tensor], steps: int) -> None:
-    """Exponential moving average, as ``AveragedModel`` wants it; torch's own cannot be pickled, which DDP may need."""
-    torch._foreach_lerp_(averages, now, 1 - decay)
+class MovingAverage(AveragedModel):
+    """Exponential moving average of a network's weights, from those after the first step on.
+
+    torch's own looks at its counter at every step, for which a GPU would be waited for.
+    """
+
+    def __init__(self, network: torch.nn.Module, decay: float):
+        super().__init__(network)
+        self.requires_grad_(False)
+        self.decay, self.begun = decay, False
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Take in the weights after a step."""
+        self.begun = self.begun or bool(self.n_averaged > 0)
+        weight = 1 - self.decay if self.begun else 1.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        for ours, theirs in zip(self.module.buffers(), model.buffers()):
+            ours.copy_(theirs)
+        self.n_averaged += 1
 
 
 def make_optimizer(module: torch.nn.Module, hidden: torch.nn.Module, kind: str, learning_rate: float,
@@ -60,7 +76,9 @@ def make_optimizer(module: torch.nn.Module, hidden: torch.nn.Module, kind: str, 
     groups = decay_groups(module, weight_decay)
     adamw: dict[str, Any] = dict(lr=learning_rate, betas=tuple(betas), fused=True)
     if kind == "adamw":
-        return torch.optim.AdamW(groups, **adamw)
+        optimizer: Any = torch.optim.AdamW(groups, **adamw)
+        optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip gradients, in bf16 too
+        return optimizer  # type: ignore[no-any-return]
     matrices = [p for p in hidden.parameters() if p.ndim == 2 and p.requires_grad]
     for group in groups:
         group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]

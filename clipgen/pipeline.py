@@ -130,8 +130,9 @@ class TextToImage:
 
     def compile(self) -> TextToImage:
         """Draw by torch.compile, on a GPU as CUDA graphs; see ``ConditionalTransformer.compile_sampling``. Then one
-        call at a time: threads need pipelines of their own."""
+        call at a time: threads need pipelines of their own. Indices become pictures by torch.compile too."""
         self.transformer.compile_sampling()
+        self.vqgan.tokenizer.decoder.compile(dynamic=False)
         return self
 
     @property
@@ -255,8 +256,17 @@ class TextToImage:
         """Indices of whole rows (B, t) -> images (B, 3, h, W) in [-1, 1]."""
         grids = rearrange(indices, "b (h w) -> b h w", w=self.side).split(BATCH)
         with torch.autocast(self.vqgan.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            images = [self.vqgan.decode(some) for some in grids]
+            images = [self._decode(some) for some in grids]
         return torch.cat(images).float().clamp(-1, 1)
+
+    def _decode(self, grid: Tensor) -> Tensor:
+        """Of at most ``BATCH`` grids. Compiled, there is a program for each power of two of them, and none for parts
+        of pictures."""
+        if self.transformer.decoders is None:
+            return self.vqgan.decode(grid)
+        missing, whole = 2 ** (len(grid) - 1).bit_length() - len(grid), grid.shape[1] == self.side
+        with torch.compiler.set_stance("default" if whole else "force_eager"):
+            return self.vqgan.decode(F.pad(grid, (0, 0, 0, 0, 0, missing)))[: len(grid)]
 
     def _watch(self, preview: Preview) -> Watch:
         def watch(indices: Tensor) -> None:

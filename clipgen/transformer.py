@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.optim.swa_utils import AveragedModel
 
 from clipgen import losses, sampling
 from clipgen.clip import FrozenCLIP
 from clipgen.nets.decode import CachedDecoder, CompiledDecoder
 from clipgen.nets.gpt import ConditionalGPT2
-from clipgen.optim import OPTIMIZERS, make_optimizer, move_average_, schedule
+from clipgen.optim import OPTIMIZERS, MovingAverage, make_optimizer, schedule
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 from clipgen.weights import hfailab, language
@@ -87,8 +84,7 @@ class ConditionalTransformer(pl.LightningModule):
             clip_dim=clip_dim, dropout=dropout, tie_head=tie_head, head_bias=head_bias, activation=activation,
             null_condition=condition_dropout > 0, grid_positions=grid_positions, checkpointing=checkpointing,
         )  # fmt: skip
-        average = partial(move_average_, ema_decay)
-        self.ema = AveragedModel(self.gpt, multi_avg_fn=average).requires_grad_(False) if ema_decay > 0 else None
+        self.ema = MovingAverage(self.gpt, ema_decay) if ema_decay > 0 else None
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
         self.decoders: dict[Any, CompiledDecoder] | None = None  # by what they are for, after ``compile_sampling``
 
@@ -227,9 +223,8 @@ class ConditionalTransformer(pl.LightningModule):
         drop = None
         if self.h.condition_dropout > 0:
             drop = torch.rand(len(indices), device=indices.device) < self.h.condition_dropout
-        logits = self.gpt(indices, condition, drop)
-        loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())  # Eq. 8, a token
-        self.log("train/cross_entropy", loss.detach(), prog_bar=True)
+        loss, logits = self.gpt(indices, condition, drop, with_loss=True)
+        self.log("train/cross_entropy", loss.detach())
         if self.h.clip_loss_weight > 0 and self.global_step % self.h.clip_loss_every == 0:
             clip_loss = self.clip_loss(logits, clip_embedding)
             self.log("train/clip_loss", clip_loss.detach())
@@ -248,8 +243,8 @@ class ConditionalTransformer(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.encoded(batch)
-        loss = F.cross_entropy(self.network(indices, clip_embedding).flatten(0, 1), indices.flatten())
-        self.log("val/cross_entropy", loss, batch_size=len(indices), prog_bar=True, sync_dist=True)
+        loss, _ = self.network(indices, clip_embedding, with_loss=True)
+        self.log("val/cross_entropy", loss, batch_size=len(indices), sync_dist=True)
 
     # -------------------------------------------------------------------------------------------------------- files
 

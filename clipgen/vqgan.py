@@ -10,14 +10,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from clipgen import losses
 from clipgen.images import to_bytes
 from clipgen.nets.autoencoder import Autoencoder
 from clipgen.nets.discriminator import PatchDiscriminator
-from clipgen.nets.quantizer import Quantized, usage_and_perplexity
-from clipgen.optim import move_average_, optimizer_steps, schedule
+from clipgen.nets.quantizer import Quantized, count_codes, usage_and_perplexity
+from clipgen.optim import MovingAverage, optimizer_steps, schedule
 from clipgen.weights import checkpoint as files
 from clipgen.weights import hfailab, taming
 from clipgen.weights.safe import below
@@ -96,8 +95,7 @@ class VQGAN(pl.LightningModule):
             z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention, local_encoder=local_encoder,
             norm_eps=norm_eps, dropout=dropout, checkpointing=checkpointing,
         )  # fmt: skip
-        average = partial(move_average_, ema_decay)
-        self.ema = AveragedModel(self.autoencoder, multi_avg_fn=average) if ema_decay > 0 else None
+        self.ema = MovingAverage(self.autoencoder, ema_decay) if ema_decay > 0 else None
         self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None
         self.lecam = losses.LeCam() if discriminator_weight > 0 and lecam_weight > 0 else None
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
@@ -163,7 +161,8 @@ class VQGAN(pl.LightningModule):
         h = self.h
         halves = [self.autoencoder] + ([self.discriminator] if self.discriminator else [])
         parameters = [[p for p in half.parameters() if p.requires_grad] for half in halves]
-        optimizers = [torch.optim.Adam(half, lr=h.learning_rate, betas=tuple(h.betas)) for half in parameters]
+        adam = partial(torch.optim.Adam, lr=h.learning_rate, betas=tuple(h.betas), fused=True)
+        optimizers = [adam(half) for half in parameters]
         total = optimizer_steps(self.trainer, h.accumulate)
         return optimizers, [schedule(o, h.schedule, h.warmup_steps, total) for o in optimizers]
 
@@ -183,6 +182,7 @@ class VQGAN(pl.LightningModule):
         if self.h.channels_last:
             self.to(memory_format=torch.channels_last)
         if self.h.compile:
+            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # one graph, gone through twice
             # the decoder's last layer stays out: the adaptive weight asks for its gradient alone
             net: Any = self.autoencoder
             net.encoder.compile()
@@ -242,7 +242,7 @@ class VQGAN(pl.LightningModule):
     def _discriminator_loss(self, images: Tensor, logits_fake: Tensor) -> Tensor:
         logits_real = self.discriminator(images)
         loss = losses.discriminator_loss(logits_real, logits_fake, self.h.adversarial)
-        self.log("train/discriminator_loss", loss.detach(), prog_bar=True)
+        self.log("train/discriminator_loss", loss.detach())
         if self.lecam is not None:
             loss = loss + self.h.lecam_weight * self.lecam(logits_real, logits_fake)
         return loss
@@ -268,9 +268,8 @@ class VQGAN(pl.LightningModule):
         parts = {name: value.detach() for name, value in terms.items()}
         self.log_dict({f"train/{name}": value for name, value in parts.items()})
         adversarial = parts.pop("adaptive_weight", 0.0) * parts.pop("generator_loss", 0.0)
-        self.log("train/loss", torch.stack(list(parts.values())).sum() + adversarial, prog_bar=True)
-        perplexity = usage_and_perplexity(torch.bincount(quantized.indices.flatten(), minlength=self.codebook_size))[1]
-        self.log("train/perplexity", perplexity)
+        self.log("train/loss", torch.stack(list(parts.values())).sum() + adversarial)
+        self.log("train/perplexity", usage_and_perplexity(count_codes(quantized.indices, self.codebook_size))[1])
 
     # --------------------------------------------------------------------------------------------------- validation
 
@@ -281,7 +280,7 @@ class VQGAN(pl.LightningModule):
         """Log the losses, and PSNR of the reconstruction as a file would hold it, in 8 bits; return that."""
         images = batch["images"]
         reconstruction, quantized = self.autoencode(images)
-        self.counts += torch.bincount(quantized.indices.flatten(), minlength=self.codebook_size)
+        self.counts += count_codes(quantized.indices, self.codebook_size)
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
         picture = to_bytes(reconstruction).float() / 127.5 - 1

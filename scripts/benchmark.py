@@ -94,18 +94,33 @@ class Clock(pl.Callback):
     """The time from the end of one training step to the end of the next: loading its batch is part of it."""
 
     def __init__(self, device: str, period: int):
-        self.device, self.period, self.ends = device, period, [time.perf_counter()]
+        self.device, self.period, self.ends = device, period, [now(device)]
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
+        self.ends.append(now(self.device))
 
     @property
     def seconds(self) -> float:
         """Of a step: the median of runs of ``period`` steps, after which the same things happen again."""
         ends = self.ends[WARM_UP :: self.period]
-        return statistics.median((b - a) / self.period for a, b in itertools.pairwise(ends))
+        return statistics.median(between(a, b) / self.period for a, b in itertools.pairwise(ends))
+
+
+def now(device: str) -> Any:
+    """A moment; on a GPU a mark between its kernels, so that measuring does not make the host wait for them."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Seconds from one moment to another."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precision: str) -> dict[str, float]:
@@ -115,11 +130,17 @@ def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precisio
     clock = Clock(device, module.hparams.get("clip_loss_every", 1))
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     accelerator: Any = "gpu" if device == "cuda" else "cpu"
+    quiet |= dict(benchmark=True)  # as configs/trainer does
     trainer = pl.Trainer(
         accelerator=accelerator, devices=1, max_epochs=1, precision=precision, callbacks=[clock], **quiet
     )
     trainer.fit(module, data)
     return {"seconds": clock.seconds, "GiB": peak_memory(device)}
+
+
+def loader(*arguments: Any, **options: Any) -> DataLoader[Any]:
+    """Batches, for a GPU from where it fetches them beside its work, as in training."""
+    return DataLoader(*arguments, pin_memory=torch.cuda.is_available(), **options)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -150,7 +171,7 @@ def measure_vqgan(size: str, variant: str, batch: int, steps: int, device: str, 
     if perceptual:  # its speed does not depend on its weights
         vqgan._lpips = (losses.frozen(_LPIPS(net="vgg", pnet_rand=True)),)
     images = torch.rand(batch, 3, vqgan.h.resolution, vqgan.h.resolution) * 2 - 1
-    step = fit(vqgan, DataLoader([{"images": images}] * (steps + WARM_UP), batch_size=None), device, precision)
+    step = fit(vqgan, loader([{"images": images}] * (steps + WARM_UP), batch_size=None), device, precision)
     vqgan, images = vqgan.eval().to(device), images.to(device)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision != "32-true"):
         indices = vqgan.encode(images)
@@ -197,14 +218,14 @@ def measure_transformer(
     if source == "images" or sizes.clip_loss_weight > 0:
         transformer.attach(VQGAN(**CIFAR).eval(), make_clip(clip))
     if source == "images":
-        found = fit(transformer, DataLoader(ShapesDataset(count), batch), device, precision)
+        found = fit(transformer, loader(ShapesDataset(count), batch), device, precision)
     else:
         with tempfile.TemporaryDirectory() as folder:
             rows = np.ones(count, record(1, sizes.num_tokens, sizes.codebook_size, sizes.clip_dim))
             np.save(Path(folder) / "shard-000000.npy", rows)
             data: Any = EncodedDataset(folder)
             order = torch.randperm(count).tolist()
-            found = fit(transformer, DataLoader(data, batch, sampler=order, collate_fn=whole), device, precision)  # type: ignore[arg-type]
+            found = fit(transformer, loader(data, batch, sampler=order, collate_fn=whole), device, precision)  # type: ignore[arg-type]
     images = batch / found["seconds"]
     row = {"images/s": images, "tokens/s": images * sizes.num_tokens, "GiB": found["GiB"]}
     if device == "cuda":
@@ -261,10 +282,10 @@ def reading_rate() -> float:
             np.save(Path(folder) / f"shard-{i:06d}.npy", np.ones(10_000, record(1, 256, 16384, 512)))
         data: Any = EncodedDataset(folder)
         order = torch.randperm(len(data)).tolist()[:100_000]
-        loader = DataLoader(data, 256, sampler=order, collate_fn=whole)  # type: ignore[arg-type]
+        batches = loader(data, 256, sampler=order, collate_fn=whole)  # type: ignore[arg-type]
         for start in (time.perf_counter(), time.perf_counter()):  # the second pass, with the files in memory
             start = time.perf_counter()
-            images = sum(len(batch["indices"]) for batch in loader)
+            images = sum(len(batch["indices"]) for batch in batches)
     return images / (time.perf_counter() - start)
 
 
@@ -362,6 +383,8 @@ def pictures(transformer: ConditionalTransformer, batch: int, args: argparse.Nam
     side = math.isqrt(transformer.num_tokens)
     indices = torch.randint(args.codebook_size, (batch, side, side), device=args.device)
     tokenizer = VQGAN(codebook_size=args.codebook_size, perceptual_weight=0.0).eval().to(args.device)
+    if args.compile:  # as ``TextToImage.compile`` does
+        tokenizer.tokenizer.decoder.compile(dynamic=False)
 
     def run() -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
@@ -419,7 +442,11 @@ def seconds_once(function: Callable[[], Any], device: str) -> float:
 def machine(device: str) -> str:
     """What it ran on."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    found = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    return found + (
+        f"; of fp32, TF32 in convolutions {convolutions}, in products {products}" if device == "cuda" else ""
+    )
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from commands import SHAPES, TRANSFORMER, VQGAN, Call, command, everything, only, trained
@@ -25,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
-from clipgen.callbacks import WholeCheckpoints
+from clipgen.callbacks import Bar, WholeCheckpoints
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +59,19 @@ def test_run_folders(runs):
         assert not [name for name in everything(run) if "partial" in name]
         for checkpoint in (run, run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"):
             assert isinstance(model.load(checkpoint), model)
+
+
+def test_the_bar_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan):
+    """To read a number, a GPU is waited for."""
+
+    class Shown(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_) -> None:
+            rows.append(dict(bar.get_metrics(trainer, module)))
+
+    bar, rows = Bar(), []
+    fit(tiny_vqgan, 5, Shown(), log_every_n_steps=2)
+    assert [set(row) for row in rows] == [set(), {"train/loss"}, {"train/loss"}, {"train/loss"}, {"train/loss"}]
+    assert rows[1] == rows[2] != rows[3] == rows[4]
 
 
 def test_configuration_and_versions_are_written_resolved(runs):

@@ -309,12 +309,18 @@ def test_bfloat16(pipe):
 
 def test_what_compile_asks_for(pipe, monkeypatch):
     """Powers of two of rows, each made once; the compiler itself is tested in test_gpt.py."""
-    made, compiled = [], copy.deepcopy(pipe).compile()
+    made = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: made.append(function) or function)
+    compiled = copy.deepcopy(pipe).compile()
+    assert made.pop().__self__ is compiled.vqgan.tokenizer.decoder
+    pictures, decoder = [], compiled.vqgan.tokenizer.decoder
+    hook = decoder.register_forward_hook(lambda module, inputs, output: pictures.append(len(output)))
     for rows, guidance in ((3, 1.0), (4, 1.0), (1, 1.0), (3, 2.0)):
         e, settings = pipe.embed(PROMPT).expand(rows, -1), dict(seed=0, guidance_scale=guidance)
         torch.testing.assert_close(compiled.generate(e, **settings), pipe.generate(e, **settings), atol=1e-4, rtol=0)
-    assert [function.__self__.shape[1] for function in made] == [4, 1, 8]
+    assert [function.__self__.shape[0] for function in made] == [4, 1, 8]
+    assert pictures == [4, 4, 1, 4]
+    hook.remove()
     other = copy.deepcopy(compiled)
     torch.nn.init.normal_(other.transformer.gpt.head.weight)
     assert other.transformer.decoders == {} and len(compiled.transformer.decoders) == 3

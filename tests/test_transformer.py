@@ -128,9 +128,9 @@ def test_dropped_and_noisy_conditions(tiny_vqgan, shapes_clip, images, monkeypat
     transformer.log = lambda *_, **__: None
     given, original = [], transformer.gpt.forward
 
-    def spy(indices: Tensor, condition: Tensor, drop: Tensor | None = None) -> Tensor:
+    def spy(indices: Tensor, condition: Tensor, drop: Tensor | None = None, with_loss: bool = False) -> Tensor:
         given.append((condition, drop))
-        return original(indices, condition, drop)
+        return original(indices, condition, drop, with_loss)
 
     monkeypatch.setattr(transformer.gpt, "forward", spy)
     for _ in range(50):

@@ -202,7 +202,8 @@ def test_the_schedule_counts_optimizer_steps():
     assert trainer.global_step == 6 and rates.seen == pytest.approx([0.5, 1.0, *cosine], abs=1e-6)
 
 
-def test_clipped_gradients():
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_clipped_gradients(precision):
     """As long as asked for, in the old direction."""
     transformer, found = model(), Gradients()
 
@@ -215,7 +216,8 @@ def test_clipped_gradients():
             )
 
     clipped: dict[str, Tensor] = {}
-    trainer = pl.Trainer(max_steps=1, accelerator="cpu", gradient_clip_val=0.01, callbacks=[found, After()], **QUIET)
+    options = dict(max_steps=1, accelerator="cpu", precision=precision, gradient_clip_val=0.01) | QUIET
+    trainer = pl.Trainer(callbacks=[found, After()], **options)
     trainer.fit(transformer, DataLoader(cached(4), batch_size=4))
     norm = torch.cat([g.flatten() for g in found.seen.values()]).norm()
     assert norm > 0.1

@@ -254,6 +254,13 @@ def test_a_compiled_training_leaves_ordinary_files(fit, tmp_path, images):
         torch.testing.assert_close(again, vqgan.eval()(images), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("warmup", [1, 0])
+def test_a_compiled_discriminator_may_wake_slowly(fit, warmup):
+    """Alone it is gone back through once, and later twice; what was compiled for once must not be used then."""
+    fit(gan(compile=True, discriminator_warmup=warmup), 3, batch=4)
+
+
 def test_lecam_pulls_at_the_discriminator_alone(fit):
     trained = []
     for weight in (0.0, 10.0):

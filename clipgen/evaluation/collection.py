@@ -197,7 +197,7 @@ def measured(measure: Measuring, batch: Batch, advance: Advance) -> Columns:
 
 def keys(pixels: Tensor) -> np.ndarray:
     """A hash (B,) of each image's bytes."""
-    digests = [hashlib.blake2b(image.cpu().numpy().tobytes(), digest_size=8).digest() for image in pixels]
+    digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in pixels.cpu()]
     return np.frombuffer(b"".join(digests), np.uint64)
 
 

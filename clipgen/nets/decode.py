@@ -29,15 +29,19 @@ class CachedDecoder:
         self.heads, self.width = config.n_head, config.n_embd
         self.layers = [Layer(block, rows, self.product) for block in net.h]
         self.norm, self.head = net.ln_f, self.product(gpt.head.weight.T, gpt.head.bias, rows)
-        self.shape = (config.n_layer, rows, config.n_head, gpt.num_tokens, config.n_embd // config.n_head)
+        self.shape = (rows, config.n_head, gpt.num_tokens, config.n_embd // config.n_head)  # of a layer's keys
 
     def start(self, condition: Tensor) -> Step:
         """The step for first tokens (B, n_embd), what ``gpt.condition`` returns.
 
         It gives the logits (B, K) of the index at a position, given the one before it (B,), None at position 0.
         """
-        self.keys, self.values = condition.new_empty(self.shape), condition.new_empty(self.shape)
+        self.keys, self.values = self.cache(condition), self.cache(condition)
         return lambda position, previous: self.logits(self._token(condition, previous), position)
+
+    def cache(self, like: Tensor) -> list[Tensor]:
+        """A tensor a layer: torch.compile would copy the whole of a common one at every write to a part of it."""
+        return [like.new_zeros(self.shape) for _ in self.layers]
 
     def _token(self, condition: Tensor, previous: Tensor | None) -> Tensor:
         return condition if previous is None else F.embedding(previous, self.wte)
@@ -89,8 +93,7 @@ class CompiledDecoder(CachedDecoder):
     def __init__(self, gpt: ConditionalGPT2, rows: int):
         super().__init__(gpt, rows)
         self.head = gpt.head  # whose weight graphs find at its address, unlike the transposed view of it
-        # a tensor a layer: torch.compile copies the whole of one at every write to a slice of it
-        self.keys, self.values = ([self.wte.new_zeros(self.shape[1:]) for _ in self.layers] for _ in range(2))
+        self.keys, self.values = self.cache(self.wte), self.cache(self.wte)
         self.positions = torch.arange(gpt.num_tokens, device=self.wte.device)
         for kept in (*self.keys, *self.values, self.positions):  # graphs use them where they are, and no copies
             torch._dynamo.mark_static_address(kept)
@@ -101,7 +104,7 @@ class CompiledDecoder(CachedDecoder):
 
     def start(self, condition: Tensor) -> Step:
         """As of ``CachedDecoder``."""
-        rows, missing = len(condition), self.shape[1] - len(condition)
+        rows, missing = len(condition), self.shape[0] - len(condition)
 
         def step(position: int, previous: Tensor | None) -> Tensor:
             token = F.pad(self._token(condition, previous), (0, 0, 0, missing))

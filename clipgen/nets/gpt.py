@@ -80,11 +80,17 @@ class ConditionalGPT2(nn.Module):
             raise ValueError("this transformer has no null condition: train it with condition_dropout > 0")
         return torch.where(drop[:, None], self.null, token)
 
-    def forward(self, indices: Tensor, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Teacher-forced logits: (B, T) int64, (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
+    def forward(self, indices: Tensor, clip_embedding: Tensor, drop: Tensor | None = None,
+                with_loss: bool = False) -> Any:  # fmt: skip
+        """Teacher-forced logits: (B, T) int64, (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``.
+
+        ``with_loss`` gives (cross-entropy of an index, logits), Eq. 8 a token: compiled together, logits of a large
+        codebook are read fewer times.
+        """
         first = self.condition(clip_embedding, drop)[:, None]  # (B, 1, C)
         tokens = torch.cat([first, self.transformer.wte(indices[:, :-1])], dim=1)  # (B, T, C)
-        return self.head(self.transformer(inputs_embeds=tokens).last_hidden_state)
+        logits = self.head(self.transformer(inputs_embeds=tokens).last_hidden_state)
+        return (F.cross_entropy(logits.flatten(0, 1), indices.flatten()), logits) if with_loss else logits
 
 
 def sinusoids_2d(num_tokens: int, width: int) -> Tensor:

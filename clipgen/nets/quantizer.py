@@ -110,7 +110,7 @@ class VectorQuantizer(nn.Module):
         centres = latents[torch.multinomial(latents.new_ones(len(latents)), self.codebook_size, replacement=True)]
         for _ in range(self.kmeans_iters):
             nearest = torch.cdist(latents, centres).argmin(dim=1)
-            count = torch.bincount(nearest, minlength=self.codebook_size)[:, None]
+            count = count_codes(nearest, self.codebook_size)[:, None]
             total = torch.zeros_like(centres).index_add_(0, nearest, latents)
             centres = self._scaled(torch.where(count > 0, total / count.clamp(min=1), centres))
         if dist.is_initialized():
@@ -121,7 +121,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def move_(self, latents: Tensor, indices: Tensor) -> None:
         """Move each code towards the mean of the latents (N, D) that chose it, over all ranks."""
-        count = torch.bincount(indices, minlength=self.codebook_size)[:, None].to(latents)
+        count = count_codes(indices, self.codebook_size)[:, None].to(latents)
         total = torch.zeros_like(self.embedding.weight).index_add_(0, indices, latents)
         if dist.is_initialized():
             dist.all_reduce(count)
@@ -136,7 +136,7 @@ class VectorQuantizer(nn.Module):
         Latents are drawn by their squared distance (N,) to the code they got, as k-means++ does: where codes are
         missing, not where most latents are.
         """
-        used = torch.bincount(indices, minlength=self.codebook_size)
+        used = count_codes(indices, self.codebook_size)
         if dist.is_initialized():
             dist.all_reduce(used)
         self.idle.add_(1)[used > 0] = 0
@@ -184,7 +184,13 @@ class GumbelQuantizer(nn.Module):
         return rearrange(self.embed(indices), "b h w d -> b d h w")
 
 
-def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
+def count_codes(indices: Tensor, codebook_size: int) -> Tensor:
+    """How often each code was chosen, (K,); torch.bincount would wait for a GPU."""
+    flat = indices.flatten()
+    return flat.new_zeros(codebook_size).index_add_(0, flat, torch.ones_like(flat))
+
+
+def usage_and_perplexity(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """From how often each code was chosen (K,): the part of codes in use, and exp(entropy) of their distribution."""
-    p = counts.float() / counts.sum().clamp(min=1)
-    return (counts > 0).float().mean(), torch.exp(-torch.special.xlogy(p, p).sum())
+    p = chosen.float() / chosen.sum().clamp(min=1)
+    return (chosen > 0).float().mean(), torch.exp(-torch.special.xlogy(p, p).sum())
