@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,18 @@ def trained(base: Path) -> tuple[Path, Path]:
         if not (folder / "vqgan_run").exists():
             (folder / "vqgan_run").symlink_to(only(folder / "outputs" / "vqgan"))
     return folder, only(folder / "outputs" / "transformer")
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, model: type, method: str, when: int) -> None:
+    """Ctrl-C in the middle of the given call of a model's method."""
+    original, calls = getattr(model, method), iter(range(1, 1000))
+
+    def interrupted(self, *arguments):
+        if next(calls) == when:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(model, method, interrupted)
 
 
 def only(folder: Path) -> Path:

@@ -19,7 +19,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from commands import SHAPES, TRANSFORMER, VQGAN, Call, command, everything, only, trained
+from commands import SHAPES, TRANSFORMER, VQGAN, Call, command, everything, interrupt_at, only, trained
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -162,18 +162,6 @@ def test_shards(call, photos, tmp_path):
 # ------------------------------------------------------------------------------------------------ stopping and resuming
 
 
-def interrupt_at(monkeypatch, method: str, when: int) -> None:
-    """Ctrl-C in the middle of the given call of a VQGAN's method."""
-    original, calls = getattr(Tokenizer, method), iter(range(1, 1000))
-
-    def interrupted(self, *arguments):
-        if next(calls) == when:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(Tokenizer, method, interrupted)
-
-
 @pytest.mark.parametrize(
     ("method", "when", "step"), [("training_step", 3, 3), ("validation_step", 2, 2)], ids=["training", "validation"]
 )
@@ -181,7 +169,7 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
     caplog.set_level(logging.INFO)
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        interrupt_at(patch, method, when)  # the first validation step is the sanity check's
+        interrupt_at(patch, Tokenizer, method, when)  # the first validation step is the sanity check's
         stopped = call(*VQGAN, *SHAPES, "output=run")
     assert (stopped.code, stopped.stderr) == (130, "")
     assert f"Stopped at step {step}; the same command with resume=run goes on" in caplog.text
@@ -202,7 +190,7 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
 def test_ctrl_c_waits_for_the_batches_that_make_a_step(call, monkeypatch, tmp_path, method, when):
     """What they have added up is in no checkpoint: between them, a resumed run would not be the run."""
     with monkeypatch.context() as patch:
-        interrupt_at(patch, method, when)  # the first validation step is the sanity check's
+        interrupt_at(patch, Tokenizer, method, when)  # the first validation step is the sanity check's
         more = ["model.accumulate=2", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"]
         assert call(*VQGAN, *SHAPES, "output=run", *more).code == 130
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -230,14 +218,14 @@ def test_starting_from_language_weights(call, runs, monkeypatch, tmp_path):
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(call, monkeypatch, caplog, tmp_path):
     caplog.set_level(logging.INFO)
-    interrupt_at(monkeypatch, "validation_step", 1)
+    interrupt_at(monkeypatch, Tokenizer, "validation_step", 1)
     assert call(*VQGAN, *SHAPES, "output=run/deep").code == 130
     assert "Stopped at step 0" in caplog.text and "resume" not in caplog.text
     assert everything(tmp_path) == set()
 
 
 def test_ctrl_c_stops_a_sweep(call, monkeypatch, tmp_path):
-    interrupt_at(monkeypatch, "training_step", 2)
+    interrupt_at(monkeypatch, Tokenizer, "training_step", 2)
     assert call("--multirun", *VQGAN, *SHAPES, "output=sweep", "seed=1,2").code == 130
     assert steps_of(tmp_path / "sweep" / "0") == 2 and not (tmp_path / "sweep" / "1").exists()
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Call, command
+from commands import Call, command, interrupt_at
 from conftest import VQGAN_SIZES
 from PIL import Image
 
 from clipgen.data.order import Order
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
+from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 SMALL = ["data.batch_size=4", "trainer.max_steps=7", "trainer.val_check_interval=5",
@@ -86,8 +87,7 @@ def state(run: str) -> dict[str, torch.Tensor]:
     for half, optimizer in enumerate(checkpoint["optimizer_states"]):
         for number, moments in optimizer["state"].items():
             found |= {f"{half}.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    assert checkpoint["global_step"] == 7
-    return found
+    return found | {"step": torch.tensor(checkpoint["global_step"])}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,30 @@ def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
 def test_a_resumed_run_is_the_run_where_batches_accumulate(call, sources):
     more = ["vqgan=vqgan", "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5"]
     stopped_and_resumed(call, [*STAGES["transformer"], *sources["encoded"], *more], 3)
+
+
+EPOCHS = ["trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.val_check_interval=null",
+          "trainer.check_val_every_n_epoch=1"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "stop", "more"),
+    [("vqgan", "shapes", 2, []), ("vqgan", "folder", 3, []), ("vqgan", "webdataset", 4, []),
+     ("transformer", "encoded", 6, []), ("vqgan", "shapes", 3, ["model.accumulate=2"]), ("vqgan", "folder", 5, EPOCHS),
+     ("transformer", "encoded", 3, EPOCHS), ("transformer", "encoded", 5, EPOCHS),
+     ("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"])],
+)  # fmt: skip
+def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, kind, stop, more):
+    """In the middle of a pass and at its end, where steps count and where passes do."""
+    tokenizer = ["vqgan=vqgan"] if stage == "transformer" else []
+    arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *tokenizer, "model.schedule=constant", *more]
+    assert call(*arguments, "output=straight").code == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, {"vqgan": VQGAN, "transformer": ConditionalTransformer}[stage], "training_step", stop)
+        assert call(*arguments, "output=half").code == 130
+    assert call(*arguments, "output=half", "resume=half").code == 0
+    straight, resumed = state("straight"), state("half")
+    assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
 
 
 def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:

@@ -10,8 +10,16 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 def batches_done(trainer: Any) -> int:
-    """Training batches that a Lightning run has had, before a resume too."""
-    return trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    """Training batches that a Lightning run has had, before a resume too.
+
+    Those it calls completed are one less where the checkpoint was written at the end of a step, and its counters may
+    be restored after the loaders are made.
+    """
+    progress: dict[str, Any] = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+    if resumed := trainer._checkpoint_connector._loaded_checkpoint:
+        progress = resumed["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    done: int = progress["total"]["processed"]
+    return done
 
 
 class Order(DistributedSampler[Any]):
