@@ -31,13 +31,12 @@ logger = logging.getLogger(__name__)
 SHOWN = ("train/loss", "train/discriminator_loss", "train/cross_entropy", "val/loss", "val/cross_entropy")
 
 
-def checkpoints(folder: str | Path, monitor: str, every_n_steps: int) -> list[ModelCheckpoint]:
-    """``last.ckpt`` every n steps and at the end; ``best.ckpt`` by the lowest ``monitor``."""
+def checkpoints(folder: str | Path, monitor: str, every_n_steps: int) -> list[pl.Callback]:
+    """``last.ckpt`` every n steps and wherever else it is wanted; ``best.ckpt`` by the lowest ``monitor``."""
     if every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-    common: dict[str, Any] = dict(dirpath=folder, enable_version_counter=False, auto_insert_metric_name=False)
-    last = ModelCheckpoint(filename="last", every_n_train_steps=every_n_steps, save_on_train_epoch_end=False, **common)
-    return [last, ModelCheckpoint(filename="best", monitor=monitor, mode="min", **common)]
+    best = ModelCheckpoint(folder, "best", monitor, enable_version_counter=False, auto_insert_metric_name=False)
+    return [LastCheckpoint(Path(folder) / "last.ckpt", every_n_steps), OwedValidation(), best]
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -54,14 +53,12 @@ class WholeCheckpoints(TorchCheckpointIO):
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-class StopCleanly(pl.Callback):
-    """On Ctrl-C or SIGTERM while ``listening``: finish the step, save ``last.ckpt``, stop. A second stops at once.
+class LastCheckpoint(pl.Callback):
+    """Writes ``last.ckpt`` every n steps, before each validation, and on Ctrl-C or SIGTERM while ``listening``: then
+    training stops, after the step or in the validation. A second signal stops at once."""
 
-    A step may have several batches, and a validation between them: its gradients so far would be lost.
-    """
-
-    def __init__(self, checkpoint: str | Path):
-        self.checkpoint, self.asked, self.steps = Path(checkpoint), False, 0
+    def __init__(self, path: Path, every_n_steps: int):
+        self.path, self.every_n_steps, self.asked, self.steps = path, every_n_steps, False, -1
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -82,16 +79,51 @@ class StopCleanly(pl.Callback):
         self.steps = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._stop(trainer)
+        if trainer.global_step == self.steps:  # a step may have several batches: their gradients would be lost
+            return
+        if self.asked or trainer.global_step % self.every_n_steps == 0 or validation_due(trainer):
+            trainer.save_checkpoint(self.path, weights_only=False)
+        self._stop()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._stop(trainer)
+        if trainer.global_step != self.steps:
+            self._stop()
 
-    def _stop(self, trainer: pl.Trainer) -> None:
-        if self.asked and (trainer.global_step > self.steps or trainer.sanity_checking):
-            if trainer.global_step:
-                trainer.save_checkpoint(self.checkpoint, weights_only=False)
+    def _stop(self) -> None:
+        if self.asked:
             raise KeyboardInterrupt
+
+
+def validation_due(trainer: pl.Trainer) -> bool:
+    """Whether a validation belongs to the place where training stands."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+class OwedValidation(pl.Callback):
+    """Makes up for a validation that was due where a checkpoint was written and then cut off by a stop: Lightning, when
+    it resumes there, takes it for done, and ``best.ckpt`` would be another."""
+
+    def __init__(self) -> None:
+        self.validated, self.owed = -1, False  # after so many batches; by what was resumed
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validated = trainer.fit_loop.epoch_loop.total_batch_idx
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        at = trainer.fit_loop.epoch_loop.total_batch_idx
+        checkpoint["validation_owed"] = validation_due(trainer) and at != self.validated
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.owed = checkpoint.get("validation_owed", False)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.owed:
+            loop = trainer.fit_loop.epoch_loop.val_loop
+            trainer.validating, loop.restarting, self.owed = True, False, False
+            loop.run()
+            trainer.training = True
 
 
 class StepSeeds(pl.Callback):

@@ -130,6 +130,28 @@ def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, k
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
 
 
+@pytest.mark.parametrize(("stop", "more"), [(2, []), (3, []), (2, EPOCHS)])
+def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch, stop, more):
+    """Else the best checkpoint is one of the others."""
+    arguments = ["clipgen-train", *STAGES["vqgan"], *sources["shapes"], "model.schedule=constant", "data.val_size=8",
+                 "trainer.val_check_interval=2", *more]  # fmt: skip
+    validated = []
+    original = VQGAN.on_validation_epoch_end
+    monkeypatch.setattr(VQGAN, "on_validation_epoch_end", lambda self: (
+        validated.append((self.global_step, self.counts.sum().item())), original(self))[1])  # fmt: skip
+    assert call(*arguments, "output=straight").code == 0
+    whole = validated[1:]  # the first is the sanity check's
+    validated.clear()
+    with monkeypatch.context() as patch:  # 2 and 3: its first and its second batch
+        interrupt_at(patch, VQGAN, "validation_step", stop)
+        assert call(*arguments, "output=half").code == 130
+    assert call(*arguments, "output=half", "resume=half").code == 0
+    assert [entry for entry in validated if entry[0]] == whole
+    best = [torch.load(Path(run) / "checkpoints" / "best.ckpt", weights_only=True) for run in ("straight", "half")]
+    assert best[0]["global_step"] == best[1]["global_step"]
+    assert all(torch.equal(best[1]["state_dict"][name], value) for name, value in best[0]["state_dict"].items())
+
+
 def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
     """Compare with a run that was not stopped."""
     schedule = ["model.schedule=constant"]  # a cosine would end where the shorter run does

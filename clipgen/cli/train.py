@@ -145,7 +145,7 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
         enable_progress_bar=visible,
         enable_model_summary=visible,
         plugins=[callbacks.WholeCheckpoints()],
-        callbacks=[callbacks.StepSeeds(config.seed), callbacks.StopCleanly(folder / "last.ckpt"),
+        callbacks=[callbacks.StepSeeds(config.seed),
                    *([] if fsdp else [make(config.pictures, folder=output / "pictures")]),  # one process draws them
                    *([make(config.metrics)] if "metrics" in config else []),
                    *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
@@ -273,22 +273,22 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
 
 def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
     """Train, then leave the finished model in the run folder."""
-    from clipgen.callbacks import StopCleanly
+    from clipgen.callbacks import LastCheckpoint
     from clipgen.weights.checkpoint import FOLDERS
 
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    stop = next(callback for callback in callbacks if isinstance(callback, StopCleanly))
+    last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
     try:
-        with stop.listening():
+        with last.listening():
             trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
     except SystemExit as exit:  # what Lightning makes of Ctrl-C
-        done = trainer.global_step
-        logger.info("Stopped at step %d%s", done, f"; the same command with resume={output} goes on" if done else "")
+        goes_on = f"; the same command with resume={output} goes on" if last.path.is_file() else ""
+        logger.info("Stopped at step %d%s", trainer.global_step, goes_on)
         raise KeyboardInterrupt from exit
-    trainer.save_checkpoint(output / "checkpoints" / "last.ckpt", weights_only=False)  # all processes have a part in it
+    trainer.save_checkpoint(last.path, weights_only=False)  # all processes have a part in it
     if trainer.is_global_zero:
         best = next(callback.best_model_path for callback in callbacks if getattr(callback, "monitor", None))
-        best = best if Path(best).is_file() else output / "checkpoints" / "last.ckpt"  # no validation, no best
+        best = best if Path(best).is_file() else last.path  # no validation, no best
         type(model).load(best).save(output / FOLDERS[type(model).__name__])
         logger.info("Finished %d steps: %s", trainer.global_step, output)
 
