@@ -18,7 +18,7 @@ from torch import Tensor
 
 import clipgen
 from clipgen.clip import FrozenCLIP, find_folder
-from clipgen.data.encoded import MANIFEST, SPLITS, record
+from clipgen.data.encoded import MANIFEST, SPLITS, open_shard, read_json, record
 from clipgen.data.shards import ImageShards
 from clipgen.frozen import save_frozen
 from clipgen.vqgan import VQGAN
@@ -56,6 +56,8 @@ def encode(
         "clip": clip_identity(clip.model_name, clip.pretrained), "codebook_size": vqgan.codebook_size,
         "clip_dim": clip.embed_dim, "augmentations": augmentations, "shard_size": shard_size,
     }  # fmt: skip
+    if names := [name for dataset in (data.train, data.val) for name in names_of(dataset)]:
+        manifest["files"] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     if getattr(data.train, "labels", False) and data.train.class_names:
         manifest["class_names"] = data.train.class_names
     begin(root, manifest, vqgan, clip)
@@ -64,14 +66,19 @@ def encode(
         if dataset is None:
             continue
         parts = pieces(dataset, shard_size)
-        names = [root / split / f"shard-{i:06d}.npy" for i in range(len(parts))]
-        for path, part in list(zip(names, parts))[rank::world_size]:
+        paths = [root / split / f"shard-{i:06d}.npy" for i in range(len(parts))]
+        for path, part in list(zip(paths, parts))[rank::world_size]:
             if not path.is_file():
                 encode_shard(path, read(dataset, part, views, batch_size), vqgan, clip)
-        whole = whole and all(path.is_file() for path in names)
+        whole = whole and all(path.is_file() for path in paths)
     if whole:
         finish(root, manifest)
     return whole
+
+
+def names_of(dataset: Any) -> list[str]:
+    """The files that a dataset reads, in order: shards are numbered by them."""
+    return [*getattr(dataset, "files", ()), *getattr(dataset, "urls", ())]
 
 
 def pieces(dataset: Any, size: int) -> list[Any]:
@@ -117,7 +124,7 @@ def begin(root: Path, manifest: dict[str, Any], vqgan: VQGAN, clip: FrozenCLIP) 
     """Write the manifest and the frozen models, or make sure that those which are there are the same."""
     path = root / MANIFEST
     if path.is_file():
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if other := [key for key in manifest if found.get(key) != json.loads(json.dumps(manifest[key]))]:
             key = other[0]
             raise ValueError(
@@ -131,11 +138,11 @@ def begin(root: Path, manifest: dict[str, Any], vqgan: VQGAN, clip: FrozenCLIP) 
 
 def finish(root: Path, manifest: dict[str, Any]) -> None:
     """Complete the manifest with what was found."""
-    headers = {split: [header(path) for path in sorted((root / split).glob("shard-*.npy"))] for split in SPLITS}
-    images = {split: sum(shape[0] for shape, _ in found) for split, found in headers.items()}
+    shards = {split: [open_shard(path) for path in sorted((root / split).glob("shard-*.npy"))] for split in SPLITS}
+    images = {split: sum(map(len, found)) for split, found in shards.items()}
     if not images["train"]:
         raise ValueError(f"the source of {root} must hold a usable image, got none")
-    kind = next(kind for shape, kind in headers["train"] if shape[0])
+    kind = next(shard.dtype for shard in shards["train"] if len(shard))
     found = {"num_tokens": kind["indices"].shape[1], "bytes_per_image": kind.itemsize, "images": images}
     if "label" in (kind.names or ()):
         found["num_classes"] = count_classes(root, manifest.get("class_names"))
@@ -144,19 +151,11 @@ def finish(root: Path, manifest: dict[str, Any]) -> None:
 
 def count_classes(root: Path, names: list[str] | None) -> int:
     """How many classes a cache has: as many as there are names, or as its largest label needs."""
-    shards = [np.load(path, mmap_mode="r") for split in SPLITS for path in (root / split).glob("shard-*.npy")]
+    shards = [open_shard(path) for split in SPLITS for path in (root / split).glob("shard-*.npy")]
     largest = max(int(shard["label"].max()) for shard in shards if len(shard))
     if names and largest >= len(names):
         raise ValueError(f"the labels of {root} must be below {len(names)}, the number of class names, got {largest}")
     return len(names) if names else largest + 1
-
-
-def header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and type of a .npy file."""
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, kind = np.lib.format.read_array_header_1_0(file)
-    return shape, kind
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:

@@ -119,12 +119,28 @@ def test_frozen_models_stay_out_of_checkpoints_and_lie_beside_them(runs):
     assert TextToImage.load(runs[1]).vqgan.codebook_size == 16
 
 
-def test_a_run_in_a_used_folder_replaces_the_model(call, runs, tmp_path):
-    """The best checkpoint of the run before is not taken for this run's, which has none without validation."""
+@pytest.mark.parametrize("gone", ["checkpoints", "vqgan"])
+def test_another_run_is_not_written_over(call, runs, tmp_path, gone):
+    """Neither a finished one nor one that was stopped; the same goes on where it is resumed."""
     shutil.copytree(runs[0], tmp_path / "run")
-    assert call(*VQGAN, *SHAPES, "output=run", "trainer.limit_val_batches=0", "seed=5").code == 0
-    ours, last = (Tokenizer.load(tmp_path / "run" / name) for name in ("vqgan", "checkpoints/last.ckpt"))
-    assert torch.equal(ours.autoencoder.decoder.last_layer, last.autoencoder.decoder.last_layer)
+    shutil.rmtree(tmp_path / "run" / gone)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    result = call(*VQGAN, *SHAPES, "output=run", "seed=5")
+    assert result.code == 1 and "output must not hold another run, got run: resume=run goes on" in result.stderr
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    if gone == "vqgan":
+        adversary = ["model.discriminator_weight=0.8", "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1"]
+        more = call(*VQGAN, *SHAPES, *adversary, "output=run", "resume=run", "trainer.max_steps=5")
+        assert more.code == 0 and steps_of(tmp_path / "run") == 5, more.stderr
+
+
+def test_another_optimizer_is_refused_before_the_configuration_is_written(call, runs, tmp_path):
+    shutil.copytree(runs[1], tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    arguments = [*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "model.condition_dropout=0.5", "model.optimizer=adamw"]
+    result = call(*arguments, "output=run", "resume=run")
+    assert result.code == 1 and "model.optimizer must be muon, as in the checkpoint" in result.stderr, result.stderr
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 # --------------------------------------------------------------------------------------------------------- other data

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -61,8 +62,9 @@ def test_it_holds_what_the_models_say(cache, data, tiny_vqgan, shapes_clip):
     torch.testing.assert_close(batch["clip_embedding"], shapes_clip.encode_image(images), atol=2e-3, rtol=0)  # fp16
     torch.testing.assert_close(batch["clip_embedding"].norm(dim=1), torch.ones(50))
     assert torch.equal(dataset[33]["indices"], batch["indices"][33])
-    with pytest.raises(IndexError):
-        dataset[50]
+    for outside in (50, -1):
+        with pytest.raises(IndexError, match=rf"in \[0, 50\), got {outside}"):
+            dataset[outside]
     manifest = read_manifest(cache)
     assert manifest["images"] == {"train": 50, "val": 10} and manifest["num_tokens"] == 16
     assert manifest["bytes_per_image"] == 16 * 2 + 64 * 2
@@ -249,6 +251,46 @@ def test_clear_errors(call, tiny_vqgan, tmp_path, arguments, message):
     result = call("clipgen-encode", *arguments)
     assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_cache_is_refused(call, encoded, tmp_path):
+    """Where its tokenizer, a shard or a part of one is gone, or the manifest's end."""
+    whole = contents(encoded)
+
+    def cut(name: str, size: int) -> None:
+        (encoded / name).write_bytes(whole[name][:size])
+
+    for damage, message in (
+        (lambda: shutil.rmtree(encoded / "vqgan"), "no VQGAN checkpoint"),
+        (lambda: VQGAN(**VQGAN_SIZES).save(encoded / "vqgan"), "another tokenizer than"),
+        (
+            lambda: (encoded / "train/shard-000001.npy").unlink(),
+            "train must hold 64 images, as the manifest says, got 48",
+        ),
+        (lambda: cut("train/shard-000001.npy", 200), "shard-000001.npy is damaged"),
+        (lambda: cut("train/shard-000001.npy", 0), "shard-000001.npy is damaged"),
+        (lambda: cut("manifest.json", 40), "manifest.json is damaged"),
+    ):
+        damage()
+        result = call("clipgen-train", *TRANSFORMER, "data=encoded", f"data.root={encoded}", "output=run")
+        assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+        for name, data in whole.items():
+            (encoded / name).parent.mkdir(exist_ok=True)
+            (encoded / name).write_bytes(data)
+
+
+def test_a_source_that_changed_is_refused(call, tiny_vqgan, tmp_path):
+    """Its shards are numbered by its files: others would stand for them."""
+    tiny_vqgan.save(tmp_path / "vqgan")
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(to_pil(ShapesDataset(10, seed=4).render(range(10)))):
+        image.save(tmp_path / "images" / f"{index}.png")
+    arguments = ["vqgan=vqgan", "data=folder", "data.root=images", "data.image_size=32", "shard_size=4", "device=cpu"]
+    assert call("clipgen-encode", *arguments, "output=cache").code == 0
+    assert call("clipgen-encode", *arguments, "output=cache").code == 0
+    shutil.copy(tmp_path / "images/3.png", tmp_path / "images/00.png")
+    result = call("clipgen-encode", *arguments, "output=cache")
+    assert result.code == 1 and "cache holds a cache made with files=" in result.stderr
 
 
 def test_a_missing_cache_is_named(call):

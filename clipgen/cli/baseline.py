@@ -100,7 +100,7 @@ def run() -> None:
     if args.system != "label":
         args.prompts = read_prompts(args)
     args.device = args.device or best_device()
-    with output_folder(args.output):
+    with output_folder(args.output, keep="**/*.png"):
         {"vqgan-clip": run_vqgan_clip, "search": run_search, "label": run_label}[args.system](args)
 
 

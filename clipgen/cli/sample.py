@@ -88,7 +88,7 @@ def run() -> None:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
     complete = read_picture(args.complete) if args.complete else None
     checkpoint = args.checkpoint or newest_run(Path("outputs")) or "shapes"
-    with output_folder(args.output):
+    with output_folder(args.output, keep="*.png"):
         pipe = prepared(TextToImage.load(checkpoint), args)
         print(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
         if args.origin and args.fingerprint not in (None, pipe.fingerprint):

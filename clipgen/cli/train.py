@@ -58,6 +58,7 @@ def run_hydra() -> None:
         if sweep := HydraConfig.get().mode == RunMode.MULTIRUN:
             config.output = HydraConfig.get().runtime.output_dir
         try:
+            refuse_other_runs(config)
             train(config, sweep)
         except MisconfigurationException as error:
             errors.append(ValueError(str(error)))
@@ -220,7 +221,7 @@ def build_encoded(config: DictConfig) -> Any:
     from clipgen.frozen import load_clip
 
     manifest = read_manifest(config.data.root)
-    if config.vqgan != config.data.root and saved_identity(config.vqgan) != manifest["vqgan"]:
+    if saved_identity(config.vqgan) != manifest["vqgan"]:
         raise ValueError(f"the encoded cache {config.data.root} was made with another tokenizer than {config.vqgan}")
     if clip_identity(config.clip.model_name, config.clip.pretrained) != manifest["clip"]:
         used = f"{config.clip.model_name} {config.clip.pretrained or ''}".strip()
@@ -293,6 +294,20 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
         logger.info("Finished %d steps: %s", trainer.global_step, output)
 
 
+def refuse_other_runs(config: DictConfig) -> None:
+    """Raise FileExistsError where the run folder holds a run that is not resumed: it would be written over."""
+    from clipgen.weights.checkpoint import FOLDERS
+
+    output = Path(str(config.output))
+    ours = [Path(str(config.resume)).expanduser().resolve()] if config.resume else []
+    if any(output.resolve() in (path, *path.parents) for path in ours):
+        return
+    if any((output / name).is_dir() for name in FOLDERS.values()) or any(output.glob("checkpoints/*.ckpt")):
+        raise FileExistsError(
+            f"output must not hold another run, got {output}: resume={output} goes on with it, another output leaves it"
+        )
+
+
 def find_resume(resume: str | None, model: pl.LightningModule) -> str | None:
     """The checkpoint to go on from: a file, or last.ckpt of a run folder; refused where it is of another model."""
     if resume is None:
@@ -304,6 +319,9 @@ def find_resume(resume: str | None, model: pl.LightningModule) -> str | None:
     if not path.is_file():
         raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
     arguments, state = load_ckpt(path, type(model).__name__)
+    kinds = [found.get("optimizer") for found in (arguments, model.hparams)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"model.optimizer must be {kinds[0]}, as in the checkpoint {path}, got {kinds[1]}")
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         other = [f"model.{k}={v}" for k, v in arguments.items() if model.hparams.get(k) != v]
         raise ValueError(f"resume must name a checkpoint of the same model, got {path} with {', '.join(other)}")

@@ -45,10 +45,28 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     path = Path(root).expanduser() / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"no encoded cache in {root}: there is no {MANIFEST}; `clipgen-encode output={root}`")
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     if "images" not in manifest:
         raise ValueError(f"the encoded cache {root} is not finished; the same clipgen-encode command goes on with it")
     return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a manifest says; ValueError with its name where it is damaged."""
+    try:
+        found: dict[str, Any] = dict(json.loads(path.read_text()))
+        return found
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The memory map of a shard's records; ValueError with its name where it is damaged."""
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r")
+        return found
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and clipgen-encode makes it again") from error
 
 
 def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
@@ -76,7 +94,7 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
 
     def __init__(self, folder: str | Path, num_classes: int | None = None):
         found = sorted(Path(folder).glob("shard-*.npy"))
-        lengths = {file: np.load(file, mmap_mode="r").shape[0] for file in found}
+        lengths = {file: len(open_shard(file)) for file in found}
         self.files = [file for file in found if lengths[file]]  # one without images knows no sizes
         if not self.files:
             raise FileNotFoundError(f"no shards of an encoded cache in {folder}")
@@ -86,7 +104,7 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
     @cached_property
     def shards(self) -> list[np.ndarray]:
         """The memory maps, opened in the process that reads them."""
-        return [np.load(file, mmap_mode="r") for file in self.files]
+        return [open_shard(file) for file in self.files]
 
     def __getstate__(self) -> dict[str, Any]:  # a worker opens its own
         return {key: value for key, value in self.__dict__.items() if key != "shards"}
@@ -101,8 +119,8 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
         """Many items at once: ``{"indices": (B, T), "clip_embedding": (B, E)}``."""
         asked = np.asarray(indices)
         turn, item = asked.T if asked.ndim == 2 else (0, asked)
-        if item.max() >= len(self):
-            raise IndexError(f"index must be below {len(self)}, got {item.max()}")
+        if outside := [int(i) for i in (item.min(), item.max()) if not 0 <= i < len(self)]:
+            raise IndexError(f"index must be in [0, {len(self)}), got {outside[0]}")
         shard = np.searchsorted(self.ends, item, side="right")
         row = item - np.where(shard > 0, self.ends[shard - 1], 0)
         first = self.shards[0]
@@ -123,6 +141,8 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
 
     def embeddings(self, count: int = 10_000) -> Tensor:
         """What images are conditioned on, (N, E): all of them, or about ``count``, evenly spread; for a ``Bridge``."""
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
         found: Tensor = self.__getitems__(range(0, len(self), max(len(self) // count, 1)))["clip_embedding"]
         return found
 
@@ -155,6 +175,11 @@ class EncodedData(pl.LightningDataModule):
         classes = len(class_names(self.manifest, self.root)) if condition == "label" else None
         splits = [name for name in SPLITS if self.manifest["images"][name]]
         self.datasets = {name: EncodedDataset(self.root / name, classes) for name in splits}
+        for name, dataset in self.datasets.items():
+            if len(dataset) != (count := self.manifest["images"][name]):
+                raise ValueError(
+                    f"{self.root / name} must hold {count} images, as the manifest says, got {len(dataset)}"
+                )
         if batch_size < 1 or batch_size > len(self.datasets["train"]):
             raise ValueError(f"batch_size must be in [1, {len(self.datasets['train'])}], got {batch_size}")
 
