@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import signal
 from collections.abc import Iterator, Sequence
@@ -124,6 +125,21 @@ class OwedValidation(pl.Callback):
             trainer.validating, loop.restarting, self.owed = True, False, False
             loop.run()
             trainer.training = True
+
+
+class CSVLogger(pl.loggers.CSVLogger):
+    """Lightning's, which would begin ``metrics.csv`` anew: the rows of a resumed run stay, up to where it goes on."""
+
+    def __init__(self, save_dir: str, name: str = "", version: str = ""):
+        super().__init__(save_dir, name, version)
+        file = Path(self.log_dir) / "metrics.csv"
+        self.before = list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        rows = [{k: v for k, v in row.items() if v} for row in self.before if int(row["step"]) < (step or 0)]
+        self.experiment.metrics += rows
+        self.before = []
+        super().log_metrics(metrics, step)
 
 
 class StepSeeds(pl.Callback):

@@ -89,6 +89,8 @@ class TextToImage:
         self.transformer.save(Path(path) / "transformer", half)
         if self.bridge:
             self.bridge.save(Path(path) / BRIDGE)
+        else:
+            (Path(path) / BRIDGE).unlink(missing_ok=True)  # of a pipeline that was there before
         (Path(path) / "README.md").write_text(self.card())
         return Path(path)
 
@@ -123,7 +125,7 @@ class TextToImage:
             if part is not None:
                 part.to(device)
         if dtype:
-            _ = self.fingerprint  # kept: of the weights as they were
+            _ = self._fingerprint  # kept: of the weights as they were
             self.dtype = dtype
             self.transformer.to(dtype)
         return self
@@ -140,10 +142,15 @@ class TextToImage:
         """Height and width of the pictures in pixels."""
         return self.side * self.vqgan.downsampling
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """A short hash of the weights that draw: of transformer, tokenizer and bridge."""
-        parts = {"gpt": self.transformer.network, "vqgan": self.vqgan.tokenizer, "bridge": self.bridge or Bridge()}
+        bridge = {} if self.bridge is None else self.bridge.state_dict()
+        return self._fingerprint + (f"-{files.fingerprint(bridge)[:4]}" if bridge else "")
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        parts = {"gpt": self.transformer.network, "vqgan": self.vqgan.tokenizer}
         return files.fingerprint({f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()})
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -165,7 +172,7 @@ class TextToImage:
             return self.clip.encode_image(from_pil(prompt).to(self.clip.device))
         if isinstance(prompt, Tensor):
             return F.normalize(prompt.view(1, -1).to(self.clip.device), dim=-1)
-        weights = torch.tensor(list(prompt.values()), device=self.clip.device)
+        weights = torch.tensor(list(prompt.values()), dtype=torch.float32, device=self.clip.device)
         return F.normalize(weights[None] @ self.encode_text(list(prompt)), dim=-1)
 
     def __call__(
@@ -208,6 +215,8 @@ class TextToImage:
                 picture.info["dtype"] = str(self.dtype).removeprefix("torch.")
             if isinstance(prompt, Mapping):
                 picture.info["mixture"] = dict(prompt)
+            if complete is not None:
+                picture.info["complete"] = keep
         return pictures
 
     @torch.no_grad()
@@ -254,7 +263,9 @@ class TextToImage:
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Indices of whole rows (B, t) -> images (B, 3, h, W) in [-1, 1]."""
-        grids = rearrange(indices, "b (h w) -> b h w", w=self.side).split(BATCH)
+        alone = self.vqgan.device.type == "cpu" and self.transformer.decoders is None  # CPUs round otherwise in batches
+        batch = 1 if alone else BATCH
+        grids = rearrange(indices, "b (h w) -> b h w", w=self.side).split(batch)
         with torch.autocast(self.vqgan.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             images = [self._decode(some) for some in grids]
         return torch.cat(images).float().clamp(-1, 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
@@ -38,12 +40,33 @@ def parse_mixture(text: str) -> dict[str, float]:
     return mixture
 
 
+def read_text(path: Path) -> str:
+    """A text file, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
+
+
+def read_sentences(path: Path) -> list[str]:
+    """A sentence a line; empty lines are none."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
 def check_request(prompt: Prompt, num_images: int, rerank_from: int | None) -> None:
     """Raise ValueError unless the request makes sense."""
+    if not isinstance(prompt, (str, Mapping, Image.Image, Tensor)):
+        raise TypeError(f"prompt must be a sentence, a mixture, a picture or an embedding, got {prompt!r}")
     texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Mapping) else ["an image"]
     for text in texts or [""]:
         if not text.strip():
             raise ValueError(f"prompt must not be empty, got {text!r}")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes of no text
+            raise ValueError(f"prompt must be text in UTF-8, got {text!r}")
+    if isinstance(prompt, Mapping) and not (all(map(math.isfinite, prompt.values())) and any(prompt.values())):
+        raise ValueError(f"a mixture must have finite weights that are not all 0, got {dict(prompt)}")
+    if isinstance(prompt, Tensor) and not prompt.isfinite().all():
+        raise ValueError("an embedding must be finite, got NaN or infinity")
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     if rerank_from is not None and rerank_from < num_images:

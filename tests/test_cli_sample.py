@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 import clipgen
 from clipgen.cli.sample import newest_run
+from clipgen.images import save_png
 
 BUNDLED = Path(clipgen.__file__).parent / "bundled"
 NAME = "00_a-large-blue-ring-on-a-white-background_{}.png"
@@ -205,6 +207,32 @@ def test_a_picture_is_drawn_again_from_itself(call, runs, tmp_path, request_):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_completed_picture_is_drawn_again(call, runs, tmp_path):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    drawing = ["--complete", "red.png", "--checkpoint", runs[1]]
+    assert call("--prompt", PROMPT, "--num-images", 1, "--seed", 3, *drawing, "--output", "a").code == 0
+    (first,) = (tmp_path / "a").glob("00_*.png")
+    assert call("--from", first, *drawing, "--output", "b").code == 0
+    assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
+
+
+def test_long_sentences_of_any_script(call, runs, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffa red star\r\n", encoding="utf-8")
+    result = call("--interpolate", "кот " * 40, "猫" * 90, "--prompts-file", "prompts.txt", "--num-images", 2,
+                  "--checkpoint", runs[1], "--output", "s")  # fmt: skip
+    assert result.code == 0, result.stderr
+    assert len(list((tmp_path / "s").glob("00_a-red-star_*"))) == 2
+
+
+def test_pictures_stay_where_a_later_one_fails(call, runs, monkeypatch, tmp_path):
+    """Also those of another process in the same folder."""
+    calls = iter(range(100))
+    interrupt = lambda *_: save_png(*_) if next(calls) < 1 else os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(clipgen.images, "save_png", interrupt)
+    assert call("--prompt", PROMPT, "--num-images", 2, "--checkpoint", runs[1], "--output", "s").code == 130
+    assert len(list((tmp_path / "s").glob("00_*.png"))) == 1
+
+
 def test_a_sweep_is_one_labelled_sheet(call, runs, tmp_path):
     result = call(*ONE, "--checkpoint", runs[1], "--sweep", "top_k=1,5,9", "top_p=0.5,1.0", "--output", "s")
     assert result.code == 0, result.stderr
@@ -225,11 +253,21 @@ def test_a_sweep_is_one_labelled_sheet(call, runs, tmp_path):
         (["--from", "text.png"], "text.png is no picture of clipgen-sample"),
         (["--mix", "a + "], "a mixture must be terms"),
         (["--prompts-file", "none.txt"], "No such file or directory: none.txt"),
+        (["--prompts-file", "latin.txt"], "latin.txt must be a text in UTF-8"),
+        (["--prompt", "a \udce9"], "prompt must be text in UTF-8"),
+        (["--interpolate", "", "a red star"], "prompt must not be empty"),
+        (["--mix", "1 a red star - 1 a red star"], "a mixture must have finite weights that are not all 0"),
+        (["--from", "cut.png"], "cut.png is no picture of clipgen-sample"),
+        (["--from", "completed.png"], "completed.png completes a picture which it does not hold: give --complete"),
     ],
 )
 def test_refused_requests(call, runs, tmp_path, arguments, message):
     (tmp_path / "text.png").write_text("text")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "latin.txt").write_bytes("a \u00e9".encode("latin-1"))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:60])
+    settings = dict(seed=0, temperature=1, top_k=1, top_p=1, guidance_scale=1, guidance_power=0, complete=0.5)
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "completed.png", {"prompt": PROMPT, **settings})
     before = everything(tmp_path)
     result = call(*ONE, *arguments, "--checkpoint", runs[1])
     assert result.code == 1 and re.search(message, result.stderr), result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import importlib.util
 import json
@@ -132,6 +133,19 @@ def test_another_run_is_not_written_over(call, runs, tmp_path, gone):
         adversary = ["model.discriminator_weight=0.8", "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1"]
         more = call(*VQGAN, *SHAPES, *adversary, "output=run", "resume=run", "trainer.max_steps=5")
         assert more.code == 0 and steps_of(tmp_path / "run") == 5, more.stderr
+
+
+def test_the_table_of_a_resumed_run_is_whole(call, tmp_path):
+    """Steps after the checkpoint are there once."""
+    arguments = [*VQGAN, *SHAPES, "logger=csv", "output=run"]
+    assert call(*arguments, "trainer.max_steps=3").code == 0
+    shutil.copy(tmp_path / "run/checkpoints/last.ckpt", tmp_path / "third.ckpt")
+    assert call(*arguments, "resume=run").code == 0
+    shutil.copy(tmp_path / "third.ckpt", tmp_path / "run/checkpoints/last.ckpt")
+    assert call(*arguments, "resume=run", "trainer.max_steps=5").code == 0
+    with (tmp_path / "run/metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == [0, 1, 2, 3, 4]
 
 
 def test_another_optimizer_is_refused_before_the_configuration_is_written(call, runs, tmp_path):
@@ -278,6 +292,10 @@ ERRORS = {
     "wrong stage": (["stage=gan"], "stage must be one of transformer, vqgan, got gan"),
     "two stages": (["stage=vqgan,transformer"], "stage=vqgan,transformer has several values"),
     "no value": (["vqgan"], "arguments must be KEY=VALUE, got vqgan"),
+    "output as a number": ([*VQGAN, "output=1_2"], "output must be a path, got 12: put quotes around it"),
+    "no output": ([*VQGAN, "output=null"], "output must be a path, got None"),
+    "resume as a number": ([*VQGAN, "resume=123"], "resume must be a path, got 123"),
+    "umlauts": ([*VQGAN, "output=Bücher"], "arguments must be KEY=VALUE, with quotes"),
     "odd value": ([*VQGAN, "output=a=b"], "arguments must be KEY=VALUE, with quotes"),
     "unknown experiment": (["stage=vqgan", "experiment=x"], "experiment must be one of cifar10, coco, .*, got x"),
     "unknown data": (["stage=vqgan", "data=x"], "data must be one of encoded, folder, shapes, webdataset, got x"),

@@ -172,8 +172,9 @@ def run_label(args: argparse.Namespace) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """All sentences."""
-    lines = [line.strip() for file in args.prompts_file for line in file.read_text(encoding="utf-8").splitlines()]
-    prompts = [*args.prompt, *filter(None, lines)]
+    from clipgen.prompts import read_sentences
+
+    prompts = [*args.prompt, *(line for file in args.prompts_file for line in read_sentences(file))]
     if not prompts:
         raise ValueError("there must be something to draw: give --prompt or --prompts-file")
     if not all(prompt.strip() for prompt in prompts):

@@ -21,7 +21,10 @@ MESSAGES = (  # what Hydra says -> what we say
     (r"Error parsing override '(.*)' missing EQUAL.*", r"arguments must be KEY=VALUE, got \1"),
     (r"Error parsing override '(.*?)' (.*) See https.*", r"\1 cannot be read: \2; put quotes around the value"),
     (r"Could not override '(.*?)'\..*", r"there is no key \1; clipgen-train stage=vqgan --cfg job shows all keys"),
-    (r".*(mismatched|extraneous|token).* See https.*", r"arguments must be KEY=VALUE, with quotes around odd values"),
+    (
+        r".*(mismatched|extraneous|token|LexerNoViableAlt).* See https.*",
+        r"arguments must be KEY=VALUE, with quotes around odd values",
+    ),
     (r"Ambiguous value for argument '(.*?)'.*", r"\1 has several values: a list is written [a,b], a sweep --multirun"),
     (r".*interpolation '\$\{experiment\}_\$\{stage\}'.*", r"--multirun cannot sweep over stage or experiment"),
 )

@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--image", type=Path, action="append", default=[], help="a picture, for variations of it")
     what.add_argument("--mix", action="append", default=[], help='"0.7 a cat + 0.3 a dog"; weights may be negative')
     what.add_argument("--interpolate", nargs=2, metavar=("A", "B"), action="append", default=[],
-                      help="two sentences: a strip of --num-images pictures between them")  # fmt: skip
+                      help="two sentences: a strip of --num-images pictures between them; without --complete and "
+                      "--rerank-from, and by a sweep's first settings")  # fmt: skip
     what.add_argument("--from", type=Path, dest="origin", help="a picture of this command: draw it again, exactly")
     p.add_argument("--complete", type=Path, help="a picture whose upper half is taken over")
     p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
@@ -82,7 +83,7 @@ def run() -> None:
     sweeps = read_sweep(args.sweep or [], {name: getattr(args, name) for name in SETTINGS})
     for settings in sweeps:
         check_sampling(**settings)
-    for prompt in prompts:
+    for prompt in (*prompts, *(end for ends in args.interpolate for end in ends)):
         check_request(prompt, args.num_images, args.rerank_from)
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
@@ -155,11 +156,11 @@ def progress(count: int, pipe: TextToImage, args: argparse.Namespace) -> Iterato
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """Everything to draw, but interpolations."""
-    from clipgen.prompts import parse_mixture
+    from clipgen.prompts import parse_mixture, read_sentences
 
-    lines = [line.strip() for file in args.prompts_file for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for file in args.prompts_file for line in read_sentences(file)]
     mixtures = [parse_mixture(mix) if isinstance(mix, str) else mix for mix in args.mix]
-    prompts: list[Prompt] = [*args.prompt, *filter(None, lines), *mixtures]
+    prompts: list[Prompt] = [*args.prompt, *lines, *mixtures]
     prompts += [read_picture(path) for path in args.image]
     if not prompts and not args.interpolate:
         ways = "--prompt, --prompts-file, --image, --mix, --interpolate or --from"
@@ -192,7 +193,7 @@ def read_sweep(sweep: list[str], settings: dict[str, Any]) -> list[dict[str, Any
 
 def repeat_(args: argparse.Namespace) -> None:
     """Take over from a picture's metadata what made it."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(args.origin) as picture:
@@ -202,10 +203,14 @@ def repeat_(args: argparse.Namespace) -> None:
         prompt, args.dtype = found["prompt"], found.get("dtype", DTYPES[0])
         if args.dtype not in DTYPES:
             raise ValueError(args.dtype)
-    except (KeyError, ValueError, UnidentifiedImageError) as error:
+    except (KeyError, ValueError, OSError, SyntaxError) as error:  # Pillow's, of a file that breaks off
+        if isinstance(error, OSError) and error.filename:  # the system's
+            raise
         raise ValueError(f"{args.origin} is no picture of clipgen-sample: it does not tell its settings") from error
     if prompt in ("an image", "an embedding"):
         raise ValueError(f"{args.origin} was drawn of {prompt}, which it does not hold: give --image and --seed")
+    if "complete" in found and not args.complete:
+        raise ValueError(f"{args.origin} completes a picture which it does not hold: give --complete")
     if "mixture" in found:
         args.mix.append(json.loads(found["mixture"]))
     else:
@@ -231,8 +236,8 @@ def best_device() -> str:
 
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file name."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60]
+    """A prompt as part of a file name, of which systems take 255 bytes."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode()[:100].decode(errors="ignore")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,10 @@ def train(config: DictConfig, sweep: bool = False) -> None:
         names = ", ".join(sorted(missing))
         raise ValueError(f"stage={config.stage_name} needs a value for {names}: give {min(missing)}=...")
     OmegaConf.resolve(config)
-    output = Path(str(config.output))
+    for key in ("output", "resume", "vqgan"):  # YAML's numbers, null and lists
+        if not isinstance(value := config.get(key), str) and not (key != "output" and value is None):
+            raise TypeError(f"{key} must be a path, got {value!r}: put quotes around it, {key}=\\'...\\'")
+    output = Path(config.output)
     trainer = make_trainer(config, output)
     if sweep and trainer.world_size > 1:
         raise ValueError(f"--multirun needs a single device, got {trainer.world_size}: each starts its own sweep")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from clipgen.data.shapes import ALL_ATTRIBUTES
+from clipgen.prompts import read_text
 
 Caption = tuple[str | None, str]  # of which file, where that is known; and the sentence
 
@@ -38,14 +39,6 @@ def read_captions(source: str | Path) -> list[Caption]:
     if not found or not all(caption.strip() for _, caption in found):
         raise ValueError(f"captions must be sentences, got {'an empty one' if found else 'none'} in {path}")
     return found
-
-
-def read_text(path: Path) -> str:
-    """A text file, with or without a byte order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
 
 
 def from_lines(text: str) -> list[Caption]:
