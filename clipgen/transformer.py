@@ -298,8 +298,8 @@ class ConditionalTransformer(pl.LightningModule):
         Args:
             n_head: heads leave no trace in the weights; None: they are 64 wide, as in all sizes of that project.
         """
-        arguments, state = hfailab.transformer(checkpoint, n_head)
         with files.fitting(checkpoint, cls.__name__):
+            arguments, state = hfailab.transformer(checkpoint, n_head)
             model = cls(**arguments)
             model.load_state_dict(state)
         return model.eval()

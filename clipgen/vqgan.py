@@ -336,7 +336,8 @@ class VQGAN(pl.LightningModule):
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode."""
-        return cls._published(checkpoint, hfailab.vqgan(checkpoint))
+        with files.fitting(checkpoint, cls.__name__):
+            return cls._published(checkpoint, hfailab.vqgan(checkpoint))
 
     @classmethod
     def _published(cls, checkpoint: str | Path, found: files.Model) -> VQGAN:

@@ -694,6 +694,17 @@ def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
     assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["judge_all"] == 1
 
 
+def test_the_pictures_of_clipgen_sample(call, monkeypatch, capsys, tmp_path):
+    """With the sentences that stand in them, and without the sheet beside them."""
+    drawn = Call(monkeypatch, capsys, "clipgen-sample", "--checkpoint", "shapes", "--prompt",
+                 "a large red star on a white background", "--num-images", 3, "--output", tmp_path / "in")  # fmt: skip
+    assert drawn.code == 0 and (tmp_path / "in/grid.png").is_file()
+    done = call("--images", tmp_path / "in", "--judge", "--features", "none", "--clip", "shapes", "--device", "cpu",
+                "--output", tmp_path / "out")  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]["images"] == 3
+
+
 def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
     tiny_vqgan.save(tmp_path / "vqgan")
     done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out",

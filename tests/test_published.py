@@ -167,6 +167,10 @@ def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
             "target must be VQModel or GumbelVQ.*got Net2",
         ),
         (dict(params={}), "none of taming-transformers' tokenizers: KeyError.*ddconfig"),
+        *[
+            (dict(params=CONFIG["model"]["params"] | {"lossconfig": loss}), "disc_loss is hinge or vanilla, got")
+            for loss in ({"params": {"disc_loss": "wgan"}}, [1])
+        ],
     ],
 )
 def test_other_configurations_are_refused(change, message):
@@ -225,6 +229,15 @@ def test_hfailabs_transformer(shared):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kept", ["encoder.conv_in", "encoder.", "e"])
+def test_a_part_of_hfailabs_tokenizer(shared, tmp_path, kept):
+    whole = torch.load(next((shared / "parity/hfailab_clip_gen").glob("vqgan*.pt")), weights_only=True)
+    model = {name: tensor for name, tensor in whole["model"].items() if name.startswith(kept)}
+    torch.save(whole | {"model": model}, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"part.pt does not fit the VQGAN"):
+        VQGAN.from_hfailab(tmp_path / "part.pt")
+
+
 def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
     """Their CLIP would be OpenAI's; a tiny one of the width that the fixture wants stands in."""
     folder = shared / "parity" / "hfailab_clip_gen"

@@ -24,6 +24,7 @@ from clipgen.pipeline import TextToImage
 
 logger = logging.getLogger(__name__)
 PIECE = 500  # images in a part: what a kill can lose
+SHEETS = ("grid.png", "preview.png")  # what clipgen-sample writes beside its pictures
 Draw = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> images (B, 3, H, W) in [-1, 1]
 
 
@@ -78,7 +79,9 @@ class Pictures:
     def __init__(self, root: str | Path, image_size: int | None = None, captions: Sequence[Caption] | None = (),
                  batch_size: int = 50, workers: int = 4):  # fmt: skip
         self.root, self.batch_size, self.workers = Path(root).expanduser(), batch_size, workers
-        self.files = find_images(self.root)
+        self.files = [file for file in find_images(self.root) if Path(file).name not in SHEETS]
+        if not self.files:
+            raise ValueError(f"{root} must hold pictures, got none but sheets of them")
         self.first_size = self._decode(self.files[0]).size
         self.image_size, self.warned = image_size or min(self.first_size), image_size is not None
         self.captions = [] if captions == () else captions_of(self.root, self.files, captions)

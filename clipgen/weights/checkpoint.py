@@ -163,6 +163,7 @@ def fitting(path: str | Path, model: str) -> Iterator[None]:
     """Say which file it was where arguments or weights do not fit the model that is built from them."""
     try:
         yield
-    except (TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except (TypeError, RuntimeError, LookupError) as error:  # the last: of names that others' files should have
+        what = "it lacks " if isinstance(error, KeyError) else ""
+        reason = what + " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit the {model} of clipgen {clipgen.__version__}: {reason}") from error

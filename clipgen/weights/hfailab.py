@@ -49,7 +49,7 @@ def vqgan(checkpoint: str | Path) -> Model:
 
 def numbered(state: State) -> list[State]:
     """``0.a, 0.b, 1.a, ...`` -> the states of the members of a Sequential."""
-    count = 1 + max(int(name.split(".")[0]) for name in state)
+    count = max((1 + int(name.split(".")[0]) for name in state), default=0)
     return [below(f"{i}.", state) for i in range(count)]
 
 

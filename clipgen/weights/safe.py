@@ -43,7 +43,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def unreadable(error: Exception) -> str:
     """torch's reason in short; which function it was where a file asks for one that no weights need."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()) or "it ends too early"
     if named := re.search(r"[Uu]nsupported (?:global: |class )?GLOBAL ([\w.]+)", reason):
         return f"it wants to run {named[1]}, which no weights need: refused"
     return reason.rpartition("WeightsUnpickler error: ")[2][:200]

@@ -65,10 +65,15 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
                                   ("out_ch", net.get("out_ch", 3), (3,))):  # fmt: skip
         if value not in possible:
             raise ValueError(f"{name} must be {' or '.join(map(str, possible))} in taming's configuration, got {value}")
-    loss = (params.get("lossconfig") or {}).get("params") or {}
+    try:
+        loss = dict((params.get("lossconfig") or {}).get("params") or {})
+        adversarial = ADVERSARIAL[loss.get("disc_loss", "hinge")]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        ways = " or ".join(ADVERSARIAL)
+        raise ValueError(f"taming's lossconfig must have params whose disc_loss is {ways}, got {error!r}") from error
     return sizes | dict(
         quantizer=kinds[kind], dropout=net.get("dropout", 0.0), kl_weight=params.get("kl_weight", 1e-8),
         codebook_weight=0.25 * loss.get("codebook_weight", 1.0), commitment_weight=loss.get("codebook_weight", 1.0),
         perceptual_weight=loss.get("perceptual_weight", 1.0), discriminator_weight=loss.get("disc_weight", 1.0),
-        discriminator_start=loss.get("disc_start", 0), adversarial=ADVERSARIAL[loss.get("disc_loss", "hinge")],
+        discriminator_start=loss.get("disc_start", 0), adversarial=adversarial,
     )  # fmt: skip
