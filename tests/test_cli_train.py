@@ -27,7 +27,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
-from clipgen.callbacks import Bar, WholeCheckpoints
+from clipgen.callbacks import Bar
+from clipgen.resume import WholeCheckpoints
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from clipgen import callbacks
+from clipgen import callbacks, resume
 from clipgen.cli.config import composed, config_dir, fits, make, plain
 from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
@@ -101,7 +101,7 @@ def test_other_keys_are_arguments_too():
         assert values(node) == set(arguments(FrozenCLIP.__init__))
     config = composed("stage=vqgan")
     assert values(config.pictures) == set(arguments(callbacks.Pictures.__init__)) - {"folder"}
-    assert values(config.checkpoint) == set(arguments(callbacks.checkpoints)) - {"folder", "monitor"}
+    assert values(config.checkpoint) == set(arguments(resume.checkpoints)) - {"folder", "monitor"}
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
 
 

@@ -18,7 +18,7 @@ FLOORS = {
     "clip": 1, "bridge": 1, "data": 1, "images": 1, "weights": 1,
     "vqgan": 2,
     "transformer": 3,
-    "frozen": 3, "prompts": 1, "pipeline": 4, "callbacks": 4, "evaluation": 4, "encoding": 4,
+    "frozen": 3, "prompts": 1, "pipeline": 4, "callbacks": 4, "resume": 2, "evaluation": 4, "encoding": 4,
     "baselines": 5,
     "cli": 6,
 }  # fmt: skip

@@ -132,7 +132,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
 
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     """Lightning's trainer with our callbacks."""
-    from clipgen import callbacks
+    from clipgen import callbacks, resume
     from clipgen.cli.config import make
 
     folder, visible = output / "checkpoints", sys.stderr.isatty()
@@ -148,8 +148,8 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
         logger=make(config.logger) if "_target_" in config.logger else False,
         enable_progress_bar=visible,
         enable_model_summary=visible,
-        plugins=[callbacks.WholeCheckpoints()],
-        callbacks=[callbacks.StepSeeds(config.seed),
+        plugins=[resume.WholeCheckpoints()],
+        callbacks=[resume.StepSeeds(config.seed),
                    *([] if fsdp else [make(config.pictures, folder=output / "pictures")]),  # one process draws them
                    *([make(config.metrics)] if "metrics" in config else []),
                    *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
@@ -277,7 +277,7 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
 
 def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
     """Train, then leave the finished model in the run folder."""
-    from clipgen.callbacks import LastCheckpoint
+    from clipgen.resume import LastCheckpoint
     from clipgen.weights.checkpoint import FOLDERS
 
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
