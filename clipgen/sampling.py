@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """One seed a row: ``seed``, ``seed + 1``, ...; or the given ones; None draws a first one at random."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else list(seed)
+    seeds = [int(seed) + row for row in range(rows)] if isinstance(seed, Integral) else list(map(int, seed))  # type: ignore[arg-type]
     if len(seeds) != rows:
         raise ValueError(f"seed must be one number, or one for each of the {rows} rows, got {len(seeds)}")
     if senseless := [each for each in seeds if not 0 <= each < 2**63]:

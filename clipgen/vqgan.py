@@ -141,8 +141,11 @@ class VQGAN(pl.LightningModule):
         return self.autoencode(images)[0]
 
     def _check_size(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"{str(images.dtype).removeprefix('torch.')} of {tuple(images.shape)}"
+            raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")
         sides, f = images.shape[-2:], self.downsampling
-        if images.ndim != 4 or any(side % f for side in sides):
+        if any(side % f for side in sides):
             near = [sorted({max(side // f, 1) * f, -(-side // f) * f}) for side in sides]
             height, width = (" or ".join(map(str, either)) for either in near)
             raise ValueError(

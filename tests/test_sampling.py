@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -166,6 +167,7 @@ def test_streams_belong_to_their_seeds():
 def test_row_seeds():
     assert row_seeds(7, 3) == [7, 8, 9]
     assert row_seeds([4, 1], 2) == [4, 1]
+    assert row_seeds(np.int64(7), 2) == row_seeds(np.array([7, 8]), 2) == [7, 8]
     drawn = row_seeds(None, 2)
     assert drawn[1] == drawn[0] + 1 and row_seeds(None, 2) != drawn
     with pytest.raises(ValueError, match="one for each of the 3 rows, got 2"):

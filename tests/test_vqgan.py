@@ -54,7 +54,16 @@ def test_other_sizes_that_divide_are_fine(tiny_vqgan):
     assert tiny_vqgan.encode(torch.zeros(1, 3, 16, 40)).shape == (1, 2, 5)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 33), (3, 32, 32)])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [((5,), torch.float), ((3, 32, 32), torch.float), ((1, 1, 32, 32), torch.float), ((1, 3, 32, 32), torch.uint8)],
+)
+def test_what_is_no_batch_of_images(tiny_vqgan, shape, kind):
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\) floats in \[-1, 1\], got \w+ of \("):
+        tiny_vqgan.encode(torch.zeros(shape, dtype=kind))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 33)])
 def test_other_sizes_are_refused_with_a_way_out(tiny_vqgan, shape):
     with pytest.raises(ValueError, match=r"sides divisible by 8, got \(.*\); try a height of .* and a width of"):
         tiny_vqgan.encode(torch.zeros(shape))

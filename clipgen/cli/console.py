@@ -68,5 +68,6 @@ def set_up_logging() -> None:
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
     for message in ("does not have many workers", "LeafSpec", "logs directory", "pre-optimization", "logging interval",
-                    "dirpath has changed", "dataloader is not resumable"):  # fmt: skip
+                    "dirpath has changed", "dataloader is not resumable",
+                    "Checkpoint directory"):  # fmt: skip
         warnings.filterwarnings("ignore", message=f"(?s).*{message}")
