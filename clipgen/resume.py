@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 
 from clipgen.data.images import unit_hash
 from clipgen.weights.checkpoint import whole_file
@@ -69,6 +70,9 @@ class LastCheckpoint(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.steps:  # a step may have several batches: their gradients would be lost
             return
+        self.asked = trainer.strategy.reduce_boolean_decision(
+            self.asked, all=False
+        )  # at the same step in all processes
         if self.asked or trainer.global_step % self.every_n_steps == 0 or validation_due(trainer):
             trainer.save_checkpoint(self.path, weights_only=False)
         self._stop()
@@ -122,6 +126,7 @@ class CSVLogger(pl.loggers.CSVLogger):
         file = Path(self.log_dir) / "metrics.csv"
         self.before = list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
 
+    @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         rows = [{k: v for k, v in row.items() if v} for row in self.before if int(row["step"]) < (step or 0)]
         self.experiment.metrics += rows

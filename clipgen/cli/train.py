@@ -299,8 +299,12 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
 
 def refuse_other_runs(config: DictConfig) -> None:
     """Raise FileExistsError where the run folder holds a run that is not resumed: it would be written over."""
+    from pytorch_lightning.utilities import rank_zero_only
+
     from clipgen.weights.checkpoint import FOLDERS
 
+    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process may have begun
+        return
     output = Path(str(config.output))
     ours = [Path(str(config.resume)).expanduser().resolve()] if config.resume else []
     if any(output.resolve() in (path, *path.parents) for path in ours):
