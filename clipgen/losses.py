@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -74,6 +75,9 @@ class LeCam(nn.Module):
         """E[relu(D(I) - mean_fake)^2] + E[relu(mean_real - D(I'))^2]; moves the running means."""
         with torch.no_grad():
             now = torch.stack([logits_real.float().mean(), logits_fake.float().mean()])
+            if dist.is_initialized():  # the same on every rank
+                dist.all_reduce(now)
+                now /= dist.get_world_size()
             self.means.lerp_(now, 1 - self.decay)
         real, fake = self.means
         return F.relu(logits_real - fake).square().mean() + F.relu(real - logits_fake).square().mean()
