@@ -130,9 +130,9 @@ def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precisio
     clock = Clock(device, module.hparams.get("clip_loss_every", 1))
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     accelerator: Any = "gpu" if device == "cuda" else "cpu"
-    quiet |= dict(benchmark=True)  # as configs/trainer does
+    options = dict(benchmark=True) | quiet  # cuDNN's, as in configs/trainer
     trainer = pl.Trainer(
-        accelerator=accelerator, devices=1, max_epochs=1, precision=precision, callbacks=[clock], **quiet
+        accelerator=accelerator, devices=1, max_epochs=1, precision=precision, callbacks=[clock], **options
     )
     trainer.fit(module, data)
     return {"seconds": clock.seconds, "GiB": peak_memory(device)}
@@ -443,10 +443,10 @@ def machine(device: str) -> str:
     """What it ran on."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     found = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    return found + (
-        f"; of fp32, TF32 in convolutions {convolutions}, in products {products}" if device == "cuda" else ""
-    )
+    if device == "cuda":  # what its fp32 is
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        found += f"; TF32 in fp32 convolutions {convolutions}, products {products}"
+    return found
 
 
 def main() -> None:

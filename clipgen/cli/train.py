@@ -113,7 +113,8 @@ def train(config: DictConfig, sweep: bool = False) -> None:
         raise ValueError(f"stage={config.stage_name} needs a value for {names}: give {min(missing)}=...")
     OmegaConf.resolve(config)
     for key in ("output", "resume", "vqgan"):  # YAML's numbers, null and lists
-        if not isinstance(value := config.get(key), str) and not (key != "output" and value is None):
+        value = config.get(key)
+        if not isinstance(value, str) and (key == "output" or value is not None):
             raise TypeError(f"{key} must be a path, got {value!r}: put quotes around it, {key}=\\'...\\'")
     output = Path(config.output)
     trainer = make_trainer(config, output)
