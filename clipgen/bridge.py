@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipgen.weights.checkpoint import whole_file
+from clipgen.files import atomic_write
 
 
 class Bridge(nn.Module):
@@ -52,7 +52,7 @@ class Bridge(nn.Module):
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file."""
         settings = {"neighbours": str(self.neighbours), "temperature": str(self.temperature)}
-        with whole_file(Path(path)) as partial:
+        with atomic_write(path) as partial:
             save_file(
                 {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, partial, settings
             )

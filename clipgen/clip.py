@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
+
+from clipgen.files import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class WordTokenizer:
         return F.pad(torch.tensor(tokens), (0, self.context_length - len(tokens)))
 
 
-class FrozenCLIP(pl.LightningModule):
+class FrozenCLIP(nn.Module):
     """A CLIP that never trains: images and sentences -> unit vectors in one space (Eq. 1).
 
     Args:
@@ -64,6 +65,9 @@ class FrozenCLIP(pl.LightningModule):
     Raises:
         ValueError: the name is unknown or its weights cannot be had; the message says what to do.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model_name: str = "ViT-B-32-quickgelu", pretrained: str | None = None):
         super().__init__()
@@ -80,6 +84,17 @@ class FrozenCLIP(pl.LightningModule):
             self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
         self.embed_dim = self.encode_text(["a"]).shape[1]
         self.eval()
+
+    @classmethod
+    def named(cls, name: str) -> FrozenCLIP:
+        """A CLIP by ``MODEL`` or ``MODEL:TAG``, as command lines write it; ``hf-hub:`` names have no tag."""
+        model, _, tag = (name, "", "") if name.startswith(("hf-hub:", "local-dir:")) else name.partition(":")
+        return cls(model, tag or None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.mean.device
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """Stay in evaluation mode, whatever an owning module is put into."""
@@ -104,7 +119,7 @@ class FrozenCLIP(pl.LightningModule):
         """Sentences -> (B, E), unit norm. A sentence longer than the context is cut, its end token kept."""
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of sentences, got the sentence {texts!r}")
-        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.mean.device)).float(), dim=-1)
+        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, to be written beside a model that was trained with this CLIP."""
@@ -155,9 +170,8 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
     try:
         return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
     except Exception as error:  # open_clip raises anything from KeyError to the hub's own errors
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded: {reason}"
+            f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded: {one_line(error)}"
         ) from error
 
 

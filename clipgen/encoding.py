@@ -5,28 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import clipgen
 from clipgen.clip import FrozenCLIP, find_folder
-from clipgen.data.encoded import MANIFEST, SPLITS, open_shard, read_json, record
-from clipgen.data.shards import ImageShards
+from clipgen.data.encoded import MANIFEST, SPLITS, open_shard, record
+from clipgen.data.pieces import Batch, pieces, read, source_files
+from clipgen.files import atomic_write, read_json, write_json
 from clipgen.frozen import save_frozen
-from clipgen.vqgan import VQGAN
-from clipgen.weights import checkpoint as files
+from clipgen.vqgan import PARTS, TOKENIZER, VQGAN
+from clipgen.weights import checkpoint
 from clipgen.weights.safe import State, below
 
 logger = logging.getLogger(__name__)
-Batch = tuple[Tensor, list["int | None"]]  # images (B, A, 3, H, W), classes
 
 
 def encode(
@@ -52,11 +49,11 @@ def encode(
     root = Path(root)
     splits = {"train": (data.train, augmentations), "val": (data.val, 1)}
     manifest = settings | {
-        "clipgen": clipgen.__version__, "vqgan": vqgan_identity(vqgan.tokenizer.state_dict()),
+        "clipgen": clipgen.__version__, "vqgan": vqgan_identity(vqgan),
         "clip": clip_identity(clip.model_name, clip.pretrained), "codebook_size": vqgan.codebook_size,
         "clip_dim": clip.embed_dim, "augmentations": augmentations, "shard_size": shard_size,
     }  # fmt: skip
-    if names := [name for dataset in (data.train, data.val) for name in names_of(dataset)]:
+    if names := [name for dataset in (data.train, data.val) for name in source_files(dataset)]:
         manifest["files"] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     if getattr(data.train, "labels", False) and data.train.class_names:
         manifest["class_names"] = data.train.class_names
@@ -74,26 +71,6 @@ def encode(
     if whole:
         finish(root, manifest)
     return whole
-
-
-def names_of(dataset: Any) -> list[str]:
-    """The files that a dataset reads, in order: shards are numbered by them."""
-    return [*getattr(dataset, "files", ()), *getattr(dataset, "urls", ())]
-
-
-def pieces(dataset: Any, size: int) -> list[Any]:
-    """What becomes one shard each: the tar files of a stream; runs of ``size`` items of anything else."""
-    if isinstance(dataset, ImageShards):
-        return dataset.urls
-    return [range(start, min(start + size, len(dataset))) for start in range(0, len(dataset), size)]
-
-
-def read(dataset: Any, piece: Any, views: int, batch_size: int) -> Iterator[Batch]:
-    """Batches (B, A, 3, H, W) of the usable images of a piece, in order, with their B classes where there are some."""
-    images = dataset.views(piece, views)
-    while batch := list(islice(images, max(batch_size // views, 1))):
-        pictures, labels = zip(*batch)
-        yield torch.stack(pictures), list(labels)
 
 
 @torch.inference_mode()
@@ -114,7 +91,7 @@ def encode_shard(path: Path, batches: Iterator[Batch], vqgan: VQGAN, clip: Froze
         rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = np.concatenate(rows) if rows else np.empty(0, record(1, 1, vqgan.codebook_size, 1))
-    with files.whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, found)
     seconds = time.perf_counter() - start
     logger.info("%s: %d images, %.0f a second", path, len(found), len(found) / seconds)
@@ -133,7 +110,7 @@ def begin(root: Path, manifest: dict[str, Any], vqgan: VQGAN, clip: FrozenCLIP) 
         return
     root.mkdir(parents=True, exist_ok=True)
     save_frozen(root, vqgan, clip)
-    write_manifest(path, manifest)
+    write_json(path, manifest)
 
 
 def finish(root: Path, manifest: dict[str, Any]) -> None:
@@ -146,7 +123,7 @@ def finish(root: Path, manifest: dict[str, Any]) -> None:
     found = {"num_tokens": kind["indices"].shape[1], "bytes_per_image": kind.itemsize, "images": images}
     if "label" in (kind.names or ()):
         found["num_classes"] = count_classes(root, manifest.get("class_names"))
-    write_manifest(root / MANIFEST, manifest | found)
+    write_json(root / MANIFEST, manifest | found)
 
 
 def count_classes(root: Path, names: list[str] | None) -> int:
@@ -158,40 +135,33 @@ def count_classes(root: Path, names: list[str] | None) -> int:
     return len(names) if names else largest + 1
 
 
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    with files.whole_file(path) as partial:
-        partial.write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def share() -> tuple[int, int]:
-    """(rank, world_size) of this process, by torchrun, or by a SLURM array or step."""
-    for rank, size, first in (("RANK", "WORLD_SIZE", ""), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT",
-                              "SLURM_ARRAY_TASK_MIN"), ("SLURM_PROCID", "SLURM_NTASKS", "")):  # fmt: skip
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]) - int(os.environ.get(first, 0)), int(os.environ[size])
-    return 0, 1
-
-
 # ----------------------------------------------------------------------------------------------------- which models
 
 
-def vqgan_identity(state: State) -> str:
+def vqgan_identity(vqgan: VQGAN) -> str:
     """A hash of what decides a tokenizer's indices, the same for all files that hold it."""
-    return files.fingerprint({name: tensor for name, tensor in state.items() if name != "quantize.idle"})
+    return identity(vqgan.hparams, vqgan.tokenizer.state_dict())
 
 
 def saved_identity(path: str | Path) -> str:
     """``vqgan_identity`` of a file or folder, without building the network."""
-    _, state = files.load(path, "VQGAN")
+    arguments, state = checkpoint.load(path, "VQGAN")
     prefix = next((p for p in ("ema.module.", "autoencoder.") if any(k.startswith(p) for k in state)), "")
-    tokenizer = below(prefix, state)
-    return vqgan_identity({k: v for k, v in tokenizer.items() if not k.startswith(("discriminator.", "lpips."))})
+    return identity(arguments, {k: v for k, v in below(prefix, state).items() if not k.startswith(PARTS)})
+
+
+def identity(arguments: Mapping[str, Any], state: State) -> str:
+    """A hash of a tokenizer's arguments and weights, but for its count of idle codes."""
+    weights = checkpoint.fingerprint({name: tensor for name, tensor in state.items() if name != "quantize.idle"})
+    decisive = json.dumps([arguments.get(name) for name in TOKENIZER])
+    return hashlib.sha256((decisive + weights).encode()).hexdigest()[:16]
 
 
 def clip_identity(model_name: str, pretrained: str | None) -> str:
     """A CLIP's name and tag; for folders and files a hash of the weights."""
-    folder = find_folder(model_name)
-    weights = folder / "open_clip_model.safetensors" if folder else Path(pretrained or "").expanduser()
-    if weights.is_file():
-        return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
-    return f"{model_name} {pretrained}"
+    if folder := find_folder(model_name):
+        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+    else:
+        files = [file for file in [Path(pretrained or "").expanduser()] if file.is_file()]
+    weights = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
+    return hashlib.sha256(weights).hexdigest()[:16] if files else f"{model_name} {pretrained}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from clipgen.clip import BUNDLED, FrozenCLIP, find_folder
+from clipgen.files import read_json, write_json
 from clipgen.vqgan import VQGAN
 
 
@@ -23,7 +23,7 @@ def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) 
             shutil.rmtree(root / "clip", ignore_errors=True)  # nothing of another CLIP may stay: a vocabulary would
             shutil.copytree(folder, root / "clip")
         config["model_name"] = "clip"
-    (root / "clip.json").write_text(json.dumps(config) + "\n")
+    write_json(root / "clip.json", config)
 
 
 def copy_frozen(source: Path, root: Path) -> None:
@@ -40,12 +40,9 @@ def load_clip(root: Path) -> FrozenCLIP:
         raise FileNotFoundError(
             f"no clip.json in {root}: a pipeline folder or a run of `clipgen-train stage=transformer` has one"
         )
-    try:
-        config = json.loads((root / "clip.json").read_text())
-        name, pretrained = config["model_name"], config["pretrained"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{root / 'clip.json'} is damaged: {error}") from error
-    return FrozenCLIP(str(root / name) if (root / name).is_dir() else name, pretrained)
+    config = read_json(root / "clip.json", "model_name", "pretrained")
+    name = config["model_name"]
+    return FrozenCLIP(str(root / name) if (root / name).is_dir() else name, config["pretrained"])
 
 
 def run_folder(path: str | Path) -> Path:

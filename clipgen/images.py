@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipgen.data.images import to_rgb
 from clipgen.data.transforms import val_transform
-from clipgen.weights.checkpoint import whole_file
+from clipgen.files import atomic_write
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[str, Any]
     info = PngInfo()
     for key, value in (metadata or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    with whole_file(Path(path)) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial, format="PNG", pnginfo=info)
     return Path(path)
 

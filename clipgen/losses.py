@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipgen.files import one_line
+
 RECONSTRUCTIONS = ("l1", "l2")
 ADVERSARIALS = ("hinge", "log")
 CLIP_LOSSES = ("log", "cosine")
@@ -149,7 +151,7 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
     except Exception as error:  # a missing file, no network, a file of something else: the way out is the same
         source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
         raise ValueError(
-            f"the perceptual loss needs the weights {source}, not to be had ({' '.join(str(error).split())}): put "
+            f"the perceptual loss needs the weights {source}, not to be had ({one_line(error)}): put "
             f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), name the file in "
             "model.vgg_weights=PATH, or go without by model.perceptual_weight=0"
         ) from error

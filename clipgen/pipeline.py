@@ -159,21 +159,25 @@ class TextToImage:
         return found if self.bridge is None else self.bridge(found)
 
     @torch.no_grad()
-    def embed(self, prompt: Prompt) -> Tensor:
+    def embed(self, prompt: Prompt, bridged: bool = True) -> Tensor:
         """The CLIP embedding (1, E), unit norm, of what is asked for.
 
         Args:
             prompt: a sentence; a picture, for variations of it; a mixture ``{"a cat": 0.7, "a dog": 0.3}`` of
                 sentences, with negative weights too; or an embedding (E,).
+            bridged: move sentences to where images lie, which is what is drawn from; else as CLIP gives them.
         """
+        encode_text = self.encode_text if bridged else self.clip.encode_text
         if isinstance(prompt, str):
-            return self.encode_text([prompt])
+            return encode_text([prompt])
         if isinstance(prompt, Image.Image):
             return self.clip.encode_image(from_pil(prompt).to(self.clip.device))
         if isinstance(prompt, Tensor):
+            if prompt.shape not in ((width := self.clip.embed_dim,), (1, width)):
+                raise ValueError(f"an embedding must be ({width},), got {tuple(prompt.shape)}")
             return F.normalize(prompt.view(1, -1).to(self.clip.device), dim=-1)
         weights = torch.tensor(list(prompt.values()), dtype=torch.float32, device=self.clip.device)
-        return F.normalize(weights[None] @ self.encode_text(list(prompt)), dim=-1)
+        return F.normalize(weights[None] @ encode_text(list(prompt)), dim=-1)
 
     def __call__(
         self, prompt: Prompt, num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
@@ -204,8 +208,7 @@ class TextToImage:
         images = self.generate(rows, seeds, **settings, given=given, preview=preview)
         chosen = list(range(len(seeds)))
         if rerank_from:
-            with torch.no_grad():
-                scores = self.clip.encode_image(images) @ clip_embedding[0]
+            scores = self.clip_scores(images, self.embed(prompt, bridged=False).expand(len(images), -1))
             chosen = scores.argsort(descending=True)[:num_images].tolist()
         pictures = to_pil(images[chosen])
         for picture, i in zip(pictures, chosen):
@@ -228,26 +231,36 @@ class TextToImage:
 
         ``given`` (1, P): first indices of every image. ``preview``, ``settings``: see ``__call__``.
         """
-        guided = settings.get("guidance_scale", 1) != 1
-        seeds, parts, batch, done = row_seeds(seed, len(clip_embedding)), [], self._batch(guided), 0
+        seeds, images, done = row_seeds(seed, len(clip_embedding)), [], 0
+        batch = self._batch(guided=settings.get("guidance_scale", 1) != 1)
         while done < len(seeds):
             rows = slice(done, done + batch)
-            condition = clip_embedding[rows]
-            prefix = None if given is None else given.expand(len(condition), -1)
-            watch = None if preview is None else self._watch(preview)
             try:
-                indices = self.transformer.sample(condition, seed=seeds[rows], given=prefix, watch=watch, **settings)
-                parts.append(self.decode(indices))
-            except torch.OutOfMemoryError:  # of a GPU: what is finished stays, the rest goes on in halves
-                if len(condition) == 1:
-                    raise
-                batch = (len(condition) + 1) // 2
-                if self.transformer.decoders:
-                    self.transformer.decoders.clear()
-                torch.cuda.empty_cache()
+                images.append(self._draw(clip_embedding[rows], seeds[rows], given, preview, settings))
+                done += len(images[-1])
                 continue
-            done += len(condition)
-        return torch.cat(parts)
+            except torch.OutOfMemoryError:  # of a GPU: what is finished stays, the rest goes on in halves
+                if batch == 1:
+                    raise
+            # outside of ``except``, which keeps what did not fit alive (torch's FAQ on out-of-memory)
+            batch = (min(batch, len(seeds) - done) + 1) // 2
+            if self.transformer.decoders:
+                self.transformer.decoders.clear()
+            torch.cuda.empty_cache()
+        return torch.cat(images)
+
+    def _draw(self, condition: Tensor, seeds: list[int], given: Tensor | None, preview: Preview | None,
+              settings: dict[str, Any]) -> Tensor:  # fmt: skip
+        """One batch of ``generate``."""
+        prefix = None if given is None else given.expand(len(condition), -1)
+        watch = None if preview is None else self._watch(preview)
+        return self.decode(self.transformer.sample(condition, seed=seeds, given=prefix, watch=watch, **settings))
+
+    @torch.no_grad()
+    def clip_scores(self, images: Tensor, clip_embedding: Tensor) -> Tensor:
+        """Cosines (B,) of images (B, 3, H, W) with embeddings (B, E), one by one."""
+        pairs = zip(images.split(BATCH), clip_embedding.split(BATCH))
+        return torch.cat([(self.clip.encode_image(some) * wanted).sum(dim=1) for some, wanted in pairs])
 
     def _batch(self, guided: bool) -> int:
         """How many images to draw at a time: a power of two, whose keys and values fit into half a GPU's memory."""

@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
-from clipgen.data.images import unit_hash
-from clipgen.weights.checkpoint import whole_file
+from clipgen.data.images import hashed_seed
+from clipgen.files import atomic_write
 
 
 def checkpoints(folder: str | Path, monitor: str, every_n_steps: int) -> list[pl.Callback]:
@@ -35,7 +35,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial, partial.open("wb") as file:
+        with atomic_write(path) as partial, partial.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch's own complaint hides what the system said
@@ -142,4 +142,4 @@ class StepSeeds(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         place = f"{self.seed} {trainer.fit_loop.epoch_loop.total_batch_idx} {trainer.global_rank}"
-        torch.manual_seed(int(unit_hash(place) * 2**48))
+        torch.manual_seed(hashed_seed(place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,6 +22,9 @@ from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 from clipgen.weights import hfailab, language
 from clipgen.weights.safe import below
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ConditionalTransformer(pl.LightningModule):
@@ -129,7 +132,7 @@ class ConditionalTransformer(pl.LightningModule):
         Returns:
             (B, T) int64.
         """
-        sampling.check_sampling(temperature, top_k, top_p, guidance_scale)
+        sampling.check_sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
         rows, net = len(clip_embedding), self.network
         condition = net.condition(clip_embedding)
         if guidance_scale != 1:
@@ -257,7 +260,7 @@ class ConditionalTransformer(pl.LightningModule):
         return files.save_folder(path, type(self).__name__, dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path) -> ConditionalTransformer:
+    def load(cls, path: str | Path) -> Self:
         """Load a model folder, a run folder or a checkpoint of stage 2, in evaluation mode."""
         arguments, state = files.load(path, cls.__name__)
         if not below("ema.", state):  # a folder holds one network, and nobody shall pay for a second
@@ -292,7 +295,7 @@ class ConditionalTransformer(pl.LightningModule):
         return self
 
     @classmethod
-    def from_hfailab(cls, checkpoint: str | Path, n_head: int | None = None) -> ConditionalTransformer:
+    def from_hfailab(cls, checkpoint: str | Path, n_head: int | None = None) -> Self:
         """Load ``gpt_*.pt`` of HFAiLab/clip-gen, in evaluation mode.
 
         Args:

@@ -21,10 +21,11 @@ from clipgen.weights import checkpoint as files
 from clipgen.weights import hfailab, taming
 from clipgen.weights.safe import below
 
-NETWORK = (  # the arguments that decide which weights fit
+TOKENIZER = (  # the arguments that decide, with the weights, what images become
     "quantizer", "codebook_size", "codebook_dim", "levels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
-    "resolution", "z_channels", "patch_size", "mid_attention", "local_encoder", "norm_eps", "ndf", "n_layers",
+    "resolution", "z_channels", "patch_size", "mid_attention", "local_encoder", "norm_eps",
 )  # fmt: skip
+NETWORK = (*TOKENIZER, "ndf", "n_layers")  # those that decide which weights fit
 PARTS = ("discriminator.", "lpips.")  # what a model folder may hold beside the tokenizer
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from clipgen.weights.checkpoint import whole_file
+from clipgen.files import atomic_write
 
 Curve = list[tuple[int, float]]
 
@@ -41,7 +41,7 @@ def plot(found: dict[str, dict[str, Curve]], metrics: list[str], path: Path) -> 
             axis.plot(*zip(*curve[metric]), label=name, marker=".")
         axis.set(title=f"val/{metric}", xlabel="step")
         axis.legend()
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
 
 

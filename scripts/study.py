@@ -38,8 +38,9 @@ from clipgen.evaluation.evaluate import evaluate, table
 from clipgen.evaluation.features import Features, feature_extractor
 from clipgen.evaluation.measure import Measure
 from clipgen.evaluation.sources import Draw, Drawn, RealImages, drawing
+from clipgen.files import atomic_write
 from clipgen.images import grid, save_png, to_pil
-from clipgen.weights.checkpoint import fingerprint, whole_file
+from clipgen.weights.checkpoint import fingerprint
 
 # The papers' rates belong to budgets a thousand times ours: here each recipe has the one that suits its optimizer.
 PAPER = ["optimizer=adamw", "learning_rate=1e-3", "betas=[0.9,0.999]", "weight_decay=0", "schedule=constant",
@@ -313,7 +314,7 @@ def main() -> None:
 
 def write(path: Path, text: str) -> None:
     """The table so far."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
     print(text, flush=True)
 

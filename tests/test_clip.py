@@ -211,6 +211,21 @@ def test_unknown_names_and_weights(name, tag, message):
         FrozenCLIP(name, tag)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("shapes", ("shapes", None)),
+        ("ViT-B-32-quickgelu:openai", ("ViT-B-32-quickgelu", "openai")),
+        ("hf-hub:laion/CLIP-ViT-B-32", ("hf-hub:laion/CLIP-ViT-B-32", None)),
+    ],
+)
+def test_names_of_command_lines(monkeypatch, name, expected):
+    asked = []
+    monkeypatch.setattr(FrozenCLIP, "__init__", lambda self, *arguments: asked.append(arguments))
+    FrozenCLIP.named(name)
+    assert asked == [expected]
+
+
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no open_clip_config\.json"):
         FrozenCLIP(str(tmp_path))

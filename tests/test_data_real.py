@@ -690,15 +690,14 @@ def test_module_arguments() -> None:
     dataset = TensorDataset(torch.zeros(6, 3, 8, 8))
     for options, message in [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"batch_size": 7}, "batch_size must be at most 6, the training images a device, got 7"),
+        ({"batch_size": 7}, "batch_size must be at most 6, the training images, got 7"),
         ({"batch_size": 2, "num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"batch_size": 2, "val_batch_size": 0}, "val_batch_size must be at least 1, got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             ImageData(dataset, None, **options)
-    data = ImageData(dataset, dataset, batch_size=4, val_batch_size=5)
+    data = ImageData(dataset, dataset, batch_size=4)
     assert len(data.train_dataloader()) == 1  # full batches only
-    assert [len(batch[0]) for batch in data.val_dataloader()] == [5, 1]
+    assert [len(batch[0]) for batch in data.val_dataloader()] == [4, 2]
     assert ImageData(dataset, None, batch_size=4).val_dataloader() == []
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from test_data_real import make_tar
 
 from clipgen import encoding
+from clipgen.cli.machine import best_device, rank_and_world_size
 from clipgen.data.encoded import EncodedData, EncodedDataset, class_names, read_manifest
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
@@ -119,7 +120,18 @@ def test_the_share_of_a_process(monkeypatch, environment, expected):
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert encoding.share() == expected
+    assert rank_and_world_size() == expected
+
+
+@pytest.mark.parametrize(("local", "expected"), [(None, "cuda:0"), ("0", "cuda:0"), ("3", "cuda:3"), ("5", "cuda:1")])
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, local, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    assert best_device() == expected
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])
@@ -154,14 +166,37 @@ def test_another_source_or_model_does_not_go_into_the_same_cache(encode, cache, 
 
 def test_identities(tmp_path, tiny_vqgan, fit):
     """One for each set of weights, whatever file holds them."""
-    mine = encoding.vqgan_identity(tiny_vqgan.tokenizer.state_dict())
+    mine = encoding.vqgan_identity(tiny_vqgan)
     assert encoding.saved_identity(tiny_vqgan.save(tmp_path / "folder", training=True)) == mine
     averaged = VQGAN(**VQGAN_SIZES, ema_decay=0.5)
     fit(averaged, 2, batch=4).save_checkpoint(tmp_path / "last.ckpt")
     saved = encoding.saved_identity(tmp_path / "last.ckpt")
-    assert saved == encoding.vqgan_identity(averaged.eval().tokenizer.state_dict()) != mine
+    assert saved == encoding.vqgan_identity(averaged.eval()) != mine
     assert encoding.clip_identity("ViT-B-32-quickgelu", "openai") == "ViT-B-32-quickgelu openai"
     assert re.fullmatch("[0-9a-f]{16}", encoding.clip_identity("shapes", None))
+
+
+def test_identities_tell_apart_what_the_weights_do_not():
+    """Two orders of the same levels: the same weights, other indices."""
+    first = VQGAN(
+        **VQGAN_SIZES | dict(quantizer="fsq", codebook_size=96, codebook_dim=3, levels=[3, 8, 4], revive_after=0)
+    )
+    second = VQGAN(
+        **VQGAN_SIZES | dict(quantizer="fsq", codebook_size=96, codebook_dim=3, levels=[8, 3, 4], revive_after=0)
+    )
+    second.load_tokenizer(first.tokenizer.state_dict())
+    assert encoding.vqgan_identity(first) != encoding.vqgan_identity(second)
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_a_clip_is_known_by_its_weights_not_by_its_place(tmp_path, name):
+    found = []
+    for place, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "open_clip_config.json").write_text("{}")
+        (tmp_path / place / name).write_bytes(weights)
+        found.append(encoding.clip_identity(str(tmp_path / place), None))
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_data_module(cache):
@@ -410,7 +445,7 @@ def test_a_cache_without_labels_says_so(cache):
         EncodedData(cache, batch_size=1, condition="text")
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.json", '["a cat", "a dog"]'), ("a.txt", "a cat\n\n a dog \n")])
+@pytest.mark.parametrize(("name", "text"), [("a.json", '["a cat", "a dog"]'), ("a.txt", "\ufeffa cat\n\n a dog \n")])
 def test_names_of_classes(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert read_names(tmp_path / name) == ["a cat", "a dog"]
@@ -421,8 +456,3 @@ def test_names_that_are_none(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a.json must hold a .*list of class names"):
         read_names(tmp_path / "a.json")
-
-
-def test_a_cache_of_before_goes_on(call, encoded):
-    """Keys that came later are in its settings only where they are used."""
-    assert set(read_manifest(encoded)["source"]) == {"_target_", "train_size", "val_size", "image_size", "seed"}

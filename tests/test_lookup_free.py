@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import VQGAN_SIZES
 
 from clipgen.nets.autoencoder import QUANTIZERS, make_quantizer
 from clipgen.nets.lookup_free import FSQ, LFQ
@@ -133,3 +134,10 @@ def test_each_trains_within_the_vqgan(kind, fit):
 def test_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_quantizer(*arguments)
+
+
+def test_what_only_a_learned_codebook_knows_is_refused():
+    with pytest.raises(
+        ValueError, match="quantizer 'lfq' does not move its codes: leave out revive_after=5, kmeans_iters=10"
+    ):
+        VQGAN(**VQGAN_SIZES | dict(quantizer="lfq", codebook_size=16, codebook_dim=4, kmeans_iters=10))

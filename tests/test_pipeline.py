@@ -89,6 +89,16 @@ def test_reranking_returns_the_highest_scores(pipe):
     assert best != [0, 1, 2]
 
 
+def test_reranking_asks_for_the_sentence_itself(pipe):
+    """Not for where the bridge moves it: pictures are drawn from there, and compared with what was said."""
+    pipe.bridge = Bridge(shift=5 * torch.nn.functional.normalize(torch.randn(64), dim=0))
+    images = pipe.generate(pipe.embed(PROMPT).expand(12, -1), 0)
+    scores = pipe.clip_scores(images, pipe.clip.encode_text([PROMPT]).expand(12, -1))
+    assert torch.allclose(scores, (pipe.clip.encode_image(images) @ pipe.clip.encode_text([PROMPT]).T)[:, 0])
+    chosen = pipe(PROMPT, num_images=3, rerank_from=12, seed=0)
+    assert [picture.info["seed"] for picture in chosen] == scores.argsort(descending=True)[:3].tolist()
+
+
 def test_gradients_and_modes_are_left_alone(pipe):
     pipe(PROMPT, rerank_from=2)
     for part in (pipe.vqgan, pipe.transformer, pipe.clip):
@@ -368,6 +378,11 @@ def test_a_mixtures_weights(pipe):
 def test_what_is_no_prompt(pipe, prompt):
     with pytest.raises(TypeError, match="prompt must be a sentence, a mixture, a picture or an embedding, got"):
         pipe(prompt)
+
+
+def test_an_embedding_is_one_vector(pipe):
+    with pytest.raises(ValueError, match=r"an embedding must be \(64,\), got \(2, 32\)"):
+        pipe(torch.randn(2, 32))
 
 
 def test_another_bridge_is_another_model(pipe, tmp_path):

@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from commands import Call, command, interrupt_at
 from conftest import VQGAN_SIZES
 from PIL import Image
 
+from clipgen.data.module import ImageData
 from clipgen.data.order import Order
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
@@ -227,6 +229,38 @@ def test_a_pass_has_every_item_once_at_most_and_passes_differ():
 def test_ranks_share_a_pass():
     first, second = (taken(16, 8, batch_size=4, rank=rank, world_size=2) for rank in range(2))
     assert sorted(first + second) == list(range(16))
+
+
+class Seen(pl.LightningModule):
+    """Notes the first item of each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.items = torch.nn.Parameter(torch.zeros(1)), []
+
+    def training_step(self, batch, batch_idx):
+        self.items.append(int(batch["images"][0]))
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_a_limited_pass_begins_where_the_last_ended(tmp_path):
+    """Workers fetch more items than ``limit_train_batches`` lets be used: those come next, resumed or not."""
+    items = [{"images": torch.tensor(number)} for number in range(60)]
+
+    def run(workers: int, epochs: int, ckpt: Path | None = None) -> list[int]:
+        quiet: dict = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                           enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, limit_train_batches=5, **quiet)
+        trainer.fit(module := Seen(), ImageData(items, None, 1, workers), ckpt_path=ckpt)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module.items
+
+    straight = run(0, 3)
+    assert len(set(straight)) == 15 and run(2, 3) == straight
+    assert run(2, 2) + run(2, 3, tmp_path / "last.ckpt") == straight
 
 
 def test_too_few_items_are_refused():

@@ -78,7 +78,6 @@ class LabelConditioned:
         """Load a run folder of ``clipgen-train stage=transformer data=encoded data.condition=label``, or a checkpoint
         inside one."""
         transformer = LabelTransformer.load(path)
-        assert isinstance(transformer, LabelTransformer)
         return cls(VQGAN.load(run_folder(path)), transformer, **settings)
 
     def to(self, device: str | torch.device) -> LabelConditioned:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipgen.baselines.generators import Generator
 from clipgen.clip import FrozenCLIP
-from clipgen.data.images import unit_hash
+from clipgen.data.images import hashed_seed
 
 TEMPLATE = "An image of {label}"  # the paper's
 KS = (1, 10, 20, 50, 100, 1000)  # the paper's
@@ -109,7 +109,7 @@ def draws(noise_dim: int, chosen: Tensor, count: int, key: str) -> tuple[Tensor,
     """z ~ N(0, I) (count, noise_dim) and y ~ Uniform(chosen) (count,), each pair from a seed of its own."""
     noise, classes = torch.empty(count, noise_dim), torch.empty(count, dtype=torch.int64)
     for b in range(count):
-        generator = torch.Generator().manual_seed(int(unit_hash(f"{key} {b}") * 2**48))
+        generator = torch.Generator().manual_seed(hashed_seed(f"{key} {b}"))
         classes[b] = chosen[int(torch.rand((), generator=generator, dtype=torch.float64) * len(chosen))]
         noise[b] = torch.randn(noise_dim, generator=generator)
     return noise, classes

@@ -8,14 +8,13 @@ clipgen-baseline label --checkpoint RUN --label dog
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded
-from clipgen.cli.output import output_folder
-from clipgen.cli.sample import best_device, slug
+from clipgen.cli.machine import best_device
+from clipgen.cli.output import output_folder, slug
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -275,7 +274,7 @@ def keep_all(args: argparse.Namespace, found: Found, name: str) -> None:
 
 def write_table(rows: list[Row], args: argparse.Namespace) -> None:
     """Print Tables 1 and 2 and write them, with the curves of Figure 2, to ``search.json``."""
-    from clipgen.weights.checkpoint import whole_file
+    from clipgen.files import write_json
 
     print(f"{'k':>5}  best CLIP score    images needed")
     for row in rows:
@@ -289,8 +288,7 @@ def write_table(rows: list[Row], args: argparse.Namespace) -> None:
         "threshold": args.threshold,
         "rows": [{"k": r.k, "best": r.best, "needed": r.needed, "curve": r.curve.tolist()} for r in rows],
     }  # fmt: skip
-    with whole_file(args.output / "search.json") as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(args.output / "search.json", report)
     print(args.output / "search.json")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +120,7 @@ def draw_losses(files: list[Path], path: Path) -> None:
     """Training and validation curves of both stages."""
     import matplotlib
 
-    from clipgen.weights.checkpoint import whole_file
+    from clipgen.files import atomic_write
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -136,23 +135,22 @@ def draw_losses(files: list[Path], path: Path) -> None:
             axis.plot(*zip(*points), label=name, marker="o" if name.startswith("val") else None)
         axis.set(title=f"stage={file.parent.name}", xlabel="step", yscale="log")
         axis.legend()
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 
 def report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], settings: dict[str, Any]) -> None:
     """Write report.json and print a short table."""
-    from clipgen.weights.checkpoint import whole_file
+    from clipgen.files import read_json, write_json
 
-    versions = json.loads((output / "transformer" / "versions.json").read_text())
+    versions = read_json(output / "transformer" / "versions.json")
     content = {
         "accuracy": accuracy,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
         "versions": versions,
         "settings": settings,
     }
-    with whole_file(output / "report.json") as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(output / "report.json", content)
     print(f"\n{PROMPTS} sentences, none seen in training; part of the pictures that the judge finds right:")
     for name in ("all", "shape", "color", "size", "background"):
         print(f"  {name:<11} {accuracy[name]:6.1%}")

@@ -53,7 +53,7 @@ def encode(config: DictConfig) -> None:
 
     from clipgen import VQGAN, encoding
     from clipgen.cli.config import make
-    from clipgen.cli.sample import best_device
+    from clipgen.cli.machine import best_device, rank_and_world_size
 
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"clipgen-encode needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
@@ -64,12 +64,9 @@ def encode(config: DictConfig) -> None:
         model.to(config.device or best_device())
     source = OmegaConf.to_container(config.data)
     assert isinstance(source, dict)
-    leave_out = ["batch_size", "num_workers", "shuffle"]
-    leave_out += [
-        key for key in ("labels", "class_names", "held_out") if not source.get(key)
-    ]  # caches that were made before
+    leave_out = ("batch_size", "num_workers", "shuffle")  # they change no byte of the cache
     settings = {"source": {k: v for k, v in source.items() if k not in leave_out}}
-    rank, world_size = encoding.share()
+    rank, world_size = rank_and_world_size()
     whole = encoding.encode(
         config.output, data, vqgan, clip, settings, augmentations=config.augmentations, shard_size=config.shard_size,
         batch_size=config.batch_size, rank=rank, world_size=world_size,

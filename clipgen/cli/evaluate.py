@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded, rate_bar
+from clipgen.cli.machine import best_device, rank_and_world_size
 from clipgen.cli.output import output_folder
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def run() -> None:
     """Check what can be checked, evaluate, print the row."""
     args = parser().parse_args()
     from clipgen.evaluation.evaluate import METRICS, table
-    from clipgen.weights.checkpoint import whole_file
+    from clipgen.files import atomic_write
 
     check(args)
     with output_folder(args.output, keep="parts/part-*.npz"):
@@ -87,7 +88,7 @@ def run() -> None:
             return
         name = args.name or args.checkpoint or args.vqgan or str(args.images)
         row = table([(name, found)], args.features, args.captioner or "")
-        with whole_file(args.output / "row.md") as partial:
+        with atomic_write(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
     print(f"{row}\nHow it was measured: {args.output / METRICS}")
 
@@ -115,7 +116,6 @@ def check(args: argparse.Namespace) -> None:
 def judged(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of pictures."""
     from clipgen.data.shapes import parse
-    from clipgen.encoding import share
     from clipgen.evaluation.evaluate import METRICS, evaluate, refuse_other
 
     refuse_other(args.output / METRICS, {"vqgan": None})
@@ -128,7 +128,7 @@ def judged(args: argparse.Namespace) -> dict[str, float] | None:
         raise ValueError("there is nothing to measure: give --features, --clip, --captioner or --judge")
     reference = compared(args, size)
     with rate_bar("images", sum(len(piece) for piece in source.pieces)) as advance:
-        return evaluate(args.output, source, measure, reference, advance=advance, share=share())
+        return evaluate(args.output, source, measure, reference, advance=advance, share=rank_and_world_size())
 
 
 def compared(args: argparse.Namespace, size: int) -> Any:
@@ -155,7 +155,6 @@ def sentences(args: argparse.Namespace) -> list[Any]:
 
 def drawn(args: argparse.Namespace) -> tuple[Source, int]:
     """A model's images, and their size."""
-    from clipgen.cli.sample import best_device
     from clipgen.evaluation.captions import choose
     from clipgen.evaluation.sources import Drawn, drawing
     from clipgen.pipeline import TextToImage
@@ -184,14 +183,13 @@ def pictures(args: argparse.Namespace) -> tuple[Source, int]:
 def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
     """The networks that measure, on their device."""
     from clipgen import FrozenCLIP
-    from clipgen.cli.sample import best_device
     from clipgen.evaluation.captioner import captioner
     from clipgen.evaluation.features import feature_extractor
     from clipgen.evaluation.measure import Measure
 
     device = args.device or best_device()
     names = args.clip or (["ViT-B-32-quickgelu:openai"] if with_captions else [])
-    clips = {name: FrozenCLIP(*(name.split(":", 1) + [None])[:2]).to(device) for name in names if name != "none"}
+    clips = {name: FrozenCLIP.named(name).to(device) for name in names if name != "none"}
     features = None if args.features == "none" else feature_extractor(args.features).to(device)
     classes = [caption for _, caption in sentences(args)] if args.classes else []
     if features is None or features.num_classes != len(classes):
@@ -209,7 +207,6 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from torch.utils.data import DataLoader
 
     from clipgen import VQGAN
-    from clipgen.cli.sample import best_device
     from clipgen.encoding import vqgan_identity
     from clipgen.evaluation.evaluate import METRICS, refuse_other, write
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
@@ -230,7 +227,7 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
                          devices=1 if device.index is None else [device.index], callbacks=[metrics], logger=False,
                          enable_checkpointing=False, enable_model_summary=False,
                          enable_progress_bar=sys.stderr.isatty(), default_root_dir=args.output)  # fmt: skip
-    protocol = {"vqgan": vqgan_identity(vqgan.tokenizer.state_dict()), "features": metrics.features,
+    protocol = {"vqgan": vqgan_identity(vqgan), "features": metrics.features,
                 "reference": images.identity}  # fmt: skip
     refuse_other(args.output / METRICS, protocol)
     (logged,) = trainer.validate(vqgan, DataLoader(images.dataset, args.batch_size), verbose=False)

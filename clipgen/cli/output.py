@@ -1,7 +1,8 @@
-"""The folder that a command writes to: checked before the work, and gone again where the work comes to nothing."""
+"""Where a command writes to: file names, and a folder that is checked before the work and removed if it fails."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,3 +42,8 @@ def check_writable(folder: Path) -> None:
             file.write(b"0")
     except OSError as error:
         raise OSError(f"output must be a folder that can be written to, got {folder}: {error.strerror}") from error
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name, of which systems take 255 bytes."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode()[:100].decode(errors="ignore")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded, rate_bar
-from clipgen.cli.output import output_folder
+from clipgen.cli.machine import best_device
+from clipgen.cli.output import output_folder, slug
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -224,20 +224,6 @@ def newest_run(outputs: Path) -> str | None:
     """The stage-2 run that finished last, below a folder of runs."""
     finished = sorted(outputs.rglob("transformer/config.json"), key=lambda file: file.stat().st_mtime)
     return str(finished[-1].parent.parent) if finished else None
-
-
-def best_device() -> str:
-    """The fastest device of this machine."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def slug(prompt: str) -> str:
-    """A prompt as part of a file name, of which systems take 255 bytes."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode()[:100].decode(errors="ignore")
 
 
 if __name__ == "__main__":

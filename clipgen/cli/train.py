@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -264,11 +263,12 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
     from clipgen.cli.config import as_yaml
+    from clipgen.files import write_json
     from clipgen.frozen import copy_frozen, save_frozen
 
     (output / "config.yaml").write_text(as_yaml(config))
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    (output / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    write_json(output / "versions.json", versions)
     if isinstance(model, ConditionalTransformer):
         if is_encoded(config):
             copy_frozen(Path(config.data.root).expanduser(), output)

@@ -8,7 +8,6 @@ The folder above holds ``manifest.json``, and the frozen models as a run folder 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipgen.data.order import Order
+from clipgen.files import read_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
@@ -49,15 +49,6 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
     if "images" not in manifest:
         raise ValueError(f"the encoded cache {root} is not finished; the same clipgen-encode command goes on with it")
     return manifest
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a manifest says; ValueError with its name where it is damaged."""
-    try:
-        found: dict[str, Any] = dict(json.loads(path.read_text()))
-        return found
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def open_shard(path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipgen.data.ahead import ahead
-from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, check_header, decode_image, unit_hash
+from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, check_header, decode_image, hashed_seed, unit_hash
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import train_transform, val_transform
 
@@ -113,7 +113,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         return filter(None, ahead(load, items))
 
     def _generator(self, turn: int, item: int) -> torch.Generator:
-        return torch.Generator().manual_seed(int(unit_hash(f"{self.seed} {turn} {item}") * 2**48))
+        return torch.Generator().manual_seed(hashed_seed(f"{self.seed} {turn} {item}"))
 
     def summary(self) -> None:
         """Log how many images were used and skipped, if that has changed since it was last logged."""

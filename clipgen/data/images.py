@@ -78,6 +78,11 @@ def unit_hash(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
+def hashed_seed(text: str) -> int:
+    """A seed in [0, 2**48) that follows from a text, the same on every machine."""
+    return int(unit_hash(text) * 2**48)
+
+
 class Tally:
     """Counts used and skipped images of one source, for all DataLoader workers together.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipgen.data.shapes import BACKGROUNDS, COLORS, RADII, SHAPES, Attributes, rgb, silhouettes
 
+ATTRIBUTES = ("shape", "color", "size", "background")
 NOTHING = "nothing"  # the judge's word where an image shows no silhouette that it knows
 MIN_OVERLAP = 0.7  # intersection over union under which a silhouette is no known shape
 
@@ -40,13 +41,16 @@ def judge(images: Tensor) -> list[Attributes]:
     ]
 
 
+def matches(images: Tensor, expected: Sequence[Attributes]) -> Tensor:
+    """Whether images (B, 3, H, H) show what is expected, (B, 5) bool: all attributes at once, then each alone."""
+    pairs = zip(judge(images), expected, strict=True)
+    each = torch.tensor([[getattr(f, name) == getattr(e, name) for name in ATTRIBUTES] for f, e in pairs])
+    return torch.cat([each.all(dim=1, keepdim=True), each], dim=1)
+
+
 def accuracy(images: Tensor, expected: Sequence[Attributes]) -> dict[str, float]:
-    """Part of the images (B, 3, H, H) that show what is expected: each attribute alone, and ``all`` at once."""
-    found = judge(images)
-    names = ("shape", "color", "size", "background")
-    right = {n: [getattr(f, n) == getattr(e, n) for f, e in zip(found, expected, strict=True)] for n in names}
-    right["all"] = [all(columns) for columns in zip(*right.values())]
-    return {name: sum(hits) / len(hits) for name, hits in right.items()}
+    """Part of the images (B, 3, H, H) that show what is expected: ``all`` attributes at once, and each alone."""
+    return dict(zip(("all", *ATTRIBUTES), matches(images, expected).double().mean(dim=0).tolist()))
 
 
 def nearest(colors: Tensor, names: dict[str, tuple[int, int, int]]) -> list[str]:

@@ -22,7 +22,6 @@ class ImageData(pl.LightningDataModule):
         val: validation dataset, or None.
         batch_size: images in a batch, on each device.
         num_workers: processes that load data; 0 loads in the main process.
-        val_batch_size: images in a validation batch; None stands for `batch_size`.
         seed: of the order and of the random crops.
 
     Raises:
@@ -35,26 +34,22 @@ class ImageData(pl.LightningDataModule):
         val: Dataset[Any] | None,
         batch_size: int,
         num_workers: int = 0,
-        val_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         _require("batch_size", batch_size, 1)
         _require("num_workers", num_workers, 0)
-        _require("val_batch_size", batch_size if val_batch_size is None else val_batch_size, 1)
         self.train = train
         self.val = val
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.val_batch_size = val_batch_size or batch_size
         self.seed = seed
-        self._require_one_batch(world_size=1)
+        if not isinstance(train, IterableDataset) and len(train) < batch_size:  # type: ignore[arg-type]
+            raise ValueError(f"batch_size must be at most {len(train)}, the training images, got {batch_size}")  # type: ignore[arg-type]
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Make the loader of shuffled, full batches; without end if the dataset is."""
-        world_size = self.trainer.world_size if self.trainer else 1
         rank = self.trainer.global_rank if self.trainer else 0
-        self._require_one_batch(world_size)
         stream = isinstance(self.train, IterableDataset)
         sampler = None if stream else Order.of(self.trainer, self.train, self.batch_size, self.seed)
         if stream and self.trainer and hasattr(self.train, "resume"):
@@ -62,36 +57,29 @@ class ImageData(pl.LightningDataModule):
             epoch, batches = divmod(done, limit) if isinstance(limit, int) else (0, done)  # streams have no other end
             self.train.resume(epoch, batches, self.batch_size)
         generator = torch.Generator().manual_seed(self.seed + rank)
-        return self._loader(self.train, self.batch_size, sampler=sampler, drop_last=True, generator=generator)
+        return self._loader(self.train, sampler=sampler, drop_last=True, generator=generator)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Make the loader of all validation images in order, or none at all."""
         if self.val is None:
             return []
-        return self._loader(self.val, self.val_batch_size)
+        return self._loader(self.val)
 
     def teardown(self, stage: str) -> None:
-        """Let the datasets that can log a summary do so, and close those that can be closed."""
+        """Let the datasets that count skipped images log the counts."""
         for dataset in (self.train, self.val):
-            for method in ("summary", "close"):
-                getattr(dataset, method, lambda: None)()
+            if summary := getattr(dataset, "summary", None):
+                summary()
 
-    def _loader(self, dataset: Dataset[Any], batch_size: int, **options: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
-            batch_size,
+            self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-
-    def _require_one_batch(self, world_size: int) -> None:
-        if isinstance(self.train, IterableDataset):
-            return
-        share = len(self.train) // world_size  # type: ignore[arg-type]
-        if share < self.batch_size:
-            raise ValueError(f"batch_size must be at most {share}, the training images a device, got {self.batch_size}")
 
 
 def _require(name: str, value: int, least: int) -> None:

@@ -47,13 +47,16 @@ class Order(DistributedSampler[Any]):
             raise ValueError(f"batch_size must be at most {at_most}, the training images a device, got {batch_size}")
         self.counts_passes = getattr(dataset, "counts_passes", False)
         self.had = start * batch_size  # items, over all passes
+        self.trainer: Any = None
 
     @classmethod
     def of(cls, trainer: Any, dataset: Dataset[Any], batch_size: int, seed: int) -> Order:
         """For a Lightning run, from the step at which it stands; without a trainer, from the first."""
         if trainer is None:
             return cls(dataset, batch_size, seed)
-        return cls(dataset, batch_size, seed, trainer.global_rank, trainer.world_size, batches_done(trainer))
+        order = cls(dataset, batch_size, seed, trainer.global_rank, trainer.world_size)
+        order.trainer = trainer
+        return order
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
@@ -62,6 +65,8 @@ class Order(DistributedSampler[Any]):
         """Lightning's own count, which starts anew where a run is resumed in the middle of a pass: not needed."""
 
     def __iter__(self) -> Iterator[Any]:
+        if self.trainer is not None:  # workers fetch ahead, and trainer.limit_train_batches leaves that unused
+            self.had = batches_done(self.trainer) * self.batch_size
         turn, done = divmod(self.had, len(self))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
         order = torch.randperm(self.size, generator=generator)[: len(self) * self.num_replicas]

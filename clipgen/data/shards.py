@@ -26,9 +26,10 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from webdataset.utils import pytorch_worker_info
 
 from clipgen.data.ahead import ahead
-from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image, unit_hash
+from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image, hashed_seed
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import Transform, train_transform, val_transform
+from clipgen.prompts import read_text
 
 # So many unusable images on end, none usable between them, are no accident.
 _PATIENCE = 1_000
@@ -146,7 +147,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
                 self.tally.skip(_name(sample), error)
                 return None
             seeds = [f"{self.seed} {os.path.basename(url)} {turn} {number}" for turn in range(count)]
-            generators = [torch.Generator().manual_seed(int(unit_hash(seed) * 2**48)) for seed in seeds]
+            generators = [torch.Generator().manual_seed(hashed_seed(seed)) for seed in seeds]
             return torch.stack([crop(image, generator) for generator in generators]), label
 
         return filter(None, ahead(load, enumerate(self._read(url))))
@@ -254,7 +255,7 @@ def read_names(path: str | Path) -> list[str]:
     Raises:
         ValueError: the file holds neither.
     """
-    text = Path(path).expanduser().read_text(encoding="utf-8")
+    text = read_text(Path(path).expanduser())
     try:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         names = json.loads(text) if str(path).endswith(".json") else lines

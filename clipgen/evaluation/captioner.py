@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.evaluation.features import import_function
+from clipgen.files import one_line
 from clipgen.images import to_bytes
 
 BLIP = "Salesforce/blip-image-captioning-base"
@@ -30,10 +31,9 @@ def captioner(name: str) -> Captioner:
     try:
         return Blip(rest or BLIP) if kind == "blip" else import_function(kind, rest)
     except Exception as error:  # no network, no such folder or module: the way out is the same
-        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"captioner {name!r} cannot be had ({reason}): go online once, or name a folder (blip:FOLDER) or "
-            "module:function"
+            f"captioner {name!r} cannot be had ({one_line(error, 300)}): go online once, or name a folder "
+            "(blip:FOLDER) or module:function"
         ) from error
 
 

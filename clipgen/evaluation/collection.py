@@ -22,8 +22,8 @@ from zipfile import BadZipFile
 import numpy as np
 from torch import Tensor
 
+from clipgen.files import atomic_write, read_json, write_json
 from clipgen.images import to_bytes
-from clipgen.weights.checkpoint import whole_file
 
 KEY = "key"
 IDENTITY = "identity.json"
@@ -52,7 +52,7 @@ class Collection:
     @property
     def identity(self) -> dict[str, Any]:
         """What was measured, and how."""
-        return read_identity(self.folder / IDENTITY)
+        return read_json(self.folder / IDENTITY)
 
     @property
     def parts(self) -> list[Path]:
@@ -136,11 +136,9 @@ def begin(folder: Path, identity: dict[str, Any]) -> None:
     path, wanted = folder / IDENTITY, json.loads(json.dumps(identity))
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(wanted, indent=2) + "\n")
+        write_json(path, wanted)
         return
-    found = read_identity(path)
-    check_same(folder, found, wanted)
+    check_same(folder, read_json(path), wanted)
 
 
 def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -149,15 +147,6 @@ def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
         got, asked = (str(each.get(key))[:200] for each in (found, wanted))
         if found.get(key) != wanted.get(key):
             raise ValueError(f"{folder} was measured with {key}={got}, not {asked}: name another")
-
-
-def read_identity(path: Path) -> dict[str, Any]:
-    """What a folder says that it holds."""
-    try:
-        found: dict[str, Any] = dict(json.loads(path.read_text()))
-        return found
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} does not say what was measured: {error}") from error
 
 
 def columns_of(path: Path) -> set[str]:
@@ -205,5 +194,5 @@ def write_part(path: Path, batches: Iterable[Columns]) -> None:
     """Write a part, whole or not at all."""
     found = list(batches)
     columns = {name: np.concatenate([batch[name] for batch in found]) for name in (found[0] if found else ())}
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, **(columns or {KEY: np.empty(0, np.uint64)}))  # type: ignore[arg-type]

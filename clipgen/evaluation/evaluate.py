@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clipgen.evaluation.collection import Advance, Collection, Source, check_same, collect, read_identity
+from clipgen.evaluation.collection import Advance, Collection, Source, check_same, collect
 from clipgen.evaluation.measure import Measure, summary
-from clipgen.weights.checkpoint import whole_file
+from clipgen.files import read_json, write_json
 
 LABELS = {
     "is_mean": "IS ↑", "fid_0": "FID-0 ↓", "fid_1": "FID-1 ↓", "fid_2": "FID-2 ↓", "kid_mean": "KID ↓",
@@ -84,7 +84,7 @@ def refuse_other(path: Path, protocol: Mapping[str, Any]) -> None:
     """Raise ValueError where ``path`` holds the numbers of another protocol, as far as this one says: they would be
     lost."""
     if path.is_file():
-        found = read_identity(path).get("protocol", {})
+        found = read_json(path).get("protocol", {})
         check_same(path.parent, {key: found.get(key) for key in protocol}, protocol)
 
 
@@ -92,8 +92,7 @@ def write(path: Path, found: Mapping[str, float], protocol: Mapping[str, Any]) -
     """The numbers, and all that must be known to compare them with others."""
     versions = {name: version(name) for name in ("clipgen", "torch", "pillow")}
     content = {"metrics": dict(found), "protocol": dict(protocol), "versions": versions}
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, float]]], features: str = "", captioner: str = "") -> str:

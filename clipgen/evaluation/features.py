@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from clipgen.clip import FrozenCLIP
+from clipgen.files import one_line
 from clipgen.images import to_bytes
 from clipgen.weights.checkpoint import fingerprint
 
@@ -72,8 +73,7 @@ def feature_extractor(name: str) -> Features:
     if not rest:
         raise ValueError(f"features must be {KINDS}, got {name!r}")
     if kind == "clip":
-        model, _, tag = rest.partition(":")
-        clip = FrozenCLIP(model, tag or None)
+        clip = FrozenCLIP.named(rest)
         return Features(clip.encode_image, f"{name} {fingerprint(clip.state_dict())}")
     if kind in ("torchvision", "timm"):
         model, _, weights = rest.partition(":")
@@ -119,7 +119,7 @@ def inception(name: str, clean: bool, weights: str | None) -> Features:
         network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
     except Exception as error:  # the package, its download or the file is missing: the way out is the same
         raise ValueError(
-            f"features {name!r} need torch-fidelity and its weights ({' '.join(str(error).split())}): pip install "
+            f"features {name!r} need torch-fidelity and its weights ({one_line(error)}): pip install "
             '"clipgen[eval]" and go online once, or name a file, inception:FILE, or other features: '
             "clip:MODEL[:TAG], module:function"
         ) from error
@@ -170,8 +170,7 @@ def classifier_features(name: str, load: Load, model: str, weights: str) -> Feat
     try:
         network, preprocess = load(model, weights)
     except Exception as error:  # an unknown name, no network, a file of something else
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"features {name!r} cannot be had: {reason}") from error
+        raise ValueError(f"features {name!r} cannot be had: {one_line(error, 300)}") from error
     identity = f"{name.split(':')[0]}:{model} {fingerprint(network.state_dict())}"
     return Features(Classifier(network, preprocess), identity)
 

@@ -23,7 +23,6 @@ from clipgen.images import from_pil, to_pil
 from clipgen.weights.checkpoint import fingerprint
 
 logger = logging.getLogger(__name__)
-ATTRIBUTES = ("all", "shape", "color", "size", "background")
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Measure:
         if self.captioner:
             columns["caps"] = torch.tensor(caption_scores(self.captioner, images, captions), dtype=torch.float64)
         if self.shapes:
-            columns["judge"] = torch.tensor(judged(images, captions))
+            columns["judge"] = judge.matches(images, [parse(caption) for caption in captions])
         return {name: values.cpu().numpy() for name, values in columns.items()}
 
 
@@ -109,16 +108,6 @@ def blurred(images: Tensor, radius: int) -> Tensor:
         return images
     blur = ImageFilter.GaussianBlur(radius)
     return torch.cat([from_pil(picture.filter(blur)) for picture in to_pil(images)]).to(images.device)
-
-
-def judged(images: Tensor, captions: Sequence[str]) -> list[list[bool]]:
-    """For each image whether ``ATTRIBUTES`` are as its sentence says."""
-    rows = []
-    for found, caption in zip(judge.judge(images), captions, strict=True):
-        expected = parse(caption)
-        right = [getattr(found, name) == getattr(expected, name) for name in ATTRIBUTES[1:]]
-        rows.append([all(right), *right])
-    return rows
 
 
 def summary(images: Collection, reference: Collection | None = None) -> dict[str, float]:
@@ -144,7 +133,7 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
     found |= {name: images.column(name).mean() for name in ("accuracy", "caps") if name in columns}
     if "judge" in columns:
         right = images.column("judge").mean(0)
-        found |= {f"judge_{name}": value for name, value in zip(ATTRIBUTES, right)}
+        found |= {f"judge_{name}": value for name, value in zip(("all", *judge.ATTRIBUTES), right)}
     return {name: float(value) for name, value in found.items()}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,8 @@ def kernel_distance(generated: Tensor, reference: Tensor) -> tuple[float, float]
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     size = min(KID_SUBSET, len(generated), len(reference))
-    return _two(kid_features_to_metric(generated, reference, kid_subset_size=size, verbose=False))
+    found = kid_features_to_metric(generated, reference, kid_subset_size=size, verbose=False)
+    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
@@ -59,7 +59,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     order = np.random.RandomState(2020).permutation(len(logits))
     edges = [len(logits) * i // SPLITS for i in range(SPLITS + 1)]
     splits = (logits[order[a:b]] for a, b in itertools.pairwise(edges))
-    scores = [_two(isc_features_to_metric(split, splits=1, shuffle=False))[0] for split in splits]
+    scores = [isc_features_to_metric(split, splits=1, shuffle=False)["inception_score_mean"] for split in splits]
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -105,11 +105,6 @@ def caption_score(log_probabilities: Tensor) -> float:
     if not len(log_probabilities):
         raise ValueError("CapS needs a caption with a token, got none")
     return math.exp(log_probabilities.double().mean().item())
-
-
-def _two(found: dict[str, Any]) -> tuple[float, float]:
-    mean, deviation = found.values()
-    return mean, deviation
 
 
 def moments(parts: Iterable[np.ndarray]) -> Moments:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from clipgen.data.folder import ImageFolder, find_images
 from clipgen.data.images import UnusableImage, decode_image
+from clipgen.data.pieces import pieces, read, runs
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.shards import ImageShards, image_shards
-from clipgen.encoding import pieces, read
 from clipgen.evaluation.captions import Caption, captions_of
 from clipgen.evaluation.collection import Batch
 from clipgen.images import from_pil
@@ -59,11 +59,8 @@ def drawing(pipe: TextToImage, rerank_from: int = 1, **settings: Any) -> Draw:
         images = pipe.generate(embeddings, each, **settings)
         if rerank_from == 1:
             return images
-        with torch.no_grad():
-            scores = torch.cat([(pipe.clip.encode_image(i) * e).sum(1)
-                                for i, e in zip(images.split(256), sought.split(256))])  # fmt: skip
-        rows = torch.arange(len(seeds), device=scores.device)
-        return images[scores.view(-1, rerank_from).argmax(1) + rows * rerank_from]
+        best = pipe.clip_scores(images, sought).view(-1, rerank_from).argmax(dim=1)
+        return images[best + rerank_from * torch.arange(len(seeds), device=best.device)]
 
     return draw
 
@@ -155,8 +152,3 @@ def content_hash(paths: Sequence[Path]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:32]
-
-
-def runs(count: int, size: int) -> list[range]:
-    """0, 1, ..., count - 1 in runs of ``size``."""
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]

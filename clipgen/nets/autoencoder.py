@@ -266,6 +266,8 @@ def make_quantizer(
         raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {kind!r}")
     if kind in ("euclidean", "cosine"):
         return VectorQuantizer(codebook_size, codebook_dim, kind, **learned)
+    if used := [f"{name}={value}" for name, value in learned.items() if value]:
+        raise ValueError(f"quantizer {kind!r} does not move its codes: leave out {', '.join(used)}")
     if kind == "gumbel":
         return GumbelQuantizer(codebook_size, codebook_dim)
     if kind == "fsq" and not levels:

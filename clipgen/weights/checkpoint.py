@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import clipgen
+from clipgen.files import naming, one_line, read_json
 from clipgen.weights.safe import State, read_checkpoint
 
 COMMANDS = {
@@ -64,27 +64,6 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         (whole / "model.safetensors").write_bytes(save(tensors))
         replace(path, whole, Path(partial) / "old")
     return path
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name the path in the system's complaints, which name no file where they come in the middle of writing one."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Write to the path that this gives, beside ``path``, which then appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with naming(path):
-            yield partial
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def replace(path: Path, new: Path, old: Path) -> None:
@@ -133,14 +112,13 @@ def check_model(found: str | None, model: str, path: Path) -> None:
 
 def load_folder(path: Path, model: str) -> tuple[dict[str, Any], State]:
     """Read a model folder."""
+    config = read_json(path / "config.json", "model", "arguments")
+    check_model(config["model"], model, path)
     try:
-        config = json.loads((path / "config.json").read_text())
-        check_model(config.get("model"), model, path)
-        return config["arguments"], {
-            k: v.float() if v.dtype == torch.half else v for k, v in load_file(path / "model.safetensors").items()
-        }
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"the {model} folder {path} is damaged: {error}") from error
+        state = load_file(path / "model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{path / 'model.safetensors'} is damaged: {error}") from error
+    return config["arguments"], {k: v.float() if v.dtype == torch.half else v for k, v in state.items()}
 
 
 def load_ckpt(path: Path, model: str) -> tuple[dict[str, Any], State]:
@@ -165,5 +143,5 @@ def fitting(path: str | Path, model: str) -> Iterator[None]:
         yield
     except (TypeError, RuntimeError, LookupError) as error:  # the last: of names that others' files should have
         what = "it lacks " if isinstance(error, KeyError) else ""
-        reason = what + " ".join(str(error).split())[:200]
+        reason = what + one_line(error)
         raise ValueError(f"{path} does not fit the {model} of clipgen {clipgen.__version__}: {reason}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, GPT2Config, GPT2Model
 
+from clipgen.files import one_line
 from clipgen.weights.safe import State
 
 SIZES = ("n_layer", "n_head", "n_embd")
@@ -39,7 +40,7 @@ def to_be_had(kind: Any, name: str | Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:  # no such name or folder, no network, a damaged file
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"language_weights must name a GPT-2 on the Hugging Face hub, or a folder of one, got {name}: {reason}"
+            "language_weights must name a GPT-2 on the Hugging Face hub, or a folder of one, "
+            f"got {name}: {one_line(error)}"
         ) from error
