@@ -203,7 +203,7 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
         interrupt_at(patch, Tokenizer, method, when)  # the first validation step is the sanity check's
         stopped = call(*VQGAN, *SHAPES, "output=run")
     assert (stopped.code, stopped.stderr) == (130, "")
-    assert f"Stopped at step {step}; the same command with resume=run goes on" in caplog.text
+    assert f"Stopped at step {step}; clipgen-train resume=run goes on" in caplog.text
     assert steps_of(tmp_path / "run") == step and not (tmp_path / "run" / "vqgan").exists()
     assert signal.getsignal(signal.SIGINT) == handler  # what comes after training can be interrupted as before
 
@@ -215,6 +215,20 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
     assert call(*VQGAN, *SHAPES, "output=run2", "resume=run", "trainer.max_steps=5").code == 0
     assert seen == list(range(step, 5)) and steps_of(tmp_path / "run2") == 5
     assert Tokenizer.load(tmp_path / "run2")
+
+
+def test_resume_alone_is_enough(call, monkeypatch, tmp_path):
+    """The run's own arguments, in its folder; what is given changes them, for a later resume too."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, Tokenizer, "training_step", 3)
+        assert call(*VQGAN, *SHAPES, r"output='o\'run'", "trainer.max_steps=3").code == 130
+    for more, steps in (([], 3), (["trainer.max_steps=5"], 5), ([], 5)):
+        done = call(r"resume='o\'run'", *more)
+        assert done.code == 0 and steps_of(tmp_path / "o'run") == steps, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"o'run"}
+    less = call(r"resume='o\'run/checkpoints/last.ckpt'", "trainer.max_steps=2")
+    assert less.code == 1 and "trainer.max_steps must be at least 5, where o'run/checkpoints/last.ckpt" in less.stderr
+    assert "must name a .ckpt" in call("resume=nowhere", *VQGAN).stderr
 
 
 @pytest.mark.parametrize(("method", "when"), [("training_step", 3), ("validation_step", 2)])

@@ -46,7 +46,9 @@ def run_hydra() -> None:
     from hydra.types import RunMode
 
     from clipgen.cli.config import config_dir, explain
+    from clipgen.cli.resuming import refuse_other_runs, with_the_runs
 
+    sys.argv[1:] = with_the_runs(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
     errors: list[Exception] = []
 
@@ -91,7 +93,7 @@ choices:
 
 often needed:
   output=FOLDER             the run folder (default: outputs/STAGE/TIME)
-  resume=RUN                go on from a run folder or .ckpt; repeat the other arguments
+  resume=RUN                go on with a run, in its folder; other arguments change its own
   trainer.max_steps=1000    any key that  clipgen-train stage=vqgan --cfg job  shows
 
 several runs, one after another:
@@ -104,6 +106,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     from omegaconf import OmegaConf
 
     from clipgen.cli.config import make
+    from clipgen.cli.resuming import find_checkpoint
 
     if is_encoded(config):
         settle_encoded(config)
@@ -122,7 +125,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     data = make(config.data)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)
-    ckpt = find_resume(config.resume, model)
+    ckpt = find_checkpoint(config.resume, model, config.trainer.max_steps or -1)
     if not trainer.is_global_zero:
         return fit(trainer, model, data, ckpt, output)
     with output_folder(output, keep="checkpoints/*.ckpt"):
@@ -263,10 +266,12 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
     from clipgen.cli.config import as_yaml
+    from clipgen.cli.resuming import write_arguments
     from clipgen.files import write_json
     from clipgen.frozen import copy_frozen, save_frozen
 
     (output / "config.yaml").write_text(as_yaml(config))
+    write_arguments(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     write_json(output / "versions.json", versions)
     if isinstance(model, ConditionalTransformer):
@@ -278,6 +283,7 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
 
 def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
     """Train, then leave the finished model in the run folder."""
+    from clipgen.cli.resuming import ARGUMENTS
     from clipgen.resume import LastCheckpoint
     from clipgen.weights.checkpoint import FOLDERS
 
@@ -287,7 +293,9 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
         with last.listening():
             trainer.fit(model, data, ckpt_path=ckpt, weights_only=True)
     except SystemExit as exit:  # what Lightning makes of Ctrl-C
-        goes_on = f"; the same command with resume={output} goes on" if last.path.is_file() else ""
+        known = (output / ARGUMENTS).is_file()
+        goes_on = f"{'clipgen-train' if known else 'the same command with'} resume={output} goes on"
+        goes_on = f"; {goes_on}" if last.path.is_file() else ""
         logger.info("Stopped at step %d%s", trainer.global_step, goes_on)
         raise KeyboardInterrupt from exit
     trainer.save_checkpoint(last.path, weights_only=False)  # all processes have a part in it
@@ -296,44 +304,6 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
         best = best if Path(best).is_file() else last.path  # no validation, no best
         type(model).load(best).save(output / FOLDERS[type(model).__name__])
         logger.info("Finished %d steps: %s", trainer.global_step, output)
-
-
-def refuse_other_runs(config: DictConfig) -> None:
-    """Raise FileExistsError where the run folder holds a run that is not resumed: it would be written over."""
-    from pytorch_lightning.utilities import rank_zero_only
-
-    from clipgen.weights.checkpoint import FOLDERS
-
-    if rank_zero_only.rank:  # type: ignore[attr-defined]  # the first process may have begun
-        return
-    output = Path(str(config.output))
-    ours = [Path(str(config.resume)).expanduser().resolve()] if config.resume else []
-    if any(output.resolve() in (path, *path.parents) for path in ours):
-        return
-    if any((output / name).is_dir() for name in FOLDERS.values()) or any(output.glob("checkpoints/*.ckpt")):
-        raise FileExistsError(
-            f"output must not hold another run, got {output}: resume={output} goes on with it, another output leaves it"
-        )
-
-
-def find_resume(resume: str | None, model: pl.LightningModule) -> str | None:
-    """The checkpoint to go on from: a file, or last.ckpt of a run folder; refused where it is of another model."""
-    if resume is None:
-        return None
-    from clipgen.weights.checkpoint import load_ckpt
-
-    path = Path(resume).expanduser()
-    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
-    arguments, state = load_ckpt(path, type(model).__name__)
-    kinds = [found.get("optimizer") for found in (arguments, model.hparams)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"model.optimizer must be {kinds[0]}, as in the checkpoint {path}, got {kinds[1]}")
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
-        other = [f"model.{k}={v}" for k, v in arguments.items() if model.hparams.get(k) != v]
-        raise ValueError(f"resume must name a checkpoint of the same model, got {path} with {', '.join(other)}")
-    return str(path)
 
 
 if __name__ == "__main__":
