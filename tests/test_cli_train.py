@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import yaml
 from commands import SHAPES, TRANSFORMER, VQGAN, Call, command, everything, interrupt_at, only, trained
@@ -27,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
-from clipgen.callbacks import Bar
+from clipgen.callbacks import ProgressReport
 from clipgen.resume import WholeCheckpoints
 
 
@@ -63,17 +62,22 @@ def test_run_folders(runs):
             assert isinstance(model.load(checkpoint), model)
 
 
-def test_the_bar_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan):
+def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog):
     """To read a number, a GPU is waited for."""
+    caplog.set_level(logging.INFO)
+    fit(tiny_vqgan, 5, ProgressReport(bar=False, every=0.0), log_every_n_steps=2)
+    first, *lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.callbacks"]
+    assert re.fullmatch(r"VQGAN, 0\.\d M parameters to train, on cpu", first)
+    assert [line.split(",")[0] for line in lines] == [f"step {step} of 5" for step in range(1, 6)]
+    losses = [re.search(r"left  (.*)", line)[1] for line in lines]
+    assert losses[0] == "" and losses[1] == losses[2] != losses[3] == losses[4] and "train/loss 1." in losses[1]
 
-    class Shown(pl.Callback):
-        def on_train_batch_end(self, trainer, module, *_) -> None:
-            rows.append(dict(bar.get_metrics(trainer, module)))
 
-    bar, rows = Bar(), []
-    fit(tiny_vqgan, 5, Shown(), log_every_n_steps=2)
-    assert [set(row) for row in rows] == [set(), {"train/loss"}, {"train/loss"}, {"train/loss"}, {"train/loss"}]
-    assert rows[1] == rows[2] != rows[3] == rows[4]
+def test_a_bar_counts_the_steps_of_all_epochs(fit, tiny_vqgan):
+    report = ProgressReport(bar=True)
+    fit(tiny_vqgan, 5, report, limit_train_batches=2)
+    (task,) = report.bar.tasks
+    assert (task.completed, task.total, task.description) == (5, 5, "training") and not report.bar.live.is_started
 
 
 def test_configuration_and_versions_are_written_resolved(runs):

@@ -59,15 +59,25 @@ def sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # which Python 3.10 cannot say
+    """Writes to what stderr is now: a bar that is being drawn puts lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def set_up_logging() -> None:
     """Our lines as they are; of the libraries' only what is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are long to read, and what failed is told by us
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
     logging.getLogger().addFilter(lambda record: False)  # open_clip logs without a name what it then raises
     logging.getLogger("clipgen").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
     for message in ("does not have many workers", "LeafSpec", "logs directory", "pre-optimization", "logging interval",
+                    "worker processes in total", "could not find the monitored key",
                     "dirpath has changed", "dataloader is not resumable",
                     "Checkpoint directory"):  # fmt: skip
         warnings.filterwarnings("ignore", message=f"(?s).*{message}")

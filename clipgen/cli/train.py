@@ -138,7 +138,7 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     from clipgen import callbacks, resume
     from clipgen.cli.config import make
 
-    folder, visible = output / "checkpoints", sys.stderr.isatty()
+    folder = output / "checkpoints"
     strategy = config.trainer.strategy
     if strategy == "auto" and config.trainer.devices != 1:  # a sleeping discriminator has no gradients
         strategy = "ddp_find_unused_parameters_true"
@@ -149,14 +149,14 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
         strategy=strategy,
         default_root_dir=str(output),
         logger=make(config.logger) if "_target_" in config.logger else False,
-        enable_progress_bar=visible,
-        enable_model_summary=visible,
+        enable_progress_bar=False,  # ours counts steps
+        enable_model_summary=False,
         plugins=[resume.WholeCheckpoints()],
         callbacks=[resume.StepSeeds(config.seed),
                    *([] if fsdp else [make(config.pictures, folder=output / "pictures")]),  # one process draws them
                    *([make(config.metrics)] if "metrics" in config else []),
                    *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
-                   *([callbacks.Bar()] if visible else [])],
+                   callbacks.ProgressReport(bar=sys.stderr.isatty())],
     )  # fmt: skip
 
 
