@@ -31,6 +31,7 @@ class WordTokenizer:
 
     def __init__(self, words: Sequence[str], context_length: int):
         self.words, self.context_length = list(words), context_length
+        self.warned: set[str] = set()
         self.index = {word: i for i, word in enumerate(self.words, start=2)}
         self.end = len(self.words) + 2
 
@@ -42,7 +43,8 @@ class WordTokenizer:
     def _encode(self, text: str) -> Tensor:
         words = text.lower().replace(",", " ").rstrip(".!? ").split()
         unknown = [word for word in words if word not in self.index]
-        if unknown:
+        if unknown and text not in self.warned:
+            self.warned.add(text)
             known = ", ".join(sorted(self.words))
             logger.warning(
                 "This CLIP does not know %s in %r; it knows: %s.", ", ".join(map(repr, unknown)), text, known
@@ -110,8 +112,9 @@ class FrozenCLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], any size -> (B, E), unit norm. Gradients reach the images."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"{str(images.dtype).removeprefix('torch.')} of {tuple(images.shape)}"
+            raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")
         return F.normalize(self.model.encode_image(self.preprocess(images)).float(), dim=-1)
 
     @torch.no_grad()
@@ -171,7 +174,8 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
         return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
     except Exception as error:  # open_clip raises anything from KeyError to the hub's own errors
         raise ValueError(
-            f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded: {one_line(error)}"
+            f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded ({one_line(error)}): download "
+            "them once where there is a network, or name their file in clip.pretrained"
         ) from error
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 def encode(
     root: str | Path, data: Any, vqgan: VQGAN, clip: FrozenCLIP, settings: dict[str, Any], *, augmentations: int = 1,
     shard_size: int = 10_000, batch_size: int = 64, rank: int = 0, world_size: int = 1,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> bool:  # fmt: skip
     """Encode the training and validation images of a data module; what is there already stays.
 
@@ -39,6 +41,7 @@ def encode(
         root: folder of the cache. data: ``ImageData``. settings: what identifies the source, for the manifest.
         augmentations: crops and flips of each training image; 1 is the centre crop. Validation has that alone.
         shard_size: images in a shard; tar files are taken as they are. batch_size: images at a time.
+        advance: called with a number of images when they are done, found ones included.
 
     Returns:
         Whether the cache is whole now; else other processes have not finished.
@@ -58,19 +61,28 @@ def encode(
     if getattr(data.train, "labels", False) and data.train.class_names:
         manifest["class_names"] = data.train.class_names
     begin(root, manifest, vqgan, clip)
-    whole = True
+    every = []
     for split, (dataset, views) in splits.items():
         if dataset is None:
             continue
         parts = pieces(dataset, shard_size)
         paths = [root / split / f"shard-{i:06d}.npy" for i in range(len(parts))]
         for path, part in list(zip(paths, parts))[rank::world_size]:
-            if not path.is_file():
-                encode_shard(path, read(dataset, part, views, batch_size), vqgan, clip)
-        whole = whole and all(path.is_file() for path in paths)
-    if whole:
+            if path.is_file():
+                advance(len(open_shard(path)))
+            else:
+                encode_shard(path, counted(read(dataset, part, views, batch_size), advance), vqgan, clip)
+        every += paths
+    if whole := all(path.is_file() for path in every):  # asked at the end: whoever is last finishes
         finish(root, manifest)
     return whole
+
+
+def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
+    """The same batches, each told when the next is asked for."""
+    for batch in batches:
+        yield batch
+        advance(len(batch[0]))
 
 
 @torch.inference_mode()
@@ -100,17 +112,26 @@ def encode_shard(path: Path, batches: Iterator[Batch], vqgan: VQGAN, clip: Froze
 def begin(root: Path, manifest: dict[str, Any], vqgan: VQGAN, clip: FrozenCLIP) -> None:
     """Write the manifest and the frozen models, or make sure that those which are there are the same."""
     path = root / MANIFEST
-    if path.is_file():
-        found = read_json(path)
-        if other := [key for key in manifest if found.get(key) != json.loads(json.dumps(manifest[key]))]:
-            key = other[0]
-            raise ValueError(
-                f"{root} holds a cache made with {key}={found.get(key)}, not {manifest[key]}; give another output"
-            )
-        return
-    root.mkdir(parents=True, exist_ok=True)
-    save_frozen(root, vqgan, clip)
-    write_json(path, manifest)
+    for patience in (1, 2, 4, 8, 0):
+        if path.is_file():
+            return check_same(root, read_json(path), manifest)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            save_frozen(root, vqgan, clip)
+            return write_json(path, manifest)
+        except OSError as error:  # another process may be writing the same
+            if not patience or error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            time.sleep(patience)
+
+
+def check_same(root: Path, found: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Raise ValueError, naming the first difference, where a cache was made with other settings."""
+    if other := [key for key in manifest if found.get(key) != json.loads(json.dumps(manifest[key]))]:
+        key = other[0]
+        raise ValueError(
+            f"{root} holds a cache made with {key}={found.get(key)}, not {manifest[key]}; give another output"
+        )
 
 
 def finish(root: Path, manifest: dict[str, Any]) -> None:

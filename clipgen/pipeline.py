@@ -100,15 +100,16 @@ class TextToImage:
 
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
+        before = [BRIDGE, "clip/*"]  # of a pipeline that was there: this one may have none
         with tempfile.TemporaryDirectory() as folder:
-            api.upload_folder(repo_id=name, folder_path=self.save(folder))
+            api.upload_folder(repo_id=address.repo_id, folder_path=self.save(folder), delete_patterns=before)
         return str(address)
 
     def card(self) -> str:
         """The model card: what it is, how to draw with it, how it was trained."""
         settings = {"transformer": dict(self.transformer.hparams), "vqgan": dict(self.vqgan.hparams)}
         rows = [f"| {part} | {k} | {v} |" for part, values in settings.items() for k, v in values.items()]
-        return CARD.format(clip=self.clip.model_name, version=clipgen.__version__, rows="\n".join(rows))
+        return CARD.format(clip=Path(self.clip.model_name).name, version=clipgen.__version__, rows="\n".join(rows))
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TextToImage:
         """Move all parts to a device. ``torch.bfloat16`` is for what takes the time, transformer and decoder: the
@@ -121,6 +122,7 @@ class TextToImage:
             raise ValueError(f"a device must be named first; for a type alone: to(dtype={device})")
         if dtype and dtype not in (self.dtype, torch.bfloat16):
             raise ValueError(f"dtype must be torch.bfloat16, or as loaded, got {dtype} after {self.dtype}")
+        torch.empty(0, device=device)  # where there is none, no part has been moved
         for part in (self.vqgan, self.transformer, self.clip, self.bridge):
             if part is not None:
                 part.to(device)
@@ -175,7 +177,7 @@ class TextToImage:
         if isinstance(prompt, Tensor):
             if prompt.shape not in ((width := self.clip.embed_dim,), (1, width)):
                 raise ValueError(f"an embedding must be ({width},), got {tuple(prompt.shape)}")
-            return F.normalize(prompt.view(1, -1).to(self.clip.device), dim=-1)
+            return F.normalize(prompt.reshape(1, -1).float().to(self.clip.device), dim=-1)
         weights = torch.tensor(list(prompt.values()), dtype=torch.float32, device=self.clip.device)
         return F.normalize(weights[None] @ encode_text(list(prompt)), dim=-1)
 

@@ -35,6 +35,8 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.partial"):  # by a process that was killed in the middle
+            left.unlink(missing_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:
             try:
                 torch.save(checkpoint, file)

@@ -24,8 +24,9 @@ def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if not guidance_scale >= 0:
         raise ValueError(f"guidance_scale must be at least 0, got {guidance_scale}")
-    if not math.isfinite(guidance_power):
-        raise ValueError(f"guidance_power must be a finite number, got {guidance_power}")
+    for name, value in (("guidance_scale", guidance_scale), ("guidance_power", guidance_power)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
 
 
 def draw(logits: Tensor, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0) -> Tensor:
@@ -100,7 +101,7 @@ def decode(
 
 def random_streams(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform numbers (len(seeds), length) in [0, 1): each row from its own seed, whatever the batch it is drawn in."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in seeds]
     return torch.stack(rows).to(device)
 
 

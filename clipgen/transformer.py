@@ -102,6 +102,8 @@ class ConditionalTransformer(pl.LightningModule):
         self._frozen = (vqgan.eval().requires_grad_(False), clip)
         return self
 
+    last_is_best = False  # the finished model is the one of the lowest validation loss
+
     @property
     def network(self) -> ConditionalGPT2:
         """The network that draws and is evaluated: the averaged one, where there is one."""

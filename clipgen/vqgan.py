@@ -115,6 +115,12 @@ class VQGAN(pl.LightningModule):
         """All codes, (K, D)."""
         return self.tokenizer.quantize.codebook
 
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the last weights are the trained ones, whatever the validation loss says: it does not see what a
+        discriminator teaches, and is lowest before that has begun."""
+        return self.discriminator is not None and self.global_step > self.h.discriminator_start
+
     def encode_latents(self, images: Tensor) -> Tensor:
         """Images -> latents before quantisation, (B, D, h, w)."""
         self._check_size(images)
@@ -247,8 +253,13 @@ class VQGAN(pl.LightningModule):
         logits_real = self.discriminator(images)
         loss = losses.discriminator_loss(logits_real, logits_fake, self.h.adversarial)
         self.log("train/discriminator_loss", loss.detach())
+        self.log_dict(
+            {"train/logits_real": logits_real.detach().mean(), "train/logits_fake": logits_fake.detach().mean()}
+        )
         if self.lecam is not None:
-            loss = loss + self.h.lecam_weight * self.lecam(logits_real, logits_fake)
+            lecam_loss = self.h.lecam_weight * self.lecam(logits_real, logits_fake)
+            self.log("train/lecam_loss", lecam_loss.detach())
+            loss = loss + lecam_loss
         return loss
 
     def _step(self, loss: Tensor, half: int, now: bool) -> None:

@@ -91,22 +91,28 @@ def recognised(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([net(part).argmax(1) for part in images.split(250)]) == labels
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and every default."""
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
     p.add_argument("--checkpoint", help="stage-2 run; without it, only the classifier is trained")
-    p.add_argument("--output", type=Path, default=Path("runs/recognise"))
-    p.add_argument("--classifier", type=Path, default=Path("runs/classifier.pt"))
-    p.add_argument("--steps", type=int, default=2000, help="of the classifier")
-    p.add_argument("--image-size", type=int, default=32)
-    p.add_argument("--template", default="a photo of a {label}")
-    p.add_argument("--per-class", type=int, default=100)
+    p.add_argument("--output", type=Path, default=Path("runs/recognise"), help="folder of grid.png and recognised.json")
+    p.add_argument("--classifier", type=Path, default=Path("runs/classifier.pt"), help="its file: read, or written")
+    p.add_argument("--steps", type=int, default=2000, help="of the classifier's training, at least 10")
+    p.add_argument("--image-size", type=int, default=32, help="pixels of the shards' images")
+    p.add_argument("--template", default="a photo of a {label}", help="of the sentences")
+    p.add_argument("--per-class", type=int, default=100, help="images drawn of each class")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--rerank", type=int, default=1, help="keep the best of so many draws by CLIP; 1: no reranking")
     for name, value in (("temperature", 1.0), ("top-p", 1.0), ("guidance-scale", 1.0)):
         p.add_argument(f"--{name}", type=float, default=value)
     p.add_argument("--top-k", type=int, default=300)
     args = p.parse_args()
+    if args.steps < 10:
+        p.error(f"--steps must be at least 10, got {args.steps}")
     if not (args.data / "classes.json").is_file():
         sys.exit(f"recognise.py: error: no classes.json in {args.data}; scripts/make_shards.py writes it")
     names = json.loads((args.data / "classes.json").read_text())

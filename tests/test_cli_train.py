@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
-from clipgen.callbacks import ProgressReport
+from clipgen.cli.progress import ProgressReport
 from clipgen.resume import WholeCheckpoints
 
 
@@ -66,7 +66,7 @@ def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog
     """To read a number, a GPU is waited for."""
     caplog.set_level(logging.INFO)
     fit(tiny_vqgan, 5, ProgressReport(bar=False, every=0.0), log_every_n_steps=2)
-    first, *lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.callbacks"]
+    first, *lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.cli.progress"]
     assert re.fullmatch(r"VQGAN, 0\.\d M parameters to train, on cpu", first)
     assert [line.split(",")[0] for line in lines] == [f"step {step} of 5" for step in range(1, 6)]
     losses = [re.search(r"left  (.*)", line)[1] for line in lines]
@@ -138,6 +138,28 @@ def test_another_run_is_not_written_over(call, runs, tmp_path, gone):
         adversary = ["model.discriminator_weight=0.8", "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1"]
         more = call(*VQGAN, *SHAPES, *adversary, "output=run", "resume=run", "trainer.max_steps=5")
         assert more.code == 0 and steps_of(tmp_path / "run") == 5, more.stderr
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(call, runs, tmp_path):
+    """Stage 2 has copied its tokenizer by then, which is no run of stage 1."""
+    (tmp_path / "run").mkdir()
+    shutil.copytree(runs[1] / "vqgan", tmp_path / "run" / "vqgan")
+    shutil.copy(runs[1] / "clip.json", tmp_path / "run" / "clip.json")
+    assert call(*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "output=run").code == 0
+
+
+def test_what_a_discriminator_taught_is_not_thrown_away(runs):
+    """The validation loss does not see it: the finished model is the last, and not the one that it finds best."""
+    last = Tokenizer.load(runs[0] / "checkpoints" / "last.ckpt").tokenizer.state_dict()
+    finished = Tokenizer.load(runs[0] / "vqgan").tokenizer.state_dict()
+    assert not [name for name in last if not torch.equal(last[name], finished[name])]
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_goes(tmp_path):
+    left = tmp_path / ".last.ckpt.123.partial"
+    left.write_bytes(b"0" * 100)
+    WholeCheckpoints().save_checkpoint({}, tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_the_table_of_a_resumed_run_is_whole(call, tmp_path):
@@ -216,7 +238,7 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
     monkeypatch.setattr(
         Tokenizer, "training_step", lambda self, *a: (seen.append(self.global_step), original(self, *a))[1]
     )
-    assert call(*VQGAN, *SHAPES, "output=run2", "resume=run", "trainer.max_steps=5").code == 0
+    assert (go := call(*VQGAN, *SHAPES, "output=run2", "resume=run", "trainer.max_steps=5")).code == 0, go.stderr
     assert seen == list(range(step, 5)) and steps_of(tmp_path / "run2") == 5
     assert Tokenizer.load(tmp_path / "run2")
 

@@ -112,10 +112,18 @@ def test_sharp_photos_are_seen_as_open_clip_sees_them(shapes_clip):
     assert F.cosine_similarity(shapes_clip.encode_image(images), e).min() > 0.999
 
 
+def test_bytes_are_refused(shapes_clip):
+    """255 + 1 is 0 in them."""
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\) floats in \[-1, 1\], got uint8 of"):
+        shapes_clip.encode_image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_wrong_shapes_are_refused(shapes_clip):
-    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(3, 32, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"images must be .*, got float32 of \(3, 32, 32\)"
+    ):
         shapes_clip.encode_image(torch.zeros(3, 32, 32))
-    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(2, 1, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"images must be .*, got float32 of \(2, 1, 32, 32\)"):
         shapes_clip.encode_image(torch.zeros(2, 1, 32, 32))
     with pytest.raises(TypeError, match="list of sentences"):
         shapes_clip.encode_text("a red ring")

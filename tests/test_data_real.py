@@ -399,7 +399,8 @@ def test_folder_data_warns_once_and_splits(tmp_path: Path, caplog: pytest.LogCap
     data = folder_data(make_folder(tmp_path / "a", 12, bad=(5,)), 8, batch_size=4, val_fraction=0.2)
     data.teardown("fit")
     assert len(data.train) + len(data.val) == 11
-    assert [r.levelno for r in caplog.records] == [logging.WARNING, logging.INFO]
+    assert [r.levelno for r in caplog.records] == [logging.WARNING, logging.INFO, logging.INFO]
+    assert caplog.messages[2].endswith(f"{len(data.train)} images for training, {len(data.val)} for validation")
     other = make_folder(tmp_path / "b", 3)
     data = folder_data(tmp_path / "a", 8, batch_size=4, val_root=other)
     assert (len(data.train), len(data.val)) == (11, 3)

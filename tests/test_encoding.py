@@ -112,15 +112,59 @@ def test_ranks_share_the_work_and_the_last_one_finishes(encode, cache, tmp_path)
         ({}, (0, 1)),
         ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
         ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "5", "SLURM_ARRAY_TASK_MIN": "4"}, (3, 5)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "3",
+          "SLURM_ARRAY_TASK_STEP": "2"}, (2, 3)),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}, (1, 3)),
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3"}, None),
+        ({"RANK": "5", "WORLD_SIZE": "2"}, None),
     ],
-)
+)  # fmt: skip
 def test_the_share_of_a_process(monkeypatch, environment, expected):
     for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert rank_and_world_size() == expected
+    if expected:
+        assert rank_and_world_size() == expected
+        return
+    with pytest.raises(ValueError, match=r"is none of 2 in a row: leave no gaps"):
+        rank_and_world_size()
+
+
+def test_whoever_is_last_finishes(encode, cache, tmp_path, monkeypatch):
+    """One process is done with the training images first and with the validation images last."""
+    original, calls = encoding.encode_shard, []
+
+    def overtaken(path, *arguments):
+        if path.parent.name == "val" and not calls:
+            calls.append(path)
+            assert not encode(tmp_path / "other", rank=1, world_size=2)
+        original(path, *arguments)
+
+    monkeypatch.setattr(encoding, "encode_shard", overtaken)
+    assert encode(tmp_path / "other", rank=0, world_size=2)
+    assert calls and contents(tmp_path / "other") == contents(cache)
+
+
+def test_processes_that_begin_together(encode, cache, tmp_path, monkeypatch):
+    """The other one has made the folder in the middle of what this one does."""
+    original, calls = encoding.save_frozen, []
+
+    def overtaken(root, *arguments):
+        if not calls:
+            calls.append(root)
+            encode(root)
+            raise FileExistsError(17, "File exists", str(root))
+        original(root, *arguments)
+
+    monkeypatch.setattr(encoding, "save_frozen", overtaken)
+    assert encode(tmp_path / "other") and contents(tmp_path / "other") == contents(cache)
+
+
+@pytest.mark.parametrize("setting", ["shard_size=0", "augmentations=1.5", "batch_size=abc"])
+def test_settings_are_checked_before_the_work(call, setting):
+    done = call("clipgen-encode", "vqgan=nowhere", "output=cache", setting)
+    assert done.code == 1 and f"{setting.split('=')[0]} must be a whole number of at least 1, got" in done.stderr
 
 
 @pytest.mark.parametrize(("local", "expected"), [(None, "cuda:0"), ("0", "cuda:0"), ("3", "cuda:3"), ("5", "cuda:1")])
@@ -267,7 +311,7 @@ def test_a_cache_of_other_models_is_refused(call, encoded, tmp_path):
     VQGAN(**VQGAN_SIZES).save(tmp_path / "other")
     for argument, message in (
         ("vqgan=other", "another tokenizer than other"),
-        ("clip=openai", "a CLIP other than ViT"),
+        ("clip=openai", "with the CLIP shapes, not with ViT"),
     ):
         result = call("clipgen-train", *TRANSFORMER, "data=encoded", f"data.root={encoded}", argument, "output=run")
         assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr

@@ -344,6 +344,23 @@ def test_processes_share_the_parts(two_folders, tmp_path, monkeypatch):
     assert len(Collection(tmp_path / "parts")) == 24
 
 
+def test_whoever_is_last_compares(two_folders, tmp_path, monkeypatch):
+    """One process is done with the reference first and with the images last."""
+    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 15)
+    monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
+    measure, calls = Measure(feature_extractor(f"{__name__}:some_features"), [0]), []
+    reference = RealImages(str(two_folders[1]), 32)
+
+    class Overtaken(Pictures):
+        def read(self, piece):
+            if not calls:
+                calls.append(piece)
+                assert evaluate(tmp_path / "out", Pictures(two_folders[0]), measure, reference, share=(1, 2)) is None
+            return super().read(piece)
+
+    assert evaluate(tmp_path / "out", Overtaken(two_folders[0]), measure, reference, share=(0, 2)) is not None
+
+
 def test_functions_of_the_current_folder(tmp_path, monkeypatch, images):
     (tmp_path / "my_space.py").write_text("def means(images):\n    return images.mean((2, 3))\n")
     (tmp_path / "my_captioner.py").write_text("def none(images, captions):\n    return []\n")

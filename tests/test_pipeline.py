@@ -380,6 +380,12 @@ def test_what_is_no_prompt(pipe, prompt):
         pipe(prompt)
 
 
+def test_a_device_that_is_not_there_changes_nothing(pipe):
+    with pytest.raises((RuntimeError, AssertionError)):  # of torch with CUDA, and without
+        pipe.to("cuda:99")
+    assert pipe(PROMPT, seed=0)
+
+
 def test_an_embedding_is_one_vector(pipe):
     with pytest.raises(ValueError, match=r"an embedding must be \(64,\), got \(2, 32\)"):
         pipe(torch.randn(2, 32))
@@ -401,16 +407,20 @@ def test_the_hub(pipe, monkeypatch, tmp_path):
 
     class Api:
         def create_repo(self, name, **_):
-            return f"https://hub/{name}"
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
 
-        def upload_folder(self, repo_id, folder_path):
-            shutil.copytree(folder_path, tmp_path / repo_id)
+        def upload_folder(self, repo_id, folder_path, delete_patterns):
+            for old in [file for pattern in delete_patterns for file in (tmp_path / repo_id).glob(pattern)]:
+                old.unlink()
+            shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / name))
-    assert pipe.push_to_hub("me/shapes") == "https://hub/me/shapes"
-    again = TextToImage.load("hf-hub:me/shapes")
-    assert again.fingerprint == pipe.fingerprint
+    pipe.bridge = Bridge(shift=torch.ones(64))
+    for bridge in (pipe.bridge, None):  # nothing of the first stays where the second is
+        pipe.bridge = bridge
+        assert pipe.push_to_hub("me/shapes") == "https://huggingface.co/me/shapes"
+        assert TextToImage.load("hf-hub:me/shapes").fingerprint == pipe.fingerprint
     card = (tmp_path / "me" / "shapes" / "README.md").read_text()
     assert "pipeline_tag: text-to-image" in card and "| transformer | n_layer | 2 |" in card
     assert not [path for path in (tmp_path / "me").rglob("*") if path.suffix in (".ckpt", ".pt", ".pkl", ".bin")]

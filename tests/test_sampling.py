@@ -172,6 +172,11 @@ def test_row_seeds():
     assert drawn[1] == drawn[0] + 1 and row_seeds(None, 2) != drawn
     with pytest.raises(ValueError, match="one for each of the 3 rows, got 2"):
         row_seeds([1, 2], 3)
+    before, kind = random_streams([3], 5), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    again = random_streams([3], 5)
+    torch.set_default_dtype(kind)
+    assert torch.equal(again, before)  # whatever the default is
     assert row_seeds(2**63 - 2, 2) == [2**63 - 2, 2**63 - 1]
     for seed, first in ((2**63 - 1, 2**63), (-1, -1)):
         with pytest.raises(ValueError, match=rf"seeds must be in \[0, 2\*\*63\), got {first}"):
@@ -181,7 +186,8 @@ def test_row_seeds():
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -0.1), ("temperature", math.nan), ("top_k", 0), ("top_k", -3), ("top_p", 0.0), ("top_p", 1.3),
-     ("top_p", math.nan), ("guidance_scale", -1.0), ("guidance_scale", math.nan), ("guidance_power", math.inf)],
+     ("top_p", math.nan), ("guidance_scale", -1.0), ("guidance_scale", math.nan), ("guidance_scale", math.inf),
+     ("guidance_power", math.inf)],
 )  # fmt: skip
 def test_senseless_settings_are_refused(name, value):
     settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0, guidance_power=0.0) | {name: value}

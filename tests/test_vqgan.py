@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from itertools import pairwise
 
@@ -52,6 +53,14 @@ def test_encode_and_decode(tiny_vqgan, images):
 
 def test_other_sizes_that_divide_are_fine(tiny_vqgan):
     assert tiny_vqgan.encode(torch.zeros(1, 3, 16, 40)).shape == (1, 2, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_floats(tiny_vqgan, images, dtype):
+    vqgan = copy.deepcopy(tiny_vqgan).to(dtype)
+    indices = vqgan.encode(images.to(dtype))
+    assert (indices == tiny_vqgan.encode(images)).float().mean() > 0.9
+    assert vqgan(images.to(dtype)).dtype == vqgan.decode(indices).dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+logger = logging.getLogger("clipgen")
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 
 
@@ -30,10 +32,11 @@ def guarded(command: str, main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def rate_bar(name: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A bar with images a second and time left, where somebody looks; gives what to call when some are done."""
+def rate_bar(name: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    """A bar with images a second and time left; without a terminal a line a minute. Gives what to call when some are
+    done."""
     if not sys.stderr.isatty():
-        yield lambda done: None
+        yield rate_lines(name, total)
         return
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
@@ -49,6 +52,22 @@ def rate_bar(name: str, total: float) -> Iterator[Callable[[float], None]]:
             bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-6))
 
         yield advance
+
+
+def rate_lines(name: str, total: float | None, every: float = 60.0) -> Callable[[float], None]:
+    """What to call when some of the images are done; it logs how far things are."""
+    start = last = time.monotonic()
+    done = 0.0
+
+    def advance(count: float) -> None:
+        nonlocal done, last
+        done, now = done + count, time.monotonic()
+        if now - last >= every:
+            last = now
+            counted = f"{done:.0f} of {total:.0f}" if total else f"{done:.0f}"
+            logger.info("%s: %s images, %.3g a second", name, counted, done / (now - start))
+
+    return advance
 
 
 def sentence(error: BaseException) -> str:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgen.cli.console import guarded
+from clipgen.cli.console import guarded, rate_bar
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -54,11 +54,17 @@ def encode(config: DictConfig) -> None:
     from clipgen import VQGAN, encoding
     from clipgen.cli.config import make
     from clipgen.cli.machine import best_device, rank_and_world_size
+    from clipgen.cli.train import warn_of_size
+    from clipgen.data.shards import ImageShards
 
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"clipgen-encode needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
     OmegaConf.resolve(config)
+    for key in ("augmentations", "shard_size", "batch_size"):
+        if not isinstance(value := config[key], int) or value < 1:
+            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
     vqgan, clip = VQGAN.load(config.vqgan), make(config.clip)
+    warn_of_size(vqgan, config.data.image_size)
     data = make(config.data, batch_size=1)  # its own batches are for training
     for model in (vqgan, clip):
         model.to(config.device or best_device())
@@ -67,10 +73,13 @@ def encode(config: DictConfig) -> None:
     leave_out = ("batch_size", "num_workers", "shuffle")  # they change no byte of the cache
     settings = {"source": {k: v for k, v in source.items() if k not in leave_out}}
     rank, world_size = rank_and_world_size()
-    whole = encoding.encode(
-        config.output, data, vqgan, clip, settings, augmentations=config.augmentations, shard_size=config.shard_size,
-        batch_size=config.batch_size, rank=rank, world_size=world_size,
-    )  # fmt: skip
+    share = None if isinstance(data.train, ImageShards) else (len(data.train) + len(data.val or ())) / world_size
+    with rate_bar("encoding", share) as advance:
+        whole = encoding.encode(
+            config.output, data, vqgan, clip, settings, augmentations=config.augmentations,
+            shard_size=config.shard_size, batch_size=config.batch_size, rank=rank, world_size=world_size,
+            advance=advance,
+        )  # fmt: skip
     print(f"{'Finished' if whole else 'This part is finished, others are not'}: {Path(config.output)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"template must have a place for the class, {{label}}, got {args.template!r}")
     if args.vqgan and not args.reference:
         raise ValueError("a tokenizer needs images to reconstruct: give --reference")
+    if args.features != "none" and not args.vqgan and find_spec("torch_fidelity") is None:
+        raise ImportError('IS and KID need torch-fidelity: pip install "clipgen[eval]", or give --features none')
     if args.reference and args.features == "none" and not args.vqgan:
         raise ValueError("a reference is compared in a space: give --features other than none, or no --reference")
 

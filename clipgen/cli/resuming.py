@@ -79,7 +79,8 @@ def refuse_other_runs(config: DictConfig) -> None:
     ours = [Path(str(config.resume)).expanduser().resolve()] if config.resume else []
     if any(output.resolve() in (path, *path.parents) for path in ours):
         return
-    if any((output / name).is_dir() for name in FOLDERS.values()) or any(output.glob("checkpoints/*.ckpt")):
+    begun = {"vqgan"} if (output / "clip.json").is_file() else set()  # what stage 2 copies before it trains
+    if any((output / name).is_dir() for name in {*FOLDERS.values()} - begun) or any(output.glob("checkpoints/*.ckpt")):
         raise FileExistsError(
             f"output must not hold another run, got {output}: resume={output} goes on with it, another output leaves it"
         )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from clipgen.pipeline import Preview, TextToImage
     from clipgen.prompts import Prompt
 
+    Named = tuple[str, Prompt]  # for captions and file names
+
 SETTINGS: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "guidance_scale": float,
                             "guidance_power": float}  # fmt: skip
 DTYPES = ("float32", "bfloat16")
@@ -44,11 +46,13 @@ def parser() -> argparse.ArgumentParser:
                       help="two sentences: a strip of --num-images pictures between them; without --complete and "
                       "--rerank-from, and by a sweep's first settings")  # fmt: skip
     what.add_argument("--from", type=Path, dest="origin", help="a picture of this command: draw it again, exactly")
-    p.add_argument("--complete", type=Path, help="a picture whose upper half is taken over")
+    p.add_argument("--complete", type=Path, help="a picture whose upper half is taken over; alone, the rest shall suit "
+                   "it")  # fmt: skip
     p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
     p.add_argument("--checkpoint", help="stage-2 run folder, checkpoint, pipeline folder or hf-hub: name; default: the "
-                   "newest finished run below outputs/, else the bundled shapes model")  # fmt: skip
-    p.add_argument("--output", type=Path, default=Path("samples"), help="folder for the PNGs (default: %(default)s)")
+                   "newest finished run below outputs/, else shapes, the bundled model")  # fmt: skip
+    p.add_argument("--output", type=Path, default=Path("samples"), help="folder for the PNGs, whose names end in "
+                   "their seed (default: %(default)s)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="picture i draws from seed + i (default: %(default)s)")
     p.add_argument("--top-k", type=int, default=300,
                    help="keep the k likeliest codes (default: %(default)s, the paper's)")  # fmt: skip
@@ -83,7 +87,7 @@ def run() -> None:
     sweeps = read_sweep(args.sweep or [], {name: getattr(args, name) for name in SETTINGS})
     for settings in sweeps:
         check_sampling(**settings)
-    for prompt in (*prompts, *(end for ends in args.interpolate for end in ends)):
+    for prompt in (*(prompt for _, prompt in prompts), *(end for ends in args.interpolate for end in ends)):
         check_request(prompt, args.num_images, args.rerank_from)
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
@@ -105,23 +109,23 @@ def prepared(pipe: TextToImage, args: argparse.Namespace) -> TextToImage:
     return pipe.compile() if args.compile else pipe
 
 
-def draw(pipe: TextToImage, prompts: list[Prompt], sweeps: list[dict[str, Any]], complete: Image.Image | None,
+def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], complete: Image.Image | None,
          args: argparse.Namespace) -> None:  # fmt: skip
     """Draw and write every picture, and the sheet of all."""
     from clipgen.images import grid, save_png
-    from clipgen.prompts import describe
 
     pictures, captions = [], []
     count = len(prompts) * len(sweeps) * (args.rerank_from or args.num_images) + len(args.interpolate) * args.num_images
     with progress(count, pipe, args) as preview:
-        for number, (prompt, settings) in enumerate(product(prompts, sweeps)):
+        for number, ((name, prompt), settings) in enumerate(product(prompts, sweeps)):
             options = dict(rerank_from=args.rerank_from, complete=complete, preview=preview)
             label = " ".join(f"{key}={settings[key]}" for key in settings if len({s[key] for s in sweeps}) > 1)
             for picture in pipe(prompt, args.num_images, seed=args.seed, **options, **settings):
-                name = f"{number:02d}_{slug(describe(prompt))}_{picture.info['seed']}.png"
-                print(save_png(picture, args.output / name, picture.info))  # type: ignore[arg-type]
+                parts = [f"{number:02d}", slug(name), slug(label), str(picture.info["seed"])]
+                file = args.output / f"{'_'.join(filter(None, parts))}.png"
+                print(save_png(picture, file, picture.info))  # type: ignore[arg-type]
                 pictures.append(picture)
-                captions.append(label or describe(prompt))
+                captions.append(label or name)
         for number, (first, second) in enumerate(args.interpolate):
             strip = pipe.interpolate(
                 first, second, max(args.num_images, 2), seed=args.seed, preview=preview, **sweeps[0]
@@ -154,16 +158,17 @@ def progress(count: int, pipe: TextToImage, args: argparse.Namespace) -> Iterato
 # ------------------------------------------------------------------------------------------------------- what is asked
 
 
-def read_prompts(args: argparse.Namespace) -> list[Prompt]:
-    """Everything to draw, but interpolations."""
-    from clipgen.prompts import parse_mixture, read_sentences
+def read_prompts(args: argparse.Namespace) -> list[Named]:
+    """Everything to draw, but interpolations; a picture to complete stands for itself where nothing else does."""
+    from clipgen.prompts import describe, parse_mixture, read_sentences
 
     lines = [line for file in args.prompts_file for line in read_sentences(file)]
     mixtures = [parse_mixture(mix) if isinstance(mix, str) else mix for mix in args.mix]
-    prompts: list[Prompt] = [*args.prompt, *lines, *mixtures]
-    prompts += [read_picture(path) for path in args.image]
+    prompts: list[Named] = [(describe(prompt), prompt) for prompt in (*args.prompt, *lines, *mixtures)]
+    images = args.image or [args.complete] * bool(args.complete and not prompts)
+    prompts += [(path.stem, read_picture(path)) for path in images]
     if not prompts and not args.interpolate:
-        ways = "--prompt, --prompts-file, --image, --mix, --interpolate or --from"
+        ways = "--prompt, --prompts-file, --image, --mix, --complete, --interpolate or --from"
         raise ValueError(f"there must be something to draw: give {ways}")
     return prompts
 
@@ -172,6 +177,8 @@ def read_picture(path: Path) -> Image.Image:
     """A picture file."""
     from clipgen.data.images import UnusableImage, decode_image
 
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture {path}")
     try:
         return decode_image(path)
     except UnusableImage as error:

@@ -137,6 +137,7 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     """Lightning's trainer with our callbacks."""
     from clipgen import callbacks, resume
     from clipgen.cli.config import make
+    from clipgen.cli.progress import ProgressReport
 
     folder = output / "checkpoints"
     strategy = config.trainer.strategy
@@ -156,7 +157,7 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
                    *([] if fsdp else [make(config.pictures, folder=output / "pictures")]),  # one process draws them
                    *([make(config.metrics)] if "metrics" in config else []),
                    *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
-                   callbacks.ProgressReport(bar=sys.stderr.isatty())],
+                   ProgressReport(bar=sys.stderr.isatty())],
     )  # fmt: skip
 
 
@@ -192,6 +193,7 @@ def build_online(config: DictConfig) -> Any:
     from clipgen.cli.config import make
 
     vqgan = VQGAN.load(config.vqgan)
+    warn_of_size(vqgan, config.data.image_size)
     clip = make(config.clip)
     sizes = {
         "codebook_size": vqgan.codebook_size,
@@ -199,6 +201,14 @@ def build_online(config: DictConfig) -> Any:
         "clip_dim": clip.embed_dim,
     }
     return make(config.model, **{k: v for k, v in sizes.items() if config.model[k] is None}).attach(vqgan, clip)
+
+
+def warn_of_size(vqgan: Any, image_size: int) -> None:
+    """Any size divisible by f works; another than in stage 1 is more often forgotten than wanted."""
+    trained = vqgan.hparams.resolution
+    if image_size != trained:
+        sizes = [f"{size} ({(size // vqgan.downsampling) ** 2} indices an image)" for size in (trained, image_size)]
+        logger.warning("The tokenizer was trained at data.image_size=%s, and is used at %s.", *sizes)
 
 
 def is_encoded(config: DictConfig) -> bool:
@@ -224,20 +234,26 @@ def build_encoded(config: DictConfig) -> Any:
     from clipgen.cli.config import make
     from clipgen.data.encoded import class_names, read_manifest
     from clipgen.encoding import clip_identity, saved_identity
+    from clipgen.files import read_json
     from clipgen.frozen import load_clip
 
-    manifest = read_manifest(config.data.root)
+    root = Path(config.data.root).expanduser()
+    manifest = read_manifest(root)
     if saved_identity(config.vqgan) != manifest["vqgan"]:
-        raise ValueError(f"the encoded cache {config.data.root} was made with another tokenizer than {config.vqgan}")
+        raise ValueError(f"the encoded cache {root} was made with another tokenizer than {config.vqgan}")
     if clip_identity(config.clip.model_name, config.clip.pretrained) != manifest["clip"]:
         used = f"{config.clip.model_name} {config.clip.pretrained or ''}".strip()
-        raise ValueError(f"the encoded cache {config.data.root} was made with a CLIP other than {used}")
+        made = " ".join(filter(None, read_json(root / "clip.json").values()))
+        raise ValueError(
+            f"the encoded cache {root} was made with the CLIP {made}, not with {used}: name it by clip.model_name and "
+            "clip.pretrained"
+        )
     sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
     if config.data.condition == "label":
-        return build_labels(config, sizes, class_names(manifest, config.data.root))
+        return build_labels(config, sizes, class_names(manifest, root))
     model = make(config.model, **{k: v for k, v in sizes.items() if config.model[k] is None})
     if config.model.clip_loss_weight > 0:
-        model.attach(VQGAN.load(config.data.root), load_clip(Path(config.data.root)))
+        model.attach(VQGAN.load(root), load_clip(root))
     return model
 
 
@@ -301,8 +317,8 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
     trainer.save_checkpoint(last.path, weights_only=False)  # all processes have a part in it
     if trainer.is_global_zero:
         best = next(callback.best_model_path for callback in callbacks if getattr(callback, "monitor", None))
-        best = best if Path(best).is_file() else last.path  # no validation, no best
-        type(model).load(best).save(output / FOLDERS[type(model).__name__])
+        final = last.path if model.last_is_best or not Path(best).is_file() else best  # no validation, no best
+        type(model).load(final).save(output / FOLDERS[type(model).__name__])
         logger.info("Finished %d steps: %s", trainer.global_step, output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ from clipgen.data.ahead import ahead
 from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, check_header, decode_image, hashed_seed, unit_hash
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import train_transform, val_transform
+
+logger = logging.getLogger(__name__)
 
 # Decoding this many photos of a megapixel takes about a minute on eight cores.
 _DECODE_UP_TO = 5_000
@@ -206,6 +209,8 @@ def folder_data(
             root, image_size, train=True, flip=flip, val_fraction=val_fraction, seed=seed, labels=labels
         )
         val = train.held_out() if val_fraction else None
+        if val is not None:
+            logger.info("%s: %d images for training, %d for validation", root, len(train), len(val))
     return ImageData(train, val, batch_size, num_workers, seed=seed)
 
 

@@ -101,16 +101,13 @@ class Collection:
 
 
 def collect(folder: Path, source: Source, measure: Measuring, identity: dict[str, Any],
-            advance: Advance = lambda count: None, share: tuple[int, int] = (0, 1)) -> bool:  # fmt: skip
+            advance: Advance = lambda count: None, share: tuple[int, int] = (0, 1)) -> None:  # fmt: skip
     """Measure a source's images; parts that are there already stay.
 
     Args:
         identity: of what is measured; with the source's own it must be that of the parts in the folder.
         advance: called with a number of images when they are done, found ones included.
-        share: (rank, world size): processes share the parts and do not talk.
-
-    Returns:
-        Whether all parts are there now.
+        share: (rank, world size): processes share the parts and do not talk; whoever is last finds ``whole``.
     """
     begin(folder, identity | source.identity | {"parts": len(source.pieces)})
     paths = [folder / f"part-{number:06d}.npz" for number in range(len(source.pieces))]
@@ -124,7 +121,6 @@ def collect(folder: Path, source: Source, measure: Measuring, identity: dict[str
         if share[1] == 1 and not Collection(folder).parts:  # nothing that other settings could be mixed with
             (folder / IDENTITY).unlink(missing_ok=True)
         raise
-    return all(path.is_file() for path in paths)
 
 
 def begin(folder: Path, identity: dict[str, Any]) -> None:

@@ -40,9 +40,10 @@ def evaluate(
     Returns:
         The metrics; None where other processes have not finished their share.
     """
-    theirs, whole = measured_reference(reference, measure.for_reference(), share)
+    theirs = measured_reference(reference, measure.for_reference(), share)
     images = Collection(Path(output) / "parts")
-    if not (collect(images.folder, source, measure, measure.identity, advance, share) and whole):
+    collect(images.folder, source, measure, measure.identity, advance, share)
+    if not (images.whole and (theirs is None or theirs.whole)):  # asked at the end: whoever is last goes on
         return None
     found = summary(images, theirs)
     protocol = {"images": len(images)} | images.identity
@@ -54,15 +55,16 @@ def evaluate(
 
 def measured_reference(
     reference: Source | Collection | None, measure: Measure, share: tuple[int, int]
-) -> tuple[Collection | None, bool]:
-    """The reference as a collection, and whether all of it is measured."""
+) -> Collection | None:
+    """The reference as a collection, measured as far as this process's share goes."""
     if reference is None:
-        return None, True
+        return None
     if isinstance(reference, Collection):
         check_space(reference, measure)
-        return reference, True
+        return reference
     found = Collection(reference_folder(measure.identity | reference.identity | {"parts": len(reference.pieces)}))
-    return found, collect(found.folder, reference, measure, measure.identity, share=share)
+    collect(found.folder, reference, measure, measure.identity, share=share)
+    return found
 
 
 def check_space(reference: Collection, measure: Measure) -> None:

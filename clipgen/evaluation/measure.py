@@ -141,6 +141,8 @@ def distances(images: Collection, reference: Collection) -> dict[str, float]:
     """FID at every blur; KID, precision and recall without one."""
     if not len(reference):
         raise ValueError(f"the reference must hold images, got none in {reference.folder}")
+    if (count := min(len(images), len(reference))) < 2048:
+        logger.warning("%d images are few: FID, KID, precision and recall of so few say little.", count)
     found = {}
     for name in sorted(images.columns() & reference.columns()):
         if name.startswith("features_"):

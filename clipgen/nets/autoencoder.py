@@ -250,7 +250,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, z_q: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> images (B, 3, H, W)."""
-        return self.decoder(self.post_quant_conv(z_q))
+        return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images -> reconstruction, and what the quantizer returned."""

@@ -93,7 +93,7 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Index of the nearest code: (..., D) -> (...). ||v - e||^2 without ||v||^2, which no code changes."""
-        codes = self.codebook.detach()
+        codes = self.codebook.detach().to(vectors.dtype)
         distance = codes.square().sum(1) - 2 * vectors.detach() @ codes.T  # (..., K)
         return distance.argmin(dim=-1)
 
