@@ -60,7 +60,7 @@ def enlarged(picture: Image.Image, cell: int) -> Image.Image:
 
 
 def wrap(text: str, width: int, font: Any) -> list[str]:
-    """Break a sentence into lines no wider than ``width`` pixels."""
+    """Break a sentence into lines no wider than ``width`` pixels, and words where one is wider."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -68,6 +68,9 @@ def wrap(text: str, width: int, font: Any) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
+        while font.getlength(line := lines[-1]) > width and len(line) > 1:
+            fits = max(sum(font.getlength(line[:n]) <= width for n in range(1, len(line))), 1)
+            lines[-1:] = [line[:fits], line[fits:]]
     return lines
 
 

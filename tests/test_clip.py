@@ -119,9 +119,7 @@ def test_bytes_are_refused(shapes_clip):
 
 
 def test_wrong_shapes_are_refused(shapes_clip):
-    with pytest.raises(
-        ValueError, match=r"images must be .*, got float32 of \(3, 32, 32\)"
-    ):
+    with pytest.raises(ValueError, match=r"images must be .*, got float32 of \(3, 32, 32\)"):
         shapes_clip.encode_image(torch.zeros(3, 32, 32))
     with pytest.raises(ValueError, match=r"images must be .*, got float32 of \(2, 1, 32, 32\)"):
         shapes_clip.encode_image(torch.zeros(2, 1, 32, 32))

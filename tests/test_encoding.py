@@ -26,6 +26,7 @@ from clipgen.data.folder import folder_data
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
 from clipgen.data.shards import read_names, shard_data
 from clipgen.images import to_pil
+from clipgen.pipeline import TextToImage
 from clipgen.vqgan import VQGAN
 
 SOURCE = {"source": {"what": "shapes"}}
@@ -500,3 +501,12 @@ def test_names_that_are_none(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a.json must hold a .*list of class names"):
         read_names(tmp_path / "a.json")
+
+
+def test_readmes_python_runs(cache, tmp_path, monkeypatch):
+    """With a cache in the place that it names."""
+    (block,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+    cache.rename(tmp_path / "encoded")
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert TextToImage.load("bridged").bridge is not None

@@ -66,7 +66,11 @@ def test_wrapped_lines_fit_and_lose_no_word():
     lines = wrap(text, 80, font)
     assert len(lines) > 2 and " ".join(lines) == text
     assert all(font.getlength(line) <= 80 for line in lines)
-    assert wrap("extraordinarily", 10, font) == ["extraordinarily"]
+    broken = wrap("an extraordinarily_long_name of a file", 40, font)
+    assert "".join(broken).replace(" ", "") == "anextraordinarily_long_nameofafile" and all(
+        font.getlength(row) <= 40 for row in broken
+    )
+    assert wrap("wide", 1, font) == list("wide")
     assert wrap("", 80, font) == [""]
 
 
