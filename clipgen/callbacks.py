@@ -32,7 +32,7 @@ class Results(pl.Callback):
             logger.info("step %d  %s", trainer.global_step, "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
 
 
-class Pictures(pl.Callback):
+class PictureLogger(pl.Callback):
     """After each validation, log pictures and write them to ``folder``: in stage 1 reconstructions and how often each
     code is used; in stage 2 samples from the embeddings of validation images and of sentences.
 

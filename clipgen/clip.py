@@ -19,7 +19,7 @@ from clipgen.files import one_line
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = {"shapes": Path(__file__).parent / "bundled" / "clip"}
+BUNDLED_CLIPS = {"shapes": Path(__file__).parent / "bundled" / "clip"}
 VOCABULARY_FILE = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
 
 
@@ -131,7 +131,7 @@ class FrozenCLIP(nn.Module):
 
 def find_folder(model_name: str) -> Path | None:
     """The folder of a bundled name, or of a path to a folder; None for open_clip's and the hub's names."""
-    path = BUNDLED.get(model_name, Path(model_name.removeprefix("local-dir:")).expanduser())
+    path = BUNDLED_CLIPS.get(model_name, Path(model_name.removeprefix("local-dir:")).expanduser())
     if (path / "open_clip_config.json").is_file():
         return path.resolve()
     if path.is_dir():
@@ -164,7 +164,7 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
     """open_clip's model with its weights, or one sentence on why not."""
     if ":" not in name and name not in open_clip.list_models():
         raise ValueError(
-            f"CLIP {name!r} is no bundled model ({', '.join(BUNDLED)}), folder, hf-hub: name or open_clip model"
+            f"CLIP {name!r} is no bundled model ({', '.join(BUNDLED_CLIPS)}), folder, hf-hub: name or open_clip model"
         )
     if ":" not in name and not pretrained:
         raise ValueError(

@@ -16,7 +16,7 @@ import torch
 
 import clipgen
 from clipgen.clip import FrozenCLIP, find_folder
-from clipgen.data.encoded import MANIFEST, SPLITS, open_shard, record
+from clipgen.data.encoded import MANIFEST, SPLITS, open_shard, record_dtype
 from clipgen.data.pieces import Batch, pieces, read, source_files
 from clipgen.files import atomic_write, read_json, write_json
 from clipgen.frozen import save_frozen
@@ -94,7 +94,7 @@ def encode_shard(path: Path, batches: Iterator[Batch], vqgan: VQGAN, clip: Froze
         indices = vqgan.encode(flat).flatten(1).cpu().numpy()
         embedding = clip.encode_image(flat).cpu().numpy()
         labelled = labels[0] is not None
-        kind = record(images.shape[1], indices.shape[1], vqgan.codebook_size, embedding.shape[1], labelled)
+        kind = record_dtype(images.shape[1], indices.shape[1], vqgan.codebook_size, embedding.shape[1], labelled)
         row = np.empty(len(images), kind)
         if labelled:
             row["label"] = labels
@@ -102,7 +102,7 @@ def encode_shard(path: Path, batches: Iterator[Batch], vqgan: VQGAN, clip: Froze
         row["embedding"] = embedding.reshape(row["embedding"].shape)
         rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = np.concatenate(rows) if rows else np.empty(0, record(1, 1, vqgan.codebook_size, 1))
+    found = np.concatenate(rows) if rows else np.empty(0, record_dtype(1, 1, vqgan.codebook_size, 1))
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, found)
     seconds = time.perf_counter() - start

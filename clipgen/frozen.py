@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from clipgen.clip import BUNDLED, FrozenCLIP, find_folder
+from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP, find_folder
 from clipgen.files import read_json, write_json
 from clipgen.vqgan import VQGAN
 
@@ -18,7 +18,7 @@ def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) 
     root.mkdir(parents=True, exist_ok=True)
     vqgan.save(root / "vqgan", half)
     config, folder = clip.config(), find_folder(clip.model_name)
-    if folder and clip.model_name not in BUNDLED:
+    if folder and clip.model_name not in BUNDLED_CLIPS:
         if folder != (root / "clip").resolve():
             shutil.rmtree(root / "clip", ignore_errors=True)  # nothing of another CLIP may stay: a vocabulary would
             shutil.copytree(folder, root / "clip")

@@ -1,17 +1,11 @@
-"""The losses of both stages: functions of tensors that return tensors."""
+"""The losses of both stages, as functions of tensors; LPIPS has a file of its own."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from clipgen.files import one_line
 
 RECONSTRUCTIONS = ("l1", "l2")
 ADVERSARIALS = ("hinge", "log")
@@ -63,8 +57,8 @@ def adaptive_weight(
 
 
 class LeCam(nn.Module):
-    """LeCam's regularisation of the discriminator (arXiv:2104.03310): its logits shall stay near the running mean of
-    the other kind's, which keeps it from winning where images are few."""
+    """LeCam's regularisation of the discriminator (arXiv:2104.03310): keeps its logits near the running mean of the
+    other kind's, so that it does not win where images are few."""
 
     means: Tensor
 
@@ -124,56 +118,3 @@ def noisy_condition(clip_embedding: Tensor, cosine: float) -> Tensor:
         return clip_embedding
     noise = F.normalize(torch.randn_like(clip_embedding), dim=-1)
     return F.normalize(clip_embedding + noise * (cosine**-2 - 1) ** 0.5, dim=-1)
-
-
-def load_lpips(vgg_weights: str | None = None) -> nn.Module:
-    """LPIPS (arXiv:1801.03924) by torchmetrics, frozen: images, images in [-1, 1] -> (B, 1, 1, 1).
-
-    Args:
-        vgg_weights: a file of torchvision's VGG-16 weights; None takes them from torchvision's cache or download.
-
-    Returns:
-        A module that must stay in evaluation mode: its linear layers hold dropout.
-
-    Raises:
-        ValueError: the weights cannot be had; says how to provide or disable them.
-    """
-    from torchmetrics.functional.image.lpips import _LPIPS  # pulls torchvision's models: only where it is needed
-    from torchvision.models import VGG16_Weights
-
-    try:
-        if vgg_weights is None:
-            vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
-        else:
-            vgg = torch.load(Path(vgg_weights).expanduser(), map_location="cpu", weights_only=True)
-        network = _LPIPS(net="vgg", pnet_rand=True)  # its linear layers come with the package
-        return frozen(load_vgg_(network, vgg))
-    except Exception as error:  # a missing file, no network, a file of something else: the way out is the same
-        source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
-        raise ValueError(
-            f"the perceptual loss needs the weights {source}, not to be had ({one_line(error)}): put "
-            f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), name the file in "
-            "model.vgg_weights=PATH, or go without by model.perceptual_weight=0"
-        ) from error
-
-
-def lpips_of(state: dict[str, Tensor]) -> nn.Module:
-    """LPIPS with the weights that a published checkpoint or our own folder holds."""
-    from torchmetrics.functional.image.lpips import _LPIPS
-
-    network = _LPIPS(net="vgg", pnet_rand=True)
-    network.load_state_dict({**state, **{f"lins.{k[3:]}": v for k, v in state.items() if re.match(r"lin\d", k)}})
-    return frozen(network)
-
-
-def frozen(network: nn.Module) -> nn.Module:
-    """For good: in evaluation mode and without gradients of its own."""
-    return network.eval().requires_grad_(False)
-
-
-def load_vgg_(network: Any, vgg: dict[str, Tensor]) -> nn.Module:
-    """Put ``features.N.*`` of torchvision's VGG-16 into the slices of LPIPS, where layer N keeps its number."""
-    for name, parameter in network.net.named_parameters():
-        layer = name.split(".", 1)[1]  # slice1.0.weight -> 0.weight
-        parameter.data.copy_(vgg[f"features.{layer}"])
-    return network

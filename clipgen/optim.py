@@ -1,4 +1,4 @@
-"""Learning-rate schedules, shared by both stages."""
+"""Optimizers, learning-rate schedules and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def optimizer_steps(trainer: Any, accumulate: int) -> float:
 class MovingAverage(AveragedModel):
     """Exponential moving average of a network's weights, from those after the first step on.
 
-    torch's own looks at its counter at every step, for which a GPU would be waited for.
+    torch's own reads its counter at every step, which would synchronise with the GPU.
     """
 
     def __init__(self, network: torch.nn.Module, decay: float):
@@ -83,10 +83,10 @@ def make_optimizer(module: torch.nn.Module, hidden: torch.nn.Module, kind: str, 
     for group in groups:
         group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
-    return Together(muon, torch.optim.AdamW(groups, **adamw))
+    return CombinedOptimizer(muon, torch.optim.AdamW(groups, **adamw))
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Several optimizers of different parameters as one, for trainers that know only one."""
 
     def __init__(self, *parts: Optimizer):

@@ -26,7 +26,7 @@ from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 
-BUNDLED = {"shapes": Path(__file__).parent / "bundled"}
+BUNDLED_MODELS = {"shapes": Path(__file__).parent / "bundled"}
 BRIDGE = "bridge.safetensors"
 BATCH = 64  # images drawn at a time on a CPU, and decoded at a time anywhere
 MOST = 1024  # images drawn at a time on a GPU, where its memory allows
@@ -77,7 +77,7 @@ class TextToImage:
             from huggingface_hub import snapshot_download
 
             path_or_name = snapshot_download(str(path_or_name).removeprefix("hf-hub:"))
-        path = Path(BUNDLED.get(str(path_or_name), path_or_name)).expanduser()
+        path = Path(BUNDLED_MODELS.get(str(path_or_name), path_or_name)).expanduser()
         transformer = ConditionalTransformer.load(path)
         root = run_folder(path)
         bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
@@ -127,7 +127,7 @@ class TextToImage:
             if part is not None:
                 part.to(device)
         if dtype:
-            _ = self._fingerprint  # kept: of the weights as they were
+            _ = self._fingerprint  # cached before the cast changes the weights
             self.dtype = dtype
             self.transformer.to(dtype)
         return self
@@ -231,7 +231,7 @@ class TextToImage:
     ) -> Tensor:  # fmt: skip
         """CLIP embeddings (B, E) of sentences or images -> images (B, 3, H, W) in [-1, 1], one a row.
 
-        ``given`` (1, P): first indices of every image. ``preview``, ``settings``: see ``__call__``.
+        ``given`` (1, P): the indices that every image begins with. ``preview``, ``settings``: see ``__call__``.
         """
         seeds, images, done = row_seeds(seed, len(clip_embedding)), [], 0
         batch = self._batch(guided=settings.get("guidance_scale", 1) != 1)
@@ -246,8 +246,7 @@ class TextToImage:
                     raise
             # outside of ``except``, which keeps what did not fit alive (torch's FAQ on out-of-memory)
             batch = (min(batch, len(seeds) - done) + 1) // 2
-            if self.transformer.decoders:
-                self.transformer.decoders.clear()
+            self.transformer.free_decoders()
             torch.cuda.empty_cache()
         return torch.cat(images)
 
@@ -271,14 +270,15 @@ class TextToImage:
             return BATCH
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free += sum(2 * keys.nbytes for kept in (self.transformer.decoders or {}).values() for keys in kept.keys)
+        free += self.transformer.decoder_bytes()
         row = 2 * sizes.n_layer * sizes.num_tokens * sizes.n_embd * self.dtype.itemsize * (2 if guided else 1)
         return 1 << (max(1, min(MOST, free // 2 // row)).bit_length() - 1)
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
         """Indices of whole rows (B, t) -> images (B, 3, h, W) in [-1, 1]."""
-        alone = self.vqgan.device.type == "cpu" and self.transformer.decoders is None  # CPUs round otherwise in batches
+        # CPU kernels round otherwise at other batch sizes
+        alone = self.vqgan.device.type == "cpu" and not self.transformer.compiled
         batch = 1 if alone else BATCH
         grids = rearrange(indices, "b (h w) -> b h w", w=self.side).split(batch)
         with torch.autocast(self.vqgan.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
@@ -286,9 +286,9 @@ class TextToImage:
         return torch.cat(images).float().clamp(-1, 1)
 
     def _decode(self, grid: Tensor) -> Tensor:
-        """Of at most ``BATCH`` grids. Compiled, there is a program for each power of two of them, and none for parts
-        of pictures."""
-        if self.transformer.decoders is None:
+        """Of at most ``BATCH`` grids. Compiled, batches are padded to a power of two, so that few programs are made,
+        and previews run eagerly."""
+        if not self.transformer.compiled:
             return self.vqgan.decode(grid)
         missing, whole = 2 ** (len(grid) - 1).bit_length() - len(grid), grid.shape[1] == self.side
         with torch.compiler.set_stance("default" if whole else "force_eager"):

@@ -1,4 +1,4 @@
-"""What lets a stopped run go on as if it had not been: checkpoints, signals, seeds, the table of losses."""
+"""What makes a resumed run the uninterrupted one: checkpoints, signals, seeds, the table of losses."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ def validation_due(trainer: pl.Trainer) -> bool:
 
 
 class OwedValidation(pl.Callback):
-    """Makes up for a validation that was due where a checkpoint was written and then cut off by a stop: Lightning, when
-    it resumes there, takes it for done, and ``best.ckpt`` would be another."""
+    """Runs a validation that was due at a checkpoint and then cut off by a stop: on resuming, Lightning takes it for
+    done, and ``best.ckpt`` could be another."""
 
     def __init__(self) -> None:
-        self.validated, self.owed = -1, False  # after so many batches; by what was resumed
+        self.validated, self.owed = -1, False  # batches at the last validation; whether the resumed checkpoint owes one
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -89,7 +89,8 @@ class ConditionalTransformer(pl.LightningModule):
         )  # fmt: skip
         self.ema = MovingAverage(self.gpt, ema_decay) if ema_decay > 0 else None
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
-        self.decoders: dict[Any, CompiledDecoder] | None = None  # by what they are for, after ``compile_sampling``
+        self.compiled = False  # see ``compile_sampling``
+        self.decoders: dict[Any, CompiledDecoder] = {}  # by batch size, device and dtype
 
     def attach(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
         """Give the frozen pair that encodes training images. It is no part of parameters or checkpoints."""
@@ -151,11 +152,19 @@ class ConditionalTransformer(pl.LightningModule):
     def compile_sampling(self) -> ConditionalTransformer:
         """Let ``sample`` run by torch.compile, on a GPU as CUDA graphs: the first images of each power of two of rows
         wait for it a minute or so. Its memory is kept, and used by one call at a time."""
-        self.decoders = {}
+        self.compiled = True
         return self
 
+    def free_decoders(self) -> None:
+        """Give back what compiled decoders hold; the next images wait for their compilation again."""
+        self.decoders.clear()
+
+    def decoder_bytes(self) -> int:
+        """What the caches of compiled decoders hold."""
+        return sum(2 * keys.nbytes for decoder in self.decoders.values() for keys in decoder.keys)
+
     def _decoder(self, condition: Tensor) -> CachedDecoder:
-        if self.decoders is None:
+        if not self.compiled:
             return CachedDecoder(self.network, len(condition))
         rows = 2 ** (len(condition) - 1).bit_length()
         key = rows, condition.device, condition.dtype, id(self.network.head.weight)  # moved, cast, or replaced
@@ -165,7 +174,7 @@ class ConditionalTransformer(pl.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the compiled decoders, which hold on to the weights."""
-        return self.__dict__ | {"decoders": None if self.decoders is None else {}}
+        return self.__dict__ | {"decoders": {}}
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -187,7 +196,7 @@ class ConditionalTransformer(pl.LightningModule):
             return
         nets: list[Any] = [self.gpt] if self.ema is None else [self.gpt, self.ema.module]
         for net in nets:  # what lies outside the blocks stays together: the head may be the index embedding
-            for part in (*net.transformer.h, net):  # nothing stays whole after a forward pass, which may be validation
+            for part in (*net.transformer.h, net):  # reshard after forward too: after validation's no backward would
                 fully_shard(part, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
 
     def on_fit_start(self) -> None:
@@ -265,7 +274,7 @@ class ConditionalTransformer(pl.LightningModule):
     def load(cls, path: str | Path) -> Self:
         """Load a model folder, a run folder or a checkpoint of stage 2, in evaluation mode."""
         arguments, state = files.load(path, cls.__name__)
-        if not below("ema.", state):  # a folder holds one network, and nobody shall pay for a second
+        if not below("ema.", state):  # a folder holds one network: allocate no average beside it
             arguments = arguments | {"ema_decay": 0.0}
         with files.fitting(path, cls.__name__):
             model = cls(**arguments)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clipgen import losses
 from clipgen.images import to_bytes
+from clipgen.lpips import load_lpips, lpips_from_state
 from clipgen.nets.autoencoder import Autoencoder
 from clipgen.nets.discriminator import PatchDiscriminator
 from clipgen.nets.quantizer import Quantized, count_codes, usage_and_perplexity
@@ -182,17 +183,17 @@ class VQGAN(pl.LightningModule):
                 "trainer.precision must be 32-true or bf16-mixed, got 16-mixed: GAN losses overflow in fp16"
             )
         if self.h.perceptual_weight > 0:
-            lpips = self._lpips[0] if self._lpips else losses.load_lpips(self.h.vgg_weights)
+            lpips = self._lpips[0] if self._lpips else load_lpips(self.h.vgg_weights)
             self._lpips = (lpips.to(self.device),)
         self.train()  # what was loaded is in evaluation mode, and Lightning leaves it there
-        self.optimize_()
+        self.apply_speed_options_()
 
-    def optimize_(self) -> None:
-        """Apply ``channels_last`` and ``compile``; neither changes what is computed, or the names of parameters."""
+    def apply_speed_options_(self) -> None:
+        """Apply ``channels_last`` and ``compile``; neither changes parameter names, and results by rounding only."""
         if self.h.channels_last:
             self.to(memory_format=torch.channels_last)
         if self.h.compile:
-            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # one graph, gone through twice
+            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # its graph is differentiated twice
             # the decoder's last layer stays out: the adaptive weight asks for its gradient alone
             net: Any = self.autoencoder
             net.encoder.compile()
@@ -207,7 +208,7 @@ class VQGAN(pl.LightningModule):
             images = images.contiguous(memory_format=torch.channels_last)
         if self.h.kmeans_iters and self.global_step == batch_idx == 0:
             with torch.no_grad():
-                self.autoencoder.quantize.start_(self.encode_latents(images))
+                self.autoencoder.quantize.init_by_kmeans_(self.encode_latents(images))
         if batch_idx % self.h.accumulate == 0:
             self.zero_grad()
         step_now = (batch_idx + 1) % self.h.accumulate == 0 or self.trainer.is_last_batch
@@ -317,7 +318,7 @@ class VQGAN(pl.LightningModule):
         checkpoint["clipgen_model"] = type(self).__name__
 
     def save(self, path: str | Path, half: bool = False, training: bool = False) -> Path:
-        """Write a model folder: the tokenizer; with ``training`` also the discriminator and LPIPS, where there are."""
+        """Write a model folder: the tokenizer; with ``training`` also the discriminator and LPIPS, if there are any."""
         net: Any = self.autoencoder if self.ema is None else self.ema.module
         state = net.state_dict()
         if training:
@@ -361,7 +362,7 @@ class VQGAN(pl.LightningModule):
             return cls(**arguments).with_weights(state)
 
     def with_weights(self, state: dict[str, Tensor]) -> VQGAN:
-        """Take over weights as a model folder holds them, in evaluation mode; without a discriminator's, have none."""
+        """Take over weights as a model folder holds them, in evaluation mode; a discriminator without any goes."""
         self.load_tokenizer(state)
         discriminator, lpips = (below(prefix, state) for prefix in PARTS)
         if not discriminator:
@@ -369,10 +370,10 @@ class VQGAN(pl.LightningModule):
         elif self.discriminator is not None:
             self.discriminator.load_state_dict(discriminator)
         if len(lpips) > 5:  # not only its linear layers: with VGG
-            self._lpips = (losses.lpips_of(lpips),)
+            self._lpips = (lpips_from_state(lpips),)
         return self.eval()
 
-    def take_over(self, other: VQGAN) -> VQGAN:
+    def copy_weights_from(self, other: VQGAN) -> VQGAN:
         """Go on from another's weights: the tokenizer's, and the discriminator's and LPIPS where it has them."""
         self.load_tokenizer(other.eval().tokenizer.state_dict())
         if self.discriminator is not None and other.discriminator is not None:

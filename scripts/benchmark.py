@@ -39,9 +39,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage, losses
-from clipgen.data.encoded import EncodedDataset, record, whole
+from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
+from clipgen.data.encoded import EncodedDataset, as_is, record_dtype
 from clipgen.data.shapes import ShapesDataset
+from clipgen.lpips import empty_lpips
 
 WARM_UP = 3  # steps that are not measured
 CIFAR = dict(
@@ -163,14 +164,12 @@ def table(title: str, rows: dict[str, dict[str, float]], ratio: str) -> None:
 
 def measure_vqgan(size: str, variant: str, batch: int, steps: int, device: str, perceptual: bool) -> dict[str, float]:
     """Images a second of a training step, of encoding, of decoding; and the training's peak memory."""
-    from torchmetrics.functional.image.lpips import _LPIPS
-
     arguments = {**VQGAN_SIZES[size], "discriminator_start": 0, "channels_last": False, **options(variant)}
     precision = arguments.pop("precision", "32-true")
     vqgan = VQGAN(**arguments | {"perceptual_weight": float(perceptual)})
     if perceptual:  # its speed does not depend on its weights
-        vqgan._lpips = (losses.frozen(_LPIPS(net="vgg", pnet_rand=True)),)
-    images = torch.rand(batch, 3, vqgan.h.resolution, vqgan.h.resolution) * 2 - 1
+        vqgan._lpips = (empty_lpips(),)
+    images = torch.rand(batch, 3, vqgan.hparams.resolution, vqgan.hparams.resolution) * 2 - 1
     step = fit(vqgan, loader([{"images": images}] * (steps + WARM_UP), batch_size=None), device, precision)
     vqgan, images = vqgan.eval().to(device), images.to(device)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision != "32-true"):
@@ -214,18 +213,18 @@ def measure_transformer(
     if clip != "shapes":
         arguments["clip_dim"] = open_clip.get_model_config(clip)["embed_dim"]
     transformer = ConditionalTransformer(**arguments)
-    count, sizes = (steps + WARM_UP) * batch, transformer.h
+    count, sizes = (steps + WARM_UP) * batch, transformer.hparams
     if source == "images" or sizes.clip_loss_weight > 0:
         transformer.attach(VQGAN(**CIFAR).eval(), make_clip(clip))
     if source == "images":
         found = fit(transformer, loader(ShapesDataset(count), batch), device, precision)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            rows = np.ones(count, record(1, sizes.num_tokens, sizes.codebook_size, sizes.clip_dim))
+            rows = np.ones(count, record_dtype(1, sizes.num_tokens, sizes.codebook_size, sizes.clip_dim))
             np.save(Path(folder) / "shard-000000.npy", rows)
             data: Any = EncodedDataset(folder)
             order = torch.randperm(count).tolist()
-            found = fit(transformer, loader(data, batch, sampler=order, collate_fn=whole), device, precision)  # type: ignore[arg-type]
+            found = fit(transformer, loader(data, batch, sampler=order, collate_fn=as_is), device, precision)  # type: ignore[arg-type]
     images = batch / found["seconds"]
     row = {"images/s": images, "tokens/s": images * sizes.num_tokens, "GiB": found["GiB"]}
     if device == "cuda":
@@ -237,7 +236,7 @@ def encode(args: argparse.Namespace) -> dict[str, Any]:
     """What ``clipgen-encode`` does to images of the paper's size, and what that makes for ImageNet."""
     row = apart(measure_encode, args.clip, args.batch, args.steps, args.device)
     table(f"256 x 256, {args.clip}, batch {args.batch}", {"tokenizer and CLIP": row}, "images/s")
-    views, size = 1_281_167 * args.augmentations, np.dtype(record(1, 256, 16384, 512)).itemsize
+    views, size = 1_281_167 * args.augmentations, np.dtype(record_dtype(1, 256, 16384, 512)).itemsize
     hours = views / row["images/s"] / 3600
     print(f"\nImageNet, {args.augmentations} augmentations: {views * size / 1e9:.1f} GB, {hours:.0f} hours")
     return {"batch": args.batch, "rows": {"encode": row}, "hours": hours}
@@ -256,7 +255,7 @@ def measure_encode(clip: str, batch: int, steps: int, device: str) -> dict[str, 
 
 def flops(transformer: ConditionalTransformer) -> float:
     """Floating-point operations that a token of training needs: 6 N + 12 L C T (PaLM, arXiv:2204.02311, App. B)."""
-    gpt, sizes = transformer.gpt, transformer.h
+    gpt, sizes = transformer.gpt, transformer.hparams
     parameters = sum(p.numel() for p in gpt.transformer.h.parameters()) + gpt.head.weight.numel()
     return 6 * parameters + 12 * sizes.n_layer * sizes.n_embd * sizes.num_tokens
 
@@ -279,10 +278,10 @@ def reading_rate() -> float:
     """Images a second out of a cache, by one process."""
     with tempfile.TemporaryDirectory() as folder:
         for i in range(20):
-            np.save(Path(folder) / f"shard-{i:06d}.npy", np.ones(10_000, record(1, 256, 16384, 512)))
+            np.save(Path(folder) / f"shard-{i:06d}.npy", np.ones(10_000, record_dtype(1, 256, 16384, 512)))
         data: Any = EncodedDataset(folder)
         order = torch.randperm(len(data)).tolist()[:100_000]
-        batches = loader(data, 256, sampler=order, collate_fn=whole)  # type: ignore[arg-type]
+        batches = loader(data, 256, sampler=order, collate_fn=as_is)  # type: ignore[arg-type]
         for start in (time.perf_counter(), time.perf_counter()):  # the second pass, with the files in memory
             start = time.perf_counter()
             images = sum(len(batch["indices"]) for batch in batches)

@@ -37,7 +37,7 @@ from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
 from clipgen.evaluation.evaluate import evaluate, table
 from clipgen.evaluation.features import Features, feature_extractor
 from clipgen.evaluation.measure import Measure
-from clipgen.evaluation.sources import Draw, Drawn, RealImages, drawing
+from clipgen.evaluation.sources import Draw, GeneratedImages, RealImages, drawing
 from clipgen.files import atomic_write
 from clipgen.images import grid, save_png, to_pil
 from clipgen.weights.checkpoint import fingerprint
@@ -223,7 +223,7 @@ class Study:
             every = max(len(self.setting.sentences) // count, 1)
             captions = [self.setting.sentences[i * every % len(self.setting.sentences)] for i in range(count)]
             draw = self.draw(row, seed)
-            source = Drawn(draw, captions, 10_000 * seed, {"row": row.name, "steps": self.args.steps})
+            source = GeneratedImages(draw, captions, 10_000 * seed, {"row": row.name, "steps": self.args.steps})
             evaluate(folder, source, self.measure, self.reference)
             first = captions[:: max(count // 8, 1)][:8]
             images = draw(first, list(range(len(first))))
@@ -266,7 +266,9 @@ def search_tables(study: Study) -> str:
     lines = []
     for row in rows:
         images = torch.cat(kept[row.k])
-        source = Drawn(lambda captions, numbers, images=images: images[numbers], [""] * len(images), 0, {"k": row.k})
+        source = GeneratedImages(
+            lambda captions, numbers, images=images: images[numbers], [""] * len(images), 0, {"k": row.k}
+        )
         fid = evaluate(study.output / "search" / str(row.k), source, study.measure.for_reference(), study.reference)
         mean, std = row.best_mean_std
         needed = row.needed_mean_std

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from train_clip import CONTEXT_LENGTH, train, write_config
 
-from clipgen.clip import BUNDLED, FrozenCLIP
+from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
 
 SHAPES_CLIP = {
@@ -48,7 +48,7 @@ def zero_shot_accuracy(folder: Path, images: int, seed: int) -> tuple[float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=BUNDLED["shapes"])
+    parser.add_argument("--output", type=Path, default=BUNDLED_CLIPS["shapes"])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -231,7 +231,7 @@ def test_biggan(tmp_path):
         load_generator(f"biggan:{tmp_path}")
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(
-        ValueError, match=r"the weights of BigGAN .* cannot be had; with its config.json and pytorch_mod"
+        ValueError, match=r"the weights of BigGAN .* cannot be loaded; with its config.json and pytorch_mod"
     ):
         load_generator(f"biggan:{tmp_path}")
 

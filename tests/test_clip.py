@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from clipgen.clip import BUNDLED, FrozenCLIP, WordTokenizer, match_activation
+from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP, WordTokenizer, match_activation
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
 from clipgen.images import to_pil
 
@@ -54,8 +54,8 @@ def test_bundled_clip_tells_all_sentences_apart(shapes_clip):
 
 def test_bundled_files_are_small():
     size = lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
-    assert 0 < size(BUNDLED["shapes"]) <= 4
-    assert size(BUNDLED["shapes"].parent) <= 10
+    assert 0 < size(BUNDLED_CLIPS["shapes"]) <= 4
+    assert size(BUNDLED_CLIPS["shapes"].parent) <= 10
 
 
 # ----------------------------------------------------------------------------------------------------------- embeddings
@@ -106,7 +106,7 @@ def test_preprocessing_is_open_clips(tmp_path, size, resize_mode):
 def test_sharp_photos_are_seen_as_open_clip_sees_them(shapes_clip):
     """Hard edges and bright pixels, where bicubic filters overshoot."""
     images = ShapesDataset(16, image_size=96, seed=1).render(range(16))
-    transform = open_clip.create_model_and_transforms(f"local-dir:{BUNDLED['shapes']}")[2]
+    transform = open_clip.create_model_and_transforms(f"local-dir:{BUNDLED_CLIPS['shapes']}")[2]
     theirs = torch.stack([transform(picture) for picture in to_pil(images)])
     e = shapes_clip.model.encode_image(theirs)
     assert F.cosine_similarity(shapes_clip.encode_image(images), e).min() > 0.999

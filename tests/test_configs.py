@@ -100,7 +100,7 @@ def test_other_keys_are_arguments_too():
         assert get_object(node["_target_"]) is FrozenCLIP, name
         assert values(node) == set(arguments(FrozenCLIP.__init__))
     config = composed("stage=vqgan")
-    assert values(config.pictures) == set(arguments(callbacks.Pictures.__init__)) - {"folder"}
+    assert values(config.pictures) == set(arguments(callbacks.PictureLogger.__init__)) - {"folder"}
     assert values(config.checkpoint) == set(arguments(resume.checkpoints)) - {"folder", "monitor"}
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
 

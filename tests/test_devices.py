@@ -107,7 +107,7 @@ def test_losses_stay_on_the_gpu(transformer, gan, gpu):
     loss, logits = there.gpt(
         indices, losses.noisy_condition(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True
     )
-    gan.autoencoder.quantize.start_(gan.encode_latents(images))
+    gan.autoencoder.quantize.init_by_kmeans_(gan.encode_latents(images))
     reconstruction, quantized = gan.autoencode(images)
     terms = gan.autoencoder_loss(images, reconstruction, quantized)
     both = gan.discriminator(images), gan.discriminator(reconstruction)

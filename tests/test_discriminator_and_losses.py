@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import vgg
 
 from clipgen import losses
+from clipgen.lpips import load_lpips
 from clipgen.nets.discriminator import PatchDiscriminator
 from clipgen.vqgan import VQGAN
 
@@ -111,7 +112,7 @@ def vgg_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lpips(vgg_file) -> nn.Module:
-    return losses.load_lpips(str(vgg_file))
+    return load_lpips(str(vgg_file))
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def test_missing_or_wrong_vgg_weights_say_what_to_do(tmp_path, content):
     elif content:
         torch.save(content, path)
     with pytest.raises(ValueError) as error:
-        losses.load_lpips(str(path))
+        load_lpips(str(path))
     for word in (str(path), "vgg16-397923af.pth", "model.vgg_weights=", "model.perceptual_weight=0"):
         assert word in str(error.value)
 

@@ -263,8 +263,8 @@ def test_embeddings_of_a_bridge(cache):
 
 
 def test_large_codebooks_take_four_bytes():
-    assert encoding.record(1, 4, 2**16, 2)["indices"].base == np.uint16
-    assert encoding.record(1, 4, 2**16 + 1, 2)["indices"].base == np.uint32
+    assert encoding.record_dtype(1, 4, 2**16, 2)["indices"].base == np.uint16
+    assert encoding.record_dtype(1, 4, 2**16 + 1, 2)["indices"].base == np.uint32
 
 
 # ------------------------------------------------------------------------------------------------------------ commands

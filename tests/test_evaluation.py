@@ -29,7 +29,7 @@ from clipgen.evaluation.collection import Collection, collect
 from clipgen.evaluation.evaluate import evaluate, table
 from clipgen.evaluation.features import Features, clean_resize, feature_extractor, source_hash
 from clipgen.evaluation.measure import Measure, blurred, summary
-from clipgen.evaluation.sources import Drawn, Pictures, RealImages, drawing
+from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages, drawing
 from clipgen.images import save_png, to_pil
 
 fidelity = pytest.importorskip("torch_fidelity")
@@ -178,7 +178,7 @@ def test_blur_is_pillows(images):
 def test_a_folder_has_torch_fidelitys_numbers(two_folders, inception_file, tmp_path, resize):
     """The whole way from PNG files, beside torch-fidelity's own command."""
     features = feature_extractor(f"{resize}:{inception_file}")
-    ours = evaluate(tmp_path, Pictures(two_folders[0]), Measure(features, [0]), RealImages(str(two_folders[1]), 32))
+    ours = evaluate(tmp_path, FolderImages(two_folders[0]), Measure(features, [0]), RealImages(str(two_folders[1]), 32))
     theirs = fidelity.calculate_metrics(
         input1=str(two_folders[0]), input2=str(two_folders[1]), isc=True, fid=True, kid=True, prc=True, cuda=False,
         kid_subset_size=24, verbose=False, cache=False, feature_extractor="inception-v3-compat",
@@ -235,8 +235,8 @@ def test_classifiers_of_torchvision_and_timm(tmp_path, images):
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("nonsense", "features must be inception"), ("torchvision:nothing", "nothing"), ("timm:nothing", "cannot be had"),
-    ("os:nothing", "has no attribute"), ("math:sqrt", "features 'math:sqrt' cannot be had"),
+    ("nonsense", "features must be inception"), ("torchvision:nothing", "nothing"), ("timm:nothing", "cannot be"),
+    ("os:nothing", "has no attribute"), ("math:sqrt", "features 'math:sqrt' cannot be loaded"),
     ("inception:/nowhere.pth", "need torch-fidelity and its weights"),
 ])  # fmt: skip
 def test_features_that_cannot_be_had(name, message):
@@ -273,12 +273,12 @@ def test_numbers_depend_on_neither_batches_nor_workers_nor_order(two_folders, tm
     features = feature_extractor(f"{__name__}:sixteen_classes")
     measure = Measure(features, clips={"shapes": shapes_clip}, shapes=True)
     real = RealImages(str(two_folders[1]), 32)
-    first = evaluate(tmp_path / "1", Pictures(two_folders[0], captions=None), measure, real)
+    first = evaluate(tmp_path / "1", FolderImages(two_folders[0], captions=None), measure, real)
     shuffled = tmp_path / "shuffled"
     shuffled.mkdir()
     for i, file in enumerate(sorted(two_folders[0].iterdir(), key=lambda path: path.name[::-1])):
         (shuffled / f"{i}.png").write_bytes(file.read_bytes())
-    other = Pictures(shuffled, captions=None, batch_size=7, workers=1)
+    other = FolderImages(shuffled, captions=None, batch_size=7, workers=1)
     second = evaluate(tmp_path / "2", other, measure, RealImages(str(two_folders[1]), 32, batch_size=11))
     assert second == pytest.approx(first, rel=1e-6)
     assert {"is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "clip_score shapes"} < set(first)
@@ -287,7 +287,7 @@ def test_numbers_depend_on_neither_batches_nor_workers_nor_order(two_folders, tm
 
 def test_an_inception_score_of_few_images_is_left_out(two_folders, tmp_path, caplog):
     """Splits of one image would make it 1, whatever they show."""
-    few = Pictures(two_folders[0])
+    few = FolderImages(two_folders[0])
     few.files, few.pieces = few.files[:12], [range(12)]
     found = of(few, Measure(feature_extractor(f"{__name__}:sixteen_classes"), [0]), tmp_path)
     assert "is_mean" not in found and "IS is left out: it needs at least 20 images, got 12" in caplog.text
@@ -298,14 +298,14 @@ def test_pictures_of_several_sizes_are_mentioned_once(tmp_path, caplog):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     for image_size, mentioned in ((None, 1), (16, 0)):
         caplog.clear()
-        source = Pictures(tmp_path, image_size, workers=1)
+        source = FolderImages(tmp_path, image_size, workers=1)
         assert [images.shape for images, _ in source.read(source.pieces[0])] == [(4, 3, 16, 16)]
         found = [record.message.startswith("c.png is 24 x 20, and the first of") for record in caplog.records]
         assert found == [True] * mentioned
     caplog.clear()
     for name in "abcd":
         Image.new("RGB", (24, 20), "red").save(tmp_path / f"{name}.png")  # all alike, if not square
-    source = Pictures(tmp_path, workers=1)
+    source = FolderImages(tmp_path, workers=1)
     assert [images.shape for images, _ in source.read(source.pieces[0])] == [(4, 3, 20, 20)] and not caplog.records
 
 
@@ -321,7 +321,7 @@ def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
         asked.append(seeds)
         return drawing(pipe)(captions, seeds)
 
-    source = lambda how: Drawn(how, prompts, 5, {"model": "tiny"}, batch_size=4)
+    source = lambda how: GeneratedImages(how, prompts, 5, {"model": "tiny"}, batch_size=4)
     with pytest.raises(KeyboardInterrupt):
         collect(tmp_path / "killed", source(draw), measure, measure.identity)
     assert [path.name for path in sorted((tmp_path / "killed").iterdir())] == ["identity.json", "part-000000.npz"]
@@ -337,7 +337,7 @@ def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
 def test_processes_share_the_parts(two_folders, tmp_path, monkeypatch):
     monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
     measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
-    source = Pictures(two_folders[0])
+    source = FolderImages(two_folders[0])
     assert evaluate(tmp_path, source, measure, share=(1, 2)) is None
     assert len(Collection(tmp_path / "parts").parts) == 1
     assert evaluate(tmp_path, source, measure, share=(0, 2)) is not None
@@ -351,11 +351,13 @@ def test_whoever_is_last_compares(two_folders, tmp_path, monkeypatch):
     measure, calls = Measure(feature_extractor(f"{__name__}:some_features"), [0]), []
     reference = RealImages(str(two_folders[1]), 32)
 
-    class Overtaken(Pictures):
+    class Overtaken(FolderImages):
         def read(self, piece):
             if not calls:
                 calls.append(piece)
-                assert evaluate(tmp_path / "out", Pictures(two_folders[0]), measure, reference, share=(1, 2)) is None
+                assert (
+                    evaluate(tmp_path / "out", FolderImages(two_folders[0]), measure, reference, share=(1, 2)) is None
+                )
             return super().read(piece)
 
     assert evaluate(tmp_path / "out", Overtaken(two_folders[0]), measure, reference, share=(0, 2)) is not None
@@ -374,22 +376,22 @@ def test_spaces_are_never_mixed(two_folders, tmp_path):
     ours, other = (
         Measure(feature_extractor(f"{__name__}:{name}"), [0]) for name in ("some_features", "sixteen_classes")
     )
-    evaluate(tmp_path, Pictures(two_folders[0]), ours)
+    evaluate(tmp_path, FolderImages(two_folders[0]), ours)
     with pytest.raises(ValueError, match=r"was measured with features=.*some_features .*, not .*sixteen_classes"):
-        evaluate(tmp_path, Pictures(two_folders[0]), other)
+        evaluate(tmp_path, FolderImages(two_folders[0]), other)
     with pytest.raises(ValueError, match="was measured with pictures="):
-        evaluate(tmp_path, Pictures(two_folders[1]), ours)
+        evaluate(tmp_path, FolderImages(two_folders[1]), ours)
 
 
 def test_a_reference_that_was_measured_before(two_folders, tmp_path):
     ours, other = (Measure(feature_extractor(f"{__name__}:{n}"), [0]) for n in ("some_features", "sixteen_classes"))
-    expected = evaluate(tmp_path / "1", Pictures(two_folders[0]), ours, RealImages(str(two_folders[1]), 32))
-    evaluate(tmp_path / "reference", Pictures(two_folders[1]), ours)
+    expected = evaluate(tmp_path / "1", FolderImages(two_folders[0]), ours, RealImages(str(two_folders[1]), 32))
+    evaluate(tmp_path / "reference", FolderImages(two_folders[1]), ours)
     measured = Collection(tmp_path / "reference/parts")
-    found = evaluate(tmp_path / "2", Pictures(two_folders[0]), ours, measured)
+    found = evaluate(tmp_path / "2", FolderImages(two_folders[0]), ours, measured)
     assert found == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match=r"reference .*parts was measured with features=.*some_features"):
-        evaluate(tmp_path / "3", Pictures(two_folders[0]), other, measured)
+        evaluate(tmp_path / "3", FolderImages(two_folders[0]), other, measured)
     assert not (tmp_path / "3").exists()
 
 
@@ -400,46 +402,48 @@ def test_a_part_without_images_is_no_obstacle(two_folders, tmp_path):
             for file in files:
                 tar.add(file, file.name)
     measure = Measure(feature_extractor(f"{__name__}:sixteen_classes"), [0])
-    expected = evaluate(tmp_path / "a", Pictures(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
+    expected = evaluate(tmp_path / "a", FolderImages(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
     shards = RealImages(str(tmp_path / "*.tar"), 32)
-    assert evaluate(tmp_path / "b", Pictures(two_folders[0]), measure, shards) == pytest.approx(expected, rel=1e-6)
+    assert evaluate(tmp_path / "b", FolderImages(two_folders[0]), measure, shards) == pytest.approx(expected, rel=1e-6)
     collect(tmp_path / "c", shards, measure, measure.identity)
     found = Collection(tmp_path / "c")
     assert len(found) == 30 and {"features_0", "logits"} < found.columns()
-    collect(tmp_path / "d", Drawn(lambda captions, seeds: torch.empty(0), [], 0, {}), measure, measure.identity)
+    collect(
+        tmp_path / "d", GeneratedImages(lambda captions, seeds: torch.empty(0), [], 0, {}), measure, measure.identity
+    )
     with pytest.raises(ValueError, match=r"reference must hold images, got none in .*d$"):
-        evaluate(tmp_path / "e", Pictures(two_folders[0]), measure, Collection(tmp_path / "d"))
+        evaluate(tmp_path / "e", FolderImages(two_folders[0]), measure, Collection(tmp_path / "d"))
 
 
 def test_a_reference_that_is_not_finished_is_refused(two_folders, tmp_path, monkeypatch):
     monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
     measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
-    evaluate(tmp_path, Pictures(two_folders[1]), measure, share=(0, 2))
+    evaluate(tmp_path, FolderImages(two_folders[1]), measure, share=(0, 2))
     with pytest.raises(ValueError, match=r"reference .*parts is not finished"):
-        evaluate(tmp_path / "new", Pictures(two_folders[0]), measure, Collection(tmp_path / "parts"))
+        evaluate(tmp_path / "new", FolderImages(two_folders[0]), measure, Collection(tmp_path / "parts"))
 
 
 def test_damaged_parts_are_named(two_folders, tmp_path):
     measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
-    evaluate(tmp_path, Pictures(two_folders[0]), measure)
+    evaluate(tmp_path, FolderImages(two_folders[0]), measure)
     part = tmp_path / "parts/part-000000.npz"
     for content in (part.read_bytes()[:300], b"", b"junk"):
         part.write_bytes(content)
         with pytest.raises(ValueError, match=r"part-000000\.npz is damaged .* delete it"):
-            evaluate(tmp_path, Pictures(two_folders[0]), measure)
+            evaluate(tmp_path, FolderImages(two_folders[0]), measure)
     part.unlink()
-    assert evaluate(tmp_path, Pictures(two_folders[0]), measure) is not None
+    assert evaluate(tmp_path, FolderImages(two_folders[0]), measure) is not None
     (tmp_path / "parts/identity.json").write_text("{")
     with pytest.raises(ValueError, match=r"identity\.json is damaged"):
-        evaluate(tmp_path, Pictures(two_folders[0]), measure)
+        evaluate(tmp_path, FolderImages(two_folders[0]), measure)
 
 
 def test_what_fails_before_its_first_part_binds_nobody(two_folders, tmp_path):
     (tmp_path / "other.txt").write_text("a user's own file")
     measure = Measure(shapes=True)
     with pytest.raises(ValueError, match="sentence must read like"):
-        evaluate(tmp_path, Pictures(two_folders[0], captions=[(None, "a cat")] * 24), measure)
-    assert evaluate(tmp_path, Pictures(two_folders[0], captions=None), measure)["judge_all"] == 1
+        evaluate(tmp_path, FolderImages(two_folders[0], captions=[(None, "a cat")] * 24), measure)
+    assert evaluate(tmp_path, FolderImages(two_folders[0], captions=None), measure)["judge_all"] == 1
 
 
 def test_classes_that_a_classifier_recognises(tmp_path):
@@ -452,10 +456,10 @@ def test_classes_that_a_classifier_recognises(tmp_path):
         return means, means
 
     measure = Measure(Features(three_classes, "three"), [0], classes=["red", "green", "blue"])
-    source = Drawn(lambda captions, seeds: images, ["red", "green", "red"], 0, {})
+    source = GeneratedImages(lambda captions, seeds: images, ["red", "green", "red"], 0, {})
     assert of(source, measure, tmp_path / "1")["accuracy"] == pytest.approx(2 / 3)
     measure.classes = ["crane", "green", "crane"]  # of ImageNet's classes some share a name
-    source = Drawn(lambda captions, seeds: images, ["crane", "green", "crane"], 0, {})
+    source = GeneratedImages(lambda captions, seeds: images, ["crane", "green", "crane"], 0, {})
     assert of(source, measure, tmp_path / "2")["accuracy"] == 1
 
 
@@ -472,7 +476,7 @@ def test_a_reference_is_measured_once(two_folders, tmp_path):
 
     measure = Counted(feature_extractor(f"{__name__}:some_features"), [0])
     for run in "12":
-        evaluate(tmp_path / run, Pictures(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
+        evaluate(tmp_path / run, FolderImages(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
     assert sum(calls) == 24 + 30 + 24
 
 
@@ -493,7 +497,7 @@ def test_an_image_of_nan_is_refused(tmp_path):
         return images
 
     with pytest.raises(ValueError, match="images must be finite, got NaN or infinity in an image of 'two'"):
-        collect(tmp_path, Drawn(draw, ["one", "two"], 0, {}), Measure(None), {})
+        collect(tmp_path, GeneratedImages(draw, ["one", "two"], 0, {}), Measure(None), {})
 
 
 MANY = 12_000  # images, of which features and logits are 72 MB, and torch-fidelity's probabilities 290 MB
@@ -595,10 +599,10 @@ def test_an_empty_text_beside_a_picture_is_no_sentence(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf \n")
     with pytest.raises(ValueError, match=r"a\.png holds none, and no a\.txt beside it does"):
-        Pictures(tmp_path, captions=None)
+        FolderImages(tmp_path, captions=None)
     (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt must be a text in UTF-8"):
-        Pictures(tmp_path, captions=None)
+        FolderImages(tmp_path, captions=None)
 
 
 def test_a_part_of_the_captions_or_all_in_turn():
@@ -610,17 +614,17 @@ def test_a_part_of_the_captions_or_all_in_turn():
 
 def test_captions_of_pictures(two_folders, tmp_path):
     folder = two_folders[0]
-    source = Pictures(folder, captions=None)
+    source = FolderImages(folder, captions=None)
     assert source.captions == [str(a) for a in ShapesDataset(24, seed=1).attributes]
     by_name = [(f"{i:03d}.png", f"caption {i}") for i in reversed(range(24))]
-    assert Pictures(folder, captions=by_name).captions[3] == "caption 3"
+    assert FolderImages(folder, captions=by_name).captions[3] == "caption 3"
     with pytest.raises(ValueError, match=r"none for 000\.png"):
-        Pictures(folder, captions=by_name[:5])
+        FolderImages(folder, captions=by_name[:5])
     with pytest.raises(ValueError, match="one a picture, got 2 for 24 pictures"):
-        Pictures(folder, captions=[(None, "a"), (None, "b")])
+        FolderImages(folder, captions=[(None, "a"), (None, "b")])
     Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
     with pytest.raises(ValueError, match=r"silent\.png holds none"):
-        Pictures(tmp_path, captions=None)
+        FolderImages(tmp_path, captions=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- CapS
@@ -671,12 +675,12 @@ def half_sure(images: Tensor, captions) -> list[Tensor]:
 
 
 def test_caption_score_of_a_set(tmp_path, images):
-    source = Drawn(lambda captions, seeds: images[: len(seeds)], ["a red", "a blue"], 0, {})
+    source = GeneratedImages(lambda captions, seeds: images[: len(seeds)], ["a red", "a blue"], 0, {})
     measure = Measure(None, captioner=captioner(f"{__name__}:half_sure"))
     assert measure.identity["captioner_source"] == source_hash(half_sure) == source_hash(sys.modules[__name__])
     found = of(source, measure, tmp_path)
     assert found == {"caps": pytest.approx((0.5 + 0.25) / 2)}
-    with pytest.raises(ValueError, match=r"captioner 'blip:/nowhere' cannot be had .* go online once"):
+    with pytest.raises(ValueError, match=r"captioner 'blip:/nowhere' cannot be loaded .* go online once"):
         captioner("blip:/nowhere")
 
 
@@ -731,7 +735,7 @@ def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
     found, protocol = content["metrics"], content["protocol"]
     assert protocol["vqgan"] == vqgan_identity(tiny_vqgan)
     assert protocol["features"] == feature_extractor("clip:shapes").identity
-    images = torch.cat([batch for batch, _ in Pictures(two_folders[0]).read(range(24))])
+    images = torch.cat([batch for batch, _ in FolderImages(two_folders[0]).read(range(24))])
     with torch.no_grad():
         error = (tiny_vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4
     assert found["psnr"] == pytest.approx(-10 * error.log10().mean().item(), rel=1e-4)

@@ -14,7 +14,7 @@ import clipgen
 
 PACKAGE = Path(clipgen.__file__).parent
 FLOORS = {
-    "files": 0, "nets": 0, "losses": 0, "sampling": 0, "optim": 0,
+    "files": 0, "nets": 0, "losses": 0, "lpips": 0, "sampling": 0, "optim": 0,
     "clip": 1, "bridge": 1, "data": 1, "images": 1, "weights": 1,
     "vqgan": 2,
     "transformer": 3,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipgen.optim import Together, make_optimizer
+from clipgen.optim import CombinedOptimizer, make_optimizer
 from clipgen.transformer import ConditionalTransformer
 
 
@@ -40,18 +40,18 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_together_is_each_for_itself():
     apart, joint = net(), net()
     train(apart, halves(apart), 5)
-    train(joint, [Together(*halves(joint))], 5)
+    train(joint, [CombinedOptimizer(*halves(joint))], 5)
     assert same(apart, joint) and not same(joint, net())
 
 
 def test_a_state_is_loaded_into_the_parts():
     straight = net()
-    train(straight, [Together(*halves(straight))], 6)
+    train(straight, [CombinedOptimizer(*halves(straight))], 6)
     begun = net()
-    first = Together(*halves(begun))
+    first = CombinedOptimizer(*halves(begun))
     train(begun, [first], 3)
     resumed = copy.deepcopy(begun)
-    second = Together(*halves(resumed))
+    second = CombinedOptimizer(*halves(resumed))
     second.load_state_dict(first.state_dict())
     train(resumed, [second], 3, first=3)
     assert same(straight, resumed)
@@ -59,7 +59,7 @@ def test_a_state_is_loaded_into_the_parts():
 
 def test_a_schedule_reaches_the_parts():
     module = net()
-    joint = Together(*halves(module))
+    joint = CombinedOptimizer(*halves(module))
     schedule = torch.optim.lr_scheduler.LambdaLR(joint, lambda step: 0.0)
     before = copy.deepcopy(module)
     train(module, [joint], 2)
@@ -70,7 +70,7 @@ def test_muon_takes_the_matrices_of_the_blocks_alone():
     transformer = ConditionalTransformer(n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64)
     blocks = transformer.gpt.transformer.h
     optimizer = make_optimizer(transformer, blocks, "muon", 1e-3, (0.9, 0.95), 0.1)
-    assert isinstance(optimizer, Together)
+    assert isinstance(optimizer, CombinedOptimizer)
     muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
     assert muon == {id(p) for p in blocks.parameters() if p.ndim == 2} and len(muon) == 8
     assert adamw == {id(p) for p in transformer.parameters()} - muon

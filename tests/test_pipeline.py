@@ -16,7 +16,7 @@ from PIL import Image
 import clipgen
 from clipgen import TextToImage
 from clipgen.bridge import Bridge
-from clipgen.clip import BUNDLED, FrozenCLIP
+from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.images import from_pil, to_pil
 from clipgen.nets.decode import CompiledDecoder
 from clipgen.prompts import describe, parse_mixture
@@ -147,7 +147,7 @@ def test_save_and_load(tmp_path, pipe):
 
 def test_a_clip_of_ones_own_travels_along(tmp_path, pipe):
     """A CLIP folder is copied, so that the pipeline can be moved to another place."""
-    own = shutil.copytree(BUNDLED["shapes"], tmp_path / "own_clip")
+    own = shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "own_clip")
     path = TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own))).save(tmp_path / "pipe")
     shutil.rmtree(own)
     moved = path.rename(tmp_path / "moved")
@@ -163,9 +163,9 @@ def test_a_clip_of_ones_own_travels_along(tmp_path, pipe):
 def test_nothing_of_another_clip_stays_behind(tmp_path, pipe):
     """Byte pairs read by the old CLIP's vocabulary would be quietly wrong."""
     root = tmp_path / "pipe"
-    shutil.copytree(BUNDLED["shapes"], root / "clip")
+    shutil.copytree(BUNDLED_CLIPS["shapes"], root / "clip")
     (root / "clip" / "leftover.json").write_text("{}")
-    own = shutil.copytree(BUNDLED["shapes"], tmp_path / "own_clip")
+    own = shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "own_clip")
     TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own))).save(root)
     assert {p.name for p in (root / "clip").iterdir()} == {p.name for p in own.iterdir()}
 
@@ -337,7 +337,7 @@ def test_what_compile_asks_for(pipe, monkeypatch):
     assert other.transformer.decoders == {} and len(compiled.transformer.decoders) == 3
     e = pipe.embed(PROMPT)
     found = other.transformer.sample(e, seed=0)
-    other.transformer.decoders = None
+    other.transformer.compiled = False
     assert torch.equal(found, other.transformer.sample(e, seed=0))  # by its own weights
     pickle.loads(pickle.dumps(compiled.transformer))
 
@@ -362,7 +362,7 @@ def test_a_preview_decodes_no_more_at_once(pipe, monkeypatch):
     monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: sizes.append(len(indices)) or decode(indices))
     assert len(pipe(PROMPT, 5, seed=0, preview=lambda images: None)) == 5
     assert set(sizes) == {1}  # on a CPU, where pictures must not depend on their neighbours
-    monkeypatch.setattr(pipe.transformer, "decoders", {})  # compiled
+    monkeypatch.setattr(pipe.transformer, "compiled", True)
     assert pipe.decode(torch.zeros(5, 16, dtype=torch.int64)).shape[0] == 5 and set(sizes) == {1, 2}
 
 

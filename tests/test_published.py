@@ -13,7 +13,7 @@ import torch
 from commands import command
 from conftest import changed, weights_of
 
-from clipgen import losses
+from clipgen.lpips import lpips_from_state
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 from clipgen.weights import safe, taming
@@ -275,4 +275,4 @@ def test_lpips_of_a_state_is_frozen():
     from torchmetrics.functional.image.lpips import _LPIPS
 
     state = {k: v for k, v in _LPIPS(net="vgg", pnet_rand=True).state_dict().items() if not k.startswith("lins")}
-    assert not losses.lpips_of(state).training
+    assert not lpips_from_state(state).training

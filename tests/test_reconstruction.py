@@ -74,7 +74,7 @@ def test_clip_is_a_feature_space(images, shapes_clip):
 
 @pytest.mark.parametrize("name", ["vgg", "clip:", "no_such_module:f", f"{__name__}:no_such_function"])
 def test_other_names_are_refused(name):
-    with pytest.raises(ValueError, match=r"features .*(must be|cannot be had)"):
+    with pytest.raises(ValueError, match=r"features .*(must be|cannot be loaded)"):
         feature_extractor(name)
 
 

@@ -19,7 +19,7 @@ from conftest import VQGAN_SIZES
 from PIL import Image
 
 from clipgen.data.module import ImageData
-from clipgen.data.order import Order
+from clipgen.data.sampler import ResumableSampler
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
 from clipgen.transformer import ConditionalTransformer
@@ -204,11 +204,11 @@ def test_two_processes_stop_at_the_same_step(sources, tmp_path):
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
 
 
-# --------------------------------------------------------------------------------------------------------------- Order
+# ------------------------------------------------------------------------------------------------------------ sampler
 
 
 def taken(size: int, count: int, **options) -> list:
-    order = Order(list(range(size)), seed=3, **options)
+    order = ResumableSampler(list(range(size)), seed=3, **options)
     items: list = []
     while len(items) < count:
         items += list(order)
@@ -265,4 +265,4 @@ def test_a_limited_pass_begins_where_the_last_ended(tmp_path):
 
 def test_too_few_items_are_refused():
     with pytest.raises(ValueError, match="batch_size must be at most 3, the training images a device, got 4"):
-        Order(range(7), 4, seed=0, world_size=2)
+        ResumableSampler(range(7), 4, seed=0, world_size=2)

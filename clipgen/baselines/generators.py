@@ -152,7 +152,7 @@ def load_biggan(name: str, device: str | torch.device) -> BigGAN:
 
     Raises:
         ImportError: the package is not installed.
-        ValueError: the weights cannot be had.
+        ValueError: the weights cannot be loaded.
     """
     try:
         import pytorch_pretrained_biggan as package
@@ -164,7 +164,7 @@ def load_biggan(name: str, device: str | torch.device) -> BigGAN:
     except Exception as error:  # of the network, of files, of torch
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"the weights of BigGAN {name} cannot be had; with its config.json and pytorch_model.bin in a folder, "
+            f"the weights of BigGAN {name} cannot be loaded; with its config.json and pytorch_model.bin in a folder, "
             f"biggan:FOLDER needs no network ({reason})"
         ) from error
     return BigGAN(model.to(device).eval())

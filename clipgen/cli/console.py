@@ -1,4 +1,4 @@
-"""What the commands say: our own log lines, and one sentence instead of a traceback where a user can mend it."""
+"""What the commands say: our own log lines, and one sentence instead of a traceback where the user can fix it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def set_up_logging() -> None:
     """Our lines as they are; of the libraries' only what is wrong."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are long to read, and what failed is told by us
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
-    logging.getLogger().addFilter(lambda record: False)  # open_clip logs without a name what it then raises
+    logging.getLogger().addFilter(lambda record: False)  # open_clip logs on the root logger what it then raises
     logging.getLogger("clipgen").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric"):

@@ -83,7 +83,7 @@ def run() -> None:
 
     check(args)
     with output_folder(args.output, keep="parts/part-*.npz"):
-        found = reconstructions(args) if args.vqgan else judged(args)
+        found = reconstructions(args) if args.vqgan else evaluate_images(args)
         if found is None:
             print(f"This part is finished, others are not: {args.output}")
             return
@@ -116,7 +116,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("a reference is compared in a space: give --features other than none, or no --reference")
 
 
-def judged(args: argparse.Namespace) -> dict[str, float] | None:
+def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of pictures."""
     from clipgen.data.shapes import parse
     from clipgen.evaluation.evaluate import METRICS, evaluate, refuse_other
@@ -159,7 +159,7 @@ def sentences(args: argparse.Namespace) -> list[Any]:
 def drawn(args: argparse.Namespace) -> tuple[Source, int]:
     """A model's images, and their size."""
     from clipgen.evaluation.captions import choose
-    from clipgen.evaluation.sources import Drawn, drawing
+    from clipgen.evaluation.sources import GeneratedImages, drawing
     from clipgen.pipeline import TextToImage
 
     captions = choose([caption for _, caption in sentences(args)], args.num_images, args.seed)
@@ -169,17 +169,17 @@ def drawn(args: argparse.Namespace) -> tuple[Source, int]:
         for name in ("temperature", "top_k", "top_p", "guidance_scale", "guidance_power", "rerank_from")
     }
     draw = drawing(pipe, **settings)
-    source = Drawn(draw, captions, args.seed, settings | {"model": pipe.fingerprint}, args.batch_size)
+    source = GeneratedImages(draw, captions, args.seed, settings | {"model": pipe.fingerprint}, args.batch_size)
     return source, args.image_size or pipe.image_size
 
 
 def pictures(args: argparse.Namespace) -> tuple[Source, int]:
     """A folder's images, and their size."""
-    from clipgen.evaluation.sources import Pictures
+    from clipgen.evaluation.sources import FolderImages
 
     needed = args.judge or args.captioner or args.clip not in (None, ["none"]) or args.captions or args.classes
     captions: Any = sentences(args) if args.captions or args.classes else None if needed else ()
-    source = Pictures(args.images, args.image_size, captions, args.batch_size)
+    source = FolderImages(args.images, args.image_size, captions, args.batch_size)
     return source, source.image_size
 
 
@@ -204,7 +204,7 @@ def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
 
 
 def reconstructions(args: argparse.Namespace) -> dict[str, float]:
-    """Evaluate a tokenizer on the reference: PSNR, SSIM, LPIPS where VGG weights are had, rFID, codebook usage."""
+    """Evaluate a tokenizer on the reference: PSNR, SSIM, LPIPS if VGG weights are available, rFID, usage."""
     import pytorch_lightning as pl
     import torch
     from torch.utils.data import DataLoader
@@ -223,7 +223,7 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
     except ValueError as error:
         if "perceptual loss" not in str(error):
             raise
-        print("LPIPS is left out: VGG-16's weights are not to be had", file=sys.stderr)
+        print("LPIPS is left out: VGG-16's weights are not available", file=sys.stderr)
         metrics = ReconstructionMetrics(lpips=False, fid_features=features)
     device = torch.device(args.device or best_device())
     trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else device.type,

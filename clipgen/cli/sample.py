@@ -75,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Check everything that can be checked, load the model, draw, write."""
     args = parser().parse_args()
-    gc.disable()  # looking for garbage while so much is imported takes a second, and finds hardly any
+    gc.disable()  # collecting garbage during the imports takes a second, and frees hardly anything
     from clipgen.pipeline import TextToImage
     from clipgen.prompts import check_request
     from clipgen.sampling import check_sampling
@@ -102,7 +102,7 @@ def run() -> None:
 
 
 def prepared(pipe: TextToImage, args: argparse.Namespace) -> TextToImage:
-    """The model where, and as, it shall draw."""
+    """The model on its device, cast and compiled as asked."""
     import torch
 
     pipe.to(args.device or best_device(), getattr(torch, args.dtype))

@@ -141,7 +141,8 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
 
     folder = output / "checkpoints"
     strategy = config.trainer.strategy
-    if strategy == "auto" and config.trainer.devices != 1:  # a sleeping discriminator has no gradients
+    # before discriminator_start the discriminator gets no gradients, which plain DDP refuses
+    if strategy == "auto" and config.trainer.devices != 1:
         strategy = "ddp_find_unused_parameters_true"
     if fsdp := strategy == "fsdp":
         strategy = sharded(config)
@@ -162,8 +163,8 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
 
 
 def sharded(config: DictConfig) -> Any:
-    """FSDP over all devices, with whole checkpoints. Lightning's name for it is of torch's first FSDP, which flattens
-    the weights: matrices could not be told from vectors then, which weight decay and Muon do."""
+    """FSDP over all devices, with whole checkpoints. Lightning's ``fsdp`` is torch's first, which flattens the
+    weights: weight decay and Muon must tell matrices from vectors."""
     from pytorch_lightning.strategies import ModelParallelStrategy
 
     devices = config.trainer.devices
@@ -217,7 +218,7 @@ def is_encoded(config: DictConfig) -> bool:
 
 
 def settle_encoded(config: DictConfig) -> None:
-    """A cache holds its tokenizer, and knows its source: what an experiment says of its own does not concern it."""
+    """A cache holds its tokenizer, and knows its source: the experiment's own do not apply."""
     from omegaconf import OmegaConf
 
     if OmegaConf.is_missing(config, "vqgan"):
@@ -275,7 +276,7 @@ def start_from(config: DictConfig) -> pl.LightningModule:
     from clipgen.vqgan import NETWORK
 
     source = VQGAN.load(config.start_from)
-    return make(config.model, **{k: source.hparams[k] for k in NETWORK}, kmeans_iters=0).take_over(source)
+    return make(config.model, **{k: source.hparams[k] for k in NETWORK}, kmeans_iters=0).copy_weights_from(source)
 
 
 def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None:

@@ -20,14 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipgen.data.order import Order
+from clipgen.data.sampler import ResumableSampler
 from clipgen.files import read_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 
 
-def record(augmentations: int, num_tokens: int, codebook_size: int, clip_dim: int, labels: bool = False) -> np.dtype:
+def record_dtype(
+    augmentations: int, num_tokens: int, codebook_size: int, clip_dim: int, labels: bool = False
+) -> np.dtype:
     """The type of one image's record."""
     kind = "<u2" if codebook_size <= 2**16 else "<u4"
     fields: list[Any] = [
@@ -144,7 +146,7 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
 
 
 class EncodedData(pl.LightningDataModule):
-    """The data of ``data=encoded``: batches as ``EncodedDataset.batch`` gives them.
+    """The data of ``data=encoded``: batches of ``EncodedDataset.__getitems__``.
 
     Args:
         root: the cache, as ``clipgen-encode`` leaves it.
@@ -176,20 +178,20 @@ class EncodedData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         dataset = self.datasets["train"]
-        order = Order.of(self.trainer, dataset, self.batch_size, self.seed)
+        order = ResumableSampler.for_trainer(self.trainer, dataset, self.batch_size, self.seed)
         return self._loader(dataset, sampler=order, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._loader(self.datasets["val"]) if "val" in self.datasets else []
 
     def _loader(self, dataset: EncodedDataset, **options: Any) -> DataLoader[Any]:
-        collate: Any = whole
+        collate: Any = as_is
         return DataLoader(
             dataset, self.batch_size, collate_fn=collate, num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(), **options,
         )  # fmt: skip
 
 
-def whole(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """``EncodedDataset`` hands over whole batches: there is nothing to collate."""
     return batch

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from clipgen.data.order import Order, batches_done
+from clipgen.data.sampler import ResumableSampler, batches_done
 
 
 class ImageData(pl.LightningDataModule):
@@ -51,7 +51,7 @@ class ImageData(pl.LightningDataModule):
         """Make the loader of shuffled, full batches; without end if the dataset is."""
         rank = self.trainer.global_rank if self.trainer else 0
         stream = isinstance(self.train, IterableDataset)
-        sampler = None if stream else Order.of(self.trainer, self.train, self.batch_size, self.seed)
+        sampler = None if stream else ResumableSampler.for_trainer(self.trainer, self.train, self.batch_size, self.seed)
         if stream and self.trainer and hasattr(self.train, "resume"):
             done, limit = batches_done(self.trainer), self.trainer.limit_train_batches
             epoch, batches = divmod(done, limit) if isinstance(limit, int) else (0, done)  # streams have no other end

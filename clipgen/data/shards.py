@@ -31,7 +31,7 @@ from clipgen.data.module import ImageData
 from clipgen.data.transforms import Transform, train_transform, val_transform
 from clipgen.prompts import read_text
 
-# So many unusable images on end, none usable between them, are no accident.
+# This many unusable images in a row mean that the source is wrong.
 _PATIENCE = 1_000
 
 

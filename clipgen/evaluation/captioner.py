@@ -25,14 +25,14 @@ def captioner(name: str) -> Captioner:
             takes images (B, 3, H, W) in [-1, 1] and B captions and returns the log probabilities of the tokens of each.
 
     Raises:
-        ValueError: there is no such captioner, or its weights cannot be had.
+        ValueError: there is no such captioner, or its weights cannot be loaded.
     """
     kind, _, rest = name.partition(":")
     try:
         return Blip(rest or BLIP) if kind == "blip" else import_function(kind, rest)
     except Exception as error:  # no network, no such folder or module: the way out is the same
         raise ValueError(
-            f"captioner {name!r} cannot be had ({one_line(error, 300)}): go online once, or name a folder "
+            f"captioner {name!r} cannot be loaded ({one_line(error, 300)}): go online once, or name a folder "
             "(blip:FOLDER) or module:function"
         ) from error
 

@@ -92,7 +92,7 @@ class Collection:
         return set().union(*map(columns_of, self.parts))
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether all parts are there."""
         return len(self.parts) == self.identity.get("parts")
 

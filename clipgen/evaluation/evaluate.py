@@ -43,7 +43,7 @@ def evaluate(
     theirs = measured_reference(reference, measure.for_reference(), share)
     images = Collection(Path(output) / "parts")
     collect(images.folder, source, measure, measure.identity, advance, share)
-    if not (images.whole and (theirs is None or theirs.whole)):  # asked at the end: whoever is last goes on
+    if not (images.complete and (theirs is None or theirs.complete)):  # asked at the end: whoever is last goes on
         return None
     found = summary(images, theirs)
     protocol = {"images": len(images)} | images.identity
@@ -69,7 +69,7 @@ def measured_reference(
 
 def check_space(reference: Collection, measure: Measure) -> None:
     """Raise ValueError where a reference is not finished, or measured in another space than images are to be."""
-    if not reference.whole:
+    if not reference.complete:
         raise ValueError(f"the reference {reference.folder} is not finished: finish its evaluation first")
     for key, wanted in measure.space.items():
         if (got := reference.identity.get(key)) != wanted:

@@ -65,7 +65,7 @@ def feature_extractor(name: str) -> Features:
             ``"module:function"``: anything that takes images (B, 3, H, W) in [-1, 1] and returns (B, F).
 
     Raises:
-        ValueError: there is no such extractor, or its weights cannot be had.
+        ValueError: there is no such extractor, or its weights cannot be loaded.
     """
     kind, _, rest = name.partition(":")
     if kind in ("inception", "inception-clean"):
@@ -87,7 +87,7 @@ def imported(name: str, module: str, function: str) -> Features:
         found = import_function(module, function)
         return Features(found, f"{name} {source_hash(found)}")
     except (ImportError, AttributeError, OSError, TypeError) as error:  # no such thing, or it has no source in Python
-        raise ValueError(f"features {name!r} cannot be had: {error}") from error
+        raise ValueError(f"features {name!r} cannot be loaded: {error}") from error
 
 
 def import_function(module: str, name: str) -> Any:
@@ -170,7 +170,7 @@ def classifier_features(name: str, load: Load, model: str, weights: str) -> Feat
     try:
         network, preprocess = load(model, weights)
     except Exception as error:  # an unknown name, no network, a file of something else
-        raise ValueError(f"features {name!r} cannot be had: {one_line(error, 300)}") from error
+        raise ValueError(f"features {name!r} cannot be loaded: {one_line(error, 300)}") from error
     identity = f"{name.split(':')[0]}:{model} {fingerprint(network.state_dict())}"
     return Features(Classifier(network, preprocess), identity)
 

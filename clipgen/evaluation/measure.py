@@ -121,8 +121,8 @@ def summary(images: Collection, reference: Collection | None = None) -> dict[str
         ValueError: a set is too small, or the two were measured in different spaces.
     """
     columns, found = images.columns(), {}
-    if "logits" in columns and len(images) < 2 * metrics.SPLITS:
-        logger.warning("IS is left out: it needs at least %d images, got %d", 2 * metrics.SPLITS, len(images))
+    if "logits" in columns and len(images) < 2 * metrics.IS_SPLITS:
+        logger.warning("IS is left out: it needs at least %d images, got %d", 2 * metrics.IS_SPLITS, len(images))
     elif "logits" in columns:
         found["is_mean"], found["is_std"] = metrics.inception_score(on_disk(images, "logits", images))
     if reference is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 KID_SUBSET = 1000  # images in each of torch-fidelity's 100 subsets; all of them where there are fewer
 NEIGHBOURS = 3  # of precision and recall
-SPLITS = 10  # of IS
+IS_SPLITS = 10  # of IS
 BLOCK = 1000  # images on either side whose distances are held at a time
 Moments = tuple[np.ndarray, np.ndarray]  # mean (F,), covariance (F, F)
 
@@ -54,10 +54,10 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    if len(logits) < 2 * SPLITS:
-        raise ValueError(f"an Inception score needs at least {2 * SPLITS} images, got {len(logits)}")
+    if len(logits) < 2 * IS_SPLITS:
+        raise ValueError(f"an Inception score needs at least {2 * IS_SPLITS} images, got {len(logits)}")
     order = np.random.RandomState(2020).permutation(len(logits))
-    edges = [len(logits) * i // SPLITS for i in range(SPLITS + 1)]
+    edges = [len(logits) * i // IS_SPLITS for i in range(IS_SPLITS + 1)]
     splits = (logits[order[a:b]] for a, b in itertools.pairwise(edges))
     scores = [isc_features_to_metric(split, splits=1, shuffle=False)["inception_score_mean"] for split in splits]
     return float(np.mean(scores)), float(np.std(scores))

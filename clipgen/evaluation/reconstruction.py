@@ -10,8 +10,8 @@ from torchmetrics import Metric
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from clipgen import losses
 from clipgen.evaluation.features import feature_extractor
+from clipgen.lpips import load_lpips
 from clipgen.vqgan import VQGAN
 
 
@@ -29,7 +29,7 @@ class ReconstructionMetrics(pl.Callback):
 
     def __init__(self, ssim: bool = True, lpips: bool = False, vgg_weights: str | None = None,
                  fid_features: str | None = None):  # fmt: skip
-        self.lpips = losses.load_lpips(vgg_weights) if lpips else None
+        self.lpips = load_lpips(vgg_weights) if lpips else None
         self.metrics: dict[str, Metric] = {}
         if ssim:
             self.metrics["ssim"] = StructuralSimilarityIndexMeasure(data_range=1.0)

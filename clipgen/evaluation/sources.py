@@ -28,7 +28,7 @@ SHEETS = ("grid.png", "preview.png")  # what clipgen-sample writes beside its pi
 Draw = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> images (B, 3, H, W) in [-1, 1]
 
 
-class Drawn:
+class GeneratedImages:
     """Images that a system draws, one a caption, each from its own seed.
 
     Args:
@@ -65,7 +65,7 @@ def drawing(pipe: TextToImage, rerank_from: int = 1, **settings: Any) -> Draw:
     return draw
 
 
-class Pictures:
+class FolderImages:
     """The pictures of a folder, whoever drew them: central squares, resized where they are not ``image_size`` already.
 
     Args:

@@ -130,7 +130,7 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def through(part: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
+def maybe_checkpoint(part: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
     """part(x), whose inner activations are computed again in the backward pass where ``checkpointing``."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(part, x, use_reentrant=False)
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(self.patch(images))
         for part in (*self.down, self.mid):
-            x = through(part, x, self.checkpointing)
+            x = maybe_checkpoint(part, x, self.checkpointing)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -207,7 +207,7 @@ class Decoder(nn.Module):
         """All but the last layer, which stays apart because the adaptive weight asks for its gradients alone."""
         x = self.conv_in(z)
         for part in (self.mid, *reversed(self.up)):
-            x = through(part, x, self.checkpointing)
+            x = maybe_checkpoint(part, x, self.checkpointing)
         return F.silu(self.norm_out(x))
 
     @property

@@ -66,8 +66,8 @@ class CachedDecoder:
     def product(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
         """x (B, in) -> x @ weight + bias (B, out), for a weight (in, out) and B = ``rows``.
 
-        So few rows are bound by reading the weight, which a CPU's plain product does at a third of the memory's speed.
-        oneDNN's is faster once it has laid out the weight for itself; for one row or two, a batch of two halves is.
+        Few rows are bound by reading the weight, which torch's CPU product does at a third of the memory's bandwidth.
+        oneDNN over a prepacked weight is faster; for one row or two, a batch of the weight's two halves is.
         """
         inputs, outputs = weight.shape
         bias = weight.new_zeros(outputs) if bias is None else bias
@@ -92,7 +92,7 @@ class CompiledDecoder(CachedDecoder):
 
     def __init__(self, gpt: ConditionalGPT2, rows: int):
         super().__init__(gpt, rows)
-        self.head = gpt.head  # whose weight graphs find at its address, unlike the transposed view of it
+        self.head = gpt.head  # CUDA graphs want the parameter, whose address stays, and no view of it
         self.keys, self.values = self.cache(self.wte), self.cache(self.wte)
         self.positions = torch.arange(gpt.num_tokens, device=self.wte.device)
         for kept in (*self.keys, *self.values, self.positions):  # graphs use them where they are, and no copies

@@ -62,8 +62,8 @@ class FSQ(nn.Module):
 class LFQ(nn.Module):
     """Lookup-free quantisation (MAGVIT-v2, arXiv:2310.05737): element i is replaced by its sign, bit i of the index.
 
-    K = 2 ** D. ``entropy_loss`` is E[H(q(z))] - diversity * H(E[q(z)]), with q the softmax over all codes: each latent
-    shall be sure, all together shall use every code. ``commitment_loss`` is ||z - sg[z_q]||^2.
+    K = 2 ** D. ``entropy_loss`` is E[H(q(z))] - diversity * H(E[q(z)]), with q the softmax over all codes: low for
+    each latent, high over all of them. ``commitment_loss`` is ||z - sg[z_q]||^2.
 
     Args:
         codebook_dim: D.
@@ -92,11 +92,11 @@ class LFQ(nn.Module):
             indices = ((z > 0) * self.basis).sum(dim=-1)
             losses = {"commitment_loss": (z - signs).square().mean()}
             if self.training:  # needs memory for every pair of latent and code
-                losses["entropy_loss"] = self.entropy(z.flatten(0, 2))
+                losses["entropy_loss"] = self.entropy_loss(z.flatten(0, 2))
             z_q = z + (signs - z).detach()  # straight through
             return Quantized(rearrange(z_q, "b h w d -> b d h w"), indices, losses)
 
-    def entropy(self, z: Tensor) -> Tensor:
+    def entropy_loss(self, z: Tensor) -> Tensor:
         """Entropy of each latent's codes less that of all latents' (N, D), in nats."""
         log_p = (2 * self.inverse_temperature * z @ self.codebook.T).log_softmax(dim=-1)  # -||z - e||^2, but constants
         p = log_p.exp()

@@ -35,9 +35,9 @@ class VectorQuantizer(nn.Module):
         codebook_dim: D.
         distance: ``"euclidean"`` (the paper), or ``"cosine"``: latents and codes are compared and handed on at unit
             length times sqrt(D), the way of ViT-VQGAN (arXiv:2110.04627), whose codes stay alive.
-        revive_after: a code that no latent of this many training batches chose is moved onto a latent that is
-            badly served; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
-        kmeans_iters: rounds of k-means in ``start_``, which puts the codes where the latents are; 0: it does nothing.
+        revive_after: a code that no latent of this many training batches chose is moved onto a latent far
+            from its code; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
+        kmeans_iters: rounds of k-means in ``init_by_kmeans_``, which puts the codes where the latents are.
         codebook_momentum: 0 learns the codes by the gradient of ``codebook_loss`` (the paper). Above 0,
             each batch moves a code by ``1 - codebook_momentum`` of the way to the mean of its latents (mini-batch
             k-means), which follows the encoder faster.
@@ -102,10 +102,8 @@ class VectorQuantizer(nn.Module):
         return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
 
     @torch.no_grad()
-    def start_(self, z: Tensor) -> None:
+    def init_by_kmeans_(self, z: Tensor) -> None:
         """Put the codes where k-means finds the clusters of the first batch (B, D, h, w), the same on every rank."""
-        if not self.kmeans_iters:
-            return
         latents = self._scaled(rearrange(z.float(), "b d h w -> (b h w) d"))
         centres = latents[torch.multinomial(latents.new_ones(len(latents)), self.codebook_size, replacement=True)]
         for _ in range(self.kmeans_iters):

@@ -22,20 +22,20 @@ def gpt2(name: str | Path, like: GPT2Config) -> State:
     Raises:
         ValueError: it cannot be had, is no GPT-2, or of another size.
     """
-    config = to_be_had(AutoConfig, name)
+    config = from_pretrained(AutoConfig, name)
     if not isinstance(config, GPT2Config):
         raise ValueError(f"language_weights must name a GPT-2, got {name}, which is a {config.model_type}")
     for size in SIZES:
         ours, theirs = getattr(like, size), getattr(config, size)
         if ours != theirs:
             raise ValueError(f"model.{size} must be {theirs}, as in the language weights {name}, got {ours}")
-    model, found = to_be_had(GPT2Model, name, output_loading_info=True)
+    model, found = from_pretrained(GPT2Model, name, output_loading_info=True)
     if missing := found["missing_keys"]:
         raise ValueError(f"language_weights must name a whole GPT-2, got {name} without {min(missing)}")
     return model.state_dict()
 
 
-def to_be_had(kind: Any, name: str | Path, **options: Any) -> Any:
+def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
     """``kind.from_pretrained``, or one sentence on why not."""
     try:
         return kind.from_pretrained(str(name), **options)

@@ -10,10 +10,10 @@ from torch.utils.data import Dataset, DistributedSampler
 
 
 def batches_done(trainer: Any) -> int:
-    """Training batches that a Lightning run has had, before a resume too.
+    """Training batches that a run has processed, those before a resume included.
 
-    Those it calls completed are one less where the checkpoint was written at the end of a step, and its counters may
-    be restored after the loaders are made.
+    What Lightning calls completed is one less where the checkpoint was written at the end of a step, and its counters
+    may be restored after the loaders are made.
     """
     progress: dict[str, Any] = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
     if resumed := trainer._checkpoint_connector._loaded_checkpoint:
@@ -22,7 +22,7 @@ def batches_done(trainer: Any) -> int:
     return done
 
 
-class Order(DistributedSampler[Any]):
+class ResumableSampler(DistributedSampler[Any]):
     """Shuffled item numbers, one pass after another, each pass in an order of its own; passes hold full batches only.
 
     Iterating goes through the rest of the pass in which batch ``start`` lies, then through the next one. A dataset with
@@ -46,11 +46,11 @@ class Order(DistributedSampler[Any]):
             at_most = self.size // world_size
             raise ValueError(f"batch_size must be at most {at_most}, the training images a device, got {batch_size}")
         self.counts_passes = getattr(dataset, "counts_passes", False)
-        self.had = start * batch_size  # items, over all passes
+        self.consumed = start * batch_size  # items, over all passes
         self.trainer: Any = None
 
     @classmethod
-    def of(cls, trainer: Any, dataset: Dataset[Any], batch_size: int, seed: int) -> Order:
+    def for_trainer(cls, trainer: Any, dataset: Dataset[Any], batch_size: int, seed: int) -> ResumableSampler:
         """For a Lightning run, from the step at which it stands; without a trainer, from the first."""
         if trainer is None:
             return cls(dataset, batch_size, seed)
@@ -66,10 +66,10 @@ class Order(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         if self.trainer is not None:  # workers fetch ahead, and trainer.limit_train_batches leaves that unused
-            self.had = batches_done(self.trainer) * self.batch_size
-        turn, done = divmod(self.had, len(self))
+            self.consumed = batches_done(self.trainer) * self.batch_size
+        turn, done = divmod(self.consumed, len(self))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
         order = torch.randperm(self.size, generator=generator)[: len(self) * self.num_replicas]
         for item in order[self.rank :: self.num_replicas][done:].tolist():
-            self.had += 1
+            self.consumed += 1
             yield (turn, item) if self.counts_passes else item
