@@ -38,6 +38,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_as_a_process_then_again_in_another_folder(call, runs, tmp_path):
     """The newest run is found and named; the same seed gives the same bytes, also when the run has moved."""
     folder, run = runs

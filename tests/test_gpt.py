@@ -90,6 +90,7 @@ def test_nor_does_compiling():
         torch.testing.assert_close(torch.stack(logits, dim=1), gpt(indices, e), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_any_number_of_row_counts_compiles(monkeypatch):
     """Dynamo counts the programs of all decoders together, and gives up at eight."""

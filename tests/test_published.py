@@ -97,6 +97,7 @@ def test_any_ddconfig(tmp_path, images):
     assert ours.discriminator is None
 
 
+@pytest.mark.slow
 def test_lpips_of_the_file_is_used(tmp_path, images, fit):
     """With VGG in the checkpoint no other weights are needed: there are none here."""
     torch.manual_seed(1)
@@ -238,6 +239,7 @@ def test_a_part_of_hfailabs_tokenizer(shared, tmp_path, kept):
         VQGAN.from_hfailab(tmp_path / "part.pt")
 
 
+@pytest.mark.slow
 def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
     """Their CLIP would be OpenAI's; a tiny one of the width that the fixture wants stands in."""
     folder = shared / "parity" / "hfailab_clip_gen"

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -80,6 +81,10 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
     }
 
 
+def slow(*arguments: Any) -> Any:
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 def add(tar: tarfile.TarFile, name: str, picture: Image.Image) -> None:
     picture.save(buffer := io.BytesIO(), format="png")
     info = tarfile.TarInfo(name)
@@ -99,9 +104,9 @@ def state(run: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("stage", "kind", "stop"),
-    [("vqgan", "shapes", 4), ("vqgan", "folder", 2), ("vqgan", "webdataset", 5), ("transformer", "encoded", 1),
-     ("transformer", "encoded", 5), ("transformer", "shapes", 3), ("transformer", "folder", 5),
-     pytest.param("vqgan", "workers", 3, marks=pytest.mark.slow)],
+    [("vqgan", "shapes", 4), ("vqgan", "folder", 2), ("transformer", "encoded", 1), ("transformer", "shapes", 3),
+     slow("vqgan", "webdataset", 5), slow("transformer", "encoded", 5), slow("transformer", "folder", 5),
+     slow("vqgan", "workers", 3)],
 )  # fmt: skip
 def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
     arguments = [*STAGES[stage], *sources[kind], *(["vqgan=vqgan"] if stage == "transformer" else [])]
@@ -119,10 +124,10 @@ EPOCHS = ["trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.val_check_int
 
 @pytest.mark.parametrize(
     ("stage", "kind", "stop", "more"),
-    [("vqgan", "shapes", 2, []), ("vqgan", "folder", 3, []), ("vqgan", "webdataset", 4, []),
-     ("transformer", "encoded", 6, []), ("vqgan", "shapes", 3, ["model.accumulate=2"]), ("vqgan", "folder", 5, EPOCHS),
-     ("transformer", "encoded", 3, EPOCHS), ("transformer", "encoded", 5, EPOCHS),
-     ("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"])],
+    [("vqgan", "folder", 3, []), ("transformer", "encoded", 6, []), ("transformer", "encoded", 5, EPOCHS),
+     slow("vqgan", "shapes", 2, []), slow("vqgan", "webdataset", 4, []), slow("transformer", "encoded", 3, EPOCHS),
+     slow("vqgan", "shapes", 3, ["model.accumulate=2"]), slow("vqgan", "folder", 5, EPOCHS),
+     slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"])],
 )  # fmt: skip
 def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, kind, stop, more):
     """In the middle of a pass and at its end, where steps count and where passes do."""
@@ -137,7 +142,7 @@ def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, k
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
 
 
-@pytest.mark.parametrize(("stop", "more"), [(2, []), (3, []), (2, EPOCHS)])
+@pytest.mark.parametrize(("stop", "more"), [(2, []), slow(3, []), slow(2, EPOCHS)])
 def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch, stop, more):
     """Else the best checkpoint is one of the others."""
     arguments = ["clipgen-train", *STAGES["vqgan"], *sources["shapes"], "model.schedule=constant", "data.val_size=8",
