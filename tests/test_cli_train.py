@@ -80,6 +80,14 @@ def test_a_bar_counts_the_steps_of_all_epochs(fit, tiny_vqgan):
     assert (task.completed, task.total, task.description) == (5, 5, "training") and not report.bar.live.is_started
 
 
+def test_a_bar_ends_where_training_does(fit, tiny_vqgan, monkeypatch):
+    report = ProgressReport(bar=True)
+    interrupt_at(monkeypatch, Tokenizer, "training_step", 2)
+    with pytest.raises(SystemExit):  # what Lightning makes of Ctrl-C
+        fit(tiny_vqgan, 5, report)
+    assert report.bar.tasks and not report.bar.live.is_started
+
+
 def test_configuration_and_versions_are_written_resolved(runs):
     for run, stage in zip(runs, ("vqgan", "transformer")):
         text = (run / "config.yaml").read_text()

@@ -69,5 +69,8 @@ class ProgressReport(pl.Callback):
         for task in self.bar.task_ids:
             self.bar.update(task, description="training")
 
+    def on_exception(self, *_: Any) -> None:  # a Ctrl-C too; a bar that goes on would keep the cursor
+        self.bar.stop()
+
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         self.bar.stop()
