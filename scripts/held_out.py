@@ -45,7 +45,7 @@ def main() -> None:
     print(f"| sentences | pictures | {' | '.join(NAMES)} |\n|{'---|' * 7}")
     for name, attributes in parts.items():
         wanted = [a for a in attributes for _ in range(args.draws if name == "held out" else 1)]
-        images = pipe.generate(pipe.clip.encode_text([str(a) for a in wanted]), args.seed, **settings)
+        images = pipe.generate(pipe.encode_text([str(a) for a in wanted]), args.seed, **settings)
         found[name] = row(name, images, wanted)
         for pair in sorted({(a.color, a.shape) for a in hidden}) * (name == "held out"):
             rows = [i for i, a in enumerate(wanted) if (a.color, a.shape) == pair]

@@ -156,7 +156,9 @@ def report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], 
         print(f"  {name:<11} {accuracy[name]:6.1%}")
     print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(f"Look at {output}/grid.png, reconstructions.png, losses.png; then try")
-    print(f'  clipgen-sample --checkpoint {output}/transformer --prompt "a large blue ring on a white background"')
+    print(
+        f'  clipgen-sample --checkpoint {output}/transformer --prompt "a large blue ring on a white background" --top-p 0.8'
+    )
 
 
 if __name__ == "__main__":
