@@ -156,9 +156,8 @@ def report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], 
         print(f"  {name:<11} {accuracy[name]:6.1%}")
     print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(f"Look at {output}/grid.png, reconstructions.png, losses.png; then try")
-    print(
-        f'  clipgen-sample --checkpoint {output}/transformer --prompt "a large blue ring on a white background" --top-p 0.8'
-    )
+    prompt = '"a large blue ring on a white background" --top-p 0.8'
+    print(f"  clipgen-sample --checkpoint {output}/transformer --prompt {prompt}")
 
 
 if __name__ == "__main__":
