@@ -70,7 +70,11 @@ class ProgressReport(pl.Callback):
             self.bar.update(task, description="training")
 
     def on_exception(self, *_: Any) -> None:  # a Ctrl-C too; a bar that goes on would keep the cursor
-        self.bar.stop()
+        self._stop()
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        self.bar.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if not self.bar.disable:  # older versions of rich end what never began with an empty line
+            self.bar.stop()
