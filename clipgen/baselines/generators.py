@@ -22,6 +22,7 @@ from torch import Tensor
 from clipgen.baselines.label import LabelConditioned
 from clipgen.data.shards import read_names
 from clipgen.evaluation.features import import_function
+from clipgen.files import one_line
 
 TOLERANCE = 0.05  # how far outside [-1, 1] a picture may lie by rounding
 
@@ -162,7 +163,7 @@ def load_biggan(name: str, device: str | torch.device) -> BigGAN:
     try:
         model = package.BigGAN.from_pretrained(name)
     except Exception as error:  # of the network, of files, of torch
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(
             f"the weights of BigGAN {name} cannot be loaded; with its config.json and pytorch_model.bin in a folder, "
             f"biggan:FOLDER needs no network ({reason})"
@@ -177,7 +178,7 @@ def load_torchscript(path: Path, device: str | torch.device) -> Any:
     try:
         return torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"{path} is no TorchScript file, as torch.jit.save writes them: {reason}") from error
 
 

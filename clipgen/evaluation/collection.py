@@ -107,7 +107,7 @@ def collect(folder: Path, source: Source, measure: Measuring, identity: dict[str
     Args:
         identity: of what is measured; with the source's own it must be that of the parts in the folder.
         advance: called with a number of images when they are done, found ones included.
-        share: (rank, world size): processes share the parts and do not talk; whoever is last finds ``whole``.
+        share: (rank, world size): processes share the parts and do not talk; whoever is last finds it ``complete``.
     """
     begin(folder, identity | source.identity | {"parts": len(source.pieces)})
     paths = [folder / f"part-{number:06d}.npz" for number in range(len(source.pieces))]
