@@ -30,6 +30,7 @@ BUNDLED_MODELS = {"shapes": Path(__file__).parent / "bundled"}
 BRIDGE = "bridge.safetensors"
 BATCH = 64  # images drawn at a time on a CPU, and decoded at a time anywhere
 MOST = 1024  # images drawn at a time on a GPU, where its memory allows
+CPU_MEMORY = 2**31  # bytes that keys and values may take on a CPU
 CARD = """---
 library_name: clipgen
 pipeline_tag: text-to-image
@@ -182,47 +183,57 @@ class TextToImage:
         return F.normalize(weights[None] @ encode_text(list(prompt)), dim=-1)
 
     def __call__(
-        self, prompt: Prompt, num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
-        guidance_scale: float = 1.0, guidance_power: float = 0.0, rerank_from: int | None = None,
+        self, prompt: Prompt | Sequence[Prompt], num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300,
+        top_p: float = 1.0, guidance_scale: float = 1.0, guidance_power: float = 0.0, rerank_from: int | None = None,
         seed: int | None = None, complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
     ) -> list[Image.Image]:  # fmt: skip
-        """Draw pictures of a sentence, or of what else ``embed`` takes.
+        """Draw pictures of a sentence, or of what else ``embed`` takes; of a list of these, together, which is faster.
 
         Args:
-            num_images: how many to return. rerank_from: draw so many and return those that CLIP finds nearest.
-            seed: image i draws from ``seed + i`` (None: a random one); its ``info`` says so, with the settings.
+            num_images: how many to return of each. rerank_from: draw so many of each and return those that CLIP finds
+                nearest.
+            seed: image i of a prompt draws from ``seed + i`` (None: a random one); its ``info`` says so, with the
+                settings.
             complete: a picture whose upper part, ``keep`` of its height, is taken over; the rest is drawn.
             preview: called with the images so far, (B, 3, h, W) in [-1, 1], after each row of indices.
 
         Returns:
-            PIL images, best first where reranked.
+            PIL images, prompt by prompt, best first where reranked.
         """
         settings: dict[str, Any] = dict(
             temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale,
             guidance_power=guidance_power,
         )  # fmt: skip
-        check_request(prompt, num_images, rerank_from)
+        prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        if not prompts:
+            raise ValueError("prompt must hold at least one, got an empty list")
+        for each in prompts:
+            check_request(each, num_images, rerank_from)
         check_sampling(**settings)
-        seeds = row_seeds(seed, rerank_from or num_images)
-        clip_embedding = self.embed(prompt)
+        candidates = rerank_from or num_images
+        seeds = row_seeds(seed, candidates)
+        # embedded one by one: a batch of CLIP's would round otherwise, and draw another picture
+        rows = torch.cat([self.embed(each) for each in prompts]).repeat_interleave(candidates, dim=0)
         given = None if complete is None else self.upper_indices(complete, keep)
-        rows = clip_embedding.expand(len(seeds), -1)
-        images = self.generate(rows, seeds, **settings, given=given, preview=preview)
-        chosen = list(range(len(seeds)))
-        if rerank_from:
-            scores = self.clip_scores(images, self.embed(prompt, bridged=False).expand(len(images), -1))
-            chosen = scores.argsort(descending=True)[:num_images].tolist()
-        pictures = to_pil(images[chosen])
-        for picture, i in zip(pictures, chosen):
-            picture.info.update(prompt=describe(prompt), seed=seeds[i], **settings, clipgen=clipgen.__version__,
-                                model=self.fingerprint)  # fmt: skip
-            if self.dtype != torch.float32:
-                picture.info["dtype"] = str(self.dtype).removeprefix("torch.")
-            if isinstance(prompt, Mapping):
-                picture.info["mixture"] = dict(prompt)
-            if complete is not None:
-                picture.info["complete"] = keep
+        images = self.generate(rows, seeds * len(prompts), **settings, given=given, preview=preview)
+        told = settings | dict(clipgen=clipgen.__version__, model=self.fingerprint)
+        if self.dtype != torch.float32:
+            told["dtype"] = str(self.dtype).removeprefix("torch.")
+        if complete is not None:
+            told["complete"] = keep
+        pictures = []
+        for each, drawn in zip(prompts, images.split(candidates)):
+            order = self._nearest(each, drawn)[:num_images] if rerank_from else list(range(num_images))
+            asked = dict(prompt=describe(each)) | (dict(mixture=dict(each)) if isinstance(each, Mapping) else {})
+            for i, picture in zip(order, to_pil(drawn[order])):
+                picture.info.update(asked, seed=seeds[i], **told)
+                pictures.append(picture)
         return pictures
+
+    def _nearest(self, prompt: Prompt, images: Tensor) -> list[int]:
+        """The order in which CLIP finds images fit a prompt: the sentence itself, not where the bridge moves it."""
+        wanted = self.embed(prompt, bridged=False).expand(len(images), -1)
+        return self.clip_scores(images, wanted).argsort(descending=True).tolist()
 
     @torch.no_grad()
     def generate(
@@ -234,7 +245,7 @@ class TextToImage:
         ``given`` (1, P): the indices that every image begins with. ``preview``, ``settings``: see ``__call__``.
         """
         seeds, images, done = row_seeds(seed, len(clip_embedding)), [], 0
-        batch = self._batch(guided=settings.get("guidance_scale", 1) != 1)
+        batch = self.batch_size(guided=settings.get("guidance_scale", 1) != 1)
         while done < len(seeds):
             rows = slice(done, done + batch)
             try:
@@ -263,16 +274,16 @@ class TextToImage:
         pairs = zip(images.split(BATCH), clip_embedding.split(BATCH))
         return torch.cat([(self.clip.encode_image(some) * wanted).sum(dim=1) for some, wanted in pairs])
 
-    def _batch(self, guided: bool) -> int:
-        """How many images to draw at a time: a power of two, whose keys and values fit into half a GPU's memory."""
-        device, sizes = self.transformer.device, self.transformer.h
-        if device.type != "cuda":
-            return BATCH
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free += self.transformer.decoder_bytes()
+    def batch_size(self, guided: bool = False) -> int:
+        """How many images are drawn at a time: a power of two, whose keys and values fit into half of what a GPU has
+        free, or into ``CPU_MEMORY``."""
+        device, sizes, most, memory = self.transformer.device, self.transformer.h, BATCH, CPU_MEMORY
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0] + self.transformer.decoder_bytes()
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            most, memory = MOST, free // 2
         row = 2 * sizes.n_layer * sizes.num_tokens * sizes.n_embd * self.dtype.itemsize * (2 if guided else 1)
-        return 1 << (max(1, min(MOST, free // 2 // row)).bit_length() - 1)
+        return 1 << (max(1, min(most, memory // row)).bit_length() - 1)
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:

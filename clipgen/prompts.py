@@ -56,8 +56,7 @@ def read_sentences(path: Path) -> list[str]:
 def check_request(prompt: Prompt, num_images: int, rerank_from: int | None) -> None:
     """Raise ValueError unless the request makes sense."""
     if not isinstance(prompt, (str, Mapping, Image.Image, Tensor)):
-        hint = ": call once for each" if isinstance(prompt, (list, tuple)) else ""
-        raise TypeError(f"prompt must be a sentence, a mixture, a picture or an embedding, got {prompt!r}{hint}")
+        raise TypeError(f"prompt must be a sentence, a mixture, a picture or an embedding, got {prompt!r}")
     texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Mapping) else ["an image"]
     for text in texts or [""]:
         if not text.strip():

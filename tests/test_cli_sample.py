@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import PROMPT, Call, command, everything, trained
 from PIL import Image
@@ -244,6 +245,22 @@ def test_a_sweep_is_one_labelled_sheet(call, runs, tmp_path):
     pictures = [Image.open(path) for path in sorted((tmp_path / "s").glob("0*.png"))]
     found = [(json.loads(p.text["top_k"]), json.loads(p.text["top_p"])) for p in pictures]
     assert found == [(k, p) for k in (1, 5, 9) for p in (0.5, 1.0)]
+
+
+def test_a_sweep_of_several_prompts_in_several_batches(call, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr("clipgen.pipeline.BATCH", 4)
+    prompts = [PROMPT, "a red star", "a green square"]
+    flags = [part for prompt in prompts for part in ("--prompt", prompt)]
+    options = ("--num-images", 2, "--sweep", "top_k=1,5", "--checkpoint", runs[1], "--output", "s")
+    assert call(*flags, *options).code == 0
+    pictures = [Image.open(path) for path in sorted((tmp_path / "s").glob("0*.png"))]
+    found = [(p.text["prompt"], json.loads(p.text["top_k"]), json.loads(p.text["seed"])) for p in pictures]
+    assert found == [(prompt, k, seed) for prompt in prompts for k in (1, 5) for seed in (0, 1)]
+    sheet = np.asarray(Image.open(tmp_path / "s" / "grid.png"))  # six rows of two cells of 128, under them two lines
+    for i, picture in enumerate(pictures):
+        y, x = 6 + i // 2 * (sheet.shape[0] - 6) // 6, 6 + i % 2 * 134
+        cell = sheet[y : y + 128, x : x + 128]
+        assert np.array_equal(cell[:: 128 // picture.height, :: 128 // picture.width], np.asarray(picture))
 
 
 @pytest.mark.parametrize(

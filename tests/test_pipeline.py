@@ -62,6 +62,18 @@ def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
     assert len(np.unique(together.reshape(5, -1), axis=0)) > 1
 
 
+@pytest.mark.parametrize("options", [dict(), dict(rerank_from=5), dict(complete=True, keep=0.25)])
+def test_prompts_of_any_kind_together_are_what_each_is_alone(pipe, monkeypatch, options):
+    monkeypatch.setattr("clipgen.pipeline.BATCH", 4)  # which end in the middle of a prompt
+    prompts = [PROMPT, {PROMPT: 1.0, "a red star": -0.3}, pipe(PROMPT, seed=8)[0], pipe.embed("a red star")[0]]
+    options = options | dict(seed=3, complete=prompts[2] if "complete" in options else None)
+    together = pipe(prompts, 3, **options)
+    alone = [picture for prompt in prompts for picture in pipe(prompt, 3, **options)]
+    assert [picture.info for picture in together] == [picture.info for picture in alone]
+    assert np.array_equal(pixels(together), pixels(alone))
+    assert len(np.unique(pixels(together).reshape(12, -1), axis=0)) > 4
+
+
 def test_without_a_seed_the_picture_tells_its_own(pipe):
     picture = pipe(PROMPT)[0]
     assert np.array_equal(np.asarray(pipe(PROMPT, seed=picture.info["seed"])[0]), np.asarray(picture))
@@ -110,6 +122,7 @@ def test_gradients_and_modes_are_left_alone(pipe):
     [
         (dict(prompt=""), "prompt must not be empty, got ''"),
         (dict(prompt=" \n"), "prompt must not be empty"),
+        (dict(prompt=[]), "prompt must hold at least one, got an empty list"),
         (dict(prompt=PROMPT, num_images=0), "num_images must be at least 1, got 0"),
         (dict(prompt=PROMPT, num_images=4, rerank_from=3), r"rerank_from must be at least num_images \(4\), got 3"),
         (dict(prompt=PROMPT, rerank_from=0), "rerank_from must be at least"),
@@ -289,7 +302,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
 def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
     """2 x 2 layers x 16 positions x 32 channels x 4 bytes an image (tests/conftest.py), in half of what is free."""
     row, pipe = 2 * 2 * 16 * 32 * 4, copy.deepcopy(pipe)
-    assert pipe._batch(guided=False) == clipgen.pipeline.BATCH
+    assert pipe.batch_size(guided=False) == clipgen.pipeline.BATCH
     monkeypatch.setattr(ConditionalTransformer, "device", torch.device("cuda"))
     for name, value in (("memory_reserved", 9 * row), ("memory_allocated", 3 * row)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
@@ -300,10 +313,10 @@ def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
         (10**6, False, clipgen.pipeline.MOST),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * row, 10**9 * row))
-        assert pipe._batch(guided) == expected
+        assert pipe.batch_size(guided) == expected
     pipe.transformer.decoders = {"kept": CompiledDecoder(pipe.transformer.network, 32)}  # is there for the next batch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * row, 10**9 * row))
-    assert pipe._batch(guided=False) == 32
+    assert pipe.batch_size(guided=False) == 32
 
 
 def test_bfloat16(pipe):
@@ -358,7 +371,7 @@ def test_a_pipeline_says_the_type_that_it_draws_in(pipe):
 def test_a_preview_decodes_no_more_at_once(pipe, monkeypatch):
     sizes, decode = [], pipe.vqgan.decode
     monkeypatch.setattr(clipgen.pipeline, "BATCH", 2)
-    monkeypatch.setattr(type(pipe), "_batch", lambda self, guided: 5)
+    monkeypatch.setattr(type(pipe), "batch_size", lambda self, guided: 5)
     monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: sizes.append(len(indices)) or decode(indices))
     assert len(pipe(PROMPT, 5, seed=0, preview=lambda images: None)) == 5
     assert set(sizes) == {1}  # on a CPU, where pictures must not depend on their neighbours
@@ -374,7 +387,7 @@ def test_a_mixtures_weights(pipe):
             pipe(mixture)
 
 
-@pytest.mark.parametrize("prompt", [None, ["a red star"], 3])
+@pytest.mark.parametrize("prompt", [None, ["a red star", 7], [["a red star"]], 3])
 def test_what_is_no_prompt(pipe, prompt):
     with pytest.raises(TypeError, match="prompt must be a sentence, a mixture, a picture or an embedding, got"):
         pipe(prompt)

@@ -114,27 +114,37 @@ def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], 
     """Draw and write every picture, and the sheet of all."""
     from clipgen.images import grid, save_png
 
-    pictures, captions = [], []
+    labels = [" ".join(f"{k}={s[k]}" for k in s if len({t[k] for t in sweeps}) > 1) for s in sweeps]
+    drawn: list[tuple[int, str, Image.Image]] = []  # number of prompt and settings, caption, picture
     count = len(prompts) * len(sweeps) * (args.rerank_from or args.num_images) + len(args.interpolate) * args.num_images
     with progress(count, pipe, args) as preview:
-        for number, ((name, prompt), settings) in enumerate(product(prompts, sweeps)):
-            options = dict(rerank_from=args.rerank_from, complete=complete, preview=preview)
-            label = " ".join(f"{key}={settings[key]}" for key in settings if len({s[key] for s in sweeps}) > 1)
-            for picture in pipe(prompt, args.num_images, seed=args.seed, **options, **settings):
-                parts = [f"{number:02d}", slug(name), slug(label), str(picture.info["seed"])]
-                file = args.output / f"{'_'.join(filter(None, parts))}.png"
-                print(save_png(picture, file, picture.info))  # type: ignore[arg-type]
-                pictures.append(picture)
-                captions.append(label or name)
+        options = dict(seed=args.seed, rerank_from=args.rerank_from, complete=complete, preview=preview)
+        for row, column, picture in all_of(pipe, prompts, sweeps, args.num_images, options):
+            number, name, label = row * len(sweeps) + column, prompts[row][0], labels[column]
+            parts = [f"{number:02d}", slug(name), slug(label), str(picture.info["seed"])]
+            print(save_png(picture, args.output / f"{'_'.join(filter(None, parts))}.png", picture.info))  # type: ignore[arg-type]
+            drawn.append((number, label or name, picture))
         for number, (first, second) in enumerate(args.interpolate):
             strip = pipe.interpolate(
                 first, second, max(args.num_images, 2), seed=args.seed, preview=preview, **sweeps[0]
             )
             name = f"interpolation_{number:02d}_{slug(first)}_{slug(second)}.png"
             print(save_png(grid(strip, columns=len(strip)), args.output / name))
-    if pictures:
+    if drawn:
         columns = args.num_images if len(prompts) * len(sweeps) > 1 else None
+        _, captions, pictures = zip(*sorted(drawn, key=lambda each: each[0]))
         print(save_png(grid(pictures, columns=columns, captions=captions), args.output / "grid.png"))
+
+
+def all_of(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], num_images: int,
+           options: dict[str, Any]) -> Iterator[tuple[int, int, Image.Image]]:  # fmt: skip
+    """Every prompt by all settings, as many prompts at once as fit -> index of the prompt, of the settings, picture."""
+    guided = any(settings["guidance_scale"] != 1 for settings in sweeps)
+    at_once = max(pipe.batch_size(guided) // (options["rerank_from"] or num_images), 1)
+    for first, (column, settings) in product(range(0, len(prompts), at_once), enumerate(sweeps)):
+        some = [prompt for _, prompt in prompts[first : first + at_once]]
+        for i, picture in enumerate(pipe(some, num_images, **options, **settings)):
+            yield first + i // num_images, column, picture
 
 
 @contextmanager
