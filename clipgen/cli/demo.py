@@ -125,7 +125,7 @@ def draw_losses(files: list[Path], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    columns = {"vqgan": ("reconstruction_loss", "codebook_loss"), "transformer": ("cross_entropy",)}
+    columns = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
     figure, axes = plt.subplots(1, len(files), figsize=(5 * len(files), 3.5), layout="constrained")
     for axis, file in zip(axes, files):
         with file.open() as lines:

@@ -40,7 +40,7 @@ class VectorQuantizer(nn.Module):
         kmeans_iters: rounds of k-means in ``init_by_kmeans_``, which puts the codes where the latents are.
         codebook_momentum: 0 learns the codes by the gradient of ``codebook_loss`` (the paper). Above 0,
             each batch moves a code by ``1 - codebook_momentum`` of the way to the mean of its latents (mini-batch
-            k-means), which follows the encoder faster.
+            k-means), which follows the encoder faster; then there is no ``codebook_loss``.
     """
 
     idle: Tensor
@@ -84,10 +84,9 @@ class VectorQuantizer(nn.Module):
             if self.training and self.revive_after:
                 error = (flat - codes).detach().square().sum(-1)
                 self.revive_(flat.detach().flatten(0, 2), indices.flatten(), error.flatten())
-            losses = {
-                "codebook_loss": F.mse_loss(codes, flat.detach()),
-                "commitment_loss": F.mse_loss(flat, codes.detach()),
-            }
+            losses = {"commitment_loss": F.mse_loss(flat, codes.detach())}
+            if not self.codebook_momentum:
+                losses["codebook_loss"] = F.mse_loss(codes, flat.detach())
             z_q = flat + (codes - flat).detach()  # straight through
             return Quantized(rearrange(z_q, "b h w d -> b d h w"), indices, losses)
 
