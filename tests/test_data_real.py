@@ -728,6 +728,41 @@ def test_configuration_makes_the_data(name: str, tmp_path: Path) -> None:
     assert next(iter(data.train))["images"].shape == (3, 256, 256)
 
 
+def test_a_resume_goes_past_broken_images_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From each place on, the stream is the one of a run that was not stopped, also between broken images."""
+    files = {
+        f"{i}.png": (b"" if i in (1, 2, 6) else encoded(Image.new("RGB", (9, 9), (10 * i, 0, 0)), "PNG"))
+        for i in range(8)
+    }
+    make_tar(tmp_path / "a.tar", files)
+    make_tar(tmp_path / "b.tar", {"9.jpg": TRUNCATED, "8.png": encoded(Image.new("RGB", (9, 9), (90, 0, 0)), "PNG")})
+
+    def stream(begin: int, count: int) -> list[torch.Tensor]:
+        dataset = image_shards(f"{tmp_path}/*.tar", 8, train=True, shuffle=3)
+        dataset.resume(0, begin, 1)
+        decoded.clear()
+        return [sample["images"] for sample in islice(dataset, count)]
+
+    decoded: list[int] = []
+    decode = shards_module.decode_image
+    monkeypatch.setattr(shards_module, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
+    whole = stream(0, 60)
+    assert len({image.mean().item() for image in whole}) == 6
+    for begin in range(30):
+        assert all(map(torch.equal, stream(begin, 10), whole[begin:]))
+    assert len(stream(59, 1)) == 1 and len(decoded) < 10
+
+
+@pytest.mark.parametrize(("size", "decoded"), [((2000, 1040), (1000, 520)), ((1023, 1200), (1023, 1200))])
+def test_large_jpegs_are_decoded_at_a_part_of_their_size(size: tuple[int, int], decoded: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (26, 50, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC), "JPEG")
+    picture = decode_image(data, image_size=256)
+    assert picture.size == decoded and decode_image(data).size == size
+    crop = val_transform(256)
+    assert (crop(picture) - crop(decode_image(data))).abs().mul(127.5).max() < 5  # levels of 256
+
+
 def test_patience_is_not_lost_on_a_few_corrupt_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "_PATIENCE", 3)
     make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": TRUNCATED, "2.jpg": GOOD})

@@ -93,7 +93,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         for step in range(len(self)):
             path = self.root / self.files[(start + step) % len(self)]
             try:
-                return {"images": self.transform(decode_image(path), generator)}
+                return {"images": self.transform(decode_image(path, image_size=self.image_size), generator)}
             except UnusableImage as error:
                 if self.tally.skip(str(path), error):
                     self.tally.use(-1)
@@ -106,7 +106,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
 
         def load(item: int) -> tuple[Tensor, int | None] | None:
             try:
-                image = decode_image(self.root / self.files[item])
+                image = decode_image(self.root / self.files[item], image_size=self.image_size)
             except UnusableImage as error:
                 self.tally.skip(str(self.root / self.files[item]), error)
                 return None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import webdataset as wds
 from braceexpand import braceexpand
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
@@ -95,7 +96,8 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     its own random order, so that nobody runs dry before the others. Validation reads every image once, split between
     ranks and workers by shard where there are enough of them, else by image.
 
-    What is broken is skipped, warned about once and counted: a corrupt image, or the rest of a shard that breaks off.
+    What is broken is skipped, warned about once and counted: a corrupt image, whose place in training the next one
+    takes, or the rest of a shard that breaks off.
     Training raises ValueError when no shard holds an image, or when 1000 images on end are unusable.
     """
 
@@ -112,7 +114,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     _had: tuple[int, int] = (0, 0)  # batches of this epoch before a resume, and images in a batch
 
     def resume(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Let training begin where a run stood. The stream is gone through again: only so is known what was usable."""
+        """Let training begin where a run stood: the shards are read again up to there, and nothing is decoded."""
         self._epoch, self._had = epoch, (batches, batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -140,15 +142,11 @@ class ImageShards(IterableDataset[dict[str, Any]]):
 
         def load(numbered: tuple[int, dict[str, Any]]) -> tuple[Tensor, int | None] | None:
             number, sample = numbered
-            try:
-                image = decode_image(sample[_image_key(sample)])
-                label = _label(sample) if self.labels else None
-            except UnusableImage as error:
-                self.tally.skip(_name(sample), error)
+            if (decoded := self._decode(sample)) is None:
                 return None
             seeds = [f"{self.seed} {os.path.basename(url)} {turn} {number}" for turn in range(count)]
             generators = [torch.Generator().manual_seed(hashed_seed(seed)) for seed in seeds]
-            return torch.stack([crop(image, generator) for generator in generators]), label
+            return torch.stack([crop(decoded[0], generator) for generator in generators]), decoded[1]
 
         return filter(None, ahead(load, enumerate(self._read(url))))
 
@@ -160,17 +158,22 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         turn = (worker + batches) % workers  # workers take turns, batch by batch: a resume goes on with the next one's
         rng = random.Random(f"{self.seed} {rank} {turn} {self._epoch} {base}")
         self._epoch += 1
-        return islice(self._endless(rng), len(range(turn, batches, workers)) * batch_size, None)
+        return self._crops(rng, len(range(turn, batches, workers)) * batch_size)
 
-    def _endless(self, rng: random.Random) -> Iterator[dict[str, Any]]:
-        misses = 0
-        for sample in wds.shuffle(self.shuffle, rng=rng)(self._resample(rng)):
-            decoded = self._decode(sample, torch.Generator().manual_seed(rng.getrandbits(48)))
-            misses = 0 if decoded else misses + 1
-            if misses == _PATIENCE:
-                raise ValueError(f"{self.tally.name} must hold usable images, got {misses} others on end: {self.tally}")
-            if decoded:
-                yield decoded
+    def _crops(self, rng: random.Random, begin: int) -> Iterator[dict[str, Any]]:
+        """The stream from its n-th crop on. An unusable image leaves its crop to the next usable one, so that a resume
+        need not decode what it passes by."""
+        stream = wds.shuffle(self.shuffle, rng=rng)(self._resample(rng))
+        seeds: list[int] = []  # of the crops that the next usable image gives
+        for sample, seed in islice(((sample, rng.getrandbits(48)) for sample in stream), begin, None):
+            seeds.append(seed)
+            if decoded := self._decode(sample):
+                yield from (self._sample(*decoded, torch.Generator().manual_seed(seed)) for seed in seeds)
+                seeds.clear()
+            elif len(seeds) == _PATIENCE:
+                raise ValueError(
+                    f"{self.tally.name} must hold usable images, got {_PATIENCE} others on end: {self.tally}"
+                )
 
     def _resample(self, rng: random.Random) -> Iterator[dict[str, Any]]:
         barren: set[str] = set()
@@ -188,7 +191,8 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         by_shard = len(self.urls) >= parts
         samples = chain.from_iterable(map(self._read, self.urls[part::parts] if by_shard else self.urls))
         self.tally.restart()
-        yield from filter(None, map(self._decode, samples if by_shard else islice(samples, part, None, parts)))
+        mine = samples if by_shard else islice(samples, part, None, parts)
+        yield from (self._sample(*decoded) for decoded in map(self._decode, mine) if decoded)
         if get_worker_info() is None:  # else only the main process knows when the last worker has finished
             self.summary()
 
@@ -214,17 +218,18 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         self.tally.skip(url, UnusableImage("broken shard", f"what came before is used; {error}"))
         return True
 
-    def _decode(self, sample: dict[str, Any], generator: torch.Generator | None = None) -> dict[str, Any] | None:
+    def _decode(self, sample: dict[str, Any]) -> tuple[Image.Image, int | None] | None:
+        """The picture, and its class where ``labels``; None where it is unusable, which is told."""
         try:
-            image = decode_image(sample[_image_key(sample)])
-            decoded: dict[str, Any] = {"images": self.transform(image, generator)}
-            if self.labels:
-                decoded["label"] = _label(sample)
+            image = decode_image(sample[_image_key(sample)], image_size=self.image_size)
+            return image, _label(sample) if self.labels else None
         except UnusableImage as error:
             self.tally.skip(_name(sample), error)
             return None
+
+    def _sample(self, image: Image.Image, label: int | None, generator: Any = None) -> dict[str, Any]:
         self.tally.use()
-        return decoded
+        return {"images": self.transform(image, generator)} | ({} if label is None else {"label": label})
 
 
 def shard_data(
