@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, JSON, and errors that name the file."""
+"""Files: written whole or not at all, text, JSON, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def write_json(path: str | Path, content: Any) -> None:
     """Write indented JSON, whole or not at all."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_text(path: Path) -> str:
+    """A text file, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:

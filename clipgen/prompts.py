@@ -10,6 +10,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from clipgen.files import read_text
+
 Prompt = str | Mapping[str, float] | Image.Image | Tensor
 
 
@@ -38,14 +40,6 @@ def parse_mixture(text: str) -> dict[str, float]:
             raise ValueError(f'a mixture must be terms such as "0.7 a cat + 0.3 a dog", got {text!r}')
         mixture[words] = mixture.get(words, 0.0) + (weight if sign == "+" else -weight)
     return mixture
-
-
-def read_text(path: Path) -> str:
-    """A text file, with or without a byte order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
 
 
 def read_sentences(path: Path) -> list[str]:

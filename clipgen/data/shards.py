@@ -30,7 +30,7 @@ from clipgen.data.ahead import ahead
 from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image, hashed_seed
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import Transform, train_transform, val_transform
-from clipgen.prompts import read_text
+from clipgen.files import read_text
 
 # This many unusable images in a row mean that the source is wrong.
 _PATIENCE = 1_000

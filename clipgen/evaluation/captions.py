@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from clipgen.data.shapes import ALL_ATTRIBUTES
-from clipgen.prompts import read_text
+from clipgen.files import read_text
 
 Caption = tuple[str | None, str]  # of which file, where that is known; and the sentence
 
