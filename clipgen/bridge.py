@@ -1,4 +1,5 @@
-"""From where CLIP puts sentences to where it puts images: training saw only the latter (the modality gap)."""
+"""Ways over the modality gap, between where CLIP puts images, which is all that training sees, and where it puts
+sentences: noise on the condition in training, and a ``Bridge`` behind the sentences in sampling."""
 
 from __future__ import annotations
 
@@ -11,6 +12,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.files import atomic_write
+
+
+def noisy_condition(clip_embedding: Tensor, cosine: float) -> Tensor:
+    """Unit vectors at the given expected cosine to ``clip_embedding`` (B, E), by isotropic noise; 1 adds none.
+
+    The way of LAFITE (arXiv:2111.13792) and CapDec (arXiv:2211.00575), whose noise levels agree when they are written
+    as a cosine: cos = 1 / sqrt(1 + r^2) for noise of norm r.
+    """
+    if cosine >= 1:
+        return clip_embedding
+    noise = F.normalize(torch.randn_like(clip_embedding), dim=-1)
+    return F.normalize(clip_embedding + noise * (cosine**-2 - 1) ** 0.5, dim=-1)
 
 
 class Bridge(nn.Module):

@@ -106,15 +106,3 @@ def differentiable_codes(logits: Tensor, codebook: Tensor, kind: str) -> Tensor:
     if kind == "expected":
         return mean
     return mean + (F.embedding(logits.argmax(dim=-1), codebook) - mean).detach()
-
-
-def noisy_condition(clip_embedding: Tensor, cosine: float) -> Tensor:
-    """Unit vectors at the given expected cosine to ``clip_embedding`` (B, E), by isotropic noise; 1 adds none.
-
-    Bridges the gap between image and text embeddings (LAFITE, arXiv:2111.13792; CapDec, arXiv:2211.00575), whose
-    noise levels agree when they are written as a cosine: cos = 1 / sqrt(1 + r^2) for noise of norm r.
-    """
-    if cosine >= 1:
-        return clip_embedding
-    noise = F.normalize(torch.randn_like(clip_embedding), dim=-1)
-    return F.normalize(clip_embedding + noise * (cosine**-2 - 1) ** 0.5, dim=-1)

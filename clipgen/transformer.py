@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from clipgen import losses, sampling
+from clipgen.bridge import noisy_condition
 from clipgen.clip import FrozenCLIP
 from clipgen.nets.decode import CachedDecoder, CompiledDecoder
 from clipgen.nets.gpt import ConditionalGPT2
@@ -233,7 +234,7 @@ class ConditionalTransformer(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         indices, clip_embedding = self.encoded(batch)
-        condition = losses.noisy_condition(clip_embedding, self.h.condition_cosine)
+        condition = noisy_condition(clip_embedding, self.h.condition_cosine)
         drop = None
         if self.h.condition_dropout > 0:
             drop = torch.rand(len(indices), device=indices.device) < self.h.condition_dropout

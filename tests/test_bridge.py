@@ -1,4 +1,4 @@
-"""From sentences' embeddings to images'."""
+"""Ways over the modality gap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipgen.bridge import Bridge, mean_shift
+from clipgen.bridge import Bridge, mean_shift, noisy_condition
 from clipgen.pipeline import TextToImage
 
 PROMPT = "a large blue ring on a white background"
@@ -14,6 +14,22 @@ PROMPT = "a large blue ring on a white background"
 
 def unit(rows: int, width: int = 8) -> torch.Tensor:
     return F.normalize(torch.randn(rows, width), dim=-1)
+
+
+@pytest.mark.parametrize("cosine", [0.9, 0.5, 0.3])
+def test_noise_is_as_large_as_asked(cosine):
+    e = unit(4000, 64)
+    before = e.clone()
+    noisy = noisy_condition(e, cosine)
+    torch.testing.assert_close(noisy.norm(dim=-1), torch.ones(4000))
+    assert (noisy * e).sum(-1).mean().item() == pytest.approx(cosine, abs=0.01)
+    assert (noisy @ noisy.T).fill_diagonal_(0).mean().abs() < 0.01  # isotropic
+    assert torch.equal(e, before)
+
+
+def test_cosine_one_adds_no_noise():
+    e = unit(3)
+    assert torch.equal(noisy_condition(e, 1.0), e)
 
 
 def test_the_mean_shift_brings_the_means_together():

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipgen import losses
-from clipgen.bridge import Bridge
+from clipgen.bridge import Bridge, noisy_condition
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -104,9 +104,7 @@ def test_losses_stay_on_the_gpu(transformer, gan, gpu):
     there, gan = moved(transformer).attach(moved(vqgan), moved(clip)), moved(gan).train()
     images = torch.empty(2, 3, 32, 32, device=gpu)
     indices, e = there.encode(images)
-    loss, logits = there.gpt(
-        indices, losses.noisy_condition(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True
-    )
+    loss, logits = there.gpt(indices, noisy_condition(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True)
     gan.autoencoder.quantize.init_by_kmeans_(gan.encode_latents(images))
     reconstruction, quantized = gan.autoencode(images)
     terms = gan.autoencoder_loss(images, reconstruction, quantized)

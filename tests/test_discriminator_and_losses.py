@@ -213,19 +213,3 @@ def test_clip_loss_pulls_towards_the_target():
     losses.clip_loss(F.normalize(free, dim=-1), target).backward()
     moved = F.normalize(free - 0.1 * free.grad, dim=-1)
     assert losses.clip_loss(moved, target) < losses.clip_loss(F.normalize(free, dim=-1), target)
-
-
-@pytest.mark.parametrize("cosine", [0.9, 0.5, 0.3])
-def test_noise_is_as_large_as_asked(cosine):
-    e = F.normalize(torch.randn(4000, 64), dim=-1)
-    before = e.clone()
-    noisy = losses.noisy_condition(e, cosine)
-    torch.testing.assert_close(noisy.norm(dim=-1), torch.ones(4000))
-    assert (noisy * e).sum(-1).mean().item() == pytest.approx(cosine, abs=0.01)
-    assert (noisy @ noisy.T).fill_diagonal_(0).mean().abs() < 0.01  # isotropic
-    assert torch.equal(e, before)
-
-
-def test_cosine_one_adds_no_noise():
-    e = F.normalize(torch.randn(3, 8), dim=-1)
-    assert torch.equal(losses.noisy_condition(e, 1.0), e)
