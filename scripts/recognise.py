@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from train_clip import labelled_batches
 
 from clipgen import TextToImage
-from clipgen.data.shards import image_shards
+from clipgen.data.shards import ImageShards
 from clipgen.evaluation.sources import drawing
 from clipgen.images import grid, save_png, to_pil
 
@@ -66,7 +66,7 @@ def train(net: nn.Module, data: Path, image_size: int, steps: int, batch_size: i
 @torch.no_grad()
 def real_accuracy(net: nn.Module, data: Path, image_size: int) -> float:
     """Accuracy on the validation shards: what the classifier is worth."""
-    batches = torch.utils.data.DataLoader(image_shards(str(data / "val-*.tar"), image_size, False, labels=True), 250)
+    batches = torch.utils.data.DataLoader(ImageShards(str(data / "val-*.tar"), image_size, False, labels=True), 250)
     hits = torch.cat([net(batch["images"]).argmax(1) == batch["label"] for batch in batches])
     return hits.float().mean().item()
 

@@ -13,7 +13,7 @@ import torch
 
 from clipgen import VQGAN
 from clipgen.data.folder import ImageFolder
-from clipgen.data.shards import image_shards
+from clipgen.data.shards import ImageShards
 from clipgen.images import grid, save_png, to_pil
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     p.add_argument("--output", type=Path, default=Path("reconstructions.png"))
     args = p.parse_args()
     vqgan, folder = VQGAN.load(args.checkpoint), Path(args.images).is_dir()
-    photos = ImageFolder if folder else image_shards
+    photos = ImageFolder if folder else ImageShards
     samples = islice(iter(photos(args.images, args.image_size, train=False)), args.count)
     images = torch.stack([sample["images"] for sample in samples])
     reconstruction = torch.cat([vqgan(image[None]) for image in images]).clamp(-1, 1)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
-from clipgen.data.shards import image_shards
+from clipgen.data.shards import ImageShards
 
 CONTEXT_LENGTH = 16
 CIFAR_CLIP = {
@@ -105,7 +105,7 @@ def augmented(images: Tensor, shift: int = 4) -> Tensor:
 
 def labelled_batches(urls: str, image_size: int, batch_size: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
     """Endless augmented batches of (images, labels) from shards."""
-    data = image_shards(urls, image_size, train=True, shuffle=5000, labels=True, seed=seed)
+    data = ImageShards(urls, image_size, train=True, shuffle=5000, labels=True, seed=seed)
     for batch in torch.utils.data.DataLoader(data, batch_size=batch_size):
         yield augmented(batch["images"]), batch["label"]
 
@@ -115,7 +115,7 @@ def zero_shot_accuracy(folder: Path, captions: Sequence[str], urls: str, image_s
     """Part of the validation images whose own caption is the nearest."""
     clip = FrozenCLIP(str(folder))
     text, right, total = clip.encode_text(captions), 0, 0
-    data = image_shards(urls, image_size, train=False, labels=True)
+    data = ImageShards(urls, image_size, train=False, labels=True)
     for batch in torch.utils.data.DataLoader(data, batch_size=250):
         right += int(((clip.encode_image(batch["images"]) @ text.T).argmax(1) == batch["label"]).sum())
         total += len(batch["label"])

@@ -26,7 +26,7 @@ from clipgen.data.ahead import AHEAD, THREADS, ahead
 from clipgen.data.folder import ImageFolder, find_images, folder_data, split_files
 from clipgen.data.images import UnusableImage, check_header, decode_image
 from clipgen.data.module import ImageData
-from clipgen.data.shards import expand_urls, image_shards, shard_data
+from clipgen.data.shards import ImageShards, expand_urls, shard_data
 from clipgen.data.transforms import train_transform, val_transform
 
 ROOT = Path(__file__).parents[1]
@@ -417,7 +417,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @needs_bad
 def test_mixed_shard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    dataset = image_shards(str(BAD / "mixed.tar"), 32, train=False)
+    dataset = ImageShards(str(BAD / "mixed.tar"), 32, train=False)
     for _ in range(2):
         assert [sample["images"].shape for sample in dataset] == [(3, 32, 32)] * 4
     assert len(warnings_of(caplog)) == 1 and "0002.jpg: truncated" in warnings_of(caplog)[0]
@@ -427,25 +427,25 @@ def test_mixed_shard(caplog: pytest.LogCaptureFixture) -> None:
 
 @needs_bad
 def test_cut_shard(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = image_shards(str(BAD / "cut.tar"), 32, train=False)
+    dataset = ImageShards(str(BAD / "cut.tar"), 32, train=False)
     assert len(list(dataset)) == 3  # 0000, 0001 and 0003; 0002 is truncated, and the cut goes through 0005
     assert "cut.tar: broken shard" in warnings_of(caplog)[-1]
     assert str(dataset.tally) == "3 images, 2 skipped: 1 truncated, 1 broken shard"
-    both = image_shards([str(BAD / "cut.tar"), str(BAD / "mixed.tar")], 32, train=False)
+    both = ImageShards([str(BAD / "cut.tar"), str(BAD / "mixed.tar")], 32, train=False)
     assert len(list(both)) == 7
 
 
 @needs_bad
 def test_not_a_tar() -> None:
     with pytest.raises(ValueError, match=r"not_a.tar must be a tar file"):
-        image_shards([str(BAD / "mixed.tar"), str(BAD / "not_a.tar")], 32, train=True)
+        ImageShards([str(BAD / "mixed.tar"), str(BAD / "not_a.tar")], 32, train=True)
 
 
 def test_the_last_sample_before_a_cut_is_used(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "a.tar", {"0.jpg": GOOD, "1.jpg": GOOD, "2.jpg": GOOD})
     size = 512 + (len(GOOD) + 511) // 512 * 512
     path.write_bytes(path.read_bytes()[: 2 * size + 600])
-    assert len(list(image_shards(str(path), 8, train=False))) == 2
+    assert len(list(ImageShards(str(path), 8, train=False))) == 2
 
 
 def test_samples_without_image_odd_names_and_labels(tmp_path: Path) -> None:
@@ -460,8 +460,8 @@ def test_samples_without_image_odd_names_and_labels(tmp_path: Path) -> None:
             "._3.jpg": b"finder",
         },
     )
-    assert [set(sample) for sample in image_shards(str(path), 8, train=False)] == [{"images"}] * 2
-    labelled = image_shards(str(path), 8, train=False, labels=True)
+    assert [set(sample) for sample in ImageShards(str(path), 8, train=False)] == [{"images"}] * 2
+    labelled = ImageShards(str(path), 8, train=False, labels=True)
     (sample,) = labelled
     assert sample["label"] == 7 and sample["images"].std() > 0
     assert str(labelled.tally) == "1 image, 1 skipped: 1 without label"
@@ -488,15 +488,15 @@ def test_urls(tmp_path: Path) -> None:
 def test_shards_that_do_not_exist(pattern: str, tmp_path: Path) -> None:
     numbered_tar(tmp_path / "a-0.tar", range(1))
     with pytest.raises(FileNotFoundError, match=r"none|a-1.tar"):
-        image_shards(f"{tmp_path}/{pattern}", 8, train=True)
+        ImageShards(f"{tmp_path}/{pattern}", 8, train=True)
 
 
 def test_shard_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="urls must name at least one shard, got ''"):
-        image_shards("", 8, train=True)
+        ImageShards("", 8, train=True)
     path = str(numbered_tar(tmp_path / "a.tar", range(1)))
     with pytest.raises(ValueError, match="shuffle must be at least 0, got -1"):
-        image_shards(path, 8, train=True, shuffle=-1)
+        ImageShards(path, 8, train=True, shuffle=-1)
 
 
 @pytest.mark.parametrize("files", [{}, {"0.txt": b"x"}, {"0.jpg": TRUNCATED, "1.jpg": b""}])
@@ -506,28 +506,28 @@ def test_shards_without_usable_images_stop_before_training(
 ) -> None:
     path = make_tar(tmp_path / "a.tar", files)
     with pytest.raises(ValueError, match=r"a.tar must hold a usable image, got 0 images"):
-        image_shards(str(path), 8, train=train)
+        ImageShards(str(path), 8, train=train)
 
 
 def test_commands_without_usable_images_stop_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "_PATIENCE", 20)
     corrupt = make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": b""})
     with pytest.raises(ValueError, match="20 others on end: 0 images, 2 skipped: 1 truncated, 1 empty"):
-        next(iter(image_shards(f"pipe:cat {corrupt}", 8, train=True)))
+        next(iter(ImageShards(f"pipe:cat {corrupt}", 8, train=True)))
     no_images = make_tar(tmp_path / "b.tar", {"0.txt": b"x"})
     with pytest.raises(ValueError, match="2 shards without any: 0 images, 1 skipped: 1 broken shard"):
-        next(iter(image_shards([f"pipe:cat {no_images}", "pipe:false"], 8, train=True)))
+        next(iter(ImageShards([f"pipe:cat {no_images}", "pipe:false"], 8, train=True)))
 
 
 def test_a_command_is_read_like_a_file(tmp_path: Path) -> None:
     path = numbered_tar(tmp_path / "a.tar", range(5))
-    assert [red(sample) for sample in image_shards(f"pipe:cat {path}", 8, train=False)] == list(range(5))
+    assert [red(sample) for sample in ImageShards(f"pipe:cat {path}", 8, train=False)] == list(range(5))
 
 
 def test_training_goes_on_without_end_and_reaches_every_image(tmp_path: Path) -> None:
     for i in range(3):
         numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
-    dataset = image_shards(f"{tmp_path}/*.tar", 8, train=True, shuffle=10)
+    dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=10)
     seen = [red(sample) for sample in islice(dataset, 300)]
     assert set(seen) == set(range(30))
     assert seen[:30] != sorted(seen[:30])
@@ -540,13 +540,13 @@ def test_training_streams_are_seeded_and_differ(tmp_path: Path, monkeypatch: pyt
     def stream(seed: int = 0, rank: int = 0) -> list[int]:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        dataset = image_shards(f"{tmp_path}/*.tar", 8, train=True, shuffle=20, seed=seed)
+        dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=20, seed=seed)
         return [red(sample) for sample in islice(dataset, 60)]
 
     assert stream() == stream()
     assert stream() != stream(seed=1)
     assert stream() != stream(rank=1)
-    dataset = image_shards(f"{tmp_path}/*.tar", 8, train=True, shuffle=20)
+    dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=20)
     first, second = ([red(sample) for sample in islice(dataset, 60)] for _ in range(2))
     assert first != second
 
@@ -555,7 +555,7 @@ def test_training_workers_have_streams_of_their_own(tmp_path: Path) -> None:
     numbered_tar(tmp_path / "a.tar", range(50))
 
     def epochs() -> list[list[int]]:
-        dataset = image_shards(f"{tmp_path}/a.tar", 8, train=True, shuffle=50)
+        dataset = ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=50)
         loader = ImageData(dataset, None, batch_size=10, num_workers=2, seed=4).train_dataloader()
         return [[red({"images": image}) for b in islice(loader, 4) for image in b["images"]] for _ in range(2)]
 
@@ -566,7 +566,7 @@ def test_training_workers_have_streams_of_their_own(tmp_path: Path) -> None:
 
 def test_workers_that_start_afresh_do_not_repeat_their_stream(tmp_path: Path) -> None:
     numbered_tar(tmp_path / "a.tar", range(50))
-    dataset = image_shards(f"{tmp_path}/a.tar", 8, train=True, shuffle=50, flip=False)
+    dataset = ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=50, flip=False)
     loader = DataLoader(dataset, 10, num_workers=1, generator=torch.Generator().manual_seed(0))
     first, second = (next(iter(loader))["images"] for _ in range(2))
     assert not torch.equal(first, second)
@@ -577,7 +577,7 @@ def test_workers_that_start_afresh_do_not_repeat_their_stream(tmp_path: Path) ->
 def test_validation_reads_every_image_once(shards: int, num_workers: int, tmp_path: Path) -> None:
     for i in range(shards):
         numbered_tar(tmp_path / f"{i}.tar", range(i * 7, i * 7 + 7))
-    dataset = image_shards(f"{tmp_path}/*.tar", 8, train=False)
+    dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=False)
     loader = DataLoader(dataset, 3, num_workers=num_workers, persistent_workers=num_workers > 0)
     for _ in range(2):
         seen = [red({"images": image}) for batch in loader for image in batch["images"]]
@@ -593,7 +593,7 @@ def test_validation_is_split_between_ranks(shards: int, tmp_path: Path, monkeypa
     seen = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
-        seen.append([red(sample) for sample in image_shards(f"{tmp_path}/*.tar", 8, train=False)])
+        seen.append([red(sample) for sample in ImageShards(f"{tmp_path}/*.tar", 8, train=False)])
     assert sorted(seen[0] + seen[1]) == list(range(7 * shards)) and seen[0] and seen[1]
 
 
@@ -602,7 +602,7 @@ def test_a_corrupt_image_is_warned_about_once_in_all_workers(tmp_path: Path) -> 
     handler = logging.FileHandler(tmp_path / "log")
     logging.getLogger("clipgen").addHandler(handler)
     try:
-        dataset = image_shards(f"{tmp_path}/a.tar", 8, train=True, shuffle=4)
+        dataset = ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=4)
         for _ in islice(DataLoader(dataset, 4, num_workers=2), 20):
             pass
     finally:
@@ -613,11 +613,11 @@ def test_a_corrupt_image_is_warned_about_once_in_all_workers(tmp_path: Path) -> 
 
 @needs_cifar
 def test_cifar_shards() -> None:
-    train = image_shards(str(SHARED / "cifar10" / "train-{000000..000009}.tar"), 32, train=True)
+    train = ImageShards(str(SHARED / "cifar10" / "train-{000000..000009}.tar"), 32, train=True)
     assert len(train.urls) == 10
     batch = next(iter(DataLoader(train, 8)))
     assert batch["images"].shape == (8, 3, 32, 32)
-    val = image_shards(str(SHARED / "cifar10" / "val-*.tar"), 32, train=False, labels=True)
+    val = ImageShards(str(SHARED / "cifar10" / "val-*.tar"), 32, train=False, labels=True)
     batch = next(iter(DataLoader(val, 200)))
     assert batch["label"].unique().tolist() == list(range(10))
 
@@ -738,7 +738,7 @@ def test_a_resume_goes_past_broken_images_without_decoding(tmp_path: Path, monke
     make_tar(tmp_path / "b.tar", {"9.jpg": TRUNCATED, "8.png": encoded(Image.new("RGB", (9, 9), (90, 0, 0)), "PNG")})
 
     def stream(begin: int, count: int) -> list[torch.Tensor]:
-        dataset = image_shards(f"{tmp_path}/*.tar", 8, train=True, shuffle=3)
+        dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=3)
         dataset.resume(0, begin, 1)
         decoded.clear()
         return [sample["images"] for sample in islice(dataset, count)]
@@ -766,7 +766,7 @@ def test_large_jpegs_are_decoded_at_a_part_of_their_size(size: tuple[int, int], 
 def test_patience_is_not_lost_on_a_few_corrupt_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "_PATIENCE", 3)
     make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": TRUNCATED, "2.jpg": GOOD})
-    assert len(list(islice(image_shards(f"{tmp_path}/a.tar", 8, train=True, shuffle=0), 20))) == 20
+    assert len(list(islice(ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=0), 20))) == 20
 
 
 def test_ahead_keeps_the_order_and_does_not_run_off():

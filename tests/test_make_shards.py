@@ -17,7 +17,7 @@ import torchvision
 from PIL import Image
 
 from clipgen.data.folder import folder_data
-from clipgen.data.shards import image_shards
+from clipgen.data.shards import ImageShards
 
 ROOT = Path(__file__).parents[1]
 BAD = Path(os.environ.get("CLIPGEN_SHARED", ROOT.parent / "shared")) / "data" / "bad_images"
@@ -95,9 +95,9 @@ def test_the_split_is_that_of_the_folder_and_the_order_is_mixed(photos: Path, tm
         return [round((float(sample["images"][0].mean()) + 1) * 127.5 / 20) for sample in dataset]
 
     data = folder_data(photos, 8, batch_size=1, val_fraction=0.25, flip=False)
-    train = reds(image_shards(f"{tmp_path}/out/train-*.tar", 8, train=False))
+    train = reds(ImageShards(f"{tmp_path}/out/train-*.tar", 8, train=False))
     assert sorted(train) == sorted(reds(data.train)) and train != sorted(train)
-    assert sorted(reds(image_shards(f"{tmp_path}/out/val-*.tar", 8, train=False))) == sorted(reds(data.val))
+    assert sorted(reds(ImageShards(f"{tmp_path}/out/val-*.tar", 8, train=False))) == sorted(reds(data.val))
 
 
 def test_the_same_input_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_torchvision_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     out = tmp_path / "out"
     assert names(out) == ["classes.json", "train-000000.tar", "train-000001.tar", "val-000000.tar"]
     assert json.loads((out / "classes.json").read_text()) == list(Digits.classes)
-    samples = list(image_shards(f"{out}/train-*.tar", 8, train=False, labels=True))
+    samples = list(ImageShards(f"{out}/train-*.tar", 8, train=False, labels=True))
     values = [round((float(sample["images"].mean()) + 1) * 127.5 / 30) for sample in samples]
     assert sorted(values) == list(range(7)) and values != sorted(values)
     assert [sample["label"] for sample in samples] == [value % 3 for value in values]

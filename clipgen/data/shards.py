@@ -10,7 +10,6 @@ import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,51 +28,15 @@ from webdataset.utils import pytorch_worker_info
 from clipgen.data.ahead import ahead
 from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image, hashed_seed
 from clipgen.data.module import ImageData
-from clipgen.data.transforms import Transform, train_transform, val_transform
+from clipgen.data.transforms import train_transform, val_transform
 from clipgen.files import read_text
 
 # This many unusable images in a row mean that the source is wrong.
 _PATIENCE = 1_000
 
 
-def image_shards(
-    urls: str | list[str],
-    image_size: int,
-    train: bool,
-    flip: bool = True,
-    shuffle: int = 1000,
-    labels: bool = False,
-    seed: int = 0,
-) -> ImageShards:
-    """Make a dataset of tar shards; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
-
-    Local shards are looked at here: each must be a tar file, and one of them must hold a usable image.
-
-    Args:
-        urls: paths, http(s) URLs and `pipe:` commands, with braces (`train-{000000..000009}.tar`); paths also with
-            `*`, `?`, `[...]`. A list, or one string separated by commas; a string that is one command is not separated.
-        image_size: side of the square images.
-        train: endless and shuffled, with random crop and flip; else every image once, with centre crop.
-        flip: mirror half of the training images.
-        shuffle: size of the buffer, of undecoded images, that training shuffles in.
-        labels: add "label", the integer in the sample's `.cls` file; a sample without one is then unusable.
-        seed: of the choice of shards and of the shuffling.
-
-    Raises:
-        FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
-        ValueError: an argument is out of range, a local shard is not a tar file, or no image in them is usable.
-    """
-    if shuffle < 0:
-        raise ValueError(f"shuffle must be at least 0, got {shuffle}")
-    transform = train_transform(image_size, flip) if train else val_transform(image_size)
-    tally = Tally(urls if isinstance(urls, str) else ", ".join(urls))
-    shards = ImageShards(expand_urls(urls), image_size, transform, train, shuffle, labels, seed, tally)
-    shards.check()
-    return shards
-
-
 def expand_urls(urls: str | list[str]) -> list[str]:
-    """List the shards that `urls` stands for; see `image_shards`.
+    """List the shards that `urls` stands for; see `ImageShards`.
 
     Raises:
         FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
@@ -88,39 +51,56 @@ def expand_urls(urls: str | list[str]) -> list[str]:
     return shards
 
 
-@dataclass(eq=False)
 class ImageShards(IterableDataset[dict[str, Any]]):
-    """Stream of the images in tar shards. Make it with `image_shards`, which checks what it is given.
+    """Stream of the images in tar shards; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
 
     Training draws a shard at random, with replacement, reads it, and goes on without end; each rank and worker has
     its own random order, so that nobody runs dry before the others. Validation reads every image once, split between
     ranks and workers by shard where there are enough of them, else by image.
 
-    What is broken is skipped, warned about once and counted: a corrupt image, whose place in training the next one
-    takes, or the rest of a shard that breaks off.
-    Training raises ValueError when no shard holds an image, or when 1000 images on end are unusable.
+    Construction looks at local shards: each must be a tar file, and one of them must hold a usable image. What is
+    broken is skipped, warned about once and counted: a corrupt image, whose place in training the next one takes, or
+    the rest of a shard that breaks off. Training raises ValueError when no shard holds an image, or when 1000 images on
+    end are unusable.
+
+    Args:
+        urls: paths, http(s) URLs and `pipe:` commands, with braces (`train-{000000..000009}.tar`); paths also with
+            `*`, `?`, `[...]`. A list, or one string separated by commas; a string that is one command is not separated.
+        image_size: side of the square images.
+        train: endless and shuffled, with random crop and flip; else every image once, with centre crop.
+        flip: mirror half of the training images.
+        shuffle: size of the buffer, of undecoded images, that training shuffles in.
+        labels: add "label", the integer in the sample's `.cls` file; a sample without one is then unusable.
+        seed: of the choice of shards and of the shuffling.
+        class_names: what the labels stand for, where it is known.
+
+    Raises:
+        FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
+        ValueError: an argument is out of range, a local shard is not a tar file, or no image in them is usable.
     """
 
-    urls: list[str]
-    image_size: int
-    transform: Transform
-    train: bool
-    shuffle: int
-    labels: bool
-    seed: int
-    tally: Tally
-    class_names: list[str] | None = None
-    _epoch: int = 0
-    _had: tuple[int, int] = (0, 0)  # batches of this epoch before a resume, and images in a batch
+    def __init__(
+        self,
+        urls: str | list[str],
+        image_size: int,
+        train: bool,
+        flip: bool = True,
+        shuffle: int = 1000,
+        labels: bool = False,
+        seed: int = 0,
+        class_names: list[str] | None = None,
+    ) -> None:
+        if shuffle < 0:
+            raise ValueError(f"shuffle must be at least 0, got {shuffle}")
+        self.image_size, self.train, self.shuffle, self.labels, self.seed = image_size, train, shuffle, labels, seed
+        self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
+        self.tally = Tally(urls if isinstance(urls, str) else ", ".join(urls))
+        self.urls, self.class_names = expand_urls(urls), class_names
+        self._epoch = 0
+        self._had = (0, 0)  # batches of this epoch before a resume, and images in a batch
+        self._check()
 
-    def resume(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Let training begin where a run stood: the shards are read again up to there, and nothing is decoded."""
-        self._epoch, self._had = epoch, (batches, batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._train() if self.train else self._validate()
-
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
         local = [url for url in self.urls if not _is_remote(url)]
         for url in local:
@@ -130,6 +110,13 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         if len(local) == len(self.urls) and not any(map(self._decode, samples)):
             raise ValueError(f"{self.tally.name} must hold a usable image, got {self.tally}")
         self.tally.restart()
+
+    def resume(self, epoch: int, batches: int, batch_size: int) -> None:
+        """Let training begin where a run stood: the shards are read again up to there, and nothing is decoded."""
+        self._epoch, self._had = epoch, (batches, batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._train() if self.train else self._validate()
 
     def summary(self) -> None:
         """Log how many images were read and how many skipped, if that has changed since it was last logged."""
@@ -244,13 +231,14 @@ def shard_data(
     labels: bool = False,
     class_names: str | None = None,
 ) -> ImageData:
-    """Make the data of a run from shards; arguments as in `image_shards` and `ImageData`. `val_urls` may be None.
+    """Make the data of a run from shards; arguments as in `ImageShards` and `ImageData`. `val_urls` may be None.
 
     `class_names` is a file that `read_names` reads: what the numbers in the `.cls` files stand for.
     """
-    train = image_shards(train_urls, image_size, train=True, flip=flip, shuffle=shuffle, labels=labels, seed=seed)
-    val = image_shards(val_urls, image_size, train=False, labels=labels) if val_urls else None
-    train.class_names = read_names(class_names) if class_names else None
+    names = read_names(class_names) if class_names else None
+    train = ImageShards(train_urls, image_size, train=True, flip=flip, shuffle=shuffle, labels=labels, seed=seed,
+                        class_names=names)  # fmt: skip
+    val = ImageShards(val_urls, image_size, train=False, labels=labels) if val_urls else None
     return ImageData(train, val, batch_size, num_workers, seed=seed)
 
 

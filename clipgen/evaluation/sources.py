@@ -16,7 +16,7 @@ from clipgen.data.folder import ImageFolder, find_images
 from clipgen.data.images import UnusableImage, decode_image
 from clipgen.data.pieces import pieces, read, runs
 from clipgen.data.shapes import ShapesDataset
-from clipgen.data.shards import ImageShards, image_shards
+from clipgen.data.shards import ImageShards
 from clipgen.evaluation.captions import Caption, captions_of
 from clipgen.evaluation.collection import Batch
 from clipgen.images import from_pil
@@ -138,7 +138,7 @@ def open_dataset(name: str, image_size: int, count: int, seed: int) -> Any:
         return ShapesDataset(count, image_size, seed)
     if Path(name).expanduser().is_dir():
         return ImageFolder(name, image_size, train=False)
-    return image_shards(name, image_size, train=False)
+    return ImageShards(name, image_size, train=False)
 
 
 def content_hash(paths: Sequence[Path]) -> str:
