@@ -26,8 +26,9 @@ from clipgen.data.ahead import AHEAD, THREADS, ahead
 from clipgen.data.folder import ImageFolder, find_images, folder_data, split_files
 from clipgen.data.images import UnusableImage, check_header, decode_image
 from clipgen.data.module import ImageData
-from clipgen.data.shards import ImageShards, expand_urls, shard_data
+from clipgen.data.shards import ImageShards, shard_data
 from clipgen.data.transforms import train_transform, val_transform
+from clipgen.data.urls import expand_urls
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("CLIPGEN_SHARED", ROOT.parent / "shared")) / "data"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import random
-import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch
 import webdataset as wds
-from braceexpand import braceexpand
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -29,26 +26,11 @@ from clipgen.data.ahead import ahead
 from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image, hashed_seed
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import train_transform, val_transform
+from clipgen.data.urls import expand_urls, is_remote
 from clipgen.files import read_text
 
 # This many unusable images in a row mean that the source is wrong.
 _PATIENCE = 1_000
-
-
-def expand_urls(urls: str | list[str]) -> list[str]:
-    """List the shards that `urls` stands for; see `ImageShards`.
-
-    Raises:
-        FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
-        ValueError: no shard is named, or braces do not match.
-    """
-    parts = urls if isinstance(urls, list) else [urls]
-    if isinstance(urls, str) and not urls.startswith("pipe:") and not os.path.exists(urls):
-        parts = list(braceexpand("{" + urls + ",}", escape=False))  # splits at the commas that stand outside braces
-    shards = [shard for part in parts if part.strip() for shard in _expand(part.strip())]
-    if not shards:
-        raise ValueError(f"urls must name at least one shard, got {urls!r}")
-    return shards
 
 
 class ImageShards(IterableDataset[dict[str, Any]]):
@@ -102,7 +84,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
 
     def _check(self) -> None:
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
-        local = [url for url in self.urls if not _is_remote(url)]
+        local = [url for url in self.urls if not is_remote(url)]
         for url in local:
             if not tarfile.is_tarfile(url):
                 raise ValueError(f"{url} must be a tar file, got {os.path.getsize(url)} bytes that are none")
@@ -191,7 +173,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     def _files(self, url: str) -> Iterator[dict[str, Any]]:
         stream = None
         try:
-            stream = gopen(url) if _is_remote(url) else open(url, "rb")  # noqa: SIM115, closed below
+            stream = gopen(url) if is_remote(url) else open(url, "rb")  # noqa: SIM115, closed below
             for file in tar_file_iterator(stream, handler=reraise_exception):
                 yield {**file, "__url__": url}
         except Exception as error:  # whatever went wrong, the files before it are good and the other shards may be
@@ -257,23 +239,6 @@ def read_names(path: str | Path) -> list[str]:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} must hold a list of class names, got {text[:60]!r}")
     return names
-
-
-def _expand(url: str) -> list[str]:
-    url = os.path.expanduser(url)
-    if os.path.exists(url):  # also where the name has braces in it
-        return [url]
-    shards = []
-    for pattern in braceexpand(url, escape=False):
-        matches = [pattern] if _is_remote(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not matches:
-            raise FileNotFoundError(f"urls must name existing shards, got {pattern}")
-        shards += matches
-    return shards
-
-
-def _is_remote(url: str) -> bool:
-    return bool(re.match("[a-z][a-z0-9+.-]+:", url)) and not os.path.exists(url)
 
 
 def _image_key(sample: dict[str, Any]) -> str:
