@@ -52,9 +52,9 @@ def encode(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from clipgen import VQGAN, encoding
+    from clipgen.cli.building import warn_of_size
     from clipgen.cli.config import make
     from clipgen.cli.machine import best_device, rank_and_world_size
-    from clipgen.cli.train import warn_of_size
     from clipgen.data.shards import ImageShards
 
     if missing := OmegaConf.missing_keys(config):

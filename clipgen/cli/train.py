@@ -105,6 +105,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
 
+    from clipgen.cli.building import build, is_encoded, settle_encoded
     from clipgen.cli.config import make
     from clipgen.cli.resuming import find_checkpoint
 
@@ -176,112 +177,10 @@ def sharded(config: DictConfig) -> Any:
     return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
-def build(config: DictConfig) -> pl.LightningModule:
-    """The model to train, with the weights that it starts from."""
-    from clipgen.cli.config import make
-
-    if config.stage_name == "vqgan":
-        return make(config.model) if config.start_from is None else start_from(config)
-    model = build_encoded(config) if is_encoded(config) else build_online(config)
-    if config.language_weights is not None and config.resume is None:
-        model.start_from_language(config.language_weights)
-    return model
-
-
-def build_online(config: DictConfig) -> Any:
-    """The transformer with its frozen pair, whose sizes fill what the configuration leaves open."""
-    from clipgen import VQGAN
-    from clipgen.cli.config import make
-
-    vqgan = VQGAN.load(config.vqgan)
-    warn_of_size(vqgan, config.data.image_size)
-    clip = make(config.clip)
-    sizes = {
-        "codebook_size": vqgan.codebook_size,
-        "num_tokens": (config.data.image_size // vqgan.downsampling) ** 2,
-        "clip_dim": clip.embed_dim,
-    }
-    return make(config.model, **{k: v for k, v in sizes.items() if config.model[k] is None}).attach(vqgan, clip)
-
-
-def warn_of_size(vqgan: Any, image_size: int) -> None:
-    """Any size divisible by f works; another than in stage 1 is more often forgotten than wanted."""
-    trained = vqgan.hparams.resolution
-    if image_size != trained:
-        sizes = [f"{size} ({(size // vqgan.downsampling) ** 2} indices an image)" for size in (trained, image_size)]
-        logger.warning("The tokenizer was trained at data.image_size=%s, and is used at %s.", *sizes)
-
-
-def is_encoded(config: DictConfig) -> bool:
-    """Whether training reads a cache."""
-    return config.data._target_.endswith("EncodedData")
-
-
-def settle_encoded(config: DictConfig) -> None:
-    """A cache holds its tokenizer, and knows its source: the experiment's own do not apply."""
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_missing(config, "vqgan"):
-        config.vqgan = config.data.root
-    keys = ("_target_", "root", "batch_size", "num_workers", "seed", "condition")
-    config.data = OmegaConf.masked_copy(config.data, keys)  # type: ignore[arg-type]
-    if config.data.condition == "label" and "condition_cosine" in config.model:
-        config.model.condition_cosine = 1.0  # noise bridges images and sentences, which a class has nothing to do with
-
-
-def build_encoded(config: DictConfig) -> Any:
-    """The transformer for a cache, whose tokenizer and CLIP must be the run's; only the CLIP loss needs them loaded."""
-    from clipgen import VQGAN
-    from clipgen.cli.config import make
-    from clipgen.data.encoded import class_names, read_manifest
-    from clipgen.encoding import clip_identity, saved_identity
-    from clipgen.files import read_json
-    from clipgen.frozen import load_clip
-
-    root = Path(config.data.root).expanduser()
-    manifest = read_manifest(root)
-    if saved_identity(config.vqgan) != manifest["vqgan"]:
-        raise ValueError(f"the encoded cache {root} was made with another tokenizer than {config.vqgan}")
-    if clip_identity(config.clip.model_name, config.clip.pretrained) != manifest["clip"]:
-        used = f"{config.clip.model_name} {config.clip.pretrained or ''}".strip()
-        made = " ".join(filter(None, read_json(root / "clip.json").values()))
-        raise ValueError(
-            f"the encoded cache {root} was made with the CLIP {made}, not with {used}: name it by clip.model_name and "
-            "clip.pretrained"
-        )
-    sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
-    if config.data.condition == "label":
-        return build_labels(config, sizes, class_names(manifest, root))
-    model = make(config.model, **{k: v for k, v in sizes.items() if config.model[k] is None})
-    if config.model.clip_loss_weight > 0:
-        model.attach(VQGAN.load(root), load_clip(root))
-    return model
-
-
-def build_labels(config: DictConfig, sizes: dict[str, Any], names: list[str]) -> pl.LightningModule:
-    """The transformer that is given an image's class instead of its CLIP embedding."""
-    from clipgen.cli.config import check_types, make
-
-    sizes = sizes | {"clip_dim": len(names)}
-    given = {k: v for k, v in sizes.items() if config.model[k] is None} | {"class_names": names}
-    check_types(config.model, given)  # as of the transformer, whose arguments it takes
-    config.model._target_ = "clipgen.baselines.label.LabelTransformer"
-    return make(config.model, **given)
-
-
-def start_from(config: DictConfig) -> pl.LightningModule:
-    """A VQGAN with another's network and weights, to be trained as configured."""
-    from clipgen import VQGAN
-    from clipgen.cli.config import make
-    from clipgen.vqgan import NETWORK
-
-    source = VQGAN.load(config.start_from)
-    return make(config.model, **{k: source.hparams[k] for k in NETWORK}, kmeans_iters=0).copy_weights_from(source)
-
-
 def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None:
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
+    from clipgen.cli.building import is_encoded
     from clipgen.cli.config import as_yaml
     from clipgen.cli.resuming import write_arguments
     from clipgen.files import write_json
