@@ -18,16 +18,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 logger = logging.getLogger("clipgen.train")
-PACKAGES = (
-    "clipgen",
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "transformers",
-    "open_clip_torch",
-    "webdataset",
-    "hydra-core",
-)
+PACKAGES = ("clipgen", "torch", "torchvision", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset",
+            "hydra-core")  # fmt: skip
 
 
 def main() -> None:
@@ -136,31 +128,39 @@ def train(config: DictConfig, sweep: bool = False) -> None:
 
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     """Lightning's trainer with our callbacks."""
-    from clipgen import callbacks, resume
     from clipgen.cli.config import make
-    from clipgen.cli.progress import ProgressReport
+    from clipgen.resume import WholeCheckpoints
 
-    folder = output / "checkpoints"
     strategy = config.trainer.strategy
     # before discriminator_start the discriminator gets no gradients, which plain DDP refuses
     if strategy == "auto" and config.trainer.devices != 1:
         strategy = "ddp_find_unused_parameters_true"
-    if fsdp := strategy == "fsdp":
-        strategy = sharded(config)
     return make(
         config.trainer,
-        strategy=strategy,
+        strategy=sharded(config) if strategy == "fsdp" else strategy,
         default_root_dir=str(output),
         logger=make(config.logger) if "_target_" in config.logger else False,
         enable_progress_bar=False,  # ours counts steps
         enable_model_summary=False,
-        plugins=[resume.WholeCheckpoints()],
-        callbacks=[resume.StepSeeds(config.seed),
-                   *([] if fsdp else [make(config.pictures, folder=output / "pictures")]),  # one process draws them
-                   *([make(config.metrics)] if "metrics" in config else []),
-                   *make(config.checkpoint, folder=folder, monitor=config.monitor), callbacks.Results(),
-                   ProgressReport(bar=sys.stderr.isatty())],
-    )  # fmt: skip
+        plugins=[WholeCheckpoints()],
+        callbacks=make_callbacks(config, output),
+    )
+
+
+def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
+    """What is done beside the steps, in this order."""
+    from clipgen.callbacks import Results
+    from clipgen.cli.config import make
+    from clipgen.cli.progress import ProgressReport
+    from clipgen.resume import StepSeeds
+
+    found = [StepSeeds(config.seed)]
+    if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
+        found.append(make(config.pictures, folder=output / "pictures"))
+    if "metrics" in config:
+        found.append(make(config.metrics))
+    found += make(config.checkpoint, folder=output / "checkpoints", monitor=config.monitor)
+    return [*found, Results(), ProgressReport(bar=sys.stderr.isatty())]
 
 
 def sharded(config: DictConfig) -> Any:
