@@ -35,58 +35,75 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser("clipgen-baseline", description=__doc__, formatter_class=raw)
     systems = p.add_subparsers(dest="system", required=True)
-
-    optimise = systems.add_parser("vqgan-clip", help="optimise a tokenizer's latents against CLIP")
-    optimise.add_argument("--checkpoint", default="shapes", help="of clipgen-sample, for its tokenizer and CLIP "
-                          "(default: the bundled shapes model)")  # fmt: skip
-    optimise.add_argument("--vqgan", help="another tokenizer: a run folder, checkpoint or model folder of stage 1")
-    optimise.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
-    optimise.add_argument("--steps", type=int, default=300, help="of Adam (default: %(default)s)")
-    optimise.add_argument("--learning-rate", type=float, default=0.1, help="(default: %(default)s)")
-    optimise.add_argument("--cutouts", type=int, default=32, help="augmented views a step (default: %(default)s)")
-    optimise.add_argument("--image-size", type=int, help="pixels (default: as the tokenizer was trained)")
-    optimise.add_argument("--batch-size", type=int, default=1, help="pictures at a time (default: %(default)s)")
-
-    find = systems.add_parser("search", help="draw from the classes nearest to the sentence, keep what CLIP finds best")
-    find.add_argument("--generator", required=True, help="run of the label-conditioned transformer, biggan-deep-256, "
-                      "TorchScript file or module:function that is called with (noise, class_indices)")  # fmt: skip
-    find.add_argument("--noise-dim", type=int, help="of a generator that does not say it itself")
-    find.add_argument(
-        "--class-names", help="of such a generator: .json list, text file with a name a line, or imagenet"
+    add_vqgan_clip(systems.add_parser("vqgan-clip", help="optimise a tokenizer's latents against CLIP"))
+    add_search(
+        systems.add_parser("search", help="draw from the classes nearest to the sentence, keep what CLIP finds best")
     )
-    find.add_argument("--k", type=int, default=10, help="classes to draw from (default: %(default)s)")
-    find.add_argument(
-        "--template", help='how CLIP is asked about a class (default: "An image of {label}", the paper\'s)'
-    )
-    find.add_argument("--num-images", type=int, default=100, help="pictures to draw, b_max (default: %(default)s)")
-    find.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
-    find.add_argument(
-        "--table", action="store_true", help="all k of the paper with --seeds: tables instead of pictures"
-    )
-    find.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of --table (default: the paper's)")
-    find.add_argument("--threshold", type=float, help="of --table: mean CLIP score of real images, to count images to")
-    find.add_argument("--keep-all", action="store_true", help="write every picture drawn, below OUTPUT/all")
-
-    label = systems.add_parser("label", help="pictures of classes, by the label-conditioned transformer")
-    label.add_argument("--checkpoint", required=True, help="its run folder")
-    label.add_argument("--label", action="append", required=True, help="a class's name or number; several times")
-    label.add_argument("--num-images", type=int, default=4, help="pictures a class (default: %(default)s)")
-
-    for system in (optimise, find):
-        system.add_argument("--prompt", action="append", default=[], help="a sentence; several times")
-        system.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
-        system.add_argument("--clip", help="another CLIP: a bundled name, a folder or an open_clip model")
-        system.add_argument("--clip-pretrained", help="weights of the open_clip model")
-    for system in (find, label):
-        system.add_argument("--top-k", type=int, help="of our transformer (default: 300)")
-        system.add_argument("--top-p", type=float, help="of our transformer (default: 1)")
-        system.add_argument("--temperature", type=float, help="of our transformer (default: 1)")
-        system.add_argument("--guidance-scale", type=float, help="of our transformer (default: 1)")
-    for system in (optimise, find, label):
+    add_label(systems.add_parser("label", help="pictures of classes, by the label-conditioned transformer"))
+    for system in systems.choices.values():
         system.add_argument("--output", type=Path, default=Path("baseline"), help="folder (default: %(default)s)")
         system.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
         system.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
     return p
+
+
+def add_vqgan_clip(p: argparse.ArgumentParser) -> None:
+    """The options of ``run_vqgan_clip``."""
+    p.set_defaults(run=run_vqgan_clip)
+    p.add_argument("--checkpoint", default="shapes", help="of clipgen-sample, for its tokenizer and CLIP "
+                   "(default: the bundled shapes model)")  # fmt: skip
+    p.add_argument("--vqgan", help="another tokenizer: a run folder, checkpoint or model folder of stage 1")
+    p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=300, help="of Adam (default: %(default)s)")
+    p.add_argument("--learning-rate", type=float, default=0.1, help="(default: %(default)s)")
+    p.add_argument("--cutouts", type=int, default=32, help="augmented views a step (default: %(default)s)")
+    p.add_argument("--image-size", type=int, help="pixels (default: as the tokenizer was trained)")
+    p.add_argument("--batch-size", type=int, default=1, help="pictures at a time (default: %(default)s)")
+    add_prompts(p)
+
+
+def add_search(p: argparse.ArgumentParser) -> None:
+    """The options of ``run_search``."""
+    p.set_defaults(run=run_search)
+    p.add_argument("--generator", required=True, help="run of the label-conditioned transformer, biggan-deep-256, "
+                   "TorchScript file or module:function that is called with (noise, class_indices)")  # fmt: skip
+    p.add_argument("--noise-dim", type=int, help="of a generator that does not say it itself")
+    p.add_argument("--class-names", help="of such a generator: .json list, text file with a name a line, or imagenet")
+    p.add_argument("--k", type=int, default=10, help="classes to draw from (default: %(default)s)")
+    p.add_argument("--template", help='how CLIP is asked about a class (default: "An image of {label}", the paper\'s)')
+    p.add_argument("--num-images", type=int, default=100, help="pictures to draw, b_max (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
+    p.add_argument("--table", action="store_true", help="all k of the paper with --seeds: tables instead of pictures")
+    p.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of --table (default: the paper's)")
+    p.add_argument("--threshold", type=float, help="of --table: mean CLIP score of real images, to count images to")
+    p.add_argument("--keep-all", action="store_true", help="write every picture drawn, below OUTPUT/all")
+    add_prompts(p)
+    add_sampling(p)
+
+
+def add_label(p: argparse.ArgumentParser) -> None:
+    """The options of ``run_label``."""
+    p.set_defaults(run=run_label)
+    p.add_argument("--checkpoint", required=True, help="its run folder")
+    p.add_argument("--label", action="append", required=True, help="a class's name or number; several times")
+    p.add_argument("--num-images", type=int, default=4, help="pictures a class (default: %(default)s)")
+    add_sampling(p)
+
+
+def add_prompts(p: argparse.ArgumentParser) -> None:
+    """What is asked for in sentences, and of which CLIP."""
+    p.add_argument("--prompt", action="append", default=[], help="a sentence; several times")
+    p.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
+    p.add_argument("--clip", help="another CLIP: a bundled name, a folder or an open_clip model")
+    p.add_argument("--clip-pretrained", help="weights of the open_clip model")
+
+
+def add_sampling(p: argparse.ArgumentParser) -> None:
+    """The settings of our transformer; None leaves them to it, and to other generators."""
+    p.add_argument("--top-k", type=int, help="of our transformer (default: 300)")
+    p.add_argument("--top-p", type=float, help="of our transformer (default: 1)")
+    p.add_argument("--temperature", type=float, help="of our transformer (default: 1)")
+    p.add_argument("--guidance-scale", type=float, help="of our transformer (default: 1)")
 
 
 def run() -> None:
@@ -100,7 +117,7 @@ def run() -> None:
         args.prompts = read_prompts(args)
     args.device = args.device or best_device()
     with output_folder(args.output, keep="**/*.png"):
-        {"vqgan-clip": run_vqgan_clip, "search": run_search, "label": run_label}[args.system](args)
+        args.run(args)
 
 
 def run_vqgan_clip(args: argparse.Namespace) -> None:
