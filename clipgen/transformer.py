@@ -53,6 +53,8 @@ class ConditionalTransformer(pl.LightningModule):
         compile: train by torch.compile.
     """
 
+    last_is_best = False  # the finished model is the one of the lowest validation loss
+
     def __init__(
         self, *, n_layer: int = 24, n_head: int = 16, n_embd: int = 1024, codebook_size: int = 16384,
         num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True,
@@ -103,8 +105,6 @@ class ConditionalTransformer(pl.LightningModule):
                 raise ValueError(f"{name} must be {theirs}, as in the frozen models, got {ours}")
         self._frozen = (vqgan.eval().requires_grad_(False), clip)
         return self
-
-    last_is_best = False  # the finished model is the one of the lowest validation loss
 
     @property
     def network(self) -> ConditionalGPT2:

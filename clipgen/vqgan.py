@@ -116,12 +116,6 @@ class VQGAN(pl.LightningModule):
         """All codes, (K, D)."""
         return self.tokenizer.quantize.codebook
 
-    @property
-    def last_is_best(self) -> bool:
-        """Whether the last weights are the trained ones, whatever the validation loss says: it does not see what a
-        discriminator teaches, and is lowest before that has begun."""
-        return self.discriminator is not None and self.global_step > self.h.discriminator_start
-
     def encode_latents(self, images: Tensor) -> Tensor:
         """Images -> latents before quantisation, (B, D, h, w)."""
         self._check_size(images)
@@ -198,9 +192,9 @@ class VQGAN(pl.LightningModule):
             net: Any = self.autoencoder
             net.encoder.compile()
             net.decoder.trunk = torch.compile(net.decoder.trunk)
-            for frozen_or_not in (self.discriminator, *self._lpips):
-                if frozen_or_not is not None:
-                    frozen_or_not.compile()
+            for judge in (self.discriminator, *self._lpips):
+                if judge is not None:
+                    judge.compile()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = batch["images"]
@@ -314,6 +308,12 @@ class VQGAN(pl.LightningModule):
 
     # -------------------------------------------------------------------------------------------------------- files
 
+    @property
+    def last_is_best(self) -> bool:
+        """Whether the last weights are the trained ones, whatever the validation loss says: it does not see what a
+        discriminator teaches, and is lowest before that has begun."""
+        return self.discriminator is not None and self.global_step > self.h.discriminator_start
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["clipgen_model"] = type(self).__name__
 
@@ -347,18 +347,15 @@ class VQGAN(pl.LightningModule):
         Raises:
             ValueError: the file is none of theirs, or wants to run code; says which.
         """
-        return cls._published(checkpoint, taming.vqgan(checkpoint, config))
+        arguments, state = taming.vqgan(checkpoint, config)
+        with files.fitting(checkpoint, cls.__name__):
+            return cls(**arguments).with_weights(state)
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode."""
         with files.fitting(checkpoint, cls.__name__):
-            return cls._published(checkpoint, hfailab.vqgan(checkpoint))
-
-    @classmethod
-    def _published(cls, checkpoint: str | Path, found: files.Model) -> VQGAN:
-        arguments, state = found
-        with files.fitting(checkpoint, cls.__name__):
+            arguments, state = hfailab.vqgan(checkpoint)
             return cls(**arguments).with_weights(state)
 
     def with_weights(self, state: dict[str, Tensor]) -> VQGAN:
