@@ -73,11 +73,12 @@ class PictureLogger(pl.Callback):
             )
             return {"reconstructions": grid(to_pil(pairs), columns=8), "codebook_usage": chart}
         assert isinstance(module, ConditionalTransformer), type(module)
-        pipe = TextToImage(*module.frozen()[:1], module, module.frozen()[1])
-        pairs = torch.stack([images, pipe.generate(pipe.clip.encode_image(images), 0, **self.sampling)], dim=1)
+        vqgan, clip = module.frozen()
+        pipe = TextToImage(vqgan, module, clip)
+        pairs = torch.stack([images, pipe.generate(clip.encode_image(images), 0, **self.sampling)], dim=1)
         grids = {"from_images": grid(to_pil(pairs.flatten(0, 1)), columns=8)}
         if self.prompts:
-            samples = pipe.generate(pipe.clip.encode_text(self.prompts), 0, **self.sampling)
+            samples = pipe.generate(clip.encode_text(self.prompts), 0, **self.sampling)
             grids["from_texts"] = grid(to_pil(samples), captions=self.prompts)
         return grids
 

@@ -78,7 +78,7 @@ def replace(path: Path, new: Path, old: Path) -> None:
         raise
 
 
-def load(path: str | Path, model: str) -> tuple[dict[str, Any], State]:
+def load(path: str | Path, model: str) -> Model:
     """Constructor's arguments and weights of a model folder, a run folder or a ``.ckpt``.
 
     Raises:
@@ -110,7 +110,7 @@ def check_model(found: str | None, model: str, path: Path) -> None:
         raise ValueError(f"{path} is {what}, but a {model} is needed; `{COMMANDS[model]}` makes one")
 
 
-def load_folder(path: Path, model: str) -> tuple[dict[str, Any], State]:
+def load_folder(path: Path, model: str) -> Model:
     """Read a model folder."""
     config = read_json(path / "config.json", "model", "arguments")
     check_model(config["model"], model, path)
@@ -121,7 +121,7 @@ def load_folder(path: Path, model: str) -> tuple[dict[str, Any], State]:
     return config["arguments"], {k: v.float() if v.dtype == torch.half else v for k, v in state.items()}
 
 
-def load_ckpt(path: Path, model: str) -> tuple[dict[str, Any], State]:
+def load_ckpt(path: Path, model: str) -> Model:
     """Read a training checkpoint of ours."""
     checkpoint = read_checkpoint(path)
     check_model(checkpoint.get("clipgen_model"), model, path)
