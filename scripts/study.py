@@ -34,10 +34,11 @@ from clipgen.cli.config import composed
 from clipgen.cli.console import set_up_logging
 from clipgen.data.encoded import EncodedDataset
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
-from clipgen.evaluation.evaluate import evaluate, table
+from clipgen.evaluation.evaluate import evaluate
 from clipgen.evaluation.features import Features, feature_extractor
 from clipgen.evaluation.measure import Measure
 from clipgen.evaluation.sources import Draw, GeneratedImages, RealImages, drawing
+from clipgen.evaluation.summary import table
 from clipgen.files import atomic_write
 from clipgen.images import grid, save_png, to_pil
 from clipgen.weights.checkpoint import fingerprint

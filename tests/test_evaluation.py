@@ -26,10 +26,11 @@ from clipgen.evaluation import captions as sentences
 from clipgen.evaluation import metrics
 from clipgen.evaluation.captioner import captioner
 from clipgen.evaluation.collection import Collection, collect
-from clipgen.evaluation.evaluate import evaluate, table
+from clipgen.evaluation.evaluate import evaluate
 from clipgen.evaluation.features import Features, clean_resize, feature_extractor, source_hash
-from clipgen.evaluation.measure import Measure, blurred, summary
+from clipgen.evaluation.measure import Measure, blurred
 from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages, drawing
+from clipgen.evaluation.summary import summary, table
 from clipgen.images import save_png, to_pil
 
 fidelity = pytest.importorskip("torch_fidelity")
@@ -507,7 +508,7 @@ from pathlib import Path
 import torch
 import torch_fidelity.metric_isc, torch_fidelity.metric_kid
 from clipgen.evaluation.collection import Collection
-from clipgen.evaluation.measure import summary
+from clipgen.evaluation.summary import summary
 
 folder = Collection(Path(sys.argv[1]))
 torch.set_num_threads(1)

@@ -78,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Check what can be checked, evaluate, print the row."""
     args = parser().parse_args()
-    from clipgen.evaluation.evaluate import METRICS, table
+    from clipgen.evaluation.evaluate import METRICS
+    from clipgen.evaluation.summary import table
     from clipgen.files import atomic_write
 
     check(args)

@@ -1,27 +1,21 @@
-"""One evaluation from images to a table row: measure, compare, write."""
+"""One evaluation from images to numbers: measure, compare, write."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from clipgen.evaluation.collection import Advance, Collection, Source, check_same, collect
-from clipgen.evaluation.measure import Measure, summary
+from clipgen.evaluation.measure import Measure
+from clipgen.evaluation.summary import summary
 from clipgen.files import read_json, write_json
 
-LABELS = {
-    "is_mean": "IS ↑", "fid_0": "FID-0 ↓", "fid_1": "FID-1 ↓", "fid_2": "FID-2 ↓", "kid_mean": "KID ↓",
-    "precision": "precision ↑", "recall": "recall ↑", "caps": "CapS ↑", "judge_all": "judge: all ↑",
-    "accuracy": "recognised ↑", "psnr": "PSNR ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓", "rfid": "rFID ↓",
-    "codebook_usage": "codes in use ↑",
-}  # fmt: skip
 METRICS = "metrics.json"
-BY_FEATURES = ("is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "rfid")
 
 
 def evaluate(
@@ -95,25 +89,3 @@ def write(path: Path, found: Mapping[str, float], protocol: Mapping[str, Any]) -
     versions = {name: version(name) for name in ("clipgen", "torch", "pillow")}
     content = {"metrics": dict(found), "protocol": dict(protocol), "versions": versions}
     write_json(path, content)
-
-
-def table(rows: Sequence[tuple[str, Mapping[str, float]]], features: str = "", captioner: str = "") -> str:
-    """A Markdown table of systems and their metrics; a dash where one was not measured.
-
-    Args:
-        features, captioner: named in the columns that depend on them.
-    """
-    by = dict.fromkeys(BY_FEATURES, features) | {"caps": captioner}
-    names = [name for name in dict.fromkeys(n for _, found in rows for n in found) if not name.endswith("_std")]
-    heads = [LABELS.get(name, name.replace("_", " ")) + (f" ({by[name]})" if by.get(name) else "") for name in names]
-    lines = [["system", *heads], ["---"] * (len(names) + 1)]
-    lines += [[system.replace("|", "\\|"), *(cell(found, name) for name in names)] for system, found in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def cell(found: Mapping[str, float], name: str) -> str:
-    """A number with four digits, and its spread where it is known."""
-    if name not in found:
-        return "-"
-    spread = found.get(name.replace("_mean", "") + "_std")
-    return f"{found[name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")

@@ -1,13 +1,11 @@
-"""What is measured of each image, and the table that follows from it."""
+"""What is measured of each image."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import ImageFilter
 from torch import Tensor
@@ -17,12 +15,10 @@ from clipgen.data import judge
 from clipgen.data.shapes import parse
 from clipgen.evaluation import metrics
 from clipgen.evaluation.captioner import Blip, Captioner
-from clipgen.evaluation.collection import Collection, Columns
+from clipgen.evaluation.collection import Columns
 from clipgen.evaluation.features import Features, source_hash
 from clipgen.images import from_pil, to_pil
 from clipgen.weights.checkpoint import fingerprint
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -108,53 +104,3 @@ def blurred(images: Tensor, radius: int) -> Tensor:
         return images
     blur = ImageFilter.GaussianBlur(radius)
     return torch.cat([from_pil(picture.filter(blur)) for picture in to_pil(images)]).to(images.device)
-
-
-def summary(images: Collection, reference: Collection | None = None) -> dict[str, float]:
-    """All metrics that the measured columns allow.
-
-    Args:
-        images: the set to judge. reference: what its distribution is compared with; None leaves FID, KID, precision
-            and recall out.
-
-    Raises:
-        ValueError: a set is too small, or the two were measured in different spaces.
-    """
-    columns, found = images.columns(), {}
-    if "logits" in columns and len(images) < 2 * metrics.IS_SPLITS:
-        logger.warning("IS is left out: it needs at least %d images, got %d", 2 * metrics.IS_SPLITS, len(images))
-    elif "logits" in columns:
-        found["is_mean"], found["is_std"] = metrics.inception_score(on_disk(images, "logits", images))
-    if reference is not None:
-        found |= distances(images, reference)
-    for name in sorted(columns):
-        if name.startswith("clip "):
-            found[f"clip_score {name.removeprefix('clip ')}"] = 100 * images.column(name).astype(np.float64).mean()
-    found |= {name: images.column(name).mean() for name in ("accuracy", "caps") if name in columns}
-    if "judge" in columns:
-        right = images.column("judge").mean(0)
-        found |= {f"judge_{name}": value for name, value in zip(("all", *judge.ATTRIBUTES), right)}
-    return {name: float(value) for name, value in found.items()}
-
-
-def distances(images: Collection, reference: Collection) -> dict[str, float]:
-    """FID at every blur; KID, precision and recall without one."""
-    if not len(reference):
-        raise ValueError(f"the reference must hold images, got none in {reference.folder}")
-    if (count := min(len(images), len(reference))) < 2048:
-        logger.warning("%d images are few: FID, KID, precision and recall of so few say little.", count)
-    found = {}
-    for name in sorted(images.columns() & reference.columns()):
-        if name.startswith("features_"):
-            both = metrics.moments(images.each(name)), metrics.moments(reference.each(name))
-            found[f"fid_{name.removeprefix('features_')}"] = metrics.frechet_distance(*both)
-    if "features_0" in images.columns():
-        pair = on_disk(images, "features_0", images), on_disk(reference, "features_0", images)
-        found["kid_mean"], found["kid_std"] = metrics.kernel_distance(*pair)
-        found["precision"], found["recall"] = metrics.precision_recall(*pair)
-    return found
-
-
-def on_disk(images: Collection, column: str, beside: Collection) -> Tensor:
-    """A wide column for torch-fidelity."""
-    return torch.from_numpy(images.mapped(column, beside.folder))
