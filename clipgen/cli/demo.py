@@ -25,13 +25,11 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("clipgen-demo", description=__doc__)
-    p.add_argument(
-        "--output", type=Path, default=Path("demo"), help="folder for pictures and report (default: %(default)s)"
-    )
+    p.add_argument("--output", type=Path, default=Path("demo"),
+                   help="folder for pictures and report (default: %(default)s)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
-        "overrides", nargs="*", help="configuration of both stages, as for clipgen-train: trainer.max_steps=100"
-    )
+    p.add_argument("overrides", nargs="*",
+                   help="configuration of both stages, as for clipgen-train: trainer.max_steps=100")  # fmt: skip
     return p
 
 
@@ -54,12 +52,8 @@ def run() -> None:
         draw_reconstructions(pipe, args.output / "reconstructions.png")
         draw_losses([vqgan / "metrics.csv", transformer / "metrics.csv"], args.output / "losses.png")
     seconds["total"] = time.perf_counter() - START
-    report(
-        args.output,
-        accuracy,
-        seconds,
-        {"seed": args.seed, "overrides": args.overrides, "prompts": PROMPTS, "sampling": SAMPLING},
-    )
+    settings = {"seed": args.seed, "overrides": args.overrides, "prompts": PROMPTS, "sampling": SAMPLING}
+    report(args.output, accuracy, seconds, settings)
 
 
 def configs(output: Path, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -118,16 +112,13 @@ def draw_reconstructions(pipe: Any, path: Path) -> None:
 
 def draw_losses(files: list[Path], path: Path) -> None:
     """Training and validation curves of both stages."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
     from clipgen.files import atomic_write
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     columns = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
-    figure, axes = plt.subplots(1, len(files), figsize=(5 * len(files), 3.5), layout="constrained")
-    for axis, file in zip(axes, files):
+    figure = Figure(figsize=(5 * len(files), 3.5), layout="constrained")
+    for axis, file in zip(figure.subplots(1, len(files)), files):
         with file.open() as lines:
             rows = list(csv.DictReader(lines))
         for name in (f"{split}/{column}" for column in columns[file.parent.name] for split in ("train", "val")):
