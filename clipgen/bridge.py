@@ -65,10 +65,9 @@ class Bridge(nn.Module):
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file."""
         settings = {"neighbours": str(self.neighbours), "temperature": str(self.temperature)}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(path) as partial:
-            save_file(
-                {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, partial, settings
-            )
+            save_file(tensors, partial, settings)
         return Path(path)
 
     @classmethod

@@ -68,9 +68,8 @@ class PictureLogger(pl.Callback):
         """Name -> grid."""
         if isinstance(module, VQGAN):
             pairs = torch.stack([images, module(images)], dim=1).flatten(0, 1)
-            chart = frequency_chart(
-                module.counts, f"step {module.global_step}, {int((module.counts == 0).sum())} dead codes"
-            )
+            title = f"step {module.global_step}, {int((module.counts == 0).sum())} dead codes"
+            chart = frequency_chart(module.counts, title)
             return {"reconstructions": grid(to_pil(pairs), columns=8), "codebook_usage": chart}
         assert isinstance(module, ConditionalTransformer), type(module)
         vqgan, clip = module.frozen()

@@ -45,13 +45,10 @@ class WordTokenizer:
         unknown = [word for word in words if word not in self.index]
         if unknown and text not in self.warned:
             self.warned.add(text)
-            known = ", ".join(sorted(self.words))
-            logger.warning(
-                "This CLIP does not know %s in %r; it knows: %s.", ", ".join(map(repr, unknown)), text, known
-            )
-        tokens = [1, *(self.index[word] for word in words if word in self.index)][: self.context_length - 1] + [
-            self.end
-        ]
+            names, vocabulary = ", ".join(map(repr, unknown)), ", ".join(sorted(self.words))
+            logger.warning("This CLIP does not know %s in %r; it knows: %s.", names, text, vocabulary)
+        known = [self.index[word] for word in words if word in self.index]
+        tokens = [1, *known][: self.context_length - 1] + [self.end]
         return F.pad(torch.tensor(tokens), (0, self.context_length - len(tokens)))
 
 
@@ -104,11 +101,10 @@ class FrozenCLIP(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of any size -> CLIP's input size, mean and std; differentiable."""
-        squash, size = self.resize_mode == "squash", self.image_size
-        images = TF.resize(
-            (images + 1) / 2, [size, size] if squash else [size], InterpolationMode.BICUBIC, antialias=True
-        )
-        return (TF.center_crop(images, [size, size]) - self.mean) / self.std
+        square = [self.image_size, self.image_size]
+        size = square if self.resize_mode == "squash" else square[:1]  # one number: of the short side
+        images = TF.resize((images + 1) / 2, size, InterpolationMode.BICUBIC, antialias=True)
+        return (TF.center_crop(images, square) - self.mean) / self.std
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], any size -> (B, E), unit norm. Gradients reach the images."""

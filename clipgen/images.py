@@ -39,16 +39,15 @@ def grid(pictures: Sequence[Image.Image], columns: int | None = None, captions: 
     """Pictures in rows, each enlarged to ``cell`` pixels by whole factors where it is smaller, captions under them."""
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     font = ImageFont.load_default(size=11)
-    lines = [wrap(caption, cell, font) for caption in captions or [""] * len(pictures)]
-    text_height = 13 * max(len(rows) for rows in lines) + 4 if captions else 0
-    width, height, gap = cell, cell + text_height, 6
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, math.ceil(len(pictures) / columns) * (height + gap) + gap), "white"
-    )
-    for i, (picture, rows) in enumerate(zip(pictures, lines)):
-        x, y = gap + (i % columns) * (width + gap), gap + (i // columns) * (height + gap)
+    texts = [wrap(caption, cell, font) for caption in captions or [""] * len(pictures)]
+    text_height = 13 * max(len(lines) for lines in texts) + 4 if captions else 0
+    rows, gap = math.ceil(len(pictures) / columns), 6
+    width, height = cell + gap, cell + text_height + gap
+    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
+    for i, (picture, lines) in enumerate(zip(pictures, texts)):
+        x, y = gap + (i % columns) * width, gap + (i // columns) * height
         sheet.paste(enlarged(picture, cell), (x, y))
-        ImageDraw.Draw(sheet).multiline_text((x, y + cell + 2), "\n".join(rows), "black", font, spacing=1)
+        ImageDraw.Draw(sheet).multiline_text((x, y + cell + 2), "\n".join(lines), "black", font, spacing=1)
     return sheet
 
 

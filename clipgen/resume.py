@@ -72,9 +72,8 @@ class LastCheckpoint(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.steps:  # a step may have several batches: their gradients would be lost
             return
-        self.asked = trainer.strategy.reduce_boolean_decision(
-            self.asked, all=False
-        )  # at the same step in all processes
+        # all processes stop at the same step
+        self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
         if self.asked or trainer.global_step % self.every_n_steps == 0 or validation_due(trainer):
             trainer.save_checkpoint(self.path, weights_only=False)
         self._stop()

@@ -247,10 +247,8 @@ class VQGAN(pl.LightningModule):
     def _discriminator_loss(self, images: Tensor, logits_fake: Tensor) -> Tensor:
         logits_real = self.discriminator(images)
         loss = losses.discriminator_loss(logits_real, logits_fake, self.h.adversarial)
-        self.log("train/discriminator_loss", loss.detach())
-        self.log_dict(
-            {"train/logits_real": logits_real.detach().mean(), "train/logits_fake": logits_fake.detach().mean()}
-        )
+        logged = {"discriminator_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
+        self.log_dict({f"train/{name}": value.detach() for name, value in logged.items()})
         if self.lecam is not None:
             lecam_loss = self.h.lecam_weight * self.lecam(logits_real, logits_fake)
             self.log("train/lecam_loss", lecam_loss.detach())

@@ -123,9 +123,8 @@ def augment(images: Tensor, generators: Sequence[torch.Generator], cutouts: int,
     none = torch.zeros_like(scale)
     theta = torch.stack([scale * mirror, none, x, none, scale, y], dim=1).view(-1, 2, 3)
     many = repeat(images, "b c h w -> (b n) c h w", n=cutouts)
-    crops = F.grid_sample(
-        many, F.affine_grid(theta, list(many.shape), align_corners=False), padding_mode="border", align_corners=False
-    )
+    grid = F.affine_grid(theta, list(many.shape), align_corners=False)
+    crops = F.grid_sample(many, grid, padding_mode="border", align_corners=False)
     if noise == 0:
         return crops
     shape = (cutouts, *images.shape[1:])

@@ -125,9 +125,8 @@ def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], 
             print(save_png(picture, args.output / f"{'_'.join(filter(None, parts))}.png", picture.info))  # type: ignore[arg-type]
             drawn.append((number, label or name, picture))
         for number, (first, second) in enumerate(args.interpolate):
-            strip = pipe.interpolate(
-                first, second, max(args.num_images, 2), seed=args.seed, preview=preview, **sweeps[0]
-            )
+            steps = max(args.num_images, 2)
+            strip = pipe.interpolate(first, second, steps, seed=args.seed, preview=preview, **sweeps[0])
             name = f"interpolation_{number:02d}_{slug(first)}_{slug(second)}.png"
             print(save_png(grid(strip, columns=len(strip)), args.output / name))
     if drawn:

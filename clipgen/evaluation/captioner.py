@@ -32,7 +32,7 @@ def captioner(name: str) -> Captioner:
         return Blip(rest or BLIP) if kind == "blip" else import_function(kind, rest)
     except Exception as error:  # no network, no such folder or module: the way out is the same
         raise ValueError(
-            f"captioner {name!r} cannot be loaded ({one_line(error, 300)}): go online once, or name a folder "
+            f"captioner {name!r} cannot be loaded ({one_line(error)}): go online once, or name a folder "
             "(blip:FOLDER) or module:function"
         ) from error
 

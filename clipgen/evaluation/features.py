@@ -170,7 +170,7 @@ def classifier_features(name: str, load: Load, model: str, weights: str) -> Feat
     try:
         network, preprocess = load(model, weights)
     except Exception as error:  # an unknown name, no network, a file of something else
-        raise ValueError(f"features {name!r} cannot be loaded: {one_line(error, 300)}") from error
+        raise ValueError(f"features {name!r} cannot be loaded: {one_line(error)}") from error
     identity = f"{name.split(':')[0]}:{model} {fingerprint(network.state_dict())}"
     return Features(Classifier(network, preprocess), identity)
 

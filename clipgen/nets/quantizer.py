@@ -60,9 +60,8 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         self.embedding.weight.requires_grad_(codebook_momentum == 0)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
-        self.register_buffer(
-            "idle", torch.full((codebook_size,), max(revive_after, 1) - 1)
-        )  # batches since last chosen
+        # batches since each code was last chosen; at first all are due, so that the first batch seeds them
+        self.register_buffer("idle", torch.full((codebook_size,), max(revive_after, 1) - 1))
 
     @property
     def codebook(self) -> Tensor:

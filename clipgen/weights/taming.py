@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from clipgen.files import one_line
 from clipgen.nets.discriminator import sizes_of
 from clipgen.weights.checkpoint import Model
 from clipgen.weights.safe import below, read_weights
@@ -40,7 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{path} is no YAML: {one_line(error, 200)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no configuration of taming-transformers: there is no model.params in it")
     return found
