@@ -17,6 +17,7 @@ from torch import Tensor
 
 import clipgen
 from clipgen.bridge import Bridge
+from clipgen.card import model_card
 from clipgen.clip import FrozenCLIP
 from clipgen.frozen import load_clip, run_folder, save_frozen
 from clipgen.images import from_pil, to_pil
@@ -31,24 +32,6 @@ BRIDGE = "bridge.safetensors"
 BATCH = 64  # images drawn at a time on a CPU, and decoded at a time anywhere
 MOST = 1024  # images drawn at a time on a GPU, where its memory allows
 CPU_MEMORY = 2**31  # bytes that keys and values may take on a CPU
-CARD = """---
-library_name: clipgen
-pipeline_tag: text-to-image
----
-
-A text-to-image model after CLIP-GEN (arXiv:2203.00386), trained by clipgen {version} from images alone.
-Its CLIP: {clip}.
-
-```python
-from clipgen import TextToImage
-
-TextToImage.load("hf-hub:OWNER/NAME")("a sentence")[0].save("picture.png")
-```
-
-| part | setting | value |
-|---|---|---|
-{rows}
-"""
 Preview = Callable[[Tensor], None]
 
 
@@ -92,7 +75,7 @@ class TextToImage:
             self.bridge.save(Path(path) / BRIDGE)
         else:
             (Path(path) / BRIDGE).unlink(missing_ok=True)  # of a pipeline that was there before
-        (Path(path) / "README.md").write_text(self.card())
+        (Path(path) / "README.md").write_text(model_card(self.vqgan, self.transformer, self.clip))
         return Path(path)
 
     def push_to_hub(self, name: str, private: bool = False) -> str:
@@ -105,12 +88,6 @@ class TextToImage:
         with tempfile.TemporaryDirectory() as folder:
             api.upload_folder(repo_id=address.repo_id, folder_path=self.save(folder), delete_patterns=before)
         return str(address)
-
-    def card(self) -> str:
-        """The model card: what it is, how to draw with it, how it was trained."""
-        settings = {"transformer": dict(self.transformer.hparams), "vqgan": dict(self.vqgan.hparams)}
-        rows = [f"| {part} | {k} | {v} |" for part, values in settings.items() for k, v in values.items()]
-        return CARD.format(clip=Path(self.clip.model_name).name, version=clipgen.__version__, rows="\n".join(rows))
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TextToImage:
         """Move all parts to a device. ``torch.bfloat16`` is for what takes the time, transformer and decoder: the
