@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,13 @@ from clipgen.weights.checkpoint import fingerprint
 # The papers' rates belong to budgets a thousand times ours: here each recipe has the one that suits its optimizer.
 PAPER = ["optimizer=adamw", "learning_rate=1e-3", "betas=[0.9,0.999]", "weight_decay=0", "schedule=constant",
          "warmup_steps=0", "grid_positions=false", "condition_cosine=1", "condition_dropout=0"]  # fmt: skip
-RECIPES = {  # of stage 2, over the experiment's own
+RECIPES = {  # of stage 2, over the experiment's own; tenth: of all steps
     "paper": [*PAPER, "clip_loss_weight=0.2", "clip_loss_fraction=0.25"],
     "no_clip_loss": PAPER,
-    "hfailab": [*PAPER, "betas=[0.9,0.95]", "weight_decay=0.01", "schedule=cosine", "warmup_steps=${tenth:}",
+    "hfailab": [*PAPER, "betas=[0.9,0.95]", "weight_decay=0.01", "schedule=cosine", "warmup_steps={tenth}",
                 "dropout=0.1", "tie_head=false", "head_bias=true", "activation=gelu"],
     "dropout": ["condition_dropout=0.1", "condition_cosine=1"],
-    "modern": ["condition_dropout=0.1", "condition_cosine=${noise:}"],
+    "modern": ["condition_dropout=0.1", "condition_cosine={noise}"],
     "label": ["condition_dropout=0.1"],
 }  # fmt: skip
 
@@ -124,22 +124,19 @@ class Study:
         self.args, self.output = args, args.output
         self.vqgan = str(args.vqgan or Path(train.__file__).parent.parent / "bundled")
         self.clip = FrozenCLIP(str(args.clip))
-        self.experiment = [f"experiment={args.experiment}"]
-        if args.experiment == "shapes":
-            self.setting, self.image_size = SHAPES, 32
-        else:
+        self.experiment, self.setting = [f"experiment={args.experiment}"], SHAPES
+        if args.experiment == "cifar10":
             names = json.loads((args.data / "classes.json").read_text())
-            self.setting = Setting([f"a photo of a {name}" for name in names], *list(vars(CIFAR).values())[1:])
-            self.image_size = 32
+            self.setting = replace(CIFAR, sentences=[f"a photo of a {name}" for name in names])
             self.experiment += [f"shards={args.data}", f"clip.model_name={args.clip}"]
-            self.names = f"data.class_names={args.data / 'classes.json'}"
 
     @cached_property
     def cache(self) -> Path:
         """Indices, CLIP embeddings and classes of all training images."""
         root = self.output / "cache"
-        shapes = self.args.experiment == "shapes"
-        more = ["data.train_size=12000", "data.val_size=1000"] if shapes else [self.names]
+        more = ["data.train_size=12000", "data.val_size=1000"]
+        if self.args.experiment == "cifar10":
+            more = [f"data.class_names={self.args.data / 'classes.json'}"]
         config = composed(*self.experiment, *more, "data.labels=true", name="encode")
         config.vqgan, config.output = self.vqgan, str(root)
         encode.encode(config)
@@ -159,16 +156,14 @@ class Study:
     def reference(self) -> RealImages:
         """Real images."""
         name = "shapes" if self.args.experiment == "shapes" else str(self.args.data / "val-*.tar")
-        return RealImages(name, self.image_size, count=5000)
+        return RealImages(name, 32, count=5000)
 
     def trained(self, recipe: str, seed: int) -> Path:
         """The run folder of a recipe; trained where it is not there yet."""
         run = self.output / "runs" / f"{recipe}-{seed}"
-        names = {"label": "label_transformer"}
-        if (run / names.get(recipe, "transformer") / "config.json").is_file():
+        if (run / ("label_transformer" if recipe == "label" else "transformer") / "config.json").is_file():
             return run
-        noise, tenth = str(self.setting.noise), str(self.args.steps // 10)
-        changes = [c.replace("${noise:}", noise).replace("${tenth:}", tenth) for c in RECIPES[recipe]]
+        changes = [change.format(noise=self.setting.noise, tenth=self.args.steps // 10) for change in RECIPES[recipe]]
         config = composed(
             "stage=transformer", *self.experiment, "data=encoded", f"seed={seed}", "logger=csv",
             f"trainer.max_steps={self.args.steps}", f"trainer.val_check_interval={self.args.steps}",
