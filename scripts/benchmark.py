@@ -71,16 +71,18 @@ def options(variant: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def seconds(function: Callable[[], Any], steps: int, device: str) -> float:
-    """Median seconds of a call, after two of warm-up."""
-    found = []
-    for _ in range(steps + 2):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[2:])
+def seconds(function: Callable[[], Any], device: str) -> float:
+    """What one call takes."""
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def median_seconds(function: Callable[[], Any], steps: int, device: str) -> float:
+    """What a call takes, after two of warm-up."""
+    return statistics.median([seconds(function, device) for _ in range(steps + 2)][2:])
 
 
 def peak_memory(device: str) -> float:
@@ -129,12 +131,11 @@ def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precisio
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     clock = Clock(device, module.hparams.get("clip_loss_every", 1))
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    accelerator: Any = "gpu" if device == "cuda" else "cpu"
-    options = dict(benchmark=True) | quiet  # cuDNN's, as in configs/trainer
     trainer = pl.Trainer(
-        accelerator=accelerator, devices=1, max_epochs=1, precision=precision, callbacks=[clock], **options
-    )
+        accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=1, precision=precision,
+        callbacks=[clock], benchmark=True,  # cuDNN's, as in configs/trainer
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
     trainer.fit(module, data)
     return {"seconds": clock.seconds, "GiB": peak_memory(device)}
 
@@ -174,8 +175,8 @@ def measure_vqgan(size: str, variant: str, batch: int, steps: int, device: str, 
     vqgan, images = vqgan.eval().to(device), images.to(device)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision != "32-true"):
         indices = vqgan.encode(images)
-        encode = seconds(lambda: vqgan.encode(images), steps, device)
-        decode = seconds(lambda: vqgan.decode(indices), steps, device)
+        encode = median_seconds(lambda: vqgan.encode(images), steps, device)
+        decode = median_seconds(lambda: vqgan.decode(indices), steps, device)
     rates = {"train images/s": step["seconds"], "encode images/s": encode, "decode images/s": decode}
     return {name: batch / value for name, value in rates.items()} | {"train GiB": step["GiB"]}
 
@@ -247,8 +248,8 @@ def measure_encode(clip: str, batch: int, steps: int, device: str) -> dict[str, 
     vqgan, encoder = VQGAN(perceptual_weight=0.0).eval().to(device), make_clip(clip).to(device)
     images = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
     with torch.inference_mode():
-        tokenizer = seconds(lambda: vqgan.encode(images), steps, device)
-        embedding = seconds(lambda: encoder.encode_image(images), steps, device)
+        tokenizer = median_seconds(lambda: vqgan.encode(images), steps, device)
+        embedding = median_seconds(lambda: encoder.encode_image(images), steps, device)
     rate = batch / (tokenizer + embedding)
     return {"tokenizer, s": tokenizer, "CLIP, s": embedding, "images/s": rate, "GiB": peak_memory(device)}
 
@@ -282,10 +283,9 @@ def reading_rate() -> float:
         data: Any = EncodedDataset(folder)
         order = torch.randperm(len(data)).tolist()[:100_000]
         batches = loader(data, 256, sampler=order, collate_fn=as_is)  # type: ignore[arg-type]
-        for start in (time.perf_counter(), time.perf_counter()):  # the second pass, with the files in memory
-            start = time.perf_counter()
-            images = sum(len(batch["indices"]) for batch in batches)
-    return images / (time.perf_counter() - start)
+        read = lambda: [len(batch["indices"]) for batch in batches]
+        read()  # brings the files into memory
+        return len(order) / seconds(read, "cpu")
 
 
 def decoding_weights(transformer: ConditionalTransformer) -> list[Tensor]:
@@ -366,7 +366,7 @@ def measure_sample(args: argparse.Namespace, tokens: int, batch: int) -> dict[st
     with torch.inference_mode():
         for _ in range(args.steps + 1):
             for name, run in runs.items():
-                found[name].append(seconds_once(run, args.device))
+                found[name].append(seconds(run, args.device))
     median = {name: statistics.median(values[1:]) for name, values in found.items()}
     return {f"{name}, s": value for name, value in median.items()} | {
         "clipgen / reads": median["clipgen"] / median["reads"],
@@ -400,8 +400,8 @@ def plot_sample(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> 
     figure = Figure(figsize=(4 * len(args.batches), 3.2), layout="constrained")
     for axis, batch in zip(figure.subplots(1, len(args.batches), squeeze=False)[0], args.batches):
         for name, style in (("generate", "o--"), ("clipgen", "o-"), ("products", "o:")):
-            seconds = [rows[f"T {tokens}, batch {batch}"][f"{name}, s"] / batch for tokens in args.num_tokens]
-            axis.plot(args.num_tokens, seconds, style, label=name)
+            times = [rows[f"T {tokens}, batch {batch}"][f"{name}, s"] / batch for tokens in args.num_tokens]
+            axis.plot(args.num_tokens, times, style, label=name)
         axis.set(title=f"batch {batch}", xlabel="indices", ylabel="seconds an image", xscale="log", yscale="log")
         axis.set_xticks(args.num_tokens, [str(tokens) for tokens in args.num_tokens], minor=False)
         axis.legend()
@@ -423,19 +423,8 @@ def measure_rerank(pipe: TextToImage, embedding: Tensor, count: int, args: argpa
     drawing = lambda: pipe.generate(embedding.expand(count, -1), 0)
     images = drawing()
     choosing = lambda: (pipe.clip.encode_image(images) @ embedding[0]).argmax().item()
-    draw, choose = (
-        statistics.median([seconds_once(run, args.device) for _ in range(args.steps + 1)][1:])
-        for run in (drawing, choosing)
-    )
+    draw, choose = (median_seconds(run, args.steps, args.device) for run in (drawing, choosing))
     return {"drawing, s": draw, "reranking, s": choose, "reranking / drawing": choose / draw}
-
-
-def seconds_once(function: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def machine(device: str) -> str:
@@ -448,7 +437,7 @@ def machine(device: str) -> str:
     return found
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = p.add_subparsers(dest="part", required=True)
     v = parts.add_parser("vqgan", help="stage 1: train step, encode, decode")
@@ -482,6 +471,11 @@ def main() -> None:
         part.add_argument("--steps", type=int, default=steps, help="measured, after some of warm-up")
         part.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         part.add_argument("--output", type=Path, help="JSON to write")
+    return p
+
+
+def main() -> None:
+    p = parser()
     args = p.parse_args()
     for name in {part for variant in getattr(args, "variants", []) for part in variant.split("+")} - set(OPTIONS):
         p.error(f"variants must be of {', '.join(OPTIONS)}, got {name}")
