@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
 
-from clipgen.data.images import hashed_seed
 from clipgen.files import atomic_write
+from clipgen.seeds import hashed_seed
 
 
 def checkpoints(folder: str | Path, monitor: str, every_n_steps: int) -> list[pl.Callback]:

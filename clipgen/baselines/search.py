@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipgen.baselines.generators import Generator
 from clipgen.clip import FrozenCLIP
-from clipgen.data.images import hashed_seed
+from clipgen.seeds import hashed_seed
 
 TEMPLATE = "An image of {label}"  # the paper's
 KS = (1, 10, 20, 50, 100, 1000)  # the paper's

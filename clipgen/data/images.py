@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import get_worker_info
+
+from clipgen.seeds import unit_hash
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +75,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def unit_hash(text: str) -> float:
-    """Map a text to a number in [0, 1), evenly spread and the same on every machine."""
-    digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48
-
-
-def hashed_seed(text: str) -> int:
-    """A seed in [0, 2**48) that follows from a text, the same on every machine."""
-    return int(unit_hash(text) * 2**48)
 
 
 class Tally:

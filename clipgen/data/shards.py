@@ -23,11 +23,12 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from webdataset.utils import pytorch_worker_info
 
 from clipgen.data.ahead import ahead
-from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image, hashed_seed
+from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image
 from clipgen.data.module import ImageData
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
 from clipgen.files import read_text
+from clipgen.seeds import hashed_seed
 
 # This many unusable images in a row mean that the source is wrong.
 _PATIENCE = 1_000
