@@ -50,19 +50,10 @@ def encode(
         ValueError: the folder holds a cache made with other settings, or the images do not suit the models.
     """
     root = Path(root)
-    splits = {"train": (data.train, augmentations), "val": (data.val, 1)}
-    manifest = settings | {
-        "clipgen": clipgen.__version__, "vqgan": vqgan_identity(vqgan),
-        "clip": clip_identity(clip.model_name, clip.pretrained), "codebook_size": vqgan.codebook_size,
-        "clip_dim": clip.embed_dim, "augmentations": augmentations, "shard_size": shard_size,
-    }  # fmt: skip
-    if names := [name for dataset in (data.train, data.val) for name in source_files(dataset)]:
-        manifest["files"] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-    if getattr(data.train, "labels", False) and data.train.class_names:
-        manifest["class_names"] = data.train.class_names
+    manifest = manifest_of(settings, data, vqgan, clip, augmentations, shard_size)
     begin(root, manifest, vqgan, clip)
     every = []
-    for split, (dataset, views) in splits.items():
+    for split, dataset, views in (("train", data.train, augmentations), ("val", data.val, 1)):
         if dataset is None:
             continue
         parts = pieces(dataset, shard_size)
@@ -76,6 +67,21 @@ def encode(
     if whole := all(path.is_file() for path in every):  # asked at the end: whoever is last finishes
         finish(root, manifest)
     return whole
+
+
+def manifest_of(settings: dict[str, Any], data: Any, vqgan: VQGAN, clip: FrozenCLIP, augmentations: int,
+                shard_size: int) -> dict[str, Any]:  # fmt: skip
+    """What decides the bytes of a cache, and so identifies it."""
+    manifest = settings | {
+        "clipgen": clipgen.__version__, "vqgan": vqgan_identity(vqgan),
+        "clip": clip_identity(clip.model_name, clip.pretrained), "codebook_size": vqgan.codebook_size,
+        "clip_dim": clip.embed_dim, "augmentations": augmentations, "shard_size": shard_size,
+    }  # fmt: skip
+    if names := [name for dataset in (data.train, data.val) for name in source_files(dataset)]:
+        manifest["files"] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    if getattr(data.train, "labels", False) and data.train.class_names:
+        manifest["class_names"] = data.train.class_names
+    return manifest
 
 
 def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
