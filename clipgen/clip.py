@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 
 from clipgen.files import one_line
+from clipgen.images import check_images
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +109,7 @@ class FrozenCLIP(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1], any size -> (B, E), unit norm. Gradients reach the images."""
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            got = f"{str(images.dtype).removeprefix('torch.')} of {tuple(images.shape)}"
-            raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")
+        check_images(images)
         return F.normalize(self.model.encode_image(self.preprocess(images)).float(), dim=-1)
 
     @torch.no_grad()

@@ -18,6 +18,13 @@ from clipgen.data.transforms import val_transform
 from clipgen.files import atomic_write
 
 
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless these are images (B, 3, H, W) of floating point."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        got = f"{str(images.dtype).removeprefix('torch.')} of {tuple(images.shape)}"
+        raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")
+
+
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> what a file would hold of them, uint8."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgen import losses
-from clipgen.images import to_bytes
+from clipgen.images import check_images, to_bytes
 from clipgen.lpips import load_lpips, lpips_from_state
 from clipgen.nets.autoencoder import Autoencoder
 from clipgen.nets.discriminator import PatchDiscriminator
@@ -143,9 +143,7 @@ class VQGAN(pl.LightningModule):
         return self.autoencode(images)[0]
 
     def _check_size(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            got = f"{str(images.dtype).removeprefix('torch.')} of {tuple(images.shape)}"
-            raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")
+        check_images(images)
         sides, f = images.shape[-2:], self.downsampling
         if any(side % f for side in sides):
             near = [sorted({max(side // f, 1) * f, -(-side // f) * f}) for side in sides]

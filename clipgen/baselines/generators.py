@@ -70,11 +70,11 @@ class Foreign:
             reason = " ".join(str(error).split())[-300:]
             shapes = f"noise {tuple(noise.shape)} and class_indices {tuple(class_indices.shape)}"
             raise ValueError(f"{self.name} failed on {shapes}: {reason}") from error
-        check_images(images, len(noise), self.name)
+        check_returned(images, len(noise), self.name)
         return images.float().clamp(-1, 1)
 
 
-def check_images(images: Any, rows: int, name: str) -> None:
+def check_returned(images: Any, rows: int, name: str) -> None:
     """Raise ValueError unless these are images (rows, 3, H, W) in [-1, 1]."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[:2] != (rows, 3):
         found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
