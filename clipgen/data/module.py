@@ -37,13 +37,11 @@ class ImageData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _require("batch_size", batch_size, 1)
-        _require("num_workers", num_workers, 0)
-        self.train = train
-        self.val = val
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.train, self.val = train, val
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         if not isinstance(train, IterableDataset) and len(train) < batch_size:  # type: ignore[arg-type]
             raise ValueError(f"batch_size must be at most {len(train)}, the training images, got {batch_size}")  # type: ignore[arg-type]
 
@@ -80,8 +78,3 @@ class ImageData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             **options,
         )
-
-
-def _require(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
