@@ -69,10 +69,11 @@ class FrozenCLIP(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model_name: str = "ViT-B-32-quickgelu", pretrained: str | None = None):
+    def __init__(self, model_name: str, pretrained: str | None = None):
         super().__init__()
-        self.model_name, self.pretrained = model_name, pretrained
         folder = find_folder(model_name)
+        moved = folder and model_name not in BUNDLED_CLIPS  # where a notebook's later os.chdir does not lose it
+        self.model_name, self.pretrained = str(folder) if moved else model_name, pretrained
         name, quick_gelu = (f"local-dir:{folder}", False) if folder else match_activation(model_name, pretrained)
         model: Any = load_open_clip(name, pretrained, quick_gelu)
         self.model: Any = model.eval().requires_grad_(False)

@@ -15,13 +15,16 @@ def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) 
 
     A CLIP that lives in a folder of its own is copied to ``clip/``, so that the whole can be moved.
     """
+    config, copied = clip.config(), root / "clip"
+    folder = None if clip.model_name in BUNDLED_CLIPS else find_folder(clip.model_name)
+    if folder and copied.exists() and not (copied / "open_clip_config.json").is_file():
+        raise FileExistsError(f"{copied} exists and is no CLIP: move it away, or name another place")
     root.mkdir(parents=True, exist_ok=True)
     vqgan.save(root / "vqgan", half)
-    config, folder = clip.config(), find_folder(clip.model_name)
-    if folder and clip.model_name not in BUNDLED_CLIPS:
-        if folder != (root / "clip").resolve():
-            shutil.rmtree(root / "clip", ignore_errors=True)  # nothing of another CLIP may stay: a vocabulary would
-            shutil.copytree(folder, root / "clip")
+    if folder:
+        if folder != copied.resolve():
+            shutil.rmtree(copied, ignore_errors=True)  # nothing of another CLIP may stay: a vocabulary would
+            shutil.copytree(folder, copied)
         config["model_name"] = "clip"
     write_json(root / "clip.json", config)
 

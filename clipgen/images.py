@@ -19,7 +19,7 @@ from clipgen.files import atomic_write
 
 
 def check_images(images: Tensor) -> None:
-    """Raise ValueError unless these are images (B, 3, H, W) of floating point."""
+    """Raise ValueError unless these are images (B, 3, H, W) of floats: bytes would be taken for nearly white ones."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         got = f"{str(images.dtype).removeprefix('torch.')} of {tuple(images.shape)}"
         raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")

@@ -15,23 +15,23 @@ SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 
 
-def schedule(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: float) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps``, then ``"constant"`` or ``"cosine"`` to zero at ``total_steps``."""
+def schedule(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: float, start: int = 0) -> LambdaLR:
+    """Linear warm-up over ``warmup_steps``, then ``"constant"`` or ``"cosine"`` to zero at ``total_steps``; for an
+    optimizer that takes its first step at step ``start`` of the training, where it warms up and the cosine goes on."""
     if kind not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
-    return LambdaLR(optimizer, factor(kind, warmup_steps, total_steps))
+    return LambdaLR(optimizer, factor(kind, warmup_steps, total_steps, start))
 
 
-def factor(kind: str, warmup_steps: int, total_steps: float) -> Callable[[int], float]:
-    """Step -> what the learning rate is multiplied by."""
+def factor(kind: str, warmup_steps: int, total_steps: float, start: int = 0) -> Callable[[int], float]:
+    """Step of the optimizer -> what the learning rate is multiplied by."""
 
     def at(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
+        warm = min((step + 1) / max(warmup_steps, 1), 1.0)
         if kind == "constant" or math.isinf(total_steps):
-            return 1.0
-        done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+            return warm
+        done = (start + step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        return warm * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
 
     return at
 
@@ -53,11 +53,16 @@ class MovingAverage(AveragedModel):
         self.requires_grad_(False)
         self.decay, self.begun = decay, False
 
+    @property
+    def started(self) -> bool:
+        """Whether there is an average yet."""
+        self.begun = self.begun or bool(self.n_averaged > 0)
+        return self.begun
+
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Take in the weights after a step."""
-        self.begun = self.begun or bool(self.n_averaged > 0)
-        weight = 1 - self.decay if self.begun else 1.0
+        weight = 1 - self.decay if self.started else 1.0
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
         for ours, theirs in zip(self.module.buffers(), model.buffers()):
             ours.copy_(theirs)

@@ -75,7 +75,9 @@ class TextToImage:
             self.bridge.save(Path(path) / BRIDGE)
         else:
             (Path(path) / BRIDGE).unlink(missing_ok=True)  # of a pipeline that was there before
-        (Path(path) / "README.md").write_text(model_card(self.vqgan, self.transformer, self.clip))
+        card = Path(path) / "README.md"
+        if not card.exists() or "library_name: clipgen" in card.read_text():  # else somebody's own
+            card.write_text(model_card(self.vqgan, self.transformer, self.clip))
         return Path(path)
 
     def push_to_hub(self, name: str, private: bool = False) -> str:
@@ -303,6 +305,8 @@ class TextToImage:
         """Pictures on the arc between two prompts' embeddings, all from one seed; ``settings`` as of ``__call__``."""
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
+        for prompt in (first, second):
+            check_request(prompt, steps, None)
         a, b = self.embed(first), self.embed(second)
         angle = torch.acos((a * b).sum().clamp(-1 + 1e-6, 1 - 1e-6))
         t = torch.linspace(0, 1, steps, device=a.device)[:, None]

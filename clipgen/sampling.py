@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ Watch = Callable[[Tensor], None]
 def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0,
                    guidance_power: float = 0.0) -> None:  # fmt: skip
     """Raise ValueError unless the settings make sense."""
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+        if not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if not temperature >= 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if top_k < 1:
@@ -101,7 +104,8 @@ def decode(
 
 def random_streams(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform numbers (len(seeds), length) in [0, 1): each row from its own seed, whatever the batch it is drawn in."""
-    rows = [torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in seeds]
+    streams = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    rows = [torch.rand(length, generator=stream, dtype=torch.float32, device="cpu") for stream in streams]
     return torch.stack(rows).to(device)
 
 
@@ -109,6 +113,8 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """One seed a row: ``seed``, ``seed + 1``, ...; or the given ones; None draws a first one at random."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
+    if not isinstance(seed, (Integral, Iterable)):
+        raise TypeError(f"seed must be an int, a list with one for each row, or None, got {seed!r}")
     seeds = [int(seed) + row for row in range(rows)] if isinstance(seed, Integral) else list(map(int, seed))  # type: ignore[arg-type]
     if len(seeds) != rows:
         raise ValueError(f"seed must be one number, or one for each of the {rows} rows, got {len(seeds)}")

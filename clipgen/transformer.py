@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 class ConditionalTransformer(pl.LightningModule):
     """GPT-2 over codebook indices with the CLIP embedding as first token, stage 2 of CLIP-GEN (Eq. 6, 8-10).
 
-    Training needs the frozen pair, see ``attach``; batches then hold ``images`` (B, 3, H, W) in [-1, 1].
+    Training needs the frozen pair, see ``attach``; batches are then ``{"images": (B, 3, H, W) in [-1, 1]}``. Without it
+    they are ``{"indices": (B, T), "clip_embedding": (B, E)}``, what ``EncodedDataset`` gives.
 
     Args:
         n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, head_bias, activation,
@@ -84,6 +85,7 @@ class ConditionalTransformer(pl.LightningModule):
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         self.save_hyperparameters()
+        self.hparams.update({name: files.plain(value) for name, value in self.hparams.items()})
         self.num_tokens, self.codebook_size, self.clip_dim = num_tokens, codebook_size, clip_dim
         self.gpt = ConditionalGPT2(
             n_layer=n_layer, n_head=n_head, n_embd=n_embd, codebook_size=codebook_size, num_tokens=num_tokens,
@@ -96,7 +98,7 @@ class ConditionalTransformer(pl.LightningModule):
         self.decoders: dict[Any, CompiledDecoder] = {}  # by batch size, device and dtype
 
     def attach(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
-        """Give the frozen pair that encodes training images. It is no part of parameters or checkpoints."""
+        """Give the pair that encodes training images, and freeze it. It is no part of parameters or checkpoints."""
         for name, ours, theirs in (
             ("codebook_size", self.codebook_size, vqgan.codebook_size),
             ("clip_dim", self.clip_dim, clip.embed_dim),
@@ -109,11 +111,13 @@ class ConditionalTransformer(pl.LightningModule):
     @property
     def network(self) -> ConditionalGPT2:
         """The network that draws and is evaluated: the averaged one, where there is one."""
-        net: Any = self.gpt if self.ema is None else self.ema.module
+        net: Any = self.ema.module if self.ema is not None and self.ema.started else self.gpt
         return net
 
     def forward(self, indices: Tensor, clip_embedding: Tensor) -> Tensor:
         """Teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
+        if indices.ndim != 2:
+            raise ValueError(f"indices must be (B, T), rows of a grid one after another, got {tuple(indices.shape)}")
         return (self.gpt if self.training else self.network)(indices, clip_embedding)
 
     @torch.no_grad()
@@ -138,6 +142,7 @@ class ConditionalTransformer(pl.LightningModule):
         """
         sampling.check_sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
         rows, net = len(clip_embedding), self.network
+        self._check_sizes(clip_embedding, uniforms, given)
         condition = net.condition(clip_embedding)
         if guidance_scale != 1:
             everything = torch.ones(rows, dtype=torch.bool, device=condition.device)
@@ -149,6 +154,15 @@ class ConditionalTransformer(pl.LightningModule):
             uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
         settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         return sampling.decode(step, uniforms, **settings, given=given, watch=watch)
+
+    def _check_sizes(self, clip_embedding: Tensor, uniforms: Tensor | None, given: Tensor | None) -> None:
+        rows, length = len(clip_embedding), self.num_tokens
+        if clip_embedding.shape != (rows, self.clip_dim) or not rows:
+            raise ValueError(f"clip_embedding must be (B, {self.clip_dim}), got {tuple(clip_embedding.shape)}")
+        if uniforms is not None and uniforms.shape != (rows, length):
+            raise ValueError(f"uniforms must be {(rows, length)}, got {tuple(uniforms.shape)}")
+        if given is not None and (given.ndim != 2 or len(given) != rows or given.shape[1] > length):
+            raise ValueError(f"given must be ({rows}, P) with P at most {length}, got {tuple(given.shape)}")
 
     def compile_sampling(self) -> ConditionalTransformer:
         """Let ``sample`` run by torch.compile, on a GPU as CUDA graphs: the first images of each power of two of rows
@@ -175,7 +189,7 @@ class ConditionalTransformer(pl.LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the compiled decoders, which hold on to the weights."""
-        return self.__dict__ | {"decoders": {}}
+        return super().__getstate__() | {"decoders": {}}  # Lightning leaves its trainer out
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -225,6 +239,8 @@ class ConditionalTransformer(pl.LightningModule):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> indices (B, T) and CLIP embeddings (B, E)."""
         vqgan, clip = self.frozen()
+        if images.shape[-2] != images.shape[-1]:
+            raise ValueError(f"images must be square, as those that are drawn, got {tuple(images.shape)}")
         indices = rearrange(vqgan.encode(images), "b h w -> b (h w)")
         if indices.shape[1] != self.num_tokens:
             raise ValueError(
@@ -264,17 +280,17 @@ class ConditionalTransformer(pl.LightningModule):
     # -------------------------------------------------------------------------------------------------------- files
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["clipgen_model"] = type(self).__name__
+        checkpoint["clipgen_model"] = files.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write a model folder; of the averaged weights, where there are any."""
         state = {f"gpt.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        return files.save_folder(path, type(self).__name__, dict(self.hparams), state, half)
+        return files.save_folder(path, files.kind(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Load a model folder, a run folder or a checkpoint of stage 2, in evaluation mode."""
-        arguments, state = files.load(path, cls.__name__)
+        arguments, state = files.load(path, files.kind(cls))
         if not below("ema.", state):  # a folder holds one network: allocate no average beside it
             arguments = arguments | {"ema_decay": 0.0}
         with files.fitting(path, cls.__name__):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,6 +23,11 @@ from clipgen.weights import checkpoint as files
 from clipgen.weights import hfailab, taming
 from clipgen.weights.safe import below
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
 TOKENIZER = (  # the arguments that decide, with the weights, what images become
     "quantizer", "codebook_size", "codebook_dim", "levels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
     "resolution", "z_channels", "patch_size", "mid_attention", "local_encoder", "norm_eps",
@@ -35,6 +41,7 @@ class VQGAN(pl.LightningModule):
     adversarial (Eq. 5) loss, with the adaptive weight.
 
     Images are (B, 3, H, W) in [-1, 1]; height and width are divisible by f = ``patch_size * 2 ** (len(ch_mult) - 1)``.
+    Batches of training are ``{"images": images}``.
 
     Args:
         quantizer, codebook_size, codebook_dim, levels, norm_eps, local_encoder: see ``Autoencoder``.
@@ -52,7 +59,8 @@ class VQGAN(pl.LightningModule):
         adversarial: ``"hinge"`` or ``"log"`` (Eq. 5). adaptive_weight_max: bound of the adaptive weight.
         lecam_weight: of LeCam's regularisation of the discriminator; 0 is none.
         ema_decay: of the average over the weights of past steps, which evaluation and files then use; 0 keeps none.
-        learning_rate, betas: Adam's, both halves. schedule, warmup_steps: see ``optim.schedule``.
+        learning_rate, betas: Adam's, both halves. schedule, warmup_steps: see ``optim.schedule``; the discriminator
+            warms up when it wakes.
         gradient_clip: largest gradient norm of either half; 0 does not clip.
         accumulate: batches a step. compile: by torch.compile. channels_last: memory format of images and weights.
     """
@@ -87,6 +95,7 @@ class VQGAN(pl.LightningModule):
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         self.save_hyperparameters()
+        self.hparams.update({name: files.plain(value) for name, value in self.hparams.items()})
         self.automatic_optimization = False  # two optimizers take turns
         self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
         self.codebook_size = codebook_size
@@ -108,7 +117,11 @@ class VQGAN(pl.LightningModule):
     @property
     def tokenizer(self) -> Autoencoder:
         """The network that images go through: in evaluation the averaged one, where there is one."""
-        net: Any = self.autoencoder if self.ema is None or self.training else self.ema.module
+        return self.autoencoder if self.training else self._delivered
+
+    @property
+    def _delivered(self) -> Autoencoder:
+        net: Any = self.ema.module if self.ema is not None and self.ema.started else self.autoencoder
         return net
 
     @property
@@ -122,11 +135,14 @@ class VQGAN(pl.LightningModule):
         return self.tokenizer.encode(images)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images -> codebook indices, (B, h, w) int64: the row-major sequence s of the paper."""
+        """Images -> codebook indices, (B, h, w) int64: the row-major sequence s of the paper. For a model in evaluation
+        mode: in training mode the codes move with what they see."""
         return self.tokenizer.quantize(self.encode_latents(images)).indices
 
     def decode(self, indices: Tensor) -> Tensor:
         """Codebook indices (B, h, w) -> images (B, 3, h * f, w * f)."""
+        if indices.ndim != 3:
+            raise ValueError(f"indices must be (B, h, w), got {tuple(indices.shape)}")
         return self.decode_latents(self.tokenizer.quantize.codes(indices))
 
     def decode_latents(self, z_q: Tensor) -> Tensor:
@@ -167,18 +183,26 @@ class VQGAN(pl.LightningModule):
         adam = partial(torch.optim.Adam, lr=h.learning_rate, betas=tuple(h.betas), fused=True)
         optimizers = [adam(half) for half in parameters]
         total = optimizer_steps(self.trainer, h.accumulate)
-        return optimizers, [schedule(o, h.schedule, h.warmup_steps, total) for o in optimizers]
+        starts = (0, h.discriminator_start)
+        return optimizers, [schedule(o, h.schedule, h.warmup_steps, total, at) for o, at in zip(optimizers, starts)]
 
     def on_fit_start(self) -> None:
-        if self.trainer.precision == "16-mixed":
-            raise ValueError(
-                "trainer.precision must be 32-true or bf16-mixed, got 16-mixed: GAN losses overflow in fp16"
-            )
+        if (precision := self.trainer.precision) not in ("32-true", "bf16-mixed"):
+            why = ": GAN losses overflow in fp16" if precision == "16-mixed" else ""
+            raise ValueError(f"trainer.precision must be 32-true or bf16-mixed, got {precision}{why}")
+        if self.h.discriminator_weight > 0 and self.discriminator is None:
+            logger.warning("The tokenizer was loaded without a discriminator, and trains without.")
         if self.h.perceptual_weight > 0:
-            lpips = self._lpips[0] if self._lpips else load_lpips(self.h.vgg_weights)
-            self._lpips = (lpips.to(self.device),)
+            _ = self.lpips  # now, and not in the first step
         self.train()  # what was loaded is in evaluation mode, and Lightning leaves it there
         self.apply_speed_options_()
+
+    @property
+    def lpips(self) -> nn.Module:
+        """The perceptual loss, loaded where it is first needed, on this module's device."""
+        if not self._lpips:
+            self._lpips = (load_lpips(self.h.vgg_weights),)
+        return self._lpips[0].to(self.device)
 
     def apply_speed_options_(self) -> None:
         """Apply ``channels_last`` and ``compile``; neither changes parameter names, and results by rounding only."""
@@ -211,7 +235,8 @@ class VQGAN(pl.LightningModule):
         leaf = reconstruction.detach().float().requires_grad_()
         logits_fake = self.discriminator(leaf) if awake else None
         terms = self.autoencoder_loss(images, leaf, quantized)
-        pixels = self._gradient(terms, leaf, logits_fake, reconstruction)
+        visible = sum(value for name, value in terms.items() if name not in quantized.losses)
+        pixels = self._gradient(visible, terms, leaf, logits_fake, reconstruction)
         quantizer_loss = sum(terms[name] for name in quantized.losses)
         self._step((reconstruction * pixels).sum() + quantizer_loss, 0, step_now)
         if logits_fake is not None:
@@ -221,16 +246,16 @@ class VQGAN(pl.LightningModule):
     def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: Quantized) -> dict[str, Tensor]:
         """The terms that need no discriminator, each weighted: they sum up to the loss (Eq. 4 and LPIPS)."""
         terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, self.h.reconstruction)}
-        if self._lpips:
-            terms["perceptual_loss"] = self.h.perceptual_weight * self._lpips[0](images, reconstruction).mean()
+        if self.h.perceptual_weight > 0:
+            terms["perceptual_loss"] = self.h.perceptual_weight * self.lpips(images, reconstruction).mean()
         weights = {name: self.h[name.replace("loss", "weight")] for name in quantized.losses}
         return terms | {name: weights[name] * value for name, value in quantized.losses.items()}
 
     def _gradient(
-        self, terms: dict[str, Tensor], leaf: Tensor, logits_fake: Tensor | None, reconstruction: Tensor
+        self, visible: Any, terms: dict[str, Tensor], leaf: Tensor, logits_fake: Tensor | None, reconstruction: Tensor
     ) -> Tensor:
-        """The loss's gradient at the reconstruction; the adversarial terms are added to ``terms``."""
-        visible = terms["reconstruction_loss"] + terms.get("perceptual_loss", 0.0)
+        """The gradient at the reconstruction of what the loss sees of it; the adversarial terms are added to
+        ``terms``."""
         gradient = torch.autograd.grad(visible, leaf)[0]
         if logits_fake is None or self.global_step < self.h.discriminator_start + self.h.discriminator_warmup:
             return gradient
@@ -266,7 +291,8 @@ class VQGAN(pl.LightningModule):
             nn.utils.clip_grad_norm_(parameters, self.h.gradient_clip)
         optimizer.step()
         schedulers: Any = self.lr_schedulers()
-        (schedulers[half] if isinstance(schedulers, list) else schedulers).step()
+        if schedulers is not None:  # a subclass may have none
+            (schedulers[half] if isinstance(schedulers, list) else schedulers).step()
         if half == 0 and self.ema is not None:
             self.ema.update_parameters(self.autoencoder)
 
@@ -311,24 +337,25 @@ class VQGAN(pl.LightningModule):
         return self.discriminator is not None and self.global_step > self.h.discriminator_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["clipgen_model"] = type(self).__name__
+        checkpoint["clipgen_model"] = files.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False, training: bool = False) -> Path:
         """Write a model folder: the tokenizer; with ``training`` also the discriminator and LPIPS, if there are any."""
-        net: Any = self.autoencoder if self.ema is None else self.ema.module
-        state = net.state_dict()
+        state = self._delivered.state_dict()
         if training:
             for prefix, part in zip(PARTS, (self.discriminator, *self._lpips)):
                 state |= {prefix + k: v for k, v in part.state_dict().items()} if part is not None else {}
-        return files.save_folder(path, type(self).__name__, dict(self.hparams), state, half)
+        return files.save_folder(path, files.kind(type(self)), dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path) -> VQGAN:
+    def load(cls, path: str | Path) -> Self:
         """Load a model folder, a run folder or a checkpoint of stage 1, in evaluation mode."""
-        arguments, state = files.load(path, cls.__name__)
+        arguments, state = files.load(path, files.kind(cls))
         with files.fitting(path, cls.__name__):
-            model = cls(**arguments)
+            model = cls(**arguments | {"kmeans_iters": 0})  # codes that are trained stay where they are
             if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
+                if not below("discriminator.", state):  # of a training that went on from a tokenizer alone
+                    model.discriminator = model.lecam = None
                 model.load_state_dict(state)
                 return model.eval()
             return model.with_weights(state)
@@ -354,7 +381,7 @@ class VQGAN(pl.LightningModule):
             arguments, state = hfailab.vqgan(checkpoint)
             return cls(**arguments).with_weights(state)
 
-    def with_weights(self, state: dict[str, Tensor]) -> VQGAN:
+    def with_weights(self, state: dict[str, Tensor]) -> Self:
         """Take over weights as a model folder holds them, in evaluation mode; a discriminator without any goes."""
         self.load_tokenizer(state)
         discriminator, lpips = (below(prefix, state) for prefix in PARTS)

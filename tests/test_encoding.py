@@ -59,7 +59,7 @@ def test_it_holds_what_the_models_say(cache, data, tiny_vqgan, shapes_clip):
     dataset = EncodedDataset(cache / "train")
     assert len(dataset) == 50 and len(dataset.files) == 4
     images = data.train.render(range(50))
-    batch = dataset.__getitems__(list(range(50)))
+    batch = dataset.batch(list(range(50)))
     assert torch.equal(batch["indices"], tiny_vqgan.encode(images).flatten(1)) and batch["indices"].dtype == torch.int64
     torch.testing.assert_close(batch["clip_embedding"], shapes_clip.encode_image(images), atol=2e-3, rtol=0)  # fp16
     torch.testing.assert_close(batch["clip_embedding"].norm(dim=1), torch.ones(50))
@@ -258,7 +258,7 @@ def test_the_data_module(cache):
 
 def test_embeddings_of_a_bridge(cache):
     data = EncodedDataset(cache / "train")
-    every = data.__getitems__(range(len(data)))["clip_embedding"]
+    every = data.batch(range(len(data)))["clip_embedding"]
     assert torch.equal(data.embeddings(), every) and torch.equal(data.embeddings(len(data) // 3), every[::3])
 
 
@@ -414,7 +414,7 @@ def test_killed_and_started_again(tmp_path, tiny_vqgan):
 
 def labels_of(cache: Path, split: str = "train") -> list[int]:
     data = EncodedData(cache, batch_size=1, condition="label")
-    batch = data.datasets[split].__getitems__(list(range(len(data.datasets[split]))))
+    batch = data.datasets[split].batch(list(range(len(data.datasets[split]))))
     assert batch["clip_embedding"].dtype == torch.float32 and torch.equal(
         batch["clip_embedding"].sum(dim=1), torch.ones(len(batch["indices"]))
     )

@@ -1,15 +1,19 @@
-"""Optimizers: several as one, against themselves apart."""
+"""Optimizers: several as one, against themselves apart; and their schedules."""
 
 from __future__ import annotations
 
 import copy
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from conftest import VQGAN_SIZES
 from torch import nn
+from torch.utils.data import DataLoader
 
-from clipgen.optim import CombinedOptimizer, make_optimizer
+from clipgen.optim import CombinedOptimizer, factor, make_optimizer
 from clipgen.transformer import ConditionalTransformer
+from clipgen.vqgan import VQGAN
 
 
 def net() -> nn.Module:
@@ -79,3 +83,23 @@ def test_muon_takes_the_matrices_of_the_blocks_alone():
 def test_other_names_are_refused():
     with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
         ConditionalTransformer(optimizer="sgd")
+
+
+@pytest.mark.parametrize("start", [0, 300])
+def test_a_cosine_ends_with_the_training(start):
+    """Of the optimizer that begins with it, and of one that begins later: the same rate at the same step."""
+    rate, whole = factor("cosine", 10, 400, start), factor("cosine", 0, 390)
+    assert [rate(i) for i in (0, 4)] == pytest.approx([0.1 * whole(max(start - 10, 0)), 0.5 * whole(max(start - 6, 0))])
+    for step in (start + 10, start + 50, 399):
+        assert rate(step - start) == pytest.approx(whole(step - 10))
+    assert rate(400 - start) == pytest.approx(0)
+    constant = factor("constant", 10, 400, start)
+    assert [constant(i) for i in (0, 4, 10, 500)] == [0.1, 0.5, 1, 1]
+
+
+def test_the_discriminator_ends_with_the_generator(images):
+    vqgan = VQGAN(**VQGAN_SIZES | dict(discriminator_weight=0.5, discriminator_start=2, schedule="cosine"))
+    trainer = pl.Trainer(max_steps=6, accelerator="cpu", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(vqgan, DataLoader([{"images": image} for image in images] * 3, batch_size=4))
+    assert [each.get_last_lr() for each in vqgan.lr_schedulers()] == [[0.0], [0.0]]

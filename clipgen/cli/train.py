@@ -201,7 +201,7 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
     """Train, then leave the finished model in the run folder."""
     from clipgen.cli.resuming import ARGUMENTS
     from clipgen.resume import LastCheckpoint
-    from clipgen.weights.checkpoint import FOLDERS
+    from clipgen.weights.checkpoint import FOLDERS, kind
 
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
@@ -218,7 +218,7 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
     if trainer.is_global_zero:
         best = next(callback.best_model_path for callback in callbacks if getattr(callback, "monitor", None))
         final = last.path if model.last_is_best or not Path(best).is_file() else best  # no validation, no best
-        type(model).load(final).save(output / FOLDERS[type(model).__name__])
+        type(model).load(final).save(output / FOLDERS[kind(type(model))])
         logger.info("Finished %d steps: %s", trainer.global_step, output)
 
 

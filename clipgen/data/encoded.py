@@ -76,8 +76,8 @@ def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
 class EncodedDataset(Dataset[dict[str, Tensor]]):
     """A split of a cache, by random access: ``{"indices": (T,) int64, "clip_embedding": (E,) unit norm}``.
 
-    Item ``i`` of pass ``p`` through the data is asked for as ``(p, i)``: passes take the augmentations in turn, each
-    image beginning at another one.
+    Item ``i`` of pass ``p`` through the data is asked for as ``(p, i)``, as ``EncodedData`` does: passes take the
+    augmentations in turn, each image beginning at another one. A plain ``i`` is of the first pass.
 
     Args:
         num_classes: where given, ``clip_embedding`` is the one-hot class (num_classes,) instead.
@@ -106,9 +106,13 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
         return int(self.ends[-1])
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        return {name: value[0] for name, value in self.batch([index]).items()}
 
-    def __getitems__(self, indices: Sequence[Any]) -> dict[str, Tensor]:  # DataLoader asks for whole batches here
+    def __getitems__(self, indices: Sequence[Any]) -> list[dict[str, Tensor]]:  # DataLoader asks for whole batches here
+        found = self.batch(indices)
+        return [{name: value[row] for name, value in found.items()} for row in range(len(indices))]
+
+    def batch(self, indices: Sequence[Any]) -> dict[str, Tensor]:
         """Many items at once: ``{"indices": (B, T), "clip_embedding": (B, E)}``."""
         asked = np.asarray(indices)
         turn, item = asked.T if asked.ndim == 2 else (0, asked)
@@ -136,7 +140,7 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
         """What images are conditioned on, (N, E): all of them, or about ``count``, evenly spread; for a ``Bridge``."""
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        found: Tensor = self.__getitems__(range(0, len(self), max(len(self) // count, 1)))["clip_embedding"]
+        found: Tensor = self.batch(range(0, len(self), max(len(self) // count, 1)))["clip_embedding"]
         return found
 
     def _condition(self, found: Tensor) -> Tensor:
@@ -146,7 +150,7 @@ class EncodedDataset(Dataset[dict[str, Tensor]]):
 
 
 class EncodedData(pl.LightningDataModule):
-    """The data of ``data=encoded``: batches of ``EncodedDataset.__getitems__``.
+    """The data of ``data=encoded``: batches of ``EncodedDataset.batch``.
 
     Args:
         root: the cache, as ``clipgen-encode`` leaves it.
@@ -187,11 +191,24 @@ class EncodedData(pl.LightningDataModule):
     def _loader(self, dataset: EncodedDataset, **options: Any) -> DataLoader[Any]:
         collate: Any = as_is
         return DataLoader(
-            dataset, self.batch_size, collate_fn=collate, num_workers=self.num_workers,
+            Batches(dataset), self.batch_size, collate_fn=collate, num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0, pin_memory=torch.cuda.is_available(), **options,
         )  # fmt: skip
 
 
+class Batches(Dataset[Any]):
+    """A split in whole batches, which need no collation."""
+
+    def __init__(self, dataset: EncodedDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[Any]) -> dict[str, Tensor]:
+        return self.dataset.batch(indices)
+
+
 def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``EncodedDataset`` hands over whole batches: there is nothing to collate."""
+    """``Batches`` are whole: there is nothing to collate."""
     return batch

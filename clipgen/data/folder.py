@@ -29,6 +29,7 @@ _DECODE_UP_TO = 5_000
 class ImageFolder(Dataset[dict[str, Tensor]]):
     """All usable images below a folder, sorted by path; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
     Item `i` of pass `p` is asked for as `(p, i)`: its crop and flip follow from the seed, the pass and the item alone.
+    A plain `i`, as any DataLoader asks, is drawn anew every time.
 
     Construction checks every file. Up to 5000 files are decoded, so that unusable ones are all known before training;
     of larger folders only the headers are read, which finds empty files, other content and decompression bombs. What
@@ -90,7 +91,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
         turn, item = index if isinstance(index, tuple) else (0, index)
         start = range(len(self))[item]  # raises IndexError, which ends a plain for loop
-        generator = self._generator(turn, item)
+        generator = self._generator(turn, item) if isinstance(index, tuple) else None
         for step in range(len(self)):
             path = self.root / self.files[(start + step) % len(self)]
             try:

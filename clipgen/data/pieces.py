@@ -26,6 +26,8 @@ def pieces(dataset: Any, size: int) -> list[Any]:
 
 def read(dataset: Any, piece: Any, views: int, batch_size: int) -> Iterator[Batch]:
     """Batches (B, A, 3, H, W) of the usable images of a piece, in order, with their B classes where there are some."""
+    if not hasattr(dataset, "views"):
+        raise TypeError(f"{type(dataset).__name__} must have a method views(items, count), as ImageFolder has")
     images = dataset.views(piece, views)
     while batch := list(islice(images, max(batch_size // views, 1))):
         pictures, labels = zip(*batch)

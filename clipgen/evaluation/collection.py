@@ -23,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from clipgen.files import atomic_write, read_json, write_json
-from clipgen.images import to_bytes
+from clipgen.images import check_images, to_bytes
 
 KEY = "key"
 IDENTITY = "identity.json"
@@ -170,6 +170,7 @@ def damage_named(path: Path) -> Iterator[None]:
 def measured(measure: Measuring, batch: Batch, advance: Advance) -> Columns:
     """A batch's rows, with the keys of its images."""
     images, captions = batch
+    check_images(images)
     if not images.isfinite().all():
         bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
         about = f" of {captions[bad]!r}" if captions else ""

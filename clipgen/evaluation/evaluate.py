@@ -53,6 +53,8 @@ def measured_reference(
     """The reference as a collection, measured as far as this process's share goes."""
     if reference is None:
         return None
+    if measure.features and not measure.features.identity:  # another space's numbers would be found in the cache
+        raise ValueError("features must have an identity where they are compared: Features(function, 'a name')")
     if isinstance(reference, Collection):
         check_space(reference, measure)
         return reference

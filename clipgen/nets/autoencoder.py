@@ -203,6 +203,10 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return self.unpatch(self.conv_out(self.trunk(z)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: not what torch.compile made of ``trunk``, which holds on to these weights."""
+        return {name: value for name, value in super().__getstate__().items() if name != "trunk"}
+
     def trunk(self, z: Tensor) -> Tensor:
         """All but the last layer, which stays apart because the adaptive weight asks for its gradients alone."""
         x = self.conv_in(z)

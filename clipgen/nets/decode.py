@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from clipgen.nets.gpt import ConditionalGPT2
 from clipgen.sampling import Step
@@ -18,6 +19,8 @@ onednn: Any = torch.ops.mkldnn  # what torch.compile uses on a CPU
 
 class CachedDecoder:
     """Scores the next index of each of ``rows`` rows: ``start`` once, then the step at positions 0, 1, 2, ... in turn.
+
+    Its blocks are not called: hooks on them do not run.
 
     Args:
         gpt: the network; only read.
@@ -132,6 +135,6 @@ class Layer:
     def __init__(self, block: Any, rows: int, product: Callable[[Tensor, Tensor | None, int], Product]):
         self.ln_1, self.ln_2, self.act = block.ln_1, block.ln_2, block.mlp.act
         self.qkv, self.proj, self.mlp_fc, self.mlp_proj = (
-            product(linear.weight, linear.bias, rows)
+            product(linear.weight, linear.bias, rows) if type(linear) is Conv1D else linear  # an adapter, say
             for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         )

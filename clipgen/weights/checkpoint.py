@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,28 @@ FOLDERS = {  # name of the model folder in a run folder
     "ConditionalTransformer": "transformer",
     "LabelTransformer": "label_transformer",
 }
+
+
 FILES = ("config.json", "model.safetensors")
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
+
+
+def kind(model: type) -> str:
+    """By which name files know a model: its own, or for a user's subclass that of ours."""
+    return next(each.__name__ for each in model.__mro__ if each.__name__ in FOLDERS)
+
+
+def plain(value: Any) -> Any:
+    """A constructor's argument as JSON and safe checkpoints hold it: nothing of numpy, OmegaConf or pathlib."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return (tuple if isinstance(value, tuple) else list)(plain(each) for each in value)
+    return value
 
 
 def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
