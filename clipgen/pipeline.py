@@ -126,7 +126,7 @@ class TextToImage:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the weights that draw: of transformer, tokenizer and bridge."""
+        """A short hash of what draws: transformer and tokenizer as they were when first asked for it, and bridge."""
         bridge = {} if self.bridge is None else self.bridge.state_dict()
         return self._fingerprint + (f"-{files.fingerprint(bridge)[:4]}" if bridge else "")
 
