@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from clipgen.files import one_line
 
 
+class WeightsMissing(ValueError):
+    """VGG-16's weights cannot be had; says how to provide them or to go without."""
+
+
 def empty_lpips() -> Any:
     """The network with random weights but for its linear layers, which come with torchmetrics; frozen."""
     from torchmetrics.functional.image.lpips import _LPIPS  # pulls torchvision's models: only where it is needed
@@ -29,7 +33,7 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
         A module that must stay in evaluation mode: its linear layers hold dropout.
 
     Raises:
-        ValueError: the weights cannot be loaded; says how to provide or disable them.
+        WeightsMissing: they cannot be loaded.
     """
     from torchvision.models import VGG16_Weights
 
@@ -41,7 +45,7 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
         return copy_vgg_(empty_lpips(), vgg)
     except Exception as error:  # a missing file, no network, a file of something else: the way out is the same
         source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
-        raise ValueError(
+        raise WeightsMissing(
             f"the perceptual loss needs the weights {source}, which cannot be loaded ({one_line(error)}): put "
             f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), name the file in "
             "model.vgg_weights=PATH, or go without by model.perceptual_weight=0"

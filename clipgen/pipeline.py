@@ -195,11 +195,7 @@ class TextToImage:
         rows = torch.cat([self.embed(each) for each in prompts]).repeat_interleave(candidates, dim=0)
         given = None if complete is None else self.upper_indices(complete, keep)
         images = self.generate(rows, seeds * len(prompts), **settings, given=given, preview=preview)
-        told = settings | dict(clipgen=clipgen.__version__, model=self.fingerprint)
-        if self.dtype != torch.float32:
-            told["dtype"] = str(self.dtype).removeprefix("torch.")
-        if complete is not None:
-            told["complete"] = keep
+        told = settings | self._told() | ({} if complete is None else {"complete": keep})
         pictures = []
         for each, drawn in zip(prompts, images.split(candidates)):
             order = self._nearest(each, drawn)[:num_images] if rerank_from else list(range(num_images))
@@ -208,6 +204,11 @@ class TextToImage:
                 picture.info.update(asked, seed=seeds[i], **told)
                 pictures.append(picture)
         return pictures
+
+    def _told(self) -> dict[str, str]:
+        """What metadata say of the model."""
+        dtype = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}
+        return dict(clipgen=clipgen.__version__, model=self.fingerprint) | dtype
 
     def _nearest(self, prompt: Prompt, images: Tensor) -> list[int]:
         """The order in which CLIP finds images fit a prompt: the sentence itself, not where the bridge moves it."""

@@ -231,7 +231,7 @@ class ConditionalTransformer(pl.LightningModule):
         vqgan, clip = self._frozen
         return (vqgan, clip) if vqgan.device == self.device else (vqgan.to(self.device), clip.to(self.device))
 
-    def encoded(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What stage 2 learns from, indices (B, T) and CLIP embeddings (B, E): of a batch's images, or as cached."""
         return self.encode(batch["images"]) if "images" in batch else (batch["indices"], batch["clip_embedding"])
 
@@ -249,7 +249,7 @@ class ConditionalTransformer(pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        indices, clip_embedding = self.encoded(batch)
+        indices, clip_embedding = self.inputs(batch)
         condition = noisy_condition(clip_embedding, self.h.condition_cosine)
         drop = None
         if self.h.condition_dropout > 0:
@@ -273,7 +273,7 @@ class ConditionalTransformer(pl.LightningModule):
         return losses.clip_loss(generated, clip_embedding[:rows], self.h.clip_loss_kind)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        indices, clip_embedding = self.encoded(batch)
+        indices, clip_embedding = self.inputs(batch)
         loss, _ = self.network(indices, clip_embedding, with_loss=True)
         self.log("val/cross_entropy", loss, batch_size=len(indices), sync_dist=True)
 

@@ -389,7 +389,7 @@ class VQGAN(pl.LightningModule):
             self.discriminator = self.lecam = None
         elif self.discriminator is not None:
             self.discriminator.load_state_dict(discriminator)
-        if len(lpips) > 5:  # not only its linear layers: with VGG
+        if any(name.startswith("net.") for name in lpips):  # with VGG, and not its linear layers alone
             self._lpips = (lpips_from_state(lpips),)
         return self.eval()
 

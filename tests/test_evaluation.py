@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import Call
+from conftest import VQGAN_SIZES
 from PIL import Image, ImageFilter
 from torch import Tensor
 
@@ -32,6 +33,8 @@ from clipgen.evaluation.measure import Measure, blurred
 from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages, drawing
 from clipgen.evaluation.summary import summary, table
 from clipgen.images import save_png, to_pil
+from clipgen.lpips import WeightsMissing
+from clipgen.vqgan import VQGAN
 
 fidelity = pytest.importorskip("torch_fidelity")
 
@@ -741,6 +744,18 @@ def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
         error = (tiny_vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4
     assert found["psnr"] == pytest.approx(-10 * error.log10().mean().item(), rel=1e-4)
     assert {"ssim", "rfid", "codebook_usage"} < set(found)
+
+
+def test_a_tokenizer_of_the_perceptual_loss_where_its_weights_are_not(call, two_folders, tmp_path, monkeypatch):
+    def missing(weights):
+        raise WeightsMissing("nowhere")
+
+    for module in ("clipgen.evaluation.reconstruction", "clipgen.vqgan"):
+        monkeypatch.setattr(f"{module}.load_lpips", missing)
+    VQGAN(**VQGAN_SIZES | {"perceptual_weight": 1.0}).save(tmp_path / "vqgan")
+    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    assert done.code == 0 and "LPIPS is left out" in done.stderr
+    assert not {"lpips", "perceptual_loss"} & set(json.loads((tmp_path / "out/metrics.json").read_text())["metrics"])
 
 
 def test_the_numbers_of_something_else_are_not_written_over(call, two_folders, tiny_vqgan, tmp_path):

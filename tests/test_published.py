@@ -97,6 +97,11 @@ def test_any_ddconfig(tmp_path, images):
     assert ours.discriminator is None
 
 
+def test_a_pipeline_keeps_nothing_for_training(tmp_path):
+    ran = command("clipgen-convert", "hfailab", "a.pt", "b.pt", "--training", "--output", "pair", cwd=tmp_path)
+    assert ran.returncode == 1 and "--training is for a tokenizer alone" in ran.stderr
+
+
 @pytest.mark.slow
 def test_lpips_of_the_file_is_used(tmp_path, images, fit):
     """With VGG in the checkpoint no other weights are needed: there are none here."""

@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Read, convert, write."""
     args = parser().parse_args()
+    if args.training and getattr(args, "transformer", None):
+        raise ValueError("--training is for a tokenizer alone: a pipeline draws, and keeps nothing for training")
     from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
 
     if args.project == "taming":

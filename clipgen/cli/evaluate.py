@@ -215,16 +215,16 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from clipgen.evaluation.evaluate import METRICS, refuse_other, write
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
     from clipgen.evaluation.sources import RealImages
+    from clipgen.lpips import WeightsMissing
 
     vqgan = VQGAN.load(args.vqgan)
     images = RealImages(args.reference, args.image_size or vqgan.hparams["resolution"])
     features = None if args.features == "none" else args.features
     try:
         metrics = ReconstructionMetrics(lpips=True, fid_features=features)
-    except ValueError as error:
-        if "perceptual loss" not in str(error):
-            raise
+    except WeightsMissing:
         print("LPIPS is left out: VGG-16's weights are not available", file=sys.stderr)
+        vqgan.hparams["perceptual_weight"] = 0.0  # of its validation's loss too
         metrics = ReconstructionMetrics(lpips=False, fid_features=features)
     device = torch.device(args.device or best_device())
     trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else device.type,
