@@ -68,7 +68,7 @@ class WithoutSchedules(VQGAN):
         return super().configure_optimizers()[0]
 
 
-@pytest.mark.parametrize("discriminator_weight", [0.0, 0.5])
+@pytest.mark.parametrize("discriminator_weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_a_subclass_adds_a_loss(images, discriminator_weight):
     arguments = dict(discriminator_weight=discriminator_weight, revive_after=0)  # which draws
     plain, brighter = (gan(kind, **arguments) for kind in (VQGAN, Brighter))
@@ -172,7 +172,7 @@ def test_arguments_of_other_kinds_become_plain_ones(tmp_path, images):
     VQGAN.load(tmp_path / "last.ckpt").save(tmp_path / "vqgan")
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("64-true", marks=pytest.mark.slow)])
 def test_precisions_that_a_gan_does_not_take(images, precision):
     trainer = pl.Trainer(max_steps=1, accelerator="cpu", precision=precision, **QUIET)
     with pytest.raises(ValueError, match=f"trainer.precision must be 32-true or bf16-mixed, got {precision}$"):
@@ -182,6 +182,7 @@ def test_precisions_that_a_gan_does_not_take(images, precision):
 # --------------------------------------------------------------------------------------------------------------- copies
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_model_has_weights_of_its_own(images):
     vqgan = gan(compile=True).eval()
     vqgan.apply_speed_options_()
