@@ -77,6 +77,7 @@ def test_a_subclass_adds_a_loss(images, discriminator_weight):
     assert "autoencoder.decoder.conv_out.weight" in changed(brighter, weights_of(plain))
 
 
+@pytest.mark.slow
 def test_a_subclass_brings_its_own_optimizers(images):
     vqgan = gan(WithoutSchedules)
     before = weights_of(vqgan)
@@ -84,6 +85,7 @@ def test_a_subclass_brings_its_own_optimizers(images):
     assert changed(vqgan, before)
 
 
+@pytest.mark.slow
 def test_files_of_a_subclass(tmp_path, images):
     vqgan = gan(Brighter)
     trained(vqgan, images).save_checkpoint(tmp_path / "last.ckpt")
@@ -197,6 +199,7 @@ def test_a_copy_of_a_compiled_model_has_weights_of_its_own(images):
                                        expected.autoencoder.decoder.trunk(z))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_trained_transformer_can_be_pickled(tiny_vqgan, shapes_clip, images):
     transformer = ConditionalTransformer(**TRANSFORMER_SIZES, schedule="cosine").attach(tiny_vqgan, shapes_clip)
     trained(transformer, images)

@@ -62,7 +62,13 @@ def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
     assert len(np.unique(together.reshape(5, -1), axis=0)) > 1
 
 
-@pytest.mark.parametrize("options", [dict(), dict(rerank_from=5), dict(complete=True, keep=0.25)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        *(pytest.param(more, marks=pytest.mark.slow) for more in (dict(rerank_from=5), dict(complete=True, keep=0.25))),
+    ],
+)
 def test_prompts_of_any_kind_together_are_what_each_is_alone(pipe, monkeypatch, options):
     monkeypatch.setattr("clipgen.pipeline.BATCH", 4)  # which end in the middle of a prompt
     prompts = [PROMPT, {PROMPT: 1.0, "a red star": -0.3}, pipe(PROMPT, seed=8)[0], pipe.embed("a red star")[0]]
