@@ -72,8 +72,8 @@ class FrozenCLIP(nn.Module):
     def __init__(self, model_name: str, pretrained: str | None = None):
         super().__init__()
         folder = find_folder(model_name)
-        moved = folder and model_name not in BUNDLED_CLIPS  # where a notebook's later os.chdir does not lose it
-        self.model_name, self.pretrained = str(folder) if moved else model_name, pretrained
+        absolute = folder and model_name not in BUNDLED_CLIPS  # so that a later os.chdir does not lose it
+        self.model_name, self.pretrained = str(folder) if absolute else model_name, pretrained
         name, quick_gelu = (f"local-dir:{folder}", False) if folder else match_activation(model_name, pretrained)
         model: Any = load_open_clip(name, pretrained, quick_gelu)
         self.model: Any = model.eval().requires_grad_(False)

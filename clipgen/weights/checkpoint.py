@@ -33,8 +33,6 @@ FOLDERS = {  # name of the model folder in a run folder
     "ConditionalTransformer": "transformer",
     "LabelTransformer": "label_transformer",
 }
-
-
 FILES = ("config.json", "model.safetensors")
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
