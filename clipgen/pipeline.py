@@ -27,7 +27,6 @@ from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 
-BUNDLED_MODELS = {"shapes": Path(__file__).parent / "bundled"}
 BRIDGE = "bridge.safetensors"
 BATCH = 64  # images drawn at a time on a CPU, and decoded at a time anywhere
 MOST = 1024  # images drawn at a time on a GPU, where its memory allows
@@ -57,11 +56,7 @@ class TextToImage:
     def load(cls, path_or_name: str | Path) -> TextToImage:
         """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, what ``save`` wrote, or
         ``"hf-hub:OWNER/NAME"``, what ``push_to_hub`` uploaded."""
-        if str(path_or_name).startswith("hf-hub:"):
-            from huggingface_hub import snapshot_download
-
-            path_or_name = snapshot_download(str(path_or_name).removeprefix("hf-hub:"))
-        path = Path(BUNDLED_MODELS.get(str(path_or_name), path_or_name)).expanduser()
+        path = files.located(path_or_name)
         transformer = ConditionalTransformer.load(path)
         root = run_folder(path)
         bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None

@@ -289,7 +289,8 @@ class ConditionalTransformer(pl.LightningModule):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Load a model folder, a run folder or a checkpoint of stage 2, in evaluation mode."""
+        """Load a model folder, a run folder or a checkpoint of stage 2, ``"shapes"`` (bundled), or the transformer of a
+        pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
         arguments, state = files.load(path, files.kind(cls))
         if not below("ema.", state):  # a folder holds one network: allocate no average beside it
             arguments = arguments | {"ema_decay": 0.0}

@@ -349,7 +349,8 @@ class VQGAN(pl.LightningModule):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Load a model folder, a run folder or a checkpoint of stage 1, in evaluation mode."""
+        """Load a model folder, a run folder or a checkpoint of stage 1, ``"shapes"`` (bundled), or the tokenizer of a
+        pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
         arguments, state = files.load(path, files.kind(cls))
         with files.fitting(path, cls.__name__):
             model = cls(**arguments | {"kmeans_iters": 0})  # codes that are trained stay where they are

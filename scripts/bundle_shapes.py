@@ -9,13 +9,13 @@ import argparse
 from pathlib import Path
 
 from clipgen import TextToImage
-from clipgen.pipeline import BUNDLED_MODELS
+from clipgen.weights.checkpoint import BUNDLED
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="stage-2 run folder")
-    TextToImage.load(parser.parse_args().run).save(BUNDLED_MODELS["shapes"], half=True)
+    TextToImage.load(parser.parse_args().run).save(BUNDLED["shapes"], half=True)
 
 
 if __name__ == "__main__":

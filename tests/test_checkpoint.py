@@ -8,10 +8,12 @@ import os
 import pickle
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import changed, weights_of
 
+from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
@@ -54,6 +56,30 @@ def test_the_folder_that_is_replaced_is_gone(tmp_path):
     arguments, state = files.load(path, "VQGAN")
     assert arguments == {"ch": 64} and set(state) == {"other"}
     assert [p.name for p in tmp_path.iterdir()] == ["vqgan"]
+
+
+def test_names_of_the_bundled_model_and_of_the_hub(tmp_path, monkeypatch):
+    """Each part is found by the name of the whole; a path is a path, whatever it is called."""
+    pipe = TextToImage.load("shapes")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", {"me/shapes": str(pipe.save(tmp_path / "hub"))}.__getitem__
+    )
+    for name in ("shapes", "hf-hub:me/shapes"):
+        assert not changed(VQGAN.load(name), weights_of(pipe.vqgan))
+        assert not changed(ConditionalTransformer.load(name), weights_of(pipe.transformer))
+    with pytest.raises(FileNotFoundError, match="shapes does not exist"):
+        VQGAN.load(Path("shapes"))
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), huggingface_hub.errors.HFValidationError("no route")])
+def test_a_name_that_the_hub_does_not_give(monkeypatch, error):
+    def failing(name):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)
+    for model in (VQGAN, TextToImage):
+        with pytest.raises(FileNotFoundError, match=r"^hf-hub:me/none could not be downloaded: no route$"):
+            model.load("hf-hub:me/none")
 
 
 def test_other_folders_are_not_replaced(tmp_path):

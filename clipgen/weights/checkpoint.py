@@ -34,6 +34,7 @@ FOLDERS = {  # name of the model folder in a run folder
     "LabelTransformer": "label_transformer",
 }
 FILES = ("config.json", "model.safetensors")
+BUNDLED = {"shapes": Path(clipgen.__file__).parent / "bundled"}
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
 
@@ -96,14 +97,28 @@ def replace(path: Path, new: Path, old: Path) -> None:
         raise
 
 
+def located(path_or_name: str | Path) -> Path:
+    """Where files are: a path; ``"shapes"``, the bundled models; or what ``"hf-hub:OWNER/NAME"`` downloads."""
+    name = str(path_or_name)
+    if not name.startswith("hf-hub:"):
+        # a Path is one, whatever its name
+        return Path(BUNDLED.get(name, name) if isinstance(path_or_name, str) else name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name.removeprefix("hf-hub:")))
+    except (OSError, ValueError) as error:  # no network, no such name, no right to it
+        raise FileNotFoundError(f"{name} could not be downloaded: {one_line(error)}") from error
+
+
 def load(path: str | Path, model: str) -> Model:
-    """Constructor's arguments and weights of a model folder, a run folder or a ``.ckpt``.
+    """Constructor's arguments and weights of a model folder, a run folder, a ``.ckpt``, or what ``located`` knows.
 
     Raises:
         FileNotFoundError: nothing there; names the command that makes it.
         ValueError: the file is damaged, or of the other stage.
     """
-    found = find(Path(path).expanduser(), model)
+    found = find(located(path), model)
     return load_ckpt(found, model) if found.is_file() else load_folder(found, model)
 
 
