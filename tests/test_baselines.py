@@ -532,8 +532,11 @@ def test_command_vqgan_clip(call, tmp_path):
 def test_command_label_and_search(call, run):
     name = str(ALL_ATTRIBUTES[3])
     result = call("clipgen-baseline", "label", "--checkpoint", "run", "--label", name, "--label", 7, "--num-images", 2,
-                  "--output", "labels", "--device", "cpu")  # fmt: skip
+                  "--output", "labels", "--device", "cpu", "--guidance-power", 1)  # fmt: skip
     assert result.code == 0 and len(list(Path("labels").glob("0*.png"))) == 4, result.stderr
+    told = Image.open(next(Path("labels").glob("0*.png")))
+    told.load()
+    assert told.text["guidance_power"] == "1.0" and told.text["top_k"] == "300"
     options = ["--generator", "run", "--prompt", name, "--prompt", "a small red star on a black background",
                "--num-images", 5, "--device", "cpu"]  # fmt: skip
     result = call("clipgen-baseline", "search", *options, "--k", 3, "--output", "found", "--keep-all")

@@ -62,7 +62,7 @@ class LabelConditioned:
     As a generator it turns standard normal noise (B, noise_dim = num_tokens) and classes (B,) into images.
 
     Args:
-        settings: ``temperature``, ``top_k``, ``top_p``, ``guidance_scale`` as of ``ConditionalTransformer.sample``.
+        settings: of drawing, as of ``ConditionalTransformer.sample``.
     """
 
     def __init__(self, vqgan: VQGAN, transformer: LabelTransformer, **settings: Any):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.console import guarded
 from clipgen.cli.machine import best_device
 from clipgen.cli.output import output_folder, slug
+from clipgen.cli.settings import add_settings, settings_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +79,7 @@ def add_search(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threshold", type=float, help="of --table: mean CLIP score of real images, to count images to")
     p.add_argument("--keep-all", action="store_true", help="write every picture drawn, below OUTPUT/all")
     add_prompts(p)
-    add_sampling(p)
+    add_settings(p.add_argument_group("drawing, by our transformer"), given_only=True)
 
 
 def add_label(p: argparse.ArgumentParser) -> None:
@@ -87,7 +88,7 @@ def add_label(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpoint", required=True, help="its run folder")
     p.add_argument("--label", action="append", required=True, help="a class's name or number; several times")
     p.add_argument("--num-images", type=int, default=4, help="pictures a class (default: %(default)s)")
-    add_sampling(p)
+    add_settings(p, given_only=True)
 
 
 def add_prompts(p: argparse.ArgumentParser) -> None:
@@ -96,14 +97,6 @@ def add_prompts(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
     p.add_argument("--clip", help="another CLIP: a bundled name, a folder or an open_clip model")
     p.add_argument("--clip-pretrained", help="weights of the open_clip model")
-
-
-def add_sampling(p: argparse.ArgumentParser) -> None:
-    """The settings of our transformer; None leaves them to it, and to other generators."""
-    p.add_argument("--top-k", type=int, help="of our transformer (default: 300)")
-    p.add_argument("--top-p", type=float, help="of our transformer (default: 1)")
-    p.add_argument("--temperature", type=float, help="of our transformer (default: 1)")
-    p.add_argument("--guidance-scale", type=float, help="of our transformer (default: 1)")
 
 
 def run() -> None:
@@ -196,12 +189,6 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("prompt must not be empty, got ''")
     return prompts
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling settings that were given."""
-    names = ("temperature", "top_k", "top_p", "guidance_scale")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def seeds(args: argparse.Namespace) -> list[int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.console import guarded, rate_bar
 from clipgen.cli.machine import best_device, rank_and_world_size
 from clipgen.cli.output import output_folder
+from clipgen.cli.settings import add_settings, settings_of
 
 if TYPE_CHECKING:
     from clipgen.evaluation.collection import Source
@@ -40,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_argument_group("what to evaluate").add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", help="a stage-2 run folder, checkpoint, pipeline folder, hf-hub: name or shapes")
     what.add_argument("--images", type=Path, help="a folder of pictures, of whatever system")
-    what.add_argument("--vqgan", help="a stage-1 run folder, checkpoint or model folder: its reconstructions")
+    what.add_argument(
+        "--vqgan", help="a stage-1 run folder, checkpoint, model folder, hf-hub: name or shapes: its reconstructions"
+    )
     said = p.add_argument_group("sentences")
     said.add_argument("--captions", help="text (a sentence a line; FILE<tab>sentence), JSON (list, mapping, COCO), "
                       "or 'shapes'; default for --images: what the PNGs or .txt files beside them say")  # fmt: skip
@@ -62,11 +65,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--image-size", type=int, help="of --images and the reference (default: as the images)")
     draw = p.add_argument_group("drawing")
     draw.add_argument("--seed", type=int, default=0, help="image i draws from seed + i (default: %(default)s)")
-    draw.add_argument("--top-k", type=int, default=300)
-    draw.add_argument("--top-p", type=float, default=1.0)
-    draw.add_argument("--temperature", type=float, default=1.0)
-    draw.add_argument("--guidance-scale", type=float, default=1.0)
-    draw.add_argument("--guidance-power", type=float, default=0.0)
+    add_settings(draw)
     draw.add_argument("--rerank-from", type=int, default=1, help="draw so many a sentence, keep the one nearest to it")
     p.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (default: %(default)s)")
     p.add_argument("--name", help="of the table's row")
@@ -99,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for what no evaluation can do."""
     from clipgen.sampling import check_sampling
 
-    check_sampling(args.temperature, args.top_k, args.top_p, args.guidance_scale, args.guidance_power)
+    check_sampling(**settings_of(args))
     for name, least in (("num_images", 2), ("batch_size", 1), ("rerank_from", 1), ("image_size", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -165,10 +164,7 @@ def drawn(args: argparse.Namespace) -> tuple[Source, int]:
 
     captions = choose([caption for _, caption in sentences(args)], args.num_images, args.seed)
     pipe = TextToImage.load(args.checkpoint).to(args.device or best_device())
-    settings: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in ("temperature", "top_k", "top_p", "guidance_scale", "guidance_power", "rerank_from")
-    }
+    settings = settings_of(args) | {"rerank_from": args.rerank_from}
     draw = drawing(pipe, **settings)
     source = GeneratedImages(draw, captions, args.seed, settings | {"model": pipe.fingerprint}, args.batch_size)
     return source, args.image_size or pipe.image_size

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.console import guarded, rate_bar
 from clipgen.cli.machine import best_device
 from clipgen.cli.output import output_folder, slug
+from clipgen.cli.settings import SETTINGS, add_settings, settings_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     Named = tuple[str, Prompt]  # for captions and file names
 
-SETTINGS: dict[str, Any] = {"temperature": float, "top_k": int, "top_p": float, "guidance_scale": float,
-                            "guidance_power": float}  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 
 
@@ -54,13 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", type=Path, default=Path("samples"), help="folder for the PNGs, whose names end in "
                    "their seed (default: %(default)s)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="picture i draws from seed + i (default: %(default)s)")
-    p.add_argument("--top-k", type=int, default=300,
-                   help="keep the k likeliest codes (default: %(default)s, the paper's)")  # fmt: skip
-    p.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest codes up to p (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (default: %(default)s)")
-    p.add_argument("--guidance-scale", type=float, default=1.0, help="1 is none; needs a model trained for it")
-    p.add_argument("--guidance-power", type=float, default=0.0, help="above 0 guidance grows along the image, below it "
-                   "fades (default: %(default)s, the same everywhere)")  # fmt: skip
+    add_settings(p)
     p.add_argument("--rerank-from", type=int, help="draw so many and keep those that CLIP finds nearest")
     p.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="all combinations on one labelled sheet: "
                    "--sweep top_k=100,300 top_p=0.8,1.0")  # fmt: skip
@@ -84,7 +77,7 @@ def run() -> None:
     if args.origin:
         repeat_(args)
     prompts = read_prompts(args)
-    sweeps = read_sweep(args.sweep or [], {name: getattr(args, name) for name in SETTINGS})
+    sweeps = read_sweep(args.sweep or [], settings_of(args))
     for settings in sweeps:
         check_sampling(**settings)
     for prompt in (*(prompt for _, prompt in prompts), *(end for ends in args.interpolate for end in ends)):
@@ -200,7 +193,7 @@ def read_sweep(sweep: list[str], settings: dict[str, Any]) -> list[dict[str, Any
     for text in sweep:
         key, _, values = text.partition("=")
         try:
-            axes.append([(key, SETTINGS[key](value)) for value in values.split(",")])
+            axes.append([(key, SETTINGS[key][0](value)) for value in values.split(",")])
         except (KeyError, ValueError):
             names = ", ".join(SETTINGS)
             raise ValueError(f"sweep must be KEY=VALUE,VALUE with a key of {names}, got {text!r}") from None
