@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def grid(pictures: Sequence[Image.Image], columns: int | None = None, captions: 
          cell: int = 128) -> Image.Image:  # fmt: skip
     """Pictures in rows, each enlarged to ``cell`` pixels by whole factors where it is smaller, captions under them."""
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
-    font = ImageFont.load_default(size=11)
+    font = font_for("".join(captions or []))
     texts = [wrap(caption, cell, font) for caption in captions or [""] * len(pictures)]
     text_height = 13 * max(len(lines) for lines in texts) + 4 if captions else 0
     rows, gap = math.ceil(len(pictures) / columns), 6
@@ -56,6 +57,16 @@ def grid(pictures: Sequence[Image.Image], columns: int | None = None, captions: 
         sheet.paste(enlarged(picture, cell), (x, y))
         ImageDraw.Draw(sheet).multiline_text((x, y + cell + 2), "\n".join(lines), "black", font, spacing=1)
     return sheet
+
+
+def font_for(text: str) -> Any:
+    """Pillow's own font, which is ASCII only; for other texts matplotlib's DejaVu Sans (Latin, Cyrillic, Greek, Arabic,
+    ..., but no Chinese)."""
+    if text.isascii():
+        return ImageFont.load_default(size=11)
+    found = find_spec("matplotlib")  # importing it would take a while
+    assert found is not None and found.origin is not None
+    return ImageFont.truetype(str(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), 10)
 
 
 def enlarged(picture: Image.Image, cell: int) -> Image.Image:

@@ -55,6 +55,13 @@ def test_captions_get_room_and_are_drawn():
     assert np.asarray(with_caption)[6 + 64 :, :6].min() == 255  # nothing in the margin
 
 
+@pytest.mark.parametrize("letters", ["éü", "кж", "λω"])
+def test_captions_of_other_letters_than_asciis_are_legible(letters):
+    """Letters that a font lacks all look alike: boxes."""
+    one, other = (np.asarray(grid([plain("red")], cell=64, captions=[f"a {letter}"])) for letter in letters)
+    assert not np.array_equal(one, other)
+
+
 def test_small_pictures_keep_hard_pixels_and_large_ones_shrink():
     board = Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8)).convert("RGB")
     assert set(np.unique(np.asarray(enlarged(board, 64)))) == {0, 255}
