@@ -91,7 +91,7 @@ def wrap(text: str, width: int, font: Any) -> list[str]:
     return lines
 
 
-def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> Path:
+def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[Any, Any] | None = None) -> Path:
     """Write a PNG, whole or not at all; ``metadata`` goes into its text chunks, numbers as JSON."""
     info = PngInfo()
     for key, value in (metadata or {}).items():

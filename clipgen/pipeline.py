@@ -22,7 +22,7 @@ from clipgen.clip import FrozenCLIP
 from clipgen.frozen import load_clip, run_folder, save_frozen
 from clipgen.images import from_pil, to_pil
 from clipgen.prompts import Prompt, check_request, describe
-from clipgen.sampling import Watch, check_sampling, row_seeds
+from clipgen.sampling import DEFAULTS, Watch, check_sampling, row_seeds
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
@@ -190,7 +190,7 @@ class TextToImage:
         rows = torch.cat([self.embed(each) for each in prompts]).repeat_interleave(candidates, dim=0)
         given = None if complete is None else self.upper_indices(complete, keep)
         images = self.generate(rows, seeds * len(prompts), **settings, given=given, preview=preview)
-        told = settings | self._told() | ({} if complete is None else {"complete": keep})
+        told = settings | self._told(None if complete is None else keep)
         pictures = []
         for each, drawn in zip(prompts, images.split(candidates)):
             order = self._nearest(each, drawn)[:num_images] if rerank_from else list(range(num_images))
@@ -200,10 +200,11 @@ class TextToImage:
                 pictures.append(picture)
         return pictures
 
-    def _told(self) -> dict[str, str]:
-        """What metadata say of the model."""
+    def _told(self, kept: float | None) -> dict[str, Any]:
+        """What metadata say of the model, and of the part of a picture that was taken over."""
         dtype = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}
-        return dict(clipgen=clipgen.__version__, model=self.fingerprint) | dtype
+        complete = {} if kept is None else {"complete": kept}
+        return dict(clipgen=clipgen.__version__, model=self.fingerprint) | dtype | complete
 
     def _nearest(self, prompt: Prompt, images: Tensor) -> list[int]:
         """The order in which CLIP finds images fit a prompt: the sentence itself, not where the bridge moves it."""
@@ -297,8 +298,9 @@ class TextToImage:
         return self.vqgan.encode(images)[:, :rows].flatten(1)
 
     def interpolate(self, first: Prompt, second: Prompt, steps: int = 8, *, seed: int | None = None,
+                    complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
                     **settings: Any) -> list[Image.Image]:  # fmt: skip
-        """Pictures on the arc between two prompts' embeddings, all from one seed; ``settings`` as of ``__call__``."""
+        """Pictures on the arc between two prompts' embeddings, all from one seed; the rest is as of ``__call__``."""
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
         for prompt in (first, second):
@@ -308,4 +310,10 @@ class TextToImage:
         t = torch.linspace(0, 1, steps, device=a.device)[:, None]
         arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
         (one,) = row_seeds(seed, 1)
-        return to_pil(self.generate(arc, [one] * steps, **settings))
+        given = None if complete is None else self.upper_indices(complete, keep)
+        told = self._told(None if complete is None else keep)
+        pictures = to_pil(self.generate(arc, [one] * steps, given=given, preview=preview, **settings))
+        ends = [dict(end) if isinstance(end, Mapping) else describe(end) for end in (first, second)]
+        for picture in pictures:
+            picture.info.update(interpolate=ends, steps=steps, seed=one, **DEFAULTS | settings | told)
+        return pictures

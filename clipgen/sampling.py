@@ -11,6 +11,7 @@ from torch import Tensor
 
 Step = Callable[[int, "Tensor | None"], Tensor]  # (position, previous index (B,)) -> logits (B, K)
 Watch = Callable[[Tensor], None]
+DEFAULTS = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0, guidance_power=0.0)  # k, p: the paper's
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0,

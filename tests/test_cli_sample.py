@@ -188,6 +188,24 @@ def test_every_kind_of_request_at_once(call, runs, tmp_path):
     assert {"grid.png", "preview.png"} < set(files) and any(name.startswith("interpolation_00") for name in files)
 
 
+def test_strips_are_drawn_again_and_swept(call, runs, tmp_path):
+    """What lies between two sentences, completed too, by each of the settings."""
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    options = ["--complete", "red.png", "--checkpoint", runs[1]]
+    request = ["--interpolate", PROMPT, "a red star", "--num-images", 3, "--seed", 5, "--sweep", "top_k=1,9"]
+    result = call(*request, *options, "--output", "a")
+    assert result.code == 0, result.stderr
+    strips = sorted((tmp_path / "a").iterdir())
+    name = "interpolation_00_a-large-blue-ring-on-a-white-background_a-red-star{}.png"
+    assert [strip.name for strip in strips] == [name.format("_top_k-1"), name.format("_top_k-9")]
+    for number, strip in enumerate(strips):
+        result = call("--from", strip, *options, "--output", number)
+        assert result.code == 0, result.stderr
+        assert (tmp_path / str(number) / name.format("")).read_bytes() == strip.read_bytes()
+    result = call("--from", strips[0], "--checkpoint", runs[1])
+    assert result.code == 1 and "completes a picture which it does not hold: give --complete" in result.stderr
+
+
 @pytest.mark.parametrize(
     "request_",
     [

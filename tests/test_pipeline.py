@@ -20,6 +20,7 @@ from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.images import from_pil, to_pil
 from clipgen.nets.decode import CompiledDecoder
 from clipgen.prompts import describe, parse_mixture
+from clipgen.sampling import DEFAULTS
 from clipgen.transformer import ConditionalTransformer
 
 PROMPT = "a large blue ring on a white background"
@@ -280,6 +281,9 @@ def test_interpolation_goes_from_one_to_the_other(pipe):
     assert len(strip) == 5
     for picture, prompt in ((strip[0], PROMPT), (strip[-1], STAR)):
         assert np.abs(np.asarray(picture).astype(int) - np.asarray(pipe(prompt, seed=7)[0])).max() <= 1
+    between = pipe.interpolate({PROMPT: 1.0}, STAR, steps=2, seed=7, top_k=5)[1].info
+    asked = {"interpolate": [{PROMPT: 1.0}, STAR], "steps": 2, "seed": 7, "model": pipe.fingerprint}
+    assert between.items() >= (asked | DEFAULTS | {"top_k": 5}).items()
     with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
         pipe.interpolate(PROMPT, STAR, steps=1)
 

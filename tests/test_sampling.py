@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import math
 
 import numpy as np
@@ -10,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from clipgen.sampling import check_sampling, decode, draw, guidance_scales, guided, random_streams, row_seeds
+from clipgen import ConditionalTransformer, TextToImage
+from clipgen.cli.settings import add_settings, settings_of
+from clipgen.sampling import DEFAULTS, check_sampling, decode, draw, guidance_scales, guided, random_streams, row_seeds
 
 SETTINGS = [
     dict(temperature=1.0, top_k=300, top_p=1.0),
@@ -193,3 +197,12 @@ def test_senseless_settings_are_refused(name, value):
     settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0, guidance_power=0.0) | {name: value}
     with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
         check_sampling(**settings)
+
+
+def test_the_settings_are_the_same_everywhere():
+    """Signatures spell them out, for people; commands, for they must not import torch to say --help."""
+    for function in (TextToImage.__call__, ConditionalTransformer.sample):
+        found = inspect.signature(function).parameters
+        assert {name: found[name].default for name in DEFAULTS} == DEFAULTS
+    add_settings(parser := argparse.ArgumentParser())
+    assert settings_of(parser.parse_args([])) == DEFAULTS

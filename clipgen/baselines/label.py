@@ -69,7 +69,7 @@ class LabelConditioned:
         if vqgan.codebook_size != transformer.codebook_size:
             raise ValueError(f"codebook_size must be {vqgan.codebook_size}, got {transformer.codebook_size}")
         self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
-        self.settings: dict[str, Any] = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0) | settings
+        self.settings: dict[str, Any] = sampling.DEFAULTS | settings
         sampling.check_sampling(**self.settings)
         self.noise_dim, self.class_names = transformer.num_tokens, transformer.class_names
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded
 from clipgen.cli.machine import best_device
-from clipgen.cli.output import output_folder, slug
+from clipgen.cli.output import file_name, output_folder
 from clipgen.cli.settings import add_settings, settings_of
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class Sheet:
         from clipgen.images import save_png, to_pil
 
         for picture, caption, seed, info in zip(to_pil(images), captions, seeds, infos):
-            name = f"{self.number:02d}_{slug(caption)}_{seed}.png"
+            name = file_name(f"{self.number:02d}", caption, str(seed))
             print(save_png(picture, self.output / name, {"seed": seed, **info, **self.common}))
             self.pictures.append(picture)
             shown = f" ({info['clip_score']:.3f})" if "clip_score" in info else ""

@@ -44,6 +44,11 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"output must be a folder that can be written to, got {folder}: {error.strerror}") from error
 
 
+def file_name(*parts: str) -> str:
+    """The name of a picture, of what makes it; empty parts are left out."""
+    return "_".join(filter(None, map(slug, parts))) + ".png"
+
+
 def slug(prompt: str) -> str:
     """A prompt as part of a file name, of which systems take 255 bytes."""
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode()[:100].decode(errors="ignore")

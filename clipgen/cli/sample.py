@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded, rate_bar
 from clipgen.cli.machine import best_device
-from clipgen.cli.output import output_folder, slug
+from clipgen.cli.output import file_name, output_folder
 from clipgen.cli.settings import SETTINGS, add_settings, settings_of
 
 if TYPE_CHECKING:
@@ -41,9 +41,14 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
     what.add_argument("--image", type=Path, action="append", default=[], help="a picture, for variations of it")
     what.add_argument("--mix", action="append", default=[], help='"0.7 a cat + 0.3 a dog"; weights may be negative')
-    what.add_argument("--interpolate", nargs=2, metavar=("A", "B"), action="append", default=[],
-                      help="two sentences: a strip of --num-images pictures between them; without --complete and "
-                      "--rerank-from, and by a sweep's first settings")  # fmt: skip
+    what.add_argument(
+        "--interpolate",
+        nargs=2,
+        metavar=("A", "B"),
+        action="append",
+        default=[],
+        help="two sentences: a strip of --num-images pictures between them",
+    )
     what.add_argument("--from", type=Path, dest="origin", help="a picture of this command: draw it again, exactly")
     p.add_argument("--complete", type=Path, help="a picture whose upper half is taken over; alone, the rest shall suit "
                    "it")  # fmt: skip
@@ -104,39 +109,67 @@ def prepared(pipe: TextToImage, args: argparse.Namespace) -> TextToImage:
 
 def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], complete: Image.Image | None,
          args: argparse.Namespace) -> None:  # fmt: skip
-    """Draw and write every picture, and the sheet of all."""
+    """Draw and write every picture, the strips, and the sheet of all pictures."""
     from clipgen.images import grid, save_png
 
-    labels = [" ".join(f"{k}={s[k]}" for k in s if len({t[k] for t in sweeps}) > 1) for s in sweeps]
-    drawn: list[tuple[int, str, Image.Image]] = []  # number of prompt and settings, caption, picture
-    count = len(prompts) * len(sweeps) * (args.rerank_from or args.num_images) + len(args.interpolate) * args.num_images
-    with progress(count, pipe, args) as preview:
-        options = dict(seed=args.seed, rerank_from=args.rerank_from, complete=complete, preview=preview)
-        for row, column, picture in all_of(pipe, prompts, sweeps, args.num_images, options):
-            number, name, label = row * len(sweeps) + column, prompts[row][0], labels[column]
-            parts = [f"{number:02d}", slug(name), slug(label), str(picture.info["seed"])]
-            print(save_png(picture, args.output / f"{'_'.join(filter(None, parts))}.png", picture.info))  # type: ignore[arg-type]
-            drawn.append((number, label or name, picture))
-        for number, (first, second) in enumerate(args.interpolate):
-            steps = max(args.num_images, 2)
-            strip = pipe.interpolate(first, second, steps, seed=args.seed, preview=preview, **sweeps[0])
-            name = f"interpolation_{number:02d}_{slug(first)}_{slug(second)}.png"
-            print(save_png(grid(strip, columns=len(strip)), args.output / name))
+    count = len(prompts) * (args.rerank_from or args.num_images) + len(args.interpolate) * strip_length(args)
+    with progress(count * len(sweeps), pipe, args) as preview:
+        options = dict(seed=args.seed, complete=complete, preview=preview)
+        drawn = draw_pictures(pipe, prompts, sweeps, options, args)
+        draw_strips(pipe, sweeps, options, args)
     if drawn:
         columns = args.num_images if len(prompts) * len(sweeps) > 1 else None
         _, captions, pictures = zip(*sorted(drawn, key=lambda each: each[0]))
         print(save_png(grid(pictures, columns=columns, captions=captions), args.output / "grid.png"))
 
 
-def all_of(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], num_images: int,
-           options: dict[str, Any]) -> Iterator[tuple[int, int, Image.Image]]:  # fmt: skip
+def draw_pictures(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], options: dict[str, Any],
+                  args: argparse.Namespace) -> list[tuple[int, str, Image.Image]]:  # fmt: skip
+    """Draw and write those of all prompts -> number of prompt and settings, caption, picture."""
+    from clipgen.images import save_png
+
+    drawn, labels = [], labels_of(sweeps)
+    for row, column, picture in all_of(pipe, prompts, sweeps, options, args):
+        number, name, label = row * len(sweeps) + column, prompts[row][0], labels[column]
+        file = file_name(f"{number:02d}", name, label, str(picture.info["seed"]))
+        print(save_png(picture, args.output / file, picture.info))
+        drawn.append((number, label or name, picture))
+    return drawn
+
+
+def draw_strips(pipe: TextToImage, sweeps: list[dict[str, Any]], options: dict[str, Any],
+                args: argparse.Namespace) -> None:  # fmt: skip
+    """Draw and write what lies between two prompts."""
+    from clipgen.images import grid, save_png
+    from clipgen.prompts import describe
+
+    labelled = list(zip(labels_of(sweeps), sweeps))
+    for (i, (first, second)), (label, settings) in product(enumerate(args.interpolate), labelled):
+        strip = pipe.interpolate(first, second, strip_length(args), **options, **settings)
+        file = file_name(f"interpolation_{i:02d}", describe(first), describe(second), label)
+        print(save_png(grid(strip, columns=len(strip)), args.output / file, strip[0].info))
+
+
+def strip_length(args: argparse.Namespace) -> int:
+    """Pictures of an interpolation: its ends at least."""
+    return max(args.num_images, 2)
+
+
+def labels_of(sweeps: list[dict[str, Any]]) -> list[str]:
+    """Each as what tells it from the others."""
+    return [" ".join(f"{k}={s[k]}" for k in s if len({t[k] for t in sweeps}) > 1) for s in sweeps]
+
+
+def all_of(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], options: dict[str, Any],
+           args: argparse.Namespace) -> Iterator[tuple[int, int, Image.Image]]:  # fmt: skip
     """Every prompt by all settings, as many prompts at once as fit -> index of the prompt, of the settings, picture."""
     guided = any(settings["guidance_scale"] != 1 for settings in sweeps)
-    at_once = max(pipe.batch_size(guided) // (options["rerank_from"] or num_images), 1)
+    at_once = max(pipe.batch_size(guided) // (args.rerank_from or args.num_images), 1)
     for first, (column, settings) in product(range(0, len(prompts), at_once), enumerate(sweeps)):
         some = [prompt for _, prompt in prompts[first : first + at_once]]
-        for i, picture in enumerate(pipe(some, num_images, **options, **settings)):
-            yield first + i // num_images, column, picture
+        pictures = pipe(some, args.num_images, rerank_from=args.rerank_from, **options, **settings)
+        for i, picture in enumerate(pictures):
+            yield first + i // args.num_images, column, picture
 
 
 @contextmanager
@@ -167,7 +200,7 @@ def read_prompts(args: argparse.Namespace) -> list[Named]:
     lines = [line for file in args.prompts_file for line in read_sentences(file)]
     mixtures = [parse_mixture(mix) if isinstance(mix, str) else mix for mix in args.mix]
     prompts: list[Named] = [(describe(prompt), prompt) for prompt in (*args.prompt, *lines, *mixtures)]
-    images = args.image or [args.complete] * bool(args.complete and not prompts)
+    images = args.image or [args.complete] * bool(args.complete and not (prompts or args.interpolate))
     prompts += [(path.stem, read_picture(path)) for path in images]
     if not prompts and not args.interpolate:
         ways = "--prompt, --prompts-file, --image, --mix, --complete, --interpolate or --from"
@@ -209,24 +242,28 @@ def repeat_(args: argparse.Namespace) -> None:
             picture.load()
             found = dict(getattr(picture, "text", {}))
         known = {name: json.loads(found[name]) for name in ("seed", *SETTINGS)}
-        prompt, args.dtype = found["prompt"], found.get("dtype", DTYPES[0])
+        strip, args.dtype = json.loads(found.get("interpolate", "[]")), found.get("dtype", DTYPES[0])
+        asked, count = strip or [found["prompt"]], int(found.get("steps", 1))
         if args.dtype not in DTYPES:
             raise ValueError(args.dtype)
     except (KeyError, ValueError, OSError, SyntaxError) as error:  # Pillow's, of a file that breaks off
         if isinstance(error, OSError) and error.filename:  # the system's
             raise
         raise ValueError(f"{args.origin} is no picture of clipgen-sample: it does not tell its settings") from error
-    if prompt in ("an image", "an embedding"):
-        raise ValueError(f"{args.origin} was drawn of {prompt}, which it does not hold: give --image and --seed")
+    for prompt in asked:
+        if prompt in ("an image", "an embedding"):
+            raise ValueError(f"{args.origin} was drawn of {prompt}, which it does not hold: give --image and --seed")
     if "complete" in found and not args.complete:
         raise ValueError(f"{args.origin} completes a picture which it does not hold: give --complete")
     if "mixture" in found:
         args.mix.append(json.loads(found["mixture"]))
+    elif strip:
+        args.interpolate.append(strip)
     else:
-        args.prompt.append(prompt)
+        args.prompt += asked
     for name, value in known.items():
         setattr(args, name, value)
-    args.num_images, args.fingerprint = 1, found.get("model")
+    args.num_images, args.fingerprint = count, found.get("model")
 
 
 def newest_run(outputs: Path) -> str | None:
