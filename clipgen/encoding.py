@@ -120,7 +120,7 @@ def begin(root: Path, manifest: dict[str, Any], vqgan: VQGAN, clip: FrozenCLIP) 
     path = root / MANIFEST
     for patience in (1, 2, 4, 8, 0):
         if path.is_file():
-            return check_same(root, read_json(path), manifest)
+            return check_cache(root, read_json(path), manifest)
         try:
             root.mkdir(parents=True, exist_ok=True)
             save_frozen(root, vqgan, clip)
@@ -131,7 +131,7 @@ def begin(root: Path, manifest: dict[str, Any], vqgan: VQGAN, clip: FrozenCLIP) 
             time.sleep(patience)
 
 
-def check_same(root: Path, found: dict[str, Any], manifest: dict[str, Any]) -> None:
+def check_cache(root: Path, found: dict[str, Any], manifest: dict[str, Any]) -> None:
     """Raise ValueError, naming the first difference, where a cache was made with other settings."""
     if other := [key for key in manifest if found.get(key) != json.loads(json.dumps(manifest[key]))]:
         key = other[0]

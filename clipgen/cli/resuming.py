@@ -99,13 +99,13 @@ def find_checkpoint(resume: str | None, model: pl.LightningModule, max_steps: in
         raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
     checkpoint = read_checkpoint(path)
     check_model(checkpoint.get("clipgen_model"), type(model).__name__, path)
-    check_same(checkpoint, model, path)
+    check_network(checkpoint, model, path)
     if 0 <= max_steps < (step := checkpoint["global_step"]):
         raise ValueError(f"trainer.max_steps must be at least {step}, where {path} stands, got {max_steps}")
     return str(path)
 
 
-def check_same(checkpoint: dict[str, Any], model: pl.LightningModule, path: Path) -> None:
+def check_network(checkpoint: dict[str, Any], model: pl.LightningModule, path: Path) -> None:
     """Raise ValueError where a checkpoint's network or optimizer is not the model's."""
     arguments, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     kinds = [found.get("optimizer") for found in (arguments, model.hparams)]
