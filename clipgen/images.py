@@ -26,6 +26,18 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")
 
 
+def images_of(batch: Any) -> Tensor:
+    """The images of a batch, which may hold more.
+
+    Raises:
+        TypeError: it is no ``{"images": images}``: torchvision's data sets give tuples, and values in [0, 1].
+    """
+    if isinstance(batch, Mapping) and "images" in batch:
+        return batch["images"]
+    got = f"one of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    raise TypeError(f'a batch must be {{"images": (B, 3, H, W) in [-1, 1]}}, got {got}')
+
+
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [-1, 1] -> what a file would hold of them, uint8."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from clipgen import losses, sampling
 from clipgen.bridge import noisy_condition
 from clipgen.clip import FrozenCLIP
+from clipgen.images import images_of
 from clipgen.nets.decode import CachedDecoder, CompiledDecoder
 from clipgen.nets.gpt import ConditionalGPT2
 from clipgen.optim import OPTIMIZERS, MovingAverage, make_optimizer, schedule
@@ -233,7 +234,9 @@ class ConditionalTransformer(pl.LightningModule):
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """What stage 2 learns from, indices (B, T) and CLIP embeddings (B, E): of a batch's images, or as cached."""
-        return self.encode(batch["images"]) if "images" in batch else (batch["indices"], batch["clip_embedding"])
+        if {"indices", "clip_embedding"} <= set(batch):
+            return batch["indices"], batch["clip_embedding"]
+        return self.encode(images_of(batch))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

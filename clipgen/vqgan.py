@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgen import losses
-from clipgen.images import check_images, to_bytes
+from clipgen.images import check_images, images_of, to_bytes
 from clipgen.lpips import load_lpips, lpips_from_state
 from clipgen.nets.autoencoder import Autoencoder
 from clipgen.nets.discriminator import PatchDiscriminator
@@ -219,7 +219,7 @@ class VQGAN(pl.LightningModule):
                     judge.compile()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        images = batch["images"]
+        images = images_of(batch)
         if self.h.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.h.kmeans_iters and self.global_step == batch_idx == 0:
@@ -310,7 +310,7 @@ class VQGAN(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Log the losses, and PSNR of the reconstruction as a file would hold it, in 8 bits; return that."""
-        images = batch["images"]
+        images = images_of(batch)
         reconstruction, quantized = self.autoencode(images)
         self.counts += count_codes(quantized.indices, self.codebook_size)
         terms = self.autoencoder_loss(images, reconstruction, quantized)

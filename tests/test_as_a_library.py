@@ -252,6 +252,19 @@ def test_what_would_be_taken_for_something_else(pipe, tiny_transformer, tiny_vqg
             pipe("a red star", **arguments)
 
 
+@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
+@pytest.mark.parametrize(
+    ("rows", "got"),
+    [(lambda i: (i, 3), "a list"), (lambda i: i, "a Tensor"), (lambda i: {"pixels": i}, "one of pixels")],
+)
+def test_batches_of_other_libraries(tiny_vqgan, tiny_transformer, shapes_clip, images, stage, rows, got):
+    """Such as torchvision's, of (image, label), whose values lie in [0, 1]."""
+    module = tiny_vqgan if stage == "vqgan" else tiny_transformer.attach(tiny_vqgan, shapes_clip)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(TypeError, match=rf'a batch must be {{"images": \(B, 3, H, W\) in \[-1, 1\]}}, got {got}'):
+        trainer.fit(module, DataLoader([rows(image) for image in images], 4))
+
+
 def test_features_that_are_compared_have_a_name(tmp_path, images):
     measure = Measure(Features(lambda pixels: pixels.mean((2, 3))), radii=(0,))
     with pytest.raises(ValueError, match="features must have an identity"):
