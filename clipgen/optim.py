@@ -37,9 +37,13 @@ def factor(kind: str, warmup_steps: int, total_steps: float, start: int = 0) -> 
 
 
 def optimizer_steps(trainer: Any, accumulate: int) -> float:
-    """Steps that a training will take where a module accumulates by itself: Lightning counts one a batch."""
-    batches = trainer.estimated_stepping_batches
-    return batches if batches == trainer.max_steps else math.ceil(batches / accumulate)
+    """Steps that a training will take where a module accumulates by itself: Lightning counts one a batch. The last step
+    of an epoch may have fewer batches."""
+    batches = trainer.estimated_stepping_batches  # sets up the data, too
+    if trainer.max_epochs == -1 or math.isinf(trainer.num_training_batches):
+        return batches
+    steps = math.ceil(trainer.num_training_batches / accumulate) * trainer.max_epochs
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
 class MovingAverage(AveragedModel):

@@ -103,3 +103,15 @@ def test_the_discriminator_ends_with_the_generator(images):
                          enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     trainer.fit(vqgan, DataLoader([{"images": image} for image in images] * 3, batch_size=4))
     assert [each.get_last_lr() for each in vqgan.lr_schedulers()] == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize(("batches", "max_steps", "steps"), [(5, -1, 6), (6, -1, 6), (5, 9, 6), (5, 4, 4)])
+def test_a_cosine_ends_with_the_last_epoch_where_batches_accumulate(images, batches, max_steps, steps):
+    """An epoch's last step may have fewer batches than the others, and is a step all the same."""
+    vqgan = VQGAN(**VQGAN_SIZES | dict(schedule="cosine", accumulate=3))
+    trainer = pl.Trainer(max_epochs=3, max_steps=max_steps, accelerator="cpu", logger=False, enable_progress_bar=False,
+                         enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(vqgan, DataLoader([{"images": image} for image in images[:batches]], batch_size=1))
+    assert trainer.global_step == steps
+    rate = vqgan.lr_schedulers().lr_lambdas[0]
+    assert rate(steps - 1) > 0.01 and rate(steps) == pytest.approx(0)
