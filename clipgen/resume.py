@@ -144,3 +144,27 @@ class StepSeeds(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         place = f"{self.seed} {trainer.fit_loop.epoch_loop.total_batch_idx} {trainer.global_rank}"
         torch.manual_seed(hashed_seed(place))
+
+
+class GivenSettings(pl.Callback):
+    """Lets a resumed run train at the learning rate, betas and weight decay that it is given: those of its checkpoint,
+    which Lightning brings back with the optimizers, would be used in silence."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:  # optimizers are as configured
+        self.given = [[plain_settings(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        self.rates = [list(config.scheduler.base_lrs) for config in trainer.lr_scheduler_configs]
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:  # the checkpoint's
+        for optimizer, given in zip(trainer.optimizers, self.given):
+            for group, settings in zip(optimizer.param_groups, given):
+                group.update(settings)
+        for config, rates in zip(trainer.lr_scheduler_configs, self.rates):
+            schedule: Any = config.scheduler
+            schedule.base_lrs = rates
+            for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas):
+                group["lr"] = rate * factor(schedule.last_epoch)
+
+
+def plain_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's group is trained with, but for its parameters."""
+    return {name: value for name, value in group.items() if name != "params"}

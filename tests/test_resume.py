@@ -175,6 +175,27 @@ def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
 
 
+@pytest.mark.parametrize(
+    ("stage", "kind", "more"),
+    [("vqgan", "shapes", []), ("transformer", "encoded", ["vqgan=vqgan", "model.weight_decay=0.5"])],
+)
+def test_what_is_given_on_resuming_is_what_trains(call, sources, stage, kind, more):
+    """Not the learning rate, betas and weight decay that the checkpoint's optimizers were made with."""
+    run = [*STAGES[stage], *sources[kind], *more[:1]]
+    given = ["model.learning_rate=1e-5", "model.betas=[0.1,0.2]", "trainer.max_steps=5", *more[1:]]
+    for options in ([*run, *given, "output=new"], [*run, "trainer.max_steps=3", "output=old"], ["resume=old", *given]):
+        result = call("clipgen-train", *options)
+        assert result.code == 0, result.stderr
+    assert settings("old") == settings("new")
+
+
+def settings(run: str) -> list[dict[str, Any]]:
+    """What each group of parameters is trained with."""
+    checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
+    groups = [group for optimizer in checkpoint["optimizer_states"] for group in optimizer["param_groups"]]
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
 @pytest.mark.slow
 def test_two_processes_resume_as_one_run(sources, tmp_path):
     """From the cache, under DDP."""

@@ -152,9 +152,9 @@ def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     from clipgen.callbacks import Results
     from clipgen.cli.config import make
     from clipgen.cli.progress import ProgressReport
-    from clipgen.resume import StepSeeds
+    from clipgen.resume import GivenSettings, StepSeeds
 
-    found = [StepSeeds(config.seed)]
+    found = [StepSeeds(config.seed), GivenSettings()]
     if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
         found.append(make(config.pictures, folder=output / "pictures"))
     if "metrics" in config:
