@@ -106,3 +106,9 @@ def differentiable_codes(logits: Tensor, codebook: Tensor, kind: str) -> Tensor:
     if kind == "expected":
         return mean
     return mean + (F.embedding(logits.argmax(dim=-1), codebook) - mean).detach()
+
+
+def weight_in_mean(rows: int) -> int:
+    """How much a batch counts in a mean over the batches of all ranks, to be logged as its size: Lightning takes the
+    ranks' mean of the sizes and drops the fraction, which a multiple of the number of ranks has not."""
+    return rows * (dist.get_world_size() if dist.is_initialized() else 1)

@@ -278,7 +278,7 @@ class ConditionalTransformer(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.inputs(batch)
         loss, _ = self.network(indices, clip_embedding, with_loss=True)
-        self.log("val/cross_entropy", loss, batch_size=len(indices), sync_dist=True)
+        self.log("val/cross_entropy", loss, batch_size=losses.weight_in_mean(len(indices)), sync_dist=True)
 
     # -------------------------------------------------------------------------------------------------------- files
 

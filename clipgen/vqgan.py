@@ -318,7 +318,8 @@ class VQGAN(pl.LightningModule):
         picture = to_bytes(reconstruction).float() / 127.5 - 1
         squared = ((picture - images) / 2).square().mean(dim=(1, 2, 3))
         terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()  # dB, mean over images; peak 1 for [0, 1]
-        self.log_dict({f"val/{name}": v for name, v in terms.items()}, batch_size=len(images), sync_dist=True)
+        logged, weight = {f"val/{name}": v for name, v in terms.items()}, losses.weight_in_mean(len(images))
+        self.log_dict(logged, batch_size=weight, sync_dist=True)
         return picture
 
     def on_validation_epoch_end(self) -> None:

@@ -7,11 +7,12 @@ import json
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from commands import command
 from conftest import TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig
 
 from clipgen import TextToImage
@@ -320,6 +321,27 @@ SIZES = ["data.batch_size=4", "data.train_size=64", "data.val_size=8", "trainer.
          "model.n_head=2", "model.n_embd=32", "model.learning_rate=1e-3", "model.weight_decay=0.1", "logger=none",
          "trainer.accelerator=cpu", "trainer.devices=2", "model.condition_dropout=0.3", "model.warmup_steps=1",
          "model.schedule=constant", "trainer.val_check_interval=4"]  # fmt: skip
+
+
+class Uneven(IterableDataset):
+    """Of three items one rank has the first, and the other the rest."""
+
+    def __init__(self, items: list[dict[str, Tensor]]) -> None:
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items[1:] if dist.get_rank() else self.items[:1])
+
+
+@pytest.mark.slow
+def test_two_processes_validate_each_image_as_often(tmp_path):
+    """Though one has more of them than the other, as of tar shards."""
+    transformer, items = model(), cached(3)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", default_root_dir=tmp_path, **QUIET)
+    (found,) = trainer.validate(transformer, DataLoader(Uneven(items), batch_size=2), verbose=False)
+    indices, embedding = (torch.stack([item[name] for item in items]) for name in ("indices", "clip_embedding"))
+    expected = F.cross_entropy(transformer.eval()(indices, embedding).flatten(0, 1), indices.flatten())
+    assert found["val/cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from clipgen.evaluation.features import feature_extractor
+from clipgen.losses import weight_in_mean
 from clipgen.lpips import load_lpips
 from clipgen.vqgan import VQGAN
 
@@ -57,7 +58,7 @@ class ReconstructionMetrics(pl.Callback):
             self.metrics["rfid"].update(reconstruction, real=False)
         if self.lpips is not None:
             distance = self.lpips.to(images.device)(images, reconstruction).mean()
-            module.log("val/lpips", distance, batch_size=len(images), sync_dist=True)
+            module.log("val/lpips", distance, batch_size=weight_in_mean(len(images)), sync_dist=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if isinstance(module, VQGAN) and not trainer.sanity_checking:
