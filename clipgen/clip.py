@@ -79,7 +79,10 @@ class FrozenCLIP(nn.Module):
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = load_tokenizer(folder, name, model.context_length)
         self.image_size = open_clip.transformer.to_2tuple(model.visual.image_size)[0]
-        self.resize_mode = getattr(model.visual, "preprocess_cfg", {}).get("resize_mode", "shortest")
+        preprocessing = getattr(model.visual, "preprocess_cfg", {})
+        self.resize_mode = preprocessing.get("resize_mode", "shortest")
+        bilinear = preprocessing.get("interpolation") == "bilinear"  # MobileCLIP, CLIPA, PE; as open_clip's own
+        self.interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
         for key in ("mean", "std"):
             value = getattr(model.visual, f"image_{key}", None) or getattr(open_clip, f"OPENAI_DATASET_{key.upper()}")
             self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
@@ -105,7 +108,7 @@ class FrozenCLIP(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] of any size -> CLIP's input size, mean and std; differentiable."""
         square = [self.image_size, self.image_size]
         size = square if self.resize_mode == "squash" else square[:1]  # one number: of the short side
-        images = TF.resize((images + 1) / 2, size, InterpolationMode.BICUBIC, antialias=True)
+        images = TF.resize((images + 1) / 2, size, self.interpolation, antialias=True)
         return (TF.center_crop(images, square) - self.mean) / self.std
 
     def encode_image(self, images: Tensor) -> Tensor:

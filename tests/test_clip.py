@@ -19,7 +19,7 @@ from clipgen.images import to_pil
 CAPTIONS = [str(attributes) for attributes in ALL_ATTRIBUTES]
 
 
-def write_clip(folder: Path, resize_mode: str = "shortest") -> Path:
+def write_clip(folder: Path, **preprocessing: str) -> Path:
     """A CLIP folder in open_clip's layout, with random weights and open_clip's own tokenizer."""
     vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
     text = {"context_length": 8, "width": 32, "heads": 2, "layers": 1, "vocab_size": 49408}
@@ -27,7 +27,7 @@ def write_clip(folder: Path, resize_mode: str = "shortest") -> Path:
     folder.mkdir(parents=True)
     config = {
         "model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text},
-        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "resize_mode": resize_mode},
+        "preprocess_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], **preprocessing},
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
@@ -83,15 +83,17 @@ def test_never_in_training_mode(shapes_clip):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("size", [(32, 32), (96, 96), (48, 80), (100, 64), (20, 24)], ids=str)
-def test_preprocessing_is_open_clips(tmp_path, size, resize_mode):
+def test_preprocessing_is_open_clips(tmp_path, size, resize_mode, interpolation):
     """Against the PIL transform that open_clip builds for the model, to a few of PIL's 256 levels.
 
     Ours keeps the overshoot of the bicubic filter, which PIL cuts off: a clamp would stop gradients.
     """
-    clip = FrozenCLIP(str(write_clip(tmp_path / "clip", resize_mode)))
-    transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'clip'}")[2]
+    folder = write_clip(tmp_path / "clip", resize_mode=resize_mode, interpolation=interpolation)
+    clip = FrozenCLIP(str(folder))
+    transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")[2]
     smooth = F.interpolate(torch.rand(4, 3, 6, 6), size=size, mode="bicubic").clamp(0, 1) * 2 - 1
     ours = clip.preprocess(smooth)
     theirs = torch.stack([transform(picture) for picture in to_pil(smooth)])
