@@ -169,6 +169,7 @@ def test_stage_1_is_the_papers(name):
     assert model.perceptual_weight > 0 and model.discriminator_weight > 0 and model.dropout == 0
     assert (model.learning_rate, model.schedule, model.warmup_steps) == (4.5e-6, "constant", 0)
     assert (config.data.batch_size, config.data.image_size, config.trainer.max_epochs) == (16, 256, 100)
+    assert config.data.flip is False  # resize and random crop, says supplement A
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
     with torch.device("meta"):
         vqgan = make(model)
@@ -193,6 +194,7 @@ def test_stage_2_is_the_papers(name, sizes, batch_size, max_steps, parameters, t
     assert (model.learning_rate, model.weight_decay, model.schedule, model.warmup_steps) == (1e-5, 0, "constant", 0)
     assert (model.condition_dropout, model.condition_cosine) == (0, 1)  # both are ours
     assert (config.data.batch_size, config.data.image_size, config.trainer.max_steps) == (batch_size, 256, max_steps)
+    assert config.data.flip is False
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
     assert (config.pictures.top_k, config.pictures.top_p) == (300, 1.0)
     with torch.device("meta"):
