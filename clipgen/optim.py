@@ -20,6 +20,11 @@ def schedule(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: fl
     optimizer that takes its first step at step ``start`` of the training, where it warms up and the cosine goes on."""
     if kind not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
+    if kind != "constant" and total_steps < 0:  # -1 is Lightning's word for epochs of a stream
+        raise ValueError(
+            f"schedule must be 'constant' where an epoch has no end, got {kind!r}: give trainer.max_steps, or "
+            "trainer.limit_train_batches with trainer.max_epochs"
+        )
     return LambdaLR(optimizer, factor(kind, warmup_steps, total_steps, start))
 
 

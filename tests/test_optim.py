@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import VQGAN_SIZES
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from clipgen.optim import CombinedOptimizer, factor, make_optimizer
 from clipgen.transformer import ConditionalTransformer
@@ -115,3 +116,25 @@ def test_a_cosine_ends_with_the_last_epoch_where_batches_accumulate(images, batc
     assert trainer.global_step == steps
     rate = vqgan.lr_schedulers().lr_lambdas[0]
     assert rate(steps - 1) > 0.01 and rate(steps) == pytest.approx(0)
+
+
+class Stream(IterableDataset):
+    """Images without end, as of tar shards."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __iter__(self):
+        return ({"images": image} for image in itertools.cycle(self.images))
+
+
+def test_a_cosine_needs_an_end(images):
+    """Else the rate would be zero once the warm-up is over, and training go on."""
+    vqgan = VQGAN(**VQGAN_SIZES | dict(schedule="cosine"))
+    settings = dict(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
+                    enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    with pytest.raises(ValueError, match="schedule must be 'constant' where an epoch has no end, got 'cosine'"):
+        pl.Trainer(**settings, max_time={"seconds": 10}).fit(vqgan, DataLoader(Stream(images), batch_size=2))
+    trainer = pl.Trainer(**settings, limit_train_batches=2)
+    trainer.fit(vqgan, DataLoader(Stream(images), batch_size=2))
+    assert vqgan.lr_schedulers().get_last_lr() == [0.0]
