@@ -89,7 +89,7 @@ def require_new(output: Path) -> None:
 def from_folder(root: Path, args: argparse.Namespace) -> dict[str, Samples]:
     """Encode the usable images of a folder, split by the hash that `data=folder` splits by."""
     tally = Tally(str(root))
-    train, val = split_files(scan_folder(root, tally), args.val_fraction, seed=0)
+    train, val = split_files(scan_folder(root, tally), args.val_fraction)
     encode = partial(encode_file, tally, partial(to_jpeg, image_size=args.image_size, quality=args.quality))
     return {"train": encode_files(root, train, encode), "val": encode_files(root, val, encode)}
 

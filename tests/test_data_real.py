@@ -365,31 +365,31 @@ def test_folders_without_usable_images(tmp_path: Path) -> None:
 
 def test_split_is_stable_when_files_are_added() -> None:
     files = [f"{i}.jpg" for i in range(1000)]
-    train, val = split_files(files, 0.1, seed=0)
+    train, val = split_files(files, 0.1)
     assert sorted(train + val) == sorted(files) and 60 < len(val) < 140
     assert train == [file for file in files if file not in val]
-    more_train, more_val = split_files([*files, *(f"new/{i}.jpg" for i in range(500))], 0.1, seed=0)
+    more_train, more_val = split_files([*files, *(f"new/{i}.jpg" for i in range(500))], 0.1)
     assert set(train) <= set(more_train) and set(val) <= set(more_val)
-    assert split_files(files, 0.1, seed=1)[1] != val
 
 
 @pytest.mark.parametrize("count", [2, 3, 10])
 @pytest.mark.parametrize("val_fraction", [0.001, 0.999])
 def test_neither_side_of_a_split_is_empty(count: int, val_fraction: float) -> None:
-    train, val = split_files([f"{i}.jpg" for i in range(count)], val_fraction, seed=0)
+    train, val = split_files([f"{i}.jpg" for i in range(count)], val_fraction)
     assert train and val and len(train) + len(val) == count
 
 
 def test_split_arguments() -> None:
     with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1.5"):
-        split_files(["a", "b"], 1.5, 0)
+        split_files(["a", "b"], 1.5)
     with pytest.raises(ValueError, match=r"val_fraction must be 0 when there is a single usable image, got 0.1"):
-        split_files(["a"], 0.1, 0)
+        split_files(["a"], 0.1)
 
 
 def test_both_sides_of_a_folder(tmp_path: Path) -> None:
     make_folder(tmp_path, 20)
-    sides = [ImageFolder(tmp_path, 8, train=train, val_fraction=0.3, seed=3) for train in (True, False)]
+    # of two runs, too: what one trained on, the other does not validate on
+    sides = [ImageFolder(tmp_path, 8, train=seed == 3, val_fraction=0.3, seed=seed) for seed in (3, 4)]
     assert set(sides[0].files).isdisjoint(sides[1].files) and len(sides[0]) + len(sides[1]) == 20
     assert sides[0].held_out().files == sides[1].files
     assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # a folder of its own for validation

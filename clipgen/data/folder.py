@@ -42,7 +42,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         flip: mirror half of the training images.
         val_fraction: share of the images held out for validation, in [0, 1). Each image's side follows from a hash of
             its path, so adding files does not move others. At 0 there is no split: either side is the whole folder.
-        seed: of the split, and of crops and flips.
+        seed: of crops and flips.
         labels: give a cache the class of each image too, which is the sub-folder of `root` that it lies in.
         class_names: the sub-folders in the order of their classes; None: sorted.
 
@@ -76,7 +76,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         if labels and (stray := [file for file in usable if _class(file) not in known]):
             which = "one of the training classes" if class_names else "its class"
             raise ValueError(f"labels needs each image of {root} in a folder named after {which}, got {stray[0]}")
-        rest, self._held_out = split_files(usable, val_fraction, seed)
+        rest, self._held_out = split_files(usable, val_fraction)
         self.files = self._held_out if self._held_out and not train else rest
 
     def held_out(self) -> ImageFolder:
@@ -168,8 +168,9 @@ def find_images(root: Path) -> list[str]:
     return images
 
 
-def split_files(files: list[str], val_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """Split into (training, validation) by a hash of each name; with `val_fraction` above 0 neither side is empty.
+def split_files(files: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+    """Split into (training, validation) by a hash of each name; with `val_fraction` above 0 neither side is empty. No
+    seed has a part in it: what one run trained on, no other run may validate on.
 
     Raises:
         ValueError: `val_fraction` is not in [0, 1), or there is only one file to split.
@@ -180,7 +181,7 @@ def split_files(files: list[str], val_fraction: float, seed: int) -> tuple[list[
         return files, []
     if len(files) < 2:
         raise ValueError(f"val_fraction must be 0 when there is a single usable image, got {val_fraction}")
-    position = {file: unit_hash(f"{seed}/{file}") for file in files}
+    position = {file: unit_hash(file) for file in files}
     count = sum(place < val_fraction for place in position.values())
     held_out = set(sorted(files, key=position.__getitem__)[: min(max(count, 1), len(files) - 1)])
     return [file for file in files if file not in held_out], [file for file in files if file in held_out]
