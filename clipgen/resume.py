@@ -1,4 +1,4 @@
-"""What makes a resumed run the uninterrupted one: checkpoints, signals, seeds, the table of losses."""
+"""What makes a resumed run the uninterrupted one: checkpoints, signals, seeds, settings, the table of losses."""
 
 from __future__ import annotations
 

@@ -41,14 +41,8 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
     what.add_argument("--image", type=Path, action="append", default=[], help="a picture, for variations of it")
     what.add_argument("--mix", action="append", default=[], help='"0.7 a cat + 0.3 a dog"; weights may be negative')
-    what.add_argument(
-        "--interpolate",
-        nargs=2,
-        metavar=("A", "B"),
-        action="append",
-        default=[],
-        help="two sentences: a strip of --num-images pictures between them",
-    )
+    what.add_argument("--interpolate", nargs=2, metavar=("A", "B"), action="append", default=[],
+                      help="two sentences: a strip of --num-images pictures between them")  # fmt: skip
     what.add_argument("--from", type=Path, dest="origin", help="a picture of this command: draw it again, exactly")
     p.add_argument("--complete", type=Path, help="a picture whose upper half is taken over; alone, the rest shall suit "
                    "it")  # fmt: skip
