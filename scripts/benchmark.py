@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
-from clipgen.data.encoded import EncodedDataset, as_is, record_dtype
+from clipgen.data.encoded import Batches, EncodedDataset, as_is, record_dtype
 from clipgen.data.shapes import ShapesDataset
 from clipgen.lpips import empty_lpips
 
@@ -221,9 +221,14 @@ def measure_transformer(
         found = fit(transformer, loader(ShapesDataset(count), batch), device, precision)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            rows = np.ones(count, record_dtype(1, sizes.num_tokens, sizes.codebook_size, sizes.clip_dim))
+            rows = np.empty(count, record_dtype(1, sizes.num_tokens, sizes.codebook_size, sizes.clip_dim))
+            for name, tensor in (  # a GPU is faster where all numbers are alike
+                ("indices", torch.randint(sizes.codebook_size, rows["indices"].shape)),
+                ("embedding", torch.randn(rows["embedding"].shape)),
+            ):
+                rows[name] = tensor.numpy()
             np.save(Path(folder) / "shard-000000.npy", rows)
-            data: Any = EncodedDataset(folder)
+            data: Any = Batches(EncodedDataset(folder))
             order = torch.randperm(count).tolist()
             found = fit(transformer, loader(data, batch, sampler=order, collate_fn=as_is), device, precision)  # type: ignore[arg-type]
     images = batch / found["seconds"]
@@ -280,7 +285,7 @@ def reading_rate() -> float:
     with tempfile.TemporaryDirectory() as folder:
         for i in range(20):
             np.save(Path(folder) / f"shard-{i:06d}.npy", np.ones(10_000, record_dtype(1, 256, 16384, 512)))
-        data: Any = EncodedDataset(folder)
+        data: Any = Batches(EncodedDataset(folder))
         order = torch.randperm(len(data)).tolist()[:100_000]
         batches = loader(data, 256, sampler=order, collate_fn=as_is)  # type: ignore[arg-type]
         read = lambda: [len(batch["indices"]) for batch in batches]
