@@ -20,7 +20,25 @@ def empty_lpips() -> Any:
     """The network with random weights but for its linear layers, which come with torchmetrics; frozen."""
     from torchmetrics.functional.image.lpips import _LPIPS  # pulls torchvision's models: only where it is needed
 
-    return _LPIPS(net="vgg", pnet_rand=True).eval().requires_grad_(False)
+    network: Any = _LPIPS(net="vgg", pnet_rand=True)
+    network.net = Slices(network.net)
+    return network.eval().requires_grad_(False)
+
+
+class Slices(nn.Module):
+    """The slices of torchmetrics' VGG-16, under their names: images -> what each gives. Its own ``forward`` makes a
+    class at every call, for which torch.compile would compile what follows again and again."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        for name, part in network.named_children():
+            self.add_module(name, part)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = [images]
+        for part in self.children():
+            features.append(part(features[-1]))
+        return features[1:]
 
 
 def load_lpips(vgg_weights: str | None = None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -160,6 +161,14 @@ def test_lpips_of_an_image_with_itself(lpips):
     black = torch.full((1, 3, 32, 32), -1.0, requires_grad=True)
     lpips(image, black).sum().backward()
     assert torch.isfinite(black.grad).all() and black.grad.abs().sum() > 0
+
+
+def test_lpips_is_compiled_once(lpips, images):
+    lpips, graphs = copy.deepcopy(lpips), []
+    lpips.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for distance in (lpips(images[:2], other) for other in (-images[:2], images[2:4], images[4:6])):
+        assert distance.shape == (2, 1, 1, 1)
+    assert len(graphs) == 1
 
 
 def test_lpips_is_frozen_and_never_drops_out(lpips, vgg_file, images, fit):
