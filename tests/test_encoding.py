@@ -72,6 +72,15 @@ def test_it_holds_what_the_models_say(cache, data, tiny_vqgan, shapes_clip):
     assert manifest["bytes_per_image"] == 16 * 2 + 64 * 2
 
 
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="this system does not list open files")
+def test_shards_that_are_read_do_not_stay_open(cache):
+    """A process may open 1024 files, and a cache of as many tar files has as many shards."""
+    before, dataset = os.listdir("/dev/fd"), EncodedDataset(cache / "train")
+    assert len(dataset.batch(range(50))["indices"]) == 50
+    assert len(os.listdir("/dev/fd")) == len(before)
+    assert not dataset.shards[0].flags.writeable
+
+
 def test_folders_with_broken_images_and_augmentations(shared, tmp_path, tiny_vqgan, shapes_clip):
     data = folder_data(shared / "data" / "bad_images", 32, batch_size=2, val_fraction=0)
     assert encoding.encode(tmp_path / "a", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5)

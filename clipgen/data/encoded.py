@@ -56,10 +56,14 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
 def open_shard(path: Path) -> np.ndarray:
     """The memory map of a shard's records; ValueError with its name where it is damaged."""
     try:
-        found: np.ndarray = np.load(path, mmap_mode="r")
-        return found
+        found = np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and clipgen-encode makes it again") from error
+    # numpy's map keeps the file open, torch's does not: of hundreds of shards a process could not open the rest
+    content = torch.from_file(str(path), size=found.offset + found.nbytes, dtype=torch.uint8).numpy()
+    records: np.ndarray = content[found.offset :].view(found.dtype)
+    records.flags.writeable = False
+    return records
 
 
 def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
