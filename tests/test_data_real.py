@@ -729,7 +729,10 @@ def test_configuration_makes_the_data(name: str, tmp_path: Path) -> None:
     assert next(iter(data.train))["images"].shape == (3, 256, 256)
 
 
-def test_a_resume_goes_past_broken_images_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stretch", [100, 7])
+def test_a_resume_goes_past_broken_images_without_decoding(
+    stretch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From each place on, the stream is the one of a run that was not stopped, also between broken images."""
     files = {
         f"{i}.png": (b"" if i in (1, 2, 6) else encoded(Image.new("RGB", (9, 9), (10 * i, 0, 0)), "PNG"))
@@ -744,6 +747,7 @@ def test_a_resume_goes_past_broken_images_without_decoding(tmp_path: Path, monke
         decoded.clear()
         return [sample["images"] for sample in islice(dataset, count)]
 
+    monkeypatch.setattr(shards_module, "_STRETCH", stretch)
     decoded: list[int] = []
     decode = shards_module.decode_image
     monkeypatch.setattr(shards_module, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
@@ -752,6 +756,31 @@ def test_a_resume_goes_past_broken_images_without_decoding(tmp_path: Path, monke
     for begin in range(30):
         assert all(map(torch.equal, stream(begin, 10), whole[begin:]))
     assert len(stream(59, 1)) == 1 and len(decoded) < 10
+
+
+def test_a_late_resume_reads_little_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the run was; and it goes on with the same images."""
+    for i in range(3):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
+    monkeypatch.setattr(shards_module, "_STRETCH", 20)
+    read: list[int] = []
+    files = shards_module.tar_file_iterator
+    monkeypatch.setattr(shards_module, "tar_file_iterator", lambda *a, **k: map(tell, files(*a, **k)))
+
+    def tell(file: dict[str, object]) -> dict[str, object]:
+        read.append(1)
+        return file
+
+    def stream(begin: int, count: int) -> list[int]:
+        dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=5)
+        dataset.resume(0, begin, 1)
+        read.clear()
+        return [red(sample) for sample in islice(dataset, count)]
+
+    whole = stream(0, 250)
+    assert all(stream(begin, 30) == whole[begin : begin + 30] for begin in (0, 1, 19, 20, 21, 139))
+    assert len({tuple(whole[begin : begin + 20]) for begin in range(0, 240, 20)}) == 12
+    assert stream(239, 1) == [whole[239]] and len(read) < 40
 
 
 @pytest.mark.parametrize(("size", "decoded"), [((2000, 1040), (1000, 520)), ((1023, 1200), (1023, 1200))])

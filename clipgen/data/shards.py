@@ -8,7 +8,7 @@ import random
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from clipgen.seeds import hashed_seed
 
 # This many unusable images in a row mean that the source is wrong.
 _PATIENCE = 1_000
+# After so many images a worker's stream begins anew: a resume late in a training reads no more than these again.
+_STRETCH = 100_000
 
 
 class ImageShards(IterableDataset[dict[str, Any]]):
@@ -95,7 +97,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         self.tally.restart()
 
     def resume(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Let training begin where a run stood: the shards are read again up to there, and nothing is decoded."""
+        """Let training begin where a run stood: of its shards some are read again, and nothing is decoded."""
         self._epoch, self._had = epoch, (batches, batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -126,12 +128,19 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         base = info.seed - worker if info else 0  # a new one for every iterator, also where workers start afresh
         (batches, batch_size), self._had = self._had, (0, 0)
         turn = (worker + batches) % workers  # workers take turns, batch by batch: a resume goes on with the next one's
-        rng = random.Random(f"{self.seed} {rank} {turn} {self._epoch} {base}")
+        name = f"{self.seed} {rank} {turn} {self._epoch} {base}"
         self._epoch += 1
-        return self._crops(rng, len(range(turn, batches, workers)) * batch_size)
+        return self._stretches(name, len(range(turn, batches, workers)) * batch_size)
+
+    def _stretches(self, name: str, begin: int) -> Iterator[dict[str, Any]]:
+        """The stream of a name from its n-th crop on."""
+        first, had = divmod(begin, _STRETCH)
+        for number in count(first):
+            yield from islice(self._crops(random.Random(f"{name} {number}"), had), _STRETCH - had)
+            had = 0
 
     def _crops(self, rng: random.Random, begin: int) -> Iterator[dict[str, Any]]:
-        """The stream from its n-th crop on. An unusable image leaves its crop to the next usable one, so that a resume
+        """A stretch from its n-th crop on. An unusable image leaves its crop to the next usable one, so that a resume
         need not decode what it passes by."""
         stream = wds.shuffle(self.shuffle, rng=rng)(self._resample(rng))
         seeds: list[int] = []  # of the crops that the next usable image gives
