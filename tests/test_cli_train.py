@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import gc
 import importlib.util
 import json
 import logging
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -336,6 +338,22 @@ def test_sweeps(call, tmp_path):
     result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "trainer.max_steps=abc,2")
     assert result.code == 1 and "trainer.max_steps must be int, got 'abc'" in result.stderr
     assert everything(tmp_path / "sweep" / "0") == set() and steps_of(tmp_path / "sweep" / "1") == 2
+
+
+def test_a_failed_run_of_a_sweep_leaves_its_memory_to_the_next(call, monkeypatch):
+    models: list[weakref.ref] = []
+    alive = []
+
+    def fail(self, *_):
+        models.append(weakref.ref(self))
+        gc.collect()
+        alive.append(sum(model() is not None for model in models))
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(Tokenizer, "training_step", fail)
+    result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "seed=1,2,3")
+    assert result.code == 1 and "no memory left" in result.stderr
+    assert alive == [1, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------- clear refusals

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import sys
+import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ def run_hydra() -> None:
             train(config, sweep)
         except MisconfigurationException as error:
             errors.append(ValueError(str(error)))
-        except Exception as error:  # the other runs of a sweep go on
+        except Exception as error:  # the other runs of a sweep go on, and need the memory
+            traceback.clear_frames(error.__traceback__)
             errors.append(error)
 
     try:
