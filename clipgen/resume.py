@@ -74,6 +74,8 @@ class LastCheckpoint(pl.Callback):
             return
         # all processes stop at the same step
         self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        if self.asked:  # Lightning logs the step later, and will not come to that
+            trainer._logger_connector.update_train_step_metrics()
         if self.asked or trainer.global_step % self.every_n_steps == 0 or validation_due(trainer):
             trainer.save_checkpoint(self.path, weights_only=False)
         self._stop()

@@ -142,6 +142,23 @@ def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, k
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
 
 
+@pytest.mark.parametrize(("stage", "kind"), [("vqgan", "shapes"), ("transformer", "encoded")])
+def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monkeypatch, stage, kind):
+    """Those of each step, the last one before the stop too; at the rates of a cosine."""
+    more = ["vqgan=vqgan", "model.clip_loss_every=1"] if stage == "transformer" else []
+    arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *more, "model.schedule=cosine", "logger=csv",
+                 "trainer.log_every_n_steps=1"]  # fmt: skip
+    assert call(*arguments, "output=straight").code == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, {"vqgan": VQGAN, "transformer": ConditionalTransformer}[stage], "training_step", 4)
+        assert call(*arguments, "output=half").code == 130
+    assert call(*arguments, "output=half", "resume=half").code == 0
+    straight, resumed = (Path(run, "metrics.csv").read_text() for run in ("straight", "half"))
+    assert straight == resumed and len(straight.splitlines()) == 1 + 7 + 1  # names, steps, a validation
+    weights = state("straight"), state("half")
+    assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+
+
 @pytest.mark.parametrize(("stop", "more"), [(2, []), slow(3, []), slow(2, EPOCHS)])
 def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch, stop, more):
     """Else the best checkpoint is one of the others."""
