@@ -142,6 +142,8 @@ def check_cache(root: Path, found: dict[str, Any], manifest: dict[str, Any]) -> 
 
 def finish(root: Path, manifest: dict[str, Any]) -> None:
     """Complete the manifest with what was found."""
+    for left in root.glob("*/.shard-*.partial"):  # by processes that were killed: nobody writes a shard any more
+        left.unlink(missing_ok=True)
     shards = {split: [open_shard(path) for path in sorted((root / split).glob("shard-*.npy"))] for split in SPLITS}
     images = {split: sum(map(len, found)) for split, found in shards.items()}
     if not images["train"]:
