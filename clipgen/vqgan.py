@@ -32,7 +32,7 @@ TOKENIZER = (  # the arguments that decide, with the weights, what images become
     "quantizer", "codebook_size", "codebook_dim", "levels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
     "resolution", "z_channels", "patch_size", "mid_attention", "local_encoder", "norm_eps",
 )  # fmt: skip
-NETWORK = (*TOKENIZER, "ndf", "n_layers")  # those that decide which weights fit
+NETWORK = (*TOKENIZER, "resamp_with_conv", "ndf", "n_layers")  # those that decide which weights fit
 PARTS = ("discriminator.", "lpips.")  # what a model folder may hold beside the tokenizer
 
 
@@ -46,8 +46,8 @@ class VQGAN(pl.LightningModule):
     Args:
         quantizer, codebook_size, codebook_dim, levels, norm_eps, local_encoder: see ``Autoencoder``.
         revive_after, codebook_momentum, kmeans_iters: see ``VectorQuantizer``.
-        ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, mid_attention, dropout,
-            checkpointing: see ``Encoder``.
+        ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, mid_attention,
+            resamp_with_conv, dropout, checkpointing: see ``Encoder``.
         reconstruction: ``"l1"`` or ``"l2"``.
         codebook_weight, commitment_weight: of the two terms of Eq. 4; beta of VQ-VAE is the second. (Published weights
             were trained with beta on the first: 0.25 and 1 continue them as they began.)
@@ -73,15 +73,15 @@ class VQGAN(pl.LightningModule):
         levels: Sequence[int] | None = None, revive_after: int = 0, codebook_momentum: float = 0.0,
         kmeans_iters: int = 0, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
         attn_resolutions: Sequence[int] = (16,), resolution: int = 256, z_channels: int = 256, patch_size: int = 1,
-        mid_attention: bool = True, local_encoder: bool = False, norm_eps: float = 1e-6, dropout: float = 0.0,
-        checkpointing: bool = False, reconstruction: str = "l1", codebook_weight: float = 1.0,
-        commitment_weight: float = 0.25, entropy_weight: float = 0.1, kl_weight: float = 1e-8,
-        perceptual_weight: float = 1.0, vgg_weights: str | None = None, discriminator_weight: float = 0.8,
-        discriminator_start: int = 25_000, discriminator_warmup: int = 0, ndf: int = 64, n_layers: int = 3,
-        adversarial: str = "hinge", adaptive_weight_max: float = 1e4, lecam_weight: float = 0.0,
-        ema_decay: float = 0.0, learning_rate: float = 4.5e-6, betas: Sequence[float] = (0.5, 0.9),
-        schedule: str = "constant", warmup_steps: int = 0, gradient_clip: float = 0.0, accumulate: int = 1,
-        compile: bool = False, channels_last: bool = False,
+        mid_attention: bool = True, resamp_with_conv: bool = True, local_encoder: bool = False,
+        norm_eps: float = 1e-6, dropout: float = 0.0, checkpointing: bool = False, reconstruction: str = "l1",
+        codebook_weight: float = 1.0, commitment_weight: float = 0.25, entropy_weight: float = 0.1,
+        kl_weight: float = 1e-8, perceptual_weight: float = 1.0, vgg_weights: str | None = None,
+        discriminator_weight: float = 0.8, discriminator_start: int = 25_000, discriminator_warmup: int = 0,
+        ndf: int = 64, n_layers: int = 3, adversarial: str = "hinge", adaptive_weight_max: float = 1e4,
+        lecam_weight: float = 0.0, ema_decay: float = 0.0, learning_rate: float = 4.5e-6,
+        betas: Sequence[float] = (0.5, 0.9), schedule: str = "constant", warmup_steps: int = 0,
+        gradient_clip: float = 0.0, accumulate: int = 1, compile: bool = False, channels_last: bool = False,
     ):  # fmt: skip
         super().__init__()
         for name, kind, kinds in (
@@ -103,8 +103,9 @@ class VQGAN(pl.LightningModule):
             quantizer=quantizer, codebook_size=codebook_size, codebook_dim=codebook_dim, levels=levels,
             revive_after=revive_after, codebook_momentum=codebook_momentum, kmeans_iters=kmeans_iters, ch=ch,
             ch_mult=ch_mult, num_res_blocks=num_res_blocks, attn_resolutions=attn_resolutions, resolution=resolution,
-            z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention, local_encoder=local_encoder,
-            norm_eps=norm_eps, dropout=dropout, checkpointing=checkpointing,
+            z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention,
+            resamp_with_conv=resamp_with_conv, local_encoder=local_encoder, norm_eps=norm_eps, dropout=dropout,
+            checkpointing=checkpointing,
         )  # fmt: skip
         self.ema = MovingAverage(self.autoencoder, ema_decay) if ema_decay > 0 else None
         self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None

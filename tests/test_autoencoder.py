@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipgen.nets.autoencoder import AttnBlock, Decoder, Encoder
+from clipgen.nets.autoencoder import AttnBlock, Decoder, Downsample, Encoder, Upsample
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,25 @@ def test_attention_sits_at_the_asked_resolutions():
     for at, encoder, decoder in (([], 0, 0), ([8], 2, 3), ([16, 32], 4, 6)):
         assert count(Encoder(**sizes, attn_resolutions=at)) == encoder
         assert count(Decoder(**sizes, attn_resolutions=at)) == decoder
+
+
+def test_a_resolution_that_cannot_be_halved():
+    """taming-transformers counts an encoder's down, 50, 25, 12, and a decoder's up again, 12, 24, 48."""
+    sizes = dict(ch=32, ch_mult=[1, 1, 1], num_res_blocks=1, resolution=50, z_channels=4)
+    count = lambda net: sum(isinstance(m, AttnBlock) for m in net.modules()) - 1
+    found = [[count(net(**sizes, attn_resolutions=[at])) for at in (12, 24, 25)] for net in (Encoder, Decoder)]
+    assert found == [[1, 0, 1], [2, 2, 0]]
+
+
+def test_resampling_without_convolutions():
+    x = torch.randn(2, 3, 4, 6)
+    means = x.unflatten(2, (2, 2)).unflatten(4, (3, 2)).mean((3, 5))
+    torch.testing.assert_close(Downsample(3, with_conv=False)(x), means)
+    assert torch.equal(Upsample(3, with_conv=False)(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    sizes = dict(ch=32, ch_mult=[1, 1], num_res_blocks=1, attn_resolutions=[], resolution=16, z_channels=5)
+    encoder, decoder = (net(**sizes, resamp_with_conv=False) for net in (Encoder, Decoder))
+    assert decoder(encoder(torch.zeros(1, 3, 16, 16))).shape == (1, 3, 16, 16)
+    assert not [name for net in (encoder, decoder) for name in net.state_dict() if "sample" in name]
 
 
 def test_without_any_attention():

@@ -88,13 +88,24 @@ def checkpoint_of(vqgan: VQGAN, path: Path, **others: object) -> Path:
 
 
 @torch.no_grad()
-def test_any_ddconfig(tmp_path, images):
-    arguments = taming.arguments_of(CONFIG)
-    theirs = VQGAN(**arguments | dict(quantizer="euclidean")).eval()
-    ours = VQGAN.from_taming(checkpoint_of(theirs, tmp_path / "last.ckpt"), CONFIG)
+@pytest.mark.parametrize("change", [{}, {"resamp_with_conv": False}])
+def test_any_ddconfig(tmp_path, images, change):
+    params = CONFIG["model"]["params"]
+    config = {"model": CONFIG["model"] | {"params": params | {"ddconfig": params["ddconfig"] | change}}}
+    theirs = VQGAN(**taming.arguments_of(config)).eval()
+    ours = VQGAN.from_taming(checkpoint_of(theirs, tmp_path / "last.ckpt"), config)
     assert ours.downsampling == 4 and len(ours.autoencoder.encoder.down[0].attn) == 2
+    assert [name for name in ours.state_dict() if "sample" in name] == [] or not change
     assert torch.equal(ours(images), theirs(images))
+    assert torch.equal(VQGAN.load(ours.save(tmp_path / "folder"))(images), ours(images))
     assert ours.discriminator is None
+
+
+def test_a_ddconfig_may_leave_out_what_taming_has_a_value_for():
+    params = CONFIG["model"]["params"]
+    net = {name: value for name, value in params["ddconfig"].items() if name not in ("ch_mult", "dropout")}
+    found = taming.arguments_of({"model": CONFIG["model"] | {"params": params | {"ddconfig": net}}})
+    assert (found["ch_mult"], found["dropout"], found["resamp_with_conv"]) == ([1, 2, 4, 8], 0.0, True)
 
 
 def test_a_pipeline_keeps_nothing_for_training(tmp_path):

@@ -73,22 +73,23 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided convolution, padded on the right and below only."""
+    """Halve height and width by a strided convolution, padded on the right and below only; without ``with_conv`` by
+    means of four."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, with_conv: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a convolution."""
+    """Double height and width: nearest neighbour, then (``with_conv``) a convolution."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, with_conv: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if with_conv else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -99,15 +100,15 @@ class Level(nn.Module):
 
     def __init__(
         self, channels: Sequence[int], attention: bool, dropout: float, *, local: bool = False, down: bool = False,
-        up: bool = False,
+        up: bool = False, resamp_with_conv: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, dropout, local) for a, b in pairwise(channels))
         self.attn = nn.ModuleList(AttnBlock(c) for c in channels[1:] if attention)
         if down:
-            self.downsample = Downsample(channels[-1])
+            self.downsample = Downsample(channels[-1], resamp_with_conv)
         if up:
-            self.upsample = Upsample(channels[-1])
+            self.upsample = Upsample(channels[-1], resamp_with_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -149,6 +150,7 @@ class Encoder(nn.Module):
         patch_size: pixels are first folded into channels, patch by patch. 1 is VQ-GAN; 2 or 4 spare the costly
             work at full resolution where a CPU has to do it.
         mid_attention: attend to all positions in the middle, as VQ-GAN does.
+        resamp_with_conv: change the resolution by convolutions, as all published VQ-GANs do.
         checkpointing: keep only what enters each level, and compute the rest again in the backward pass: less memory,
             more time.
         local: each feature is a function of its own patch alone (1 x 1 kernels, norms over channels; only strided
@@ -158,7 +160,8 @@ class Encoder(nn.Module):
 
     def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
                  resolution: int, z_channels: int, patch_size: int = 1, mid_attention: bool = True,
-                 dropout: float = 0.0, checkpointing: bool = False, local: bool = False):  # fmt: skip
+                 resamp_with_conv: bool = True, dropout: float = 0.0, checkpointing: bool = False,
+                 local: bool = False):  # fmt: skip
         super().__init__()
         self.checkpointing = checkpointing
         self.patch = nn.PixelUnshuffle(patch_size)
@@ -167,7 +170,8 @@ class Encoder(nn.Module):
         for i, mult in enumerate(ch_mult):
             attention = resolution // patch_size // 2**i in attn_resolutions
             channels = [before] + [ch * mult] * num_res_blocks
-            self.down.append(Level(channels, attention, dropout, local=local, down=i < len(ch_mult) - 1))
+            resampling = dict(down=i < len(ch_mult) - 1, resamp_with_conv=resamp_with_conv)
+            self.down.append(Level(channels, attention, dropout, local=local, **resampling))
             before = channels[-1]
         self.mid = Middle(before, mid_attention, dropout, local)
         self.norm_out, self.conv_out = norm(before, local), conv(before, z_channels, local)
@@ -184,17 +188,17 @@ class Decoder(nn.Module):
 
     def __init__(self, *, ch: int, ch_mult: Sequence[int], num_res_blocks: int, attn_resolutions: Sequence[int],
                  resolution: int, z_channels: int, patch_size: int = 1, mid_attention: bool = True,
-                 dropout: float = 0.0, checkpointing: bool = False):  # fmt: skip
+                 resamp_with_conv: bool = True, dropout: float = 0.0, checkpointing: bool = False):  # fmt: skip
         super().__init__()
         self.checkpointing = checkpointing
         before = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, before, 3, padding=1)
         self.mid = Middle(before, mid_attention, dropout)
-        levels = []
+        levels, lowest = [], resolution // patch_size // 2 ** (len(ch_mult) - 1)  # counted up from there
         for i, mult in reversed(list(enumerate(ch_mult))):
-            attention = resolution // patch_size // 2**i in attn_resolutions
+            attention = lowest * 2 ** (len(ch_mult) - 1 - i) in attn_resolutions
             channels = [before] + [ch * mult] * (num_res_blocks + 1)
-            levels.append(Level(channels, attention, dropout, up=i > 0))
+            levels.append(Level(channels, attention, dropout, up=i > 0, resamp_with_conv=resamp_with_conv))
             before = channels[-1]
         self.up = nn.ModuleList(reversed(levels))  # up.0 is the highest resolution
         self.norm_out, self.conv_out = norm(before), nn.Conv2d(before, 3 * patch_size**2, 3, padding=1)

@@ -18,7 +18,8 @@ from clipgen.weights.checkpoint import Model
 from clipgen.weights.safe import below, read_weights
 
 TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-SIZES = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
+SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
+DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # what ddconfig may leave out
 ADVERSARIAL = {"hinge": "hinge", "vanilla": "log"}
 
 
@@ -57,7 +58,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         model, params = config["model"], config["model"]["params"]
         kind, net = model["target"].split(".")[-1], dict(params["ddconfig"])
         sizes = dict(codebook_size=params["n_embed"], codebook_dim=params["embed_dim"])
-        sizes |= {name: net[name] for name in SIZES}
+        sizes |= {name: net[name] for name in SIZES} | {name: net.get(name, value) for name, value in DEFAULTS.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the configuration is none of taming-transformers' tokenizers: {error!r}") from error
     kinds = {"VQModel": "euclidean", "GumbelVQ": "gumbel"}
@@ -73,7 +74,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         ways = " or ".join(ADVERSARIAL)
         raise ValueError(f"taming's lossconfig must have params whose disc_loss is {ways}, got {error!r}") from error
     return sizes | dict(
-        quantizer=kinds[kind], dropout=net.get("dropout", 0.0), kl_weight=params.get("kl_weight", 1e-8),
+        quantizer=kinds[kind], kl_weight=params.get("kl_weight", 1e-8),
         codebook_weight=0.25 * loss.get("codebook_weight", 1.0), commitment_weight=loss.get("codebook_weight", 1.0),
         perceptual_weight=loss.get("perceptual_weight", 1.0), discriminator_weight=loss.get("disc_weight", 1.0),
         discriminator_start=loss.get("disc_start", 0), adversarial=adversarial,
