@@ -120,10 +120,6 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
     def _generator(self, turn: int, item: int) -> torch.Generator:
         return torch.Generator().manual_seed(hashed_seed(f"{self.seed} {turn} {item}"))
 
-    def summary(self) -> None:
-        """Log how many images were used and skipped, if that has changed since it was last logged."""
-        self.tally.summary()
-
 
 def scan_folder(root: Path, tally: Tally) -> list[str]:
     """Check all images below `root` and return the usable ones, relative to it and sorted.

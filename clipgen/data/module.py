@@ -66,8 +66,8 @@ class ImageData(pl.LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Let the datasets that count skipped images log the counts."""
         for dataset in (self.train, self.val):
-            if summary := getattr(dataset, "summary", None):
-                summary()
+            if tally := getattr(dataset, "tally", None):
+                tally.summary()
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
         return DataLoader(

@@ -103,10 +103,6 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self._train() if self.train else self._validate()
 
-    def summary(self) -> None:
-        """Log how many images were read and how many skipped, if that has changed since it was last logged."""
-        self.tally.summary()
-
     def views(self, url: str, count: int) -> Iterator[tuple[Tensor, int | None]]:
         """``count`` crops of each usable image of one shard, in order, (count, 3, H, W), 1: the centre crop; and its
         class where ``labels``."""
@@ -173,7 +169,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         mine = samples if by_shard else islice(samples, part, None, parts)
         yield from (self._sample(*decoded) for decoded in map(self._decode, mine) if decoded)
         if get_worker_info() is None:  # else only the main process knows when the last worker has finished
-            self.summary()
+            self.tally.summary()
 
     def _read(self, url: str) -> Iterator[dict[str, Any]]:
         """Yield the samples of a shard that have an image, as webdataset groups them: "__key__", "jpg", "cls", ..."""
