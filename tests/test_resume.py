@@ -250,8 +250,9 @@ def test_two_processes_stop_at_the_same_step(sources, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ sampler
 
 
-def taken(size: int, count: int, **options) -> list:
+def taken(size: int, count: int, consumed: int = 0, **options) -> list:
     order = ResumableSampler(list(range(size)), seed=3, **options)
+    order.consumed = consumed
     items: list = []
     while len(items) < count:
         items += list(order)
@@ -261,7 +262,7 @@ def taken(size: int, count: int, **options) -> list:
 @pytest.mark.parametrize("start", range(9))
 def test_an_order_begins_anywhere(start):
     whole = taken(14, 60, batch_size=4)
-    assert taken(14, 20, batch_size=4, start=start) == whole[4 * start : 4 * start + 20]
+    assert taken(14, 20, 4 * start, batch_size=4) == whole[4 * start : 4 * start + 20]
 
 
 def test_a_pass_has_every_item_once_at_most_and_passes_differ():

@@ -25,20 +25,20 @@ def batches_done(trainer: Any) -> int:
 class ResumableSampler(DistributedSampler[Any]):
     """Shuffled item numbers, one pass after another, each pass in an order of its own; passes hold full batches only.
 
-    Iterating goes through the rest of the pass in which batch ``start`` lies, then through the next one. A dataset with
-    a true ``counts_passes`` is asked for item ``i`` of pass ``p`` as ``(p, i)``: it can draw other crops then.
+    Iterating goes through the rest of the pass that has begun, then through the next one. A dataset with a true
+    ``counts_passes`` is asked for item ``i`` of pass ``p`` as ``(p, i)``: it can draw other crops then.
 
     Args:
         dataset: with a length. batch_size: items in a batch, on each rank.
         rank, world_size: each rank gets items of its own.
-        start: batches that each rank has had before, as after a resume.
+        trainer: of a Lightning run, which knows where it stands, as after a resume; None begins with the first pass.
 
     Raises:
         ValueError: there is not one batch for each rank.
     """
 
     def __init__(self, dataset: Dataset[Any], batch_size: int, seed: int, rank: int = 0, world_size: int = 1,
-                 start: int = 0):  # fmt: skip
+                 trainer: Any = None):  # fmt: skip
         super().__init__(dataset, world_size, rank, seed=seed, drop_last=True)
         self.size = len(dataset)  # type: ignore[arg-type]
         self.batch_size, self.batches = batch_size, self.size // (batch_size * world_size)
@@ -46,17 +46,14 @@ class ResumableSampler(DistributedSampler[Any]):
             at_most = self.size // world_size
             raise ValueError(f"batch_size must be at most {at_most}, the training images a device, got {batch_size}")
         self.counts_passes = getattr(dataset, "counts_passes", False)
-        self.consumed = start * batch_size  # items, over all passes
-        self.trainer: Any = None
+        self.consumed, self.trainer = 0, trainer  # items, over all passes
 
     @classmethod
     def for_trainer(cls, trainer: Any, dataset: Dataset[Any], batch_size: int, seed: int) -> ResumableSampler:
         """For a Lightning run, from the step at which it stands; without a trainer, from the first."""
         if trainer is None:
             return cls(dataset, batch_size, seed)
-        order = cls(dataset, batch_size, seed, trainer.global_rank, trainer.world_size)
-        order.trainer = trainer
-        return order
+        return cls(dataset, batch_size, seed, trainer.global_rank, trainer.world_size, trainer)
 
     def __len__(self) -> int:
         return self.batches * self.batch_size
