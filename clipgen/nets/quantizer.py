@@ -151,9 +151,9 @@ class GumbelQuantizer(nn.Module):
     ``kl_loss`` is the divergence of the drawn distribution from the uniform one.
     """
 
-    def __init__(self, codebook_size: int, codebook_dim: int, temperature: float = 1.0):
+    def __init__(self, codebook_size: int, codebook_dim: int):
         super().__init__()
-        self.codebook_size, self.temperature = codebook_size, temperature
+        self.codebook_size = codebook_size
         self.proj = nn.Conv2d(codebook_dim, codebook_size, 1)
         self.embed = nn.Embedding(codebook_size, codebook_dim)
 
@@ -172,7 +172,7 @@ class GumbelQuantizer(nn.Module):
             if not self.training:
                 indices = logits.argmax(dim=1)
                 return Quantized(self.codes(indices), indices, {"kl_loss": kl})
-            one_hot = F.gumbel_softmax(logits, tau=self.temperature, dim=1, hard=True)
+            one_hot = F.gumbel_softmax(logits, tau=1.0, dim=1, hard=True)
             z_q = torch.einsum("bkhw,kd->bdhw", one_hot, self.codebook)
             return Quantized(z_q, one_hot.argmax(dim=1), {"kl_loss": kl})
 
