@@ -89,11 +89,10 @@ def decode(
     """
     check_sampling(temperature, top_k, top_p)
     indices = torch.empty(uniforms.shape, dtype=torch.int64, device=uniforms.device)
-    fixed = 0 if given is None else given.shape[1]
     previous = None
     for position in range(uniforms.shape[1]):
         logits = step(position, previous)
-        if given is not None and position < fixed:
+        if given is not None and position < given.shape[1]:
             previous = given[:, position]
         else:
             previous = draw(logits, uniforms[:, position], temperature=temperature, top_k=top_k, top_p=top_p)
