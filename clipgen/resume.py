@@ -153,7 +153,7 @@ class GivenSettings(pl.Callback):
     which Lightning brings back with the optimizers, would be used in silence."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:  # optimizers are as configured
-        self.given = [[plain_settings(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+        self.given = [list(map(dict, optimizer.param_groups)) for optimizer in trainer.optimizers]
         self.rates = [list(config.scheduler.base_lrs) for config in trainer.lr_scheduler_configs]
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:  # the checkpoint's
@@ -165,8 +165,3 @@ class GivenSettings(pl.Callback):
             schedule.base_lrs = rates
             for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas):
                 group["lr"] = rate * factor(schedule.last_epoch)
-
-
-def plain_settings(group: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer's group is trained with, but for its parameters."""
-    return {name: value for name, value in group.items() if name != "params"}
