@@ -13,7 +13,6 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from clipgen.evaluation.features import feature_extractor
 from clipgen.losses import weight_in_mean
 from clipgen.lpips import load_lpips
-from clipgen.vqgan import VQGAN
 
 
 class ReconstructionMetrics(pl.Callback):
@@ -46,8 +45,7 @@ class ReconstructionMetrics(pl.Callback):
 
     def on_validation_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
                                 batch_idx: int, dataloader_idx: int = 0) -> None:  # fmt: skip
-        if isinstance(module, VQGAN):
-            self.update(module, batch["images"], outputs)
+        self.update(module, batch["images"], outputs)
 
     def update(self, module: pl.LightningModule, images: Tensor, reconstruction: Tensor) -> None:
         """Take in a batch of images and their reconstructions, both in [-1, 1]."""
@@ -61,6 +59,6 @@ class ReconstructionMetrics(pl.Callback):
             module.log("val/lpips", distance, batch_size=weight_in_mean(len(images)), sync_dist=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if isinstance(module, VQGAN) and not trainer.sanity_checking:
+        if not trainer.sanity_checking:
             for name, metric in self.metrics.items():
                 module.log(f"val/{name}", metric.compute())
