@@ -171,15 +171,12 @@ def progress(count: int, pipe: TextToImage, args: argparse.Namespace) -> Iterato
     """A bar with images a second and time left, where somebody looks; gives what to call after each row."""
     from clipgen.images import grid, save_png, to_pil
 
-    def save(images: Any) -> None:
-        save_png(grid(to_pil(images)), args.output / "preview.png")
-
     with rate_bar("drawing", count) as advance:
 
         def show(images: Any) -> None:
             advance(len(images) / pipe.side)
             if args.preview:
-                save(images)
+                save_png(grid(to_pil(images)), args.output / "preview.png")
 
         yield show if args.preview or sys.stderr.isatty() else None
 
