@@ -190,7 +190,7 @@ class TextToImage:
         rows = torch.cat([self.embed(each) for each in prompts]).repeat_interleave(candidates, dim=0)
         given = None if complete is None else self.upper_indices(complete, keep)
         images = self.generate(rows, seeds * len(prompts), **settings, given=given, preview=preview)
-        told = settings | self._told(None if complete is None else keep)
+        told = settings | self._told(complete, keep)
         pictures = []
         for each, drawn in zip(prompts, images.split(candidates)):
             order = self._nearest(each, drawn)[:num_images] if rerank_from else list(range(num_images))
@@ -200,11 +200,11 @@ class TextToImage:
                 pictures.append(picture)
         return pictures
 
-    def _told(self, kept: float | None) -> dict[str, Any]:
+    def _told(self, complete: Image.Image | None, keep: float) -> dict[str, Any]:
         """What metadata say of the model, and of the part of a picture that was taken over."""
         dtype = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}
-        complete = {} if kept is None else {"complete": kept}
-        return dict(clipgen=clipgen.__version__, model=self.fingerprint) | dtype | complete
+        kept = {} if complete is None else {"complete": keep}
+        return dict(clipgen=clipgen.__version__, model=self.fingerprint) | dtype | kept
 
     def _nearest(self, prompt: Prompt, images: Tensor) -> list[int]:
         """The order in which CLIP finds images fit a prompt: the sentence itself, not where the bridge moves it."""
@@ -311,9 +311,9 @@ class TextToImage:
         arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
         (one,) = row_seeds(seed, 1)
         given = None if complete is None else self.upper_indices(complete, keep)
-        told = self._told(None if complete is None else keep)
         pictures = to_pil(self.generate(arc, [one] * steps, given=given, preview=preview, **settings))
         ends = [dict(end) if isinstance(end, Mapping) else describe(end) for end in (first, second)]
+        told = DEFAULTS | settings | self._told(complete, keep)
         for picture in pictures:
-            picture.info.update(interpolate=ends, steps=steps, seed=one, **DEFAULTS | settings | told)
+            picture.info.update(interpolate=ends, steps=steps, seed=one, **told)
         return pictures
