@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
-from itertools import chain, count, islice
+from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -180,15 +180,13 @@ def write(parts: dict[str, Samples], classes: list[str] | None, output: Path, sh
 
 def write_shards(samples: Samples, prefix: str, shard_size: int) -> int:
     """Write PREFIX-000000.tar and so on, and return how many samples they hold."""
-    keys = count()
-    for shard in count():
-        first = next(samples, None)
-        if first is None:
-            return next(keys)
+    written = 0
+    for shard, numbered in groupby(enumerate(samples), lambda pair: pair[0] // shard_size):
         with wds.TarWriter(f"{prefix}-{shard:06d}.tar", encoder=False, mtime=0) as tar:
-            for sample in chain([first], islice(samples, shard_size - 1)):
-                tar.write({"__key__": f"{next(keys):08d}", **sample})
-    raise AssertionError("count() has no end")
+            for number, sample in numbered:
+                tar.write({"__key__": f"{number:08d}", **sample})
+                written = number + 1
+    return written
 
 
 if __name__ == "__main__":
