@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import logging
 import math
 import multiprocessing
@@ -42,6 +41,7 @@ from torch.utils.data import DataLoader
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
 from clipgen.data.encoded import Batches, EncodedDataset, as_is, record_dtype
 from clipgen.data.shapes import ShapesDataset
+from clipgen.files import write_json
 from clipgen.lpips import empty_lpips
 
 WARM_UP = 3  # steps that are not measured
@@ -200,7 +200,7 @@ def make_clip(name: str) -> FrozenCLIP:
         "preprocess_cfg": open_clip.get_model_preprocess_cfg(model),
     }
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "open_clip_config.json").write_text(json.dumps(config))
+        write_json(Path(folder) / "open_clip_config.json", config)
         torch.save(model.state_dict(), Path(folder) / "open_clip_pytorch_model.bin")
         return FrozenCLIP(folder)
 
@@ -488,7 +488,7 @@ def main() -> None:
     found = {"part": args.part, "machine": machine(args.device), **run(args)}
     print(f"\n{found['machine']}")
     if args.output:
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        write_json(args.output, found)
 
 
 if __name__ == "__main__":

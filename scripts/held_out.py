@@ -9,16 +9,16 @@ The rest of the sentences, drawn once each, stands beside it.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from torch import Tensor
 
 from clipgen import TextToImage
-from clipgen.data.judge import accuracy
+from clipgen.data.judge import ATTRIBUTES, accuracy
 from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, held_out_attributes
+from clipgen.files import write_json
 
-NAMES = ("all", "shape", "color", "size", "background")
+NAMES = ("all", *ATTRIBUTES)
 
 
 def row(name: str, images: Tensor, wanted: list[Attributes]) -> dict[str, float]:
@@ -51,7 +51,7 @@ def main() -> None:
             rows = [i for i, a in enumerate(wanted) if (a.color, a.shape) == pair]
             found[" ".join(pair)] = row(" ".join(pair), images[rows], [wanted[i] for i in rows])
     if args.output:
-        args.output.write_text(json.dumps({"fraction": args.fraction, **settings, **found}, indent=2) + "\n")
+        write_json(args.output, {"fraction": args.fraction, **settings, **found})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from train_clip import labelled_batches
 from clipgen import TextToImage
 from clipgen.data.shards import ImageShards
 from clipgen.evaluation.sources import drawing
+from clipgen.files import atomic_write, write_json
 from clipgen.images import grid, save_png, to_pil
 
 
@@ -80,8 +81,8 @@ def load_or_train(path: Path, data: Path, classes: int, image_size: int, steps: 
     else:
         train(net, data, image_size, steps)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(net.state_dict(), path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        with atomic_write(path) as partial:
+            torch.save(net.state_dict(), partial)
     return net.eval()
 
 
@@ -129,7 +130,7 @@ def main() -> None:
     result = {name: part.float().mean().item() for name, part in zip(names, hits.view(len(names), -1))}
     result |= {"all": hits.float().mean().item(), "settings": {**settings, "rerank": args.rerank, "seed": args.seed}}
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "recognised.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.output / "recognised.json", result)
     first = images.view(len(names), args.per_class, *images.shape[1:])[:, :8].transpose(0, 1).flatten(0, 1)
     save_png(
         grid(to_pil(first), columns=len(names), captions=names * min(8, args.per_class), cell=96),

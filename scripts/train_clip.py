@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
 from clipgen.data.shards import ImageShards
+from clipgen.files import atomic_write, write_json
 
 CONTEXT_LENGTH = 16
 CIFAR_CLIP = {
@@ -43,7 +44,7 @@ def write_config(
         "preprocess_cfg": {"mean": list(mean), "std": list(std)},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "open_clip_config.json", config)
     (folder / VOCABULARY_FILE).write_text(json.dumps(words) + "\n")
 
 
@@ -88,11 +89,10 @@ def train(folder: Path, captions: Sequence[str], batches: Iterable[tuple[Tensor,
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write the weights in half precision, to a temporary name first."""
+    """Write the weights in half precision."""
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    partial = folder / "open_clip_model.safetensors.partial"
-    save_file(state, partial)
-    partial.replace(folder / "open_clip_model.safetensors")
+    with atomic_write(folder / "open_clip_model.safetensors") as partial:
+        save_file(state, partial)
 
 
 def augmented(images: Tensor, shift: int = 4) -> Tensor:
