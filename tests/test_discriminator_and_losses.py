@@ -1,4 +1,4 @@
-"""PatchGAN, adversarial losses, adaptive weight, LPIPS, L_CLIP, the noise on conditions: against hand-made values."""
+"""PatchGAN, adversarial losses, adaptive weight, LeCam, LPIPS: against hand-made values."""
 
 from __future__ import annotations
 
@@ -199,26 +199,3 @@ def test_missing_or_wrong_vgg_weights_say_what_to_do(tmp_path, content):
         load_lpips(str(path))
     for word in (str(path), "vgg16-397923af.pth", "model.vgg_weights=", "model.perceptual_weight=0"):
         assert word in str(error.value)
-
-
-# --------------------------------------------------------------------------------------------------- CLIP and its noise
-
-
-def test_clip_loss_by_hand():
-    e = F.normalize(torch.randn(4, 16), dim=-1)
-    assert losses.clip_loss(e, e).item() == pytest.approx(0, abs=1e-6)
-    right_angle = torch.eye(2)
-    assert losses.clip_loss(right_angle, right_angle.flip(0)).item() == pytest.approx(math.log(2))
-    opposite = losses.clip_loss(-e, e)
-    assert math.log(1e3) < opposite < 20
-    pairs = [F.normalize(torch.randn(64, 8), dim=-1) for _ in range(2)]
-    cosine = F.cosine_similarity(*pairs)
-    torch.testing.assert_close(losses.clip_loss(*pairs), -((1 + cosine) / 2).log().mean())
-
-
-def test_clip_loss_pulls_towards_the_target():
-    target = F.normalize(torch.randn(4, 16), dim=-1)
-    free = torch.randn(4, 16, requires_grad=True)
-    losses.clip_loss(F.normalize(free, dim=-1), target).backward()
-    moved = F.normalize(free - 0.1 * free.grad, dim=-1)
-    assert losses.clip_loss(moved, target) < losses.clip_loss(F.normalize(free, dim=-1), target)

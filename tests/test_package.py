@@ -16,7 +16,8 @@ from commands import command, everything
 import clipgen
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "torchvision", "transformers", "open_clip", "pytorch_lightning", "numpy", "PIL", "hydra", "omegaconf"}
+HEAVY = {"torch", "torchvision", "transformers", "open_clip", "pytorch_lightning", "numpy", "PIL", "hydra", "omegaconf",
+         "rich"}  # fmt: skip
 
 
 def loaded_by(code: str, cwd: Path) -> set[str]:
@@ -49,7 +50,8 @@ def test_a_wrong_key_is_told_before_anything_heavy_is_loaded(tmp_path):
 
 
 def test_importing_the_package_is_light(tmp_path):
-    assert not loaded_by("import clipgen; clipgen.__version__", tmp_path) & HEAVY
+    assert not loaded_by("import clipgen; clipgen.__version__; dir(clipgen)", tmp_path) & HEAVY
+    assert {"torch", "open_clip"} <= loaded_by("import clipgen; clipgen.FrozenCLIP", tmp_path)
 
 
 def test_the_version_is_the_installed_one():

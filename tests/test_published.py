@@ -157,6 +157,8 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(tmp_path, layout):
         ):
             read()
     assert not trap.exists()
+    pickle.loads(path.read_bytes()) if layout == "pickle" else torch.load(path, weights_only=False)
+    assert trap.exists()  # it would have run
 
 
 def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
