@@ -130,9 +130,9 @@ EPOCHS = ["trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.val_check_int
      slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"])],
 )  # fmt: skip
 def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, kind, stop, more):
-    """In the middle of a pass and at its end, where steps count and where passes do."""
+    """In the middle of a pass and at its end, where steps count and where passes do; its rate is a cosine."""
     tokenizer = ["vqgan=vqgan"] if stage == "transformer" else []
-    arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *tokenizer, "model.schedule=constant", *more]
+    arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *tokenizer, "model.warmup_steps=4", *more]
     assert call(*arguments, "output=straight").code == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, {"vqgan": VQGAN, "transformer": ConditionalTransformer}[stage], "training_step", stop)

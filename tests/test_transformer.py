@@ -9,13 +9,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from conftest import TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
+from conftest import TRANSFORMER_SIZES, changed, weights_of
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipgen.data.shapes import ShapesDataset
 from clipgen.transformer import ConditionalTransformer
-from clipgen.vqgan import VQGAN
 
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
@@ -256,21 +254,3 @@ def test_save_and_load_bit_for_bit(tmp_path, tie_head):
     assert torch.equal(again(indices, e), transformer(indices, e))
     assert torch.equal(again.sample(e, seed=1), transformer.sample(e, seed=1))
     assert (again.gpt.head.weight is again.gpt.transformer.wte.weight) == tie_head
-
-
-def test_stopping_and_resuming_changes_nothing(tmp_path, shapes_clip, images):
-    torch.manual_seed(0)
-    vqgan = VQGAN(**VQGAN_SIZES).eval()
-    data = DataLoader([{"images": image} for image in ShapesDataset(4, seed=3).render(range(4))], batch_size=4)
-
-    def train(steps: int, resume: str | None = None) -> tuple[ConditionalTransformer, pl.Trainer]:
-        torch.manual_seed(2)
-        transformer = model(condition_dropout=0.0, warmup_steps=3).attach(vqgan, shapes_clip)
-        trainer = pl.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", **QUIET)
-        trainer.fit(transformer, data, ckpt_path=resume)
-        return transformer, trainer
-
-    straight, _ = train(4)
-    train(2)[1].save_checkpoint(tmp_path / "two.ckpt")
-    resumed, trainer = train(4, str(tmp_path / "two.ckpt"))
-    assert trainer.global_step == 4 and not changed(resumed, weights_of(straight))
