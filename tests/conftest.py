@@ -28,6 +28,8 @@ TRANSFORMER_SIZES = dict(
     learning_rate=1e-3,
 )  # fmt: skip
 
+QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
@@ -82,8 +84,7 @@ def fit():
 
     def run(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, batch: int = 8, **settings) -> pl.Trainer:
         size = steps * batch * module.hparams.get("accumulate", 1)
-        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=list(callbacks), **(quiet | settings))
+        trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=list(callbacks), **(QUIET | settings))
         trainer.fit(module, DataLoader(ShapesDataset(size, seed=3), batch_size=batch))
         return trainer
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
+from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -33,8 +33,6 @@ from clipgen.nets.quantizer import GumbelQuantizer
 from clipgen.sampling import random_streams, row_seeds
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
-
-QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 
 def gan(kind: type[VQGAN] = VQGAN, **arguments) -> VQGAN:

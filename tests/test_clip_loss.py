@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from conftest import TRANSFORMER_SIZES
+from conftest import QUIET, TRANSFORMER_SIZES
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -111,8 +111,7 @@ def test_what_is_not_asked_for_is_not_decoded(options, accumulate, expected, tin
     transformer = model(clip_loss_weight=0.2, **options).attach(tiny_vqgan, shapes_clip)
     rows = spied(transformer, monkeypatch)
     data = DataLoader(ShapesDataset(32 * accumulate), batch_size=8)
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = pl.Trainer(max_steps=4, accelerator="cpu", accumulate_grad_batches=accumulate, **quiet)
+    trainer = pl.Trainer(max_steps=4, accelerator="cpu", accumulate_grad_batches=accumulate, **QUIET)
     trainer.fit(transformer, data)
     assert trainer.global_step == 4 and rows == expected
 
@@ -144,7 +143,7 @@ def test_senseless_arguments_are_refused(name, value, message):
 @pytest.mark.slow
 def test_training_with_it_brings_samples_nearer():
     """Eight images, the bundled tokenizer and CLIP, against the same training without it: same seed, same batches."""
-    items, quiet = ShapesDataset(8, seed=1), dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    items = ShapesDataset(8, seed=1)
 
     def distance(weight: float) -> float:
         torch.manual_seed(0)
@@ -153,7 +152,7 @@ def test_training_with_it_brings_samples_nearer():
             n_layer=2, n_head=2, n_embd=64, codebook_size=512, num_tokens=64, clip_dim=64, grid_positions=True,
             learning_rate=3e-3, clip_loss_weight=weight, clip_loss_codes="gumbel", clip_loss_kind="cosine",
         ).attach(pipe.vqgan, pipe.clip)  # fmt: skip
-        trainer = pl.Trainer(max_steps=70, max_epochs=-1, accelerator="cpu", enable_model_summary=False, **quiet)
+        trainer = pl.Trainer(max_steps=70, max_epochs=-1, accelerator="cpu", **QUIET)
         trainer.fit(transformer, DataLoader(items, batch_size=8))
         with torch.no_grad():
             e = pipe.clip.encode_image(items.render(range(8))).repeat(16, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import tarfile
 import time
 from itertools import islice
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import QUIET, SHARED
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -31,10 +31,10 @@ from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls
 
 ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get("CLIPGEN_SHARED", ROOT.parent / "shared")) / "data"
-BAD = SHARED / "bad_images"
+BAD = SHARED / "data" / "bad_images"
 needs_bad = pytest.mark.skipif(not BAD.exists(), reason=f"{BAD} is absent; set CLIPGEN_SHARED")
-needs_cifar = pytest.mark.skipif(not (SHARED / "cifar10").exists(), reason=f"{SHARED}/cifar10 is absent")
+CIFAR10 = SHARED / "data" / "cifar10"
+needs_cifar = pytest.mark.skipif(not CIFAR10.exists(), reason=f"{CIFAR10} is absent; set CLIPGEN_SHARED")
 
 USABLE = [
     "UPPER.JPEG",
@@ -613,11 +613,11 @@ def test_a_corrupt_image_is_warned_about_once_in_all_workers(tmp_path: Path) -> 
 
 @needs_cifar
 def test_cifar_shards() -> None:
-    train = ImageShards(str(SHARED / "cifar10" / "train-{000000..000009}.tar"), 32, train=True)
+    train = ImageShards(str(CIFAR10 / "train-{000000..000009}.tar"), 32, train=True)
     assert len(train.urls) == 10
     batch = next(iter(DataLoader(train, 8)))
     assert batch["images"].shape == (8, 3, 32, 32)
-    val = ImageShards(str(SHARED / "cifar10" / "val-*.tar"), 32, train=False, labels=True)
+    val = ImageShards(str(CIFAR10 / "val-*.tar"), 32, train=False, labels=True)
     batch = next(iter(DataLoader(val, 200)))
     assert batch["label"].unique().tolist() == list(range(10))
 
@@ -646,8 +646,7 @@ class Probe(pl.LightningModule):
 
 
 def fit(data: ImageData, checkpoint: Path | None = None, **options: object) -> tuple[Probe, pl.Trainer]:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(accelerator="cpu", enable_model_summary=False, num_sanity_val_steps=0, **quiet, **options)
+    trainer = pl.Trainer(accelerator="cpu", num_sanity_val_steps=0, **QUIET, **options)
     probe = Probe()
     trainer.fit(probe, data, ckpt_path=checkpoint)
     return probe, trainer

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +13,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torchvision
+from conftest import SHARED
 from PIL import Image
 
 from clipgen.data.folder import folder_data
 from clipgen.data.shards import ImageShards
 
 ROOT = Path(__file__).parents[1]
-BAD = Path(os.environ.get("CLIPGEN_SHARED", ROOT.parent / "shared")) / "data" / "bad_images"
+BAD = SHARED / "data" / "bad_images"
 
 
 def load_script() -> ModuleType:

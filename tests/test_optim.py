@@ -8,7 +8,7 @@ import itertools
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import VQGAN_SIZES
+from conftest import QUIET, VQGAN_SIZES
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -100,8 +100,7 @@ def test_a_cosine_ends_with_the_training(start):
 
 def test_the_discriminator_ends_with_the_generator(images):
     vqgan = VQGAN(**VQGAN_SIZES | dict(discriminator_weight=0.5, discriminator_start=2, schedule="cosine"))
-    trainer = pl.Trainer(max_steps=6, accelerator="cpu", logger=False, enable_checkpointing=False,
-                         enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer = pl.Trainer(max_steps=6, accelerator="cpu", **QUIET)
     trainer.fit(vqgan, DataLoader([{"images": image} for image in images] * 3, batch_size=4))
     assert [each.get_last_lr() for each in vqgan.lr_schedulers()] == [[0.0], [0.0]]
 
@@ -110,8 +109,7 @@ def test_the_discriminator_ends_with_the_generator(images):
 def test_a_cosine_ends_with_the_last_epoch_where_batches_accumulate(images, batches, max_steps, steps):
     """An epoch's last step may have fewer batches than the others, and is a step all the same."""
     vqgan = VQGAN(**VQGAN_SIZES | dict(schedule="cosine", accumulate=3))
-    trainer = pl.Trainer(max_epochs=3, max_steps=max_steps, accelerator="cpu", logger=False, enable_progress_bar=False,
-                         enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    trainer = pl.Trainer(max_epochs=3, max_steps=max_steps, accelerator="cpu", **QUIET)
     trainer.fit(vqgan, DataLoader([{"images": image} for image in images[:batches]], batch_size=1))
     assert trainer.global_step == steps
     rate = vqgan.lr_schedulers().lr_lambdas[0]
@@ -131,8 +129,7 @@ class Stream(IterableDataset):
 def test_a_cosine_needs_an_end(images):
     """Else the rate would be zero once the warm-up is over, and training go on."""
     vqgan = VQGAN(**VQGAN_SIZES | dict(schedule="cosine"))
-    settings = dict(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False,
-                    enable_checkpointing=False, enable_model_summary=False)  # fmt: skip
+    settings = dict(max_epochs=2, accelerator="cpu", **QUIET)
     with pytest.raises(ValueError, match="schedule must be 'constant' where an epoch has no end, got 'cosine'"):
         pl.Trainer(**settings, max_time={"seconds": 10}).fit(vqgan, DataLoader(Stream(images), batch_size=2))
     trainer = pl.Trainer(**settings, limit_train_batches=2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import QUIET
 from torch.utils.data import DataLoader
 
 from clipgen.data.shapes import ShapesDataset
@@ -22,8 +23,7 @@ def four_numbers(images: torch.Tensor) -> torch.Tensor:
 
 
 def validate(vqgan, callback: pl.Callback, count: int = 24, batch: int = 8) -> dict[str, float]:
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], **quiet)
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], **QUIET)
     (found,) = trainer.validate(vqgan, DataLoader(ShapesDataset(count, seed=9), batch), verbose=False)
     return found
 

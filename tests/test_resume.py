@@ -16,7 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from commands import Call, command, interrupt_at
-from conftest import VQGAN_SIZES
+from conftest import QUIET, VQGAN_SIZES
 from PIL import Image
 
 from clipgen.data.module import ImageData
@@ -295,9 +295,8 @@ def test_a_limited_pass_begins_where_the_last_ended(tmp_path):
     items = [{"images": torch.tensor(number)} for number in range(60)]
 
     def run(workers: int, epochs: int, ckpt: Path | None = None) -> list[int]:
-        quiet: dict = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                           enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
-        trainer = pl.Trainer(accelerator="cpu", max_epochs=epochs, limit_train_batches=5, **quiet)
+        settings = dict(max_epochs=epochs, limit_train_batches=5, default_root_dir=tmp_path)
+        trainer = pl.Trainer(accelerator="cpu", **settings, **QUIET)
         trainer.fit(module := Seen(), ImageData(items, None, 1, workers), ckpt_path=ckpt)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return module.items

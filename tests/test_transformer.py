@@ -9,13 +9,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from conftest import TRANSFORMER_SIZES, changed, weights_of
+from conftest import QUIET, TRANSFORMER_SIZES, changed, weights_of
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipgen.transformer import ConditionalTransformer
-
-QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 
 def model(**arguments) -> ConditionalTransformer:

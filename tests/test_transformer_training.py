@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from commands import command
-from conftest import TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
+from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig
@@ -19,8 +19,6 @@ from clipgen import TextToImage
 from clipgen.data.shapes import ShapesDataset
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
-
-QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 
 def model(**arguments) -> ConditionalTransformer:

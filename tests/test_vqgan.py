@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import VQGAN_SIZES, changed, weights_of
+from conftest import QUIET, VQGAN_SIZES, changed, weights_of
 from torch.utils.data import DataLoader
 
 from clipgen import losses
@@ -307,11 +307,10 @@ def test_training_lowers_the_loss_and_uses_the_codebook():
     vqgan = model(learning_rate=3e-3)
     images = ShapesDataset(32, seed=5).render(range(32))
     data = DataLoader([{"images": image} for image in images], batch_size=32)
-    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     first = (vqgan(images) - images).square().mean().item()
-    pl.Trainer(max_steps=40, accelerator="cpu", **quiet).fit(vqgan, data)
+    pl.Trainer(max_steps=40, accelerator="cpu", **QUIET).fit(vqgan, data)
     vqgan.eval()
-    trainer = pl.Trainer(accelerator="cpu", **quiet)
+    trainer = pl.Trainer(accelerator="cpu", **QUIET)
     trainer.validate(vqgan, DataLoader([{"images": -image} for image in images]), verbose=False)
     trainer.validate(vqgan, data, verbose=False)  # counts anew
     with torch.no_grad():
