@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from commands import Call
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -76,6 +77,13 @@ def shapes_clip() -> FrozenCLIP:
 @pytest.fixture
 def pipe(tiny_vqgan: VQGAN, tiny_transformer: ConditionalTransformer, shapes_clip: FrozenCLIP) -> TextToImage:
     return TextToImage(tiny_vqgan, tiny_transformer, shapes_clip)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Call a command, by its name and arguments, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: Call(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture

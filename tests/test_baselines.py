@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import TRANSFORMER, Call, everything
+from commands import TRANSFORMER, everything
 from conftest import TRANSFORMER_SIZES
 from PIL import Image
 from torch import Tensor, nn
@@ -22,12 +22,6 @@ from clipgen.data.shapes import ALL_ATTRIBUTES, COLORS, rgb
 from clipgen.pipeline import TextToImage
 
 NAMES = ["red", "green", "blue"]
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: Call(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
-from commands import Call, everything
+from commands import everything
 from PIL import Image
 
 TINY = ["trainer.max_steps=2", "trainer.val_check_interval=1", "data.train_size=64", "data.val_size=64"]
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Call clipgen-demo in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: Call(monkeypatch, capsys, "clipgen-demo", *arguments)
+def call(call):
+    return partial(call, "clipgen-demo")
 
 
 def test_demo(call, tmp_path):

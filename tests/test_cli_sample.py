@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import PROMPT, Call, command, everything, trained
+from commands import PROMPT, command, everything, trained
 from PIL import Image
 
 import clipgen
@@ -28,10 +29,8 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Call clipgen-sample in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: Call(monkeypatch, capsys, "clipgen-sample", *arguments)
+def call(call):
+    return partial(call, "clipgen-sample")
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import gc
-import importlib.util
 import json
 import logging
 import os
@@ -16,12 +15,14 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from pathlib import Path
 
+import make_shards
 import pytest
 import torch
 import yaml
-from commands import SHAPES, TRANSFORMER, VQGAN, Call, command, everything, interrupt_at, only, trained
+from commands import SHAPES, TRANSFORMER, VQGAN, command, everything, interrupt_at, only, trained
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -40,10 +41,8 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Call clipgen-train in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: Call(monkeypatch, capsys, "clipgen-train", *arguments)
+def call(call):
+    return partial(call, "clipgen-train")
 
 
 def steps_of(run: Path) -> int:
@@ -220,10 +219,6 @@ def test_a_folder_of_images(call, photos, tmp_path):
 
 
 def test_shards(call, photos, tmp_path):
-    script = Path(__file__).parents[1] / "scripts" / "make_shards.py"
-    spec = importlib.util.spec_from_file_location("make_shards", script)
-    make_shards = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_shards)
     make_shards.main([str(photos), "--output", "shards", "--shard-size", "3", "--val-fraction", "0.4"])
     urls = ["data.train_urls='shards/train-*.tar'", "data.val_urls='shards/val-{000000..000000}.tar'"]
     assert call(*VQGAN, "data=webdataset", *urls, *SMALL, "output=run").code == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import TRANSFORMER, Call, command
+from commands import TRANSFORMER, command
 from conftest import VQGAN_SIZES
 from PIL import Image
 from test_data_real import make_tar
@@ -285,12 +285,6 @@ def test_large_codebooks_take_four_bytes():
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: Call(monkeypatch, capsys, *arguments)
 
 
 ENCODE = ["data.train_size=64", "data.val_size=16", "shard_size=16", "device=cpu", "output=cache"]

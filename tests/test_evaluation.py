@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -692,8 +693,8 @@ def test_caption_score_of_a_set(tmp_path, images):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    return lambda *arguments: Call(monkeypatch, capsys, "clipgen-eval", *arguments)
+def call(call):
+    return partial(call, "clipgen-eval")
 
 
 OFFLINE = ("--features", "clip:shapes", "--clip", "shapes", "--device", "cpu")
@@ -786,8 +787,7 @@ def test_the_numbers_of_something_else_are_not_written_over(call, two_folders, t
     (("--checkpoint", "shapes", "--captions", "shapes", "--clip", "none", "--features", "none"), "nothing to measure"),
     (("--checkpoint", "shapes", "--classes", "shapes", "--judge"), "sentence must read like"),
 ])  # fmt: skip
-def test_one_sentence(call, monkeypatch, tmp_path, arguments, message):
-    monkeypatch.chdir(tmp_path)
+def test_one_sentence(call, tmp_path, arguments, message):
     defaults = [part for pair in zip(OFFLINE[::2], OFFLINE[1::2]) if pair[0] not in arguments for part in pair]
     done = call(*arguments, "--output", "out", *defaults)
     assert done.code == 1 and message in done.stderr and "Traceback" not in done.stderr

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import logging
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
+import make_shards
 import numpy as np
 import pytest
 import torchvision
@@ -19,19 +18,7 @@ from PIL import Image
 from clipgen.data.folder import folder_data
 from clipgen.data.shards import ImageShards
 
-ROOT = Path(__file__).parents[1]
 BAD = SHARED / "data" / "bad_images"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_shards", ROOT / "scripts" / "make_shards.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_shards = load_script()
 
 
 def run(*arguments: object) -> None:

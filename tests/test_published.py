@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
+import train_clip
 from commands import command
 from conftest import changed, weights_of
 
@@ -264,10 +265,6 @@ def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 8, "width": 32, "heads": 2, "layers": 1}
     sizes = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
-    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-    import open_clip
-    import train_clip
-
     train_clip.write_config(tmp_path / "clip", sizes, ["a bus"], (0.5,) * 3, (0.5,) * 3)
     train_clip.save(open_clip.create_model(f"local-dir:{tmp_path / 'clip'}", load_weights=False), tmp_path / "clip")
     files = (folder / "vqgan.pt", folder / "gpt.pt", "--n-head", 4, "--clip", "clip", "--clip-pretrained", "")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from commands import Call, command, interrupt_at
+from commands import command, interrupt_at
 from conftest import QUIET, VQGAN_SIZES
 from PIL import Image
 
@@ -41,12 +41,6 @@ STAGES = {
                     "model.optimizer=muon", "model.ema_decay=0.9", "model.clip_loss_weight=0.2",
                     "model.clip_loss_codes=gumbel", "model.clip_loss_every=2", *SMALL],
 }  # fmt: skip
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return lambda *arguments: Call(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture
