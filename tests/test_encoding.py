@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import torch
 from commands import TRANSFORMER, command
 from conftest import VQGAN_SIZES
 from PIL import Image
-from test_data_real import make_tar
+from test_data_real import GOOD, make_tar
 
 from clipgen import encoding
 from clipgen.cli.machine import best_device, rank_and_world_size
@@ -448,12 +447,9 @@ def test_labels_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
 
 def test_labels_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
     """Of two shards, the first of which holds nothing that can be used."""
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
     make_tar(tmp_path / "0.tar", {"0.png": b"broken", "0.cls": b"1"})
-    make_tar(tmp_path / "1.tar", {"0.png": picture.getvalue(), "0.cls": b"4", "1.png": picture.getvalue(),
-                                  "2.png": picture.getvalue(), "2.cls": b"-1", "3.png": picture.getvalue(),
-                                  "3.cls": b"2"})  # fmt: skip
+    make_tar(tmp_path / "1.tar", {"0.jpg": GOOD, "0.cls": b"4", "1.jpg": GOOD, "2.jpg": GOOD, "2.cls": b"-1",
+                                  "3.jpg": GOOD, "3.cls": b"2"})  # fmt: skip
     data = shard_data(f"{tmp_path}/*.tar", None, 32, batch_size=1, labels=True)
     assert encoding.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
     assert labels_of(tmp_path / "cache") == [4, 2]  # those without a class cannot be used
@@ -468,10 +464,8 @@ def test_labels_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
 
 def test_a_first_shard_without_images(tmp_path, tiny_vqgan, shapes_clip):
     """It knows no sizes; reading the cache took them from it."""
-    picture = io.BytesIO()
-    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
     make_tar(tmp_path / "0.tar", {"0.png": b"broken"})
-    make_tar(tmp_path / "1.tar", {"0.png": picture.getvalue(), "1.png": picture.getvalue()})
+    make_tar(tmp_path / "1.tar", {"0.jpg": GOOD, "1.jpg": GOOD})
     data = shard_data(f"{tmp_path}/*.tar", None, 32, batch_size=1)
     assert encoding.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
     dataset = EncodedDataset(tmp_path / "cache" / "train")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from commands import command, interrupt_at
 from conftest import QUIET, VQGAN_SIZES
-from PIL import Image
+from test_data_real import encoded, make_tar
 
 from clipgen.data.module import ImageData
 from clipgen.data.sampler import ResumableSampler
@@ -51,13 +49,11 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
     for i, picture in enumerate(pictures):
         picture.save(tmp_path / "images" / f"{i}.png")
     for name, part in (("a", pictures[:6]), ("b", pictures[6:])):
-        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
-            for i, picture in enumerate(part):
-                add(tar, f"{i}.png", picture)
+        make_tar(tmp_path / f"{name}.tar", {f"{i}.png": encoded(picture, "PNG") for i, picture in enumerate(part)})
     VQGAN(**VQGAN_SIZES).save(tmp_path / "vqgan")
     shapes = ["data=shapes", "data.train_size=14", "data.val_size=4"]
-    encoded = call("clipgen-encode", *shapes, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
-    assert encoded.code == 0, encoded.stderr
+    cache = call("clipgen-encode", *shapes, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
+    assert cache.code == 0, cache.stderr
     streams = ["data=webdataset", "data.train_urls=[a.tar,b.tar]", "data.val_urls=a.tar", "data.num_workers=0",
                "data.shuffle=5", "data.image_size=32"]  # fmt: skip
     return {
@@ -77,13 +73,6 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
 
 def slow(*arguments: Any) -> Any:
     return pytest.param(*arguments, marks=pytest.mark.slow)
-
-
-def add(tar: tarfile.TarFile, name: str, picture: Image.Image) -> None:
-    picture.save(buffer := io.BytesIO(), format="png")
-    info = tarfile.TarInfo(name)
-    info.size = buffer.tell()
-    tar.addfile(info, io.BytesIO(buffer.getvalue()))
 
 
 def state(run: str) -> dict[str, torch.Tensor]:
