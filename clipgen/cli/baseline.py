@@ -115,6 +115,8 @@ def run() -> None:
 
 def run_vqgan_clip(args: argparse.Namespace) -> None:
     """Every picture from random codes of its own."""
+    import torch
+
     from clipgen.baselines.vqgan_clip import vqgan_clip
 
     vqgan, clip = load_pair(args)
@@ -126,7 +128,8 @@ def run_vqgan_clip(args: argparse.Namespace) -> None:
         target, start = clip.encode_text([prompt]), time.perf_counter()
         images = vqgan_clip(vqgan, clip, target.expand(args.num_images, -1), seed=args.seed, **options)
         seconds = (time.perf_counter() - start) / args.num_images
-        scores = score(clip, images, target)
+        with torch.no_grad():
+            scores = (clip.encode_image(images) @ target[0]).tolist()
         sheet.add(images, [prompt] * len(images), seeds(args), [{"prompt": prompt, "clip_score": s} for s in scores])
         print(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}, {seconds:.1f} s an image")
     sheet.save()
@@ -254,14 +257,6 @@ class Sheet:
 
         columns = self.columns if self.number > 1 else None
         print(save_png(grid(self.pictures, columns, self.captions), self.output / "grid.png"))
-
-
-def score(clip: FrozenCLIP, images: Tensor, target: Tensor) -> list[float]:
-    """Cosines of images (B, 3, H, W) with a target (1, E)."""
-    import torch
-
-    with torch.no_grad():
-        return (clip.encode_image(images) @ target[0]).tolist()
 
 
 def keep_all(args: argparse.Namespace, found: Found, name: str) -> None:
