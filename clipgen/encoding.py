@@ -151,13 +151,12 @@ def finish(root: Path, manifest: dict[str, Any]) -> None:
     kind = next(shard.dtype for shard in shards["train"] if len(shard))
     found = {"num_tokens": kind["indices"].shape[1], "bytes_per_image": kind.itemsize, "images": images}
     if "label" in (kind.names or ()):
-        found["num_classes"] = count_classes(root, manifest.get("class_names"))
+        found["num_classes"] = count_classes(root, [*shards["train"], *shards["val"]], manifest.get("class_names"))
     write_json(root / MANIFEST, manifest | found)
 
 
-def count_classes(root: Path, names: list[str] | None) -> int:
+def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None) -> int:
     """How many classes a cache has: as many as there are names, or as its largest label needs."""
-    shards = [open_shard(path) for split in SPLITS for path in (root / split).glob("shard-*.npy")]
     largest = max(int(shard["label"].max()) for shard in shards if len(shard))
     if names and largest >= len(names):
         raise ValueError(f"the labels of {root} must be below {len(names)}, the number of class names, got {largest}")
