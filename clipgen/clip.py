@@ -86,7 +86,7 @@ class FrozenCLIP(nn.Module):
         for key in ("mean", "std"):
             value = getattr(model.visual, f"image_{key}", None) or getattr(open_clip, f"OPENAI_DATASET_{key.upper()}")
             self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
-        self.embed_dim = self.encode_text(["a"]).shape[1]
+        self.embed_dim = self.encode_text([""]).shape[1]
         self.eval()
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -160,8 +161,13 @@ def test_unknown_words_are_named_and_the_known_listed(shapes_clip, caplog):
     assert torch.equal(odd, shapes_clip.encode_text(["a small red ring on a white background"]))
 
 
-def test_known_sentences_raise_no_warning(shapes_clip, caplog):
+def test_known_sentences_raise_no_warning(shapes_clip, caplog, tmp_path):
+    """Nor does a CLIP when it is made, whatever words it knows."""
     shapes_clip.encode_text([*CAPTIONS, "A small red ring on a white background."])
+    folder = shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "clip")
+    words = json.loads((folder / "vocabulary.json").read_text())
+    (folder / "vocabulary.json").write_text(json.dumps([f"{word}s" for word in words]))
+    FrozenCLIP(str(folder))
     assert not caplog.records
 
 
