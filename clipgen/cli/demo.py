@@ -134,17 +134,16 @@ def report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], 
     """Write report.json and print a short table."""
     from clipgen.files import read_json, write_json
 
-    versions = read_json(output / "transformer" / "versions.json")
     content = {
         "accuracy": accuracy,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
-        "versions": versions,
+        "versions": read_json(output / "transformer" / "versions.json"),
         "settings": settings,
     }
     write_json(output / "report.json", content)
     print(f"\n{PROMPTS} sentences, none seen in training; part of the pictures that the judge finds right:")
-    for name in ("all", "shape", "color", "size", "background"):
-        print(f"  {name:<11} {accuracy[name]:6.1%}")
+    for name, value in accuracy.items():
+        print(f"  {name:<11} {value:6.1%}")
     print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
     print(f"Look at {output}/grid.png, reconstructions.png, losses.png; then try")
     prompt = '"a large blue ring on a white background" --top-p 0.8'
