@@ -109,6 +109,6 @@ def differentiable_codes(logits: Tensor, codebook: Tensor, kind: str) -> Tensor:
 
 
 def weight_in_mean(rows: int) -> int:
-    """How much a batch counts in a mean over the batches of all ranks, to be logged as its size: Lightning takes the
-    ranks' mean of the sizes and drops the fraction, which a multiple of the number of ranks has not."""
+    """The size to log a batch with, so that a mean over all batches of all ranks is one over their rows. Lightning
+    averages the sizes over the ranks and rounds down; of multiples of the number of ranks that is exact."""
     return rows * (dist.get_world_size() if dist.is_initialized() else 1)

@@ -119,7 +119,7 @@ def test_clip_loss_alone_brings_pictures_closer(tiny_vqgan, shapes_clip, images)
 
 
 def test_dropped_and_noisy_conditions(tiny_vqgan, shapes_clip, images, monkeypatch):
-    """What the network is given: a tenth of the rows without condition, the rest at the asked cosine."""
+    """What the network is given: a quarter of the rows without condition, the rest at the asked cosine."""
     transformer = model(condition_dropout=0.25, condition_cosine=0.5).attach(tiny_vqgan, shapes_clip)
     transformer.log = lambda *_, **__: None
     given, original = [], transformer.gpt.forward
