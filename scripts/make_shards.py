@@ -34,7 +34,8 @@ import webdataset as wds
 from PIL import Image, ImageOps
 
 from clipgen.data.folder import scan_folder, split_files
-from clipgen.data.images import Tally, UnusableImage, decode_image, to_rgb
+from clipgen.data.images import UnusableImage, decode_image, to_rgb
+from clipgen.data.tally import Tally
 from clipgen.seeds import unit_hash
 
 logger = logging.getLogger("make_shards")

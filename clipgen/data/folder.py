@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipgen.data.ahead import ahead
-from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, check_header, decode_image
+from clipgen.data.images import EXTENSIONS, UnusableImage, check_header, decode_image
 from clipgen.data.module import ImageData
+from clipgen.data.tally import Tally
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.seeds import hashed_seed, unit_hash
 

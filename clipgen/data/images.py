@@ -1,27 +1,18 @@
-"""Decode photos as they come, and keep count of those that cannot be used."""
+"""Photos as they come, decoded."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import get_worker_info
-
-from clipgen.seeds import unit_hash
-
-logger = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # The formats are told by content. Naming them keeps out those that run other programs, such as EPS.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-_REASONS = ("truncated", "empty", "not an image", "too large", "corrupt", "unreadable", "without label", "broken shard")
 
 
 class UnusableImage(ValueError):
@@ -76,52 +67,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-class Tally:
-    """Counts used and skipped images of one source, for all DataLoader workers together.
-
-    The counts lie in shared memory, where worker processes write and the main process reads: one row per worker for
-    the used images, and one byte per hash of a name for the skipped ones, so that each is counted (and warned about)
-    once, however often and in whichever worker it turns up. Two names that share a byte count as one: in a thousand
-    skipped images, an even chance of being one short.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._used = torch.zeros(1024, dtype=torch.int64).share_memory_()
-        self._skipped = torch.zeros(1 << 20, dtype=torch.uint8).share_memory_()
-        self._logged = ""
-
-    def use(self, count: int = 1) -> None:
-        """Count images as used."""
-        self._used[_worker_row()] += count
-
-    def restart(self) -> None:
-        """Forget how many images this worker has used: a new pass begins."""
-        self._used[_worker_row()] = 0
-
-    def skip(self, name: str, error: UnusableImage) -> bool:
-        """Count an image as skipped and warn about it, unless that was done before; return whether it is new."""
-        slot = int(unit_hash(name) * len(self._skipped))
-        if self._skipped[slot]:
-            return False
-        self._skipped[slot] = 1 + _REASONS.index(error.reason)
-        logger.warning("skipped %s: %s", name, error)
-        return True
-
-    def __str__(self) -> str:
-        used = int(self._used.sum())
-        codes = self._skipped[self._skipped > 0].sort().values.tolist()
-        reasons = Counter(_REASONS[code - 1] for code in codes)
-        details = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        return f"{used} image{'s' * (used != 1)}, {len(codes)} skipped" + (details and f": {details}")
-
-    def summary(self) -> None:
-        """Log the counts in one line, "photos: 15 images, 2 skipped: 1 truncated, 1 empty", if they are news."""
-        if self._logged != str(self):
-            self._logged = str(self)
-            logger.info("%s: %s", self.name, self)
-
-
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     try:
@@ -149,8 +94,3 @@ def _scale_grey(image: Image.Image) -> Image.Image:
     values = np.nan_to_num(np.asarray(image, dtype=np.float32))  # Pillow's own conversion clips above 255
     white = max(1.0 if image.mode == "F" else 65535.0, float(values.max()))
     return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
-
-
-def _worker_row() -> int:
-    worker = get_worker_info()
-    return worker.id % 1024 if worker else 0

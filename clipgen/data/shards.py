@@ -23,8 +23,9 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 from webdataset.utils import pytorch_worker_info
 
 from clipgen.data.ahead import ahead
-from clipgen.data.images import EXTENSIONS, Tally, UnusableImage, decode_image
+from clipgen.data.images import EXTENSIONS, UnusableImage, decode_image
 from clipgen.data.module import ImageData
+from clipgen.data.tally import Tally
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
 from clipgen.files import read_text
