@@ -12,24 +12,22 @@ from pathlib import Path
 import torch
 
 from clipgen import VQGAN
-from clipgen.data.folder import ImageFolder
-from clipgen.data.shards import ImageShards
+from clipgen.evaluation.sources import open_dataset
 from clipgen.images import grid, save_png, to_pil
 
 
 @torch.no_grad()
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", type=Path, required=True, help="stage-1 run, checkpoint or model folder")
-    p.add_argument("--images", required=True, help="folder, or shards as for data=webdataset")
+    p.add_argument("--checkpoint", required=True, help="stage-1 run, checkpoint or model folder, or shapes")
+    p.add_argument("--images", required=True, help="folder, shards as for data=webdataset, or shapes")
     p.add_argument("--image-size", type=int, default=256, help="of the central squares, divisible by the tokenizer's f")
     p.add_argument("--count", type=int, default=8)
     p.add_argument("--columns", type=int, default=4, help="pairs in a row")
     p.add_argument("--output", type=Path, default=Path("reconstructions.png"))
     args = p.parse_args()
-    vqgan, folder = VQGAN.load(args.checkpoint), Path(args.images).is_dir()
-    photos = ImageFolder if folder else ImageShards
-    samples = islice(iter(photos(args.images, args.image_size, train=False)), args.count)
+    vqgan, photos = VQGAN.load(args.checkpoint), open_dataset(args.images, args.image_size, args.count, seed=0)
+    samples = islice(iter(photos), args.count)
     images = torch.stack([sample["images"] for sample in samples])
     reconstruction = torch.cat([vqgan(image[None]) for image in images]).clamp(-1, 1)
     psnr = 10 * (4 / (reconstruction - images).square().mean(dim=(1, 2, 3))).log10()
