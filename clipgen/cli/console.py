@@ -54,15 +54,15 @@ def rate_bar(name: str, total: float | None) -> Iterator[Callable[[float], None]
         yield advance
 
 
-def rate_lines(name: str, total: float | None, every: float = 60.0) -> Callable[[float], None]:
-    """What to call when some of the images are done; it logs how far things are."""
+def rate_lines(name: str, total: float | None) -> Callable[[float], None]:
+    """What to call when some of the images are done; once a minute it logs how far things are."""
     start = last = time.monotonic()
     done = 0.0
 
     def advance(count: float) -> None:
         nonlocal done, last
         done, now = done + count, time.monotonic()
-        if now - last >= every:
+        if now - last >= 60:
             last = now
             counted = f"{done:.0f} of {total:.0f}" if total else f"{done:.0f}"
             logger.info("%s: %s images, %.3g a second", name, counted, done / (now - start))
