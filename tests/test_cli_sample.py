@@ -234,6 +234,20 @@ def test_a_completed_picture_is_drawn_again(call, runs, tmp_path):
     assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
 
 
+@pytest.mark.parametrize("more", [[], ["--complete", "red.png"]])
+def test_a_variation_is_drawn_again(call, runs, tmp_path, more):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    request = ["--image", "red.png", *more, "--num-images", 1, "--seed", 3, "--top-k", 5]
+    assert call(*request, "--checkpoint", runs[1], "--output", "a").code == 0
+    (first,) = (tmp_path / "a").glob("00_*.png")
+    again = ["--from", first, "--checkpoint", runs[1], "--output", "b"]
+    assert call(*again, "--image", "red.png", *more).code == 0
+    assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
+    assert len(list((tmp_path / "b").glob("0*.png"))) == 1
+    result = call(*again, *more)
+    assert result.code == 1 and "was drawn of an image, which it does not hold: give --image" in result.stderr
+
+
 def test_long_sentences_of_any_script(call, runs, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffa red star\r\n", encoding="utf-8")
     result = call("--interpolate", "кот " * 40, "猫" * 90, "--prompts-file", "prompts.txt", "--num-images", 2,

@@ -241,16 +241,17 @@ def repeat_(args: argparse.Namespace) -> None:
         if isinstance(error, OSError) and error.filename:  # the system's
             raise
         raise ValueError(f"{args.origin} is no picture of clipgen-sample: it does not tell its settings") from error
+    varied = asked == ["an image"] and args.image
     for prompt in asked:
-        if prompt in ("an image", "an embedding"):
-            raise ValueError(f"{args.origin} was drawn of {prompt}, which it does not hold: give --image and --seed")
+        if prompt in ("an image", "an embedding") and not varied:
+            raise ValueError(f"{args.origin} was drawn of {prompt}, which it does not hold: give --image")
     if "complete" in found and not args.complete:
         raise ValueError(f"{args.origin} completes a picture which it does not hold: give --complete")
     if "mixture" in found:
         args.mix.append(json.loads(found["mixture"]))
     elif strip:
         args.interpolate.append(strip)
-    else:
+    elif not varied:
         args.prompt += asked
     for name, value in known.items():
         setattr(args, name, value)
