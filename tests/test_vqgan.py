@@ -216,6 +216,16 @@ def test_one_pass_gives_both_halves_their_own_gradients(fit, images, accumulate)
         torch.testing.assert_close(ours.grad, expected.grad, atol=1e-7, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_a_step_passes_once_through_encoder_and_decoder(fit):
+    """And twice through the discriminator, with what is real and what is not."""
+    vqgan, passed = gan(), []
+    parts = {"encoder": vqgan.autoencoder.encoder, "decoder": vqgan.autoencoder.decoder, "judge": vqgan.discriminator}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: passed.append(name))
+    fit(vqgan, 1, batch=4)
+    assert sorted(passed) == ["decoder", "encoder", "judge", "judge"]
+
+
 def test_accumulated_batches_are_one_step(fit):
     count = Count()
     trainer = fit(gan(accumulate=3), 2, count, batch=2)
