@@ -32,6 +32,7 @@ BATCH = 64  # images drawn at a time on a CPU, and decoded at a time anywhere
 MOST = 1024  # images drawn at a time on a GPU, where its memory allows
 CPU_MEMORY = 2**31  # bytes that keys and values may take on a CPU
 Preview = Callable[[Tensor], None]
+Progress = Callable[[float], None]
 
 
 class TextToImage:
@@ -160,6 +161,7 @@ class TextToImage:
         self, prompt: Prompt | Sequence[Prompt], num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300,
         top_p: float = 1.0, guidance_scale: float = 1.0, guidance_power: float = 0.0, rerank_from: int | None = None,
         seed: int | None = None, complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
+        progress: Progress | None = None,
     ) -> list[Image.Image]:  # fmt: skip
         """Draw pictures of a sentence, or of what else ``embed`` takes; of a list of these, together, which is faster.
 
@@ -170,6 +172,7 @@ class TextToImage:
                 settings.
             complete: a picture whose upper part, ``keep`` of its height, is taken over; the rest is drawn.
             preview: called with the images so far, (B, 3, h, W) in [-1, 1], after each row of indices.
+            progress: called after each row with how many images it adds, a part of each; nothing is decoded for it.
 
         Returns:
             PIL images, prompt by prompt, best first where reranked.
@@ -189,7 +192,7 @@ class TextToImage:
         # embedded one by one: a batch of CLIP's would round otherwise, and draw another picture
         rows = torch.cat([self.embed(each) for each in prompts]).repeat_interleave(candidates, dim=0)
         given = None if complete is None else self.upper_indices(complete, keep)
-        images = self.generate(rows, seeds * len(prompts), **settings, given=given, preview=preview)
+        images = self.generate(rows, seeds * len(prompts), **settings, given=given, preview=preview, progress=progress)
         told = settings | self._told(complete, keep)
         pictures = []
         for each, drawn in zip(prompts, images.split(candidates)):
@@ -214,18 +217,20 @@ class TextToImage:
     @torch.no_grad()
     def generate(
         self, clip_embedding: Tensor, seed: int | Sequence[int] | None = None, *, given: Tensor | None = None,
-        preview: Preview | None = None, **settings: Any,
+        preview: Preview | None = None, progress: Progress | None = None, **settings: Any,
     ) -> Tensor:  # fmt: skip
         """CLIP embeddings (B, E) of sentences or images -> images (B, 3, H, W) in [-1, 1], one a row.
 
-        ``given`` (1, P): the indices that every image begins with. ``preview``, ``settings``: see ``__call__``.
+        ``given`` (1, P): the indices that every image begins with. ``preview``, ``progress``, ``settings``: see
+        ``__call__``.
         """
         seeds, images, done = row_seeds(seed, len(clip_embedding)), [], 0
         batch = self.batch_size(guided=settings.get("guidance_scale", 1) != 1)
+        watch = self._watch(preview, progress) if preview or progress else None
         while done < len(seeds):
             rows = slice(done, done + batch)
             try:
-                images.append(self._draw(clip_embedding[rows], seeds[rows], given, preview, settings))
+                images.append(self._draw(clip_embedding[rows], seeds[rows], given, watch, settings))
                 done += len(images[-1])
                 continue
             except torch.OutOfMemoryError:  # of a GPU: what is finished stays, the rest goes on in halves
@@ -237,11 +242,10 @@ class TextToImage:
             torch.cuda.empty_cache()
         return torch.cat(images)
 
-    def _draw(self, condition: Tensor, seeds: list[int], given: Tensor | None, preview: Preview | None,
+    def _draw(self, condition: Tensor, seeds: list[int], given: Tensor | None, watch: Watch | None,
               settings: dict[str, Any]) -> Tensor:  # fmt: skip
         """One batch of ``generate``."""
         prefix = None if given is None else given.expand(len(condition), -1)
-        watch = None if preview is None else self._watch(preview)
         return self.decode(self.transformer.sample(condition, seed=seeds, given=prefix, watch=watch, **settings))
 
     @torch.no_grad()
@@ -281,10 +285,13 @@ class TextToImage:
         with torch.compiler.set_stance("default" if whole else "force_eager"):
             return self.vqgan.decode(F.pad(grid, (0, 0, 0, 0, 0, missing)))[: len(grid)]
 
-    def _watch(self, preview: Preview) -> Watch:
+    def _watch(self, preview: Preview | None, progress: Progress | None) -> Watch:
         def watch(indices: Tensor) -> None:
             if indices.shape[1] % self.side == 0:
-                preview(self.decode(indices))
+                if preview:
+                    preview(self.decode(indices))
+                if progress:
+                    progress(len(indices) / self.side)
 
         return watch
 
@@ -299,7 +306,7 @@ class TextToImage:
 
     def interpolate(self, first: Prompt, second: Prompt, steps: int = 8, *, seed: int | None = None,
                     complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
-                    **settings: Any) -> list[Image.Image]:  # fmt: skip
+                    progress: Progress | None = None, **settings: Any) -> list[Image.Image]:  # fmt: skip
         """Pictures on the arc between two prompts' embeddings, all from one seed; the rest is as of ``__call__``."""
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
@@ -311,7 +318,8 @@ class TextToImage:
         arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
         (one,) = row_seeds(seed, 1)
         given = None if complete is None else self.upper_indices(complete, keep)
-        pictures = to_pil(self.generate(arc, [one] * steps, given=given, preview=preview, **settings))
+        shown: dict[str, Any] = dict(preview=preview, progress=progress)
+        pictures = to_pil(self.generate(arc, [one] * steps, given=given, **shown, **settings))
         ends = [dict(end) if isinstance(end, Mapping) else describe(end) for end in (first, second)]
         told = DEFAULTS | settings | self._told(complete, keep)
         for picture in pictures:

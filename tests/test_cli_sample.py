@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -268,6 +269,17 @@ def test_pictures_stay_where_a_later_one_fails(call, runs, monkeypatch, tmp_path
     monkeypatch.setattr(clipgen.images, "save_png", interrupted)
     assert call("--prompt", PROMPT, "--num-images", 2, "--checkpoint", runs[1], "--output", "s").code == 130
     assert len(list((tmp_path / "s").glob("00_*.png"))) == 1
+
+
+def test_progress_counts_all_images_and_decodes_each_once(call, runs, monkeypatch):
+    from clipgen.vqgan import VQGAN
+
+    done, decoded, decode = [], [], VQGAN.decode
+    monkeypatch.setattr("clipgen.cli.sample.rate_bar", lambda name, total: nullcontext(done.append))
+    monkeypatch.setattr(VQGAN, "decode", lambda self, indices: decoded.append(len(indices)) or decode(self, indices))
+    request = [*ONE, "--interpolate", PROMPT, "a red star", "--sweep", "top_k=1,9", "--rerank-from", 3]
+    assert call(*request, "--checkpoint", runs[1], "--output", "s").code == 0
+    assert sum(done) == sum(decoded) == 2 * (3 + 2)
 
 
 def test_a_sweep_is_one_labelled_sheet(call, runs, tmp_path):

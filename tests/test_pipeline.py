@@ -276,6 +276,16 @@ def test_previews_are_the_upper_rows_of_the_picture(pipe):
     assert torch.equal(seen[-1], final)
 
 
+def test_progress_needs_no_decoding(pipe, monkeypatch):
+    """Half an image a row, of two; each is decoded once, at the end."""
+    rows, decoded, decode = [], [], pipe.vqgan.decode
+    monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: decoded.append(tuple(indices.shape)) or decode(indices))
+    pipe(PROMPT, num_images=2, seed=2, progress=rows.append)
+    assert rows == [0.5] * 4 and decoded == [(1, 4, 4)] * 2
+    strip = pipe.interpolate(PROMPT, STAR, steps=3, seed=7, progress=rows.append)
+    assert sum(rows) == 5 and len(decoded) == 5 and "progress" not in strip[0].info
+
+
 def test_interpolation_goes_from_one_to_the_other(pipe):
     strip = pipe.interpolate(PROMPT, STAR, steps=5, seed=7)
     assert len(strip) == 5

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from clipgen.cli.settings import SETTINGS, add_settings, settings_of
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from clipgen.pipeline import Preview, TextToImage
     from clipgen.prompts import Prompt
@@ -107,8 +106,9 @@ def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], 
     from clipgen.images import grid, save_png
 
     count = len(prompts) * (args.rerank_from or args.num_images) + len(args.interpolate) * strip_length(args)
-    with progress(count * len(sweeps), pipe, args) as preview:
-        options = dict(seed=args.seed, complete=complete, preview=preview)
+    with rate_bar("drawing", count * len(sweeps)) as advance:
+        preview = save_preview(args.output) if args.preview else None
+        options = dict(seed=args.seed, complete=complete, preview=preview, progress=advance)
         drawn = draw_pictures(pipe, prompts, sweeps, options, args)
         draw_strips(pipe, sweeps, options, args)
     if drawn:
@@ -166,19 +166,14 @@ def all_of(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]]
             yield first + i // args.num_images, column, picture
 
 
-@contextmanager
-def progress(count: int, pipe: TextToImage, args: argparse.Namespace) -> Iterator[Preview | None]:
-    """A bar with images a second and time left, where somebody looks; gives what to call after each row."""
+def save_preview(folder: Path) -> Preview:
+    """What keeps ``preview.png`` of a folder up to date."""
     from clipgen.images import grid, save_png, to_pil
 
-    with rate_bar("drawing", count) as advance:
+    def save(images: Tensor) -> None:
+        save_png(grid(to_pil(images)), folder / "preview.png")
 
-        def show(images: Any) -> None:
-            advance(len(images) / pipe.side)
-            if args.preview:
-                save_png(grid(to_pil(images)), args.output / "preview.png")
-
-        yield show if args.preview or sys.stderr.isatty() else None
+    return save
 
 
 # ------------------------------------------------------------------------------------------------------- what is asked
