@@ -158,7 +158,8 @@ def find_images(root: Path) -> list[str]:
             folders.clear()
             continue
         visited.add(os.path.realpath(folder))
-        files += [Path(folder, name).relative_to(root).as_posix() for name in names if not name.startswith(".")]
+        inside = f"{Path(folder).relative_to(root).as_posix()}/".removeprefix("./")  # a Path for each file takes long
+        files += [inside + name for name in names if not name.startswith(".")]
     images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
     if not images:
         raise ValueError(f"{root} must hold {', '.join(EXTENSIONS)} files, got {len(files)} files of other kinds")
