@@ -16,6 +16,7 @@ from commands import PROMPT, command, everything, trained
 from PIL import Image
 
 import clipgen
+from clipgen.cli import sample
 from clipgen.cli.sample import newest_run
 from clipgen.images import save_png
 
@@ -75,6 +76,16 @@ def test_several_prompts_make_one_grid(call, runs, tmp_path):
     assert len(files) == 7 and {name[:2] for name in files if name != "grid.png"} == {"00", "01", "02"}
     grid = Image.open(tmp_path / "s" / "grid.png")
     assert grid.height > grid.width  # three rows of two
+
+
+def test_a_sheet_has_an_end(call, runs, monkeypatch, tmp_path):
+    """Of thousands of pictures it would be more than viewers open, and than memory holds."""
+    monkeypatch.setattr(sample, "SHEET", 4)
+    (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n" * 3)
+    result = call("--prompts-file", "prompts.txt", "--num-images", 2, "--checkpoint", runs[1], "--output", "s")
+    assert result.stdout.splitlines()[-2:] == ["s/grid.png", "It shows the first 4 of 6 pictures"]
+    assert len(content(tmp_path / "s")) == 7
+    assert 2 * 128 < Image.open(tmp_path / "s" / "grid.png").height < 3 * 128
 
 
 def test_a_name_of_any_prompt_is_a_file_name(call, runs, tmp_path):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Named = tuple[str, Prompt]  # for captions and file names
 
 DTYPES = ("float32", "bfloat16")
+SHEET = 1000  # pictures on the sheet of all: more are a file that no viewer opens, and gigabytes of memory
 
 
 def main() -> None:
@@ -115,11 +116,13 @@ def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], 
         columns = args.num_images if len(prompts) * len(sweeps) > 1 else None
         _, captions, pictures = zip(*sorted(drawn, key=lambda each: each[0]))
         print(save_png(grid(pictures, columns=columns, captions=captions), args.output / "grid.png"))
+        if len(drawn) < (every := len(prompts) * len(sweeps) * args.num_images):
+            print(f"It shows the first {len(drawn)} of {every} pictures")
 
 
 def draw_pictures(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], options: dict[str, Any],
                   args: argparse.Namespace) -> list[tuple[int, str, Image.Image]]:  # fmt: skip
-    """Draw and write those of all prompts -> number of prompt and settings, caption, picture."""
+    """Draw and write those of all prompts -> number of prompt and settings, caption, picture, of the first of them."""
     from clipgen.images import save_png
 
     drawn, labels = [], labels_of(sweeps)
@@ -127,7 +130,8 @@ def draw_pictures(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str
         number, name, label = row * len(sweeps) + column, prompts[row][0], labels[column]
         file = file_name(f"{number:02d}", name, label, str(picture.info["seed"]))
         print(save_png(picture, args.output / file, picture.info))
-        drawn.append((number, label or name, picture))
+        if number * args.num_images < SHEET:
+            drawn.append((number, label or name, picture))
     return drawn
 
 
