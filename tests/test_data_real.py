@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clipgen.data import folder as folder_module
 from clipgen.data import shards as shards_module
 from clipgen.data.ahead import AHEAD, THREADS, ahead
-from clipgen.data.folder import ImageFolder, find_images, folder_data, split_files
+from clipgen.data.folder import ImageFolder, Names, find_images, folder_data, split_files
 from clipgen.data.images import UnusableImage, check_header, decode_image
 from clipgen.data.module import ImageData
 from clipgen.data.shards import ImageShards, shard_data
@@ -296,7 +296,7 @@ def test_image_size_is_checked(make) -> None:
 def test_the_folder_of_bad_images(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     dataset = ImageFolder(BAD, 32, train=True)
-    assert dataset.files == USABLE
+    assert list(dataset.files) == USABLE
     assert [sample["images"].shape for sample in dataset] == [(3, 32, 32)] * len(USABLE)
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == len(UNUSABLE)
@@ -348,6 +348,17 @@ def test_candidates_hidden_files_and_links(tmp_path: Path) -> None:
     assert find_images(tmp_path) == ["a.Png", "b/2.JPG", "c/4.tiff"]
 
 
+def test_names_are_kept_in_few_objects(tmp_path: Path) -> None:
+    """Of many, worker processes copy each one that they read."""
+    odd = ["a/1.jpg", "", "日本/☃.png", "\udcff.jpg", "x" * 300]
+    names = Names(odd)
+    assert [*names] == odd and names[-2] == odd[-2] and "" in names and len(names) == 5 and not len(Names([]))
+    with pytest.raises(IndexError):
+        names[5]
+    (tmp_path / "1.jpg").write_bytes(GOOD)
+    assert isinstance(ImageFolder(tmp_path, 8, train=True).files, Names)
+
+
 def test_folders_without_usable_images(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"existing folder of images, got .*nowhere"):
         ImageFolder(tmp_path / "nowhere", 8, train=True)
@@ -390,7 +401,7 @@ def test_both_sides_of_a_folder(tmp_path: Path) -> None:
     # of two runs, too: what one trained on, the other does not validate on
     sides = [ImageFolder(tmp_path, 8, train=seed == 3, val_fraction=0.3, seed=seed) for seed in (3, 4)]
     assert set(sides[0].files).isdisjoint(sides[1].files) and len(sides[0]) + len(sides[1]) == 20
-    assert sides[0].held_out().files == sides[1].files
+    assert [*sides[0].held_out().files] == [*sides[1].files]
     assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # a folder of its own for validation
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -77,8 +78,8 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         if labels and (stray := [file for file in usable if _class(file) not in known]):
             which = "one of the training classes" if class_names else "its class"
             raise ValueError(f"labels needs each image of {root} in a folder named after {which}, got {stray[0]}")
-        rest, self._held_out = split_files(usable, val_fraction)
-        self.files = self._held_out if self._held_out and not train else rest
+        rest, self._held_out = map(Names, split_files(usable, val_fraction))
+        self.files = self._held_out if len(self._held_out) and not train else rest
 
     def held_out(self) -> ImageFolder:
         """Return the validation side of the split, without a second scan; both sides keep one common count."""
@@ -120,6 +121,22 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
 
     def _generator(self, turn: int, item: int) -> torch.Generator:
         return torch.Generator().manual_seed(hashed_seed(f"{self.seed} {turn} {item}"))
+
+
+class Names:
+    """Texts by number, in two blocks of memory: of a list each worker would come to copy every text (a gigabyte for
+    eight workers and a million names), since reading one counts a reference in it."""
+
+    def __init__(self, texts: Sequence[str]):
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self.content, self.ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, item: int) -> str:
+        place = range(len(self))[item]  # raises IndexError, which ends a plain for loop
+        return self.content[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogateescape")
 
 
 def scan_folder(root: Path, tally: Tally) -> list[str]:
