@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
-from types import ModuleType
 
+import benchmark
 import pytest
 
 from clipgen.data.encoded import record_dtype
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", Path(__file__).parents[1] / "scripts" / "benchmark.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("source", ["images", "cache"])
-def test_stage_2_is_measured(benchmark, source):
+def test_stage_2_is_measured(source):
     row = benchmark.measure_transformer("demo", source, "clip_loss+every_4+quarter", 2, 4, "cpu", "shapes")
     assert row["tokens/s"] == pytest.approx(64 * row["images/s"]) and row["images/s"] > 0
 
 
-def test_reading_a_cache_is_measured(benchmark, monkeypatch):
+def test_reading_a_cache_is_measured(monkeypatch):
     monkeypatch.setattr(benchmark, "record_dtype", lambda *_: record_dtype(1, 1, 16384, 1))  # of 2.4 MB
     assert benchmark.reading_rate() > 0
 
 
-def test_stage_1_is_measured(benchmark):
+def test_stage_1_is_measured():
     row = benchmark.measure_vqgan("cifar", "ema+lecam", 2, 1, "cpu", perceptual=False)
     assert all(value > 0 for value in row.values())
 
 
-def test_drawing_is_measured(benchmark, tmp_path, monkeypatch):
+def test_drawing_is_measured(tmp_path, monkeypatch):
     sizes = ["--n-layer", 1, "--n-head", 2, "--n-embd", 8, "--codebook-size", 16, "--num-tokens", 4, "--batches", 1, 3]
     files = ["--output", tmp_path / "found.json", "--plot", tmp_path / "growth.png"]
     arguments = ["benchmark.py", "sample", "--steps", 1, *sizes, *files]
