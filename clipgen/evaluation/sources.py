@@ -54,11 +54,11 @@ def drawing(pipe: TextToImage, rerank_from: int = 1, **settings: Any) -> Draw:
 
     def draw(captions: list[str], seeds: list[int]) -> Tensor:
         embeddings = pipe.encode_text(captions).repeat_interleave(rerank_from, dim=0)
-        sought = pipe.clip.encode_text(captions).repeat_interleave(rerank_from, dim=0)
         each = [seed * rerank_from + i for seed in seeds for i in range(rerank_from)]
         images = pipe.generate(embeddings, each, **settings)
         if rerank_from == 1:
             return images
+        sought = pipe.clip.encode_text(captions).repeat_interleave(rerank_from, dim=0)
         best = pipe.clip_scores(images, sought).view(-1, rerank_from).argmax(dim=1)
         return images[best + rerank_from * torch.arange(len(seeds), device=best.device)]
 
