@@ -72,8 +72,8 @@ class TextToImage:
         else:
             (Path(path) / BRIDGE).unlink(missing_ok=True)  # of a pipeline that was there before
         card = Path(path) / "README.md"
-        if not card.exists() or "library_name: clipgen" in card.read_text():  # else somebody's own
-            card.write_text(model_card(self.vqgan, self.transformer, self.clip))
+        if not card.exists() or "library_name: clipgen" in card.read_text("utf-8"):  # else somebody's own
+            card.write_text(model_card(self.vqgan, self.transformer, self.clip), "utf-8")
         return Path(path)
 
     def push_to_hub(self, name: str, private: bool = False) -> str:

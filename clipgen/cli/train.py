@@ -188,7 +188,7 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
     from clipgen.files import write_json
     from clipgen.frozen import copy_frozen, save_frozen
 
-    (output / "config.yaml").write_text(as_yaml(config))
+    (output / "config.yaml").write_text(as_yaml(config), "utf-8")
     write_arguments(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     write_json(output / "versions.json", versions)

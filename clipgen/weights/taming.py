@@ -40,7 +40,7 @@ def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Mod
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds a mapping."""
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML: {one_line(error, 200)}") from error
     if not isinstance(found, dict):
