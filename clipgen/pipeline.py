@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import clipgen
 from clipgen.bridge import Bridge
@@ -21,21 +18,17 @@ from clipgen.card import model_card
 from clipgen.clip import FrozenCLIP
 from clipgen.frozen import load_clip, run_folder, save_frozen
 from clipgen.images import from_pil, to_pil
+from clipgen.painter import BATCH, Painter, Preview, Progress
 from clipgen.prompts import Prompt, check_request, describe
-from clipgen.sampling import DEFAULTS, Watch, check_sampling, row_seeds
+from clipgen.sampling import DEFAULTS, check_sampling, row_seeds
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 
 BRIDGE = "bridge.safetensors"
-BATCH = 64  # images drawn at a time on a CPU, and decoded at a time anywhere
-MOST = 1024  # images drawn at a time on a GPU, where its memory allows
-CPU_MEMORY = 2**31  # bytes that keys and values may take on a CPU
-Preview = Callable[[Tensor], None]
-Progress = Callable[[float], None]
 
 
-class TextToImage:
+class TextToImage(Painter):
     """The whole of CLIP-GEN: a tokenizer, a transformer and the CLIP that the transformer was trained with.
 
     pipe = TextToImage.load("shapes")
@@ -48,10 +41,8 @@ class TextToImage:
     def __init__(self, vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCLIP,
                  bridge: Bridge | None = None):  # fmt: skip
         transformer.attach(vqgan, clip)  # refuses parts that do not belong together
-        self.vqgan, self.transformer, self.clip, self.bridge = vqgan.eval(), transformer.eval(), clip, bridge
-        self.side, self.dtype = math.isqrt(transformer.num_tokens), transformer.network.head.weight.dtype
-        if self.side**2 != transformer.num_tokens:
-            raise ValueError(f"num_tokens must be a square, for square pictures, got {transformer.num_tokens}")
+        super().__init__(vqgan, transformer)
+        self.clip, self.bridge = clip, bridge
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> TextToImage:
@@ -87,49 +78,16 @@ class TextToImage:
             api.upload_folder(repo_id=address.repo_id, folder_path=self.save(folder), delete_patterns=before)
         return str(address)
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> TextToImage:
-        """Move all parts to a device. ``torch.bfloat16`` is for what takes the time, transformer and decoder: the
-        other parts stay as they are.
-
-        Raises:
-            ValueError: a dtype that pictures could not be drawn in again.
-        """
-        if isinstance(device, torch.dtype):
-            raise ValueError(f"a device must be named first; for a type alone: to(dtype={device})")
-        if dtype and dtype not in (self.dtype, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.bfloat16, or as loaded, got {dtype} after {self.dtype}")
-        torch.empty(0, device=device)  # where there is none, no part has been moved
-        for part in (self.vqgan, self.transformer, self.clip, self.bridge):
-            if part is not None:
-                part.to(device)
-        if dtype:
-            _ = self._fingerprint  # cached before the cast changes the weights
-            self.dtype = dtype
-            self.transformer.to(dtype)
-        return self
-
-    def compile(self) -> TextToImage:
-        """Draw by torch.compile, on a GPU as CUDA graphs; see ``ConditionalTransformer.compile_sampling``. Then one
-        call at a time: threads need pipelines of their own. Indices become pictures by torch.compile too."""
-        self.transformer.compile_sampling()
-        self.vqgan.tokenizer.decoder.compile(dynamic=False)
-        return self
-
     @property
-    def image_size(self) -> int:
-        """Height and width of the pictures in pixels."""
-        return self.side * self.vqgan.downsampling
+    def parts(self) -> list[nn.Module]:
+        """What a device holds."""
+        return [*super().parts, self.clip, *([] if self.bridge is None else [self.bridge])]
 
     @property
     def fingerprint(self) -> str:
         """A short hash of what draws: transformer and tokenizer as they were when first asked for it, and bridge."""
         bridge = {} if self.bridge is None else self.bridge.state_dict()
         return self._fingerprint + (f"-{files.fingerprint(bridge)[:4]}" if bridge else "")
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        parts = {"gpt": self.transformer.network, "vqgan": self.vqgan.tokenizer}
-        return files.fingerprint({f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()})
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Sentences -> embeddings (B, E), unit norm, where this pipeline draws from: behind the bridge."""
@@ -224,85 +182,14 @@ class TextToImage:
         ``given`` (1, P): the indices that every image begins with. ``preview``, ``progress``, ``settings``: see
         ``__call__``.
         """
-        seeds, images, done = row_seeds(seed, len(clip_embedding)), [], 0
-        batch = self.batch_size(guided=settings.get("guidance_scale", 1) != 1)
-        watch = self._watch(preview, progress) if preview or progress else None
-        while done < len(seeds):
-            rows = slice(done, done + batch)
-            try:
-                images.append(self._draw(clip_embedding[rows], seeds[rows], given, watch, settings))
-                done += len(images[-1])
-                continue
-            except torch.OutOfMemoryError:  # of a GPU: what is finished stays, the rest goes on in halves
-                if batch == 1:
-                    raise
-            # outside of ``except``, which keeps what did not fit alive (torch's FAQ on out-of-memory)
-            batch = (min(batch, len(seeds) - done) + 1) // 2
-            self.transformer.free_decoders()
-            torch.cuda.empty_cache()
-        return torch.cat(images)
-
-    def _draw(self, condition: Tensor, seeds: list[int], given: Tensor | None, watch: Watch | None,
-              settings: dict[str, Any]) -> Tensor:  # fmt: skip
-        """One batch of ``generate``."""
-        prefix = None if given is None else given.expand(len(condition), -1)
-        return self.decode(self.transformer.sample(condition, seed=seeds, given=prefix, watch=watch, **settings))
+        uniforms = self.uniforms(seed, len(clip_embedding))
+        return self.paint(clip_embedding, uniforms, given=given, preview=preview, progress=progress, **settings)
 
     @torch.no_grad()
     def clip_scores(self, images: Tensor, clip_embedding: Tensor) -> Tensor:
         """Cosines (B,) of images (B, 3, H, W) with embeddings (B, E), one by one."""
         pairs = zip(images.split(BATCH), clip_embedding.split(BATCH))
         return torch.cat([(self.clip.encode_image(some) * wanted).sum(dim=1) for some, wanted in pairs])
-
-    def batch_size(self, guided: bool = False) -> int:
-        """How many images are drawn at a time: a power of two, whose keys and values fit into half of what a GPU has
-        free, or into ``CPU_MEMORY``."""
-        device, sizes, most, memory = self.transformer.device, self.transformer.h, BATCH, CPU_MEMORY
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0] + self.transformer.decoder_bytes()
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            most, memory = MOST, free // 2
-        row = 2 * sizes.n_layer * sizes.num_tokens * sizes.n_embd * self.dtype.itemsize * (2 if guided else 1)
-        return 1 << (max(1, min(most, memory // row)).bit_length() - 1)
-
-    @torch.no_grad()
-    def decode(self, indices: Tensor) -> Tensor:
-        """Indices of whole rows (B, t) -> images (B, 3, h, W) in [-1, 1]."""
-        # CPU kernels round otherwise at other batch sizes
-        alone = self.vqgan.device.type == "cpu" and not self.transformer.compiled
-        batch = 1 if alone else BATCH
-        grids = rearrange(indices, "b (h w) -> b h w", w=self.side).split(batch)
-        with torch.autocast(self.vqgan.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            images = [self._decode(some) for some in grids]
-        return torch.cat(images).float().clamp(-1, 1)
-
-    def _decode(self, grid: Tensor) -> Tensor:
-        """Of at most ``BATCH`` grids. Compiled, batches are padded to a power of two, so that few programs are made,
-        and previews run eagerly."""
-        if not self.transformer.compiled:
-            return self.vqgan.decode(grid)
-        missing, whole = 2 ** (len(grid) - 1).bit_length() - len(grid), grid.shape[1] == self.side
-        with torch.compiler.set_stance("default" if whole else "force_eager"):
-            return self.vqgan.decode(F.pad(grid, (0, 0, 0, 0, 0, missing)))[: len(grid)]
-
-    def _watch(self, preview: Preview | None, progress: Progress | None) -> Watch:
-        def watch(indices: Tensor) -> None:
-            if indices.shape[1] % self.side == 0:
-                if preview:
-                    preview(self.decode(indices))
-                if progress:
-                    progress(len(indices) / self.side)
-
-        return watch
-
-    @torch.no_grad()
-    def upper_indices(self, picture: Image.Image, keep: float) -> Tensor:
-        """The indices (1, P) of the upper part of a picture, in whole rows."""
-        if not 0 < keep < 1:
-            raise ValueError(f"keep must be in (0, 1), got {keep}")
-        images = from_pil(picture, self.image_size).to(self.vqgan.device)
-        rows = max(round(keep * self.side), 1)
-        return self.vqgan.encode(images)[:, :rows].flatten(1)
 
     def interpolate(self, first: Prompt, second: Prompt, steps: int = 8, *, seed: int | None = None,
                     complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,

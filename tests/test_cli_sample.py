@@ -302,7 +302,7 @@ def test_a_sweep_is_one_labelled_sheet(call, runs, tmp_path):
 
 
 def test_a_sweep_of_several_prompts_in_several_batches(call, runs, monkeypatch, tmp_path):
-    monkeypatch.setattr("clipgen.pipeline.BATCH", 4)
+    monkeypatch.setattr("clipgen.painter.BATCH", 4)
     prompts = [PROMPT, "a red star", "a green square"]
     flags = [part for prompt in prompts for part in ("--prompt", prompt)]
     options = ("--num-images", 2, "--sweep", "top_k=1,5", "--checkpoint", runs[1], "--output", "s")

@@ -56,7 +56,7 @@ def test_the_same_seed_draws_the_same(pipe):
 
 
 def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
-    monkeypatch.setattr("clipgen.pipeline.BATCH", 2)  # three batches
+    monkeypatch.setattr("clipgen.painter.BATCH", 2)  # three batches
     together = pixels(pipe(PROMPT, num_images=5, seed=20))
     alone = np.concatenate([pixels(pipe(PROMPT, seed=20 + j)) for j in range(5)])
     assert np.array_equal(together, alone)
@@ -71,7 +71,7 @@ def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
     ],
 )
 def test_prompts_of_any_kind_together_are_what_each_is_alone(pipe, monkeypatch, options):
-    monkeypatch.setattr("clipgen.pipeline.BATCH", 4)  # which end in the middle of a prompt
+    monkeypatch.setattr("clipgen.painter.BATCH", 4)  # which end in the middle of a prompt
     prompts = [PROMPT, {PROMPT: 1.0, "a red star": -0.3}, pipe(PROMPT, seed=8)[0], pipe.embed("a red star")[0]]
     options = options | dict(seed=3, complete=prompts[2] if "complete" in options else None)
     together = pipe(prompts, 3, **options)
@@ -322,7 +322,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
 def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
     """2 x 2 layers x 16 positions x 32 channels x 4 bytes an image (tests/conftest.py), in half of what is free."""
     row, pipe = 2 * 2 * 16 * 32 * 4, copy.deepcopy(pipe)
-    assert pipe.batch_size(guided=False) == clipgen.pipeline.BATCH
+    assert pipe.batch_size(guided=False) == clipgen.painter.BATCH
     monkeypatch.setattr(ConditionalTransformer, "device", torch.device("cuda"))
     for name, value in (("memory_reserved", 9 * row), ("memory_allocated", 3 * row)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
@@ -330,7 +330,7 @@ def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
         (94, False, 32),
         (94, True, 16),
         (0, True, 1),
-        (10**6, False, clipgen.pipeline.MOST),
+        (10**6, False, clipgen.painter.MOST),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * row, 10**9 * row))
         assert pipe.batch_size(guided) == expected
@@ -390,7 +390,7 @@ def test_a_pipeline_says_the_type_that_it_draws_in(pipe):
 
 def test_a_preview_decodes_no_more_at_once(pipe, monkeypatch):
     sizes, decode = [], pipe.vqgan.decode
-    monkeypatch.setattr(clipgen.pipeline, "BATCH", 2)
+    monkeypatch.setattr(clipgen.painter, "BATCH", 2)
     monkeypatch.setattr(type(pipe), "batch_size", lambda self, guided: 5)
     monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: sizes.append(len(indices)) or decode(indices))
     assert len(pipe(PROMPT, 5, seed=0, preview=lambda images: None)) == 5

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from clipgen import sampling
 from clipgen.frozen import run_folder
-from clipgen.pipeline import BATCH
+from clipgen.painter import Painter
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -56,7 +55,7 @@ class LabelTransformer(ConditionalTransformer):
         return F.one_hot(class_indices.to(self.device), self.clip_dim).float()
 
 
-class LabelConditioned:
+class LabelConditioned(Painter):
     """Pictures of classes: a tokenizer and the transformer that knows the classes of its images.
 
     As a generator it turns standard normal noise (B, noise_dim = num_tokens) and classes (B,) into images.
@@ -65,10 +64,12 @@ class LabelConditioned:
         settings: of drawing, as of ``ConditionalTransformer.sample``.
     """
 
+    transformer: LabelTransformer
+
     def __init__(self, vqgan: VQGAN, transformer: LabelTransformer, **settings: Any):
         if vqgan.codebook_size != transformer.codebook_size:
             raise ValueError(f"codebook_size must be {vqgan.codebook_size}, got {transformer.codebook_size}")
-        self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
+        super().__init__(vqgan, transformer)
         self.settings: dict[str, Any] = sampling.DEFAULTS | settings
         sampling.check_sampling(**self.settings)
         self.noise_dim, self.class_names = transformer.num_tokens, transformer.class_names
@@ -79,17 +80,6 @@ class LabelConditioned:
         inside one."""
         transformer = LabelTransformer.load(path)
         return cls(VQGAN.load(run_folder(path)), transformer, **settings)
-
-    def to(self, device: str | torch.device) -> LabelConditioned:
-        """Move both parts to a device."""
-        for part in (self.vqgan, self.transformer):
-            part.to(device)
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parts are."""
-        return self.transformer.device
 
     def find(self, label: str | int) -> int:
         """The index of a class, given by name or number.
@@ -106,19 +96,11 @@ class LabelConditioned:
 
     def draw(self, class_indices: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of classes (B,) int64; row i draws from ``seed + i``, or from its own seed."""
-        uniforms = sampling.random_streams(sampling.row_seeds(seed, len(class_indices)), self.noise_dim)
-        return self._decode(uniforms, class_indices)
+        one_hot = self.transformer.one_hot(class_indices)
+        return self.paint(one_hot, self.uniforms(seed, len(one_hot)), **self.settings)
 
     def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor:
         """Images of classes (B,) that follow from noise (B, noise_dim): each number's normal CDF draws an index."""
         below_one = 1 - torch.finfo(torch.float32).eps
-        return self._decode(torch.special.ndtr(noise.float()).clamp(0, below_one), class_indices)
-
-    @torch.no_grad()
-    def _decode(self, uniforms: Tensor, class_indices: Tensor) -> Tensor:
-        one_hot, images = self.transformer.one_hot(class_indices), []
-        for rows, condition in zip(uniforms.to(self.device).split(BATCH), one_hot.split(BATCH)):
-            indices = self.transformer.sample(condition, uniforms=rows, **self.settings)
-            side = round(self.noise_dim**0.5)
-            images.append(self.vqgan.decode(rearrange(indices, "b (h w) -> b h w", h=side)).clamp(-1, 1))
-        return torch.cat(images)
+        uniforms = torch.special.ndtr(noise.float()).clamp(0, below_one)
+        return self.paint(self.transformer.one_hot(class_indices), uniforms.to(self.device), **self.settings)
