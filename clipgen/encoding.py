@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -142,8 +143,7 @@ def check_cache(root: Path, found: dict[str, Any], manifest: dict[str, Any]) -> 
 
 def finish(root: Path, manifest: dict[str, Any]) -> None:
     """Complete the manifest with what was found."""
-    for left in root.glob("*/.shard-*.partial"):  # by processes that were killed: nobody writes a shard any more
-        left.unlink(missing_ok=True)
+    clear_away(root)
     shards = {split: [open_shard(path) for path in sorted((root / split).glob("shard-*.npy"))] for split in SPLITS}
     images = {split: sum(map(len, found)) for split, found in shards.items()}
     if not images["train"]:
@@ -153,6 +153,15 @@ def finish(root: Path, manifest: dict[str, Any]) -> None:
     if "label" in (kind.names or ()):
         found["num_classes"] = count_classes(root, [*shards["train"], *shards["val"]], manifest.get("class_names"))
     write_json(root / MANIFEST, manifest | found)
+
+
+def clear_away(root: Path) -> None:
+    """Remove the parts of shards and of the tokenizer that killed processes left: when all shards are there, nobody
+    writes either any more."""
+    for shard in root.glob("*/.shard-*.partial"):
+        shard.unlink(missing_ok=True)
+    for tokenizer in root.glob(".vqgan-*"):
+        shutil.rmtree(tokenizer, ignore_errors=True)
 
 
 def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None) -> int:

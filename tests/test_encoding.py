@@ -209,10 +209,12 @@ def test_a_shard_that_breaks_off_is_done_again(encode, cache, tmp_path, monkeypa
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())  # not written again
 
 
-def test_what_a_killed_process_left_of_a_shard_goes(encode, cache, tmp_path):
+def test_what_killed_processes_left_goes(encode, cache, tmp_path):
     other = tmp_path / "other"
     assert not encode(other, rank=1, world_size=2)
-    (other / "train" / ".shard-000000.npy.123.partial").write_bytes(b"a part")
+    for left in ("train/.shard-000000.npy.123.partial", ".vqgan-ab12/folder/model.safetensors"):
+        (other / left).parent.mkdir(parents=True, exist_ok=True)
+        (other / left).write_bytes(b"a part")
     assert encode(other)
     assert contents(other) == contents(cache)
 
