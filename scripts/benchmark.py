@@ -16,6 +16,7 @@ A variant ``a+b`` switches both on. Variants run in processes of their own, so t
 from __future__ import annotations
 
 import argparse
+import inspect
 import itertools
 import logging
 import math
@@ -61,6 +62,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "without_discriminator": {"discriminator_weight": 0.0}, "bf16": {"precision": "bf16-mixed"},
     "clip_loss": {"clip_loss_weight": 0.2}, "every_4": {"clip_loss_every": 4}, "quarter": {"clip_loss_fraction": 0.25},
 }  # fmt: skip
+
+
+def options_of(part: str) -> list[str]:
+    """The names of those that a part's model has."""
+    known = {"precision", *inspect.signature({"vqgan": VQGAN, "transformer": ConditionalTransformer}[part]).parameters}
+    return [name for name, option in OPTIONS.items() if known.issuperset(option)]
 
 
 def options(variant: str) -> dict[str, Any]:
@@ -456,9 +463,11 @@ def parser() -> argparse.ArgumentParser:
     for part, name in ((t, "shapes"), (e, "ViT-B-32-quickgelu")):
         part.add_argument("--clip", default=name, help="shapes, or an architecture of open_clip (default: %(default)s)")
     training = ["plain", "compile", "checkpointing", "ema", "clip_loss", "clip_loss+every_4", "clip_loss+quarter"]
-    for part, variants in ((v, ["plain", "channels_last", "checkpointing", "compile"]), (t, training)):
+    for part, name, variants in ((v, "vqgan", ["plain", "channels_last", "checkpointing", "compile"]),
+                                 (t, "transformer", training)):  # fmt: skip
         part.add_argument("--batch", type=int)
-        part.add_argument("--variants", nargs="+", default=variants, help=f"of {', '.join(OPTIONS)}, joined by +")
+        known = ", ".join(options_of(name))
+        part.add_argument("--variants", nargs="+", default=variants, help=f"of {known}, joined by +")
     s = parts.add_parser("sample", help="the decode loop")
     s.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     for name, value in (("n-layer", 8), ("n-head", 8), ("n-embd", 512), ("codebook-size", 4096)):
@@ -482,8 +491,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     p = parser()
     args = p.parse_args()
-    for name in {part for variant in getattr(args, "variants", []) for part in variant.split("+")} - set(OPTIONS):
-        p.error(f"variants must be of {', '.join(OPTIONS)}, got {name}")
+    for variant in getattr(args, "variants", []):
+        for name in set(variant.split("+")).difference(known := options_of(args.part)):
+            p.error(f"variants must be of {', '.join(known)}, got {name}")
     run = {"vqgan": vqgan, "transformer": transformer, "encode": encode, "sample": sample, "rerank": rerank}[args.part]
     found = {"part": args.part, "machine": machine(args.device), **run(args)}
     print(f"\n{found['machine']}")

@@ -35,3 +35,11 @@ def test_drawing_is_measured(tmp_path, monkeypatch):
     benchmark.main()
     assert set(json.loads((tmp_path / "found.json").read_text())["rows"]) == {"T 4, batch 1", "T 4, batch 3"}
     assert (tmp_path / "growth.png").is_file()
+
+
+@pytest.mark.parametrize(("part", "variant"), [("vqgan", "clip_loss"), ("transformer", "ema+channels_last")])
+def test_options_of_another_part_are_refused(part, variant, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", part, "--variants", "plain", variant])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert f", got {variant.split('+')[-1]}" in capsys.readouterr().err
