@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,19 @@ def test_an_order_begins_anywhere(start):
 def test_a_pass_has_every_item_once_at_most_and_passes_differ():
     items = taken(12, 24, batch_size=4)
     assert sorted(items[:12]) == sorted(items[12:]) == list(range(12)) and items[:12] != items[12:]
+
+
+def test_an_order_of_many_items_is_no_list_of_numbers():
+    order = ResumableSampler(range(300_000), 100, seed=0)
+    tracemalloc.start()
+    try:
+        assert len({item for item, _ in zip(order, range(30_000))}) == 30_000
+        tracemalloc.reset_peak()
+        items = iter(order)
+        next(items)
+        assert tracemalloc.get_traced_memory()[1] < 2e6  # of 300 000 numbers: 12e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_ranks_share_a_pass():

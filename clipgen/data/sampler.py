@@ -67,6 +67,8 @@ class ResumableSampler(DistributedSampler[Any]):
         turn, done = divmod(self.consumed, len(self))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
         order = torch.randperm(self.size, generator=generator)[: len(self) * self.num_replicas]
-        for item in order[self.rank :: self.num_replicas][done:].tolist():
-            self.consumed += 1
-            yield (turn, item) if self.counts_passes else item
+        mine = order[self.rank :: self.num_replicas][done:]
+        for some in mine.split(10_000):  # a list of all takes five times as much memory
+            for item in some.tolist():
+                self.consumed += 1
+                yield (turn, item) if self.counts_passes else item
