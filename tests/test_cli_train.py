@@ -419,6 +419,18 @@ ERRORS = {
     "a size of the other stage": (["stage=vqgan", "size=gpt2-small"], "there is no key|n_layer"),
     "unknown size": (["stage=transformer", "size=x"], "size must be one of gpt2-large, .*, got x"),
     "fsdp in stage 1": ([*VQGAN, *SHAPES, "trainer.strategy=fsdp"], "trainer.strategy must not be fsdp in stage=vqgan"),
+    "fsdp with validation streams": (
+        [
+            *TRANSFORMER,
+            "data=webdataset",
+            "data.train_urls=a.tar",
+            "data.val_urls=b.tar",
+            "vqgan={vqgan}",
+            "trainer.strategy=fsdp",
+            "trainer.devices=2",
+        ],
+        "trainer.limit_val_batches must be a number that every process has .*, got None",
+    ),
     "fsdp on any number": (
         [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "trainer.strategy=fsdp", "trainer.devices=auto"],
         "trainer.devices must be a number of devices with trainer.strategy=fsdp, got auto",

@@ -175,6 +175,10 @@ def sharded(config: DictConfig) -> Any:
         raise ValueError("trainer.strategy must not be fsdp in stage=vqgan: its weights fit anywhere; take ddp")
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices must be a number of devices with trainer.strategy=fsdp, got {devices}")
+    limit = config.trainer.limit_val_batches
+    if config.data.get("val_urls") and not isinstance(limit, int):  # streams end at different batches
+        raise ValueError("trainer.limit_val_batches must be a number that every process has with trainer.strategy=fsdp "
+                         f"and data.val_urls, got {limit}: they would wait for each other without end")  # fmt: skip
     processes = devices * config.trainer.num_nodes
     return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
