@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import clipgen
 from clipgen.bridge import Bridge
-from clipgen.card import model_card
+from clipgen.card import TRAINING, model_card, training_settings
 from clipgen.clip import FrozenCLIP
+from clipgen.files import write_json
 from clipgen.frozen import load_clip, run_folder, save_frozen
 from clipgen.images import from_pil, to_pil
 from clipgen.painter import BATCH, Painter, Preview, Progress
@@ -43,6 +44,7 @@ class TextToImage(Painter):
         transformer.attach(vqgan, clip)  # refuses parts that do not belong together
         super().__init__(vqgan, transformer)
         self.clip, self.bridge = clip, bridge
+        self.training: dict[str, Any] = {}  # see ``training_settings``
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> TextToImage:
@@ -52,7 +54,9 @@ class TextToImage(Painter):
         transformer = ConditionalTransformer.load(path)
         root = run_folder(path)
         bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
-        return cls(VQGAN.load(root), transformer, load_clip(root), bridge)
+        pipe = cls(VQGAN.load(root), transformer, load_clip(root), bridge)
+        pipe.training = training_settings(root)
+        return pipe
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write tokenizer, CLIP and transformer below a folder, with a model card; what ``load`` reads."""
@@ -60,11 +64,14 @@ class TextToImage(Painter):
         self.transformer.save(Path(path) / "transformer", half)
         if self.bridge:
             self.bridge.save(Path(path) / BRIDGE)
-        else:
-            (Path(path) / BRIDGE).unlink(missing_ok=True)  # of a pipeline that was there before
+        if self.training:
+            write_json(Path(path) / TRAINING, self.training)
+        for name, has in ((BRIDGE, self.bridge), (TRAINING, self.training)):
+            if not has:
+                (Path(path) / name).unlink(missing_ok=True)  # of a pipeline that was there before
         card = Path(path) / "README.md"
         if not card.exists() or "library_name: clipgen" in card.read_text("utf-8"):  # else somebody's own
-            card.write_text(model_card(self.vqgan, self.transformer, self.clip), "utf-8")
+            card.write_text(model_card(self.vqgan, self.transformer, self.clip, self.training), "utf-8")
         return Path(path)
 
     def push_to_hub(self, name: str, private: bool = False) -> str:
@@ -73,7 +80,7 @@ class TextToImage(Painter):
 
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        before = [BRIDGE, "clip/*"]  # of a pipeline that was there: this one may have none
+        before = [BRIDGE, TRAINING, "clip/*"]  # of a pipeline that was there: this one may have none
         with tempfile.TemporaryDirectory() as folder:
             api.upload_folder(repo_id=address.repo_id, folder_path=self.save(folder), delete_patterns=before)
         return str(address)

@@ -434,6 +434,19 @@ def test_another_bridge_is_another_model(pipe, tmp_path):
     assert TextToImage.load(pipe.save(tmp_path / "pipe")).bridge is None
 
 
+def test_a_card_says_how_a_run_was_trained(pipe, tmp_path):
+    """And is handed on, but for where its trainer's files lie."""
+    run = pipe.save(tmp_path / "run")
+    data = {"_target_": "clipgen.data.folder.folder_data", "root": "/home/me/photos", "batch_size": 8, "val_root": None}
+    config = {"seed": 0, "data": data, "trainer": {"max_steps": 500, "precision": "bf16-mixed"}}
+    (run / "config.yaml").write_text(json.dumps(config))
+    once = TextToImage.load(run).save(tmp_path / "once")
+    twice = TextToImage.load(once).save(tmp_path / "twice")
+    card = (twice / "README.md").read_text()
+    assert "| data | batch_size | 8 |" in card and "| trainer | max_steps | 500 |" in card and "photos" not in card
+    assert not (pipe.save(twice) / "training.json").exists()
+
+
 def test_the_hub(pipe, monkeypatch, tmp_path):
     """Up and down again, with a folder in the place of the hub."""
     import huggingface_hub
@@ -456,4 +469,5 @@ def test_the_hub(pipe, monkeypatch, tmp_path):
         assert TextToImage.load("hf-hub:me/shapes").fingerprint == pipe.fingerprint
     card = (tmp_path / "me" / "shapes" / "README.md").read_text()
     assert "pipeline_tag: text-to-image" in card and "| transformer | n_layer | 2 |" in card
+    assert "| trainer |" not in card
     assert not [path for path in (tmp_path / "me").rglob("*") if path.suffix in (".ckpt", ".pt", ".pkl", ".bin")]
