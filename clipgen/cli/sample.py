@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16")
 SHEET = 1000  # pictures on the sheet of all: more are a file that no viewer opens, and gigabytes of memory
+
+
+def command() -> None:
+    """Entry point of the process: it ends when its work is done, where Python would tidy up for a second or two."""
+    try:
+        main()
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(end.code)  # type: ignore[arg-type]  # a number: see ``guarded``
 
 
 def main() -> None:
@@ -264,4 +275,4 @@ def newest_run(outputs: Path) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    command()
