@@ -87,7 +87,7 @@ class Painter:
 
     def uniforms(self, seed: int | Sequence[int] | None, rows: int) -> Tensor:
         """What ``paint`` draws by (B, T), from ``seed``, ``seed + 1``, ...; from a seed for each row; or at random."""
-        return random_streams(row_seeds(seed, rows), self.transformer.num_tokens, self.transformer.device)
+        return random_streams(row_seeds(seed, rows), self.transformer.num_tokens, self.device)
 
     @torch.no_grad()
     def paint(
