@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,16 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 
+from clipgen import clip_folder
 from clipgen.files import one_line
 from clipgen.images import check_images
 
 logger = logging.getLogger(__name__)
 
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 BUNDLED_CLIPS = {"shapes": Path(__file__).parent / "bundled" / "clip"}
-VOCABULARY_FILE = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
+VOCABULARY_FILE = clip_folder.VOCABULARY
 
 
 class WordTokenizer:
@@ -74,18 +76,27 @@ class FrozenCLIP(nn.Module):
         folder = find_folder(model_name)
         absolute = folder and model_name not in BUNDLED_CLIPS  # so that a later os.chdir does not lose it
         self.model_name, self.pretrained = str(folder) if absolute else model_name, pretrained
-        name, quick_gelu = (f"local-dir:{folder}", False) if folder else match_activation(model_name, pretrained)
-        model: Any = load_open_clip(name, pretrained, quick_gelu)
+        if folder is None and model_name.startswith("hf-hub:"):
+            folder = clip_folder.download(model_name)
+        self.folder = folder
+        model: Any
+        if folder is None:
+            name, quick_gelu = match_activation(model_name, pretrained)
+            model = load_open_clip(name, pretrained, quick_gelu)
+            self.tokenizer = load_tokenizer(name, model.context_length)
+            preprocessing = getattr(model.visual, "preprocess_cfg", {})
+        else:
+            model, config, preprocessing = clip_folder.load_model(folder)
+            self.tokenizer = load_folder_tokenizer(folder, config, model.context_length)
         self.model: Any = model.eval().requires_grad_(False)
-        self.tokenizer = load_tokenizer(folder, name, model.context_length)
-        self.image_size = open_clip.transformer.to_2tuple(model.visual.image_size)[0]
-        preprocessing = getattr(model.visual, "preprocess_cfg", {})
+        size = model.visual.image_size
+        self.image_size = size if isinstance(size, int) else size[0]
         self.resize_mode = preprocessing.get("resize_mode", "shortest")
         bilinear = preprocessing.get("interpolation") == "bilinear"  # MobileCLIP, CLIPA, PE; as open_clip's own
         self.interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
-        for key in ("mean", "std"):
-            value = getattr(model.visual, f"image_{key}", None) or getattr(open_clip, f"OPENAI_DATASET_{key.upper()}")
-            self.register_buffer(key, torch.tensor(value).view(3, 1, 1), persistent=False)
+        for key, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
+            value = torch.tensor(preprocessing.get(key) or default)
+            self.register_buffer(key, value.view(3, 1, 1), persistent=False)
         self.embed_dim = self.encode_text([""]).shape[1]
         self.eval()
 
@@ -147,7 +158,8 @@ def match_activation(model_name: str, pretrained: str | None) -> tuple[str, bool
     without complaint and are quietly wrong.
     """
     plain = model_name.removesuffix("-quickgelu")
-    tag = open_clip.pretrained.get_pretrained_cfg(plain, pretrained) if pretrained else None
+    with clip_folder.open_clip_interface():
+        tag = open_clip.pretrained.get_pretrained_cfg(plain, pretrained) if pretrained else None
     if not tag:
         if pretrained and plain == model_name and f"{plain}-quickgelu" in open_clip.list_models():
             logger.warning("If %s holds OpenAI's weights, the model must be %s-quickgelu.", pretrained, plain)
@@ -160,26 +172,43 @@ def match_activation(model_name: str, pretrained: str | None) -> tuple[str, bool
 
 
 def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch.nn.Module:
-    """open_clip's model with its weights, or one sentence on why not."""
-    if ":" not in name and name not in open_clip.list_models():
+    """Build a model of open_clip with its weights; ValueError in one sentence where that fails."""
+    if name not in open_clip.list_models():
         raise ValueError(
             f"CLIP {name!r} is no bundled model ({', '.join(BUNDLED_CLIPS)}), folder, hf-hub: name or open_clip model"
         )
-    if ":" not in name and not pretrained:
+    if not pretrained:
         raise ValueError(
             f"clip.pretrained must name the weights of {name} (a tag such as openai, or a file), got nothing"
         )
-    try:
-        return open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True)
-    except Exception as error:  # open_clip raises anything from KeyError to the hub's own errors
-        raise ValueError(
-            f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded ({one_line(error)}): download "
-            "them once where there is a network, or name their file in clip.pretrained"
-        ) from error
+    with clip_folder.open_clip_interface():
+        try:
+            model = open_clip.create_model(
+                name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
+            )
+        except (ImportError, TypeError, AttributeError, NameError):  # another version's interface, not the weights
+            raise
+        except Exception as error:  # open_clip raises anything from KeyError to the hub's own errors
+            raise ValueError(
+                f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded ({one_line(error)}): "
+                "download them once where there is a network, or name their file in clip.pretrained"
+            ) from error
+    clip_folder.check_finite(model, f"CLIP {name!r} (pretrained={pretrained!r})")
+    return model
 
 
-def load_tokenizer(folder: Path | None, name: str, context_length: int) -> Any:
-    """The words of a folder's vocabulary where it has one, else open_clip's tokenizer for the model."""
-    if folder and (folder / VOCABULARY_FILE).is_file():
-        return WordTokenizer(json.loads((folder / VOCABULARY_FILE).read_text()), context_length)
-    return open_clip.get_tokenizer(name, context_length=context_length)
+def load_tokenizer(name: str, context_length: int) -> Any:
+    """Load open_clip's tokenizer for one of its models."""
+    with clip_folder.open_clip_interface():
+        text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
+        safe = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+        return open_clip.get_tokenizer(name, context_length=context_length, **safe)
+
+
+def load_folder_tokenizer(folder: Path, config: dict[str, Any], context_length: int) -> Any:
+    """Load the tokenizer of a folder: its vocabulary of whole words if it has one, else open_clip's kind."""
+    if not (folder / VOCABULARY_FILE).exists():
+        return clip_folder.load_tokenizer(folder, config)
+    size = config["text_cfg"].get("vocab_size", clip_folder.BYTE_PAIRS)
+    path = clip_folder.member(folder, VOCABULARY_FILE)
+    return WordTokenizer(clip_folder.read_vocabulary(path, size), context_length)

@@ -1,13 +1,17 @@
-"""Files: written whole or not at all, text, JSON, and errors that name the file."""
+"""Atomic and durable writes of files, readers of text, JSON and YAML, and errors that name the file."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+MAX_JSON = 64 * 2**20  # bytes; parsed JSON takes 10 to 30 times as much memory
+MAX_YAML = 2**20
 
 
 @contextmanager
@@ -27,13 +31,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield partial
+            durable(partial)
             partial.replace(path)
+            durable(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def durable(path: Path) -> None:
+    """Flush a file or folder to the disk: without it, a rename can survive a power loss that its content does not."""
+    if path.is_dir() and os.name == "nt":  # Windows does not open folders
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # file systems that cannot flush a folder, and devices
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF):
+            raise
+    finally:
+        os.close(handle)
+
+
 def write_json(path: str | Path, content: Any) -> None:
-    """Write indented JSON, whole or not at all."""
+    """Write indented JSON atomically."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -47,16 +68,60 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON object that clipgen wrote; ValueError with the path where it is damaged, or lacks a key."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is damaged: {error}") from error
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is damaged, too large or nested too deeply, or lacks a key; the message names it.
+    """
+    content = parse_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
-    if missing := [key for key in keys if key not in content]:
+    missing = [key for key in keys if key not in content]
+    if missing:
         raise ValueError(f"{path} is damaged: it lacks {missing[0]!r}")
     return content
+
+
+def parse_json(path: Path) -> Any:
+    """Read any JSON value; ValueError with the path where it is damaged, too large or nested too deeply."""
+    check_size(path, MAX_JSON)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: its values are nested too deeply") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Read plain YAML: no tags, and no aliases, with which a small file can fill the memory.
+
+    Raises:
+        ValueError: the file is damaged, too large or nested too deeply, or holds a tag or an alias; the message names
+            it.
+    """
+    import yaml  # the bundled model is drawn from without it
+
+    class PlainLoader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it holds an alias (*name), which is not allowed")
+            return super().compose_node(parent, index)
+
+    check_size(path, MAX_YAML)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
+    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a date that there is not
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: its values are nested too deeply") from error
+
+
+def check_size(path: Path, limit: int) -> None:
+    """Raise ValueError if a file is larger than ``limit`` bytes."""
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"{path} must hold at most {limit} bytes, got {size}")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
