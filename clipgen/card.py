@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import html
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import clipgen
 from clipgen.clip import FrozenCLIP
-from clipgen.files import read_json
+from clipgen.files import one_line, read_json, read_yaml
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
+logger = logging.getLogger(__name__)
+
+KEY = re.compile(r"\w{1,60}")
 TRAINING = "training.json"  # in a pipeline's folder
 CARD = """---
 library_name: clipgen
@@ -33,21 +39,48 @@ TextToImage.load("hf-hub:OWNER/NAME")("a sentence")[0].save("picture.png")
 
 
 def training_settings(root: Path) -> dict[str, Any]:
-    """On which data and for how long stage 2 was trained, by the folder of its run or pipeline; {} where nobody says.
-    Paths are left out: they are the trainer's own."""
-    if (root / TRAINING).is_file():
-        return read_json(root / TRAINING)
-    if not (root / "config.yaml").is_file():
-        return {}
-    import yaml  # the bundled model is drawn from without it
+    """Return on which data and for how long stage 2 was trained, by the folder of its run or pipeline.
 
-    config = yaml.safe_load((root / "config.yaml").read_text("utf-8"))
-    told = lambda value: value is not None and not isinstance(value, (list, dict)) and "/" not in str(value)
-    return {part: {k: v for k, v in config[part].items() if told(v)} for part in ("data", "trainer")}
+    Paths are left out: they are the trainer's own. Only the card needs these settings, so a file that cannot be read
+    is a warning, and no reason not to load a model.
+    """
+    try:
+        if (root / TRAINING).is_file():
+            return settings_of(read_json(root / TRAINING))
+        if (root / "config.yaml").is_file():
+            return settings_of(read_yaml(root / "config.yaml"))
+    except (ValueError, OSError) as error:
+        logger.warning("The model card will not say how the model was trained: %s", one_line(error))
+    return {}
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Return the plain settings of data and trainer in a configuration; whatever else it holds is left out."""
+    parts = {part: config.get(part) for part in ("data", "trainer")} if isinstance(config, dict) else {}
+    found = {}
+    for part, values in parts.items():
+        if isinstance(values, dict):
+            found[part] = {key: value for key, value in values.items() if is_plain(key, value)}
+    return {part: values for part, values in found.items() if values}
+
+
+def is_plain(key: Any, value: Any) -> bool:
+    """Return whether a setting is a short name with a number or a short text that is no path."""
+    named = isinstance(key, str) and KEY.fullmatch(key) is not None
+    scalar = isinstance(value, (bool, int, float, str)) and len(str(value)) <= 200
+    return named and scalar and "/" not in str(value)
 
 
 def model_card(vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCLIP, training: dict[str, Any]) -> str:
-    """What the model is, how to draw with it, how it was trained."""
-    settings = {"transformer": dict(transformer.hparams), "vqgan": dict(vqgan.hparams), **training}
-    rows = [f"| {part} | {k} | {v} |" for part, values in settings.items() for k, v in values.items()]
-    return CARD.format(clip=Path(clip.model_name).name, version=clipgen.__version__, rows="\n".join(rows))
+    """Return a model card: what the model is, how to generate with it, how it was trained."""
+    settings = {"transformer": dict(transformer.hparams), "vqgan": dict(vqgan.hparams), **settings_of(training)}
+    rows = []
+    for part, values in settings.items():
+        rows += [f"| {part} | {cell(key)} | {cell(value)} |" for key, value in values.items()]
+    return CARD.format(clip=cell(Path(clip.model_name).name), version=clipgen.__version__, rows="\n".join(rows))
+
+
+def cell(value: Any) -> str:
+    """Return a value as plain text of a Markdown table, on one line and without markup."""
+    text = html.escape(" ".join(str(value).split())[:200])
+    return re.sub(r"([\\`*|!\[\]~])", r"\\\1", text)

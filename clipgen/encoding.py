@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 import clipgen
+from clipgen import clip_folder
 from clipgen.clip import FrozenCLIP, find_folder
 from clipgen.data.encoded import MANIFEST, SPLITS, open_shard, record_dtype
 from clipgen.data.pieces import Batch, pieces, read, source_files
 from clipgen.files import atomic_write, read_json, write_json
-from clipgen.frozen import save_frozen
-from clipgen.vqgan import PARTS, TOKENIZER, VQGAN
-from clipgen.weights import checkpoint
-from clipgen.weights.safe import State, below
+from clipgen.frozen import save_frozen, vqgan_identity
+from clipgen.frozen import saved_identity as saved_identity
+from clipgen.swap import clear_leftovers
+from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ def clear_away(root: Path) -> None:
         shard.unlink(missing_ok=True)
     for tokenizer in root.glob(".vqgan-*"):
         shutil.rmtree(tokenizer, ignore_errors=True)
+    clear_leftovers(root / "clip")
 
 
 def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None) -> int:
@@ -175,29 +177,10 @@ def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None)
 # ----------------------------------------------------------------------------------------------------- which models
 
 
-def vqgan_identity(vqgan: VQGAN) -> str:
-    """A hash of what decides a tokenizer's indices, the same for all files that hold it."""
-    return identity(vqgan.hparams, vqgan.tokenizer.state_dict())
-
-
-def saved_identity(path: str | Path) -> str:
-    """``vqgan_identity`` of a file or folder, without building the network."""
-    arguments, state = checkpoint.load(path, "VQGAN")
-    prefix = next((p for p in ("ema.module.", "autoencoder.") if any(k.startswith(p) for k in state)), "")
-    return identity(arguments, {k: v for k, v in below(prefix, state).items() if not k.startswith(PARTS)})
-
-
-def identity(arguments: Mapping[str, Any], state: State) -> str:
-    """A hash of a tokenizer's arguments and weights, but for its count of idle codes."""
-    weights = checkpoint.fingerprint({name: tensor for name, tensor in state.items() if name != "quantize.idle"})
-    decisive = json.dumps([arguments.get(name) for name in TOKENIZER])
-    return hashlib.sha256((decisive + weights).encode()).hexdigest()[:16]
-
-
 def clip_identity(model_name: str, pretrained: str | None) -> str:
     """A CLIP's name and tag; for folders and files a hash of the weights."""
     if folder := find_folder(model_name):
-        files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pth"))
+        files = [clip_folder.weights_file(folder)]  # that which is read, and copied
     else:
         files = [file for file in [Path(pretrained or "").expanduser()] if file.is_file()]
     weights = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)

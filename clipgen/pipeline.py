@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,16 +18,19 @@ from clipgen.bridge import Bridge
 from clipgen.card import TRAINING, model_card, training_settings
 from clipgen.clip import FrozenCLIP
 from clipgen.files import write_json
-from clipgen.frozen import load_clip, run_folder, save_frozen
+from clipgen.frozen import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.images import from_pil, to_pil
 from clipgen.painter import BATCH, Painter, Preview, Progress
 from clipgen.prompts import Prompt, check_request, describe
 from clipgen.sampling import DEFAULTS, check_sampling, row_seeds
+from clipgen.swap import finish_swap, replace_folder
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
 
 BRIDGE = "bridge.safetensors"
+CARD = "README.md"
+ENTRIES = ("vqgan", "transformer", "clip", "clip.json", BRIDGE, TRAINING, CARD)  # of a pipeline's folder
 
 
 class TextToImage(Painter):
@@ -51,28 +55,36 @@ class TextToImage(Painter):
         """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, what ``save`` wrote, or
         ``"hf-hub:OWNER/NAME"``, what ``push_to_hub`` uploaded."""
         path = files.located(path_or_name)
+        finish_swap(run_folder(path), ENTRIES)
         transformer = ConditionalTransformer.load(path)
         root = run_folder(path)
         bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
-        pipe = cls(VQGAN.load(root), transformer, load_clip(root), bridge)
+        vqgan = VQGAN.load(root)
+        check_bound(files.find(path, "ConditionalTransformer"), vqgan)
+        pipe = cls(vqgan, transformer, load_clip(root), bridge)
         pipe.training = training_settings(root)
         return pipe
 
     def save(self, path: str | Path, half: bool = False) -> Path:
-        """Write tokenizer, CLIP and transformer below a folder, with a model card; what ``load`` reads."""
-        save_frozen(Path(path), self.vqgan, self.clip, half)
-        self.transformer.save(Path(path) / "transformer", half)
-        if self.bridge:
-            self.bridge.save(Path(path) / BRIDGE)
-        if self.training:
-            write_json(Path(path) / TRAINING, self.training)
-        for name, has in ((BRIDGE, self.bridge), (TRAINING, self.training)):
-            if not has:
-                (Path(path) / name).unlink(missing_ok=True)  # of a pipeline that was there before
-        card = Path(path) / "README.md"
-        if not card.exists() or "library_name: clipgen" in card.read_text("utf-8"):  # else somebody's own
-            card.write_text(model_card(self.vqgan, self.transformer, self.clip, self.training), "utf-8")
-        return Path(path)
+        """Write tokenizer, CLIP and transformer below a folder, with a model card; what ``load`` reads.
+
+        An older pipeline there is replaced in one step; other files stay. If the process is killed, ``load`` finds the
+        old pipeline or the new one, see ``swap``.
+        """
+        path = Path(path)
+        check_parts(path.expanduser())
+        with replace_folder(path, ENTRIES) as partial:
+            save_frozen(partial, self.vqgan, self.clip, half)
+            self.transformer.save(partial / "transformer", half)
+            bind(partial / "transformer", partial / "vqgan")
+            if self.bridge:
+                self.bridge.save(partial / BRIDGE)
+            if self.training:
+                write_json(partial / TRAINING, self.training)
+            if not keep_card(path.expanduser() / CARD, partial / CARD):
+                card = model_card(self.vqgan, self.transformer, self.clip, self.training)
+                (partial / CARD).write_text(card, "utf-8")
+        return path
 
     def push_to_hub(self, name: str, private: bool = False) -> str:
         """Upload to the Hugging Face hub as ``OWNER/NAME``, for ``load("hf-hub:OWNER/NAME")``; returns the address."""
@@ -219,3 +231,20 @@ class TextToImage(Painter):
         for picture in pictures:
             picture.info.update(interpolate=ends, steps=steps, seed=one, **told)
         return pictures
+
+
+def check_parts(root: Path) -> None:
+    """Raise FileExistsError if the name of a pipeline's part holds something else, which saving would remove."""
+    check_clip_folder(root / "clip")
+    for name in ("vqgan", "transformer"):
+        part = root / name
+        if part.exists() and not (part.is_dir() and {entry.name for entry in part.iterdir()} <= set(files.FILES)):
+            raise FileExistsError(f"{part} exists and is more than a model folder: move it away, or name another place")
+
+
+def keep_card(old: Path, new: Path) -> bool:
+    """Copy a model card that somebody wrote; return False where there is none, or only one of ours."""
+    if not old.is_file() or old.is_symlink() or "library_name: clipgen" in old.read_text("utf-8", "replace"):
+        return False
+    shutil.copyfile(old, new)
+    return True

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen import sampling
-from clipgen.frozen import run_folder
+from clipgen.frozen import check_bound, run_folder
 from clipgen.painter import Painter
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
+from clipgen.weights import checkpoint as files
 
 
 class LabelTransformer(ConditionalTransformer):
@@ -78,8 +79,9 @@ class LabelConditioned(Painter):
     def load(cls, path: str | Path, **settings: Any) -> LabelConditioned:
         """Load a run folder of ``clipgen-train stage=transformer data=encoded data.condition=label``, or a checkpoint
         inside one."""
-        transformer = LabelTransformer.load(path)
-        return cls(VQGAN.load(run_folder(path)), transformer, **settings)
+        transformer, vqgan = LabelTransformer.load(path), VQGAN.load(run_folder(path))
+        check_bound(files.find(files.located(path), "LabelTransformer"), vqgan)
+        return cls(vqgan, transformer, **settings)
 
     def find(self, label: str | int) -> int:
         """The index of a class, given by name or number.
