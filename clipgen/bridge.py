@@ -80,9 +80,20 @@ class Bridge(nn.Module):
         try:
             with safe_open(path, "pt") as file:
                 tensors, settings = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            for name, tensor in tensors.items():
+                check_part(name, tensor)
             return cls(**tensors, neighbours=int(settings["neighbours"]), temperature=float(settings["temperature"]))
-        except (SafetensorError, TypeError, KeyError) as error:
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"the bridge {path} is damaged: {error}") from error
+
+
+def check_part(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor cannot be a part of a bridge."""
+    axes = {"shift": 1, "memory": 2}.get(name)
+    if tensor.dim() != axes or tensor.numel() == 0:
+        raise ValueError(f"shift must be (E,) and memory (N, E), got {name!r} of {tuple(tensor.shape)}")
+    if not tensor.is_floating_point() or not tensor.isfinite().all():
+        raise ValueError(f"{name} must hold finite floating-point numbers")
 
 
 def mean_shift(images: Tensor, sentences: Tensor) -> Tensor:
