@@ -205,7 +205,9 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
 
 def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
     """Train, then leave the finished model in the run folder."""
+    from clipgen import ConditionalTransformer
     from clipgen.cli.resuming import ARGUMENTS
+    from clipgen.frozen import bind
     from clipgen.resume import LastCheckpoint
     from clipgen.weights.checkpoint import FOLDERS, kind
 
@@ -224,7 +226,9 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
     if trainer.is_global_zero:
         best = next(callback.best_model_path for callback in callbacks if getattr(callback, "monitor", None))
         final = last.path if model.last_is_best or not Path(best).is_file() else best  # no validation, no best
-        type(model).load(final).save(output / FOLDERS[kind(type(model))])
+        finished = type(model).load(final).save(output / FOLDERS[kind(type(model))])
+        if isinstance(model, ConditionalTransformer):
+            bind(finished, output / "vqgan")
         logger.info("Finished %d steps: %s", trainer.global_step, output)
 
 
