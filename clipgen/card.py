@@ -10,6 +10,7 @@ from typing import Any
 
 import clipgen
 from clipgen.clip import FrozenCLIP
+from clipgen.clip_folder import member
 from clipgen.files import one_line, read_json, read_yaml
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -46,9 +47,9 @@ def training_settings(root: Path) -> dict[str, Any]:
     """
     try:
         if (root / TRAINING).is_file():
-            return settings_of(read_json(root / TRAINING))
+            return settings_of(read_json(member(root, TRAINING)))
         if (root / "config.yaml").is_file():
-            return settings_of(read_yaml(root / "config.yaml"))
+            return settings_of(read_yaml(member(root, "config.yaml")))
     except (ValueError, OSError) as error:
         logger.warning("The model card will not say how the model was trained: %s", one_line(error))
     return {}

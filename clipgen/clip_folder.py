@@ -91,9 +91,11 @@ def table(rules: Mapping[str, Rule]) -> Rule:
 
 def architecture(value: Any) -> bool:
     """Return whether timm has a network of this name; a name of the hub or a folder is none."""
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.]{1,80}", value):
+        return False
     import timm
 
-    return isinstance(value, str) and re.fullmatch(r"[\w.]{1,80}", value) is not None and timm.is_model(value)
+    return bool(timm.is_model(value))
 
 
 SWITCH: Rule = ("true or false", lambda value: isinstance(value, bool))

@@ -163,7 +163,8 @@ def clear_away(root: Path) -> None:
         shard.unlink(missing_ok=True)
     for tokenizer in root.glob(".vqgan-*"):
         shutil.rmtree(tokenizer, ignore_errors=True)
-    clear_leftovers(root / "clip")
+    for part in ("vqgan", "clip"):
+        clear_leftovers(root / part)
 
 
 def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None) -> int:

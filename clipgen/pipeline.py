@@ -18,7 +18,7 @@ from clipgen.bridge import Bridge
 from clipgen.card import TRAINING, model_card, training_settings
 from clipgen.clip import FrozenCLIP
 from clipgen.files import write_json
-from clipgen.frozen import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
+from clipgen.frozen import bind, check_bound, check_clip_folder, check_inside, load_clip, run_folder, save_frozen
 from clipgen.images import from_pil, to_pil
 from clipgen.painter import BATCH, Painter, Preview, Progress
 from clipgen.prompts import Prompt, check_request, describe
@@ -55,11 +55,12 @@ class TextToImage(Painter):
         """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, what ``save`` wrote, or
         ``"hf-hub:OWNER/NAME"``, what ``push_to_hub`` uploaded."""
         path = files.located(path_or_name)
-        finish_swap(run_folder(path), ENTRIES)
-        transformer = ConditionalTransformer.load(path)
         root = run_folder(path)
+        finish_swap(root, ENTRIES)
+        models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *files.FILES)]
+        check_inside(root, *models, BRIDGE)
         bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
-        vqgan = VQGAN.load(root)
+        transformer, vqgan = ConditionalTransformer.load(path), VQGAN.load(root)
         check_bound(files.find(path, "ConditionalTransformer"), vqgan)
         pipe = cls(vqgan, transformer, load_clip(root), bridge)
         pipe.training = training_settings(root)

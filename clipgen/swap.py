@@ -98,7 +98,12 @@ def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
     (staging / "old").mkdir()
     swapping = staging.rename(staging.with_suffix(".swapping"))
     durable(swapping.parent)
-    complete(path, swapping, entries)
+    try:
+        complete(path, swapping, entries)
+    except OSError:
+        undo(path, swapping, entries)
+        swapping.rename(staging)
+        raise
     return swapping.rename(staging)
 
 
@@ -113,6 +118,17 @@ def complete(path: Path, swapping: Path, entries: Collection[str]) -> None:
         if waits:
             new.rename(current)
     durable(path)
+
+
+def undo(path: Path, swapping: Path, entries: Collection[str]) -> None:
+    """Take back those of the moves that are done."""
+    names = read_json(swapping / NAMES, "names")["names"]
+    for name in entries:
+        new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
+        if name in names and exists(current) and not exists(new):
+            current.rename(new)
+        if exists(old):
+            old.rename(current)
 
 
 def exists(path: Path) -> bool:

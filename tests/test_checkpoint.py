@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import changed, weights_of
 
+from clipgen import swap
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -128,17 +129,18 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path):
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("method", ["write_bytes", "write_text", "rename"])
 def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, method, existing):
-    """Wherever it strikes, even between the two renames."""
+    """Wherever it strikes, even between two moves where folders cannot be exchanged."""
     path = saved(tmp_path / "vqgan") if existing else tmp_path / "vqgan"
     original = getattr(Path, method)
 
     def fail(self: Path, *arguments, **options):
-        if method == "rename" and self.name != "folder":
+        if method == "rename" and "new" not in self.parts[-2:]:
             return original(self, *arguments, **options)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # in the middle of a file the system names none
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, method, fail)
+        patch.setattr(swap, "exchange", lambda *_: False)
         with pytest.raises(OSError, match=r"No space left.*vqgan"):
             files.save_folder(path, "VQGAN", {"ch": 64}, STATE)
     assert [p.name for p in tmp_path.iterdir()] == (["vqgan"] if existing else [])

@@ -259,6 +259,22 @@ def test_nothing_but_a_pipeline_is_published(pipe, tmp_path, monkeypatch):
     assert set(published) == model | clip | {"clip.json", "README.md"}
 
 
+@pytest.mark.parametrize("link", ["vqgan", "transformer/config.json", "vqgan/model.safetensors", "bridge.safetensors"])
+def test_links_out_of_a_pipeline_are_refused(other, tmp_path, link):
+    root = other.save(tmp_path / "pipe")
+    (root / link).rename(tmp_path / "elsewhere")
+    (root / link).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"must lie in .*pipe, got a link to .*elsewhere"):
+        TextToImage.load(root)
+
+
+def test_settings_of_another_run_are_not_published(pipe, tmp_path, caplog):
+    root = pipe.save(tmp_path / "pipe")
+    (tmp_path / "config.yaml").write_text("data: {secret: 1}\n")
+    (root / "config.yaml").symlink_to(tmp_path / "config.yaml")
+    assert TextToImage.load(root).training == {} and "got a link to" in caplog.text
+
+
 def test_a_card_holds_no_markup_of_others(pipe, tmp_path):
     root = pipe.save(tmp_path / "pipe")
     evil = "x | y |\n\n# Title\n<script>alert(1)</script> [click](x) `code` ![p](q)"

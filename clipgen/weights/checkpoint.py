@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import clipgen
-from clipgen.files import naming, one_line, read_json
+from clipgen.files import one_line, read_json
+from clipgen.swap import replace_folder
 from clipgen.weights.safe import State, read_checkpoint
 
 COMMANDS = {
@@ -57,7 +57,7 @@ def plain(value: Any) -> Any:
 
 
 def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
-    """Write a model folder; it appears whole or not at all, in the place of an older one.
+    """Write a model folder atomically, in the place of an older one.
 
     Args:
         half: store floating-point weights in 16 bits.
@@ -75,26 +75,10 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         for k, v in state.items()
     }
     config = {"model": model, "clipgen": clipgen.__version__, "arguments": arguments}
-    prefix = f".{path.name}-"
-    with naming(path), tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as partial:
-        whole = Path(partial) / "folder"
-        whole.mkdir()
-        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (whole / "model.safetensors").write_bytes(save(tensors))
-        replace(path, whole, Path(partial) / "old")
+    with replace_folder(path, FILES) as partial:
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "model.safetensors").write_bytes(save(tensors))
     return path
-
-
-def replace(path: Path, new: Path, old: Path) -> None:
-    """Put the folder ``new`` in the place of ``path``, which moves to ``old``; where that fails, ``path`` stays."""
-    if path.exists():
-        path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
 
 
 def located(path_or_name: str | Path) -> Path:
