@@ -56,7 +56,7 @@ class TextToImage(Painter):
         ``"hf-hub:OWNER/NAME"``, what ``push_to_hub`` uploaded."""
         path = files.located(path_or_name)
         root = run_folder(path)
-        finish_swap(root, ENTRIES)
+        finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *files.FILES)]
         check_inside(root, *models, BRIDGE)
         bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None

@@ -38,7 +38,7 @@ def replace_folder(path: str | Path, entries: Collection[str]) -> Iterator[Path]
     """
     path = Path(path).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    finish_swap(path, entries)
+    finish_swap(path)
     clear_leftovers(path)
     inside = path.is_dir() and not replaceable(path, entries)
     staging = stage(path, path if inside else path.parent)
@@ -94,22 +94,32 @@ def exchange(first: Path, second: Path) -> bool:
 
 def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
     """Move the new entries in and the old ones out, after a step from which ``finish_swap`` can go on."""
-    write_json(staging / NAMES, {"names": sorted(entry.name for entry in (staging / "new").iterdir())})
+    names = [entry.name for entry in (staging / "new").iterdir()]
+    write_json(staging / NAMES, {"names": sorted(names), "entries": sorted({*entries, *names})})
     (staging / "old").mkdir()
     swapping = staging.rename(staging.with_suffix(".swapping"))
     durable(swapping.parent)
     try:
-        complete(path, swapping, entries)
+        complete(path, swapping)
     except OSError:
-        undo(path, swapping, entries)
+        undo(path, swapping)
         swapping.rename(staging)
         raise
     return swapping.rename(staging)
 
 
-def complete(path: Path, swapping: Path, entries: Collection[str]) -> None:
+def read_names(swapping: Path) -> tuple[list[str], list[str]]:
+    """Read the names of the new entries, and of all that are replaced or removed."""
+    content = read_json(swapping / NAMES, "names", "entries")
+    for name in [*content["names"], *content["entries"]]:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(f"{swapping / NAMES} must hold names without folders, got {name!r:.80}")
+    return content["names"], content["entries"]
+
+
+def complete(path: Path, swapping: Path) -> None:
     """Do those of the moves that are not done yet."""
-    names = read_json(swapping / NAMES, "names")["names"]
+    names, entries = read_names(swapping)
     for name in entries:
         new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
         waits = exists(new)
@@ -120,9 +130,9 @@ def complete(path: Path, swapping: Path, entries: Collection[str]) -> None:
     durable(path)
 
 
-def undo(path: Path, swapping: Path, entries: Collection[str]) -> None:
+def undo(path: Path, swapping: Path) -> None:
     """Take back those of the moves that are done."""
-    names = read_json(swapping / NAMES, "names")["names"]
+    names, entries = read_names(swapping)
     for name in entries:
         new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
         if name in names and exists(current) and not exists(new):
@@ -136,7 +146,7 @@ def exists(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def finish_swap(path: str | Path, entries: Collection[str]) -> None:
+def finish_swap(path: str | Path) -> None:
     """Complete the moves that a killed ``replace_folder`` did not come to."""
     path = Path(path).expanduser().resolve()
     for left in leftovers(path, "swapping"):
@@ -144,7 +154,7 @@ def finish_swap(path: str | Path, entries: Collection[str]) -> None:
         if any(part.is_symlink() or not part.is_dir() for part in parts):  # not ours
             continue
         with naming(path):
-            complete(path, left, entries)
+            complete(path, left)
         shutil.rmtree(left, ignore_errors=True)
 
 

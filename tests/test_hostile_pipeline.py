@@ -20,6 +20,7 @@ from clipgen.bridge import Bridge
 from clipgen.card import cell, settings_of, training_settings
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.files import atomic_write, durable, read_json, read_yaml, write_json
+from clipgen.frozen import vqgan_identity
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -139,9 +140,29 @@ def test_a_strangers_unfinished_swap_moves_nothing_out_of_the_folder(pipe, tmp_p
     (tmp_path / "outside").mkdir()
     (swapping / "new").mkdir(parents=True)
     (swapping / "old").symlink_to(tmp_path / "outside")
-    write_json(swapping / "names.json", {"names": ["../../outside"]})
+    write_json(swapping / "names.json", {"names": ["vqgan"], "entries": ["vqgan"]})
     assert TextToImage.load(root).fingerprint == pipe.fingerprint
     assert entries(tmp_path / "outside") == set()
+    (swapping / "old").unlink()
+    (swapping / "old").mkdir()
+    for names in (["../../outside"], ["/etc/passwd"], [5], [".."]):
+        write_json(swapping / "names.json", {"names": names, "entries": names})
+        with pytest.raises(ValueError, match=r"names.json must hold names without folders"):
+            TextToImage.load(root)
+    assert (tmp_path / "outside").is_dir() and entries(root) >= {"vqgan", "transformer", "clip.json"}
+
+
+def test_a_model_folders_save_is_completed_by_the_next_load(pipe, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(swap, "exchange", lambda *_: False)
+    root = pipe.vqgan.save(tmp_path / "vqgan")
+
+    def save() -> None:
+        kill_at_move(4, monkeypatch)
+        other.vqgan.save(root)
+
+    assert killed(save) and entries(root) == {"config.json"}
+    assert vqgan_identity(VQGAN.load(root)) == vqgan_identity(other.vqgan)
+    assert entries(tmp_path) == {"vqgan"}
 
 
 def test_files_of_others_stay(pipe, other, tmp_path):

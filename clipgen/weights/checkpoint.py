@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 
 import clipgen
 from clipgen.files import one_line, read_json
-from clipgen.swap import replace_folder
+from clipgen.swap import finish_swap, replace_folder
 from clipgen.weights.safe import State, read_checkpoint
 
 COMMANDS = {
@@ -102,7 +102,10 @@ def load(path: str | Path, model: str) -> Model:
         FileNotFoundError: nothing there; names the command that makes it.
         ValueError: the file is damaged, or of the other stage.
     """
-    found = find(located(path), model)
+    place = located(path)
+    for folder in (place, place / FOLDERS[model]):
+        finish_swap(folder)
+    found = find(place, model)
     return load_ckpt(found, model) if found.is_file() else load_folder(found, model)
 
 
