@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipgen.files import atomic_write
+from clipgen.files import atomic_write, one_line
 
 
 def noisy_condition(clip_embedding: Tensor, cosine: float) -> Tensor:
@@ -79,10 +79,26 @@ class Bridge(nn.Module):
         """
         try:
             with safe_open(path, "pt") as file:
-                tensors, settings = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-            return cls(**tensors, neighbours=int(settings["neighbours"]), temperature=float(settings["temperature"]))
-        except (SafetensorError, TypeError, KeyError) as error:
-            raise ValueError(f"the bridge {path} is damaged: {error}") from error
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                settings = file.metadata()
+            check_embeddings(**tensors)
+            neighbours, temperature = int(settings["neighbours"]), float(settings["temperature"])
+            return cls(**tensors, neighbours=neighbours, temperature=temperature)
+        except (SafetensorError, TypeError, KeyError, ValueError, OverflowError) as error:
+            raise ValueError(f"the bridge {path} is damaged: {one_line(error)}") from error
+
+
+def check_embeddings(shift: Tensor | None = None, memory: Tensor | None = None) -> None:
+    """Raise ValueError unless the tensors of a bridge are finite embeddings of one width."""
+    for name, tensor, dimensions in (("shift", shift, 1), ("memory", memory, 2)):
+        if tensor is None:
+            continue
+        if tensor.ndim != dimensions or not tensor.numel() or not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating-point embeddings, got {tuple(tensor.shape)} of {tensor.dtype}")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+    if shift is not None and memory is not None and memory.shape[1] != len(shift):
+        raise ValueError(f"memory must be (N, {len(shift)}), as wide as shift, got {tuple(memory.shape)}")
 
 
 def mean_shift(images: Tensor, sentences: Tensor) -> Tensor:

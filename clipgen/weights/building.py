@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 import clipgen
 from clipgen.files import one_line
@@ -43,6 +44,7 @@ AT_LEAST_ONE = (
 DEPTHS = ("n_layer", "n_layers", "num_res_blocks")  # how many blocks are made, each with weights of its own
 MAX_NUMBERS = 1000  # in an argument that is a list of numbers
 MAX_INTEGER = 2**63
+RANDOM = (Tensor.normal_, Tensor.uniform_)
 SPARE = 1000  # parameters that a model may have beyond those of its file, as a part that is left out
 SPARE_BYTES = 2**26  # of buffers that no file holds
 
@@ -170,12 +172,21 @@ def rehearse(model: Any, arguments: Mapping[str, Any], state: State) -> None:
         Exception: names or shapes do not fit, as ``load_state_dict`` says it; weights have a wrong type.
     """
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    with warnings.catch_warnings(), at_most(2 * len(state) + SPARE), torch.device("meta"):
+    with warnings.catch_warnings(), at_most(2 * len(state) + SPARE), torch.device("meta"), WithoutInitialization():
         warnings.simplefilter("ignore")
         made = model.from_state(arguments, shapes)
     kept = made.state_dict()
     check_types(state, {name for name, tensor in kept.items() if not tensor.is_floating_point()})
     check_buffers(made, set(kept), sum(tensor.nbytes for tensor in state.values()))
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Leave new weights as they are: those of the meta device have no values, and torch takes long to give them some."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in RANDOM:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

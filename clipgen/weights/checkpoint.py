@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 import clipgen
@@ -42,6 +42,7 @@ FIRST = {  # a weight that every such model has, by which the names of a wrapped
     "ConditionalTransformer": "gpt.clip_proj.weight",
     "LabelTransformer": "gpt.clip_proj.weight",
 }
+CODEBOOKS = ("quantize.embedding.weight", "quantize.embed.weight")
 MAX_CONFIG = 2**24  # bytes of config.json
 BUNDLED = {"shapes": Path(clipgen.__file__).parent / "bundled"}
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
@@ -182,6 +183,19 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config[key], kind):
             raise ValueError(f"{path} is damaged: {key!r} must be a {kind.__name__}, got {config[key]!r:.60}")
     return config
+
+
+def codebook_rows(path: Path) -> int | None:
+    """Return the number of codes in a tokenizer's folder by its header; None if it has no table of them."""
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        return None
+    try:
+        with safe_open(weights, "pt") as file:
+            names = [name for name in file.keys() if name in CODEBOOKS]  # noqa: SIM118
+            return int(file.get_slice(names[0]).get_shape()[0]) if names else None
+    except (SafetensorError, IndexError) as error:
+        raise ValueError(f"{weights} is damaged: {one_line(error)}") from error
 
 
 def load_ckpt(path: Path, model: str) -> Model:
