@@ -122,7 +122,7 @@ def check_written(path: Path, indices: np.ndarray, embedding: np.ndarray, labels
     if indices.min() < 0 or indices.max() >= codes:
         raise ValueError(f"indices of {path} must be in [0, {codes}), got {indices.min()} to {indices.max()}")
     if not np.isfinite(embedding.astype("<f2")).all():
-        raise ValueError(f"CLIP embeddings of {path} must be finite, got NaN or infinity: are the CLIP's weights damaged?")
+        raise ValueError(f"CLIP embeddings of {path} must be finite, got NaN or infinity: check the CLIP's weights")
     for label in labels:
         if not 0 <= label <= MAX_LABEL:
             raise ValueError(f"labels of {path} must be in [0, {MAX_LABEL}], got {str(label)[:40]}")

@@ -364,7 +364,8 @@ class VQGAN(pl.LightningModule):
         if not below("discriminator.", state):  # a tokenizer alone, or a training that continued from one
             fixed["discriminator_weight"] = 0.0
         model = cls(**arguments | fixed)
-        model.hparams["discriminator_weight"] = (VQGAN.__init__.__kwdefaults__ | arguments)["discriminator_weight"]
+        defaults: Any = VQGAN.__init__.__kwdefaults__
+        model.hparams["discriminator_weight"] = (defaults | arguments)["discriminator_weight"]
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
             model.load_state_dict(state)
             return model.eval()

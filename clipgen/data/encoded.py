@@ -110,25 +110,21 @@ def check_records(manifest: dict[str, Any], path: Path) -> None:
     shards = (open_shard(shard) for shard in sorted((path.parent / "train").glob("shard-*.npy")))
     dtype = next((shard.dtype for shard in shards if len(shard)), None)
     if dtype is not None:
-        sizes = (manifest[name] for name in ("num_tokens", "codebook_size", "clip_dim"))
-        wanted = record_dtype(len_of_views(dtype), *sizes, labels="label" in (dtype.names or ()))
+        tokens, codes, width = (manifest[name] for name in ("num_tokens", "codebook_size", "clip_dim"))
+        wanted = record_dtype(dtype["indices"].shape[0], tokens, codes, width, "label" in (dtype.names or ()))
         if dtype != wanted:
             raise ValueError(f"{path} is damaged: its sizes ask for records of {wanted}, but the shards hold {dtype}")
-    codes = codebook_rows(path.parent / "vqgan")
-    most = MAX_CODES if codes is None else codes
-    if manifest["codebook_size"] > most or (codes is not None and manifest["codebook_size"] < codes):
-        raise ValueError(f"{path} is damaged: codebook_size must be {most}, got {manifest['codebook_size']}")
-
-
-def len_of_views(dtype: np.dtype) -> int:
-    """Return the number of augmentations in a record."""
-    return int(dtype["indices"].shape[0])
+    rows, size = codebook_rows(path.parent / "vqgan"), manifest["codebook_size"]
+    if rows is not None and size != rows:
+        raise ValueError(f"{path} is damaged: codebook_size must be {rows}, as in the tokenizer, got {size}")
+    if size > max(rows or 0, MAX_CODES):
+        raise ValueError(f"{path} is damaged: codebook_size must be at most {MAX_CODES}, got {size}")
 
 
 def open_shard(path: Path) -> np.ndarray:
     """The memory map of a shard's records; ValueError with its name where it is damaged."""
     try:
-        found = np.load(path, mmap_mode="r") if path.is_file() else None
+        found: Any = np.load(path, mmap_mode="r") if path.is_file() else None
         check_shard(found)
     except OSError:
         raise
@@ -151,7 +147,7 @@ def check_shard(shard: Any) -> None:
     kinds = {name: (field[0].base.str, len(field[0].shape)) for name, field in fields.items()}
     label = {"label": ("<i4", 0)} if "label" in kinds else {}
     if kinds not in [{"indices": (kind, 2), "embedding": ("<f2", 2)} | label for kind in ("<u2", "<u4")]:
-        raise ValueError(f"its records must hold indices and embedding, got {str(shard.dtype):.100}")
+        raise ValueError(f"its records must hold indices and embedding, got {shard.dtype!s:.100}")
     if not all(shard.dtype[name].shape[0] for name in ("indices", "embedding")):
         raise ValueError("its records hold no augmentation")
 

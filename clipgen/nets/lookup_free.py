@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from clipgen.nets.quantizer import Quantized
 
-
-MAX_BITS = 30  # of an index, which the transformer has a logit for
+MAX_BITS = 30  # of an index of FSQ
 
 
 class FSQ(nn.Module):
@@ -80,8 +79,8 @@ class LFQ(nn.Module):
 
     def __init__(self, codebook_dim: int, diversity: float = 1.0, inverse_temperature: float = 100.0):
         super().__init__()
-        if not 1 <= codebook_dim <= MAX_BITS:
-            raise ValueError(f"codebook_dim must be in [1, {MAX_BITS}] for quantizer 'lfq', got {codebook_dim}")
+        if not 1 <= codebook_dim <= 1000:  # the number of codes would fill the memory
+            raise ValueError(f"codebook_dim must be in [1, 1000] for quantizer 'lfq', got {codebook_dim}")
         self.codebook_size = 2**codebook_dim
         self.diversity, self.inverse_temperature = diversity, inverse_temperature
         self.register_buffer("basis", 2 ** torch.arange(codebook_dim).flip(0), persistent=False)

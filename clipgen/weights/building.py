@@ -181,7 +181,7 @@ def rehearse(model: Any, arguments: Mapping[str, Any], state: State) -> None:
 
 
 class WithoutInitialization(TorchFunctionMode):
-    """Leave new weights as they are: those of the meta device have no values, and torch takes long to give them some."""
+    """Leave new weights as they are: those of the meta device have no values, and setting them takes long."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init" or func in RANDOM:

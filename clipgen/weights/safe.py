@@ -159,11 +159,11 @@ def check_dense(name: str, tensor: Any, path: str | Path) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{path} is refused: {name!r:.100} must be a tensor, got a {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise ValueError(f"{path} is refused: {name!r:.100} must be a dense tensor, got a sparse, quantized or empty one")
+        raise ValueError(f"{path} is refused: {name!r:.100} must be a dense tensor, got a sparse or quantized one")
     bytes_needed = tensor.numel() * tensor.itemsize
     if tensor.untyped_storage().nbytes() < bytes_needed:
         held = tensor.untyped_storage().nbytes()
-        raise ValueError(f"{path} is refused: {name!r:.100} claims {bytes_needed} bytes, but the file holds {held} of it")
+        raise ValueError(f"{path} is refused: {name!r:.100} claims {bytes_needed} bytes, but {held} are stored")
 
 
 def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Inert stand-ins for the classes that other projects' checkpoints name beside their weights: no code of theirs runs."""
+"""Inert stand-ins for classes that checkpoints name beside their weights, so that no code of a file runs."""
 
 from __future__ import annotations
 
