@@ -124,7 +124,9 @@ def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
         weights |= {f"h.{i}.{name}": tensor for name, tensor in gpt2_names(below("encoder.", block)).items()}
     weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
     weights |= {f"head.{name}": tensor for name, tensor in below("head.", state).items()}
-    weights["clip_proj.weight"] = state["cond_proj.weight"] / clip_dim**0.5  # ours scales the embedding first
+    projection = state["cond_proj.weight"]
+    # ours scales the embedding first; in the type of the file, so that integers are noticed
+    weights["clip_proj.weight"] = (projection / clip_dim**0.5).to(projection.dtype)
     weights["clip_proj.bias"] = state["cond_proj.bias"]
     return arguments, {f"gpt.{name}": tensor for name, tensor in weights.items()}
 
