@@ -440,26 +440,44 @@ BESIDE = {
 }
 
 
+PUBLISHED = {
+    "taming_vqgan/last.ckpt": ("state_dict", FIRST),
+    "taming_gumbel/last.ckpt": ("state_dict", FIRST),
+    "hfailab_clip_gen/vqgan.pt": ("model", FIRST),
+    "hfailab_clip_gen/gpt.pt": ("model", "tok_emb.weight"),
+}
+
+
+def wrapped_file(source: Path, path: Path, key: str, wrap) -> Path:
+    """A published checkpoint with other names, and with what trainers store beside weights."""
+    state = {wrap(name): tensor for name, tensor in safe.read_checkpoint(source)[key].items()}
+    if any(name.startswith("first_stage_model.") for name in state):
+        state |= {f"cond_stage_model.{FIRST}": torch.zeros(3), "model.diffusion_model.a": torch.zeros(1)}
+    torch.save({key: state} | BESIDE, path)
+    return path
+
+
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_wrapped_names_of_published_checkpoints_load(shared, tmp_path, wrap, images):
-    for name in ("taming_vqgan", "taming_gumbel"):
-        source = shared / "parity" / name
-        content = safe.read_checkpoint(source / "last.ckpt")
-        state = {wrap(key): tensor for key, tensor in content["state_dict"].items()}
-        if any(key.startswith("first_stage_model.") for key in state):
-            state |= {f"cond_stage_model.{FIRST}": torch.zeros(3), "model.diffusion_model.a": torch.zeros(1)}
-        torch.save({"state_dict": state} | BESIDE, tmp_path / "last.ckpt")
-        theirs, ours = (
-            VQGAN.from_taming(path, source / "model.yaml") for path in (source / "last.ckpt", tmp_path / "last.ckpt")
-        )
-        assert torch.equal(theirs(images), ours(images))
-    source = shared / "parity" / "hfailab_clip_gen"
-    for file, load in (("vqgan.pt", VQGAN.from_hfailab), ("gpt.pt", ConditionalTransformer.from_hfailab)):
-        content = torch.load(source / file, weights_only=True)
-        state = {wrap(key): tensor for key, tensor in content["model"].items()}
-        torch.save({"model": state} | BESIDE, tmp_path / file)
-        before, after = load(source / file).state_dict(), load(tmp_path / file).state_dict()
-        assert all(torch.equal(before[key], after[key]) for key in before)
+@pytest.mark.parametrize("file", PUBLISHED)
+def test_wrapped_names_of_published_checkpoints_are_restored(shared, tmp_path, file, wrap):
+    key, first = PUBLISHED[file]
+    source = shared / "parity" / file
+    found = safe.read_weights(wrapped_file(source, tmp_path / "x.ckpt", key, wrap), key, first, "theirs")
+    theirs = safe.read_checkpoint(source)[key]
+    assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
+
+
+def test_wrapped_published_checkpoints_load(shared, tmp_path):
+    taming_folder, hfailab = shared / "parity" / "taming_vqgan", shared / "parity" / "hfailab_clip_gen"
+    for source, load in (
+        (taming_folder / "last.ckpt", lambda path: VQGAN.from_taming(path, taming_folder / "model.yaml")),
+        (hfailab / "vqgan.pt", VQGAN.from_hfailab),
+        (hfailab / "gpt.pt", ConditionalTransformer.from_hfailab),
+    ):
+        key, _ = PUBLISHED[f"{source.parent.name}/{source.name}"]
+        path = wrapped_file(source, tmp_path / source.name, key, WRAPPED["compiled and parallel"])
+        before, after = load(source).state_dict(), load(path).state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
