@@ -37,11 +37,15 @@ def record_dtype(
     augmentations: int, num_tokens: int, codebook_size: int, clip_dim: int, labels: bool = False
 ) -> np.dtype:
     """The type of one image's record."""
-    kind = "<u2" if codebook_size <= 2**16 else "<u4"
     fields: list[Any] = [
-        ("indices", kind, (augmentations, num_tokens)), ("embedding", "<f2", (augmentations, clip_dim))
+        ("indices", index_type(codebook_size), (augmentations, num_tokens)), ("embedding", "<f2", (augmentations, clip_dim))
     ]  # fmt: skip
     return np.dtype(fields + [("label", "<i4")] * labels)
+
+
+def index_type(codebook_size: int) -> np.dtype:
+    """Return the smallest type that holds every index."""
+    return np.dtype("<u2" if codebook_size <= 2**16 else "<u4")
 
 
 def read_manifest(root: str | Path) -> dict[str, Any]:
@@ -109,12 +113,14 @@ def check_records(manifest: dict[str, Any], path: Path) -> None:
     """Raise ValueError unless the sizes of a manifest are those of the first records and of the tokenizer beside it."""
     shards = (open_shard(shard) for shard in sorted((path.parent / "train").glob("shard-*.npy")))
     dtype = next((shard.dtype for shard in shards if len(shard)), None)
-    if dtype is not None:
-        tokens, codes, width = (manifest[name] for name in ("num_tokens", "codebook_size", "clip_dim"))
-        wanted = record_dtype(dtype["indices"].shape[0], tokens, codes, width, "label" in (dtype.names or ()))
-        if dtype != wanted:
-            raise ValueError(f"{path} is damaged: its sizes ask for records of {wanted}, but the shards hold {dtype}")
     rows, size = codebook_rows(path.parent / "vqgan"), manifest["codebook_size"]
+    if dtype is not None:
+        for name, field in (("num_tokens", "indices"), ("clip_dim", "embedding")):
+            held = dtype[field].shape[1]
+            if manifest[name] != held:
+                raise ValueError(f"{path} is damaged: {name} must be {held}, as in the shards, got {manifest[name]}")
+        if dtype["indices"].base != index_type(size):
+            raise ValueError(f"{path} is damaged: codebook_size must fit {dtype['indices'].base}, got {size}")
     if rows is not None and size != rows:
         raise ValueError(f"{path} is damaged: codebook_size must be {rows}, as in the tokenizer, got {size}")
     if size > max(rows or 0, MAX_CODES):
