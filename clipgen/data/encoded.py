@@ -38,8 +38,9 @@ def record_dtype(
 ) -> np.dtype:
     """The type of one image's record."""
     fields: list[Any] = [
-        ("indices", index_type(codebook_size), (augmentations, num_tokens)), ("embedding", "<f2", (augmentations, clip_dim))
-    ]  # fmt: skip
+        ("indices", index_type(codebook_size), (augmentations, num_tokens)),
+        ("embedding", "<f2", (augmentations, clip_dim)),
+    ]
     return np.dtype(fields + [("label", "<i4")] * labels)
 
 
