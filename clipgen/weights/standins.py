@@ -73,7 +73,8 @@ def thaw(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: thaw(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [thaw(item) for item in value]
+        items = [thaw(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
     return value
 
 
