@@ -18,7 +18,7 @@ import torch
 import clipgen
 from clipgen import clip_folder
 from clipgen.clip import FrozenCLIP, find_folder
-from clipgen.data.encoded import MANIFEST, SPLITS, open_shard, record_dtype
+from clipgen.data.encoded import MANIFEST, MAX_LABEL, SPLITS, most_classes, open_shard, record_dtype
 from clipgen.data.pieces import Batch, pieces, read, source_files
 from clipgen.files import atomic_write, read_json, write_json
 from clipgen.frozen import save_frozen, vqgan_identity
@@ -102,6 +102,7 @@ def encode_shard(path: Path, batches: Iterator[Batch], vqgan: VQGAN, clip: Froze
         indices = vqgan.encode(flat).flatten(1).cpu().numpy()
         embedding = clip.encode_image(flat).cpu().numpy()
         labelled = labels[0] is not None
+        check_written(path, indices, embedding, labels if labelled else [], vqgan.codebook_size)
         kind = record_dtype(images.shape[1], indices.shape[1], vqgan.codebook_size, embedding.shape[1], labelled)
         row = np.empty(len(images), kind)
         if labelled:
@@ -115,6 +116,17 @@ def encode_shard(path: Path, batches: Iterator[Batch], vqgan: VQGAN, clip: Froze
         np.save(file, found)
     seconds = time.perf_counter() - start
     logger.info("%s: %d images, %.0f a second", path, len(found), len(found) / seconds)
+
+
+def check_written(path: Path, indices: np.ndarray, embedding: np.ndarray, labels: list[Any], codes: int) -> None:
+    """Raise ValueError, naming the shard, if something cannot be trained on, or does not fit into a record."""
+    if indices.min() < 0 or indices.max() >= codes:
+        raise ValueError(f"indices of {path} must be in [0, {codes}), got {indices.min()} to {indices.max()}")
+    if not np.isfinite(embedding.astype("<f2")).all():
+        raise ValueError(f"CLIP embeddings of {path} must be finite, got NaN or infinity: check the CLIP's weights")
+    for label in labels:
+        if not 0 <= label <= MAX_LABEL:
+            raise ValueError(f"labels of {path} must be in [0, {MAX_LABEL}], got {str(label)[:40]}")
 
 
 def begin(root: Path, manifest: dict[str, Any], vqgan: VQGAN, clip: FrozenCLIP) -> None:
@@ -170,6 +182,12 @@ def clear_away(root: Path) -> None:
 def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None) -> int:
     """How many classes a cache has: as many as there are names, or as its largest label needs."""
     largest = max(int(shard["label"].max()) for shard in shards if len(shard))
+    most = most_classes(sum(map(len, shards)))
+    if not names and largest >= most:
+        raise ValueError(
+            f"the labels of {root} must be below {most}, got {largest}: number the classes from 0, or name them in "
+            "data.class_names"
+        )
     if names and largest >= len(names):
         raise ValueError(f"the labels of {root} must be below {len(names)}, the number of class names, got {largest}")
     return len(names) if names else largest + 1

@@ -295,11 +295,16 @@ class ConditionalTransformer(pl.LightningModule):
         """Load a model folder, a run folder or a checkpoint of stage 2, ``"shapes"`` (bundled), or the transformer of a
         pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
         arguments, state = files.load(path, files.kind(cls))
+        return files.build(cls, arguments, state, path)
+
+    @classmethod
+    def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
+        """Build the model from its constructor's arguments and the weights of a folder or checkpoint, in evaluation
+        mode. See ``files.build``, which checks both first."""
         if not below("ema.", state):  # a folder holds one network: allocate no average beside it
             arguments = arguments | {"ema_decay": 0.0}
-        with files.fitting(path, cls.__name__):
-            model = cls(**arguments)
-            model.load_state_dict(state)
+        model = cls(**arguments)
+        model.load_state_dict(state)
         return model.eval()
 
     def start_from_language(self, name: str | Path) -> ConditionalTransformer:
@@ -335,6 +340,4 @@ class ConditionalTransformer(pl.LightningModule):
         """
         with files.fitting(checkpoint, cls.__name__):
             arguments, state = hfailab.transformer(checkpoint, n_head)
-            model = cls(**arguments)
-            model.load_state_dict(state)
-        return model.eval()
+        return files.build(cls, arguments, state, checkpoint)

@@ -354,14 +354,22 @@ class VQGAN(pl.LightningModule):
         """Load a model folder, a run folder or a checkpoint of stage 1, ``"shapes"`` (bundled), or the tokenizer of a
         pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
         arguments, state = files.load(path, files.kind(cls))
-        with files.fitting(path, cls.__name__):
-            model = cls(**arguments | {"kmeans_iters": 0})  # codes that are trained stay where they are
-            if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
-                if not below("discriminator.", state):  # of a training that went on from a tokenizer alone
-                    model.discriminator = model.lecam = None
-                model.load_state_dict(state)
-                return model.eval()
-            return model.with_weights(state)
+        return files.build(cls, arguments, state, path)
+
+    @classmethod
+    def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
+        """Build the model from its constructor's arguments and the weights of a folder or checkpoint, in evaluation
+        mode. See ``files.build``, which checks both first."""
+        fixed: dict[str, Any] = {"kmeans_iters": 0}  # codes that are trained stay where they are
+        if not below("discriminator.", state):  # a tokenizer alone, or a training that continued from one
+            fixed["discriminator_weight"] = 0.0
+        model = cls(**arguments | fixed)
+        defaults: Any = VQGAN.__init__.__kwdefaults__
+        model.hparams["discriminator_weight"] = (defaults | arguments)["discriminator_weight"]
+        if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
+            model.load_state_dict(state)
+            return model.eval()
+        return model.with_weights(state)
 
     @classmethod
     def from_taming(cls, checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> VQGAN:
@@ -374,15 +382,14 @@ class VQGAN(pl.LightningModule):
             ValueError: the file is none of theirs, or wants to run code; says which.
         """
         arguments, state = taming.vqgan(checkpoint, config)
-        with files.fitting(checkpoint, cls.__name__):
-            return cls(**arguments).with_weights(state)
+        return files.build(cls, arguments, state, checkpoint)
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode."""
         with files.fitting(checkpoint, cls.__name__):
             arguments, state = hfailab.vqgan(checkpoint)
-            return cls(**arguments).with_weights(state)
+        return files.build(cls, arguments, state, checkpoint)
 
     def with_weights(self, state: dict[str, Tensor]) -> Self:
         """Take over weights as a model folder holds them, in evaluation mode; a discriminator without any goes."""

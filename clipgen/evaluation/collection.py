@@ -11,19 +11,18 @@ import json
 import math
 import os
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
 
-from clipgen.files import atomic_write, read_json, write_json
+from clipgen.files import atomic_write, one_line, read_json, write_json
 from clipgen.images import check_images, to_bytes
+from clipgen.weights.safe import check_archive
 
 KEY = "key"
 IDENTITY = "identity.json"
@@ -147,15 +146,34 @@ def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
 
 def columns_of(path: Path) -> set[str]:
     """The names of a part's columns."""
-    with damage_named(path), np.load(path) as part:
+    with damage_named(path), open_part(path) as part:
         return set(part.files)
 
 
 def read_column(path: Path, name: str) -> np.ndarray:
     """One column of a part."""
-    with damage_named(path), np.load(path) as part:
+    with damage_named(path), open_part(path) as part:
         column: np.ndarray = part[name]
         return column
+
+
+def open_part(path: Path) -> Any:
+    """Open a part, whose columns must be as large as they say: ``write_part`` compresses nothing."""
+    check_archive(path)
+    part = np.load(path)
+    for record in part.zip.infolist():
+        with part.zip.open(record) as file:
+            check_size(file, record.file_size)
+    return part
+
+
+def check_size(file: Any, size: int) -> None:
+    """Raise ValueError if the header of a stored array claims more than its ``size`` bytes."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"a column claims {math.prod(shape) * dtype.itemsize} bytes of {size}")
 
 
 @contextmanager
@@ -163,8 +181,10 @@ def damage_named(path: Path) -> Iterator[None]:
     """Raise ValueError with the way out where a part cannot be read."""
     try:
         yield
-    except (BadZipFile, zlib.error, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it is measured again") from error
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes raise anything
+        raise ValueError(f"{path} is damaged ({one_line(error)}): delete it, and it is measured again") from error
 
 
 def measured(measure: Measuring, batch: Batch, advance: Advance) -> Columns:

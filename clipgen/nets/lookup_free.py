@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from clipgen.nets.quantizer import Quantized
 
+MAX_BITS = 30  # of an index of FSQ
+
 
 class FSQ(nn.Module):
     """Finite scalar quantisation (arXiv:2309.15505): element i is squashed and rounded to one of ``levels[i]`` values.
@@ -25,6 +27,8 @@ class FSQ(nn.Module):
         super().__init__()
         if not levels or min(levels) < 3:  # two would be signs alone, which is LFQ
             raise ValueError(f"levels must be whole numbers of at least 3, got {list(levels)}")
+        if len(levels) > MAX_BITS or math.prod(levels) > 2**MAX_BITS:
+            raise ValueError(f"levels must have a product of at most 2^{MAX_BITS}, got {list(levels)[: MAX_BITS + 1]}")
         self.codebook_size = math.prod(levels)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]  # the first element counts ones
@@ -75,6 +79,8 @@ class LFQ(nn.Module):
 
     def __init__(self, codebook_dim: int, diversity: float = 1.0, inverse_temperature: float = 100.0):
         super().__init__()
+        if not 1 <= codebook_dim <= 1000:  # the number of codes would fill the memory
+            raise ValueError(f"codebook_dim must be in [1, 1000] for quantizer 'lfq', got {codebook_dim}")
         self.codebook_size = 2**codebook_dim
         self.diversity, self.inverse_temperature = diversity, inverse_temperature
         self.register_buffer("basis", 2 ** torch.arange(codebook_dim).flip(0), persistent=False)

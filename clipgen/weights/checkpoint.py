@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 import clipgen
 from clipgen.files import one_line, read_json
 from clipgen.swap import finish_swap, replace_folder
-from clipgen.weights.safe import State, read_checkpoint
+from clipgen.weights.building import build, fitting
+from clipgen.weights.safe import State, check_finite, checked, read_checkpoint, unwrapped
+from clipgen.weights.standins import thaw
+
+__all__ = ["build", "fitting"]  # for the models, which know files by this module
 
 COMMANDS = {
     "VQGAN": "clipgen-train stage=vqgan",
@@ -34,6 +37,13 @@ FOLDERS = {  # name of the model folder in a run folder
     "LabelTransformer": "label_transformer",
 }
 FILES = ("config.json", "model.safetensors")
+FIRST = {  # a weight that every such model has, by which the names of a wrapped one are told
+    "VQGAN": "autoencoder.encoder.conv_in.weight",
+    "ConditionalTransformer": "gpt.clip_proj.weight",
+    "LabelTransformer": "gpt.clip_proj.weight",
+}
+CODEBOOKS = ("quantize.embedding.weight", "quantize.embed.weight")
+MAX_CONFIG = 2**24  # bytes of config.json
 BUNDLED = {"shapes": Path(clipgen.__file__).parent / "bundled"}
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
@@ -131,21 +141,63 @@ def check_model(found: str | None, model: str, path: Path) -> None:
 
 
 def load_folder(path: Path, model: str) -> Model:
-    """Read a model folder."""
-    config = read_json(path / "config.json", "model", "arguments")
+    """Read a model folder; its weights are finite, and mapped until they are used."""
+    config, weights = read_config(path / "config.json"), path / "model.safetensors"
     check_model(config["model"], model, path)
+    if not weights.is_file():
+        raise FileNotFoundError(f"no weights {weights}: the model folder is not complete")
     try:
-        state = load_file(path / "model.safetensors")
-    except SafetensorError as error:
-        raise ValueError(f"{path / 'model.safetensors'} is damaged: {error}") from error
+        state = load_file(weights)
+    except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{weights} is damaged: {one_line(error)}") from error
+    check_finite(state, weights)
     return config["arguments"], {k: v.float() if v.dtype == torch.half else v for k, v in state.items()}
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model folder's ``config.json``: the name of a model, and its constructor's arguments.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if path.stat().st_size > MAX_CONFIG:
+        raise ValueError(f"{path} is damaged: a configuration must have at most {MAX_CONFIG} bytes")
+    try:
+        config = read_json(path, "model", "arguments")
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: it is nested too deeply") from error
+    for key, kind in (("model", str), ("arguments", dict)):
+        if not isinstance(config[key], kind):
+            raise ValueError(f"{path} is damaged: {key!r} must be a {kind.__name__}, got {config[key]!r:.60}")
+    return config
+
+
+def codebook_rows(path: Path) -> int | None:
+    """Return the number of codes in a tokenizer's folder by its header; None if it has no table of them."""
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        return None
+    try:
+        with safe_open(weights, "pt") as file:
+            names = [name for name in file.keys() if name in CODEBOOKS]  # noqa: SIM118
+            return int(file.get_slice(names[0]).get_shape()[0]) if names else None
+    except (SafetensorError, IndexError) as error:
+        raise ValueError(f"{weights} is damaged: {one_line(error)}") from error
+
+
 def load_ckpt(path: Path, model: str) -> Model:
-    """Read a training checkpoint of ours."""
+    """Read a training checkpoint of ours; its weights are finite, and mapped until they are used."""
     checkpoint = read_checkpoint(path)
-    check_model(checkpoint.get("clipgen_model"), model, path)
-    return checkpoint["hyper_parameters"], checkpoint["state_dict"]
+    found = checkpoint.get("clipgen_model")
+    check_model(found if isinstance(found, str) else None, model, path)
+    arguments, state = thaw(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
+    for key, value in (("hyper_parameters", arguments), ("state_dict", state)):
+        if not isinstance(value, Mapping):
+            got = "nothing" if value is None else f"a {type(value).__name__}"
+            raise ValueError(f"{path} is damaged: its {key} must be values by name, got {got}")
+    if strange := [name for name in state if not isinstance(name, str)]:  # type: ignore[union-attr]
+        raise ValueError(f"{path} is damaged: the names of its weights must be texts, got {strange[0]!r:.60}")
+    return dict(arguments), checked(unwrapped(state, FIRST[model], path), path)  # type: ignore[arg-type]
 
 
 def fingerprint(state: State) -> str:
@@ -154,14 +206,3 @@ def fingerprint(state: State) -> str:
     for name in sorted(state):
         digest.update(name.encode() + state[name].detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def fitting(path: str | Path, model: str) -> Iterator[None]:
-    """Say which file it was where arguments or weights do not fit the model that is built from them."""
-    try:
-        yield
-    except (TypeError, RuntimeError, LookupError) as error:  # the last: of names that others' files should have
-        what = "it lacks " if isinstance(error, KeyError) else ""
-        reason = what + one_line(error)
-        raise ValueError(f"{path} does not fit the {model} of clipgen {clipgen.__version__}: {reason}") from error

@@ -12,6 +12,7 @@ from clipgen.weights.checkpoint import Model
 from clipgen.weights.safe import State, below, read_weights
 
 PROJECT = "HFAiLab/clip-gen"
+MAX_GAP = 8  # modules without weights for each weight of a Sequential
 RESNET = {"block.0": "norm1", "block.2": "conv1", "block.3": "norm2", "block.6": "conv2", "shortcut": "nin_shortcut"}
 
 
@@ -49,8 +50,13 @@ def vqgan(checkpoint: str | Path) -> Model:
 
 def numbered(state: State) -> list[State]:
     """``0.a, 0.b, 1.a, ...`` -> the states of the members of a Sequential."""
-    count = max((1 + int(name.split(".")[0]) for name in state), default=0)
-    return [below(f"{i}.", state) for i in range(count)]
+    members: dict[int, State] = {}
+    for name, tensor in state.items():
+        number, _, rest = name.partition(".")
+        members.setdefault(int(number), {})[rest] = tensor
+    if members and max(members) > len(state) * MAX_GAP:
+        raise ValueError(f"its modules must be numbered in a row, got {max(members)}")
+    return [members.get(number, {}) for number in range(max(members, default=-1) + 1)]
 
 
 def resolutions(state: State) -> list[list[State]]:
@@ -118,7 +124,9 @@ def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
         weights |= {f"h.{i}.{name}": tensor for name, tensor in gpt2_names(below("encoder.", block)).items()}
     weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
     weights |= {f"head.{name}": tensor for name, tensor in below("head.", state).items()}
-    weights["clip_proj.weight"] = state["cond_proj.weight"] / clip_dim**0.5  # ours scales the embedding first
+    projection = state["cond_proj.weight"]
+    # ours scales the embedding first; in the type of the file, so that integers are noticed
+    weights["clip_proj.weight"] = (projection / clip_dim**0.5).to(projection.dtype)
     weights["clip_proj.bias"] = state["cond_proj.bias"]
     return arguments, {f"gpt.{name}": tensor for name, tensor in weights.items()}
 

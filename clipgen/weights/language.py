@@ -8,9 +8,11 @@ from typing import Any
 from transformers import AutoConfig, GPT2Config, GPT2Model
 
 from clipgen.files import one_line
-from clipgen.weights.safe import State
+from clipgen.weights.safe import State, check_finite
 
 SIZES = ("n_layer", "n_head", "n_embd")
+TABLES = ("vocab_size", "n_positions")
+MAX_ROWS = 2**20  # of the tables that are not compared with ours
 
 
 def gpt2(name: str | Path, like: GPT2Config) -> State:
@@ -29,17 +31,23 @@ def gpt2(name: str | Path, like: GPT2Config) -> State:
         ours, theirs = getattr(like, size), getattr(config, size)
         if ours != theirs:
             raise ValueError(f"model.{size} must be {theirs}, as in the language weights {name}, got {ours}")
+    for size in TABLES:
+        rows = getattr(config, size)
+        if not isinstance(rows, int) or not 1 <= rows <= MAX_ROWS:
+            raise ValueError(f"language_weights must name a GPT-2, got {name} whose {size} is {rows!r:.60}")
     model, found = from_pretrained(GPT2Model, name, output_loading_info=True)
     if missing := found["missing_keys"]:
         raise ValueError(f"language_weights must name a whole GPT-2, got {name} without {min(missing)}")
-    return model.state_dict()
+    state: State = model.state_dict()
+    check_finite(state, name)
+    return state
 
 
 def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
     """``kind.from_pretrained``, or one sentence on why not."""
     try:
-        return kind.from_pretrained(str(name), **options)
-    except (OSError, ValueError) as error:  # no such name or folder, no network, a damaged file
+        return kind.from_pretrained(str(name), trust_remote_code=False, **options)
+    except Exception as error:  # no such name or folder, no network; a damaged file raises anything
         raise ValueError(
             "language_weights must name a GPT-2 on the Hugging Face hub, or a folder of one, "
             f"got {name}: {one_line(error)}"

@@ -20,6 +20,7 @@ from clipgen.weights.safe import below, read_weights
 TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
 DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # what ddconfig may leave out
+MAX_YAML = 2**20  # bytes of a configuration
 ADVERSARIAL = {"hinge": "hinge", "vanilla": "log"}
 
 
@@ -37,11 +38,27 @@ def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Mod
     return arguments_of(config) | sizes_of(discriminator), weights
 
 
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a file of a few lines can describe lists of billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            place = self.peek_event().start_mark
+            raise yaml.YAMLError(f"aliases (*name) are not allowed, got one in line {place.line + 1}")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
+    """Read a YAML file that holds a mapping, without references from one place to another.
+
+    Raises:
+        ValueError: it is not such a file; the message names it.
+    """
+    if path.is_file() and path.stat().st_size > MAX_YAML:
+        raise ValueError(f"{path} is no YAML: a configuration must have at most {MAX_YAML} bytes")
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.load(path.read_text("utf-8"), PlainLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, no number
         raise ValueError(f"{path} is no YAML: {one_line(error, 200)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no configuration of taming-transformers: there is no model.params in it")

@@ -1,0 +1,556 @@
+"""Other people's model files: sizes are compared before memory is used, values checked, and errors name the file."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import pickle
+import resource
+import time
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from test_published import CONFIG
+
+from clipgen.bridge import Bridge
+from clipgen.nets.lookup_free import FSQ
+from clipgen.pipeline import TextToImage
+from clipgen.transformer import ConditionalTransformer
+from clipgen.vqgan import VQGAN
+from clipgen.weights import checkpoint as files
+from clipgen.weights import language, safe, taming
+
+MODELS = {"VQGAN": VQGAN, "ConditionalTransformer": ConditionalTransformer}
+FIRST = "encoder.conv_in.weight"
+
+
+@pytest.fixture
+def little():
+    """Allow 400 MB more than the process has, and five seconds."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 400 * 2**20, before[1]))
+    start = time.perf_counter()
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.fixture
+def folder(tiny_vqgan, tiny_transformer, tmp_path):
+    """A folder of each model, by its class."""
+    return {
+        "VQGAN": tiny_vqgan.save(tmp_path / "vqgan"),
+        "ConditionalTransformer": tiny_transformer.save(tmp_path / "transformer"),
+    }
+
+
+def change_config(folder: Path, **arguments: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["arguments"] |= arguments
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def refused(load, *names: object) -> str:
+    """The message of an error, which is one sentence that names the file."""
+    with pytest.raises(ValueError) as error:
+        load()
+    message = str(error.value)
+    assert all(str(name) in message for name in names), message
+    assert "\n" not in message and len(message) < 600
+    assert "can't allocate" not in message and "MemoryError" not in message
+    return message
+
+
+def checkpoint_of(model, path: Path, **changes: object) -> Path:
+    """A training checkpoint as Lightning writes it, without what only the trainer reads."""
+    content = {"clipgen_model": type(model).__name__, "hyper_parameters": dict(model.hparams)}
+    content["state_dict"] = dict(model.state_dict())
+    torch.save({k: v for k, v in (content | changes).items() if v is not ...}, path)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+ABSURD = [
+    ("VQGAN", {"codebook_size": 5_000_000}),
+    ("VQGAN", {"codebook_size": 10**15}),
+    ("VQGAN", {"codebook_size": 10**30}),
+    ("VQGAN", {"num_res_blocks": 10**9}),
+    ("VQGAN", {"num_res_blocks": 3000}),
+    ("VQGAN", {"ch_mult": [1] * 3000}),
+    ("VQGAN", {"ch_mult": [1] * 900}),
+    ("VQGAN", {"ch": 8192}),
+    ("VQGAN", {"z_channels": 10**6}),
+    ("VQGAN", {"patch_size": 4096}),
+    ("VQGAN", {"ndf": 10**6, "discriminator_weight": 1.0, "n_layers": 10**9}),
+    ("VQGAN", {"quantizer": "lfq", "revive_after": 0, "codebook_dim": 10**9, "codebook_size": 2**60}),
+    ("VQGAN", {"quantizer": "fsq", "revive_after": 0, "levels": [1000] * 500}),
+    ("ConditionalTransformer", {"n_layer": 10**9}),
+    ("ConditionalTransformer", {"n_layer": 3000}),
+    ("ConditionalTransformer", {"n_embd": 8192}),
+    ("ConditionalTransformer", {"num_tokens": 10**6}),
+    ("ConditionalTransformer", {"codebook_size": 5_000_000}),
+    ("ConditionalTransformer", {"clip_dim": 10**9}),
+]
+
+
+@pytest.mark.parametrize(("model", "arguments"), ABSURD)
+def test_absurd_sizes_of_a_configuration_cost_no_memory(folder, little, model, arguments):
+    path = change_config(folder[model], **arguments)
+    refused(lambda: MODELS[model].load(path), path)
+
+
+def test_a_discriminator_that_is_not_in_the_file_is_not_built(folder, little):
+    path = change_config(folder["VQGAN"], ndf=4096, discriminator_weight=0.5)
+    vqgan = VQGAN.load(path)
+    assert vqgan.discriminator is None and vqgan.h.discriminator_weight == 0.5
+
+
+@pytest.mark.parametrize(("model", "arguments"), [ABSURD[0], ABSURD[3], ABSURD[13]])
+def test_absurd_sizes_of_a_checkpoint_cost_no_memory(tmp_path, tiny_vqgan, tiny_transformer, little, model, arguments):
+    made = tiny_vqgan if model == "VQGAN" else tiny_transformer
+    path = checkpoint_of(made, tmp_path / "x.ckpt", hyper_parameters=dict(made.hparams) | arguments)
+    refused(lambda: MODELS[model].load(path), path)
+
+
+def test_absurd_sizes_of_tamings_configuration_cost_no_memory(tmp_path, little):
+    path = taming_checkpoint(tmp_path / "last.ckpt")
+    params = CONFIG["model"]["params"]
+    config = {"model": CONFIG["model"] | {"params": params | {"n_embed": 10**8}}}
+    refused(lambda: VQGAN.from_taming(path, config), path)
+
+
+def taming_checkpoint(path: Path, wrap=lambda name: name, **beside: object) -> Path:
+    state = VQGAN(**taming.arguments_of(CONFIG)).autoencoder.state_dict()
+    torch.save({"state_dict": {wrap(name): tensor for name, tensor in state.items()}, **beside}, path)
+    return path
+
+
+def strided(state):
+    return {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in state.items()}
+
+
+def test_tensors_without_memory_of_their_own_are_refused(tmp_path, shared, tiny_vqgan, little):
+    state = torch.load(shared / "parity/hfailab_clip_gen/vqgan.pt", weights_only=True)["model"]
+    torch.save({"model": strided(state)}, tmp_path / "vqgan.pt")
+    refused(lambda: VQGAN.from_hfailab(tmp_path / "vqgan.pt"), "vqgan.pt", "claims")
+    large = torch.zeros(1).expand(10**6, 10**6)
+    torch.save({"model": state | {"quantizer.embedding.weight": large}}, tmp_path / "large.pt")
+    refused(lambda: VQGAN.from_hfailab(tmp_path / "large.pt"), "large.pt", "claims 4000000000000 bytes")
+    path = checkpoint_of(tiny_vqgan, tmp_path / "x.ckpt", state_dict=strided(tiny_vqgan.state_dict()))
+    refused(lambda: VQGAN.load(path), path, "claims")
+
+
+def test_one_storage_named_many_times_is_refused(tmp_path, tiny_vqgan):
+    shared_memory = torch.zeros(100_000)
+    state = {name: shared_memory[: t.numel()].view(t.shape) for name, t in tiny_vqgan.state_dict().items()}
+    state |= {f"copy.{i}": shared_memory for i in range(20)}
+    path = checkpoint_of(tiny_vqgan, tmp_path / "x.ckpt", state_dict=state)
+    refused(lambda: VQGAN.load(path), path, "its weights claim")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quantized", "meta"])
+def test_tensors_that_are_not_dense_are_refused(tmp_path, tiny_vqgan, kind):
+    made = {
+        "sparse": lambda: torch.zeros(16, 8).to_sparse(),
+        "quantized": lambda: torch.quantize_per_tensor(torch.zeros(16, 8), 1.0, 0, torch.qint8),
+        "meta": lambda: torch.zeros(16, 8, device="meta"),
+    }[kind]()
+    state = tiny_vqgan.state_dict() | {"autoencoder.quantize.embedding.weight": made}
+    path = checkpoint_of(tiny_vqgan, tmp_path / "x.ckpt", state_dict=state)
+    refused(lambda: VQGAN.load(path), path)
+
+
+def test_compressed_records_are_refused_before_they_are_read(tmp_path, tiny_vqgan, little):
+    path = checkpoint_of(tiny_vqgan, tmp_path / "x.ckpt")
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    large = next(name for name in content if name.endswith("data/0"))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(large, bytes(2**26))
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in content.keys() - {large}:
+            archive.writestr(name, content[name])
+    assert path.stat().st_size < 2**22
+    # the first record must look like torch's
+    assert path.read_bytes()[:4] == b"PK\x03\x04"
+    refused(lambda: VQGAN.load(path), path, "compressed")
+
+
+def test_records_that_lie_over_one_another_are_refused(tmp_path, tiny_vqgan):
+    path = checkpoint_of(tiny_vqgan, tmp_path / "x.ckpt")
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+        archive.filelist += [largest] * 50
+        archive._didModify = True
+    refused(lambda: VQGAN.load(path), path, "its records claim")
+
+
+def test_numbers_of_modules_are_not_believed(tmp_path, shared, little):
+    state = torch.load(shared / "parity/hfailab_clip_gen/vqgan.pt", weights_only=True)["model"]
+    torch.save({"model": state | {"encoder.down.999999999.a": torch.zeros(1)}}, tmp_path / "vqgan.pt")
+    refused(lambda: VQGAN.from_hfailab(tmp_path / "vqgan.pt"), "vqgan.pt", "999999999")
+
+
+def test_aliases_of_a_yaml_are_refused(tmp_path, little):
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    (tmp_path / "model.yaml").write_text("\n".join(lines))
+    path = taming_checkpoint(tmp_path / "last.ckpt")
+    refused(lambda: VQGAN.from_taming(path, tmp_path / "model.yaml"), "model.yaml", "aliases")
+
+
+def test_levels_of_fsq_are_bounded():
+    with pytest.raises(ValueError, match="levels must have a product of at most"):
+        FSQ([1000] * 20)
+
+
+# ------------------------------------------------------------------------------------------------------------- values
+
+
+def poisoned(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind in ("nan", "inf"):
+        changed = tensor.float().clone()
+        changed.view(-1)[-1] = float(kind)
+        return changed
+    return tensor.to({"int8": torch.int8, "bool": torch.bool, "complex": torch.complex64}[kind])
+
+
+KINDS = ("nan", "inf", "int8", "bool", "complex")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("VQGAN", "decoder.conv_out.weight"), ("ConditionalTransformer", "gpt.transformer.wte.weight")],
+)
+def test_weights_of_a_folder_must_be_finite_and_floating_point(folder, model, name, kind):
+    weights = folder[model] / "model.safetensors"
+    state = load_file(weights)
+    save_file(state | {name: poisoned(state[name], kind)}, weights)
+    message = refused(lambda: MODELS[model].load(folder[model]), folder[model], name)
+    assert ("finite" if kind in ("nan", "inf") else "floating-point numbers") in message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_a_checkpoint_must_be_finite_and_floating_point(tmp_path, tiny_vqgan, kind):
+    name = "autoencoder.decoder.conv_out.weight"
+    state = tiny_vqgan.state_dict()
+    path = checkpoint_of(tiny_vqgan, tmp_path / "x.ckpt", state_dict=state | {name: poisoned(state[name], kind)})
+    refused(lambda: VQGAN.load(path), path, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_weights_must_be_finite_and_floating_point(tmp_path, shared, kind):
+    for source, name in (("vqgan.pt", "decoder.conv_in.weight"), ("gpt.pt", "cond_proj.weight")):
+        content = torch.load(shared / "parity/hfailab_clip_gen" / source, weights_only=True)
+        content["model"][name] = poisoned(content["model"][name], kind)
+        torch.save(content, tmp_path / source)
+        load = VQGAN.from_hfailab if source == "vqgan.pt" else ConditionalTransformer.from_hfailab
+        refused(lambda load=load, source=source: load(tmp_path / source), source)
+    path = taming_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(path, weights_only=True)
+    content["state_dict"][FIRST] = poisoned(content["state_dict"][FIRST], kind)
+    torch.save(content, path)
+    refused(lambda: VQGAN.from_taming(path, CONFIG), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_other_floating_point_types_load(folder, dtype):
+    weights = folder["VQGAN"] / "model.safetensors"
+    state = load_file(weights)
+    save_file({k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}, weights)
+    assert VQGAN.load(folder["VQGAN"]).codebook.dtype == torch.float32
+
+
+def test_a_tokenizer_with_nan_draws_no_black_picture(call, pipe, tmp_path):
+    weights = pipe.save(tmp_path / "pair") / "vqgan" / "model.safetensors"
+    state = load_file(weights)
+    save_file(state | {"decoder.conv_out.bias": torch.full_like(state["decoder.conv_out.bias"], torch.nan)}, weights)
+    result = call("clipgen-sample", "--checkpoint", "pair", "--prompt", "a ring")
+    assert result.code == 1 and "weights must be finite" in result.stderr and "vqgan" in result.stderr
+    assert not list(tmp_path.glob("samples/*.png"))
+
+
+# ----------------------------------------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("ConditionalTransformer", {"n_head": 0}),
+        ("ConditionalTransformer", {"n_head": "two"}),
+        ("ConditionalTransformer", {"n_layer": -1}),
+        ("ConditionalTransformer", {"n_layer": None}),
+        ("ConditionalTransformer", {"dropout": "much"}),
+        ("ConditionalTransformer", {"dropout": [0.1]}),
+        ("ConditionalTransformer", {"activation": "nothing"}),
+        ("ConditionalTransformer", {"activation": 5}),
+        ("ConditionalTransformer", {"tie_head": "yes"}),
+        ("ConditionalTransformer", {"condition_dropout": float("nan")}),
+        ("ConditionalTransformer", {"n_embd": 32.5}),
+        ("VQGAN", {"patch_size": 0}),
+        ("VQGAN", {"ch": 0}),
+        ("VQGAN", {"ch_mult": []}),
+        ("VQGAN", {"ch_mult": 4}),
+        ("VQGAN", {"ch_mult": [1, "2"]}),
+        ("VQGAN", {"ch_mult": [0, 0]}),
+        ("VQGAN", {"levels": {"a": 1}}),
+        ("VQGAN", {"quantizer": ["cosine"]}),
+        ("VQGAN", {"quantizer": "none"}),
+        ("VQGAN", {"codebook_size": "many"}),
+        ("VQGAN", {"codebook_size": True}),
+        ("VQGAN", {"ema_decay": 2}),
+        ("VQGAN", {"no_such_argument": 1}),
+    ],
+)
+def test_wrong_values_of_a_configuration_name_the_file(folder, model, arguments):
+    path = change_config(folder[model], **arguments)
+    refused(lambda: MODELS[model].load(path), path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"model": [], "arguments": {}}',
+        '{"model": {"a": 1}, "arguments": {}}',
+        '{"model": "VQGAN", "arguments": [1]}',
+        '{"model": "VQGAN", "arguments": null}',
+        '{"model": "VQGAN", "arguments": "ch"}',
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "null",
+        '"text"',
+    ],
+)
+def test_malformed_configurations_name_the_file(folder, content):
+    (folder["VQGAN"] / "config.json").write_text(content)
+    refused(lambda: VQGAN.load(folder["VQGAN"]), folder["VQGAN"] / "config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hyper_parameters": ...},
+        {"state_dict": ...},
+        {"hyper_parameters": [1]},
+        {"hyper_parameters": {1: 2}},
+        {"hyper_parameters": {"ch": torch.zeros(3)}},
+        {"state_dict": [1]},
+        {"state_dict": {1: torch.zeros(1)}},
+        {"state_dict": {"a": 5}},
+        {"state_dict": {"a": [1]}},
+        {"state_dict": {}},
+        {"clipgen_model": ["VQGAN"]},
+        {"clipgen_model": 5},
+    ],
+)
+def test_malformed_checkpoints_name_the_file(tmp_path, tiny_vqgan, changes):
+    path = checkpoint_of(tiny_vqgan, tmp_path / "x.ckpt", **changes)
+    refused(lambda: VQGAN.load(path), path)
+
+
+def test_malformed_published_checkpoints_name_the_file(tmp_path):
+    for state in ([FIRST], {FIRST: 1}, {FIRST: torch.zeros(3)}, {5: 6}):
+        content = {"state_dict": state}
+        torch.save(content, tmp_path / "last.ckpt")
+        refused(lambda: VQGAN.from_taming(tmp_path / "last.ckpt", CONFIG), "last.ckpt")
+        torch.save({"model": state}, tmp_path / "vqgan.pt")
+        refused(lambda: VQGAN.from_hfailab(tmp_path / "vqgan.pt"), "vqgan.pt")
+        refused(lambda: ConditionalTransformer.from_hfailab(tmp_path / "vqgan.pt"), "vqgan.pt")
+
+
+def test_malformed_bridges_name_the_file(tmp_path):
+    good = {"neighbours": "8", "temperature": "0.01"}
+    for tensors, settings in (
+        ({"shift": torch.zeros(4)}, good | {"neighbours": "many"}),
+        ({"shift": torch.zeros(4)}, good | {"neighbours": "0"}),
+        ({"shift": torch.zeros(4)}, good | {"temperature": "nan"}),
+        ({"shift": torch.zeros(4)}, None),
+        ({"shift": torch.zeros(4, 4)}, good),
+        ({"shift": torch.full((4,), torch.nan)}, good),
+        ({"memory": torch.zeros(2, 4, dtype=torch.int8)}, good),
+        ({"memory": torch.zeros(2, 4), "shift": torch.zeros(5)}, good),
+        ({"memory": torch.zeros(0, 4)}, good),
+        ({"other": torch.zeros(4)}, good),
+    ):
+        save_file(tensors, tmp_path / "bridge.safetensors", settings)
+        refused(lambda: Bridge.load(tmp_path / "bridge.safetensors"), "bridge.safetensors")
+
+
+def test_language_weights_that_are_a_pickle_are_refused_with_their_name(tmp_path, tiny_transformer):
+    config = tiny_transformer.gpt.transformer.config
+    config.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "pytorch_model.bin").write_bytes(pickle.dumps({"a": argparse.Namespace()}))
+    refused(lambda: language.gpt2(tmp_path / "gpt2", config), tmp_path / "gpt2")
+    content = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(content | {"vocab_size": 10**12}))
+    refused(lambda: language.gpt2(tmp_path / "gpt2", config), tmp_path / "gpt2", "vocab_size")
+
+
+def test_language_weights_must_be_finite(tmp_path, tiny_transformer):
+    net = tiny_transformer.gpt.transformer
+    net.h[0].mlp.c_fc.weight.data[0, 0] = torch.inf
+    net.save_pretrained(tmp_path / "gpt2")
+    refused(lambda: language.gpt2(tmp_path / "gpt2", net.config), tmp_path / "gpt2", "finite")
+
+
+# ------------------------------------------------------------------------------------------------ wrapped checkpoints
+
+
+def compiled(name: str) -> str:
+    """A name as torch.compile of a part makes it."""
+    head, _, rest = name.partition(".")
+    return f"{head}._orig_mod.{rest}" if rest else name
+
+
+WRAPPED = {
+    "module": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled and parallel": lambda name: f"module._orig_mod.{name}",
+    "a compiled part": compiled,
+    "latent diffusion": lambda name: f"first_stage_model.{name}",
+    "a module around it": lambda name: f"model.{name}",
+    "fsdp": lambda name: f"_fsdp_wrapped_module.{name}",
+}
+BESIDE = {
+    "best": np.float64(0.5),
+    "count": np.int64(3),
+    "array": np.arange(4.0),
+    "args": argparse.Namespace(lr=1e-3, nested=argparse.Namespace(path=Path("data"))),
+    "config": OmegaConf.create({"model": {"ch": 32, "mult": [1, 2], "none": None}}),
+    "counts": defaultdict(int, {"a": 1}),
+}
+
+
+PUBLISHED = {
+    "taming_vqgan/last.ckpt": ("state_dict", FIRST),
+    "taming_gumbel/last.ckpt": ("state_dict", FIRST),
+    "hfailab_clip_gen/vqgan.pt": ("model", FIRST),
+    "hfailab_clip_gen/gpt.pt": ("model", "tok_emb.weight"),
+}
+
+
+def wrapped_file(source: Path, path: Path, key: str, wrap) -> Path:
+    """A published checkpoint with other names, and with what trainers store beside weights."""
+    state = {wrap(name): tensor for name, tensor in safe.read_checkpoint(source)[key].items()}
+    if any(name.startswith("first_stage_model.") for name in state):
+        state |= {f"cond_stage_model.{FIRST}": torch.zeros(3), "model.diffusion_model.a": torch.zeros(1)}
+    torch.save({key: state} | BESIDE, path)
+    return path
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("file", PUBLISHED)
+def test_wrapped_names_of_published_checkpoints_are_restored(shared, tmp_path, file, wrap):
+    key, first = PUBLISHED[file]
+    source = shared / "parity" / file
+    found = safe.read_weights(wrapped_file(source, tmp_path / "x.ckpt", key, wrap), key, first, "theirs")
+    theirs = safe.read_checkpoint(source)[key]
+    assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
+
+
+def test_wrapped_published_checkpoints_load(shared, tmp_path):
+    taming_folder, hfailab = shared / "parity" / "taming_vqgan", shared / "parity" / "hfailab_clip_gen"
+    for source, load in (
+        (taming_folder / "last.ckpt", lambda path: VQGAN.from_taming(path, taming_folder / "model.yaml")),
+        (hfailab / "vqgan.pt", VQGAN.from_hfailab),
+        (hfailab / "gpt.pt", ConditionalTransformer.from_hfailab),
+    ):
+        key, _ = PUBLISHED[f"{source.parent.name}/{source.name}"]
+        path = wrapped_file(source, tmp_path / source.name, key, WRAPPED["compiled and parallel"])
+        before, after = load(source).state_dict(), load(path).state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_wrapped_names_of_our_own_checkpoints_load(tmp_path, tiny_vqgan, tiny_transformer, wrap):
+    for model in (tiny_vqgan, tiny_transformer):
+        state = {wrap(name): tensor for name, tensor in model.state_dict().items()}
+        again = type(model).load(checkpoint_of(model, tmp_path / "x.ckpt", state_dict=state, **BESIDE))
+        assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["zip", "legacy"])
+@pytest.mark.parametrize("kind", ["namespace", "dictconfig", "numpy"])
+def test_hyperparameters_of_other_types_are_read(tmp_path, tiny_vqgan, kind, layout):
+    arguments = dict(tiny_vqgan.hparams)
+    made = {
+        "namespace": lambda: argparse.Namespace(**arguments),
+        "dictconfig": lambda: OmegaConf.create({"x": arguments}).x,
+        "numpy": lambda: arguments | {"ch": np.int64(arguments["ch"]), "learning_rate": np.float32(0.5)},
+    }[kind]()
+    content = {"clipgen_model": "VQGAN", "hyper_parameters": made, "state_dict": dict(tiny_vqgan.state_dict())}
+    torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=layout == "zip")
+    again = VQGAN.load(tmp_path / "x.ckpt")
+    assert again.h.ch == arguments["ch"] and list(again.h.ch_mult) == arguments["ch_mult"]
+    assert again.h.learning_rate == (0.5 if kind == "numpy" else arguments["learning_rate"])
+
+
+def test_a_file_of_several_models_is_refused(tmp_path):
+    state = VQGAN(**taming.arguments_of(CONFIG)).autoencoder.state_dict()
+    both = {f"{prefix}.{name}": tensor for prefix in ("student", "teacher") for name, tensor in state.items()}
+    torch.save({"state_dict": both}, tmp_path / "last.ckpt")
+    refused(
+        lambda: VQGAN.from_taming(tmp_path / "last.ckpt", CONFIG), "last.ckpt", "several models (student., teacher.)"
+    )
+
+
+class Call:
+    """Pickles as a call of a function of another module."""
+
+    def __init__(self, function: str, *arguments: object):
+        self.function, self.arguments = function, arguments
+
+    def written(self) -> bytes:
+        module, _, name = self.function.rpartition(".")
+        arguments = pickle.dumps(self.arguments, protocol=2)[2:-1]
+        return b"\x80\x02}(X\x01\x00\x00\x00ac" + f"{module}\n{name}\n".encode() + arguments + b"Ru."
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "os.system",
+        "builtins.eval",
+        "builtins.getattr",
+        "numpy.testing._private.utils.runstring",
+        "pathlib.Path.touch",
+        "types.FunctionType",
+        "collections.namedtuple",
+        "omegaconfx.DictConfig",
+    ],
+)
+def test_functions_stay_refused(tmp_path, tiny_vqgan, function):
+    """What stands in for configurations does not stand in for code, so that such a file is not used at all."""
+    path = checkpoint_of(tiny_vqgan, tmp_path / "x.ckpt")
+    with zipfile.ZipFile(path) as archive:
+        content = {record.filename: archive.read(record) for record in archive.infolist()}
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, Call(function, "1 + 1").written() if name.endswith("data.pkl") else data)
+    path.write_bytes(written.getvalue())
+    refused(lambda: VQGAN.load(path), path, "no readable checkpoint")
+
+
+def test_stand_ins_execute_nothing(tmp_path):
+    torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pt")
+    found = safe.read_checkpoint(tmp_path / "x.pt")["args"]
+    assert type(found) is safe.Inert and found.state == {"a": 1}
+
+
+def test_the_bundled_pipeline_still_loads_and_draws_the_same(tmp_path):
+    pipe = TextToImage.load("shapes")
+    again = TextToImage.load(pipe.save(tmp_path / "again"))
+    assert pipe.fingerprint == again.fingerprint
+    assert files.load("shapes", "VQGAN")[0]["ch"] == pipe.vqgan.h.ch
