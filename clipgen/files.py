@@ -62,3 +62,10 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message on one line, cut to ``limit`` characters."""
     return " ".join(str(error).split())[:limit]
+
+
+def printable(text: str) -> str:
+    """Return a text with every character that a terminal would obey or hide written as Python's ``repr`` writes it."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -111,6 +112,11 @@ def looks_like_image(start: bytes) -> bool:
     bitmap = start[:2] == b"BM" and start[6:10] == bytes(4)
     webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
     return start.startswith(known) or bitmap or webp or _format_without_decoder(start) is not None
+
+
+def has_ending(name: str) -> bool:
+    """Return whether a file name ends like `.jpg` or `.txt`; `0001`, `clip.0001` and `photo.jpg?size=2` do not."""
+    return re.search(r"\.[A-Za-z][A-Za-z0-9]{0,7}$", name) is not None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
