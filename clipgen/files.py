@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,16 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message on one line, cut to ``limit`` characters."""
     return " ".join(str(error).split())[:limit]
+
+
+def natural_key(path: str) -> tuple[list[Any], str]:
+    """Return a sort key that puts paths in the order in which people number files: 2.png before 10.png."""
+    key = []
+    for part in path.split("/"):
+        pieces = re.split("([0-9]+)", part)
+        numbers = [digits.lstrip("0") for digits in pieces[1::2]] + [""]
+        key.append([(text, len(number), number) for text, number in zip(pieces[::2], numbers, strict=True)])
+    return key, path
 
 
 def printable(text: str) -> str:
