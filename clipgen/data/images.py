@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError, features
 
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"
@@ -81,6 +81,15 @@ def check_header(source: Path | bytes) -> None:
     with _opened(source) as image:
         image.draft(None, (1, 1))
         check_pixels(image)
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file as its EXIF orientation turns it, without decoding it."""
+    with _opened(path) as image:
+        turned = False
+        with suppress(Exception):  # broken tags, as in `decode_image`
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if turned else image.size
 
 
 def check_pixels(image: Image.Image) -> None:
