@@ -70,12 +70,13 @@ def read_members(stream: IO[bytes], url: str, tally: Tally) -> Iterator[Member]:
         while (info := archive.next()) is not None:
             try:
                 member = _useful(info)
-                if member is not None:
-                    member.data = _content(archive, info, member.label)
+                if member is None:
+                    continue
+                member.data = _content(archive, info, member.label)
+                if not has_ending(member.name) and not looks_like_image(member.data[:32]):
+                    raise UnusableImage("not an image", "it has no ending")
             except UnusableImage as error:
                 tally.skip(f"{url}: {info.name}", error)
-                continue
-            if member is None or (not has_ending(member.name) and not looks_like_image(member.data[:32])):
                 continue
             yield member
 
@@ -83,8 +84,8 @@ def read_members(stream: IO[bytes], url: str, tally: Tally) -> Iterator[Member]:
 def group_samples(members: Iterable[Member], url: str, tally: Tally) -> Iterator[Sample]:
     """Make samples of the members of a shard; count the pictures that belong to another one's sample.
 
-    As in webdataset's shards, neighbors whose names are the same up to the first dot may belong together: `0.cls` is the
-    label of `0.jpg`, and `0.seg.png` a part of the same sample. Pictures that numbers tell apart (`clip.0001.png`,
+    As in webdataset's shards, neighbors whose names are the same up to the first dot may belong together: `0.cls` is
+    the label of `0.jpg`, and `0.seg.png` a part of the same sample. Pictures that numbers tell apart (`clip.0001.png`,
     `clip.0002.png`), and those of which none is named by the base alone, are samples of their own.
     """
     group: list[Member] = []
@@ -192,14 +193,15 @@ class _Archive(tarfile.TarFile):
     """
 
     tarinfo = _Info
+    exhausted = False
 
     def next(self) -> tarfile.TarInfo | None:
         """Return the next member; None at the end."""
-        if self._loaded:  # type: ignore[attr-defined]
+        if self.exhausted:
             return None
         following = getattr(self, "firstmember", None) or self._following()
         self.firstmember = None
-        self._loaded = following is None
+        self.exhausted = following is None
         return following
 
     def _following(self) -> tarfile.TarInfo | None:
