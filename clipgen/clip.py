@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 BUNDLED_CLIPS = {"shapes": Path(__file__).parent / "bundled" / "clip"}
+_CUT_WARNINGS = 10  # sentences that are named as too long
 VOCABULARY_FILE = clip_folder.VOCABULARY
 
 
@@ -70,6 +71,7 @@ class FrozenCLIP(nn.Module):
 
     mean: Tensor
     std: Tensor
+    cut_warnings = 0
 
     def __init__(self, model_name: str, pretrained: str | None = None):
         super().__init__()
@@ -132,7 +134,27 @@ class FrozenCLIP(nn.Module):
         """Sentences -> (B, E), unit norm. A sentence longer than the context is cut, its end token kept."""
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of sentences, got the sentence {texts!r}")
-        return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
+        tokens = self.tokenizer(texts)
+        self._warn_of_cut(texts, tokens)
+        return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=-1)
+
+    def _warn_of_cut(self, texts: Sequence[str], tokens: Tensor) -> None:
+        """Warn about sentences whose end the model does not read."""
+        if tokens.shape[1] < 3 or self.cut_warnings >= _CUT_WARNINGS:
+            return
+        padding = self.tokenizer([""])[0, -1]
+        for number in (tokens[:, -2] != padding).nonzero().flatten().tolist():
+            # Only where the end is not read does a letter less, or a word of those that are whole, make no difference.
+            shorter = texts[number].rstrip(" .,;:!?")[:-1]
+            if isinstance(self.tokenizer, WordTokenizer):
+                shorter = texts[number].rpartition(" ")[0]
+            if torch.equal(self.tokenizer([shorter])[0], tokens[number]) and self.cut_warnings < _CUT_WARNINGS:
+                self.cut_warnings += 1
+                logger.warning(
+                    "This CLIP reads %d tokens of a sentence, and not the end of %r (%d letters).%s",
+                    tokens.shape[1], texts[number][:100], len(texts[number]),
+                    " Further ones are not named." if self.cut_warnings == _CUT_WARNINGS else "",
+                )  # fmt: skip
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, to be written beside a model that was trained with this CLIP."""

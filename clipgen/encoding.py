@@ -80,7 +80,7 @@ def manifest_of(settings: dict[str, Any], data: Any, vqgan: VQGAN, clip: FrozenC
         "clip_dim": clip.embed_dim, "augmentations": augmentations, "shard_size": shard_size,
     }  # fmt: skip
     if names := [name for dataset in (data.train, data.val) for name in source_files(dataset)]:
-        manifest["files"] = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+        manifest["files"] = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     if getattr(data.train, "labels", False) and data.train.class_names:
         manifest["class_names"] = data.train.class_names
     return manifest

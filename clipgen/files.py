@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,3 +128,20 @@ def check_size(path: Path, limit: int) -> None:
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An error's message on one line, cut to ``limit`` characters."""
     return " ".join(str(error).split())[:limit]
+
+
+def natural_key(path: str) -> tuple[list[Any], str]:
+    """Return a sort key that puts paths in the order in which people number files: 2.png before 10.png."""
+    key = []
+    for part in path.split("/"):
+        pieces = re.split("([0-9]+)", part)
+        numbers = [digits.lstrip("0") for digits in pieces[1::2]] + [""]
+        key.append([(text, len(number), number) for text, number in zip(pieces[::2], numbers, strict=True)])
+    return key, path
+
+
+def printable(text: str) -> str:
+    """Return a text with every character that a terminal would obey or hide written as Python's ``repr`` writes it."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

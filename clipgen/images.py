@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from clipgen.data.images import to_rgb
 from clipgen.data.transforms import val_transform
 from clipgen.files import atomic_write
+
+CAPTION_LENGTH = 500  # letters that a sheet shows of a caption
 
 
 def check_images(images: Tensor) -> None:
@@ -58,6 +61,7 @@ def grid(pictures: Sequence[Image.Image], columns: int | None = None, captions: 
          cell: int = 128) -> Image.Image:  # fmt: skip
     """Pictures in rows, each enlarged to ``cell`` pixels by whole factors where it is smaller, captions under them."""
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
+    captions = [shortened(caption) for caption in captions] if captions else None
     font = font_for("".join(captions or []))
     texts = [wrap(caption, cell, font) for caption in captions or [""] * len(pictures)]
     text_height = 13 * max(len(lines) for lines in texts) + 4 if captions else 0
@@ -88,19 +92,32 @@ def enlarged(picture: Image.Image, cell: int) -> Image.Image:
     return picture.resize((round(picture.width * factor), round(picture.height * factor)), resample)
 
 
+def shortened(caption: str) -> str:
+    """Cut a caption that would fill the sheet."""
+    return caption if len(caption) <= CAPTION_LENGTH else caption[:CAPTION_LENGTH] + " ..."
+
+
 def wrap(text: str, width: int, font: Any) -> list[str]:
     """Break a sentence into lines no wider than ``width`` pixels, and words where one is wider."""
-    lines = [""]
+    lines: list[str] = []
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width or not lines[-1]:
-            lines[-1] = longer
+        if lines and font.getlength(f"{lines[-1]} {word[:width]}") <= width and len(word) <= width:
+            lines[-1] += f" {word}"
         else:
-            lines.append(word)
-        while font.getlength(line := lines[-1]) > width and len(line) > 1:
-            fits = max(sum(font.getlength(line[:n]) <= width for n in range(1, len(line))), 1)
-            lines[-1:] = [line[:fits], line[fits:]]
-    return lines
+            lines += broken(word, width, font)
+    return lines or [""]
+
+
+def broken(word: str, width: int, font: Any) -> list[str]:
+    """Break a word into pieces no wider than ``width`` pixels, of one letter at least."""
+    pieces, start = [], 0
+    while start < len(word):
+        # A piece has no more letters than pixels: the work grows with the word's length alone.
+        sizes = range(1, min(width, len(word) - start) + 1)
+        fits = bisect_right(sizes, width, key=lambda size: font.getlength(word[start : start + size]))
+        pieces.append(word[start : start + max(fits, 1)])
+        start += max(fits, 1)
+    return pieces
 
 
 def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[Any, Any] | None = None) -> Path:

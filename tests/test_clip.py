@@ -262,3 +262,28 @@ def test_mid_grey_is_one_half_before_the_mean_is_subtracted(byte_pair_clip):
     grey = byte_pair_clip.preprocess(torch.zeros(1, 3, 32, 32))
     expected = (0.5 - torch.tensor([0.4, 0.5, 0.6])) / torch.tensor([0.2, 0.3, 0.25])
     torch.testing.assert_close(grey.mean((0, 2, 3)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_longer_than_the_context_warns(shapes_clip, caplog, monkeypatch):
+    monkeypatch.setattr(shapes_clip, "cut_warnings", 0)
+    sentence = "a large blue ring on a white background"
+    shapes_clip.encode_text([sentence])
+    assert not caplog.messages
+    shapes_clip.encode_text([" ".join([sentence] * 3)])
+    (message,) = caplog.messages
+    assert message.startswith("This CLIP reads 16 tokens of a sentence, and not the end of 'a large blue ring")
+
+
+@pytest.mark.parametrize(("words", "cut"), [(5, False), (6, False), (7, True), (30, True)])
+def test_byte_pairs_that_fill_the_context_exactly_are_not_called_cut(byte_pair_clip, caplog, monkeypatch, words, cut):
+    """Of 8 tokens, two mark the beginning and the end."""
+    monkeypatch.setattr(byte_pair_clip, "cut_warnings", 0)
+    byte_pair_clip.encode_text([" ".join(["cat"] * (words - 1) + ["dog"])])
+    assert [("not the end of" in message) for message in caplog.messages] == [True] * cut
+
+
+def test_warnings_of_long_prompts_end(shapes_clip, caplog, monkeypatch):
+    monkeypatch.setattr(shapes_clip, "cut_warnings", 0)
+    long = "a large blue ring on a white background " * 2
+    shapes_clip.encode_text([long + "ring " * i for i in range(1, 40)])
+    assert len(caplog.messages) == 10 and "Further ones are not named" in caplog.messages[-1]

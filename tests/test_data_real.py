@@ -27,6 +27,7 @@ from clipgen.data.folder import ImageFolder, Names, find_images, folder_data, sp
 from clipgen.data.images import UnusableImage, check_header, decode_image
 from clipgen.data.module import ImageData
 from clipgen.data.shards import ImageShards, shard_data
+from clipgen.data.tar import Member
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls
 
@@ -773,10 +774,10 @@ def test_a_late_resume_reads_little_again(tmp_path: Path, monkeypatch: pytest.Mo
         numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
     monkeypatch.setattr(shards_module, "_STRETCH", 20)
     read: list[int] = []
-    files = shards_module.tar_file_iterator
-    monkeypatch.setattr(shards_module, "tar_file_iterator", lambda *a, **k: map(tell, files(*a, **k)))
+    files = shards_module.read_members
+    monkeypatch.setattr(shards_module, "read_members", lambda *a, **k: map(tell, files(*a, **k)))
 
-    def tell(file: dict[str, object]) -> dict[str, object]:
+    def tell(file: Member) -> Member:
         read.append(1)
         return file
 

@@ -8,7 +8,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from clipgen.files import printable
 
 logger = logging.getLogger("clipgen")
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
@@ -16,9 +18,11 @@ EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryErr
 
 def guarded(command: str, main: Callable[[], None]) -> None:
     """Run ``main`` and exit; an error becomes ``command: error: sentence``. CLIPGEN_DEBUG=1 shows tracebacks."""
+    set_up_streams()
     set_up_logging()
     try:
         main()
+        flush_stdout()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -70,12 +74,46 @@ def rate_lines(name: str, total: float | None) -> Callable[[float], None]:
     return advance
 
 
+def say(text: object) -> None:
+    """Print a line of results. Where nobody reads them any more, or the disk is full, the work goes on without."""
+    try:
+        print(printable(str(text)))
+    except OSError as error:
+        give_up_stdout(error)
+
+
+def set_up_streams() -> None:
+    """Let no character and no closed stream stop a command."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed: files that are opened later must not get its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, open to the end
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_stdout() -> None:
+    """Write what was printed; say on stderr if that is impossible."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        give_up_stdout(error)
+
+
+def give_up_stdout(error: OSError) -> None:
+    """Print no more, and say why, unless the reader has left (`| head -1`)."""
+    if not isinstance(error, BrokenPipeError):
+        logger.warning("what this command prints cannot be written: %s", sentence(error))
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+
+
 def sentence(error: BaseException) -> str:
-    """An error's message on one line; for the system's own errors, what and which file."""
+    """Return an error's message on one line; for the system's own errors, what and which file."""
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return printable(f"{error.strerror}{place}")
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # which Python 3.10 cannot say
@@ -84,6 +122,9 @@ class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # which P
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def set_up_logging() -> None:
@@ -95,6 +136,7 @@ def set_up_logging() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*decompression bomb")  # we have a limit of our own
     for message in ("does not have many workers", "LeafSpec", "logs directory", "pre-optimization", "logging interval",
                     "worker processes in total", "could not find the monitored key",
                     "dirpath has changed", "dataloader is not resumable",

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded, rate_bar
+from clipgen.cli.console import flush_stdout, guarded, rate_bar, say
 from clipgen.cli.machine import best_device
 from clipgen.cli.output import file_name, output_folder
-from clipgen.cli.settings import SETTINGS, add_settings, settings_of
+from clipgen.cli.settings import DTYPES, SETTINGS, add_settings, settings_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 
     Named = tuple[str, Prompt]  # for captions and file names
 
-DTYPES = ("float32", "bfloat16")
 SHEET = 1000  # pictures on the sheet of all: more are a file that no viewer opens, and gigabytes of memory
 
 
@@ -35,7 +32,7 @@ def command() -> None:
     try:
         main()
     except SystemExit as end:
-        sys.stdout.flush()
+        flush_stdout()
         os._exit(end.code)  # type: ignore[arg-type]  # a number: see ``guarded``
 
 
@@ -98,7 +95,7 @@ def run() -> None:
     checkpoint = args.checkpoint or newest_run(Path("outputs")) or "shapes"
     with output_folder(args.output, keep="*.png"):
         pipe = prepared(TextToImage.load(checkpoint), args)
-        print(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
+        say(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
         if args.origin and args.fingerprint not in (None, pipe.fingerprint):
             raise ValueError(f"{args.origin} was drawn by another model than {checkpoint}: name its --checkpoint")
         draw(pipe, prompts, sweeps, complete, args)
@@ -126,9 +123,9 @@ def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], 
     if drawn:
         columns = args.num_images if len(prompts) * len(sweeps) > 1 else None
         _, captions, pictures = zip(*sorted(drawn, key=lambda each: each[0]))
-        print(save_png(grid(pictures, columns=columns, captions=captions), args.output / "grid.png"))
+        say(save_png(grid(pictures, columns=columns, captions=captions), args.output / "grid.png"))
         if len(drawn) < (every := len(prompts) * len(sweeps) * args.num_images):
-            print(f"It shows the first {len(drawn)} of {every} pictures")
+            say(f"It shows the first {len(drawn)} of {every} pictures")
 
 
 def draw_pictures(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], options: dict[str, Any],
@@ -140,7 +137,7 @@ def draw_pictures(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str
     for row, column, picture in all_of(pipe, prompts, sweeps, options, args):
         number, name, label = row * len(sweeps) + column, prompts[row][0], labels[column]
         file = file_name(f"{number:02d}", name, label, str(picture.info["seed"]))
-        print(save_png(picture, args.output / file, picture.info))
+        say(save_png(picture, args.output / file, picture.info))
         if number * args.num_images < SHEET:
             drawn.append((number, label or name, picture))
     return drawn
@@ -156,7 +153,7 @@ def draw_strips(pipe: TextToImage, sweeps: list[dict[str, Any]], options: dict[s
     for (i, (first, second)), (label, settings) in product(enumerate(args.interpolate), labelled):
         strip = pipe.interpolate(first, second, strip_length(args), **options, **settings)
         file = file_name(f"interpolation_{i:02d}", describe(first), describe(second), label)
-        print(save_png(grid(strip, columns=len(strip)), args.output / file, strip[0].info))
+        say(save_png(grid(strip, columns=len(strip)), args.output / file, strip[0].info))
 
 
 def strip_length(args: argparse.Namespace) -> int:
@@ -236,36 +233,25 @@ def read_sweep(sweep: list[str], settings: dict[str, Any]) -> list[dict[str, Any
 
 def repeat_(args: argparse.Namespace) -> None:
     """Take over from a picture's metadata what made it."""
-    from PIL import Image
+    from clipgen.cli.metadata import read_metadata
 
-    try:
-        with Image.open(args.origin) as picture:
-            picture.load()
-            found = dict(getattr(picture, "text", {}))
-        known = {name: json.loads(found[name]) for name in ("seed", *SETTINGS)}
-        strip, args.dtype = json.loads(found.get("interpolate", "[]")), found.get("dtype", DTYPES[0])
-        asked, count = strip or [found["prompt"]], int(found.get("steps", 1))
-        if args.dtype not in DTYPES:
-            raise ValueError(args.dtype)
-    except (KeyError, ValueError, OSError, SyntaxError) as error:  # Pillow's, of a file that breaks off
-        if isinstance(error, OSError) and error.filename:  # the system's
-            raise
-        raise ValueError(f"{args.origin} is no picture of clipgen-sample: it does not tell its settings") from error
-    varied = asked == ["an image"] and args.image
-    for prompt in asked:
+    made = read_metadata(args.origin)
+    varied = made.prompt == "an image" and args.image
+    for prompt in made.ends or [made.prompt]:
         if prompt in ("an image", "an embedding") and not varied:
             raise ValueError(f"{args.origin} was drawn of {prompt}, which it does not hold: give --image")
-    if "complete" in found and not args.complete:
+    if made.complete and not args.complete:
         raise ValueError(f"{args.origin} completes a picture which it does not hold: give --complete")
-    if "mixture" in found:
-        args.mix.append(json.loads(found["mixture"]))
-    elif strip:
-        args.interpolate.append(strip)
+    if made.mixture:
+        args.mix.append(made.mixture)
+    elif made.ends:
+        args.interpolate.append(made.ends)
     elif not varied:
-        args.prompt += asked
-    for name, value in known.items():
+        args.prompt.append(made.prompt)
+    for name, value in made.settings.items():
         setattr(args, name, value)
-    args.num_images, args.fingerprint = count, found.get("model")
+    args.seed, args.dtype = made.seed, made.dtype
+    args.num_images, args.fingerprint = made.steps, made.model
 
 
 def newest_run(outputs: Path) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from argparse import Namespace, _ActionsContainer
 
+DTYPES = ("float32", "bfloat16")
 SETTINGS: dict[str, tuple[type, Any, str]] = {
     "temperature": (float, 1.0, "0 takes the likeliest code"),
     "top_k": (int, 300, "keep the k likeliest codes; 300 is the paper's"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -16,10 +18,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipgen.data.ahead import ahead
-from clipgen.data.images import EXTENSIONS, UnusableImage, check_header, decode_image
+from clipgen.data.images import (
+    EXTENSIONS,
+    UNREADABLE_EXTENSIONS,
+    UnusableImage,
+    check_header,
+    decode_image,
+    has_ending,
+    looks_like_image,
+    read_start,
+)
 from clipgen.data.module import ImageData
 from clipgen.data.tally import Tally
 from clipgen.data.transforms import train_transform, val_transform
+from clipgen.files import natural_key
 from clipgen.seeds import hashed_seed, unit_hash
 
 logger = logging.getLogger(__name__)
@@ -39,6 +51,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
 
     Args:
         root: folder, searched with its sub-folders; hidden files and files that are not named like images are ignored.
+            A file without an ending is an image if its first bytes say so.
         image_size: side of the square images.
         train: random crop and flip, and the training side of the split; else centre crop and the validation side.
         flip: mirror half of the training images.
@@ -46,7 +59,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
             its path, so adding files does not move others. At 0 there is no split: either side is the whole folder.
         seed: of crops and flips.
         labels: give a cache the class of each image too, which is the sub-folder of `root` that it lies in.
-        class_names: the sub-folders in the order of their classes; None: sorted.
+        class_names: the sub-folders in the order of their classes; None: sorted, numbers by their value (2 before 10).
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is no folder.
@@ -74,7 +87,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         usable = scan_folder(self.root, self.tally)
         self.labels = labels
         known = set(class_names or [_class(file) for file in usable]) - {""}
-        self.class_names = class_names or sorted(known)
+        self.class_names = class_names or sorted(known, key=natural_key)
         if labels and (stray := [file for file in usable if _class(file) not in known]):
             which = "one of the training classes" if class_names else "its class"
             raise ValueError(f"labels needs each image of {root} in a folder named after {which}, got {stray[0]}")
@@ -139,14 +152,47 @@ class Names:
         return self.content[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogateescape")
 
 
+@dataclass
+class Listing:
+    """The files below a folder, as POSIX paths relative to it.
+
+    Args:
+        images: files that are named like images, or begin like one and have no ending; sorted.
+        strays: files without an ending that are not images.
+        unreadable: folders that cannot be listed, each with the reason.
+        others: number of files of other kinds.
+    """
+
+    images: list[str] = field(default_factory=list)
+    strays: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    others: int = 0
+
+    def add(self, root: Path, file: str, name: str) -> None:
+        """Sort a file into the kinds."""
+        if name.lower().endswith((*EXTENSIONS, *UNREADABLE_EXTENSIONS)):
+            self.images.append(file)
+        elif has_ending(name):
+            self.others += 1
+        elif looks_like_image(read_start(root / file)):
+            self.images.append(file)
+        else:
+            self.strays.append(file)
+
+
 def scan_folder(root: Path, tally: Tally) -> list[str]:
-    """Check all images below `root` and return the usable ones, relative to it and sorted.
+    """Check all images below `root` and return the usable ones, relative to it and sorted; count the others.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is no folder.
         ValueError: nothing in it is usable.
     """
-    candidates = find_images(root)
+    listing = list_files(root)
+    for folder, reason in listing.unreadable.items():
+        tally.skip(str(root / folder), UnusableImage("unreadable", f"the folder cannot be listed: {reason}"))
+    for file in listing.strays:
+        tally.skip(str(root / file), UnusableImage("not an image", "it has no ending"))
+    candidates = _images_of(root, listing)
     check = decode_image if len(candidates) <= _DECODE_UP_TO else check_header
     with ThreadPool(16) as pool:
         problems = pool.map(partial(_problem, check, root), candidates, chunksize=16)
@@ -162,13 +208,43 @@ def scan_folder(root: Path, tally: Tally) -> list[str]:
 
 
 def find_images(root: Path) -> list[str]:
-    """List the files below `root` that are named like images, as sorted POSIX paths relative to it."""
+    """List the images below `root`, as sorted POSIX paths relative to it; see `Listing`.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `root` is no folder.
+        PermissionError: a folder cannot be listed.
+        ValueError: there are none.
+    """
+    listing = list_files(root)
+    for folder, reason in listing.unreadable.items():
+        raise PermissionError(errno.EACCES, f"the folder cannot be listed ({reason})", str(root / folder))
+    return _images_of(root, listing)
+
+
+def _images_of(root: Path, listing: Listing) -> list[str]:
+    if not listing.images:
+        others = f"{listing.others + len(listing.strays)} files of other kinds"
+        closed = f" and {len(listing.unreadable)} folders that cannot be listed" if listing.unreadable else ""
+        raise ValueError(f"{root} must hold {', '.join(EXTENSIONS)} files, got {others}{closed}")
+    return sorted(listing.images)
+
+
+def list_files(root: Path) -> Listing:
+    """List the files below `root`, but for hidden ones.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `root` is no folder.
+    """
     if not root.exists():
         raise FileNotFoundError(f"root must be an existing folder of images, got {root}")
     if not root.is_dir():
         raise NotADirectoryError(f"root must be a folder of images (for tar shards: data=webdataset), got {root}")
-    files, visited = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    listing, visited = Listing(), set()
+
+    def unreadable(error: OSError) -> None:
+        listing.unreadable[os.path.relpath(error.filename, root)] = error.strerror or str(error)
+
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
         # Sorted, and each folder once: links may lead in circles, and then the first name counts.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if os.path.realpath(folder) in visited:
@@ -176,11 +252,10 @@ def find_images(root: Path) -> list[str]:
             continue
         visited.add(os.path.realpath(folder))
         inside = f"{Path(folder).relative_to(root).as_posix()}/".removeprefix("./")  # a Path for each file takes long
-        files += [inside + name for name in names if not name.startswith(".")]
-    images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-    if not images:
-        raise ValueError(f"{root} must hold {', '.join(EXTENSIONS)} files, got {len(files)} files of other kinds")
-    return images
+        for name in names:
+            if not name.startswith("."):
+                listing.add(root, inside + name, name)
+    return listing
 
 
 def split_files(files: list[str], val_fraction: float) -> tuple[list[str], list[str]]:

@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset as wds
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
-from webdataset.handlers import reraise_exception
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 from webdataset.utils import pytorch_worker_info
 
 from clipgen.data.ahead import ahead
-from clipgen.data.images import EXTENSIONS, UnusableImage, decode_image
+from clipgen.data.images import UnusableImage, decode_image
 from clipgen.data.module import ImageData
 from clipgen.data.tally import Tally
+from clipgen.data.tar import Member, Sample, group_samples, read_members
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
 from clipgen.files import read_text
@@ -35,6 +33,8 @@ from clipgen.seeds import hashed_seed
 _PATIENCE = 1_000
 # After so many images a worker's stream begins anew: a resume late in a training reads no more than these again.
 _STRETCH = 100_000
+# The buffer that training shuffles in holds no more than this, however large the images are.
+_SHUFFLE_BYTES = 1 << 29
 
 
 class ImageShards(IterableDataset[dict[str, Any]]):
@@ -109,7 +109,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         class where ``labels``."""
         crop = self.transform if count > 1 else val_transform(self.image_size)
 
-        def load(numbered: tuple[int, dict[str, Any]]) -> tuple[Tensor, int | None] | None:
+        def load(numbered: tuple[int, Sample]) -> tuple[Tensor, int | None] | None:
             number, sample = numbered
             if (decoded := self._decode(sample)) is None:
                 return None
@@ -117,7 +117,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
             generators = [torch.Generator().manual_seed(hashed_seed(seed)) for seed in seeds]
             return torch.stack([crop(decoded[0], generator) for generator in generators]), decoded[1]
 
-        return filter(None, ahead(load, enumerate(self._read(url))))
+        return filter(None, ahead(load, enumerate(self._read(url)), weigh=lambda numbered: len(numbered[1].image)))
 
     def _train(self) -> Iterator[dict[str, Any]]:
         rank, _, worker, workers = pytorch_worker_info()
@@ -139,7 +139,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     def _crops(self, rng: random.Random, begin: int) -> Iterator[dict[str, Any]]:
         """A stretch from its n-th crop on. An unusable image leaves its crop to the next usable one, so that a resume
         need not decode what it passes by."""
-        stream = wds.shuffle(self.shuffle, rng=rng)(self._resample(rng))
+        stream = shuffled(self._resample(rng), self.shuffle, rng)
         seeds: list[int] = []  # of the crops that the next usable image gives
         for sample, seed in islice(((sample, rng.getrandbits(48)) for sample in stream), begin, None):
             seeds.append(seed)
@@ -151,7 +151,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
                     f"{self.tally.name} must hold usable images, got {_PATIENCE} others on end: {self.tally}"
                 )
 
-    def _resample(self, rng: random.Random) -> Iterator[dict[str, Any]]:
+    def _resample(self, rng: random.Random) -> Iterator[Sample]:
         barren: set[str] = set()
         while len(barren) < len(set(self.urls)):
             url = rng.choice(self.urls)
@@ -172,17 +172,14 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         if get_worker_info() is None:  # else only the main process knows when the last worker has finished
             self.tally.summary()
 
-    def _read(self, url: str) -> Iterator[dict[str, Any]]:
-        """Yield the samples of a shard that have an image, as webdataset groups them: "__key__", "jpg", "cls", ..."""
-        samples = group_by_keys(self._files(url), handler=lambda error: self._broken(url, error))
-        return (sample for sample in samples if _image_key(sample))
+    def _read(self, url: str) -> Iterator[Sample]:
+        return group_samples(self._members(url), url, self.tally)
 
-    def _files(self, url: str) -> Iterator[dict[str, Any]]:
+    def _members(self, url: str) -> Iterator[Member]:
         stream = None
         try:
             stream = gopen(url) if is_remote(url) else open(url, "rb")  # noqa: SIM115, closed below
-            for file in tar_file_iterator(stream, handler=reraise_exception):
-                yield {**file, "__url__": url}
+            yield from read_members(stream, url, self.tally)
         except Exception as error:  # whatever went wrong, the files before it are good and the other shards may be
             self._broken(url, error)
         finally:
@@ -190,17 +187,17 @@ class ImageShards(IterableDataset[dict[str, Any]]):
                 if stream:
                     stream.close()
 
-    def _broken(self, url: str, error: Exception) -> bool:
-        self.tally.skip(url, UnusableImage("broken shard", f"what came before is used; {error}"))
-        return True
+    def _broken(self, url: str, error: Exception) -> None:
+        reason = str(error) or type(error).__name__
+        self.tally.skip(url, UnusableImage("broken shard", f"what came before is used; {reason}"))
 
-    def _decode(self, sample: dict[str, Any]) -> tuple[Image.Image, int | None] | None:
-        """The picture, and its class where ``labels``; None where it is unusable, which is told."""
+    def _decode(self, sample: Sample) -> tuple[Image.Image, int | None] | None:
+        """Return the picture, and its class with ``labels``; None if it is unusable, which is counted."""
         try:
-            image = decode_image(sample[_image_key(sample)], image_size=self.image_size)
+            image = decode_image(sample.image, image_size=self.image_size)
             return image, _label(sample) if self.labels else None
         except UnusableImage as error:
-            self.tally.skip(_name(sample), error)
+            self.tally.skip(f"{sample.url}: {sample.name}", error)
             return None
 
     def _sample(self, image: Image.Image, label: int | None, generator: Any = None) -> dict[str, Any]:
@@ -241,27 +238,48 @@ def read_names(path: str | Path) -> list[str]:
     try:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         names = json.loads(text) if str(path).endswith(".json") else lines
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold a JSON list of class names: {error}") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} must hold a list of class names, got {text[:60]!r}")
     return names
 
 
-def _image_key(sample: dict[str, Any]) -> str:
-    """Find the image in a sample: "jpg" rather than "seg.png", else the first that is named like an image, else ""."""
-    keys = [key for key in sample if f".{key}".endswith(EXTENSIONS)]
-    return min(keys, key=lambda key: key.count("."), default="")
+def shuffled(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterator[Sample]:
+    """Shuffle samples in a buffer of ``size``, and of at most 512 MB. It begins to yield when it holds 100 of them."""
+    buffer: list[Sample] = []
+    held = 0
+    for sample in samples:
+        buffer.append(sample)
+        held += len(sample.image)
+        if len(buffer) < size and held < _SHUFFLE_BYTES and (second := next(samples, None)):
+            buffer.append(second)
+            held += len(second.image)
+        while len(buffer) >= min(100, size) or held >= _SHUFFLE_BYTES:
+            chosen = _pick(buffer, rng)
+            held -= len(chosen.image)
+            yield chosen
+            if held < _SHUFFLE_BYTES:
+                break
+    while buffer:
+        yield _pick(buffer, rng)
 
 
-def _name(sample: dict[str, Any]) -> str:
-    return f"{sample['__url__']}: {sample['__key__']}.{_image_key(sample)}"
+def _pick(buffer: list[Sample], rng: random.Random) -> Sample:
+    """Take out a random sample; the last one takes its place."""
+    place = rng.randint(0, len(buffer) - 1)
+    chosen, buffer[place] = buffer[place], buffer[-1]
+    buffer.pop()
+    return chosen
 
 
-def _label(sample: dict[str, Any]) -> int:
+def _label(sample: Sample) -> int:
+    if sample.label is None:
+        raise UnusableImage("without label", f"there is no {Path(sample.name).stem}.cls")
     try:
-        if (label := int(sample["cls"])) < 0:
-            raise ValueError(f"must be at least 0, got {label}")
-        return label
-    except (KeyError, ValueError) as error:
-        raise UnusableImage("without label", f"{type(error).__name__} {error}") from error
+        label = int(sample.label)
+    except ValueError as error:
+        raise UnusableImage("without label", str(error)) from error
+    if not 0 <= label < 2**31:
+        raise UnusableImage("without label", f"it must be in [0, 2**31), got {label}")
+    return label

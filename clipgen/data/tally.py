@@ -9,10 +9,16 @@ import torch
 from torch.utils.data import get_worker_info
 
 from clipgen.data.images import UnusableImage
+from clipgen.files import printable
 from clipgen.seeds import unit_hash
 
 logger = logging.getLogger(__name__)
-_REASONS = ("truncated", "empty", "not an image", "too large", "corrupt", "unreadable", "without label", "broken shard")
+_REASONS = (
+    "truncated", "empty", "not an image", "too large", "corrupt", "unreadable", "without label", "broken shard",
+    "no decoder", "same name",
+)  # fmt: skip
+# Files that are named for each reason; of a broken shard there may be tens of thousands.
+_WARNINGS = 20
 
 
 class Tally:
@@ -28,6 +34,8 @@ class Tally:
         self.name = name
         self._used = torch.zeros(1024, dtype=torch.int64).share_memory_()
         self._skipped = torch.zeros(1 << 20, dtype=torch.uint8).share_memory_()
+        self._warned = torch.zeros(len(_REASONS), dtype=torch.int64).share_memory_()
+        self._aside = torch.zeros(1 << 20, dtype=torch.uint8).share_memory_()
         self._logged = ""
 
     def use(self, count: int = 1) -> None:
@@ -40,12 +48,22 @@ class Tally:
 
     def skip(self, name: str, error: UnusableImage) -> bool:
         """Count an image as skipped and warn about it, unless that was done before; return whether it is new."""
-        slot = int(unit_hash(name) * len(self._skipped))
+        slot, reason = int(unit_hash(name) * len(self._skipped)), _REASONS.index(error.reason)
         if self._skipped[slot]:
             return False
-        self._skipped[slot] = 1 + _REASONS.index(error.reason)
-        logger.warning("skipped %s: %s", name, error)
+        self._skipped[slot] = 1 + reason
+        self._warned[reason] += 1
+        if self._warned[reason] <= _WARNINGS:
+            logger.warning("skipped %s: %s", printable(name), printable(str(error)))
+        if self._warned[reason] == _WARNINGS:
+            logger.warning("%s: more of this kind (%s) are counted, not named", printable(self.name), error.reason)
         return True
+
+    def set_aside(self, name: str, used: str) -> None:
+        """Count a picture that is part of another picture's sample, as "0.seg.png" is of that of "0.jpg"."""
+        if not self._aside.any():
+            logger.info("%s is not used: it is taken for a part of %s", printable(name), printable(used))
+        self._aside[int(unit_hash(name) * len(self._aside))] = 1
 
     def __str__(self) -> str:
         used = int(self._used.sum())
@@ -58,7 +76,9 @@ class Tally:
         """Log the counts in one line, "photos: 15 images, 2 skipped: 1 truncated, 1 empty", if they are news."""
         if self._logged != str(self):
             self._logged = str(self)
-            logger.info("%s: %s", self.name, self)
+            logger.info("%s: %s", printable(self.name), self)
+            if aside := int(self._aside.sum()):
+                logger.info("%s: %d further pictures are parts of these", printable(self.name), aside)
 
 
 def _worker_row() -> int:

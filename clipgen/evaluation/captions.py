@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
+from clipgen.data.images import UnusableImage, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
-from clipgen.files import read_text
+from clipgen.files import natural_key, read_text
 
+logger = logging.getLogger(__name__)
+LONGEST = 1 << 20  # bytes of a text file beside a picture
 Caption = tuple[str | None, str]  # of which file, where that is known; and the sentence
 
 
@@ -34,7 +37,7 @@ def read_captions(source: str | Path) -> list[Caption]:
     text = read_text(path)
     try:
         found = from_json(json.loads(text)) if path.suffix.lower() == ".json" else from_lines(text)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     if not found or not all(caption.strip() for _, caption in found):
         raise ValueError(f"captions must be sentences, got {'an empty one' if found else 'none'} in {path}")
@@ -74,8 +77,12 @@ def choose(captions: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def captions_of(root: Path, files: Sequence[str], captions: Sequence[Caption] | None) -> list[str]:
-    """The sentence of each picture of a folder: by name, else one a picture in the order of their names; None: what
-    the pictures themselves hold (``clipgen-sample`` writes it into them) or text files of the same name beside them.
+    """Return the sentence of each picture of a folder.
+
+    Args:
+        captions: sentences by file name, else one for each picture, in the order in which people number files (2.png
+            before 10.png). None: what the pictures themselves hold (``clipgen-sample`` writes it into them), or text
+            files of the same name beside them.
 
     Raises:
         ValueError: a picture has no sentence, or there are more or fewer sentences than pictures.
@@ -83,23 +90,41 @@ def captions_of(root: Path, files: Sequence[str], captions: Sequence[Caption] | 
     if captions is None:
         return [own_caption(root / file) for file in files]
     if any(name is None for name, _ in captions):
-        if len(captions) != len(files):
-            raise ValueError(f"captions must be one a picture, got {len(captions)} for {len(files)} pictures in {root}")
-        return [caption for _, caption in captions]
+        return captions_by_line(root, files, [caption for _, caption in captions])
     first = {str(name): caption for name, caption in reversed(captions)}
     if missing := [file for file in files if file not in first]:
         raise ValueError(f"captions must name every picture of {root}, got none for {missing[0]}")
     return [first[file] for file in files]
 
 
+def captions_by_line(root: Path, files: Sequence[str], captions: Sequence[str]) -> list[str]:
+    """Return the sentence of each picture, where sentences stand in the natural order of the pictures' names."""
+    if len(captions) != len(files):
+        raise ValueError(f"captions must be one a picture, got {len(captions)} for {len(files)} pictures in {root}")
+    ordered = sorted(files, key=natural_key)
+    if ordered != sorted(files):
+        place = next(i for i, (file, other) in enumerate(zip(ordered, sorted(files))) if file != other)
+        logger.warning(
+            "captions by line meet the pictures of %s as people number them: line %d is of %s (by letters: %s); "
+            "a file name and a tab before each sentence settle it", root, place + 1, ordered[place],
+            sorted(files)[place],
+        )  # fmt: skip
+    of_file = dict(zip(ordered, captions))
+    return [of_file[file] for file in files]
+
+
 def own_caption(path: Path) -> str:
-    """What a picture says that it shows."""
+    """Return what a picture, or a text file beside it, says that it shows."""
     beside = path.with_suffix(".txt")
     if beside.is_file():
+        if (size := beside.stat().st_size) > LONGEST:
+            raise ValueError(f"{beside} must be a sentence, got {size} bytes")
         prompt = read_text(beside).strip()
     else:
-        with Image.open(path) as picture:
-            prompt = getattr(picture, "text", {}).get("prompt", "")
+        try:
+            prompt = png_text(path).get("prompt", "")
+        except UnusableImage as error:
+            raise ValueError(f"{path} cannot be used as an image: {error}") from error
     if not prompt:
         raise ValueError(f"captions are needed: {path} holds none, and no {beside.name} beside it does")
     return str(prompt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipgen.data.folder import ImageFolder, find_images
-from clipgen.data.images import UnusableImage, decode_image
+from clipgen.data.images import UnusableImage, decode_image, upright_size
 from clipgen.data.pieces import pieces, read, runs
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.shards import ImageShards
@@ -79,7 +80,7 @@ class FolderImages:
         self.files = [file for file in find_images(self.root) if Path(file).name not in SHEETS]
         if not self.files:
             raise ValueError(f"{root} must hold pictures, got none but sheets of them")
-        self.first_size = self._decode(self.files[0]).size
+        self.first_size = self._size(self.files[0])
         self.image_size, self.warned = image_size or min(self.first_size), image_size is not None
         self.captions = [] if captions == () else captions_of(self.root, self.files, captions)
         self.pieces = runs(len(self.files), PIECE)
@@ -94,17 +95,24 @@ class FolderImages:
                 yield torch.cat(pool.map(self._load, self.files[rows])), self.captions[rows]
 
     def _load(self, file: str) -> Tensor:
-        picture = self._decode(file)
-        if picture.size != self.first_size and not self.warned:
+        if not self.warned and (size := self._size(file)) != self.first_size:
             self.warned = True
             logger.warning("%s is %d x %d, and the first of %s %d x %d: the central squares of all are resized to %d x "
-                           "%d; --image-size names another", file, *picture.size, self.root, *self.first_size,
+                           "%d; --image-size names another", file, *size, self.root, *self.first_size,
                            self.image_size, self.image_size)  # fmt: skip
+        with self._named(file):
+            # Decoded as the images of ``RealImages`` are, so that a folder's distance from itself is 0.
+            picture = decode_image(self.root / file, image_size=self.image_size)
         return from_pil(picture, self.image_size)
 
-    def _decode(self, file: str) -> Any:
+    def _size(self, file: str) -> tuple[int, int]:
+        with self._named(file):
+            return upright_size(self.root / file)
+
+    @contextmanager
+    def _named(self, file: str) -> Iterator[None]:
         try:
-            return decode_image(self.root / file)
+            yield
         except UnusableImage as error:
             raise ValueError(f"{self.root / file} cannot be used as an image: {error}") from error
 

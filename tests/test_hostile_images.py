@@ -1,0 +1,621 @@
+"""Strangers' pictures, folders and shards: nothing hangs, fills memory, starts a program or disappears uncounted."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import PROMPT
+from PIL import Image, ImageCms, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from clipgen.cli import console
+from clipgen.data import images as images_module
+from clipgen.data import shards as shards_module
+from clipgen.data import tar as tar_module
+from clipgen.data.ahead import ahead
+from clipgen.data.folder import ImageFolder, find_images
+from clipgen.data.images import MAX_PIXELS, MemoryBudget, UnusableImage, check_header, decode_image
+from clipgen.data.shards import ImageShards, shuffled
+from clipgen.data.tar import Sample
+from clipgen.evaluation import captions as sentences
+from clipgen.evaluation.sources import FolderImages, RealImages
+from clipgen.files import natural_key, printable
+from clipgen.images import broken, grid, wrap
+
+ESCAPE = "\x1b]0;owned\x07"
+SETTINGS = dict(temperature=1.0, top_k=1, top_p=1.0, guidance_scale=1.0, guidance_power=0.0)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def square(value: int, kind: str = "PNG") -> bytes:
+    return encoded(Image.new("RGB", (8, 8), (value, 0, 0)), kind)
+
+
+def blank_png(width: int, height: int, color_type: int = 0, rows: int | None = None) -> bytes:
+    """A PNG of zeros, whose size in memory is a thousand times that of the file."""
+    channels = {0: 1, 2: 3, 6: 4}[color_type]
+    packer, row = zlib.compressobj(9), bytes(1 + channels * width)
+    data = b"".join(packer.compress(row) for _ in range(rows or height)) + packer.flush()
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def make_tar(path: Path, files: list[tuple[str, bytes]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def reds(dataset: ImageShards) -> list[int]:
+    """The red values by which images are recognized."""
+    return [round((float(sample["images"][0].mean()) + 1) * 127.5) for sample in dataset]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_of(program: str, *arguments: object) -> tuple[int, str]:
+    """Run Python in a process of its own -> (megabytes that its peak grew by, what it printed)."""
+    pytest.importorskip("resource")
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nimport clipgen.data.folder, clipgen.data.shards\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        f"before = peak()\n{program}\nprint(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+def test_many_large_grey_pictures_are_not_decoded_at_the_same_time(tmp_path):
+    """Each thread would hold 440 MB, of a file of 90 kB."""
+    (tmp_path / "a.png").write_bytes(blank_png(9400, 9400))
+    program = (
+        "from multiprocessing.pool import ThreadPool\nfrom clipgen.data.images import check_header, decode_image\n"
+        "pool = ThreadPool(4)\npool.map(lambda i: decode_image(Path(sys.argv[1])) and None, range(4), chunksize=1)"
+    )
+    grown, _ = peak_of(program, tmp_path / "a.png")
+    assert grown < 700
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+def test_a_large_transparent_picture_is_converted_in_bands(tmp_path):
+    (tmp_path / "a.png").write_bytes(blank_png(5000, 5000, color_type=6))
+    grown, _ = peak_of(
+        "from clipgen.data.images import decode_image\ndecode_image(Path(sys.argv[1]))", tmp_path / "a.png"
+    )
+    assert grown < 25 * 8 + 100
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16", "F"])
+def test_bands_change_no_pixel(mode, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(noise, "RGBA")
+    image = Image.fromarray(noise[..., 0].astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
+    whole = images_module.to_rgb(image)
+    monkeypatch.setattr(images_module, "_BAND_PIXELS", 100)
+    assert np.array_equal(whole, images_module.to_rgb(image)) and whole.mode == "RGB"
+
+
+def test_pictures_above_our_limit_are_refused_by_their_header():
+    """Pillow refuses 179 megapixels and more, which would take 700 MB."""
+    side = int(MAX_PIXELS**0.5) + 1
+    bomb = blank_png(side, side, rows=1)
+    for check in (check_header, decode_image):
+        with pytest.raises(UnusableImage, match=f"{side} x {side} pixels are .* above {MAX_PIXELS}") as caught:
+            check(bomb)
+        assert caught.value.reason == "too large"
+
+
+def test_a_large_jpeg_counts_at_the_size_that_it_is_decoded_at(monkeypatch):
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 10_000)
+    photo = encoded(Image.new("RGB", (640, 480)), "JPEG")
+    check_header(photo)
+    assert decode_image(photo, image_size=16).size == (80, 60)
+    with pytest.raises(UnusableImage, match="too large"):
+        decode_image(photo)
+
+
+def test_the_budget_of_memory_lets_one_large_request_through_alone():
+    budget, most, running = MemoryBudget(100), [], []
+
+    def work(size: int) -> None:
+        with budget.reserved(size):
+            running.append(size)
+            most.append(sum(running))
+            time.sleep(0.005)
+            running.remove(size)
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in [40, 40, 40, 500] * 5]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert len(most) == 20 and budget.held == 0
+    assert all(total == 500 or total <= 100 for total in most)
+
+
+# ------------------------------------------------------------------------------------------------------------ formats
+
+
+def test_postscript_starts_no_program(tmp_path, monkeypatch, call):
+    """Neither as a picture to vary nor as one to draw again, nor where captions are looked for."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    result = call("clipgen-sample", "--from", "eps.png")
+    assert result.code == 1 and "eps.png is no picture of clipgen-sample" in result.stderr
+    result = call("clipgen-sample", "--image", "eps.png")
+    assert result.code == 1 and "eps.png cannot be used as an image: not an image" in result.stderr
+    with pytest.raises(ValueError, match=r"eps\.png holds none"):
+        sentences.own_caption(tmp_path / "eps.png")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("HEIC", b"\0\0\0\x18ftypheic"),
+        ("AVIF", b"\0\0\0\x18ftypavif"),
+        ("JPEG XL", b"\xff\x0a"),
+        ("JPEG 2000", b"\0\0\0\x0cjP  \r\n"),
+    ],
+)
+def test_a_missing_decoder_is_said(name, start, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(images_module, "_formats", lambda: images_module._FORMATS)
+    with pytest.raises(UnusableImage, match=rf"no decoder \({name}: "):
+        decode_image(start + bytes(40))
+    (tmp_path / "a.jpg").write_bytes(start + bytes(40))
+    (tmp_path / "b.png").write_bytes(square(3))
+    assert str(ImageFolder(tmp_path, 8, train=True).tally) == "1 image, 1 skipped: 1 no decoder"
+    assert f"a.jpg: no decoder ({name}: " in caplog.text
+
+
+def test_other_endings_and_none_are_used(tmp_path, caplog):
+    names = ["a.jfif", "b.jpe", "c.JPG", "d", "clip.0001", "sub/e.jpg?size=2"]
+    (tmp_path / "sub").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(square(9, "JPEG"))
+    if images_module.features.check("avif"):
+        names.append("f.avif")
+        (tmp_path / "f.avif").write_bytes(square(9, "AVIF"))
+        (tmp_path / "g.jpg").write_bytes(square(9, "AVIF"))
+        names.append("g.jpg")
+    (tmp_path / "LICENSE").write_text("text")
+    (tmp_path / "notes.txt").write_bytes(square(9))
+    (tmp_path / "h.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(9))
+    dataset = ImageFolder(tmp_path, 8, train=True)
+    assert sorted(dataset.files) == sorted(names)
+    assert str(dataset.tally).endswith("2 skipped: 1 not an image, 1 no decoder")
+    assert "LICENSE: not an image (it has no ending)" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in the file system")
+def test_a_pipe_is_not_waited_for(tmp_path, call):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.png").write_bytes(square(1))
+    dataset = ImageFolder(tmp_path, 8, train=True)
+    assert list(dataset.files) == ["a.png"] and "1 unreadable" in str(dataset.tally)
+    for option in ("--from", "--image", "--complete"):
+        result = call("clipgen-sample", "--prompt", PROMPT, option, "pipe.png")
+        assert result.code == 1 and "no picture pipe.png" in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- color profiles
+
+
+def adobe_rgb() -> bytes:
+    """The profile of Adobe RGB (1998), by its primaries and its exponent."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 563) + bytes(2)
+    tags = {
+        b"desc": b"desc" + bytes(4) + struct.pack(">I", 2) + b"A\0" + bytes(78),
+        b"cprt": b"text" + bytes(4) + b"none\0",
+        b"wtpt": b"XYZ " + bytes(4) + fixed(0.95045, 1, 1.08905),
+        b"rXYZ": b"XYZ " + bytes(4) + fixed(0.60974, 0.31111, 0.01947),
+        b"gXYZ": b"XYZ " + bytes(4) + fixed(0.20528, 0.62567, 0.06087),
+        b"bXYZ": b"XYZ " + bytes(4) + fixed(0.14919, 0.06322, 0.74457),
+        b"rTRC": curve,
+        b"gTRC": curve,
+        b"bTRC": curve,
+    }
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    size = struct.pack(">I", start + len(body))
+    header = size + b"none\x02\x10\0\0mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    return header.ljust(128, b"\0") + table + body
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_adobe_rgb_becomes_srgb(kind):
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    photo = encoded(Image.new("RGB", (16, 16), (200, 60, 60)), kind, icc_profile=adobe_rgb(), **options)
+    decoded = decode_image(photo)
+    assert np.abs(np.subtract(decoded.getpixel((8, 8)), (231, 57, 57))).max() <= 1
+    assert "icc_profile" not in decoded.info  # nobody applies it a second time
+
+
+def test_profiles_meet_transparency_and_palettes():
+    image = Image.new("RGBA", (4, 4), (200, 60, 60, 255))
+    image.putpixel((0, 0), (200, 60, 60, 0))
+    decoded = decode_image(encoded(image, icc_profile=adobe_rgb()))
+    assert decoded.getpixel((0, 0)) == (255, 255, 255) and decoded.getpixel((2, 2)) == (231, 57, 57)
+    palette = image.convert("RGB").quantize(4)
+    assert decode_image(encoded(palette, icc_profile=adobe_rgb())).getpixel((2, 2)) == (231, 57, 57)
+
+
+def test_profiles_of_srgb_and_broken_ones_change_nothing():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for profile in (srgb, b"no profile", adobe_rgb()[:200], bytes(5 << 20)):
+        tiff = encoded(Image.fromarray(pixels), "TIFF", icc_profile=profile)
+        assert np.array_equal(decode_image(tiff), pixels)
+    grey = encoded(Image.new("L", (4, 4), 60), icc_profile=srgb)
+    assert decode_image(grey).getpixel((0, 0)) == (60, 60, 60)
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_names_with_dots_are_samples_of_their_own(tmp_path):
+    files = [(f"clip.{number:04d}.png", square(number)) for number in range(12)]
+    dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
+    assert reds(dataset) == list(range(12)) and str(dataset.tally) == "12 images, 0 skipped"
+
+
+def test_more_dotted_names_than_are_held_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_module, "_GROUP_FILES", 8)
+    files = [(f"clip.{n:04d}.{kind}", square(n) if kind == "png" else str(n).encode())
+             for n in range(50) for kind in ("cls", "png")]  # fmt: skip
+    dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False, labels=True)
+    assert [sample["label"] for sample in dataset] == list(range(50)) == reds(dataset)
+
+
+def test_labels_beside_dotted_names(tmp_path):
+    files = [("clip.0001.cls", b"1"), ("clip.0001.png", square(1)), ("clip.0002.png", square(2)),
+             ("clip.0002.cls", b"2"), ("a.b/photo.v1.png", square(3)),
+             ("a.b/photo.cls", b"3"), ("x.png", square(4))]  # fmt: skip
+    dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False, labels=True)
+    assert [sample["label"] for sample in dataset] == [1, 2, 3] == reds(dataset)
+    assert str(dataset.tally) == "3 images, 1 skipped: 1 without label"
+
+
+def test_what_shares_a_name_is_counted(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    files = [("0.png", square(1)), ("0.jpg", square(2)), ("1.png", square(3)), ("1.png", square(4)),
+             ("2.png", square(5)), ("2.seg.png", square(6)), ("2.2.png", square(7)),
+             ("3.left.png", square(8)), ("3.right.png", square(9))]  # fmt: skip
+    dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
+    assert reds(dataset) == [1, 3, 5, 7, 8, 9]
+    assert str(dataset.tally) == "6 images, 2 skipped: 2 same name"
+    assert "0.jpg: same name (0.png is used)" in caplog.text and "1.png: same name (it is there twice)" in caplog.text
+    assert "2.seg.png is not used: it is taken for a part of 2.png" in caplog.text
+    assert "1 further pictures are parts of these" in caplog.text and "broken" not in caplog.text
+
+
+def test_members_without_an_ending_and_links_are_used_or_counted(tmp_path):
+    path = make_tar(
+        tmp_path / "a.tar", [("0001", square(1)), ("LICENSE", b"text"), ("b.png", square(2)), ("c.txt", b"")]
+    )
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("d.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "b.png"
+        tar.addfile(link)
+    dataset = ImageShards(str(path), 8, train=False)
+    assert reds(dataset) == [1, 2] and str(dataset.tally) == "2 images, 2 skipped: 1 not an image, 1 unreadable"
+
+
+@pytest.mark.parametrize("kind", ["plain", "gz", "sparse"])
+def test_a_member_that_is_too_large_is_refused_before_it_is_read(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_module, "MAX_MEMBER_BYTES", 100_000)
+    path = tmp_path / "a.tar"
+    if kind == "sparse":
+        with tarfile.open(path, "w") as tar:
+            for name, data in (("0.png", square(1)), ("1.png", square(2))):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+                if name == "0.png":
+                    old_gnu_sparse(tar, "bomb.png", 1 << 32)
+    else:
+        mode = "w:gz" if kind == "gz" else "w"
+        make_tar(path, [("0.png", square(1)), ("bomb.png", bytes(200_000)), ("1.png", square(2))], mode)
+    dataset = ImageShards(str(path), 8, train=False)
+    assert reds(dataset) == [1, 2] and str(dataset.tally) == "2 images, 1 skipped: 1 too large"
+
+
+def old_gnu_sparse(tar: tarfile.TarFile, name: str, size: int) -> None:
+    """Append a sparse file of a size that holds one block."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136], header[156:157] = b"%011o\0" % 512, tarfile.GNUTYPE_SPARSE
+    header[386:398], header[398:410] = b"%011o\0" % 0, b"%011o\0" % 512
+    header[483:495] = b"%011o\0" % size
+    header[148:156] = b"%06o\0 " % sum(bytes(header[:148]) + b" " * 8 + bytes(header[156:]))
+    tar.fileobj.write(bytes(header) + bytes(512))
+    tar.offset += 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+def test_compressed_shards_do_not_fill_memory(tmp_path):
+    """A megabyte stands for 272, as a member or as a header."""
+    info, big = tarfile.TarInfo("bomb.png"), 17 << 24
+    info.size = big
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, big
+    for name, first in (("a", info), ("b", header)):
+        with gzip.open(tmp_path / f"{name}.tar", "wb", 1) as file:
+            good = tarfile.TarInfo("0.png")
+            good.size = len(square(1))
+            file.write(good.tobuf() + square(1).ljust(512, b"\0") + first.tobuf())
+            for _ in range(big >> 24):
+                file.write(bytes(1 << 24))
+            file.write(bytes(1024))
+    program = (
+        "from clipgen.data.shards import ImageShards\n"
+        "print(*(len(list(ImageShards(f'{sys.argv[1]}/{name}.tar', 8, train=False))) for name in 'ab'))"
+    )
+    grown, printed = peak_of(program, tmp_path)
+    assert printed.startswith("1 1\n") and grown < 200
+
+
+def test_every_break_of_a_shard_is_counted(tmp_path):
+    path = make_tar(tmp_path / "a.tar", [(f"{number}.png", square(number)) for number in range(4)])
+    whole = path.read_bytes()
+    size = 512 + (len(square(0)) + 511) // 512 * 512
+    assert reds(ImageShards(str(path), 8, train=False)) == [0, 1, 2, 3]
+    damaged = bytearray(whole)
+    damaged[2 * size + 10] ^= 255  # in the header of the third file: tarfile takes it for the end
+    for content in (bytes(damaged), whole[: 2 * size], whole[: 2 * size + 100], whole[: 2 * size + 540]):
+        path.write_bytes(content)
+        dataset = ImageShards(str(path), 8, train=False)
+        assert reds(dataset) == [0, 1] and str(dataset.tally) == "2 images, 1 skipped: 1 broken shard"
+    path.write_bytes(whole + whole)  # cat a.tar a.tar
+    assert reds(ImageShards(str(path), 8, train=False)) == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.parametrize("label", [b"9" * 30, b"-1", b"x", b"", b"2147483648", b"1" * 5000])
+def test_labels_that_are_none(label, tmp_path):
+    files = [("0.png", square(1)), ("0.cls", label), ("1.png", square(2)), ("1.cls", b"1")]
+    dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False, labels=True)
+    assert [sample["label"] for sample in dataset] == [1] and "1 without label" in str(dataset.tally)
+
+
+def test_shuffling_holds_a_bounded_number_of_bytes(monkeypatch):
+    import random
+
+    samples = [Sample("a.tar", f"{number}.png", bytes(10), None) for number in range(500)]
+    plain = [sample.name for sample in shuffled(iter(samples), 200, random.Random(0))]
+    assert sorted(plain) == sorted(sample.name for sample in samples) and plain != sorted(plain)
+    monkeypatch.setattr(shards_module, "_SHUFFLE_BYTES", 100)
+    taken: list[Sample] = []
+    stream = shuffled((taken.append(sample) or sample for sample in samples), 200, random.Random(0))
+    for number, _ in enumerate(stream, start=1):
+        assert len(taken) - number <= 10
+    assert number == 500
+
+
+def test_few_large_items_wait_for_threads():
+    begun = []
+    results = ahead(lambda item: item, (begun.append(i) or i for i in range(100)), weigh=lambda item: 1 << 29)
+    assert next(results) == 0 and len(begun) <= 2
+    assert list(results) == list(range(1, 100))
+
+
+# ----------------------------------------------------------------------------------------------------------- messages
+
+
+def test_warnings_of_one_kind_end(tmp_path, caplog):
+    files = [(f"{number}.png", b"broken") for number in range(500)] + [("x.png", square(1)), ("y.jpg", b"")]
+    dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
+    assert len(list(dataset)) == 1 and str(dataset.tally) == "1 image, 501 skipped: 1 empty, 500 not an image"
+    assert len(warnings_of(caplog)) < 30 and "counted, not named" in caplog.text and "y.jpg: empty" in caplog.text
+
+
+def test_escape_sequences_of_names_are_shown_not_obeyed(tmp_path, caplog):
+    path = make_tar(tmp_path / "a.tar", [(f"{ESCAPE}.png", b"x"), ("0.png", square(1)), ("new\nline.png", b"x")])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / f"{ESCAPE}.png").write_bytes(b"x")
+    (tmp_path / "folder" / "a.png").write_bytes(square(1))
+    list(ImageShards(str(path), 8, train=False))
+    ImageFolder(tmp_path / "folder", 8, train=False)
+    assert len(warnings_of(caplog)) == 3
+    assert all(message.isprintable() for message in caplog.messages) and r"\x1b]0;owned\x07.png" in caplog.text
+
+
+def test_errors_and_log_lines_of_commands_are_printable(capsys):
+    assert console.sentence(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
+    assert console.sentence(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
+    record = logging.LogRecord("clipgen", logging.WARNING, "", 0, "key %s\nsecond line", (ESCAPE,), None)
+    console.StderrHandler().emit(record)
+    assert capsys.readouterr().err == "key \\x1b]0;owned\\x07\nsecond line\n"
+    assert printable("日本 ü") == "日本 ü"
+
+
+def say_in_a_process(code: str, redirect: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    program = "from clipgen.cli.console import guarded, say\nguarded('test', lambda: [say(x) for x in " + code + "])"
+    command = f"'{sys.executable}' -c \"$PROGRAM\" {redirect}"
+    variables = {**os.environ, "PROGRAM": program, **environment}
+    return subprocess.run(["sh", "-c", command], env=variables, capture_output=True)
+
+
+def test_any_letter_is_printed_on_a_terminal_of_few():
+    done = say_in_a_process("['ж', 'b']", "", PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    assert done.returncode == 0 and done.stdout == b"\\u0436\nb\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and sh")
+@pytest.mark.parametrize(("redirect", "message"), [(">&-", b""), (">/dev/full", b"No space left"), ("| head -1", b"")])
+def test_an_output_that_nobody_reads_is_no_traceback(redirect, message):
+    done = say_in_a_process("range(100000)", redirect)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
+    assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
+
+
+# ------------------------------------------------------------------------------------------------ clipgen-sample --from
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interpolate": '["a", "b"]', "steps": "1000000000"}, r"steps must be in \[2, 1000\], got 1000000000"),
+        ({"interpolate": '["a", "b"]', "steps": "NaN"}, "steps must be a whole number, got nan"),
+        ({"interpolate": '["a"]', "steps": "3"}, "interpolate must be two prompts, got a list"),
+        ({"interpolate": "[" * 100_000, "steps": "3"}, "interpolate must be JSON"),
+        ({"prompt": "a" * 1_000_000}, "prompt must have at most 10000 letters, got 1000000"),
+        ({"seed": "[]"}, "seed must be a whole number, got a list"),
+        ({"seed": "true"}, "seed must be a whole number, got True"),
+        ({"seed": "9" * 5000}, "seed must be JSON"),
+        ({"top_k": "null"}, "top_k must be a whole number, got None"),
+        ({"top_k": '"1"'}, "top_k must be a whole number, got '1'"),
+        ({"temperature": "1e999"}, "temperature must be finite"),
+        ({"mixture": '{"a": "b"}'}, "mixture must have numbers for weights, got 'b'"),
+        ({"mixture": "[1]"}, "mixture must be 1 to 100 sentences with weights, got a list"),
+        ({"dtype": ESCAPE}, r"dtype must be one of float32, bfloat16, got '\\x1b"),
+    ],
+)
+def test_what_a_picture_says_is_checked(change, message, tmp_path, call):
+    info = PngInfo()
+    for key, value in (
+        {"prompt": PROMPT, "seed": "0"} | {k: json.dumps(v) for k, v in SETTINGS.items()} | change
+    ).items():
+        info.add_itxt(key, value)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    result = call("clipgen-sample", "--from", "a.png")
+    (line,) = result.stderr.splitlines()
+    assert result.code == 1 and line.startswith("clipgen-sample: error: a.png is no picture of clipgen-sample: ")
+    assert message.replace("\\[", "[").replace("\\]", "]").replace("\\\\", "\\") in line and line.isprintable()
+
+
+@pytest.mark.parametrize("side", [12_000, 30_000])
+def test_a_picture_to_draw_again_may_be_a_bomb(side, tmp_path, call):
+    bomb = blank_png(side, side, rows=1)
+    (tmp_path / "a.png").write_bytes(bomb)
+    result = call("clipgen-sample", "--from", "a.png")
+    assert result.code == 1 and "a.png is no picture of clipgen-sample: too large" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_long_captions_take_no_time_and_little_room():
+    font = ImageFont.load_default(size=11)
+    start = time.perf_counter()
+    assert "".join(broken("a" * 100_000, 128, font)) == "a" * 100_000
+    assert " ".join(wrap("ab " * 30_000, 128, font)).split() == ["ab"] * 30_000
+    sheet = grid([Image.new("RGB", (8, 8))], captions=["a" * 1_000_000])
+    assert time.perf_counter() - start < 20 and sheet.height < 1000
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_a_folder_that_cannot_be_listed_is_counted(tmp_path, caplog, monkeypatch):
+    for name in ("a/0.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(square(1))
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    dataset = ImageFolder(tmp_path, 8, train=True)
+    assert str(dataset.tally) == "1 image, 1 skipped: 1 unreadable"
+    assert f"skipped {tmp_path / 'b'}: unreadable (the folder cannot be listed: Permission denied)" in caplog.text
+    with pytest.raises(PermissionError, match="cannot be listed") as caught:
+        find_images(tmp_path)  # an evaluation of a part would be another number
+    assert caught.value.filename == str(tmp_path / "b")
+
+
+def test_classes_that_are_numbers_stand_in_their_order(tmp_path):
+    for name in ("0", "1", "2", "10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(square(1))
+    assert ImageFolder(tmp_path, 8, train=True, labels=True).class_names == ["0", "1", "2", "10"]
+
+
+def test_natural_order():
+    ordered = ["0.png", "1.png", "2.png", "9.png", "010.png", "11.png", "a/2/1.png", "a/10/1.png", "b_2_3", "b_2_12"]
+    assert sorted(sorted(ordered), key=natural_key) == ordered
+    assert natural_key("9" * 5000) > natural_key("8" * 5000) > natural_key("9" * 4999)
+
+
+def test_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip):
+    from clipgen.data.folder import folder_data
+    from clipgen.encoding import encode
+
+    try:
+        for name in (b"a\xe9.png", b"b.png"):
+            Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(square(1))
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    data = folder_data(tmp_path, 32, batch_size=1, val_fraction=0)
+    assert encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_captions_by_line_meet_pictures_as_people_number_them(tmp_path, caplog):
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(square(number))
+    lines = [(None, f"caption {number}") for number in range(12)]
+    source = FolderImages(tmp_path, captions=lines)
+    assert dict(zip(source.files, source.captions)) == {f"{n}.png": f"caption {n}" for n in range(12)}
+    (warning,) = warnings_of(caplog)
+    assert "line 3 is of 2.png (by letters: 10.png)" in warning
+
+
+def test_a_folders_distance_from_itself_is_zero(tmp_path):
+    """Large JPEGs are decoded at a part of their size, on both sides."""
+    for number in range(6):
+        noise = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((400, 300)).save(tmp_path / f"{number}.jpg")
+    sides = []
+    for source in (FolderImages(tmp_path, 32), RealImages(str(tmp_path), 32)):
+        sides.append(torch.cat([images for piece in source.pieces for images, _ in source.read(piece)]))
+    assert torch.equal(*sides)
