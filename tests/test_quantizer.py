@@ -155,7 +155,7 @@ def test_kmeans_puts_the_codes_where_the_clusters_are():
     clusters = torch.tensor([[5.0, 5.0], [-5.0, 5.0], [0.0, -8.0], [9.0, 0.0]])
     z = clusters.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
     module = VectorQuantizer(8, 2, kmeans_iters=10, revive_after=50)
-    module.init_by_kmeans_(z[:, :, None, None])
+    module.init_by_kmeans_(z)
     assert (torch.cdist(clusters, module.codebook).min(dim=1).values < 0.2).all()
     before = module.codebook.clone()
     module(z[:, :, None, None])
@@ -208,7 +208,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     module = VectorQuantizer(16, 4, revive_after=2, codebook_momentum=0.5, kmeans_iters=2)
     torch.manual_seed(rank)  # the data: not the same
-    module.init_by_kmeans_(5 + torch.randn(32, 4, 1, 1))
+    module.init_by_kmeans_(5 + torch.randn(32, 4))
     for _ in range(4):
         module(5 + torch.randn(32, 4, 1, 1))
     torch.save(module.state_dict(), f"{folder}/{rank}.pt")
