@@ -241,6 +241,11 @@ class ConditionalTransformer(pl.LightningModule):
         if self.ema is not None:
             self.ema.update_parameters(self.gpt)
 
+    @property
+    def has_frozen(self) -> bool:
+        """Whether a frozen pair is attached."""
+        return self._frozen is not None
+
     def frozen(self) -> tuple[VQGAN, FrozenCLIP]:
         """The attached pair, on this module's device."""
         if self._frozen is None:
