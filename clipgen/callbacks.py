@@ -49,8 +49,8 @@ def describe_step(batch_size: int, devices: int, accumulate: int) -> str:
     if devices == 1:
         return text
     return (
-        f"{text}. Steps and validation intervals are counted as on one device, so {devices} devices see {devices} times "
-        f"as many images in them, and an epoch of a folder has fewer steps; model.learning_rate is not scaled. "
+        f"{text}. Steps and validation intervals are counted as on one device, so {devices} devices see {devices} "
+        "times as many images in them, and an epoch of a folder has fewer steps; model.learning_rate is not scaled. "
         f"For the steps of a recipe divide data.batch_size by {devices}"
     )
 

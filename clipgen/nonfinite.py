@@ -183,8 +183,8 @@ def check_weights(module: nn.Module, step: int | None = None) -> None:
     names = [name for name, tensor in weights.items() if not torch.isfinite(tensor.norm())]
     where = "" if step is None else f" at step {step}"
     raise NonFiniteError(
-        f"the weights of {type(module).__name__} must be finite, got {len(names)} of {len(weights)} that are not{where}: "
-        f"{', '.join(names[:1]) or 'those of another rank'}, ...; {HELP}"
+        f"the weights of {type(module).__name__} must be finite, got {len(names)} of {len(weights)} that are not"
+        f"{where}: {', '.join(names[:1]) or 'those of another rank'}, ...; {HELP}"
     )
 
 

@@ -66,8 +66,10 @@ class VQGAN(pl.LightningModule):
         learning_rate, betas: Adam's, both halves. schedule, warmup_steps: see ``optim.schedule``; the discriminator
             warms up when it wakes.
         gradient_clip: largest gradient norm of either half; 0 does not clip.
-        accumulate: batches a step. max_skipped_steps: number of consecutive steps with non-finite losses or gradients,
-            each of which is skipped, that stops the training. compile: by torch.compile. channels_last: memory format of images and weights.
+        accumulate: batches a step.
+        max_skipped_steps: number of consecutive steps with non-finite losses or gradients, each of which is skipped,
+            that stops the training.
+        compile: by torch.compile. channels_last: memory format of images and weights.
     """
 
     counts: Tensor
@@ -117,7 +119,7 @@ class VQGAN(pl.LightningModule):
         self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None
         self.lecam = losses.LeCam() if discriminator_weight > 0 and lecam_weight > 0 else None
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
-        # a broadcast by DDP would overwrite the counts of other ranks, and make those with fewer validation batches wait
+        # a broadcast by DDP would overwrite the counts of other ranks, and wait for those without a validation batch
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.guard, self.averages = StepGuard(max_skipped_steps), losses.Averages()
         self._lpips: tuple[nn.Module, ...] = ()  # in a tuple: frozen, so no part of parameters, mode or checkpoints

@@ -82,7 +82,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str
     ids=["gan", "gan, codes by gradient", "vqgan", "transformer"],
 )
 def test_a_non_finite_step_changes_nothing(make):
-    """Not the weights, the codes, the statistics of batch norm or the moments of Adam; the next step is a step again."""
+    """Not the weights, the codes, the statistics of batch norm or the moments of Adam; the next step counts again."""
     states = train(make(), 4, bad={2}).states
     assert differing(states[0], states[1]) and differing(states[2], states[3])
     assert not differing(states[1], states[2])

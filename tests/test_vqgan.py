@@ -10,10 +10,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import QUIET, VQGAN_SIZES, changed, weights_of
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from clipgen import losses
 from clipgen.data.shapes import ShapesDataset
+from clipgen.nets.discriminator import average_statistics
+from clipgen.nets.quantizer import VectorQuantizer
 from clipgen.vqgan import VQGAN
 
 
@@ -337,6 +339,28 @@ def test_training_lowers_the_loss_and_uses_the_codebook():
     assert metrics["val/perplexity"].item() == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("size", "latents"), [(40, 160), (4, 128)])
+def test_kmeans_sees_ten_latents_per_code_or_all(monkeypatch, stream, size, latents):
+    """A batch of four images has 64 latents: more images are encoded for it, as many as there are."""
+    seen = []
+    monkeypatch.setattr(VectorQuantizer, "init_by_kmeans_", lambda self, found: seen.append(len(found)))
+    vqgan = model(kmeans_iters=2, codebook_size=16)
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", **QUIET)
+    items = [ShapesDataset(size, seed=3)[i] for i in range(size)]
+    dataset = Stream(items) if stream else items
+    trainer.fit(vqgan, DataLoader(dataset, batch_size=4))
+    assert seen == [latents]
+
+
+class Stream(IterableDataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
 def test_bf16_trains(fit):
     vqgan = gan(ema_decay=0.9, lecam_weight=0.1)
     metrics = fit(vqgan, 2, batch=2, precision="bf16-mixed").callback_metrics
@@ -357,9 +381,8 @@ class SameOnAllRanks(pl.Callback):
     """Ranks saw different images; what they trained must be the same, bit for bit."""
 
     def on_train_end(self, trainer, module) -> None:
+        average_statistics(module.discriminator)  # as before a checkpoint
         for name, tensor in module.state_dict().items():
-            if name.endswith(("running_mean", "running_var")):
-                continue  # statistics of a rank's own images
             first, second = module.all_gather(tensor.float())
             assert torch.equal(first, second), name
         assert trainer.world_size == 2 and trainer.global_step == 4
