@@ -108,7 +108,33 @@ def differentiable_codes(logits: Tensor, codebook: Tensor, kind: str) -> Tensor:
     return mean + (F.embedding(logits.argmax(dim=-1), codebook) - mean).detach()
 
 
-def weight_in_mean(rows: int) -> int:
-    """The size to log a batch with, so that a mean over all batches of all ranks is one over their rows. Lightning
-    averages the sizes over the ranks and rounds down; of multiples of the number of ranks that is exact."""
-    return rows * (dist.get_world_size() if dist.is_initialized() else 1)
+class Averages:
+    """Means over all rows of all ranks, the same on any number of ranks, however unequal their batches are.
+
+    Ranks meet in ``compute`` alone, so that one without a batch keeps nobody waiting before.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Tensor, int]] = {}  # of values, and their number of rows
+
+    def reset(self) -> None:
+        """Begin again."""
+        self.sums = {}
+
+    def add(self, means: dict[str, Tensor], rows: int) -> None:
+        """Take in the means over the rows of a batch."""
+        for name, mean in means.items():
+            value = mean.detach()
+            value = (value if value.device.type == "mps" else value.double()) * rows  # MPS has no double
+            total, count = self.sums.get(name, (torch.zeros_like(value), 0))
+            self.sums[name] = total + value, count + rows
+
+    def compute(self) -> dict[str, float]:
+        """Return the means, on every rank."""
+        ranks: list[dict[str, tuple[float, int]]] = [{name: (t.item(), n) for name, (t, n) in self.sums.items()}]
+        if dist.is_initialized():
+            mine, ranks = ranks[0], [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(ranks, mine)
+        names = dict.fromkeys(name for rank in ranks for name in rank)
+        found = {name: [rank[name] for rank in ranks if name in rank] for name in names}
+        return {name: sum(t for t, _ in parts) / sum(n for _, n in parts) for name, parts in found.items()}

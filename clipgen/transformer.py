@@ -16,9 +16,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from clipgen import losses, sampling
 from clipgen.bridge import noisy_condition
 from clipgen.clip import FrozenCLIP
+from clipgen.data.validation import real_rows
 from clipgen.images import images_of
 from clipgen.nets.decode import CachedDecoder, CompiledDecoder
 from clipgen.nets.gpt import ConditionalGPT2
+from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
 from clipgen.optim import OPTIMIZERS, MovingAverage, make_optimizer, schedule
 from clipgen.vqgan import VQGAN
 from clipgen.weights import checkpoint as files
@@ -52,6 +54,8 @@ class ConditionalTransformer(pl.LightningModule):
         optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks; see ``optim.make_optimizer``.
         learning_rate, betas, weight_decay: AdamW's; without weight decay it is the paper's Adam.
         schedule, warmup_steps: see ``optim.schedule``.
+        max_skipped_steps: number of consecutive steps with non-finite losses or gradients, each of which is skipped,
+            that stops the training.
         compile: train by torch.compile.
     """
 
@@ -65,7 +69,8 @@ class ConditionalTransformer(pl.LightningModule):
         clip_loss_weight: float = 0.0, clip_loss_codes: str = "straight_through", clip_loss_kind: str = "log",
         clip_loss_every: int = 1, clip_loss_fraction: float = 1.0, ema_decay: float = 0.0, optimizer: str = "adamw",
         learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0,
-        schedule: str = "constant", warmup_steps: int = 0, compile: bool = False,
+        schedule: str = "constant", warmup_steps: int = 0, max_skipped_steps: int = 10,
+        compile: bool = False,
     ):  # fmt: skip
         super().__init__()
         if not 0 <= condition_dropout < 1:
@@ -94,6 +99,9 @@ class ConditionalTransformer(pl.LightningModule):
             null_condition=condition_dropout > 0, grid_positions=grid_positions, checkpointing=checkpointing,
         )  # fmt: skip
         self.ema = MovingAverage(self.gpt, ema_decay) if ema_decay > 0 else None
+        # the same on every rank without DDP's help, which would make ranks with fewer validation batches wait
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        self.guard, self.averages = StepGuard(max_skipped_steps), losses.Averages()
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
         self.compiled = False  # see ``compile_sampling``
         self.decoders: dict[Any, CompiledDecoder] = {}  # by batch size, device and dtype
@@ -215,6 +223,14 @@ class ConditionalTransformer(pl.LightningModule):
             for part in (*net.transformer.h, net):  # reshard after forward too: after validation's no backward would
                 fully_shard(part, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return the callback that stops a training with too many skipped steps."""
+        return [StopOnNonFinite(self.guard)]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Skip the step if it is not finite."""
+        self.guard.before_step([optimizer], self.global_step + 1)
+
     def on_fit_start(self) -> None:
         self.train()  # what was loaded is in evaluation mode, and Lightning leaves it there
         if self.h.compile:
@@ -224,6 +240,11 @@ class ConditionalTransformer(pl.LightningModule):
         super().optimizer_step(*arguments, **named)
         if self.ema is not None:
             self.ema.update_parameters(self.gpt)
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether a frozen pair is attached."""
+        return self._frozen is not None
 
     def frozen(self) -> tuple[VQGAN, FrozenCLIP]:
         """The attached pair, on this module's device."""
@@ -258,12 +279,12 @@ class ConditionalTransformer(pl.LightningModule):
         if self.h.condition_dropout > 0:
             drop = torch.rand(len(indices), device=indices.device) < self.h.condition_dropout
         loss, logits = self.gpt(indices, condition, drop, with_loss=True)
-        self.log("train/cross_entropy", loss.detach())
+        terms = {"cross_entropy": loss}
         if self.h.clip_loss_weight > 0 and self.global_step % self.h.clip_loss_every == 0:
-            clip_loss = self.clip_loss(logits, clip_embedding)
-            self.log("train/clip_loss", clip_loss.detach())
-            loss = loss + self.h.clip_loss_weight * self.h.clip_loss_every * clip_loss  # Eq. 10
-        self.log("train/loss", loss.detach())
+            terms["clip_loss"] = self.clip_loss(logits, clip_embedding)
+            loss = loss + self.h.clip_loss_weight * self.h.clip_loss_every * terms["clip_loss"]  # Eq. 10
+        self.guard.watch(terms)
+        self.log_dict({f"train/{name}": value.detach() for name, value in (terms | {"loss": loss}).items()})
         return loss
 
     def clip_loss(self, logits: Tensor, clip_embedding: Tensor) -> Tensor:
@@ -277,16 +298,29 @@ class ConditionalTransformer(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.inputs(batch)
-        loss, _ = self.network(indices, clip_embedding, with_loss=True)
-        self.log("val/cross_entropy", loss, batch_size=losses.weight_in_mean(len(indices)), sync_dist=True)
+        rows = real_rows(self._trainer, batch_idx, len(indices))
+        keep = rows or len(indices)  # with FSDP every rank must compute as often
+        loss, _ = self.network(indices[:keep], clip_embedding[:keep], with_loss=True)
+        if rows:
+            self.averages.add({"val/cross_entropy": loss}, rows)
+
+    def on_validation_epoch_start(self) -> None:
+        self.averages.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        means = self.averages.compute()
+        check_losses(means, self.global_step)
+        self.log_dict(means)
 
     # -------------------------------------------------------------------------------------------------------- files
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_weights(self, self.global_step)
         checkpoint["clipgen_model"] = files.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write a model folder; of the averaged weights, where there are any."""
+        check_weights(self.network)
         state = {f"gpt.{name}": tensor for name, tensor in self.network.state_dict().items()}
         return files.save_folder(path, files.kind(type(self)), dict(self.hparams), state, half)
 

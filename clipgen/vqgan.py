@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from clipgen import losses
+from clipgen.data.first import training_images
+from clipgen.data.validation import real_rows
 from clipgen.images import check_images, images_of, to_bytes
 from clipgen.lpips import load_lpips, lpips_from_state
 from clipgen.nets.autoencoder import Autoencoder
-from clipgen.nets.discriminator import PatchDiscriminator
+from clipgen.nets.discriminator import PatchDiscriminator, average_statistics
 from clipgen.nets.quantizer import Quantized, count_codes, usage_and_perplexity
+from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
 from clipgen.optim import MovingAverage, optimizer_steps, schedule
 from clipgen.weights import checkpoint as files
 from clipgen.weights import hfailab, taming
@@ -62,7 +66,10 @@ class VQGAN(pl.LightningModule):
         learning_rate, betas: Adam's, both halves. schedule, warmup_steps: see ``optim.schedule``; the discriminator
             warms up when it wakes.
         gradient_clip: largest gradient norm of either half; 0 does not clip.
-        accumulate: batches a step. compile: by torch.compile. channels_last: memory format of images and weights.
+        accumulate: batches a step.
+        max_skipped_steps: number of consecutive steps with non-finite losses or gradients, each of which is skipped,
+            that stops the training.
+        compile: by torch.compile. channels_last: memory format of images and weights.
     """
 
     counts: Tensor
@@ -81,7 +88,8 @@ class VQGAN(pl.LightningModule):
         ndf: int = 64, n_layers: int = 3, adversarial: str = "hinge", adaptive_weight_max: float = 1e4,
         lecam_weight: float = 0.0, ema_decay: float = 0.0, learning_rate: float = 4.5e-6,
         betas: Sequence[float] = (0.5, 0.9), schedule: str = "constant", warmup_steps: int = 0,
-        gradient_clip: float = 0.0, accumulate: int = 1, compile: bool = False, channels_last: bool = False,
+        gradient_clip: float = 0.0, accumulate: int = 1, max_skipped_steps: int = 10, compile: bool = False,
+        channels_last: bool = False,
     ):  # fmt: skip
         super().__init__()
         for name, kind, kinds in (
@@ -111,6 +119,9 @@ class VQGAN(pl.LightningModule):
         self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None
         self.lecam = losses.LeCam() if discriminator_weight > 0 and lecam_weight > 0 else None
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
+        # a broadcast by DDP would overwrite the counts of other ranks, and wait for those without a validation batch
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        self.guard, self.averages = StepGuard(max_skipped_steps), losses.Averages()
         self._lpips: tuple[nn.Module, ...] = ()  # in a tuple: frozen, so no part of parameters, mode or checkpoints
 
     # ------------------------------------------------------------------------------------------- images <-> indices
@@ -187,6 +198,10 @@ class VQGAN(pl.LightningModule):
         starts = (0, h.discriminator_start)
         return optimizers, [schedule(o, h.schedule, h.warmup_steps, total, at) for o, at in zip(optimizers, starts)]
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return the callback that stops a training with too many skipped steps."""
+        return [StopOnNonFinite(self.guard)]
+
     def on_fit_start(self) -> None:
         if (precision := self.trainer.precision) not in ("32-true", "bf16-mixed"):
             why = ": GAN losses overflow in fp16" if precision == "16-mixed" else ""
@@ -224,10 +239,10 @@ class VQGAN(pl.LightningModule):
         if self.h.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.h.kmeans_iters and self.global_step == batch_idx == 0:
-            with torch.no_grad():
-                self.autoencoder.quantize.init_by_kmeans_(self.encode_latents(images))
+            self._init_codes(images)
         if batch_idx % self.h.accumulate == 0:
             self.zero_grad()
+            self.guard.protect(self._moved_by_forward())
         step_now = (batch_idx + 1) % self.h.accumulate == 0 or self.trainer.is_last_batch
         awake = self.discriminator is not None and self.global_step >= self.h.discriminator_start
 
@@ -239,10 +254,33 @@ class VQGAN(pl.LightningModule):
         visible = sum(value for name, value in terms.items() if name not in quantized.losses)
         pixels = self._gradient(visible, terms, leaf, logits_fake, reconstruction)
         quantizer_loss = sum(terms[name] for name in quantized.losses)
-        self._step((reconstruction * pixels).sum() + quantizer_loss, 0, step_now)
+        self.manual_backward(((reconstruction * pixels).sum() + quantizer_loss) / self.h.accumulate)
         if logits_fake is not None:
-            self._step(self._discriminator_loss(images, logits_fake), 1, step_now)
+            self.manual_backward(self._discriminator_loss(images, logits_fake) / self.h.accumulate)
+        self.guard.watch(terms)
+        if step_now:
+            self._step(halves=2 if awake else 1)
         self._log(terms, quantized)
+
+    @torch.no_grad()
+    def _init_codes(self, images: Tensor) -> None:
+        """Place the codes by k-means of the latents of a first batch, and of more images where those are too few."""
+        quantizer = self.autoencoder.quantize
+        latents = [quantizer.as_vectors(self.encode_latents(images))]
+        wanted = math.ceil(quantizer.kmeans_latents / self.trainer.world_size)
+        count = math.ceil((wanted - len(latents[0])) / (len(latents[0]) / len(images)))
+        for batch in training_images(self.trainer, count, len(images)):
+            latents.append(quantizer.as_vectors(self.encode_latents(batch.to(images))))
+        quantizer.init_by_kmeans_(torch.cat(latents)[:wanted])
+
+    def _moved_by_forward(self) -> list[Tensor]:
+        """Return the tensors that training changes without an optimizer: codes, and statistics of batches."""
+        parts = [part for part in (self.discriminator, self.lecam) if part is not None]
+        return [
+            *self.autoencoder.quantize.parameters(),
+            *self.autoencoder.buffers(),
+            *(buffer for part in parts for buffer in part.buffers()),
+        ]
 
     def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: Quantized) -> dict[str, Tensor]:
         """The terms that need no discriminator, each weighted: they sum up to the loss (Eq. 4 and LPIPS)."""
@@ -273,28 +311,28 @@ class VQGAN(pl.LightningModule):
         loss = losses.discriminator_loss(logits_real, logits_fake, self.h.adversarial)
         logged = {"discriminator_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
         self.log_dict({f"train/{name}": value.detach() for name, value in logged.items()})
+        self.guard.watch({"discriminator_loss": loss})
         if self.lecam is not None:
             lecam_loss = self.h.lecam_weight * self.lecam(logits_real, logits_fake)
+            self.guard.watch({"lecam_loss": lecam_loss})
             self.log("train/lecam_loss", lecam_loss.detach())
             loss = loss + lecam_loss
         return loss
 
-    def _step(self, loss: Tensor, half: int, now: bool) -> None:
-        """Add the loss's gradient to a half of the GAN, and step its optimizer where it is time to."""
-        self.manual_backward(loss / self.h.accumulate)
-        if not now:
-            return
+    def _step(self, halves: int) -> None:
+        """Step the optimizers of the first ``halves`` of the GAN, unless a loss or gradient of either is not finite."""
         # the raw one of the discriminator: Lightning's wrapper would count a second global step for the same batch
-        optimizers: Any = self.optimizers(use_pl_optimizer=half == 0)
-        optimizer = optimizers[half] if isinstance(optimizers, list) else optimizers
-        if self.h.gradient_clip > 0:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.h.gradient_clip)
-        optimizer.step()
-        schedulers: Any = self.lr_schedulers()
-        if schedulers is not None:  # a subclass may have none
-            (schedulers[half] if isinstance(schedulers, list) else schedulers).step()
-        if half == 0 and self.ema is not None:
+        wrapped, raw = (_as_list(self.optimizers(use_pl_optimizer=wrap)) for wrap in (True, False))
+        schedulers = _as_list(self.lr_schedulers())  # a subclass may have none
+        self.guard.before_step(raw[:halves], self.global_step + 1)
+        for half in range(halves):
+            if self.h.gradient_clip > 0:
+                parameters = [p for group in raw[half].param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, self.h.gradient_clip)
+            (raw if half else wrapped)[half].step()
+            if schedulers:
+                schedulers[half].step()
+        if self.ema is not None:
             self.ema.update_parameters(self.autoencoder)
 
     def _log(self, terms: dict[str, Tensor], quantized: Quantized) -> None:
@@ -308,10 +346,17 @@ class VQGAN(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.counts.zero_()
+        self.averages.reset()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Log the losses, and PSNR of the reconstruction as a file would hold it, in 8 bits; return that."""
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        """Take in the losses, and PSNR of the reconstruction as a file would hold it, in 8 bits; return that.
+
+        Rows that other ranks have, too, are left out; None: all of them.
+        """
         images = images_of(batch)
+        images = images[: real_rows(self._trainer, batch_idx, len(images))]
+        if not len(images):
+            return None
         reconstruction, quantized = self.autoencode(images)
         self.counts += count_codes(quantized.indices, self.codebook_size)
         terms = self.autoencoder_loss(images, reconstruction, quantized)
@@ -319,11 +364,13 @@ class VQGAN(pl.LightningModule):
         picture = to_bytes(reconstruction).float() / 127.5 - 1
         squared = ((picture - images) / 2).square().mean(dim=(1, 2, 3))
         terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()  # dB, mean over images; peak 1 for [0, 1]
-        logged, weight = {f"val/{name}": v for name, v in terms.items()}, losses.weight_in_mean(len(images))
-        self.log_dict(logged, batch_size=weight, sync_dist=True)
+        self.averages.add({f"val/{name}": value for name, value in terms.items()}, len(images))
         return picture
 
     def on_validation_epoch_end(self) -> None:
+        means = self.averages.compute()
+        check_losses(means, self.global_step)
+        self.log_dict(means)
         counts: Any = self.all_gather(self.counts)  # (K,), or (ranks, K)
         self.counts = counts.view(-1, self.codebook_size).sum(0)
         usage, perplexity = usage_and_perplexity(self.counts)
@@ -339,10 +386,14 @@ class VQGAN(pl.LightningModule):
         return self.discriminator is not None and self.global_step > self.h.discriminator_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.discriminator is not None:
+            average_statistics(self.discriminator)
+        check_weights(self, self.global_step)
         checkpoint["clipgen_model"] = files.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False, training: bool = False) -> Path:
         """Write a model folder: the tokenizer; with ``training`` also the discriminator and LPIPS, if there are any."""
+        check_weights(self._delivered)
         state = self._delivered.state_dict()
         if training:
             for prefix, part in zip(PARTS, (self.discriminator, *self._lpips)):
@@ -418,3 +469,10 @@ class VQGAN(pl.LightningModule):
             missing = net.load_state_dict(state, strict=False)
             if unknown := [k for k in (*missing.missing_keys, *missing.unexpected_keys) if k != "quantize.idle"]:
                 raise RuntimeError(f"weights do not fit: {', '.join(unknown)}")
+
+
+def _as_list(one_or_more: Any) -> list[Any]:
+    """Return what Lightning hands out alone, as a list or as None."""
+    if one_or_more is None:
+        return []
+    return list(one_or_more) if isinstance(one_or_more, list) else [one_or_more]

@@ -23,6 +23,7 @@ import pytest
 import torch
 import yaml
 from commands import SHAPES, TRANSFORMER, VQGAN, command, everything, interrupt_at, only, trained
+from conftest import VQGAN_SIZES
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -552,3 +553,16 @@ def test_all_keys_are_shown(call, tmp_path):
     shown = call("stage=vqgan", "--cfg", "job")
     assert shown.code == 0 and {"model", "data", "trainer", "pictures"} <= yaml.safe_load(shown.stdout).keys()
     assert everything(tmp_path) == set()
+
+
+def test_training_grids_are_drawn_with_guidance(call, tmp_path):
+    """Where the model is trained for it; else the training does not begin."""
+    Tokenizer(**VQGAN_SIZES).save(tmp_path / "vqgan")
+    arguments = [*TRANSFORMER, *SHAPES, "vqgan=vqgan", "trainer.max_steps=2", "model.condition_dropout=0.5"]
+    for name, scale in (("plain", 1), ("guided", 8)):
+        result = call(*arguments, f"output={name}", f"pictures.guidance_scale={scale}")
+        assert result.code == 0, result.stderr
+    plain, guided = (Path(run, "pictures", "from_texts_0000002.png").read_bytes() for run in ("plain", "guided"))
+    assert plain != guided
+    result = call(*arguments[:-1], "output=no", "pictures.guidance_scale=3")
+    assert result.code == 1 and "pictures.guidance_scale must be 1 for a model without" in result.stderr

@@ -105,7 +105,8 @@ def test_losses_stay_on_the_gpu(transformer, gan, gpu):
     images = torch.empty(2, 3, 32, 32, device=gpu)
     indices, e = there.encode(images)
     loss, logits = there.gpt(indices, noisy_condition(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True)
-    gan.autoencoder.quantize.init_by_kmeans_(gan.encode_latents(images))
+    quantizer = gan.autoencoder.quantize
+    quantizer.init_by_kmeans_(quantizer.as_vectors(gan.encode_latents(images)))
     reconstruction, quantized = gan.autoencode(images)
     terms = gan.autoencoder_loss(images, reconstruction, quantized)
     both = gan.discriminator(images), gan.discriminator(reconstruction)

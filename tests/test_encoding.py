@@ -306,11 +306,28 @@ def test_training_from_a_cache_needs_neither_model(call, encoded, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("clipgen.clip.FrozenCLIP.__init__", refuse)
         patch.setattr("clipgen.vqgan.VQGAN.__init__", refuse)
-        result = call("clipgen-train", *TRANSFORMER, "data=encoded", f"data.root={encoded}", "output=run")
+        arguments = ["data=encoded", f"data.root={encoded}", "output=run", "trainer.limit_val_batches=0"]  # no pictures
+        result = call("clipgen-train", *TRANSFORMER, *arguments)
     assert result.code == 0, result.stderr
     result = call("clipgen-sample", "--checkpoint", "run", "--prompt", "a large red star on a white background",
                   "--num-images", "1")  # fmt: skip
     assert result.code == 0 and Path("samples/grid.png").is_file(), result.stderr
+
+
+def test_training_from_a_cache_draws_pictures(call, encoded, monkeypatch):
+    """Of the validation embeddings and of the prompts; of those alone where the CLIP cannot be loaded."""
+    prompts = "pictures.prompts=[a large red star on a white background]"
+    arguments = ["data=encoded", f"data.root={encoded}", prompts, "trainer.max_steps=2"]
+    result = call("clipgen-train", *TRANSFORMER, *arguments, "output=run")
+    names = [f"{name}_0000002.png" for name in ("from_images", "from_texts")]
+    assert result.code == 0 and sorted(path.name for path in Path("run/pictures").iterdir()) == names, result.stderr
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("clipgen.callbacks.load_clip", refuse)
+    result = call("clipgen-train", *TRANSFORMER, *arguments, "output=alone")
+    assert result.code == 0 and [path.name for path in Path("alone/pictures").iterdir()] == names[:1], result.stderr
 
 
 def test_the_clip_loss_loads_them(call, encoded):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from clipgen.nets.quantizer import GumbelQuantizer, VectorQuantizer, usage_and_perplexity
+from clipgen.nets.quantizer import GumbelQuantizer, VectorQuantizer, nearest_rows, usage_and_perplexity
 
 BOTH = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 
@@ -155,7 +155,7 @@ def test_kmeans_puts_the_codes_where_the_clusters_are():
     clusters = torch.tensor([[5.0, 5.0], [-5.0, 5.0], [0.0, -8.0], [9.0, 0.0]])
     z = clusters.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
     module = VectorQuantizer(8, 2, kmeans_iters=10, revive_after=50)
-    module.init_by_kmeans_(z[:, :, None, None])
+    module.init_by_kmeans_(z)
     assert (torch.cdist(clusters, module.codebook).min(dim=1).values < 0.2).all()
     before = module.codebook.clone()
     module(z[:, :, None, None])
@@ -203,12 +203,38 @@ def test_refused(arguments, message):
         VectorQuantizer(**arguments)
 
 
+def test_kmeans_starts_from_different_latents_where_there_are_enough():
+    module = VectorQuantizer(16, 2, kmeans_iters=0)
+    latents = torch.randn(16, 2)
+    module.init_by_kmeans_(latents)
+    assert {tuple(code) for code in module.codebook.tolist()} == {tuple(latent) for latent in latents.tolist()}
+
+
+def test_kmeans_holds_a_part_of_the_distances_at_a_time(monkeypatch):
+    vectors, centres = torch.randn(50, 3), torch.randn(7, 3)
+    expected = nearest_rows(vectors, centres)
+    monkeypatch.setattr("clipgen.nets.quantizer.DISTANCES", 21)
+    assert torch.equal(nearest_rows(vectors, centres), expected)
+
+
+def test_kmeans_leaves_out_latents_that_are_not_finite():
+    module = VectorQuantizer(4, 2, kmeans_iters=2)
+    latents = torch.randn(40, 2)
+    latents[::3] = float("nan")
+    module.init_by_kmeans_(latents)
+    assert torch.isfinite(module.codebook).all()
+    with pytest.raises(ValueError, match="finite, got none"):
+        module.init_by_kmeans_(latents[::3])
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)  # the codebook: the same on both
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     module = VectorQuantizer(16, 4, revive_after=2, codebook_momentum=0.5, kmeans_iters=2)
     torch.manual_seed(rank)  # the data: not the same
-    module.init_by_kmeans_(5 + torch.randn(32, 4, 1, 1))
+    latents = 5 + torch.randn(8 + rank, 4)  # 16 of both ranks for 16 codes
+    module.init_by_kmeans_(latents)
+    assert sum(torch.cdist(latents[:8], module.codebook).amin(dim=1) < 1e-3) == 8
     for _ in range(4):
         module(5 + torch.randn(32, 4, 1, 1))
     torch.save(module.state_dict(), f"{folder}/{rank}.pt")

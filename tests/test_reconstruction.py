@@ -95,7 +95,7 @@ def test_inception_without_its_weights_says_what_to_do(monkeypatch):
 def test_identical_images_have_no_distance():
     metrics = ReconstructionMetrics(fid_features=f"{__name__}:four_numbers")
     images = ShapesDataset(16, seed=1).render(range(16))
-    metrics.update(None, images, images)
+    metrics.update(images, images)
     found = {name: metric.compute().item() for name, metric in metrics.metrics.items()}
     assert found["ssim"] == pytest.approx(1, abs=1e-4) and found["rfid"] == pytest.approx(0, abs=1e-3)
     assert math.isfinite(found["rfid"])

@@ -10,10 +10,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import QUIET, VQGAN_SIZES, changed, weights_of
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from clipgen import losses
 from clipgen.data.shapes import ShapesDataset
+from clipgen.nets.discriminator import average_statistics
+from clipgen.nets.quantizer import VectorQuantizer
 from clipgen.vqgan import VQGAN
 
 
@@ -160,16 +162,17 @@ def test_warming_up_the_discriminator_does_not_touch_the_generator(fit):
 def test_each_half_follows_its_own_loss(fit):
     """The generator's gradient does not land in the discriminator, nor the other way round."""
 
-    class Gradients(pl.Callback):
-        def __init__(self) -> None:
-            self.seen = []
+    class Halves(VQGAN):
+        def manual_backward(self, loss, *arguments, **named) -> None:
+            super().manual_backward(loss, *arguments, **named)
+            gradients.append({name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None})
 
-        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-            self.seen.append({name.split(".")[0] for name, p in module.named_parameters() if p.grad is not None})
-
-    vqgan, gradients = gan(), Gradients()
-    fit(vqgan, 1, gradients, batch=4)
-    assert gradients.seen == [{"autoencoder"}]
+    gradients: list[dict[str, torch.Tensor]] = []
+    fit(Halves(**gan().hparams), 1, batch=4)
+    first, second = gradients
+    assert {name.split(".")[0] for name in first} == {"autoencoder"}
+    assert {name.split(".")[0] for name in second} == {"autoencoder", "discriminator"}
+    assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
 
 
 def test_beta_is_on_the_commitment_term(images):
@@ -336,6 +339,28 @@ def test_training_lowers_the_loss_and_uses_the_codebook():
     assert metrics["val/perplexity"].item() == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("size", "latents"), [(40, 160), (4, 128)])
+def test_kmeans_sees_ten_latents_per_code_or_all(monkeypatch, stream, size, latents):
+    """A batch of four images has 64 latents: more images are encoded for it, as many as there are."""
+    seen = []
+    monkeypatch.setattr(VectorQuantizer, "init_by_kmeans_", lambda self, found: seen.append(len(found)))
+    vqgan = model(kmeans_iters=2, codebook_size=16)
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", **QUIET)
+    items = [ShapesDataset(size, seed=3)[i] for i in range(size)]
+    dataset = Stream(items) if stream else items
+    trainer.fit(vqgan, DataLoader(dataset, batch_size=4))
+    assert seen == [latents]
+
+
+class Stream(IterableDataset):
+    def __init__(self, items: list) -> None:
+        self.items = items
+
+    def __iter__(self):
+        return iter(self.items)
+
+
 def test_bf16_trains(fit):
     vqgan = gan(ema_decay=0.9, lecam_weight=0.1)
     metrics = fit(vqgan, 2, batch=2, precision="bf16-mixed").callback_metrics
@@ -356,9 +381,8 @@ class SameOnAllRanks(pl.Callback):
     """Ranks saw different images; what they trained must be the same, bit for bit."""
 
     def on_train_end(self, trainer, module) -> None:
+        average_statistics(module.discriminator)  # as before a checkpoint
         for name, tensor in module.state_dict().items():
-            if name.endswith(("running_mean", "running_var")):
-                continue  # statistics of a rank's own images
             first, second = module.all_gather(tensor.float())
             assert torch.equal(first, second), name
         assert trainer.world_size == 2 and trainer.global_step == 4

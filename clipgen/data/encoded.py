@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipgen.data.sampler import ResumableSampler
+from clipgen.data.validation import ValidationSampler
 from clipgen.files import one_line, read_json
 from clipgen.weights.checkpoint import codebook_rows
 
@@ -313,7 +314,10 @@ class EncodedData(pl.LightningDataModule):
         return self._loader(dataset, sampler=order, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._loader(self.datasets["val"]) if "val" in self.datasets else []
+        if "val" not in self.datasets:
+            return []
+        dataset = self.datasets["val"]
+        return self._loader(dataset, sampler=ValidationSampler.for_trainer(self.trainer, dataset, self.batch_size))
 
     def _loader(self, dataset: EncodedDataset, **options: Any) -> DataLoader[Any]:
         collate: Any = as_is

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from clipgen.data.sampler import ResumableSampler, batches_done
+from clipgen.data.validation import ValidationSampler
 
 
 class ImageData(pl.LightningDataModule):
@@ -61,7 +62,9 @@ class ImageData(pl.LightningDataModule):
         """Make the loader of all validation images in order, or none at all."""
         if self.val is None:
             return []
-        return self._loader(self.val)
+        if isinstance(self.val, IterableDataset):  # it splits itself between ranks
+            return self._loader(self.val)
+        return self._loader(self.val, sampler=ValidationSampler.for_trainer(self.trainer, self.val, self.batch_size))
 
     def teardown(self, stage: str) -> None:
         """Let the datasets that count skipped images log the counts."""

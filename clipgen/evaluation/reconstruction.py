@@ -11,7 +11,7 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from clipgen.evaluation.features import feature_extractor
-from clipgen.losses import weight_in_mean
+from clipgen.losses import Averages
 from clipgen.lpips import load_lpips
 
 
@@ -30,6 +30,7 @@ class ReconstructionMetrics(pl.Callback):
     def __init__(self, ssim: bool = True, lpips: bool = False, vgg_weights: str | None = None,
                  fid_features: str | None = None):  # fmt: skip
         self.lpips = load_lpips(vgg_weights) if lpips else None
+        self.averages = Averages()  # of LPIPS
         self.metrics: dict[str, Metric] = {}
         if ssim:
             self.metrics["ssim"] = StructuralSimilarityIndexMeasure(data_range=1.0)
@@ -40,14 +41,16 @@ class ReconstructionMetrics(pl.Callback):
             self.metrics["rfid"] = FrechetInceptionDistance(feature=extractor)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.averages.reset()
         for metric in self.metrics.values():
             metric.to(module.device).reset()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
                                 batch_idx: int, dataloader_idx: int = 0) -> None:  # fmt: skip
-        self.update(module, batch["images"], outputs)
+        if outputs is not None:  # of the rows that count, which are the first
+            self.update(batch["images"][: len(outputs)], outputs)
 
-    def update(self, module: pl.LightningModule, images: Tensor, reconstruction: Tensor) -> None:
+    def update(self, images: Tensor, reconstruction: Tensor) -> None:
         """Take in a batch of images and their reconstructions, both in [-1, 1]."""
         if "ssim" in self.metrics:
             self.metrics["ssim"].update((reconstruction + 1) / 2, (images + 1) / 2)
@@ -56,9 +59,10 @@ class ReconstructionMetrics(pl.Callback):
             self.metrics["rfid"].update(reconstruction, real=False)
         if self.lpips is not None:
             distance = self.lpips.to(images.device)(images, reconstruction).mean()
-            module.log("val/lpips", distance, batch_size=weight_in_mean(len(images)), sync_dist=True)
+            self.averages.add({"val/lpips": distance}, len(images))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        module.log_dict(self.averages.compute())
         if not trainer.sanity_checking:
             for name, metric in self.metrics.items():
                 module.log(f"val/{name}", metric.compute())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -43,3 +44,14 @@ def sizes_of(state: dict[str, Tensor]) -> dict[str, int]:
     """``ndf`` and ``n_layers`` of a PatchGAN, read off its convolutions; nothing where there is none."""
     kernels = [tensor for tensor in state.values() if tensor.ndim == 4]
     return {"ndf": kernels[0].shape[0], "n_layers": len(kernels) - 2} if kernels else {}
+
+
+def average_statistics(module: nn.Module) -> None:
+    """Replace the running statistics of batch norms by their means over all ranks, which each saw other images."""
+    if not dist.is_initialized():
+        return
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d) and part.running_mean is not None and part.running_var is not None:
+            for statistic in (part.running_mean, part.running_var):
+                dist.all_reduce(statistic)
+                statistic /= dist.get_world_size()

@@ -6,6 +6,7 @@ back by ``codes``, and shows all its codes as ``codebook`` (K, D).
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import NamedTuple
 
@@ -14,6 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+LATENTS_PER_CODE = 10  # of k-means
+DISTANCES = 2**26  # distances that k-means holds at a time: 256 MiB
 
 
 class Quantized(NamedTuple):
@@ -99,13 +105,27 @@ class VectorQuantizer(nn.Module):
         """Indices (B, h, w) -> codes (B, D, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
 
+    @property
+    def kmeans_latents(self) -> int:
+        """The number of latents of all ranks that ``init_by_kmeans_`` should get."""
+        return LATENTS_PER_CODE * self.codebook_size
+
+    def as_vectors(self, z: Tensor) -> Tensor:
+        """Latents (B, D, h, w) -> what is compared with codes, (B * h * w, D), in fp32."""
+        return self._scaled(rearrange(z.float(), "b d h w -> (b h w) d"))
+
     @torch.no_grad()
-    def init_by_kmeans_(self, z: Tensor) -> None:
-        """Put the codes where k-means finds the clusters of the first batch (B, D, h, w), the same on every rank."""
-        latents = self._scaled(rearrange(z.float(), "b d h w -> (b h w) d"))
-        centres = latents[torch.multinomial(latents.new_ones(len(latents)), self.codebook_size, replacement=True)]
+    def init_by_kmeans_(self, latents: Tensor) -> None:
+        """Put the codes where k-means finds the clusters of latents (N, D) of all ranks, the same on every rank."""
+        latents = gathered(latents)
+        latents = latents[torch.isfinite(latents).all(dim=1)]
+        if not len(latents):
+            raise ValueError("kmeans_iters needs latents of the first batch that are finite, got none")
+        if len(latents) < self.codebook_size:
+            logger.warning("k-means places %d codes by %d latents alone.", self.codebook_size, len(latents))
+        centres = latents[draw_rows(len(latents), self.codebook_size, latents.device)]
         for _ in range(self.kmeans_iters):
-            nearest = torch.cdist(latents, centres).argmin(dim=1)
+            nearest = nearest_rows(latents, centres)
             count = count_codes(nearest, self.codebook_size)[:, None]
             total = torch.zeros_like(centres).index_add_(0, nearest, latents)
             centres = self._scaled(torch.where(count > 0, total / count.clamp(min=1), centres))
@@ -137,6 +157,7 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(used)
         self.idle.add_(1)[used > 0] = 0
         dead = self.idle >= self.revive_after
+        error = error.nan_to_num(nan=0.0, posinf=0.0)  # multinomial fails on those; their step will be skipped
         chosen = latents[torch.multinomial(error + 1e-12, self.codebook_size, replacement=True)]
         if dist.is_initialized():
             dist.broadcast(chosen, src=0)
@@ -179,6 +200,31 @@ class GumbelQuantizer(nn.Module):
     def codes(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) -> codes (B, D, h, w)."""
         return rearrange(self.embed(indices), "b h w d -> b d h w")
+
+
+def gathered(vectors: Tensor) -> Tensor:
+    """Return the rows (N, D) of all ranks, as many of each as the one with the fewest has."""
+    if not dist.is_initialized():
+        return vectors
+    rows = torch.tensor(len(vectors), device=vectors.device)
+    dist.all_reduce(rows, dist.ReduceOp.MIN)
+    mine = vectors[: int(rows)].contiguous()
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)
+
+
+def draw_rows(rows: int, count: int, device: torch.device) -> Tensor:
+    """Draw ``count`` row numbers: different ones where there are enough."""
+    if rows >= count:
+        return torch.randperm(rows, device=device)[:count]
+    return torch.randint(rows, (count,), device=device)
+
+
+def nearest_rows(vectors: Tensor, centres: Tensor) -> Tensor:
+    """Index of the centre (K, D) that is nearest to each vector (N, D); a part of the distances at a time."""
+    chunk = max(DISTANCES // len(centres), 1)
+    return torch.cat([torch.cdist(some, centres).argmin(dim=1) for some in vectors.split(chunk)])
 
 
 def count_codes(indices: Tensor, codebook_size: int) -> Tensor:

@@ -1,0 +1,139 @@
+"""Validation counts every item once, on any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES
+from test_data_real import encoded, make_tar
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from clipgen.callbacks import describe_step
+from clipgen.data.folder import folder_data
+from clipgen.data.module import ImageData
+from clipgen.data.shapes import ShapesDataset
+from clipgen.data.shards import shard_data
+from clipgen.data.validation import ValidationSampler, real_rows
+from clipgen.evaluation.reconstruction import ReconstructionMetrics
+from clipgen.images import to_pil
+from clipgen.losses import Averages
+from clipgen.transformer import ConditionalTransformer
+from clipgen.vqgan import VQGAN
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_ranks_share_the_batches_of_one_process(size, world_size):
+    """With as many batches on each, of which every row counts once."""
+    batches: dict[int, list[int]] = {}
+    lengths = set()
+    for rank in range(world_size):
+        sampler = ValidationSampler(range(size), 4, rank, world_size)
+        mine = list(DataLoader(range(size), 4, sampler=sampler, collate_fn=list))
+        assert len(mine) == sampler.batches and sum(map(len, mine)) == len(sampler)
+        lengths.add(len(mine))
+        for number, batch in enumerate(mine):
+            if real := batch[: sampler.real_rows(number)]:
+                batches[number * world_size + rank] = real
+    assert [batches[number] for number in sorted(batches)] == list(DataLoader(range(size), 4, collate_fn=list))
+    assert len(lengths) == 1
+
+
+def test_repetitions_of_torchs_own_sampler_do_not_count():
+    counted = []
+    for rank in range(2):
+        loader = DataLoader(range(5), 2, sampler=DistributedSampler(range(5), 2, rank, shuffle=False), collate_fn=list)
+        trainer = type("Trainer", (), {"val_dataloaders": loader})
+        counted += [
+            item for number, rows in enumerate(loader) for item in rows[: real_rows(trainer, number, len(rows))]
+        ]
+    assert sorted(counted) == list(range(5))
+
+
+def test_averages_weigh_batches_by_their_rows():
+    averages = Averages()
+    averages.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)}, 1)
+    averages.add({"a": torch.tensor(4.0)}, 2)
+    assert averages.compute() == {"a": 3.0, "b": 5.0}
+    averages.reset()
+    assert averages.compute() == {}
+
+
+@pytest.mark.parametrize(("devices", "words"), [(1, []), (8, ["8 devices see 8 times", "not scaled", "divide"])])
+def test_the_log_tells_the_effective_batch(devices, words):
+    text = describe_step(32, devices, 2)
+    assert text.startswith(f"{64 * devices} images per optimizer step: data.batch_size=32 per device")
+    assert all(word in text for word in words)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+class Cached(Dataset):
+    """What a cache holds, for training and for validation."""
+
+    def __init__(self, size: int) -> None:
+        generator = torch.Generator().manual_seed(size)
+        self.embeddings = nn.functional.normalize(torch.randn(size, 64, generator=generator), dim=1)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        return {"indices": torch.arange(16).roll(item), "clip_embedding": self.embeddings[item]}
+
+
+def features(images: torch.Tensor) -> torch.Tensor:
+    return nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 2).flatten(1)
+
+
+def data(kind: str, folder: Path, count: int) -> pl.LightningDataModule:
+    """``count`` images for validation."""
+    if kind == "cache":
+        return ImageData(Cached(8), Cached(count), batch_size=2)
+    pictures = to_pil(ShapesDataset(count, image_size=32, seed=2).render(range(count)))
+    (folder / "images").mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / "images" / f"{i}.png")
+    for name, some in (("a", pictures[:1]), ("b", pictures[1:] or pictures)):
+        make_tar(folder / f"{name}.tar", {f"{i}.png": encoded(picture, "PNG") for i, picture in enumerate(some)})
+    if kind == "folder":
+        make = folder_data(folder / "images", 32, 1, val_root=folder / "images")
+        make.train, make.batch_size = ShapesDataset(8), 2
+        return make
+    urls = [str(folder / f"{name}.tar") for name in "ab"][-min(count, 2) :]
+    make = shard_data(urls, urls, 32, 2)
+    make.train = ShapesDataset(8)
+    return make
+
+
+def metrics(kind: str, folder: Path, count: int, devices: int) -> dict[str, float]:
+    """What a training logs in validation, of weights that do not move."""
+    torch.manual_seed(0)
+    callbacks: list[pl.Callback] = []
+    if kind == "cache":
+        model: pl.LightningModule = ConditionalTransformer(**TRANSFORMER_SIZES | {"learning_rate": 0.0})
+    else:
+        model = VQGAN(**VQGAN_SIZES | {"learning_rate": 0.0, "revive_after": 0})
+        callbacks = [ReconstructionMetrics(fid_features=f"{__name__}:features" if count > 1 else None)]
+    strategy = "auto" if devices == 1 else "ddp_spawn_find_unused_parameters_true"
+    trainer = pl.Trainer(max_steps=1, val_check_interval=1, accelerator="cpu", devices=devices, strategy=strategy,
+                         callbacks=callbacks, **QUIET)  # fmt: skip
+    folder.mkdir()
+    trainer.fit(model, datamodule=data(kind, folder, count))
+    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "count"), [("folder", 3), ("folder", 1), ("folder", 5), ("shards", 4), ("shards", 1), ("cache", 3)]
+)
+def test_two_processes_validate_like_one(tmp_path, kind, count):
+    """Also where one of them has fewer batches, or none."""
+    one, two = (metrics(kind, tmp_path / str(devices), count, devices) for devices in (1, 2))
+    assert len(one) >= (1 if kind == "cache" else 7)
+    assert two == pytest.approx(one, rel=1e-4)
