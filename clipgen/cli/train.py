@@ -133,20 +133,28 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     from clipgen.cli.config import make
     from clipgen.resume import WholeCheckpoints
 
-    strategy = config.trainer.strategy
-    # before discriminator_start the discriminator gets no gradients, which plain DDP refuses
-    if strategy == "auto" and config.trainer.devices != 1:
-        strategy = "ddp_find_unused_parameters_true"
     return make(
         config.trainer,
-        strategy=sharded(config) if strategy == "fsdp" else strategy,
+        strategy=make_strategy(config),
         default_root_dir=str(output),
         logger=make(config.logger) if "_target_" in config.logger else False,
         enable_progress_bar=False,  # ours counts steps
         enable_model_summary=False,
-        plugins=[WholeCheckpoints()],
+        plugins=[WholeCheckpoints(output / "checkpoints")],
         callbacks=make_callbacks(config, output),
     )
+
+
+def make_strategy(config: DictConfig) -> Any:
+    """Return the strategy as Lightning's Trainer takes it."""
+    settings = config.trainer
+    if settings.strategy == "fsdp":
+        return sharded(config)
+    several = settings.strategy == "auto" and (settings.devices != 1 or settings.num_nodes != 1)
+    if config.stage_name == "vqgan" and (several or settings.strategy == "ddp"):
+        # before discriminator_start the discriminator gets no gradients, which plain DDP refuses
+        return "ddp_find_unused_parameters_true"
+    return settings.strategy
 
 
 def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
@@ -154,9 +162,10 @@ def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     from clipgen.callbacks import Results
     from clipgen.cli.config import make
     from clipgen.cli.progress import ProgressReport
+    from clipgen.data.sampler import DataPlace
     from clipgen.resume import GivenSettings, StepSeeds
 
-    found = [StepSeeds(config.seed), GivenSettings()]
+    found = [StepSeeds(config.seed), GivenSettings(), DataPlace()]
     if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
         found.append(make(config.pictures, folder=output / "pictures"))
     if "metrics" in config:
@@ -189,10 +198,11 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
     from clipgen.cli.building import is_encoded
     from clipgen.cli.config import as_yaml
     from clipgen.cli.resuming import write_arguments
-    from clipgen.files import write_json
+    from clipgen.files import atomic_write, write_json
     from clipgen.frozen import copy_frozen, save_frozen
 
-    (output / "config.yaml").write_text(as_yaml(config), "utf-8")
+    with atomic_write(output / "config.yaml") as partial:
+        partial.write_text(as_yaml(config), "utf-8")
     write_arguments(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     write_json(output / "versions.json", versions)
@@ -222,8 +232,8 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
         raise KeyboardInterrupt from exit
     trainer.save_checkpoint(last.path, weights_only=False)  # all processes have a part in it
     if trainer.is_global_zero:
-        best = next(callback.best_model_path for callback in callbacks if getattr(callback, "monitor", None))
-        final = last.path if model.last_is_best or not Path(best).is_file() else best  # no validation, no best
+        best = last.path.with_name("best.ckpt")
+        final = last.path if model.last_is_best or not best.is_file() else best  # no validation, no best
         type(model).load(final).save(output / FOLDERS[kind(type(model))])
         logger.info("Finished %d steps: %s", trainer.global_step, output)
 
