@@ -14,6 +14,26 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+TARGETS = frozenset({  # all that a configuration may have called
+    "clipgen.baselines.label.LabelTransformer",
+    "clipgen.callbacks.PictureLogger",
+    "clipgen.clip.FrozenCLIP",
+    "clipgen.data.encoded.EncodedData",
+    "clipgen.data.folder.folder_data",
+    "clipgen.data.shapes.shapes_data",
+    "clipgen.data.shards.shard_data",
+    "clipgen.evaluation.reconstruction.ReconstructionMetrics",
+    "clipgen.resume.CSVLogger",
+    "clipgen.resume.checkpoints",
+    "clipgen.transformer.ConditionalTransformer",
+    "clipgen.vqgan.VQGAN",
+    "pytorch_lightning.Trainer",
+    "pytorch_lightning.loggers.CometLogger",
+    "pytorch_lightning.loggers.MLFlowLogger",
+    "pytorch_lightning.loggers.NeptuneLogger",
+    "pytorch_lightning.loggers.TensorBoardLogger",
+    "pytorch_lightning.loggers.WandbLogger",
+})  # fmt: skip
 MESSAGES = (  # what Hydra says -> what we say
     (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
     (r".*Could not find '(\w+)/(.*)' Available options in '\1':,? (.*)", r"\1 must be one of \3, got \2"),
@@ -51,7 +71,9 @@ def make(node: DictConfig, **arguments: Any) -> Any:
 
     Raises:
         TypeError: a value is not of the kind that the signature names.
+        ValueError: the node, or a value in it, has a target that is not in ``TARGETS``.
     """
+    check_targets(node)
     check_types(node, arguments)
     try:
         return instantiate(node, _convert_="all", **arguments)
@@ -79,6 +101,20 @@ def explain(error: BaseException) -> str:
 def root_cause(error: BaseException) -> BaseException:
     """What a constructor raised, without Hydra's wrapping."""
     return root_cause(error.__cause__) if isinstance(error, InstantiationException) and error.__cause__ else error
+
+
+def check_targets(node: Any, place: str = "") -> None:
+    """Raise ValueError where a configuration would call something else than the parts of a training."""
+    values = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    place = place or (node._get_full_key("") if OmegaConf.is_config(node) else "")
+    children: Any = (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    )
+    for key, value in children:
+        name = f"{place}.{key}".strip(".")
+        if key == "_target_" and not (isinstance(value, str) and value in TARGETS):
+            raise ValueError(f"{name} must be one of {', '.join(sorted(TARGETS))}, got {value!r}")
+        check_targets(value, name)
 
 
 def check_types(node: DictConfig, given: dict[str, Any]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 logger = logging.getLogger("clipgen")
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
@@ -18,7 +21,8 @@ def guarded(command: str, main: Callable[[], None]) -> None:
     """Run ``main`` and exit; an error becomes ``command: error: sentence``. CLIPGEN_DEBUG=1 shows tracebacks."""
     set_up_logging()
     try:
-        main()
+        with interruptible():
+            main()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -29,6 +33,28 @@ def guarded(command: str, main: Callable[[], None]) -> None:
         print(f"{command}: error: {bug}{sentence(error)}{hint}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP interrupt the work as Ctrl-C does, so that temporary files are removed; not a signal that
+    is ignored, as nohup does."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        for number in numbers:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise what Ctrl-C raises."""
+    raise KeyboardInterrupt
 
 
 @contextmanager

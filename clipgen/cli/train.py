@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import subprocess
 import sys
 import traceback
 from importlib.metadata import version
@@ -39,7 +40,7 @@ def run_hydra() -> None:
     from hydra.types import RunMode
 
     from clipgen.cli.config import config_dir, explain
-    from clipgen.cli.resuming import refuse_other_runs, with_the_runs
+    from clipgen.cli.resuming import refuse_other_runs, settle_resume, with_the_runs
 
     sys.argv[1:] = with_the_runs(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
@@ -52,6 +53,7 @@ def run_hydra() -> None:
         if sweep := HydraConfig.get().mode == RunMode.MULTIRUN:
             config.output = HydraConfig.get().runtime.output_dir
         try:
+            settle_resume(config)
             refuse_other_runs(config)
             train(config, sweep)
         except MisconfigurationException as error:
@@ -88,6 +90,7 @@ choices:
 often needed:
   output=FOLDER             the run folder (default: outputs/STAGE/TIME)
   resume=RUN                go on with a run, in its folder; other arguments change its own
+  resume=auto               go on with the run in output=FOLDER, or start it if there is none
   trainer.max_steps=1000    any key that  clipgen-train stage=vqgan --cfg job  shows
 
 several runs, one after another:
@@ -101,8 +104,9 @@ def train(config: DictConfig, sweep: bool = False) -> None:
 
     from clipgen.cli.building import build, is_encoded, settle_encoded
     from clipgen.cli.config import make
-    from clipgen.cli.resuming import find_checkpoint
+    from clipgen.cli.resuming import bring_best, check_strategy, find_checkpoint, refuse_other_runs, settle_resume
 
+    settle_resume(config)
     if is_encoded(config):
         settle_encoded(config)
     if missing := OmegaConf.missing_keys(config):
@@ -117,15 +121,27 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     trainer = make_trainer(config, output)
     if sweep and trainer.world_size > 1:
         raise ValueError(f"--multirun needs a single device, got {trainer.world_size}: each starts its own sweep")
+    check_processes(trainer.world_size)
     data = make(config.data)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)
     ckpt = find_checkpoint(config.resume, model, config.trainer.max_steps or -1)
+    check_strategy(ckpt, model, config.trainer.strategy)
     if not trainer.is_global_zero:
         return fit(trainer, model, data, ckpt, output)
     with output_folder(output, keep="checkpoints/*.ckpt"):
+        refuse_other_runs(config)  # one that ended before the folder was locked
+        bring_best(ckpt, output)
         prepare(output, config, model)
         fit(trainer, model, data, ckpt, output)
+
+
+def check_processes(world_size: int) -> None:
+    """Raise ValueError where torchrun has started another number of processes than the trainer counts on."""
+    started = int(os.environ.get("WORLD_SIZE") or 0) if "TORCHELASTIC_RUN_ID" in os.environ else world_size
+    if started != world_size:
+        raise ValueError(f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
+                         f"started, got {world_size}")  # fmt: skip
 
 
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
@@ -229,6 +245,8 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
         goes_on = f"{'clipgen-train' if known else 'the same command with'} resume={output} goes on"
         goes_on = f"; {goes_on}" if last.path.is_file() else ""
         logger.info("Stopped at step %d%s", trainer.global_step, goes_on)
+        if last.requeue and trainer.is_global_zero:
+            requeue()
         raise KeyboardInterrupt from exit
     trainer.save_checkpoint(last.path, weights_only=False)  # all processes have a part in it
     if trainer.is_global_zero:
@@ -236,6 +254,17 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
         final = last.path if model.last_is_best or not best.is_file() else best  # no validation, no best
         type(model).load(final).save(output / FOLDERS[kind(type(model))])
         logger.info("Finished %d steps: %s", trainer.global_step, output)
+
+
+def requeue() -> None:
+    """Ask SLURM to run this job again; with resume=auto it continues there."""
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning("The job %s could not be requeued: %s", job, error)
 
 
 if __name__ == "__main__":

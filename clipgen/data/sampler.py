@@ -53,7 +53,8 @@ class DataPlace(pl.Callback):
             self.start = Place(**{key: int(value) for key, value in place.items()})
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        sampler, current = self._sampler(trainer), trainer.fit_loop.epoch_loop.batch_progress.current
+        sampler = self._sampler(trainer)
+        current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if sampler is None or trainer.limit_train_batches != 1.0 or not (self.start.batches and current.processed):
             return
         # Lightning counts the batches of an epoch: the rest of the pass must be the rest of the epoch
