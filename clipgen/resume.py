@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -51,10 +50,10 @@ class BestCheckpoint(ModelCheckpoint):
         return {"monitor": self.monitor, "best_model_score": self.best_model_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        score = state_dict.get("best_model_score")
-        score = torch.as_tensor(math.nan if score is None else score)
+        score: Any = state_dict.get("best_model_score")
+        known = isinstance(score, torch.Tensor) and score.numel() == 1 and bool(score.isfinite().all())
         # without the file the score belongs to a model that this run does not have
-        if score.numel() == 1 and score.isfinite() and self.path.is_file():
+        if known and self.path.is_file():
             path = self.format_checkpoint_name({})
             self.best_model_path = self.kth_best_model_path = path
             self.best_model_score = self.kth_value = score.reshape(())
@@ -73,10 +72,10 @@ class ParameterOrder(pl.Callback):
         numbers = {id(parameter): number for number, parameter in enumerate(module.parameters())}
         for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            renumber(state, [numbers[id(parameter)] for parameter in own])
+            renumber(state, {old: numbers[id(parameter)] for old, parameter in enumerate(own)})
 
 
-def renumber(state: dict[str, Any], numbers: list[int]) -> None:
+def renumber(state: dict[str, Any], numbers: Mapping[int, int]) -> None:
     """Replace each parameter's number n in an optimizer's state by ``numbers[n]``."""
     state["state"] = {numbers[old]: value for old, value in state["state"].items()}
     groups = state["param_groups"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -103,18 +103,23 @@ def root_cause(error: BaseException) -> BaseException:
     return root_cause(error.__cause__) if isinstance(error, InstantiationException) and error.__cause__ else error
 
 
-def check_targets(node: Any, place: str = "") -> None:
+def check_targets(node: DictConfig) -> None:
     """Raise ValueError where a configuration would call something else than the parts of a training."""
-    values = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-    place = place or (node._get_full_key("") if OmegaConf.is_config(node) else "")
-    children: Any = (
-        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    )
-    for key, value in children:
-        name = f"{place}.{key}".strip(".")
-        if key == "_target_" and not (isinstance(value, str) and value in TARGETS):
-            raise ValueError(f"{name} must be one of {', '.join(sorted(TARGETS))}, got {value!r}")
-        check_targets(value, name)
+    for place, target in targets(OmegaConf.to_container(node), node._get_full_key("")):
+        if not (isinstance(target, str) and target in TARGETS):
+            raise ValueError(f"{place} must be one of {', '.join(sorted(TARGETS))}, got {target!r}")
+
+
+def targets(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of every ``_target_`` in nested dictionaries and lists."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, child in value.items():
+            name = f"{place}.{key}".strip(".")
+            if key == "_target_":
+                yield name, child
+            yield from targets(child, name)
 
 
 def check_types(node: DictConfig, given: dict[str, Any]) -> None:

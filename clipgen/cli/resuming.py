@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,12 @@ def with_the_runs(arguments: list[str]) -> list[str]:
     run = resumed_run(given)
     if run is None:
         return arguments
-    before = {key: text for key, text in run_arguments(run, given).items() if key not in given}
-    if "stage" in given and f"stage={given['stage'][1]}" != before.get("stage", f"stage={given['stage'][1]}"):
+    before = run_arguments(run, given.keys() - {"stage"})
+    stage = by_key([before["stage"]])["stage"][1] if "stage" in before else None
+    if "stage" in given and stage not in (None, given["stage"][1]):
         return arguments  # of another model, which is told later
+    if "stage" in given:
+        before.pop("stage", None)
     if before and not any(int(os.environ.get(name) or 0) for name in RANKS):
         shown = " ".join(text if text.isprintable() else repr(text) for text in before.values())
         logger.info("Resuming %s with its arguments: %s", run, shown)
@@ -87,7 +90,7 @@ def by_key(arguments: list[str]) -> dict[str, tuple[str, Any]]:
 # ---------------------------------------------------------------------------------------- the arguments of a run folder
 
 
-def run_arguments(run: Path, given: dict[str, Any]) -> dict[str, str]:
+def run_arguments(run: Path, given: Collection[str]) -> dict[str, str]:
     """Return the arguments of a run by key, but for those whose key is in ``given``.
 
     A run folder may be a stranger's: only keys that ``configs/`` has are taken over, with plain values that neither
