@@ -386,18 +386,19 @@ def test_stage_1_trains_under_ddp(sources, tmp_path, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_checkpoints_go_from_ddp_to_fsdp_and_back(sources, tmp_path, optimizer):
-    """With the moments of the optimizer, each at its parameter: the run ends as it does under DDP alone."""
-    arguments = [*STAGES["transformer"], *sources["encoded"], "data.batch_size=2", "model.schedule=constant",
+def test_checkpoints_go_to_fsdp_and_back(call, sources, tmp_path, optimizer):
+    """With the moments of the optimizer, each at its parameter: the run ends as it does on one device alone."""
+    arguments = ["clipgen-train", *STAGES["transformer"], *sources["encoded"], "model.schedule=constant",
                  f"model.optimizer={optimizer}", "model.ema_decay=0", "model.dropout=0", "model.condition_dropout=0",
-                 "model.clip_loss_weight=0", "model.learning_rate=1e-2", "trainer.devices=2",
+                 "model.condition_cosine=1", "model.clip_loss_weight=0", "model.learning_rate=1e-2",
                  "trainer.accelerator=cpu"]  # fmt: skip
-    fsdp = "trainer.strategy=fsdp"
-    for options in (["output=straight"], ["output=run", "trainer.max_steps=3"],
-                    ["resume=run", "trainer.max_steps=5", fsdp], ["resume=run", "trainer.max_steps=7",
-                     "trainer.strategy=auto", "trainer.devices=1", "data.batch_size=4"]):  # fmt: skip
-        done = command("clipgen-train", *([] if "resume=run" in options else arguments), *options, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    assert call(*arguments, "output=straight").code == 0
+    assert call(*arguments, "output=run", "trainer.max_steps=3").code == 0
+    # a process of its own, which joins a process group
+    sharded = command("clipgen-train", "resume=run", "trainer.max_steps=5", "trainer.strategy=fsdp", cwd=tmp_path)
+    assert sharded.returncode == 0, sharded.stderr
+    result = call("clipgen-train", "resume=run", "trainer.max_steps=7", "trainer.strategy=auto")
+    assert result.code == 0, result.stderr
     straight, resumed = state(tmp_path / "straight"), state(tmp_path / "run")
     for name, value in straight.items():
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4, msg=name)
