@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+from torch.distributed.tensor import DTensor
 
 from clipgen.files import atomic_write
 from clipgen.seeds import hashed_seed
@@ -24,13 +26,91 @@ def checkpoints(folder: str | Path, monitor: str, every_n_steps: int) -> list[pl
     """``last.ckpt`` every n steps and wherever else it is wanted; ``best.ckpt`` by the lowest ``monitor``."""
     if every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-    best = ModelCheckpoint(folder, "best", monitor, enable_version_counter=False, auto_insert_metric_name=False)
-    return [LastCheckpoint(Path(folder) / "last.ckpt", every_n_steps), OwedValidation(), best]
+    last = LastCheckpoint(Path(folder) / "last.ckpt", every_n_steps)
+    return [last, OwedValidation(), ParameterOrder(), BestCheckpoint(folder, monitor)]
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Write ``best.ckpt`` whenever ``monitor`` is lower than ever before.
+
+    A checkpoint holds the best score and no path: the best model is ``best.ckpt`` of this run's own folder, wherever
+    that was moved to, and no file that the checkpoint of somebody else names.
+    """
+
+    def __init__(self, folder: str | Path, monitor: str):
+        super().__init__(folder, "best", monitor, enable_version_counter=False, auto_insert_metric_name=False)
+        self.path = Path(folder) / "best.ckpt"
+
+    @property
+    def state_key(self) -> str:
+        """Return the key of Lightning's own class, under which older checkpoints hold the score."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "best_model_score": self.best_model_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        score: Any = state_dict.get("best_model_score")
+        known = isinstance(score, torch.Tensor) and score.numel() == 1 and bool(score.isfinite().all())
+        # without the file the score belongs to a model that this run does not have
+        if known and self.path.is_file():
+            path = self.format_checkpoint_name({})
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = score.reshape(())
+            self.best_k_models = {path: score.reshape(())}
+
+
+class ParameterOrder(pl.Callback):
+    """Number the parameters in optimizer states as the model does, which is what FSDP expects when it loads them.
+
+    An optimizer numbers them in the order of its groups. Loading on one device or under DDP goes by position alone.
+    """
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            return  # FSDP has numbered them
+        numbers = {id(parameter): number for number, parameter in enumerate(module.parameters())}
+        for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            renumber(state, {old: numbers[id(parameter)] for old, parameter in enumerate(own)})
+
+
+def renumber(state: dict[str, Any], numbers: Mapping[int, int]) -> None:
+    """Replace each parameter's number n in an optimizer's state by ``numbers[n]``."""
+    state["state"] = {numbers[old]: value for old, value in state["state"].items()}
+    groups = state["param_groups"]
+    state["param_groups"] = [{**group, "params": [numbers[old] for old in group["params"]]} for group in groups]
+
+
+def numbered_as_the_model(state: dict[str, Any], module: pl.LightningModule) -> bool:
+    """Return True if the moments in an optimizer's state have the shapes of the parameters of the same number."""
+    shapes = [parameter.shape for parameter in module.parameters()]
+    return all(
+        isinstance(number, int) and number < len(shapes) and moment.shape in (shapes[number], torch.Size())
+        for number, moments in state["state"].items()
+        for moment in moments.values()
+        if isinstance(moment, torch.Tensor)
+    )
 
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that appear whole or not at all, beside the old one until then: Lightning writes them in /tmp first,
-    and where that is another disk the last step is a copy that can break off."""
+    and where that is another disk the last step is a copy that can break off.
+
+    Args:
+        folder: the only one in which checkpoints may be removed; None: nowhere.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        super().__init__()
+        self.folder = folder
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a plain ``.ckpt`` file that lies directly in ``folder``; leave alone whatever else is named."""
+        path = Path(path)
+        inside = self.folder is not None and path.parent.resolve() == self.folder.resolve()
+        if inside and path.suffix == ".ckpt" and path.is_file() and not path.is_symlink():
+            path.unlink()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
@@ -45,16 +125,18 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class LastCheckpoint(pl.Callback):
-    """Writes ``last.ckpt`` every n steps, before each validation, and on Ctrl-C or SIGTERM while ``listening``: then
-    training stops, after the step or in the validation. A second signal stops at once."""
+    """Writes ``last.ckpt`` every n steps, before each validation, and on Ctrl-C, SIGTERM or SIGHUP (a terminal that is
+    closed) while ``listening``: then training stops, after the step or in the validation. A second Ctrl-C or SIGTERM
+    stops at once. Under SLURM, SIGUSR1 (``--signal=SIGUSR1@120``) saves and stops likewise and sets ``requeue``."""
 
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps, self.asked, self.steps = path, every_n_steps, False, -1
+        self.requeue = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals, and give them back: what comes after training is interrupted in the ordinary way."""
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._ask) for number in stopping_signals()}
         try:
             yield
         finally:
@@ -62,9 +144,11 @@ class LastCheckpoint(pl.Callback):
                 signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        # a terminal that is closed may send SIGHUP twice
+        if self.asked and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         self.asked = True
+        self.requeue = self.requeue or number == getattr(signal, "SIGUSR1", None)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.steps = trainer.global_step
@@ -87,6 +171,17 @@ class LastCheckpoint(pl.Callback):
     def _stop(self) -> None:
         if self.asked:
             raise KeyboardInterrupt
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """List the signals after which training saves and stops; SIGHUP not where nohup lets it be ignored."""
+    found = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        found.append(hangup)
+    if "SLURM_JOB_ID" in os.environ and hasattr(signal, "SIGUSR1"):
+        found.append(signal.SIGUSR1)
+    return found
 
 
 def validation_due(trainer: pl.Trainer) -> bool:

@@ -18,13 +18,18 @@ from commands import command, interrupt_at
 from conftest import QUIET, VQGAN_SIZES
 from test_data_real import encoded, make_tar
 
+from clipgen.cli.config import composed
+from clipgen.cli.resuming import check_strategy
+from clipgen.cli.train import make_strategy
 from clipgen.data.module import ImageData
-from clipgen.data.sampler import ResumableSampler
+from clipgen.data.sampler import DataPlace, ResumableSampler
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
+from clipgen.resume import renumber
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
+UNUSED = "ddp_find_unused_parameters_true"
 SMALL = ["data.batch_size=4", "trainer.max_steps=7", "trainer.val_check_interval=5",
          "trainer.check_val_every_n_epoch=null", "pictures.num_images=2", "logger=none",
          "checkpoint.every_n_steps=1"]  # fmt: skip
@@ -231,6 +236,191 @@ def test_two_processes_stop_at_the_same_step(sources, tmp_path):
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
 
 
+# ------------------------------------------------------------------------------------- one command, signals, strategies
+
+
+def test_resume_auto_starts_a_run_and_then_resumes_it(call, tmp_path):
+    arguments = ["clipgen-train", *STAGES["vqgan"], "data=shapes", "data.train_size=14", "data.val_size=4",
+                 "model.schedule=constant"]  # fmt: skip
+    assert call(*arguments, "output=straight").code == 0
+    for more in (["trainer.max_steps=3"], [], []):  # begins, goes on, and has nothing left to do
+        result = call(*arguments, *more, "output=run", "resume=auto")
+        assert result.code == 0, result.stderr
+    straight, resumed = state("straight"), state("run")
+    assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
+
+
+def test_resume_auto_resumes_every_run_of_a_sweep(call, tmp_path):
+    arguments = ["clipgen-train", "--multirun", *STAGES["vqgan"], "data=shapes", "data.train_size=14",
+                 "data.val_size=4", "output=sweep", "seed=1,2", "resume=auto"]  # fmt: skip
+    for steps in (2, 3):
+        assert call(*arguments, f"trainer.max_steps={steps}").code == 0
+        assert [int(state(f"sweep/{i}")["step"]) for i in range(2)] == [steps, steps]
+
+
+def test_resume_auto_needs_an_output(call):
+    result = call("clipgen-train", *STAGES["vqgan"], "resume=auto")
+    assert result.code == 1 and "resume=auto needs a folder that stays the same: give output=..." in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_closed_terminal_saves_and_stops(call, sources, monkeypatch, times):
+    """It may send its signal twice."""
+    interrupt_by(monkeypatch, signal.SIGHUP, 3, times)
+    assert call("clipgen-train", *STAGES["vqgan"], *sources["shapes"], "output=run", "checkpoint.every_n_steps=100",
+                "trainer.val_check_interval=100").code == 130  # fmt: skip
+    assert state("run")["step"] == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
+def test_nohup_is_not_stopped_by_a_closed_terminal(call, sources, monkeypatch):
+    interrupt_by(monkeypatch, signal.SIGHUP, 3)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert call("clipgen-train", *STAGES["vqgan"], *sources["shapes"], "output=run").code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert state("run")["step"] == 7
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
+def test_slurms_signal_saves_and_asks_for_the_job_again(call, sources, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    arguments = ["clipgen-train", *STAGES["vqgan"], *sources["shapes"], "output=run", "resume=auto"]
+    with monkeypatch.context() as patch:
+        interrupt_by(patch, signal.SIGUSR1, 3)
+        assert call(*arguments).code == 130
+    assert state("run")["step"] == 3 and (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert call(*arguments).code == 0 and state("run")["step"] == 7
+
+
+def interrupt_by(monkeypatch: pytest.MonkeyPatch, number: int, step: int, times: int = 1) -> None:
+    """Send a signal in the middle of a training step of stage 1."""
+    original = VQGAN.training_step
+    calls = iter(range(1, 1000))
+
+    def interrupted(self, *arguments):
+        if next(calls) == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(VQGAN, "training_step", interrupted)
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from clipgen.cli import train
+from clipgen.transformer import ConditionalTransformer
+original, mark = ConditionalTransformer.training_step, Path("killed")
+def step(self, *arguments):
+    if self.global_step == 4 and os.environ["RANK"] == "1" and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments)
+ConditionalTransformer.training_step = step
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_is_resumed_by_torchrun(sources, tmp_path):
+    """With --max-restarts and resume=auto; it ends as the undisturbed run."""
+    arguments = [*STAGES["transformer"], *sources["encoded"], "data.batch_size=2", "model.schedule=constant",
+                 "trainer.devices=2", "trainer.accelerator=cpu"]  # fmt: skip
+    assert command("clipgen-train", *arguments, "output=straight", cwd=tmp_path).returncode == 0
+    (tmp_path / "killer.py").write_text(KILLER)
+    done = torchrun(tmp_path, ["--nproc-per-node=2", "--max-restarts=2"], "killer.py", *arguments, "output=run",
+                    "resume=auto")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists()
+    straight, resumed = state(tmp_path / "straight"), state(tmp_path / "run")
+    assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
+
+
+def torchrun(folder: Path, options: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script by torchrun on this machine alone."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = call("clipgen-train", *STAGES["vqgan"], "data=shapes", "data.train_size=14", "data.val_size=4")
+    assert result.code == 1 and "must be 2, the processes that torchrun started, got 1" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "strategy"),
+    [({}, "vqgan", "auto"), ({"devices": 2}, "vqgan", UNUSED), ({"num_nodes": 2}, "vqgan", UNUSED),
+     ({"strategy": "ddp"}, "vqgan", UNUSED), ({"strategy": "ddp", "devices": 2}, "vqgan", UNUSED),
+     ({"devices": 2}, "transformer", "auto"), ({"strategy": "ddp"}, "transformer", "ddp"),
+     ({"num_nodes": 2}, "transformer", "auto")],
+)  # fmt: skip
+def test_only_stage_1_looks_for_unused_parameters(settings, stage, strategy):
+    """Its discriminator has no gradients at first."""
+    config = composed(f"stage={stage}", *(f"trainer.{key}={value}" for key, value in settings.items()))
+    assert make_strategy(config) == strategy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [["--nproc-per-node=1"], ["--nproc-per-node=2"]], ids=["one process", "two processes"]
+)
+def test_stage_1_trains_under_ddp(sources, tmp_path, options):
+    (tmp_path / "main.py").write_text("from clipgen.cli import train; train.main()")
+    more = ["data.batch_size=2", "trainer.strategy=ddp", f"trainer.devices={options[0][-1]}",
+            "trainer.accelerator=cpu", "output=run"]  # fmt: skip
+    done = torchrun(tmp_path, options, "main.py", *STAGES["vqgan"], *sources["folder"], *more)
+    assert done.returncode == 0, done.stderr
+    assert state(tmp_path / "run")["step"] == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_checkpoints_go_to_fsdp_and_back(call, sources, tmp_path, optimizer):
+    """With the moments of the optimizer, each at its parameter: the run ends as it does on one device alone."""
+    arguments = ["clipgen-train", *STAGES["transformer"], *sources["encoded"], "model.schedule=constant",
+                 f"model.optimizer={optimizer}", "model.ema_decay=0", "model.dropout=0", "model.condition_dropout=0",
+                 "model.condition_cosine=1", "model.clip_loss_weight=0", "model.learning_rate=1e-2",
+                 "trainer.accelerator=cpu"]  # fmt: skip
+    assert call(*arguments, "output=straight").code == 0
+    assert call(*arguments, "output=run", "trainer.max_steps=3").code == 0
+    # a process of its own, which joins a process group
+    sharded = command("clipgen-train", "resume=run", "trainer.max_steps=5", "trainer.strategy=fsdp", cwd=tmp_path)
+    assert sharded.returncode == 0, sharded.stderr
+    result = call("clipgen-train", "resume=run", "trainer.max_steps=7", "trainer.strategy=auto")
+    assert result.code == 0, result.stderr
+    straight, resumed = state(tmp_path / "straight"), state(tmp_path / "run")
+    for name, value in straight.items():
+        torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_checkpoint_whose_moments_are_in_another_order_is_refused_for_fsdp(call, sources):
+    """As those of older versions are."""
+    arguments = ["clipgen-train", *STAGES["transformer"], *sources["encoded"], "trainer.max_steps=2", "output=run"]
+    assert call(*arguments).code == 0
+    model = ConditionalTransformer.load("run")
+    path = Path("run/checkpoints/last.ckpt")
+    check_strategy(str(path), model, "fsdp")  # as written today
+    checkpoint = torch.load(path, weights_only=True)
+    (optimizer,) = checkpoint["optimizer_states"]
+    order = [number for group in optimizer["param_groups"] for number in group["params"]]
+    renumber(optimizer, {number: place for place, number in enumerate(order)})
+    torch.save(checkpoint, path)
+    check_strategy(str(path), model, "auto")
+    with pytest.raises(ValueError, match=r"trainer\.strategy must not be fsdp for run/checkpoints/last\.ckpt"):
+        check_strategy(str(path), model, "fsdp")
+
+
 # ------------------------------------------------------------------------------------------------------------ sampler
 
 
@@ -301,6 +491,70 @@ def test_a_limited_pass_begins_where_the_last_ended(tmp_path):
     straight = run(0, 3)
     assert len(set(straight)) == 15 and run(2, 3) == straight
     assert run(2, 2) + run(2, 3, tmp_path / "last.ckpt") == straight
+
+
+class Rank(pl.Trainer):
+    """One of several processes, which counts as they do and does not wait for them."""
+
+    rank, size = 0, 1
+    global_rank = property(lambda self: self.rank)  # type: ignore[assignment]
+    world_size = property(lambda self: self.size)  # type: ignore[assignment]
+
+
+class AllSeen(Seen):
+    """Notes the items of each batch."""
+
+    def training_step(self, batch, batch_idx):
+        self.items.append(batch["images"].tolist())
+        return self.weight.sum()
+
+
+def joined(batches: list[list[int]]) -> list[int]:
+    return [item for batch in batches for item in batch]
+
+
+def trained_items(folder: Path, steps: int, batch_size: int, rank: int, size: int, ckpt: bool) -> list[list[int]]:
+    """Train a rank on 60 items and note those of each of its batches."""
+    items = [{"images": torch.tensor(number)} for number in range(60)]
+    trainer = Rank(max_steps=steps, accelerator="cpu", callbacks=[DataPlace()], default_root_dir=folder, **QUIET)
+    trainer.rank, trainer.size = rank, size
+    module = AllSeen()
+    path = folder / "last.ckpt"
+    trainer.fit(module, ImageData(items, None, batch_size), ckpt_path=path if ckpt else None)
+    if rank == size - 1:  # after the others have read it
+        trainer.save_checkpoint(path)
+    return module.items
+
+
+def test_another_number_of_devices_and_another_batch_size_continue_at_the_same_place(tmp_path):
+    """Each pass shows every item once, whoever shows it; the epochs of Lightning end with the passes."""
+    before = [trained_items(tmp_path, 6, 4, rank, 2, False) for rank in range(2)]  # 48 of 60
+    after = trained_items(tmp_path, 6 + 4 + 20, 3, 0, 1, True)
+    assert sorted(joined(before[0] + before[1] + after[:4])) == list(range(60))
+    assert sorted(joined(after[4:])) == list(range(60))
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    epoch = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert epoch["is_last_batch"] and epoch["current"]["processed"] == 20
+    whole = [trained_items(tmp_path / "whole", 5, 6, rank, 2, False) for rank in range(2)]
+    assert sorted(joined(whole[0] + whole[1])) == list(range(60))
+
+
+def test_a_place_goes_through_several_batch_sizes(tmp_path):
+    shown = trained_items(tmp_path, 2, 5, 0, 1, False)
+    for steps, batch_size in ((4, 10), (5, 15), (9, 5), (20, 3)):
+        shown += trained_items(tmp_path, steps, batch_size, 0, 1, True)
+    items = joined(shown)
+    straight = joined(trained_items(tmp_path / "straight", len(items) // 5, 5, 0, 1, False))
+    assert items[: len(straight)] == straight
+
+
+def test_a_checkpoint_without_a_place_is_read_as_before(tmp_path):
+    trained_items(tmp_path, 3, 5, 0, 1, False)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint.pop("data_place") == {"turn": 0, "items": 15, "batches": 3}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    straight = trained_items(tmp_path / "straight", 6, 5, 0, 1, False)
+    assert trained_items(tmp_path, 6, 5, 0, 1, True) == straight[3:]
 
 
 def test_too_few_items_are_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,6 +14,26 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+TARGETS = frozenset({  # all that a configuration may have called
+    "clipgen.baselines.label.LabelTransformer",
+    "clipgen.callbacks.PictureLogger",
+    "clipgen.clip.FrozenCLIP",
+    "clipgen.data.encoded.EncodedData",
+    "clipgen.data.folder.folder_data",
+    "clipgen.data.shapes.shapes_data",
+    "clipgen.data.shards.shard_data",
+    "clipgen.evaluation.reconstruction.ReconstructionMetrics",
+    "clipgen.resume.CSVLogger",
+    "clipgen.resume.checkpoints",
+    "clipgen.transformer.ConditionalTransformer",
+    "clipgen.vqgan.VQGAN",
+    "pytorch_lightning.Trainer",
+    "pytorch_lightning.loggers.CometLogger",
+    "pytorch_lightning.loggers.MLFlowLogger",
+    "pytorch_lightning.loggers.NeptuneLogger",
+    "pytorch_lightning.loggers.TensorBoardLogger",
+    "pytorch_lightning.loggers.WandbLogger",
+})  # fmt: skip
 MESSAGES = (  # what Hydra says -> what we say
     (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
     (r".*Could not find '(\w+)/(.*)' Available options in '\1':,? (.*)", r"\1 must be one of \3, got \2"),
@@ -51,7 +71,9 @@ def make(node: DictConfig, **arguments: Any) -> Any:
 
     Raises:
         TypeError: a value is not of the kind that the signature names.
+        ValueError: the node, or a value in it, has a target that is not in ``TARGETS``.
     """
+    check_targets(node)
     check_types(node, arguments)
     try:
         return instantiate(node, _convert_="all", **arguments)
@@ -79,6 +101,25 @@ def explain(error: BaseException) -> str:
 def root_cause(error: BaseException) -> BaseException:
     """What a constructor raised, without Hydra's wrapping."""
     return root_cause(error.__cause__) if isinstance(error, InstantiationException) and error.__cause__ else error
+
+
+def check_targets(node: DictConfig) -> None:
+    """Raise ValueError where a configuration would call something else than the parts of a training."""
+    for place, target in targets(OmegaConf.to_container(node), node._get_full_key("")):
+        if not (isinstance(target, str) and target in TARGETS):
+            raise ValueError(f"{place} must be one of {', '.join(sorted(TARGETS))}, got {target!r}")
+
+
+def targets(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """Yield the place and the value of every ``_target_`` in nested dictionaries and lists."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, child in value.items():
+            name = f"{place}.{key}".strip(".")
+            if key == "_target_":
+                yield name, child
+            yield from targets(child, name)
 
 
 def check_types(node: DictConfig, given: dict[str, Any]) -> None:

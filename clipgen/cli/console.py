@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 from clipgen.files import printable
 
@@ -21,8 +24,9 @@ def guarded(command: str, main: Callable[[], None]) -> None:
     set_up_streams()
     set_up_logging()
     try:
-        main()
-        flush_stdout()
+        with interruptible():
+            main()
+            flush_stdout()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -33,6 +37,28 @@ def guarded(command: str, main: Callable[[], None]) -> None:
         print(f"{command}: error: {bug}{sentence(error)}{hint}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP interrupt the work as Ctrl-C does, so that temporary files are removed; not a signal that
+    is ignored, as nohup does."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        for number in numbers:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise what Ctrl-C raises."""
+    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -54,7 +54,9 @@ def encode(config: DictConfig) -> None:
     from clipgen import VQGAN, encoding
     from clipgen.cli.building import warn_of_size
     from clipgen.cli.config import make
+    from clipgen.cli.locking import LOCK
     from clipgen.cli.machine import best_device, rank_and_world_size
+    from clipgen.cli.output import output_folder
     from clipgen.data.shards import ImageShards
 
     if missing := OmegaConf.missing_keys(config):
@@ -74,7 +76,9 @@ def encode(config: DictConfig) -> None:
     settings = {"source": {k: v for k, v in source.items() if k not in leave_out}}
     rank, world_size = rank_and_world_size()
     share = None if isinstance(data.train, ImageShards) else (len(data.train) + len(data.val or ())) / world_size
-    with rate_bar("encoding", share) as advance:
+    # processes of several ranks share a cache, two of one rank would do the same work
+    lock = output_folder(Path(config.output), keep="*", lock=f"{LOCK}-{rank}")
+    with lock, rate_bar("encoding", share) as advance:
         whole = encoding.encode(
             config.output, data, vqgan, clip, settings, augmentations=config.augmentations,
             shard_size=config.shard_size, batch_size=config.batch_size, rank=rank, world_size=world_size,

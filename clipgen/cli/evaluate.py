@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded, rate_bar
+from clipgen.cli.locking import LOCK
 from clipgen.cli.machine import best_device, rank_and_world_size
 from clipgen.cli.output import output_folder
 from clipgen.cli.settings import add_settings, settings_of
@@ -82,7 +83,8 @@ def run() -> None:
     from clipgen.files import atomic_write
 
     check(args)
-    with output_folder(args.output, keep="parts/part-*.npz"):
+    rank, _ = rank_and_world_size()
+    with output_folder(args.output, keep="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
         found = reconstructions(args) if args.vqgan else evaluate_images(args)
         if found is None:
             print(f"This part is finished, others are not: {args.output}")

@@ -6,31 +6,46 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+
+from clipgen.cli.locking import LOCK, claimed
 
 
 @contextmanager
-def output_folder(folder: Path, keep: str = "") -> Iterator[None]:
+def output_folder(folder: Path, keep: str = "", lock: str | None = LOCK) -> Iterator[None]:
     """Make a folder for the work inside the ``with``; where that fails and the folder was new, it is removed.
 
     Args:
         keep: pattern of files that are worth keeping although the work failed.
+        lock: name of the lock file that is held meanwhile; None shares the folder with other processes.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: nothing can be written there, or another process holds the lock.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
-    ours = folder in new or (folder.is_dir() and not any(folder.iterdir()))
     try:
         check_writable(folder)
+        with claimed(folder, lock) if lock else nullcontext():
+            # asked under the lock: another process may have finished its work there
+            ours = all(path.name.startswith(LOCK) for path in folder.iterdir())
+            with removed_on_failure(folder, keep) if ours else nullcontext():
+                yield
+    except BaseException:
+        with suppress(OSError):  # others may have begun to use them
+            for path in filter(Path.exists, new):
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def removed_on_failure(folder: Path, keep: str) -> Iterator[None]:
+    """Remove a folder with all that is in it if the work inside the ``with`` fails."""
+    try:
         yield
     except BaseException:
-        if ours and not (keep and any(folder.glob(keep))):
+        if not (keep and any(folder.glob(keep))):
             shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # others may have begun to use them
-                for parent in new[1:]:
-                    parent.rmdir()
         raise
 
 

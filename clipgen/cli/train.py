@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import subprocess
 import sys
 import traceback
 from importlib.metadata import version
@@ -39,7 +40,7 @@ def run_hydra() -> None:
     from hydra.types import RunMode
 
     from clipgen.cli.config import config_dir, explain
-    from clipgen.cli.resuming import refuse_other_runs, with_the_runs
+    from clipgen.cli.resuming import refuse_other_runs, settle_resume, with_the_runs
 
     sys.argv[1:] = with_the_runs(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
@@ -52,6 +53,7 @@ def run_hydra() -> None:
         if sweep := HydraConfig.get().mode == RunMode.MULTIRUN:
             config.output = HydraConfig.get().runtime.output_dir
         try:
+            settle_resume(config)
             refuse_other_runs(config)
             train(config, sweep)
         except MisconfigurationException as error:
@@ -88,6 +90,7 @@ choices:
 often needed:
   output=FOLDER             the run folder (default: outputs/STAGE/TIME)
   resume=RUN                go on with a run, in its folder; other arguments change its own
+  resume=auto               go on with the run in output=FOLDER, or start it if there is none
   trainer.max_steps=1000    any key that  clipgen-train stage=vqgan --cfg job  shows
 
 several runs, one after another:
@@ -101,8 +104,9 @@ def train(config: DictConfig, sweep: bool = False) -> None:
 
     from clipgen.cli.building import build, is_encoded, settle_encoded
     from clipgen.cli.config import make
-    from clipgen.cli.resuming import find_checkpoint
+    from clipgen.cli.resuming import bring_best, check_strategy, find_checkpoint, refuse_other_runs, settle_resume
 
+    settle_resume(config)
     if is_encoded(config):
         settle_encoded(config)
     if missing := OmegaConf.missing_keys(config):
@@ -117,15 +121,27 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     trainer = make_trainer(config, output)
     if sweep and trainer.world_size > 1:
         raise ValueError(f"--multirun needs a single device, got {trainer.world_size}: each starts its own sweep")
+    check_processes(trainer.world_size)
     data = make(config.data)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)
     ckpt = find_checkpoint(config.resume, model, config.trainer.max_steps or -1)
+    check_strategy(ckpt, model, config.trainer.strategy)
     if not trainer.is_global_zero:
         return fit(trainer, model, data, ckpt, output)
     with output_folder(output, keep="checkpoints/*.ckpt"):
+        refuse_other_runs(config)  # one that ended before the folder was locked
+        bring_best(ckpt, output)
         prepare(output, config, model)
         fit(trainer, model, data, ckpt, output)
+
+
+def check_processes(world_size: int) -> None:
+    """Raise ValueError where torchrun has started another number of processes than the trainer counts on."""
+    started = int(os.environ.get("WORLD_SIZE") or 0) if "TORCHELASTIC_RUN_ID" in os.environ else world_size
+    if started != world_size:
+        raise ValueError(f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
+                         f"started, got {world_size}")  # fmt: skip
 
 
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
@@ -133,20 +149,28 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     from clipgen.cli.config import make
     from clipgen.resume import WholeCheckpoints
 
-    strategy = config.trainer.strategy
-    # before discriminator_start the discriminator gets no gradients, which plain DDP refuses
-    if strategy == "auto" and config.trainer.devices != 1:
-        strategy = "ddp_find_unused_parameters_true"
     return make(
         config.trainer,
-        strategy=sharded(config) if strategy == "fsdp" else strategy,
+        strategy=make_strategy(config),
         default_root_dir=str(output),
         logger=make(config.logger) if "_target_" in config.logger else False,
         enable_progress_bar=False,  # ours counts steps
         enable_model_summary=False,
-        plugins=[WholeCheckpoints()],
+        plugins=[WholeCheckpoints(output / "checkpoints")],
         callbacks=make_callbacks(config, output),
     )
+
+
+def make_strategy(config: DictConfig) -> Any:
+    """Return the strategy as Lightning's Trainer takes it."""
+    settings = config.trainer
+    if settings.strategy == "fsdp":
+        return sharded(config)
+    several = settings.strategy == "auto" and (settings.devices != 1 or settings.num_nodes != 1)
+    if config.stage_name == "vqgan" and (several or settings.strategy == "ddp"):
+        # before discriminator_start the discriminator gets no gradients, which plain DDP refuses
+        return "ddp_find_unused_parameters_true"
+    return settings.strategy
 
 
 def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
@@ -154,9 +178,10 @@ def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     from clipgen.callbacks import Results
     from clipgen.cli.config import make
     from clipgen.cli.progress import ProgressReport
+    from clipgen.data.sampler import DataPlace
     from clipgen.resume import GivenSettings, StepSeeds
 
-    found = [StepSeeds(config.seed), GivenSettings()]
+    found = [StepSeeds(config.seed), GivenSettings(), DataPlace()]
     if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
         found.append(make(config.pictures, folder=output / "pictures"))
     if "metrics" in config:
@@ -189,10 +214,11 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
     from clipgen.cli.building import is_encoded
     from clipgen.cli.config import as_yaml
     from clipgen.cli.resuming import write_arguments
-    from clipgen.files import write_json
+    from clipgen.files import atomic_write, write_json
     from clipgen.frozen import copy_frozen, save_frozen
 
-    (output / "config.yaml").write_text(as_yaml(config), "utf-8")
+    with atomic_write(output / "config.yaml") as partial:
+        partial.write_text(as_yaml(config), "utf-8")
     write_arguments(output)
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     write_json(output / "versions.json", versions)
@@ -221,15 +247,28 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
         goes_on = f"{'clipgen-train' if known else 'the same command with'} resume={output} goes on"
         goes_on = f"; {goes_on}" if last.path.is_file() else ""
         logger.info("Stopped at step %d%s", trainer.global_step, goes_on)
+        if last.requeue and trainer.is_global_zero:
+            requeue()
         raise KeyboardInterrupt from exit
     trainer.save_checkpoint(last.path, weights_only=False)  # all processes have a part in it
     if trainer.is_global_zero:
-        best = next(callback.best_model_path for callback in callbacks if getattr(callback, "monitor", None))
-        final = last.path if model.last_is_best or not Path(best).is_file() else best  # no validation, no best
+        best = last.path.with_name("best.ckpt")
+        final = last.path if model.last_is_best or not best.is_file() else best  # no validation, no best
         finished = type(model).load(final).save(output / FOLDERS[kind(type(model))])
         if isinstance(model, ConditionalTransformer):
             bind(finished, output / "vqgan")
         logger.info("Finished %d steps: %s", trainer.global_step, output)
+
+
+def requeue() -> None:
+    """Ask SLURM to run this job again; with resume=auto it continues there."""
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning("The job %s could not be requeued: %s", job, error)
 
 
 if __name__ == "__main__":
