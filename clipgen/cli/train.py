@@ -102,6 +102,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     from clipgen.cli.building import build, is_encoded, settle_encoded
     from clipgen.cli.config import make
     from clipgen.cli.resuming import find_checkpoint
+    from clipgen.cli.validation import scale_interval, settle_interval
 
     if is_encoded(config):
         settle_encoded(config)
@@ -114,10 +115,13 @@ def train(config: DictConfig, sweep: bool = False) -> None:
         if not isinstance(value, str) and (key == "output" or value is not None):
             raise TypeError(f"{key} must be a path, got {value!r}: put quotes around it, {key}=\\'...\\'")
     output = Path(config.output)
+    automatic = settle_interval(config)
     trainer = make_trainer(config, output)
     if sweep and trainer.world_size > 1:
         raise ValueError(f"--multirun needs a single device, got {trainer.world_size}: each starts its own sweep")
     data = make(config.data)
+    if automatic:
+        scale_interval(config, trainer, data)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)
     ckpt = find_checkpoint(config.resume, model, config.trainer.max_steps or -1)
@@ -151,7 +155,7 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
 
 def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     """What is done beside the steps, in this order."""
-    from clipgen.callbacks import Results
+    from clipgen.callbacks import FinalValidation, Results
     from clipgen.cli.config import make
     from clipgen.cli.progress import ProgressReport
     from clipgen.resume import GivenSettings, StepSeeds
@@ -162,7 +166,7 @@ def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     if "metrics" in config:
         found.append(make(config.metrics))
     found += make(config.checkpoint, folder=output / "checkpoints", monitor=config.monitor)
-    return [*found, Results(), ProgressReport(bar=sys.stderr.isatty())]
+    return [*found, FinalValidation(), Results(), ProgressReport(bar=sys.stderr.isatty())]
 
 
 def sharded(config: DictConfig) -> Any:
