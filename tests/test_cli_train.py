@@ -391,7 +391,7 @@ ERRORS = {
         r"urls must name existing shards, got /none/\*.tar",
     ),
     "data without images": ([*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"], r"checkpoints must hold \.jpg"),
-    "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a value for vqgan: give vqgan="),
+    "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a tokenizer: give vqgan=RUN"),
     "missing vqgan": ([*TRANSFORMER, *SHAPES, "vqgan=x"], "x does not exist; `clipgen-train stage=vqgan` makes"),
     "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/pictures"], "pictures holds no such model"),
     "damaged vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={damaged}"], "damaged.ckpt is no readable checkpoint"),

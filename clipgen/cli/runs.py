@@ -33,7 +33,9 @@ def find_runs(outputs: Path) -> list[Run]:
     models = (file.parent.parent for names in FOLDERS.values() for name in names
               for file in outputs.rglob(f"{name}/config.json"))  # fmt: skip
     stopped = (file.parent.parent for file in outputs.rglob("checkpoints/last.ckpt"))
-    return sorted(map(describe, {*models, *stopped}), key=lambda run: (run.time, run.path))
+    runs = [describe(path) for path in {*models, *stopped}]
+    # a cache of stage 2 has a tokenizer and a CLIP as a run has them, but neither model nor checkpoint
+    return sorted((run for run in runs if run.time), key=lambda run: (run.time, run.path))
 
 
 def describe(path: Path) -> Run:
@@ -72,12 +74,12 @@ def table(runs: Iterable[Run]) -> list[str]:
 
 def progress_of(run: Path) -> tuple[str, str]:
     """Return a run's step and the lowest value of what it monitors, as text; "-" if its checkpoint cannot tell."""
-    from clipgen.weights.safe import read_checkpoint
+    import torch
 
-    try:
-        checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    try:  # memory-mapped: the weights stay on the disk
+        checkpoint = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True, mmap=True)
         step = str(checkpoint["global_step"])
-    except (OSError, ValueError, KeyError):
+    except Exception:  # damaged bytes raise anything
         return "-", "-"
     states = checkpoint.get("callbacks", {}).values()
     scores = [state for state in states if isinstance(state, dict) and state.get("best_model_score") is not None]

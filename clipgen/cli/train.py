@@ -40,6 +40,7 @@ def run_hydra() -> None:
 
     from clipgen.cli.config import config_dir, explain
     from clipgen.cli.resuming import refuse_other_runs, with_the_runs
+    from clipgen.cli.settling import settle
 
     sys.argv[1:] = with_the_runs(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
@@ -47,18 +48,17 @@ def run_hydra() -> None:
 
     @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
     def task(config: DictConfig) -> None:
-        from lightning_fabric.utilities.exceptions import MisconfigurationException
-
         if sweep := HydraConfig.get().mode == RunMode.MULTIRUN:
             config.output = HydraConfig.get().runtime.output_dir
         try:
+            settle(config)
             refuse_other_runs(config)
             train(config, sweep)
-        except MisconfigurationException as error:
-            errors.append(ValueError(str(error)))
         except Exception as error:  # the other runs of a sweep go on, and need the memory
             traceback.clear_frames(error.__traceback__)
-            errors.append(error)
+            # by name: to import Lightning's takes seconds, and most errors are known before
+            ours = type(error).__name__ != "MisconfigurationException"
+            errors.append(error if ours else ValueError(str(error)))
 
     try:
         task()
@@ -96,24 +96,17 @@ several runs, one after another:
 
 def train(config: DictConfig, sweep: bool = False) -> None:
     """Train one stage as configured; KeyboardInterrupt where Ctrl-C stopped it. The run folder is ``config.output``."""
-    import pytorch_lightning as pl
-    from omegaconf import OmegaConf
+    from clipgen.cli.settling import settle
 
-    from clipgen.cli.building import build, is_encoded, settle_encoded
+    settle(config)
+    import pytorch_lightning as pl
+
+    from clipgen.cli.building import build
     from clipgen.cli.config import make
     from clipgen.cli.resuming import find_checkpoint
-    from clipgen.cli.validation import scale_interval, settle_interval
+    from clipgen.cli.summary import log_summary
+    from clipgen.cli.validation import scale_interval, settle_interval, warn_of_few_images
 
-    if is_encoded(config):
-        settle_encoded(config)
-    if missing := OmegaConf.missing_keys(config):
-        names = ", ".join(sorted(missing))
-        raise ValueError(f"stage={config.stage_name} needs a value for {names}: give {min(missing)}=...")
-    OmegaConf.resolve(config)
-    for key in ("output", "resume", "vqgan"):  # YAML's numbers, null and lists
-        value = config.get(key)
-        if not isinstance(value, str) and (key == "output" or value is not None):
-            raise TypeError(f"{key} must be a path, got {value!r}: put quotes around it, {key}=\\'...\\'")
     output = Path(config.output)
     automatic = settle_interval(config)
     trainer = make_trainer(config, output)
@@ -127,6 +120,8 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     ckpt = find_checkpoint(config.resume, model, config.trainer.max_steps or -1)
     if not trainer.is_global_zero:
         return fit(trainer, model, data, ckpt, output)
+    log_summary(config, trainer, model, data)
+    warn_of_few_images(data)
     with output_folder(output, keep="checkpoints/*.ckpt"):
         prepare(output, config, model)
         fit(trainer, model, data, ckpt, output)
@@ -190,9 +185,9 @@ def sharded(config: DictConfig) -> Any:
 def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None:
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
-    from clipgen.cli.building import is_encoded
     from clipgen.cli.config import as_yaml
     from clipgen.cli.resuming import write_arguments
+    from clipgen.cli.settling import is_encoded
     from clipgen.files import write_json
     from clipgen.frozen import copy_frozen, save_frozen
 
