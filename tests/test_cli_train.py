@@ -70,7 +70,8 @@ def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog
     first, *lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.cli.progress"]
     assert re.fullmatch(r"VQGAN, 0\.\d M parameters to train, on cpu", first)
     assert [line.split(",")[0] for line in lines] == [f"step {step} of 5" for step in range(1, 6)]
-    losses = [re.search(r"left  (.*)", line)[1] for line in lines]
+    assert all(re.search(r", \S+ it/s, \S+ img/s, ETA \d+:\d\d:\d\d  ", line) for line in lines)
+    losses = [re.search(r"ETA \S+  (.*)", line)[1] for line in lines]
     assert losses[0] == "" and losses[1] == losses[2] != losses[3] == losses[4] and "train/loss 1." in losses[1]
 
 

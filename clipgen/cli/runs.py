@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -85,3 +86,10 @@ def progress_of(run: Path) -> tuple[str, str]:
     scores = [state for state in states if isinstance(state, dict) and state.get("best_model_score") is not None]
     best = f"{scores[0]['monitor']} {float(scores[0]['best_model_score']):.4g}" if scores else "-"
     return step, best
+
+
+def free_folder(folder: Path, pattern: str) -> Path:
+    """Return the folder if it holds no file of a pattern, else the first of FOLDER-2, FOLDER-3, ... that holds none."""
+    name = folder.name.strip(".") or "samples"
+    numbered = (folder.parent / f"{name}-{number}" for number in count(2))
+    return next(place for place in chain([folder], numbered) if not any(place.glob(pattern)))

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import traceback
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,8 @@ def help_text() -> str:
        clipgen-train stage=transformer vqgan=RUN [key=value ...]
 
 Train the tokenizer, then the transformer on top of it. Ctrl-C saves and stops.
+Without vqgan=RUN, stage=transformer takes the newest finished tokenizer below outputs/;
+clipgen-sample --list shows all runs.
 
 choices:
 {chr(10).join(f"  {group}={options}" for group, options in groups.items())}
@@ -88,14 +91,26 @@ choices:
 often needed:
   output=FOLDER             the run folder (default: outputs/STAGE/TIME)
   resume=RUN                go on with a run, in its folder; other arguments change its own
+  data.root=FOLDER          your images, with data=folder or experiment=modern
+  data.batch_size=16        images per step on each device
   trainer.max_steps=1000    any key that  clipgen-train stage=vqgan --cfg job  shows
 
 several runs, one after another:
   clipgen-train --multirun stage=vqgan key=a,b"""
 
 
-def train(config: DictConfig, sweep: bool = False) -> None:
-    """Train one stage as configured; KeyboardInterrupt where Ctrl-C stopped it. The run folder is ``config.output``."""
+def train(
+    config: DictConfig,
+    sweep: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+    resume_by: str = "",
+) -> None:
+    """Train one stage as configured; KeyboardInterrupt where Ctrl-C stopped it. The run folder is ``config.output``.
+
+    Args:
+        callbacks: more of them.
+        resume_by: the command that resumes the training, for the message after Ctrl-C.
+    """
     from clipgen.cli.settling import settle
 
     settle(config)
@@ -110,6 +125,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     output = Path(config.output)
     automatic = settle_interval(config)
     trainer = make_trainer(config, output)
+    trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
     if sweep and trainer.world_size > 1:
         raise ValueError(f"--multirun needs a single device, got {trainer.world_size}: each starts its own sweep")
     data = make(config.data)
@@ -119,12 +135,12 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     model = build(config)
     ckpt = find_checkpoint(config.resume, model, config.trainer.max_steps or -1)
     if not trainer.is_global_zero:
-        return fit(trainer, model, data, ckpt, output)
+        return fit(trainer, model, data, ckpt, output, resume_by)
     log_summary(config, trainer, model, data)
     warn_of_few_images(data)
     with output_folder(output, keep="checkpoints/*.ckpt"):
         prepare(output, config, model)
-        fit(trainer, model, data, ckpt, output)
+        fit(trainer, model, data, ckpt, output, resume_by)
 
 
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
@@ -202,7 +218,14 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
             save_frozen(output, *model.frozen())
 
 
-def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
+def fit(
+    trainer: pl.Trainer,
+    model: Any,
+    data: Any,
+    ckpt: str | None,
+    output: Path,
+    resume_by: str = "",
+) -> None:
     """Train, then leave the finished model in the run folder."""
     from clipgen.cli.resuming import ARGUMENTS
     from clipgen.resume import LastCheckpoint
@@ -216,6 +239,7 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
     except SystemExit as exit:  # what Lightning makes of Ctrl-C
         known = (output / ARGUMENTS).is_file()
         goes_on = f"{'clipgen-train' if known else 'the same command with'} resume={output} goes on"
+        goes_on = f"{resume_by} continues" if resume_by else goes_on
         goes_on = f"; {goes_on}" if last.path.is_file() else ""
         logger.info("Stopped at step %d%s", trainer.global_step, goes_on)
         raise KeyboardInterrupt from exit
