@@ -424,8 +424,8 @@ ERRORS = {
         [
             *TRANSFORMER,
             "data=webdataset",
-            "data.train_urls=a.tar",
-            "data.val_urls=b.tar",
+            "data.train_urls='https://example.org/a.tar'",
+            "data.val_urls='https://example.org/b.tar'",
             "vqgan={vqgan}",
             "trainer.strategy=fsdp",
             "trainer.devices=2",
