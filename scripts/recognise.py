@@ -2,8 +2,9 @@
 
     python -m clipgen recognise --data data/cifar10 --checkpoint outputs/transformer/... --output runs/recognise
 
-The classifier is trained on the real images of the shards alone (once: it is kept in --classifier, and refused for other steps or data); then pictures of
-every class are drawn from the sentence "a photo of a {label}", by the same sampling as clipgen-sample.
+The classifier is trained on the real images of the shards alone, once: it is kept in --classifier, and refused for
+other steps or data. Then pictures of every class are drawn from the sentence "a photo of a {label}", by the same
+sampling as clipgen-sample.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def warn_of_few_images(data: Any) -> None:
     number = f"{count.images} image{'s' * (count.images != 1)}"
     logger.warning(
         "Validation has %s: with fewer than %d its losses are noise, and so is the choice of best.ckpt. "
-        "Hold out more (data.val_fraction=0.1) or name a folder of its own (data.val_root=FOLDER).",
+        "Hold out more by data.val_fraction, or name more by data.val_root or data.val_urls.",
         number, FEW,
     )  # fmt: skip
 
