@@ -115,8 +115,9 @@ def run() -> None:
         print(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
         if args.origin and args.fingerprint not in (None, pipe.fingerprint):
             raise ValueError(f"{args.origin} was drawn by another model than {checkpoint}: name its --checkpoint")
-        for line in remarks_on(pipe, prompts, args):
-            print(line, file=sys.stderr)
+        if checkpoint == "shapes":
+            for line in remarks_on(prompts, args):
+                print(line, file=sys.stderr)
         draw(pipe, prompts, sweeps, complete, args)
 
 
@@ -319,10 +320,8 @@ def list_models() -> None:
     print("Bundled: shapes, a tokenizer and a transformer for coloured shapes of 32 x 32 pixels (--checkpoint shapes)")
 
 
-def remarks_on(pipe: TextToImage, prompts: list[Named], args: argparse.Namespace) -> list[str]:
-    """Return what to tell about requests beyond the shapes that a model has been trained on; nothing for others."""
-    if pipe.clip.model_name != "shapes":
-        return []
+def remarks_on(prompts: list[Named], args: argparse.Namespace) -> list[str]:
+    """Return what to tell about requests that are beyond the bundled model, line by line."""
     from PIL import Image
 
     from clipgen.cli.familiar import remarks
