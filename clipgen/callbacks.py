@@ -27,7 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 class Results(pl.Callback):
-    """The size of a step before training, and one line after each validation, for logs and for people."""
+    """Log the size of a step before training, and all ``val/*`` metrics on one line after each validation.
+
+    What looks broken and is not is explained once.
+    """
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         batch_size = getattr(trainer.train_dataloader, "batch_size", None)
@@ -39,6 +45,47 @@ class Results(pl.Callback):
         if not trainer.sanity_checking and trainer.is_global_zero:
             found = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             logger.info("step %d  %s", trainer.global_step, "  ".join(f"{k} {v:.4g}" for k, v in found.items()))
+            for remark in (lagging_average(trainer, module), few_tokens(module)):
+                if remark and remark.split(":")[0] not in self.said:
+                    self.said.add(remark.split(":")[0])
+                    logger.info("  %s", remark)
+
+
+def lagging_average(trainer: pl.Trainer, module: Any) -> str:
+    """Return why validation looks bad in the first steps of a model with EMA weights, else ""."""
+    decay = module.hparams.get("ema_decay", 0)
+    horizon = round(3 / (1 - decay)) if decay else 0
+    if trainer.global_step >= horizon:
+        return ""
+    return (
+        f"The values above are of the EMA weights: they average about the last {1 / (1 - decay):.0f} steps, and look "
+        f"worse than the training loss until about step {horizon}"
+    )
+
+
+def few_tokens(module: Any) -> str:
+    """Return why codes look dead where validation has fewer tokens than the codebook has codes, else ""."""
+    counts = getattr(module, "counts", None)
+    if counts is None or not 0 < (tokens := int(counts.sum())) < len(counts):
+        return ""
+    return (
+        f"Dead codes and val/codebook_usage are of the validation images alone: their {tokens} tokens cannot use more "
+        f"than {tokens} of the {len(counts)} codes"
+    )
+
+
+class FinalValidation(pl.Callback):
+    """Validate at the end of a training that was too short for its first validation: it then has a grid and a
+    ``best.ckpt`` like every other."""
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        best: Any = trainer.checkpoint_callback
+        if best is None or best.best_model_path or not trainer.enable_validation:
+            return
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        trainer.validating, loop.restarting = True, False
+        loop.run()
+        trainer.training = True
 
 
 def describe_step(batch_size: int, devices: int, accumulate: int) -> str:
@@ -65,6 +112,7 @@ class PictureLogger(pl.Callback):
         prompts: the sentences of stage 2.
         temperature, top_k, top_p: see ``sampling.draw``.
         guidance_scale, guidance_power: see ``ConditionalTransformer.sample``.
+        keep: number of grids of each kind that stay in the folder; older ones are deleted.
     """
 
     def __init__(
@@ -77,11 +125,13 @@ class PictureLogger(pl.Callback):
         top_p: float = 1.0,
         guidance_scale: float = 1.0,
         guidance_power: float = 0.0,
+        keep: int = 20,
     ):
         check_sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {num_images}")
-        self.folder, self.num_images, self.prompts = Path(folder), num_images, list(prompts)
+        for key, value in (("num_images", num_images), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"{key} must be at least 1, got {value}")
+        self.folder, self.num_images, self.prompts, self.keep = Path(folder), num_images, list(prompts), keep
         self.sampling: dict[str, Any] = dict(
             temperature=temperature,
             top_k=top_k,
@@ -120,6 +170,8 @@ class PictureLogger(pl.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
             save_png(picture, self.folder / f"{name}_{trainer.global_step:07d}.png")
             log_picture(trainer, name, picture)
+            for old in sorted(self.folder.glob(f"{name}_*.png"))[: -self.keep]:
+                old.unlink(missing_ok=True)
 
     @torch.no_grad()
     def draw(self, module: pl.LightningModule, batch: dict[str, Tensor]) -> dict[str, Image.Image]:

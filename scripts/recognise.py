@@ -1,9 +1,10 @@
 """How often an independent classifier recognises the class that a picture was asked to show.
 
-    python scripts/recognise.py --data data/cifar10 --checkpoint outputs/transformer/... --output runs/recognise
+    python -m clipgen recognise --data data/cifar10 --checkpoint outputs/transformer/... --output runs/recognise
 
-The classifier is trained on the real images of the shards alone (once: it is kept in --classifier); then pictures of
-every class are drawn from the sentence "a photo of a {label}", by the same sampling as clipgen-sample.
+The classifier is trained on the real images of the shards alone, once: it is kept in --classifier, and refused for
+other steps or data. Then pictures of every class are drawn from the sentence "a photo of a {label}", by the same
+sampling as clipgen-sample.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from train_clip import labelled_batches
+from train_clip import labelled_batches, one_cycle
 
 from clipgen import TextToImage
 from clipgen.data.shards import ImageShards
@@ -52,7 +53,7 @@ def classifier(classes: int) -> nn.Sequential:
 def train(net: nn.Module, data: Path, image_size: int, steps: int, batch_size: int = 128) -> None:
     """Train on real images."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps, pct_start=0.2)
+    rate = one_cycle(optimizer, 0.2, steps, warmup=0.2)
     batches = labelled_batches(str(data / "train-*.tar"), image_size, batch_size, seed=1)
     for step, (images, labels) in zip(range(1, steps + 1), batches):
         loss = F.cross_entropy(net(images), labels, label_smoothing=0.1)
@@ -73,17 +74,35 @@ def real_accuracy(net: nn.Module, data: Path, image_size: int) -> float:
 
 
 def load_or_train(path: Path, data: Path, classes: int, image_size: int, steps: int) -> nn.Module:
-    """The classifier in evaluation mode."""
+    """Return the classifier in evaluation mode: the one in the file if it was trained in the same way, else a new one.
+
+    Raises:
+        ValueError: the file holds a classifier of other steps, data or size, or does not say of which.
+    """
     torch.manual_seed(1)
     net = classifier(classes)
+    wanted = {"steps": steps, "image_size": image_size, "classes": classes, "data": data_files(data)}
     if path.is_file():
-        net.load_state_dict(torch.load(path, weights_only=True))
+        saved = torch.load(path, weights_only=True)
+        made = saved.get("trained", {})
+        if differing := [key for key in wanted if made.get(key) != wanted[key]]:
+            raise ValueError(
+                f"{path} must hold a classifier trained with the same {' and '.join(differing)}: delete it, or name "
+                "another --classifier"
+            )
+        print(f"classifier: {path}, trained before ({steps} steps)")
+        net.load_state_dict(saved["weights"])
     else:
         train(net, data, image_size, steps)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as partial:
-            torch.save(net.state_dict(), partial)
+            torch.save({"trained": wanted, "weights": net.state_dict()}, partial)
     return net.eval()
+
+
+def data_files(data: Path) -> list[str]:
+    """Return name and size of each training shard, which tell one data set from another."""
+    return [f"{shard.name} {shard.stat().st_size}" for shard in sorted(data.glob("train-*.tar"))]
 
 
 @torch.no_grad()
@@ -102,7 +121,7 @@ def main() -> None:
     p.add_argument("--checkpoint", help="stage-2 run; without it, only the classifier is trained")
     p.add_argument("--output", type=Path, default=Path("runs/recognise"), help="folder of grid.png and recognised.json")
     p.add_argument("--classifier", type=Path, default=Path("runs/classifier.pt"), help="its file: read, or written")
-    p.add_argument("--steps", type=int, default=2000, help="of the classifier's training, at least 10")
+    p.add_argument("--steps", type=int, default=2000, help="of the classifier's training")
     p.add_argument("--image-size", type=int, default=32, help="pixels of the shards' images")
     p.add_argument("--template", default="a photo of a {label}", help="of the sentences")
     p.add_argument("--per-class", type=int, default=100, help="images drawn of each class")
@@ -112,12 +131,15 @@ def main() -> None:
         p.add_argument(f"--{name}", type=float, default=value)
     p.add_argument("--top-k", type=int, default=300)
     args = p.parse_args()
-    if args.steps < 10:
-        p.error(f"--steps must be at least 10, got {args.steps}")
+    if args.steps < 1:
+        p.error(f"--steps must be at least 1, got {args.steps}")
     if not (args.data / "classes.json").is_file():
         sys.exit(f"recognise.py: error: no classes.json in {args.data}; scripts/make_shards.py writes it")
     names = json.loads((args.data / "classes.json").read_text())
-    net = load_or_train(args.classifier, args.data, len(names), args.image_size, args.steps)
+    try:
+        net = load_or_train(args.classifier, args.data, len(names), args.image_size, args.steps)
+    except ValueError as error:
+        sys.exit(f"recognise.py: error: {error}")
     print(f"classifier on real validation images: {real_accuracy(net, args.data, args.image_size):.4f}")
     if not args.checkpoint:
         return

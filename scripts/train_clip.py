@@ -1,6 +1,6 @@
 """Train a small open_clip model on labelled shards, as a stand-in for a pretrained CLIP where none can be had.
 
-    python scripts/train_clip.py --data data/cifar10 --output runs/cifar10-clip
+    python -m clipgen train_clip --data data/cifar10 --output runs/cifar10-clip
 
 The labels become sentences ("a photo of a cat"); the generator trained later never sees them. The folder that is
 written is open_clip's own ("local-dir:"), plus vocabulary.json, and is used as ``clip.model_name=runs/cifar10-clip``.
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -70,7 +71,7 @@ def train(folder: Path, captions: Sequence[str], batches: Iterable[tuple[Tensor,
     mean, std = (torch.tensor(getattr(model.visual, f"image_{k}")).view(3, 1, 1) for k in ("mean", "std"))
     size = open_clip.transformer.to_2tuple(model.visual.image_size)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    schedule = one_cycle(optimizer, learning_rate, steps, warmup=0.1)
     start = time.time()
     for step, (images, labels) in zip(range(1, steps + 1), batches):
         pixels = F.interpolate((images + 1) / 2, size, mode="bicubic", antialias=True)
@@ -86,6 +87,14 @@ def train(folder: Path, captions: Sequence[str], batches: Iterable[tuple[Tensor,
             print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
     save(model, folder)
     return model
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, learning_rate: float, steps: int, warmup: float) -> Any:
+    """Return torch's one-cycle schedule, whose ``warmup`` fraction has at least two steps and whose length at least
+    four: torch divides by zero where a phase has a single step."""
+    steps = max(steps, 4)
+    pct_start = max(warmup, 2 / steps)
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=pct_start)
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -133,6 +142,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
     classes = args.data / "classes.json"
     if not classes.is_file():
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labelled data")

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import partial
+from pathlib import Path
 
 import pytest
-from commands import everything
+from commands import everything, interrupt_at
 from PIL import Image
+
+from clipgen import VQGAN, ConditionalTransformer
+from clipgen.cli import demo
+from clipgen.cli.progress import TotalTime
 
 TINY = ["trainer.max_steps=2", "trainer.val_check_interval=1", "data.train_size=64", "data.val_size=64"]
 
@@ -34,8 +40,9 @@ def test_demo(call, tmp_path):
     parts = {"imports", "vqgan", "transformer", "sampling", "plots"}
     assert set(report["seconds"]) == {*parts, "total"}
     sampling = {"temperature": 1.0, "top_k": 300, "top_p": 0.8}
-    assert report["settings"] == {"seed": 3, "overrides": TINY, "prompts": 200, "sampling": sampling}
+    assert report["settings"] == {"seed": 3, "steps": None, "overrides": TINY, "prompts": 200, "sampling": sampling}
     assert "torch" in report["versions"]
+    assert done.stdout.startswith("clipgen-demo trains a tokenizer (2 steps) and a transformer (2 steps)")
     for word in ("Training stage=vqgan", "Training stage=transformer", "background", "clipgen-sample --checkpoint"):
         assert word in done.stdout
 
@@ -46,10 +53,13 @@ def test_demo(call, tmp_path):
         (["model.chh=1"], "there is no key model.chh"),
         (["trainer.max_steps"], "arguments must be KEY=VALUE, got trainer.max_steps"),
         (["stage=vqgan"], "overrides must leave stage, output and vqgan to the demo, got stage=vqgan"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--resume"], "no demo to resume in demo: there is no demo/report.json"),
+        (["--resume", "--steps", "9"], "resume continues a demo with its own settings"),
         (["output=x"], "overrides must leave stage, output and vqgan"),
         (["model.n_layer=1"], "there is no key model.n_layer"),  # of stage 2 alone: said before stage 1 is trained
         (["trainer.max_steps=many"], "trainer.max_steps must be int, got 'many'"),
-        (["--output", "/proc/none"], "output must be a folder that can be written to, got /proc/none/vqgan"),
+        (["--output", "/proc/none"], "output must be a folder that can be written to, got /proc/none"),
     ],
 )
 def test_refusals(call, tmp_path, arguments, message):
@@ -57,3 +67,49 @@ def test_refusals(call, tmp_path, arguments, message):
     assert result.code == 1 and result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"clipgen-demo: error: {message}"), result.stderr
     assert everything(tmp_path) == set()
+
+
+@pytest.mark.parametrize(("model", "again"), [(VQGAN, "vqgan"), (ConditionalTransformer, "transformer")])
+def test_a_stopped_demo_is_resumed_as_its_message_says(call, monkeypatch, caplog, tmp_path, model, again):
+    """With its own settings, and without training again what was finished."""
+    caplog.set_level(logging.INFO)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, model, "training_step", 1)
+        assert call("--seed", 3, "--output", "my demo", *TINY).code == 130
+    assert "Stopped at step 1; clipgen-demo --resume --output 'my demo' continues" in caplog.text
+    caplog.clear()
+    done = call("--resume", "--output", "my demo")
+    assert done.code == 0, done.stderr
+    assert ("Finished before: stage=vqgan" in done.stdout) == (again == "transformer")
+    report = json.loads((tmp_path / "my demo" / "report.json").read_text())
+    assert report["settings"]["seed"] == 3 and report["settings"]["overrides"] == TINY and "accuracy" in report
+    assert {path.name for path in tmp_path.iterdir()} == {"my demo"}
+
+
+def test_another_demo_leaves_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "report.json").write_text("{}")
+    args = demo.parser().parse_args([])
+    demo.settle(args)
+    assert args.output == Path("demo-2")
+    assert "demo holds a demo that was stopped: clipgen-demo --resume continues it" in capsys.readouterr().out
+
+
+def test_steps_keep_the_proportion_of_the_stages():
+    found = demo.configs(Path("demo"), 0, 360, [])
+    assert [config.trainer.max_steps for config in found.values()] == [360, 160]
+
+
+@pytest.mark.parametrize(("seconds", "slow"), [(100, False), (700, True)])
+def test_slow_machines_are_told_what_to_do(capsys, seconds, slow):
+    demo.tell_time(seconds / 4, seconds)
+    out = capsys.readouterr().out
+    assert f"About 0:{seconds // 60:02d}:{seconds % 60} left" in out
+    assert ("--steps 360" in out and "clipgen-sample" in out) == slow
+
+
+def test_the_time_left_counts_later_stages(fit, tiny_vqgan):
+    told = []
+    fit(tiny_vqgan, 25, TotalTime(later=50, tell=lambda stage, total: told.append(total / stage)))
+    assert told == [pytest.approx((5 + 50) / 5)]

@@ -17,7 +17,8 @@ from PIL import Image
 
 import clipgen
 from clipgen.cli import sample
-from clipgen.cli.sample import newest_run
+from clipgen.cli.runs import free_folder, newest_run
+from clipgen.cli.sample import sentences_of
 from clipgen.images import save_png
 
 BUNDLED = Path(clipgen.__file__).parent / "bundled"
@@ -115,6 +116,84 @@ def test_the_newest_finished_run_is_taken(tmp_path):
     assert newest_run(tmp_path / "outputs") == str(tmp_path / "outputs" / "transformer/2026-01-02")
     os.utime(tmp_path / "outputs/mine/transformer/config.json")
     assert newest_run(tmp_path / "outputs") == str(tmp_path / "outputs" / "mine")
+
+
+def test_unfinished_runs_that_are_passed_over_are_named(tmp_path, monkeypatch, caplog):
+    """But none that is older than the one that is taken, and no cache, which looks like a run of stage 2."""
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("late", "taken", "early")):
+        run = Path("outputs", name)
+        file = run / ("transformer/config.json" if name == "taken" else "checkpoints/last.ckpt")
+        file.parent.mkdir(parents=True)
+        file.touch()
+        (run / "clip.json").touch()
+        os.utime(file, (1e9 - age, 1e9 - age))
+    cache = Path("outputs/cache/vqgan/config.json")
+    cache.parent.mkdir(parents=True)
+    cache.touch()
+    (Path("outputs/cache") / "clip.json").touch()
+    assert newest_run(Path("outputs")) == "outputs/taken"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("Passed over outputs/late, which is not finished: clipgen-train resume=outputs/late")
+
+
+def test_runs_are_listed(call, runs, monkeypatch):
+    monkeypatch.chdir(runs[0])
+    result = call("--list")
+    assert result.code == 0
+    header, *lines = result.stdout.splitlines()
+    assert header.split() == ["STAGE", "STEP", "BEST", "STATE", "PATH"]
+    assert re.fullmatch(r"transformer +4 +val/cross_entropy \d\S* +finished +outputs/transformer/\S+", lines[0])
+    assert re.fullmatch(r"vqgan +4 +val/loss \d\S* +finished +outputs/vqgan/\S+", lines[1])
+    assert lines[2].startswith("Bundled: shapes")
+
+
+def test_a_folder_without_runs_is_listed(call):
+    assert "There are no runs below outputs/" in call("--list").stdout
+
+
+def test_a_bare_sentence_is_a_prompt(call, runs, tmp_path):
+    result = call("--num-images", 1, "a red ring", "--checkpoint", runs[1], "--output", "s", "a blue star")
+    assert result.code == 0, result.stderr
+    assert {path.name for path in (tmp_path / "s").glob("0*")} == {"00_a-red-ring_0.png", "01_a-blue-star_0.png"}
+    assert sentences_of(["a", "red", "ring"]) == ["a red ring"] and sentences_of(["ring"]) == ["ring"]
+
+
+def test_a_second_call_leaves_the_pictures_of_the_first(call, runs, tmp_path):
+    for setting in (1, 5):
+        assert call(*ONE, "--checkpoint", runs[1], "--output", "s", "--top-k", setting).code == 0
+    found = [json.loads(Image.open(tmp_path / name / NAME.format(0)).text["top_k"]) for name in ("s", "s-2")]
+    assert found == [1, 5] and (tmp_path / "s-2" / "grid.png").is_file()
+
+
+def test_the_next_free_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert free_folder(Path("a/b"), "*.png") == Path("a/b")
+    for name in (".", "a", "a-2"):
+        Path(name).mkdir(exist_ok=True)
+        Path(name, "x.png").touch()
+    assert free_folder(Path("a"), "*.png") == Path("a-3") and free_folder(Path("."), "*.png") == Path("samples-2")
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        ([PROMPT], ""),
+        (["a red ring"], ""),
+        (["a red ring on a blue background"], "has never seen a blue background"),
+        (["a photo of a dog"], "does not know 'photo', 'of', 'dog'"),
+        (["a red ring and a blue star"], "has never seen more than one shape"),
+        (["--interpolate", PROMPT, "a red cat"], "does not know 'cat'"),
+        (["--mix", "a red ring - a cat"], "does not know 'cat'"),
+        (["--image", "photo.png"], "has never seen a photograph: photo"),
+    ],
+)
+def test_the_bundled_model_says_what_it_knows(call, tmp_path, request_, told):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "photo.png")
+    result = call("--num-images", 1, "--checkpoint", "shapes", "--output", "s", *request_)
+    assert result.code == 0, result.stderr
+    knows = "32 x 32 pixels" in result.stderr and "the backgrounds white, gray, black" in result.stderr
+    assert told in result.stderr and knows == bool(told)
 
 
 @pytest.mark.skipif(not (BUNDLED / "transformer").is_dir(), reason="no transformer is bundled with the package yet")

@@ -71,7 +71,8 @@ def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog
     first, *lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.cli.progress"]
     assert re.fullmatch(r"VQGAN, 0\.\d M parameters to train, on cpu", first)
     assert [line.split(",")[0] for line in lines] == [f"step {step} of 5" for step in range(1, 6)]
-    losses = [re.search(r"left  (.*)", line)[1] for line in lines]
+    assert all(re.search(r", \S+ it/s, \S+ img/s, ETA \d+:\d\d:\d\d  ", line) for line in lines)
+    losses = [re.search(r"ETA \S+  (.*)", line)[1] for line in lines]
     assert losses[0] == "" and losses[1] == losses[2] != losses[3] == losses[4] and "train/loss 1." in losses[1]
 
 
@@ -392,7 +393,7 @@ ERRORS = {
         r"urls must name existing shards, got /none/\*.tar",
     ),
     "data without images": ([*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"], r"checkpoints must hold \.jpg"),
-    "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a value for vqgan: give vqgan="),
+    "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a tokenizer: give vqgan=RUN"),
     "missing vqgan": ([*TRANSFORMER, *SHAPES, "vqgan=x"], "x does not exist; `clipgen-train stage=vqgan` makes"),
     "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/pictures"], "pictures holds no such model"),
     "damaged vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={damaged}"], "damaged.ckpt is no readable checkpoint"),
@@ -424,8 +425,8 @@ ERRORS = {
         [
             *TRANSFORMER,
             "data=webdataset",
-            "data.train_urls=a.tar",
-            "data.val_urls=b.tar",
+            "data.train_urls='https://example.org/a.tar'",
+            "data.val_urls='https://example.org/b.tar'",
             "vqgan={vqgan}",
             "trainer.strategy=fsdp",
             "trainer.devices=2",

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from clipgen.cli.config import check_types, make
+from clipgen.cli.settling import is_encoded
 from clipgen.data.encoded import class_names, read_manifest
 from clipgen.encoding import clip_identity, saved_identity
 from clipgen.files import read_json
@@ -59,21 +60,6 @@ def warn_of_size(vqgan: VQGAN, image_size: int) -> None:
 def left_open(config: DictConfig, sizes: dict[str, Any]) -> dict[str, Any]:
     """The sizes that the configuration of the model does not name itself."""
     return {name: size for name, size in sizes.items() if config.model[name] is None}
-
-
-def is_encoded(config: DictConfig) -> bool:
-    """Whether training reads a cache."""
-    return config.data._target_.endswith("EncodedData")
-
-
-def settle_encoded(config: DictConfig) -> None:
-    """A cache holds its tokenizer, and knows its source: the experiment's own do not apply."""
-    if OmegaConf.is_missing(config, "vqgan"):
-        config.vqgan = config.data.root
-    keys = ("_target_", "root", "batch_size", "num_workers", "seed", "condition")
-    config.data = OmegaConf.masked_copy(config.data, keys)  # type: ignore[arg-type]
-    if config.data.condition == "label" and "condition_cosine" in config.model:
-        config.model.condition_cosine = 1.0  # noise bridges images and sentences, which a class has nothing to do with
 
 
 def build_encoded(config: DictConfig) -> Any:

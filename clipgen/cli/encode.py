@@ -51,6 +51,16 @@ def encode(config: DictConfig) -> None:
     """Encode as configured."""
     from omegaconf import OmegaConf
 
+    from clipgen.cli.settling import check_sources, check_tokenizer
+
+    if missing := OmegaConf.missing_keys(config):
+        raise ValueError(f"clipgen-encode needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
+    OmegaConf.resolve(config)
+    for key in ("augmentations", "shard_size", "batch_size"):
+        if not isinstance(value := config[key], int) or value < 1:
+            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
+    check_tokenizer(str(config.vqgan))
+    check_sources(config.data)
     from clipgen import VQGAN, encoding
     from clipgen.cli.building import warn_of_size
     from clipgen.cli.config import make
@@ -59,12 +69,6 @@ def encode(config: DictConfig) -> None:
     from clipgen.cli.output import output_folder
     from clipgen.data.shards import ImageShards
 
-    if missing := OmegaConf.missing_keys(config):
-        raise ValueError(f"clipgen-encode needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
-    OmegaConf.resolve(config)
-    for key in ("augmentations", "shard_size", "batch_size"):
-        if not isinstance(value := config[key], int) or value < 1:
-            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
     vqgan, clip = VQGAN.load(config.vqgan), make(config.clip)
     warn_of_size(vqgan, config.data.image_size)
     data = make(config.data, batch_size=1)  # its own batches are for training

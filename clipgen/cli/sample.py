@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.console import flush_stdout, guarded, rate_bar, say
 from clipgen.cli.machine import best_device
 from clipgen.cli.output import file_name, output_folder
+from clipgen.cli.runs import OUTPUTS, find_runs, free_folder, newest_run, table
 from clipgen.cli.settings import DTYPES, SETTINGS, add_settings, settings_of
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
     Named = tuple[str, Prompt]  # for captions and file names
 
+NOTHING = (
+    'there must be something to draw: give a sentence in quotes ("a red ring"), --prompt, --prompts-file, --image, '
+    "--mix, --complete, --interpolate or --from"
+)
 SHEET = 1000  # pictures on the sheet of all: more are a file that no viewer opens, and gigabytes of memory
 
 
@@ -45,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line. Nothing heavy is imported before it is read."""
     p = argparse.ArgumentParser("clipgen-sample", description="Draw pictures of sentences.")
     what = p.add_argument_group("what to draw, any of them several times")
+    what.add_argument("sentences", nargs="*", metavar="SENTENCE", help="as --prompt; words without quotes are taken "
+                      "for one sentence")  # fmt: skip
     what.add_argument("--prompt", action="append", default=[], help="a sentence")
     what.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
     what.add_argument("--image", type=Path, action="append", default=[], help="a picture, for variations of it")
@@ -57,8 +65,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
     p.add_argument("--checkpoint", help="stage-2 run folder, checkpoint, pipeline folder or hf-hub: name; default: the "
                    "newest finished run below outputs/, else shapes, the bundled model")  # fmt: skip
+    p.add_argument("--list", action="store_true", help="list the runs below outputs/ and the bundled models")
     p.add_argument("--output", type=Path, default=Path("samples"), help="folder for the PNGs, whose names end in "
-                   "their seed (default: %(default)s)")  # fmt: skip
+                   "their seed; if it holds PNGs already, FOLDER-2, FOLDER-3, ... (default: %(default)s)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="picture i draws from seed + i (default: %(default)s)")
     add_settings(p)
     p.add_argument("--rerank-from", type=int, help="draw so many and keep those that CLIP finds nearest")
@@ -74,7 +83,13 @@ def parser() -> argparse.ArgumentParser:
 
 def run() -> None:
     """Check everything that can be checked, load the model, draw, write."""
-    args = parser().parse_args()
+    args = parser().parse_intermixed_args()
+    if args.list:
+        list_models()
+        return
+    args.prompt += sentences_of(args.sentences)
+    check_arguments(args)
+    args.output = free_folder(args.output, "*.png")
     gc.disable()  # collecting garbage during the imports takes a second, and frees hardly anything
     from clipgen.pipeline import TextToImage
     from clipgen.prompts import check_request
@@ -92,12 +107,15 @@ def run() -> None:
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
     complete = read_picture(args.complete) if args.complete else None
-    checkpoint = args.checkpoint or newest_run(Path("outputs")) or "shapes"
+    checkpoint = args.checkpoint or newest_run(OUTPUTS) or "shapes"
     with output_folder(args.output, keep="*.png"):
         pipe = prepared(TextToImage.load(checkpoint), args)
         say(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
         if args.origin and args.fingerprint not in (None, pipe.fingerprint):
             raise ValueError(f"{args.origin} was drawn by another model than {checkpoint}: name its --checkpoint")
+        if checkpoint == "shapes":
+            for line in remarks_on(prompts, args):
+                print(line, file=sys.stderr)
         draw(pipe, prompts, sweeps, complete, args)
 
 
@@ -114,8 +132,8 @@ def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], 
     """Draw and write every picture, the strips, and the sheet of all pictures."""
     from clipgen.images import grid, save_png
 
-    count = len(prompts) * (args.rerank_from or args.num_images) + len(args.interpolate) * strip_length(args)
-    with rate_bar("drawing", count * len(sweeps)) as advance:
+    images = len(prompts) * (args.rerank_from or args.num_images) + len(args.interpolate) * strip_length(args)
+    with rate_bar("drawing", images * len(sweeps)) as advance:
         preview = save_preview(args.output) if args.preview else None
         options = dict(seed=args.seed, complete=complete, preview=preview, progress=advance)
         drawn = draw_pictures(pipe, prompts, sweeps, options, args)
@@ -201,8 +219,7 @@ def read_prompts(args: argparse.Namespace) -> list[Named]:
     images = args.image or [args.complete] * bool(args.complete and not (prompts or args.interpolate))
     prompts += [(path.stem, read_picture(path)) for path in images]
     if not prompts and not args.interpolate:
-        ways = "--prompt, --prompts-file, --image, --mix, --complete, --interpolate or --from"
-        raise ValueError(f"there must be something to draw: give {ways}")
+        raise ValueError(NOTHING)
     return prompts
 
 
@@ -254,10 +271,53 @@ def repeat_(args: argparse.Namespace) -> None:
     args.num_images, args.fingerprint = made.steps, made.model
 
 
-def newest_run(outputs: Path) -> str | None:
-    """The stage-2 run that finished last, below a folder of runs."""
-    finished = sorted(outputs.rglob("transformer/config.json"), key=lambda file: file.stat().st_mtime)
-    return str(finished[-1].parent.parent) if finished else None
+def sentences_of(words: list[str]) -> list[str]:
+    """Return what stands on the command line without an option as prompts: several words without a space among them
+    are a sentence whose quotes were forgotten."""
+    return [" ".join(words)] if len(words) > 1 and not any(" " in word.strip() for word in words) else words
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise an error that needs no torch before its import, which takes seconds.
+
+    Raises:
+        ValueError: there is nothing to draw.
+        FileNotFoundError: a file, or the checkpoint, does not exist.
+    """
+    sources = (args.prompt, args.prompts_file, args.image, args.mix, args.complete, args.interpolate, args.origin)
+    if not any(sources):
+        raise ValueError(NOTHING)
+    for path in (*args.image, *([args.complete] if args.complete else [])):
+        if not path.is_file():
+            raise FileNotFoundError(f"no picture {path}")
+    for path in (*args.prompts_file, *([args.origin] if args.origin else [])):
+        path.stat()  # raises the system's error
+    name = args.checkpoint or "shapes"
+    if name != "shapes" and not name.startswith("hf-hub:") and not Path(name).expanduser().exists():
+        made = "`clipgen-train stage=transformer` makes one, `clipgen-sample --list` shows what there is"
+        raise FileNotFoundError(f"no ConditionalTransformer checkpoint: {name} does not exist; {made}")
+
+
+def list_models() -> None:
+    """Print the runs below ``outputs/`` and the bundled models."""
+    if runs := find_runs(OUTPUTS):
+        print(*table(runs), sep="\n")
+    else:
+        print(f"There are no runs below {OUTPUTS}/: clipgen-train stage=vqgan begins one")
+    print("Bundled: shapes, a tokenizer and a transformer for coloured shapes of 32 x 32 pixels (--checkpoint shapes)")
+
+
+def remarks_on(prompts: list[Named], args: argparse.Namespace) -> list[str]:
+    """Return what to tell about requests that are beyond the bundled model, line by line."""
+    from PIL import Image
+
+    from clipgen.cli.familiar import remarks
+
+    asked = [prompt for _, prompt in prompts] + [end for ends in args.interpolate for end in ends]
+    sentences = [prompt for prompt in asked if isinstance(prompt, str)]
+    sentences += [text for prompt in asked if isinstance(prompt, Mapping) for text in prompt]
+    strange = [name for name, prompt in prompts if isinstance(prompt, Image.Image) and prompt.size != (32, 32)]
+    return remarks(sentences, strange)
 
 
 if __name__ == "__main__":

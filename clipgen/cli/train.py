@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def run_hydra() -> None:
 
     from clipgen.cli.config import config_dir, explain
     from clipgen.cli.resuming import refuse_other_runs, settle_resume, with_the_runs
+    from clipgen.cli.settling import settle
 
     sys.argv[1:] = with_the_runs(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
@@ -48,19 +50,18 @@ def run_hydra() -> None:
 
     @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
     def task(config: DictConfig) -> None:
-        from lightning_fabric.utilities.exceptions import MisconfigurationException
-
         if sweep := HydraConfig.get().mode == RunMode.MULTIRUN:
             config.output = HydraConfig.get().runtime.output_dir
         try:
             settle_resume(config)
+            settle(config)
             refuse_other_runs(config)
             train(config, sweep)
-        except MisconfigurationException as error:
-            errors.append(ValueError(str(error)))
         except Exception as error:  # the other runs of a sweep go on, and need the memory
             traceback.clear_frames(error.__traceback__)
-            errors.append(error)
+            # by name: to import Lightning's takes seconds, and most errors are known before
+            ours = type(error).__name__ != "MisconfigurationException"
+            errors.append(error if ours else ValueError(str(error)))
 
     try:
         task()
@@ -83,6 +84,8 @@ def help_text() -> str:
        clipgen-train stage=transformer vqgan=RUN [key=value ...]
 
 Train the tokenizer, then the transformer on top of it. Ctrl-C saves and stops.
+Without vqgan=RUN, stage=transformer takes the newest finished tokenizer below outputs/;
+clipgen-sample --list shows all runs.
 
 choices:
 {chr(10).join(f"  {group}={options}" for group, options in groups.items())}
@@ -90,50 +93,63 @@ choices:
 often needed:
   output=FOLDER             the run folder (default: outputs/STAGE/TIME)
   resume=RUN                go on with a run, in its folder; other arguments change its own
-  resume=auto               go on with the run in output=FOLDER, or start it if there is none
+  resume=auto               resume the run in output=FOLDER, or start it if there is none
+  data.root=FOLDER          your images, with data=folder or experiment=modern
+  data.batch_size=16        images per step on each device
   trainer.max_steps=1000    any key that  clipgen-train stage=vqgan --cfg job  shows
 
 several runs, one after another:
   clipgen-train --multirun stage=vqgan key=a,b"""
 
 
-def train(config: DictConfig, sweep: bool = False) -> None:
-    """Train one stage as configured; KeyboardInterrupt where Ctrl-C stopped it. The run folder is ``config.output``."""
-    import pytorch_lightning as pl
-    from omegaconf import OmegaConf
+def train(
+    config: DictConfig,
+    sweep: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+    resume_by: str = "",
+) -> None:
+    """Train one stage as configured; KeyboardInterrupt where Ctrl-C stopped it. The run folder is ``config.output``.
 
-    from clipgen.cli.building import build, is_encoded, settle_encoded
-    from clipgen.cli.config import make
-    from clipgen.cli.resuming import bring_best, check_strategy, find_checkpoint, refuse_other_runs, settle_resume
+    Args:
+        callbacks: more of them.
+        resume_by: the command that resumes the training, for the message after Ctrl-C.
+    """
+    from clipgen.cli.resuming import settle_resume
+    from clipgen.cli.settling import settle
 
     settle_resume(config)
-    if is_encoded(config):
-        settle_encoded(config)
-    if missing := OmegaConf.missing_keys(config):
-        names = ", ".join(sorted(missing))
-        raise ValueError(f"stage={config.stage_name} needs a value for {names}: give {min(missing)}=...")
-    OmegaConf.resolve(config)
-    for key in ("output", "resume", "vqgan"):  # YAML's numbers, null and lists
-        value = config.get(key)
-        if not isinstance(value, str) and (key == "output" or value is not None):
-            raise TypeError(f"{key} must be a path, got {value!r}: put quotes around it, {key}=\\'...\\'")
+    settle(config)
+    import pytorch_lightning as pl
+
+    from clipgen.cli.building import build
+    from clipgen.cli.config import make
+    from clipgen.cli.resuming import bring_best, check_strategy, find_checkpoint, refuse_other_runs
+    from clipgen.cli.summary import log_summary
+    from clipgen.cli.validation import scale_interval, settle_interval, warn_of_few_images
+
     output = Path(config.output)
+    automatic = settle_interval(config)
     trainer = make_trainer(config, output)
+    trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
     if sweep and trainer.world_size > 1:
         raise ValueError(f"--multirun needs a single device, got {trainer.world_size}: each starts its own sweep")
     check_processes(trainer.world_size)
     data = make(config.data)
+    if automatic:
+        scale_interval(config, trainer, data)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)
     ckpt = find_checkpoint(config.resume, model, config.trainer.max_steps or -1)
     check_strategy(ckpt, model, config.trainer.strategy)
     if not trainer.is_global_zero:
-        return fit(trainer, model, data, ckpt, output)
+        return fit(trainer, model, data, ckpt, output, resume_by)
+    log_summary(config, trainer, model, data)
+    warn_of_few_images(data)
     with output_folder(output, keep="checkpoints/*.ckpt"):
         refuse_other_runs(config)  # one that ended before the folder was locked
         bring_best(ckpt, output)
         prepare(output, config, model)
-        fit(trainer, model, data, ckpt, output)
+        fit(trainer, model, data, ckpt, output, resume_by)
 
 
 def check_processes(world_size: int) -> None:
@@ -175,7 +191,7 @@ def make_strategy(config: DictConfig) -> Any:
 
 def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     """What is done beside the steps, in this order."""
-    from clipgen.callbacks import Results
+    from clipgen.callbacks import FinalValidation, Results
     from clipgen.cli.config import make
     from clipgen.cli.progress import ProgressReport
     from clipgen.data.sampler import DataPlace
@@ -187,7 +203,7 @@ def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     if "metrics" in config:
         found.append(make(config.metrics))
     found += make(config.checkpoint, folder=output / "checkpoints", monitor=config.monitor)
-    return [*found, Results(), ProgressReport(bar=sys.stderr.isatty())]
+    return [*found, FinalValidation(), Results(), ProgressReport(bar=sys.stderr.isatty())]
 
 
 def sharded(config: DictConfig) -> Any:
@@ -211,9 +227,9 @@ def sharded(config: DictConfig) -> Any:
 def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None:
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
-    from clipgen.cli.building import is_encoded
     from clipgen.cli.config import as_yaml
     from clipgen.cli.resuming import write_arguments
+    from clipgen.cli.settling import is_encoded
     from clipgen.files import atomic_write, write_json
     from clipgen.frozen import copy_frozen, save_frozen
 
@@ -229,7 +245,14 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
             save_frozen(output, *model.frozen())
 
 
-def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
+def fit(
+    trainer: pl.Trainer,
+    model: Any,
+    data: Any,
+    ckpt: str | None,
+    output: Path,
+    resume_by: str = "",
+) -> None:
     """Train, then leave the finished model in the run folder."""
     from clipgen import ConditionalTransformer
     from clipgen.cli.resuming import ARGUMENTS
@@ -245,6 +268,7 @@ def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Pa
     except SystemExit as exit:  # what Lightning makes of Ctrl-C
         known = (output / ARGUMENTS).is_file()
         goes_on = f"{'clipgen-train' if known else 'the same command with'} resume={output} goes on"
+        goes_on = f"{resume_by} continues" if resume_by else goes_on
         goes_on = f"; {goes_on}" if last.path.is_file() else ""
         logger.info("Stopped at step %d%s", trainer.global_step, goes_on)
         if last.requeue and trainer.is_global_zero:

@@ -1,0 +1,214 @@
+"""A first run on photographs: when it validates, what it says before the first step, and what it leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import make_shards
+import pytest
+import torch
+import yaml
+from commands import TRANSFORMER, VQGAN
+from PIL import Image
+
+from clipgen import VQGAN as VQGAN_
+from clipgen import ConditionalTransformer
+from clipgen.callbacks import few_tokens, lagging_average
+from clipgen.cli.config import composed
+from clipgen.cli.counts import count_shards
+from clipgen.cli.summary import activation_bytes
+from clipgen.cli.validation import scale_interval, settle_interval, warn_of_few_images
+
+
+@pytest.fixture
+def call(call):
+    return partial(call, "clipgen-train")
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Sixty pictures."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(60):
+        Image.new("RGB", (40, 36), (i * 4, 99, 0)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+OPEN = [*VQGAN, "trainer.val_check_interval=null"]
+SMALL = ["data.image_size=32", "data.batch_size=4", "data.num_workers=0", "output=run"]
+FOLDER = ["data=folder", "data.root=photos"]
+SHARDS = ["data=webdataset", "data.train_urls='shards/train-*.tar'", "data.val_urls='shards/val-*.tar'"]
+
+
+def grids(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "run" / "pictures").glob("reconstructions_*"))
+
+
+@pytest.mark.parametrize("source", [FOLDER, SHARDS], ids=["folder", "shards"])
+def test_a_run_shorter_than_its_first_validation_ends_with_one(call, photos, tmp_path, source):
+    """And a folder of one batch an epoch does not validate after every step."""
+    make_shards.main([str(photos), "--output", "shards", "--val-fraction", "0.1"])
+    result = call(*OPEN, *source, *SMALL)
+    assert result.code == 0, result.stderr
+    assert grids(tmp_path) == ["reconstructions_0000004.png"]
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").is_file()
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["val_check_interval"] == 1000
+
+
+def test_a_validated_run_is_not_validated_again(call, photos, tmp_path):
+    assert call(*VQGAN, *FOLDER, *SMALL, "trainer.max_steps=3", "trainer.val_check_interval=2").code == 0
+    assert grids(tmp_path) == ["reconstructions_0000002.png"]
+
+
+def test_a_fraction_of_an_epoch_is_validated(call, photos, tmp_path):
+    more = ["trainer.max_steps=15", "trainer.val_check_interval=0.5", "data.val_fraction=0.01"]
+    assert call(*VQGAN, *FOLDER, *SMALL, *more).code == 0
+    assert grids(tmp_path) == ["reconstructions_0000007.png", "reconstructions_0000014.png"]
+
+
+def test_the_last_grids_are_kept(call, photos, tmp_path):
+    assert call(*VQGAN, *FOLDER, *SMALL, "trainer.val_check_interval=1", "pictures.keep=2").code == 0
+    assert grids(tmp_path) == ["reconstructions_0000003.png", "reconstructions_0000004.png"]
+
+
+@pytest.mark.parametrize(("images", "interval"), [(0, 1000), (512, 1000), (3300, 2000), (25_600, 8000)])
+def test_the_interval_grows_with_the_validation_images(images, interval):
+    """So that at most a tenth of the batches are for validation; in modern on shards, too, which have no end."""
+    config = composed("stage=vqgan", "experiment=modern", "data=webdataset", "data.train_urls=a", "data.val_urls=b")
+    assert settle_interval(config) and config.trainer.check_val_every_n_epoch is None
+    trainer = SimpleNamespace(world_size=1)
+    scale_interval(config, trainer, SimpleNamespace(val=range(images) if images else None))
+    assert trainer.val_check_interval == config.trainer.val_check_interval == interval
+
+
+def test_images_in_shards_are_estimated_from_the_first(photos, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    make_shards.main(["photos", "--output", "shards", "--shard-size", "10"])
+    count = count_shards(sorted(map(str, Path("shards").glob("train-*.tar"))))
+    assert str(count) == "about 60 in 6 shards (estimated from the first)"
+    assert count_shards(["https://example.org/a.tar"]) is None
+
+
+@pytest.mark.parametrize("images", [0, 1, 49, 50])
+def test_few_validation_images_are_warned_about(caplog, images):
+    warn_of_few_images(SimpleNamespace(val=range(images) if images else None))
+    assert ("Validation has" in caplog.text) == (images in (1, 49))
+
+
+def test_ema_weights_and_dead_codes_are_explained_where_they_appear(tiny_vqgan):
+    tiny_vqgan.hparams["ema_decay"] = 0.99
+    assert "look worse than the training loss until about step 300" in lagging_average(SimpleNamespace(global_step=5),
+                                                                                       tiny_vqgan)  # fmt: skip
+    assert lagging_average(SimpleNamespace(global_step=300), tiny_vqgan) == ""
+    assert few_tokens(tiny_vqgan) == ""
+    tiny_vqgan.counts[3] = 15
+    assert "their 15 tokens cannot use more than 15 of the 16 codes" in few_tokens(tiny_vqgan)
+    tiny_vqgan.counts[3] = 16
+    assert few_tokens(tiny_vqgan) == ""
+
+
+# ------------------------------------------------------------------------------------------- before the first step
+
+
+def test_a_run_says_what_it_is_about_to_do(call, photos, caplog):
+    caplog.set_level(logging.INFO)
+    (photos / "broken.png").write_bytes(b"no picture")
+    assert call(*OPEN, *FOLDER, *SMALL, "model.accumulate=2").code == 0
+    for line in (
+        "Images:     59 for training, 1 held out for validation, 1 skipped so far",
+        "Batch:      8 images per step (4 per batch x 2 batches accumulated)",
+        "Tokens:     4 x 4 = 16 per image of 32 x 32 pixels, of 16 codes",
+        "Length:     4 steps, each image about 0.542 times; validation every 2000 batches",
+    ):
+        assert line in caplog.text
+    assert re.search(r"Parameters: 0\.\d M to train", caplog.text)
+    assert re.search(r"Memory:     about \S+ GiB on each device, estimated: weights, .* activations", caplog.text)
+    assert "Validation has 1 image:" in caplog.text
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_expected_activations_are_what_autograd_keeps(tiny_vqgan, images, checkpointing):
+    """Of a real batch, but for the quantizer."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    vqgan = VQGAN_(**{**tiny_vqgan.hparams, "checkpointing": checkpointing}).train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        reconstruction = vqgan.autoencode(images)[0]
+    weights = {p.untyped_storage().data_ptr() for p in vqgan.parameters()}
+    real = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in weights)
+    assert reconstruction.requires_grad
+    assert activation_bytes(vqgan) * len(images) == pytest.approx(real, rel=0.1)
+
+
+def test_expected_activations_grow_with_the_layers(tiny_transformer):
+    deeper = ConditionalTransformer(**{**tiny_transformer.hparams, "n_layer": 4})
+    more = activation_bytes(deeper) - activation_bytes(tiny_transformer)
+    tokens, width = tiny_transformer.num_tokens, tiny_transformer.hparams["n_embd"]
+    assert 2 * 12 * tokens * width * 4 < more < 2 * 40 * tokens * width * 4  # arXiv:2205.05198: 34 per token and width
+
+
+def test_the_newest_finished_tokenizer_is_taken_and_named(call, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = ["data.train_size=64", "data.val_size=8"]
+    assert call(*VQGAN, *data, "output=outputs/vqgan/first").code == 0
+    unfinished = tmp_path / "outputs" / "vqgan" / "second" / "checkpoints" / "last.ckpt"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
+    os.utime(unfinished, (2e9, 2e9))
+    assert call(*TRANSFORMER, *data, "output=run2").code == 0
+    assert "Tokenizer: outputs/vqgan/first, the newest finished one" in caplog.text
+    assert (
+        "Passed over outputs/vqgan/second, which is not finished: clipgen-train resume=outputs/vqgan/second"
+        in caplog.text
+    )
+    (tmp_path / "outputs").rename(tmp_path / "elsewhere")
+    resumed = call("resume=run2", "trainer.max_steps=5")  # its own copy
+    assert resumed.code == 0, resumed.stderr
+
+
+# --------------------------------------------------------------------------------------------------- errors in time
+
+EARLY = {
+    "clipgen-train": "clipgen.cli.train",
+    "clipgen-train stage=vqgan model.chh=1": "clipgen.cli.train",
+    "clipgen-train stage=vqgan data=folder data.root=/none": "clipgen.cli.train",
+    "clipgen-train stage=vqgan data=webdataset data.train_urls=/none.tar data.val_urls=null": "clipgen.cli.train",
+    "clipgen-train stage=transformer": "clipgen.cli.train",
+    "clipgen-train stage=transformer vqgan=/none": "clipgen.cli.train",
+    "clipgen-sample": "clipgen.cli.sample",
+    "clipgen-sample --checkpoint /none ring": "clipgen.cli.sample",
+    "clipgen-sample --image /none.png": "clipgen.cli.sample",
+    "clipgen-sample --prompts-file /none.txt": "clipgen.cli.sample",
+    "clipgen-encode": "clipgen.cli.encode",
+    "clipgen-encode vqgn=x": "clipgen.cli.encode",
+    "clipgen-encode vqgan=/none output=x": "clipgen.cli.encode",
+    "clipgen-eval": "clipgen.cli.evaluate",
+    "clipgen-convert": "clipgen.cli.convert",
+    "clipgen-baseline": "clipgen.cli.baseline",
+    "clipgen-demo model.chh=1": "clipgen.cli.demo",
+    "clipgen-demo --resume": "clipgen.cli.demo",
+}
+
+
+@pytest.mark.parametrize("line", EARLY)
+def test_errors_that_need_no_torch_do_not_wait_for_it(line, tmp_path):
+    """Its import takes seconds, or dozens of them on a laptop."""
+    code = f"import sys, {EARLY[line]} as module; sys.argv = {line.split()}\n" + (
+        "try: module.main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert re.fullmatch("[12] False", done.stdout.strip()), done
+    assert f"{line.split()[0]}: error: " in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,87 @@
+"""The scripts that the documentation uses: from any folder, with few steps, and with nothing reused in silence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset as wds
+from PIL import Image
+from recognise import load_or_train
+from train_clip import one_cycle
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Two classes in shards, with their names."""
+    (tmp_path / "shards").mkdir()
+    for split, number in (("train", 16), ("val", 4)):
+        with wds.TarWriter(str(tmp_path / "shards" / f"{split}-000000.tar")) as writer:
+            for i in range(number):
+                image = Image.new("RGB", (32, 32), (i * 10, 99, 0))
+                writer.write({"__key__": f"{i:03d}", "png": image, "cls": i % 2})
+    (tmp_path / "shards" / "classes.json").write_text(json.dumps(["cat", "dog"]))
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 11, 1500])
+@pytest.mark.parametrize("warmup", [0.1, 0.2])
+def test_the_learning_rate_cycles_in_any_number_of_steps(steps, warmup):
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    schedule = one_cycle(optimizer, 1.0, steps, warmup)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < rate <= 1 for rate in rates) and rates[0] < 0.1
+    assert steps < 3 or max(rates) > 0.5
+
+
+def test_ten_steps_are_as_torch_has_them_where_it_can():
+    optimizers = [torch.optim.AdamW([torch.zeros(1, requires_grad=True)]) for _ in range(2)]
+    ours = one_cycle(optimizers[0], 1.0, 100, 0.1)
+    torchs = torch.optim.lr_scheduler.OneCycleLR(optimizers[1], 1.0, total_steps=100, pct_start=0.1)
+    assert ours.state_dict() == torchs.state_dict()
+
+
+def test_a_classifier_of_other_steps_or_data_is_not_reused(shards, tmp_path, capsys):
+    file = tmp_path / "classifier.pt"
+    first = load_or_train(file, shards, 2, 32, 1)
+    again = load_or_train(file, shards, 2, 32, 1)
+    assert f"classifier: {file}, trained before (1 steps)" in capsys.readouterr().out
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(ValueError, match="must hold a classifier trained with the same steps: delete"):
+        load_or_train(file, shards, 2, 32, 2)
+    (shards / "train-000001.tar").write_bytes((shards / "train-000000.tar").read_bytes())
+    with pytest.raises(ValueError, match="with the same data"):
+        load_or_train(file, shards, 2, 32, 1)
+    torch.save(first.state_dict(), file)  # as older versions wrote it
+    with pytest.raises(ValueError, match="with the same steps and image_size and classes and data"):
+        load_or_train(file, shards, 2, 32, 1)
+
+
+def module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "clipgen", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def test_scripts_are_listed_as_a_module(tmp_path):
+    done = module(cwd=tmp_path)
+    assert done.returncode == 1 and "make_shards" in done.stderr and "train_clip" in done.stderr
+
+
+def test_a_script_runs_from_any_folder(tmp_path):
+    """One that imports another; its help needs no data."""
+    done = module("recognise", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "usage: recognise.py" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_a_clip_is_trained_for_ten_steps(shards, tmp_path):
+    settings = ["--output", "clip", "--steps", "10", "--batch-size", "2"]
+    done = module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
+    assert done.returncode == 0 and "step 10/10" in done.stdout and "zero-shot accuracy" in done.stdout, done.stderr
