@@ -286,7 +286,7 @@ def height(parameter: DTensor, rank: int, world_size: int) -> int:
 
 def exchange(
     sent: list[list[Tensor]],
-    shapes: list[list[tuple[int, ...]]],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
     like: Tensor,
     group: dist.ProcessGroup,
 ) -> list[list[Tensor]]:

@@ -53,12 +53,16 @@ def _cpu_has(name: str) -> bool:
 def require_bf16_units(device: torch.device | str, option: str, override: str) -> None:
     """Raise ValueError if bfloat16, asked for by ``option``, would be many times slower than float32.
 
+    What Apple's GPUs do is not known, and accepted.
+
     Args:
         device: where the matrix products would run.
         option: the option with its value. override: what to give instead.
     """
-    if not has_bf16_units(device):
-        kind = torch.device(device).type
+    kind = torch.device(device).type
+    # That there is no GPU is reported where it would be used
+    known = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
+    if known and not has_bf16_units(device):
         name = f"{kind} with {instruction_set()}" if kind == "cpu" else kind
         raise ValueError(
             f"{option} must run on a device that multiplies in bfloat16, got {name}, "

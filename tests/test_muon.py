@@ -19,6 +19,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from clipgen import muon, processor
+from clipgen.cli.config import composed
+from clipgen.cli.train import settle_precision
 from clipgen.muon import Muon
 from clipgen.optim import has_fused_kernels, make_optimizer
 from clipgen.processor import has_bf16_units, require_bf16_units
@@ -113,7 +115,7 @@ def test_singular_values_come_near_one():
     oblong = [matrix for matrix in matrices(1) if matrix.shape != (16, 16)]  # squares have some near zero
     for result in muon.orthogonalize(oblong, muon.COEFFICIENTS, 5, 1e-7):
         values = torch.linalg.svdvals(result)
-        assert 0.5 < values.min() and values.max() < 1.3
+        assert values.min() > 0.5 and values.max() < 1.3
 
 
 def test_parameters_without_gradient_stay():
@@ -182,7 +184,7 @@ def test_two_processes_step_as_one_does(tmp_path, strategy, collectives):
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------- the processor
+# ----------------------------------------------------------------------------------------------------- the processor
 
 
 def test_the_iteration_runs_in_the_dtype_of_the_processor(monkeypatch):
@@ -202,10 +204,45 @@ def test_imitated_processors_have_no_bf16_units(monkeypatch):
 def test_bfloat16_without_units_is_refused(monkeypatch):
     monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
     monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
-    with pytest.raises(ValueError, match="bfloat16, got cpu with AVX2, .*: give trainer.precision=32-true"):
+    with pytest.raises(ValueError, match=r"bfloat16, got cpu with AVX2, .*: give trainer.precision=32-true"):
         require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
     monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: True)
     require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
+
+
+@pytest.mark.parametrize("command", ["clipgen-train", "clipgen-sample"])
+def test_commands_refuse_bfloat16_without_units(call, monkeypatch, command):
+    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
+    arguments, override = {
+        "clipgen-train": (
+            ["stage=vqgan", "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "output=run"],
+            "trainer.precision=32-true",
+        ),
+        "clipgen-sample": (["--prompt", "a red star", "--dtype", "bfloat16", "--device", "cpu"], "--dtype float32"),
+    }[command]
+    result = call(command, *arguments)
+    assert result.code == 1 and result.stderr.strip().endswith(f"give {override}"), result.stderr
+    assert "must run on a device that multiplies in bfloat16" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["trainer.accelerator=cuda"], ["high"]),
+        (["trainer.accelerator=cuda", "matmul_precision=highest"], ["highest"]),
+        (["trainer.accelerator=cpu"], []),
+    ],
+)
+def test_gpus_train_in_tf32_unless_asked_not_to(monkeypatch, overrides, expected):
+    seen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    settle_precision(composed("stage=vqgan", *overrides))
+    assert seen == expected
+
+
+def test_other_matmul_precisions_are_refused():
+    with pytest.raises(ValueError, match="matmul_precision must be one of highest, high, got 'low'"):
+        settle_precision(composed("stage=vqgan", "matmul_precision=low"))
 
 
 def test_optimizers_are_fused_only_where_torch_has_the_kernels():

@@ -22,6 +22,9 @@ logger = logging.getLogger("clipgen.train")
 PACKAGES = ("clipgen", "torch", "torchvision", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset",
             "hydra-core")  # fmt: skip
 
+# Of torch.set_float32_matmul_precision: "high" is TF32 on GPUs from Ampere on, "highest" is float32 everywhere
+MATMUL_PRECISIONS = ("highest", "high")
+
 
 def main() -> None:
     """Entry point of the command."""
@@ -114,6 +117,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
         if not isinstance(value, str) and (key == "output" or value is not None):
             raise TypeError(f"{key} must be a path, got {value!r}: put quotes around it, {key}=\\'...\\'")
     output = Path(config.output)
+    settle_precision(config)
     trainer = make_trainer(config, output)
     if sweep and trainer.world_size > 1:
         raise ValueError(f"--multirun needs a single device, got {trainer.world_size}: each starts its own sweep")
@@ -126,6 +130,23 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     with output_folder(output, keep="checkpoints/*.ckpt"):
         prepare(output, config, model)
         fit(trainer, model, data, ckpt, output)
+
+
+def settle_precision(config: DictConfig) -> None:
+    """Refuse bfloat16 where it is slow, and let GPUs multiply float32 matrices as ``matmul_precision`` says."""
+    import torch
+
+    from clipgen.cli.machine import device_type
+    from clipgen.processor import require_bf16_units
+
+    if config.matmul_precision not in MATMUL_PRECISIONS:
+        names = ", ".join(MATMUL_PRECISIONS)
+        raise ValueError(f"matmul_precision must be one of {names}, got {config.matmul_precision!r}")
+    device, precision = device_type(config.trainer.accelerator), str(config.trainer.precision)
+    if precision.startswith("bf16"):
+        require_bf16_units(device, f"trainer.precision={precision}", "trainer.precision=32-true")
+    if device == "cuda":
+        torch.set_float32_matmul_precision(config.matmul_precision)
 
 
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from clipgen.nets.gpt import ConditionalGPT2
+from clipgen.processor import instruction_set
 from clipgen.sampling import Step
 
 Product = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
 onednn: Any = torch.ops.mkldnn  # what torch.compile uses on a CPU
+CACHED_ELEMENTS = 2**17  # of a weight that stays in a processor's cache, where torch's own product is fastest
 
 
 class CachedDecoder:
@@ -69,20 +72,63 @@ class CachedDecoder:
     def product(weight: Tensor, bias: Tensor | None, rows: int) -> Product:
         """x (B, in) -> x @ weight + bias (B, out), for a weight (in, out) and B = ``rows``.
 
-        Few rows are bound by reading the weight, which torch's CPU product does at a third of the memory's bandwidth.
-        oneDNN over a prepacked weight is faster; for one row or two, a batch of the weight's two halves is.
+        Few rows are bound by reading the weight, which torch's CPU product does at a third of the memory's bandwidth;
+        ``cpu_kernel`` chooses another.
         """
-        inputs, outputs = weight.shape
-        bias = weight.new_zeros(outputs) if bias is None else bias
+        bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            transposed = weight.T.contiguous()
-            if rows > 2 and torch.backends.mkldnn.is_available():
-                packed = onednn._reorder_linear_weight(transposed, rows)
-                return lambda x: onednn._linear_pointwise(x, packed, bias, "none", [], "")
-            if rows <= 2 and outputs % 2 == 0:
-                halves, column = transposed.view(2, -1, inputs), bias.view(2, -1, 1)
-                return lambda x: torch.baddbmm(column, halves, x.T.expand(2, -1, -1)).flatten(0, 1).T
-        return lambda x: torch.addmm(bias, x, weight)
+            return cpu_kernel(rows, *weight.shape)(weight, bias, rows)
+        return plain(weight, bias, rows)
+
+
+# -------------------------------------------------------------------------------------------- products of few rows
+
+
+def plain(weight: Tensor, bias: Tensor, rows: int) -> Product:
+    """Return torch's own product."""
+    return lambda x: torch.addmm(bias, x, weight)
+
+
+def halves(weight: Tensor, bias: Tensor, rows: int) -> Product:
+    """Return the product as a batch of the weight's two halves, transposed: two streams through memory."""
+    inputs, _ = weight.shape
+    halved, column = weight.T.contiguous().view(2, -1, inputs), bias.view(2, -1, 1)
+    return lambda x: torch.baddbmm(column, halved, x.T.expand(2, -1, -1)).flatten(0, 1).T
+
+
+def prepacked(weight: Tensor, bias: Tensor, rows: int) -> Product:
+    """Return oneDNN's product over a weight that is laid out for it once."""
+    packed = onednn._reorder_linear_weight(weight.T.contiguous(), rows)
+    return lambda x: onednn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def cpu_kernel(rows: int, inputs: int, outputs: int) -> Callable[[Tensor, Tensor, int], Product]:
+    """Choose the product of ``rows`` rows with a weight (inputs, outputs) in float32.
+
+    The choice follows from shape and instruction set. Measuring at first use could choose another kernel in the next
+    process, and kernels round differently: the same seed would not always draw the same indices.
+    """
+    if rows <= 2:
+        if inputs * outputs <= CACHED_ELEMENTS:
+            return plain
+        tall = inputs > outputs and instruction_set() == "AVX2"
+        if outputs % 2 == 0 and not (tall and has_prepacked_kernels()):
+            return halves
+    return prepacked if has_prepacked_kernels() else plain
+
+
+@cache
+def has_prepacked_kernels() -> bool:
+    """Return True if the private operators of oneDNN exist in this build of torch, and compute the product."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    weight, bias = torch.linspace(-1, 1, 32, device="cpu").view(8, 4), torch.ones(4, device="cpu")
+    x = torch.linspace(-1, 2, 24, device="cpu").view(3, 8)
+    try:
+        found = prepacked(weight, bias, 3)(x)
+    except (AttributeError, RuntimeError, TypeError):  # not there, not for this processor, or with other arguments
+        return False
+    return found.shape == (3, 4) and torch.allclose(found, torch.addmm(bias, x, weight), atol=1e-4)
 
 
 class CompiledDecoder(CachedDecoder):
