@@ -165,7 +165,9 @@ def test_descending_its_gradient_brings_samples_nearer():
     def distance() -> float:
         drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 8, replacement=True)  # (8 * 64, 8)
         grids = drawn.T.reshape(8 * 8, 8, 8)
-        return losses.clip_loss(pipe.clip.encode_image(pipe.vqgan.decode(grids)), embedding.repeat(8, 1), "cosine").item()
+        return losses.clip_loss(
+            pipe.clip.encode_image(pipe.vqgan.decode(grids)), embedding.repeat(8, 1), "cosine"
+        ).item()
 
     before = distance()
     optimizer = torch.optim.Adam([logits], lr=0.3)
@@ -173,5 +175,4 @@ def test_descending_its_gradient_brings_samples_nearer():
         optimizer.zero_grad()
         transformer.clip_loss(logits, embedding).backward()
         optimizer.step()
-    print(before, distance())
     assert distance() < 0.8 * before
