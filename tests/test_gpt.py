@@ -196,6 +196,41 @@ def test_without_working_operators_the_product_is_the_plain_one(monkeypatch, ope
         decode.has_prepacked_kernels.cache_clear()
 
 
+@pytest.fixture
+def eager_compile(monkeypatch):
+    """Let torch.compile trace, guard and recompile, but generate no code."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+
+
+@torch.no_grad()
+def test_programs_of_many_rows_read_the_cache_in_buckets(monkeypatch, eager_compile):
+    """And score as the loop that reads only what it has written."""
+    monkeypatch.setattr(decode, "BUCKET", 5)
+    gpt, lengths, attend = network(), [], F.scaled_dot_product_attention
+    record = lambda q, k, v, **options: (lengths.append(k.shape[2]), attend(q, k, v, **options))[1]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    for rows, expected in ((2, [12] * T), (decode.BUCKETS_FROM_ROWS, [5] * 5 + [10] * 5 + [12] * 2)):
+        condition, indices = gpt.condition(embeddings(rows)), torch.randint(K, (rows, T))
+        compiled, plain = CompiledDecoder(gpt, rows).start(condition), CachedDecoder(gpt, rows).start(condition)
+        for position in range(T):
+            previous = indices[:, position - 1] if position else None
+            lengths.clear()
+            scored = compiled(position, previous)
+            assert lengths in ([], [expected[position]] * 3)  # none where the program is traced already
+            torch.testing.assert_close(scored, plain(position, previous), atol=1e-4, rtol=1e-4)
+
+
+def test_a_decoder_made_in_inference_mode_works_outside(eager_compile):
+    gpt = network()
+    with torch.inference_mode():
+        decoder = CompiledDecoder(gpt, 2)
+        first = decoder.start(gpt.condition(embeddings(2)))(0, None).clone()
+    with torch.no_grad():
+        second = decoder.start(gpt.condition(embeddings(2)))(0, None)
+    assert first.shape == second.shape == (2, K)
+
+
 @torch.no_grad()
 def test_causality():
     gpt, e, indices = network(), embeddings(2), torch.randint(K, (2, T))

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipgen import muon, processor
 from clipgen.cli.config import composed
-from clipgen.cli.train import settle_precision
+from clipgen.cli.train import make_trainer, settle_precision
 from clipgen.muon import Muon
 from clipgen.optim import has_fused_kernels, make_optimizer
 from clipgen.processor import has_bf16_units, require_bf16_units
@@ -243,6 +243,20 @@ def test_gpus_train_in_tf32_unless_asked_not_to(monkeypatch, overrides, expected
 def test_other_matmul_precisions_are_refused():
     with pytest.raises(ValueError, match="matmul_precision must be one of highest, high, got 'low'"):
         settle_precision(composed("stage=vqgan", "matmul_precision=low"))
+
+
+@pytest.mark.parametrize(("stage", "strategy"), [("vqgan", "ddp_find_unused_parameters_true"), ("transformer", "ddp")])
+@pytest.mark.parametrize(
+    "asked", [["trainer.devices=2"], ["trainer.num_nodes=2"], ["trainer.devices=2", "trainer.strategy=ddp"]]
+)
+def test_only_stage_1_looks_for_unused_parameters(monkeypatch, tmp_path, stage, strategy, asked):
+    """Until discriminator_start the discriminator has no gradients."""
+    config = composed(f"stage={stage}", *asked, "logger=none")
+    seen = {}
+    monkeypatch.setattr("clipgen.cli.config.make", lambda node, **options: seen.update(options))
+    monkeypatch.setattr("clipgen.cli.train.make_callbacks", lambda *_: [])
+    make_trainer(config, tmp_path)
+    assert seen["strategy"] == strategy
 
 
 def test_optimizers_are_fused_only_where_torch_has_the_kernels():

@@ -155,9 +155,10 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     from clipgen.resume import WholeCheckpoints
 
     strategy = config.trainer.strategy
-    # before discriminator_start the discriminator gets no gradients, which plain DDP refuses
-    if strategy == "auto" and config.trainer.devices != 1:
-        strategy = "ddp_find_unused_parameters_true"
+    if strategy in ("auto", "ddp") and (config.trainer.devices != 1 or config.trainer.num_nodes != 1):
+        # Before discriminator_start the discriminator gets no gradients, which plain DDP refuses; in stage 2 all
+        # parameters get some, and looking for others would cost a walk through the graph per step
+        strategy = "ddp_find_unused_parameters_true" if config.stage_name == "vqgan" else "ddp"
     return make(
         config.trainer,
         strategy=sharded(config) if strategy == "fsdp" else strategy,
