@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+from clipgen.muon import Muon
 
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
@@ -82,13 +85,14 @@ def make_optimizer(module: torch.nn.Module, hidden: torch.nn.Module, kind: str, 
                    betas: Sequence[float], weight_decay: float) -> Optimizer:  # fmt: skip
     """AdamW for a module; or ``"muon"``: Muon for the matrices of its part ``hidden``, AdamW for the rest.
 
-    Muon (Jordan et al. 2024, torch.optim.Muon) takes its steps along orthogonalised momentum. They are scaled to the
-    length of AdamW's (arXiv:2502.16982), so one learning rate serves both.
+    Muon's steps (see ``muon.Muon``) are scaled to the length of AdamW's (arXiv:2502.16982), so one learning rate serves
+    both.
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {kind!r}")
     groups = decay_groups(module, weight_decay)
-    adamw: dict[str, Any] = dict(lr=learning_rate, betas=tuple(betas), fused=True)
+    fused = has_fused_kernels(module.parameters())
+    adamw: dict[str, Any] = dict(lr=learning_rate, betas=tuple(betas), fused=fused)
     if kind == "adamw":
         optimizer: Any = torch.optim.AdamW(groups, **adamw)
         optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip gradients, in bf16 too
@@ -96,8 +100,14 @@ def make_optimizer(module: torch.nn.Module, hidden: torch.nn.Module, kind: str, 
     matrices = [p for p in hidden.parameters() if p.ndim == 2 and p.requires_grad]
     for group in groups:
         group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
-    muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
     return CombinedOptimizer(muon, torch.optim.AdamW(groups, **adamw))
+
+
+def has_fused_kernels(parameters: Iterable[torch.Tensor]) -> bool:
+    """Return True if torch's optimizers have fused kernels on the devices of all parameters."""
+    devices = set(_get_fused_kernels_supported_devices())
+    return all(p.device.type in devices and p.is_floating_point() for p in parameters)
 
 
 class CombinedOptimizer(Optimizer):

@@ -22,7 +22,7 @@ from clipgen.nets.autoencoder import Autoencoder
 from clipgen.nets.discriminator import PatchDiscriminator, average_statistics
 from clipgen.nets.quantizer import Quantized, count_codes, usage_and_perplexity
 from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
-from clipgen.optim import MovingAverage, optimizer_steps, schedule
+from clipgen.optim import MovingAverage, has_fused_kernels, optimizer_steps, schedule
 from clipgen.weights import checkpoint as files
 from clipgen.weights import hfailab, taming
 from clipgen.weights.safe import below
@@ -192,7 +192,8 @@ class VQGAN(pl.LightningModule):
         h = self.h
         halves = [self.autoencoder] + ([self.discriminator] if self.discriminator else [])
         parameters = [[p for p in half.parameters() if p.requires_grad] for half in halves]
-        adam = partial(torch.optim.Adam, lr=h.learning_rate, betas=tuple(h.betas), fused=True)
+        fused = has_fused_kernels(self.parameters())
+        adam = partial(torch.optim.Adam, lr=h.learning_rate, betas=tuple(h.betas), fused=fused)
         optimizers = [adam(half) for half in parameters]
         total = optimizer_steps(self.trainer, h.accumulate)
         starts = (0, h.discriminator_start)

@@ -3,6 +3,7 @@
     python scripts/benchmark.py vqgan --size cifar
     python scripts/benchmark.py vqgan --size paper --device cuda --batch 16 --variants plain bf16 compile bf16+compile
     python scripts/benchmark.py transformer --size cifar --clip ViT-B-32-quickgelu --variants plain
+    python scripts/benchmark.py transformer --size cifar --isa avx2 --variants plain muon
     python scripts/benchmark.py encode
     python scripts/benchmark.py transformer --size medium --device cuda --batch 32 --variants bf16 bf16+compile
     python scripts/benchmark.py sample --batches 1 8 --num-tokens 64 256 1024 --plot growth.png
@@ -10,6 +11,7 @@
         --codebook-size 16384 --batches 1 64 256 1024
     python scripts/benchmark.py rerank
 
+``--isa avx2`` imitates a processor without AVX-512 on one that has it.
 A variant ``a+b`` switches both on. Variants run in processes of their own, so that peak memory is their own.
 """
 
@@ -21,7 +23,9 @@ import itertools
 import logging
 import math
 import multiprocessing
+import os
 import platform
+import re
 import resource
 import statistics
 import sys
@@ -44,7 +48,16 @@ from clipgen.data.encoded import Batches, EncodedDataset, as_is, record_dtype
 from clipgen.data.shapes import ShapesDataset
 from clipgen.files import write_json
 from clipgen.lpips import empty_lpips
+from clipgen.processor import has_bf16_units, instruction_set
 
+# What makes torch's own kernels, oneDNN and MKL leave out what AVX2 does not have; read when they are loaded
+IMITATE = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}
 WARM_UP = 3  # steps that are not measured
 CIFAR = dict(
     codebook_size=1024, codebook_dim=32, quantizer="cosine", ch=96, ch_mult=[1], num_res_blocks=1, attn_resolutions=[],
@@ -60,6 +73,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {}, "compile": {"compile": True}, "channels_last": {"channels_last": True},
     "checkpointing": {"checkpointing": True}, "ema": {"ema_decay": 0.999}, "lecam": {"lecam_weight": 0.1},
     "without_discriminator": {"discriminator_weight": 0.0}, "bf16": {"precision": "bf16-mixed"},
+    "muon": {"optimizer": "muon"},
     "clip_loss": {"clip_loss_weight": 0.2}, "every_4": {"clip_loss_every": 4}, "quarter": {"clip_loss_fraction": 0.25},
 }  # fmt: skip
 
@@ -137,6 +151,8 @@ def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precisio
     """Seconds of a training step and peak memory."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # as ``clipgen-train`` does
     clock = Clock(device, module.hparams.get("clip_loss_every", 1))
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=1, precision=precision,
@@ -241,7 +257,9 @@ def measure_transformer(
     images = batch / found["seconds"]
     row = {"images/s": images, "tokens/s": images * sizes.num_tokens, "GiB": found["GiB"]}
     if device == "cuda":
-        row["MFU"] = flops(transformer) * row["tokens/s"] / 989e12  # of an H200's dense bf16 peak
+        row["MFU"] = (
+            flops(transformer) * row["tokens/s"] / 989e12
+        )  # the dense bf16 peak of H100 SXM and H200; see ``flops``
     return row
 
 
@@ -267,7 +285,13 @@ def measure_encode(clip: str, batch: int, steps: int, device: str) -> dict[str, 
 
 
 def flops(transformer: ConditionalTransformer) -> float:
-    """Floating-point operations that a token of training needs: 6 N + 12 L C T (PaLM, arXiv:2204.02311, App. B)."""
+    """Return the floating-point operations per token of training: 6 N + 12 L C T (PaLM, arXiv:2204.02311, App. B).
+
+    N counts the weights of the blocks and of the head, not the embeddings, which are only looked up. Attention counts
+    as if every position saw all T: causal attention needs half of the second term. Not counted are the optimizer
+    (Muon's Newton-Schulz iterations are matrix products, too), recomputation by checkpointing, and the CLIP loss; so
+    MFU falls where they are switched on.
+    """
     gpt, sizes = transformer.gpt, transformer.hparams
     parameters = sum(p.numel() for p in gpt.transformer.h.parameters()) + gpt.head.weight.numel()
     return 6 * parameters + 12 * sizes.n_layer * sizes.n_embd * sizes.num_tokens
@@ -440,12 +464,17 @@ def measure_rerank(pipe: TextToImage, embedding: Tensor, count: int, args: argpa
 
 
 def machine(device: str) -> str:
-    """What it ran on."""
+    """Describe what it ran on: device, instruction set, threads, build of torch."""
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    found = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    units = "with" if has_bf16_units("cpu") else "without"
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    found = (
+        f"{name}, CPU {instruction_set()} {units} bfloat16 units, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__} (BLAS {blas[1] if blas else 'unknown'})"
+    )
     if device == "cuda":  # what its fp32 is
         convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        found += f"; TF32 in fp32 convolutions {convolutions}, products {products}"
+        found += f"; TF32 in fp32 convolutions {convolutions}, products {products}, products of training True"
     return found
 
 
@@ -462,7 +491,16 @@ def parser() -> argparse.ArgumentParser:
     e.add_argument("--augmentations", type=int, default=10, help="views of each image of ImageNet")
     for part, name in ((t, "shapes"), (e, "ViT-B-32-quickgelu")):
         part.add_argument("--clip", default=name, help="shapes, or an architecture of open_clip (default: %(default)s)")
-    training = ["plain", "compile", "checkpointing", "ema", "clip_loss", "clip_loss+every_4", "clip_loss+quarter"]
+    training = [
+        "plain",
+        "muon",
+        "compile",
+        "checkpointing",
+        "ema",
+        "clip_loss",
+        "clip_loss+every_4",
+        "clip_loss+quarter",
+    ]
     for part, name, variants in ((v, "vqgan", ["plain", "channels_last", "checkpointing", "compile"]),
                                  (t, "transformer", training)):  # fmt: skip
         part.add_argument("--batch", type=int)
@@ -485,7 +523,15 @@ def parser() -> argparse.ArgumentParser:
         part.add_argument("--steps", type=int, default=steps, help="measured, after some of warm-up")
         part.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         part.add_argument("--output", type=Path, help="JSON to write")
+        part.add_argument("--isa", choices=IMITATE, help="instruction set to imitate on a newer x86 processor")
     return p
+
+
+def restart_imitating(isa: str | None) -> None:
+    """Replace this process by one whose environment imitates an instruction set, unless it does already."""
+    missing = {name: value for name, value in IMITATE.get(isa or "", {}).items() if os.environ.get(name) != value}
+    if missing:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
 
 
 def main() -> None:
@@ -494,6 +540,7 @@ def main() -> None:
     for variant in getattr(args, "variants", []):
         for name in set(variant.split("+")).difference(known := options_of(args.part)):
             p.error(f"variants must be of {', '.join(known)}, got {name}")
+    restart_imitating(args.isa)
     run = {"vqgan": vqgan, "transformer": transformer, "encode": encode, "sample": sample, "rerank": rerank}[args.part]
     found = {"part": args.part, "machine": machine(args.device), **run(args)}
     print(f"\n{found['machine']}")

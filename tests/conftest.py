@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ShapesDataset
 from clipgen.pipeline import TextToImage
+from clipgen.processor import has_bf16_units
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -29,6 +30,8 @@ TRANSFORMER_SIZES = dict(
     learning_rate=1e-3,
 )  # fmt: skip
 
+# For options of a command, which bfloat16 without units makes stop
+needs_bf16 = pytest.mark.skipif(not has_bf16_units("cpu"), reason="needs a processor that multiplies in bfloat16")
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 

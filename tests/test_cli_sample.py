@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import PROMPT, command, everything, trained
+from conftest import needs_bf16
 from PIL import Image
 
 import clipgen
@@ -301,7 +302,7 @@ def test_strips_are_drawn_again_and_swept(call, runs, tmp_path):
     [
         ["--prompt", PROMPT],
         ["--mix", f"0.5 {PROMPT} + 0.5 a small red star"],
-        ["--prompt", PROMPT, "--dtype", "bfloat16"],
+        pytest.param(["--prompt", PROMPT, "--dtype", "bfloat16"], marks=needs_bf16),
     ],
 )
 def test_a_picture_is_drawn_again_from_itself(call, runs, tmp_path, request_):

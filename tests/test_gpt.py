@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from clipgen.nets import decode
 from clipgen.nets.decode import CachedDecoder, CompiledDecoder
 from clipgen.nets.gpt import ConditionalGPT2
 
@@ -144,6 +145,90 @@ def test_products_of_few_rows(rows, outputs, bias):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     half = CachedDecoder.product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
     torch.testing.assert_close(half.float(), expected, atol=0.3, rtol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [decode.plain, decode.halves, decode.prepacked])
+def test_all_kernels_compute_the_product(kernel, rows):
+    if kernel is decode.prepacked and not decode.has_prepacked_kernels():
+        pytest.skip("this build of torch has no prepacked oneDNN kernels")
+    weight, bias, x = torch.randn(32, 48), torch.randn(48), torch.randn(rows, 32)
+    expected = (x.double() @ weight.double() + bias.double()).float()
+    torch.testing.assert_close(kernel(weight, bias, rows)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "avx2", "avx512"),
+    [
+        (1, 128, 512, decode.plain, decode.plain),
+        (1, 512, 2048, decode.halves, decode.halves),
+        (1, 512, 2049, decode.prepacked, decode.prepacked),
+        (1, 2048, 512, decode.prepacked, decode.halves),
+        (3, 128, 512, decode.prepacked, decode.prepacked),
+    ],
+)
+def test_kernels_follow_from_shape_and_instruction_set(monkeypatch, rows, inputs, outputs, avx2, avx512):
+    monkeypatch.setattr(decode, "has_prepacked_kernels", lambda: True)
+    for name, expected in (("AVX2", avx2), ("AVX512", avx512)):
+        monkeypatch.setattr(decode, "instruction_set", lambda name=name: name)
+        assert decode.cpu_kernel(rows, inputs, outputs) is expected
+
+
+class WrongOperators:
+    """A oneDNN whose product forgets the bias."""
+
+    _reorder_linear_weight = staticmethod(lambda weight, rows: weight)
+    _linear_pointwise = staticmethod(lambda x, packed, *_: x @ packed.T)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("operators", [object(), WrongOperators()], ids=["none", "wrong"])
+def test_without_working_operators_the_product_is_the_plain_one(monkeypatch, operators):
+    """As on builds of torch for other processors and systems, or later ones: the operators are private."""
+    decode.has_prepacked_kernels.cache_clear()
+    monkeypatch.setattr(decode, "onednn", operators)
+    try:
+        weight, bias, x = torch.randn(32, 48), torch.randn(48), torch.randn(5, 32)
+        assert decode.cpu_kernel(5, 32, 48) is decode.plain
+        assert torch.equal(CachedDecoder.product(weight, bias, 5)(x), torch.addmm(bias, x, weight))
+    finally:
+        decode.has_prepacked_kernels.cache_clear()
+
+
+@pytest.fixture
+def eager_compile(monkeypatch):
+    """Let torch.compile trace, guard and recompile, but generate no code."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+
+
+@torch.no_grad()
+def test_programs_of_many_rows_read_the_cache_in_buckets(monkeypatch, eager_compile):
+    """And score as the loop that reads only what it has written."""
+    monkeypatch.setattr(decode, "BUCKET", 5)
+    gpt, lengths, attend = network(), [], F.scaled_dot_product_attention
+    record = lambda q, k, v, **options: (lengths.append(k.shape[2]), attend(q, k, v, **options))[1]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    for rows, expected in ((2, [12] * T), (decode.BUCKETS_FROM_ROWS, [5] * 5 + [10] * 5 + [12] * 2)):
+        condition, indices = gpt.condition(embeddings(rows)), torch.randint(K, (rows, T))
+        compiled, plain = CompiledDecoder(gpt, rows).start(condition), CachedDecoder(gpt, rows).start(condition)
+        for position in range(T):
+            previous = indices[:, position - 1] if position else None
+            lengths.clear()
+            scored = compiled(position, previous)
+            assert lengths in ([], [expected[position]] * 3)  # none where the program is traced already
+            torch.testing.assert_close(scored, plain(position, previous), atol=1e-4, rtol=1e-4)
+
+
+def test_a_decoder_made_in_inference_mode_works_outside(eager_compile):
+    gpt = network()
+    with torch.inference_mode():
+        decoder = CompiledDecoder(gpt, 2)
+        first = decoder.start(gpt.condition(embeddings(2)))(0, None).clone()
+    with torch.no_grad():
+        second = decoder.start(gpt.condition(embeddings(2)))(0, None)
+    assert first.shape == second.shape == (2, K)
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from commands import PROMPT, SHAPES, TRANSFORMER, VQGAN
 
+from clipgen.processor import has_bf16_units
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GUIDED = dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9)
 
@@ -40,7 +42,8 @@ def test_compiled_pictures_are_the_same_pictures(pipe, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_both_stages_train_and_draw(call, tmp_path, device):
     """In bfloat16 and compiled, with all that a recipe may switch on; stopped and resumed in between."""
-    common = [f"trainer.accelerator={device}", "trainer.precision=bf16-mixed", f"model.compile={device == 'cuda'}",
+    precision = "bf16-mixed" if has_bf16_units(device) else "32-true"
+    common = [f"trainer.accelerator={device}", f"trainer.precision={precision}", f"model.compile={device == 'cuda'}",
               "model.ema_decay=0.9", "logger=csv", *SHAPES]  # fmt: skip
     gan = ["model.channels_last=true", "model.kmeans_iters=2", "model.codebook_momentum=0.9", "model.lecam_weight=0.1",
            "model.discriminator_weight=0.5", "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1",

@@ -118,7 +118,8 @@ def test_each_trains_within_the_vqgan(kind, fit):
     assert math.isfinite(metrics["train/loss"])
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():
-        torch.testing.assert_close(vqgan.eval().decode(vqgan.encode(images)), vqgan(images), atol=1e-5, rtol=1e-5)
+        # z + (z_q - z) is rounded, and a decoder sums some 3000 products on the way to a pixel: 3000 * 2 ** -24 at most
+        torch.testing.assert_close(vqgan.eval().decode(vqgan.encode(images)), vqgan(images), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

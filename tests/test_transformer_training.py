@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from commands import command
-from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
+from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES, changed, needs_bf16, weights_of
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig
@@ -346,7 +346,9 @@ def test_two_processes_validate_each_image_as_often(tmp_path):
 @pytest.mark.parametrize(
     "options", [["model.optimizer=adamw", "model.ema_decay=0.5", "model.checkpointing=true"],
                 ["model.optimizer=muon", "model.clip_loss_weight=0.2", "trainer.gradient_clip_val=0.1"],
-                ["model.optimizer=adamw", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"]],
+                pytest.param(
+                    ["model.optimizer=adamw", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"],
+                    marks=needs_bf16)],
     ids=["ema, checkpointing", "muon, clip loss, clipping", "bf16, accumulation"],
 )  # fmt: skip
 def test_fsdp_trains_what_ddp_trains(tmp_path, options):

@@ -15,6 +15,11 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def device_type(accelerator: str) -> str:
+    """Return the kind of device that Lightning takes for an accelerator: ``"cuda"``, ``"mps"`` or ``"cpu"``."""
+    return best_device().partition(":")[0] if accelerator in ("auto", "gpu") else accelerator
+
+
 def rank_and_world_size() -> tuple[int, int]:
     """Which of how many processes this is, by torchrun, or by a SLURM array or step.
 

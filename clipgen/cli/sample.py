@@ -123,7 +123,12 @@ def prepared(pipe: TextToImage, args: argparse.Namespace) -> TextToImage:
     """The model on its device, cast and compiled as asked."""
     import torch
 
-    pipe.to(args.device or best_device(), getattr(torch, args.dtype))
+    from clipgen.processor import require_bf16_units
+
+    device = args.device or best_device()
+    if args.dtype == "bfloat16":
+        require_bf16_units(device, "--dtype bfloat16", "--dtype float32")
+    pipe.to(device, getattr(torch, args.dtype))
     return pipe.compile() if args.compile else pipe
 
 

@@ -24,6 +24,9 @@ logger = logging.getLogger("clipgen.train")
 PACKAGES = ("clipgen", "torch", "torchvision", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset",
             "hydra-core")  # fmt: skip
 
+# Of torch.set_float32_matmul_precision: "high" is TF32 on GPUs from Ampere on, "highest" is float32 everywhere
+MATMUL_PRECISIONS = ("highest", "high")
+
 
 def main() -> None:
     """Entry point of the command."""
@@ -128,6 +131,7 @@ def train(
     from clipgen.cli.validation import scale_interval, settle_interval, warn_of_few_images
 
     output = Path(config.output)
+    settle_precision(config)
     automatic = settle_interval(config)
     trainer = make_trainer(config, output)
     trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
@@ -158,6 +162,23 @@ def check_processes(world_size: int) -> None:
     if started != world_size:
         raise ValueError(f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
                          f"started, got {world_size}")  # fmt: skip
+
+
+def settle_precision(config: DictConfig) -> None:
+    """Refuse bfloat16 where it is slow, and let GPUs multiply float32 matrices as ``matmul_precision`` says."""
+    import torch
+
+    from clipgen.cli.machine import device_type
+    from clipgen.processor import require_bf16_units
+
+    if config.matmul_precision not in MATMUL_PRECISIONS:
+        names = ", ".join(MATMUL_PRECISIONS)
+        raise ValueError(f"matmul_precision must be one of {names}, got {config.matmul_precision!r}")
+    device, precision = device_type(config.trainer.accelerator), str(config.trainer.precision)
+    if precision.startswith("bf16"):
+        require_bf16_units(device, f"trainer.precision={precision}", "trainer.precision=32-true")
+    if device == "cuda":
+        torch.set_float32_matmul_precision(config.matmul_precision)
 
 
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
