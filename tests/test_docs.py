@@ -195,16 +195,19 @@ class ParsedError(BaseException):
 
 def stop_after_parsing(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
     """Let the next command parse these arguments and stop."""
-    parse_args = argparse.ArgumentParser.parse_args
 
-    def parse_and_stop(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
-        parse_args(self, *arguments, **options)
-        raise ParsedError
+    def stop_after(parse: Any) -> Any:
+        def parse_and_stop(*arguments: Any, **options: Any) -> None:
+            parse(*arguments, **options)
+            raise ParsedError
+
+        return parse_and_stop
 
     def exit_process(code: int) -> None:
         raise AssertionError(f"{argv} ended with {code}")
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stop_after(getattr(argparse.ArgumentParser, name)))
     monkeypatch.setattr(os, "_exit", exit_process)
     monkeypatch.setattr(sys, "argv", argv)
 
@@ -303,7 +306,7 @@ def test_quickstart_commands_run(tmp_path):
     assert blocks
     for block in blocks:
         run_in_shell(block, tmp_path)
-    assert len(list((tmp_path / "samples").rglob("*.png"))) > 8
+    assert len(list(tmp_path.rglob("*.png"))) > 8
 
 
 @pytest.mark.slow
