@@ -26,7 +26,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 ENTRY_POINTS = re.findall(r'^(clipgen-[\w-]+) = "([\w.]+):(\w+)"$', PYPROJECT, re.MULTILINE)
 COMMANDS = {name: (module, function) for name, module, function in ENTRY_POINTS}
 HYDRA_COMMANDS = {"clipgen-train": "train", "clipgen-encode": "encode"}  # command -> root configuration
-OTHER_PROGRAMS = ("python", "pip", "pytest")
+OTHER_PROGRAMS = ("python", "pip", "pytest", "torchrun")
 SETUP_COMMANDS = ["pip install -e . && clipgen-demo", 'pip install -e ".[test]" && pytest -n 2']
 TINY_RUN = ["trainer.max_steps=2", "trainer.val_check_interval=1", "data.train_size=64", "data.val_size=64"]
 
@@ -226,6 +226,8 @@ def check_hydra_command(argv: list[str]) -> None:
 
 def check_command(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse a command's arguments by its own parser."""
+    if argv[0] == "torchrun":
+        argv = argv[argv.index("--no-python") + 1 :]
     if argv[0] in HYDRA_COMMANDS:
         check_hydra_command(argv)
     elif argv[0] in COMMANDS:
