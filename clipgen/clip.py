@@ -152,9 +152,11 @@ class FrozenCLIP(nn.Module):
                 self.cut_warnings += 1
                 logger.warning(
                     "This CLIP reads %d tokens of a sentence, and not the end of %r (%d letters).%s",
-                    tokens.shape[1], texts[number][:100], len(texts[number]),
+                    tokens.shape[1],
+                    texts[number][:100],
+                    len(texts[number]),
                     " Further ones are not named." if self.cut_warnings == _CUT_WARNINGS else "",
-                )  # fmt: skip
+                )
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, to be written beside a model that was trained with this CLIP."""

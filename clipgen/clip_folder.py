@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipgen.checkpoint.safe_load import State, read_checkpoint
 from clipgen.files import one_line, parse_json, read_json, write_json
-from clipgen.weights.safe import State, read_checkpoint
 
 CONFIG = "open_clip_config.json"
 VOCABULARY = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
@@ -500,11 +500,26 @@ def load_hf_tokenizer(folder: Path, length: int, mode: str | None, options: dict
 WORD = re.compile(r"\w{0,60}Tokenizer(Fast)?|TokenizersBackend|PreTrainedTokenizerFast")
 TOKEN_KEYS = {"content", "lstrip", "rstrip", "single_word", "normalized", "special", "__type"}
 FLAGS = {  # of tokenizer_config.json; whatever else stands there is left out
-    "add_bos_token", "add_eos_token", "add_prefix_space", "clean_up_tokenization_spaces", "do_lower_case", "extra_ids",
-    "keep_accents", "legacy", "lowercase", "model_max_length", "padding_side", "remove_space",
-    "spaces_between_special_tokens", "split_special_tokens", "strip_accents", "tokenize_chinese_chars",
-    "truncation_side", "src_lang", "tgt_lang",
-}  # fmt: skip
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "clean_up_tokenization_spaces",
+    "do_lower_case",
+    "extra_ids",
+    "keep_accents",
+    "legacy",
+    "lowercase",
+    "model_max_length",
+    "padding_side",
+    "remove_space",
+    "spaces_between_special_tokens",
+    "split_special_tokens",
+    "strip_accents",
+    "tokenize_chinese_chars",
+    "truncation_side",
+    "src_lang",
+    "tgt_lang",
+}
 
 
 def harmless(name: str, path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import benchmark
 import pytest
 import torch
 
-from clipgen.data.encoded import record_dtype
+from clipgen.data.token_cache import record_dtype
 from clipgen.processor import instruction_set
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipgen import VQGAN, ConditionalTransformer
 from clipgen.cli import demo
-from clipgen.cli.progress import TotalTime
+from clipgen.training.progress import TotalTime
 
 TINY = ["trainer.max_steps=2", "trainer.val_check_interval=1", "data.train_size=64", "data.val_size=64"]
 

@@ -20,11 +20,11 @@ from PIL import Image
 
 from clipgen import VQGAN as VQGAN_
 from clipgen import ConditionalTransformer
-from clipgen.callbacks import few_tokens, lagging_average
 from clipgen.cli.config import composed
-from clipgen.cli.counts import count_shards
-from clipgen.cli.summary import activation_bytes
-from clipgen.cli.validation import scale_interval, settle_interval, warn_of_few_images
+from clipgen.data.count_images import count_shards
+from clipgen.training.callbacks import few_tokens, lagging_average
+from clipgen.training.summary import activation_bytes
+from clipgen.training.validation_interval import scale_interval, settle_interval, warn_of_few_images
 
 
 @pytest.fixture
@@ -105,8 +105,9 @@ def test_few_validation_images_are_warned_about(caplog, images):
 
 def test_ema_weights_and_dead_codes_are_explained_where_they_appear(tiny_vqgan):
     tiny_vqgan.hparams["ema_decay"] = 0.99
-    assert "look worse than the training loss until about step 300" in lagging_average(SimpleNamespace(global_step=5),
-                                                                                       tiny_vqgan)  # fmt: skip
+    assert "look worse than the training loss until about step 300" in lagging_average(
+        SimpleNamespace(global_step=5), tiny_vqgan
+    )
     assert lagging_average(SimpleNamespace(global_step=300), tiny_vqgan) == ""
     assert few_tokens(tiny_vqgan) == ""
     tiny_vqgan.counts[3] = 15

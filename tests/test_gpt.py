@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from clipgen.nets import decode
-from clipgen.nets.decode import CachedDecoder, CompiledDecoder
-from clipgen.nets.gpt import ConditionalGPT2
+from clipgen.models import kv_cache
+from clipgen.models.gpt import ConditionalGPT2
+from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
 
 K, T, E, C = 50, 12, 16, 32
 
@@ -26,8 +26,17 @@ def network(**arguments) -> ConditionalGPT2:
 
 def published(gpt: ConditionalGPT2) -> GPT2LMHeadModel:
     """transformers' language model with the same weights and GPT-2's own activation."""
-    config = GPT2Config(vocab_size=K, n_positions=T, n_embd=C, n_layer=3, n_head=4, activation_function="gelu_new",
-                        bos_token_id=None, eos_token_id=None, attn_implementation="eager")  # fmt: skip
+    config = GPT2Config(
+        vocab_size=K,
+        n_positions=T,
+        n_embd=C,
+        n_layer=3,
+        n_head=4,
+        activation_function="gelu_new",
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="eager",
+    )
     model = GPT2LMHeadModel(config).eval()
     model.transformer.load_state_dict(gpt.transformer.state_dict())
     model.lm_head.weight = torch.nn.Parameter(gpt.head.weight.detach().clone())
@@ -60,10 +69,14 @@ def test_greedy_decoding_is_gpt2s_index_for_index():
     gpt.transformer.wpe.weight.normal_(std=1)  # else most rows say one word again and again,
     gpt.clip_proj.weight.normal_(std=4)  # and the same one
     expected = published(gpt).generate(
-        inputs_embeds=first_token(gpt, e), attention_mask=torch.ones(32, 1, dtype=torch.long), do_sample=False,
-        min_new_tokens=T, max_new_tokens=T, pad_token_id=0,
-    )  # fmt: skip
-    step, previous, drawn = CachedDecoder(gpt, 32).start(gpt.condition(e)), None, []
+        inputs_embeds=first_token(gpt, e),
+        attention_mask=torch.ones(32, 1, dtype=torch.long),
+        do_sample=False,
+        min_new_tokens=T,
+        max_new_tokens=T,
+        pad_token_id=0,
+    )
+    step, previous, drawn = IncrementalDecoder(gpt, 32).start(gpt.condition(e)), None, []
     for position in range(T):
         previous = step(position, previous).argmax(-1)
         drawn.append(previous)
@@ -74,7 +87,7 @@ def test_greedy_decoding_is_gpt2s_index_for_index():
 @torch.no_grad()
 def test_the_cache_changes_nothing():
     gpt, e, indices = network(), embeddings(4), torch.randint(K, (4, T))
-    step = CachedDecoder(gpt, 4).start(gpt.condition(e))
+    step = IncrementalDecoder(gpt, 4).start(gpt.condition(e))
     logits = [step(t, None if t == 0 else indices[:, t - 1]) for t in range(T)]
     torch.testing.assert_close(torch.stack(logits, dim=1), gpt(indices, e), atol=1e-4, rtol=1e-4)
 
@@ -140,18 +153,18 @@ def test_products_of_few_rows(rows, outputs, bias):
     weight, offset, x = torch.randn(32, outputs), torch.randn(outputs) if bias else None, torch.randn(rows, 32)
     expected = (x.double() @ weight.double() + (offset.double() if bias else 0)).float()
     for laid_out in (weight, weight.T.contiguous().T):  # the tied head is a transposed one
-        for decoder in (CachedDecoder, CompiledDecoder):
+        for decoder in (IncrementalDecoder, CompiledDecoder):
             found = decoder.product(laid_out, offset, rows)(x)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    half = CachedDecoder.product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
+    half = IncrementalDecoder.product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
     torch.testing.assert_close(half.float(), expected, atol=0.3, rtol=0.05)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("kernel", [decode.plain, decode.halves, decode.prepacked])
+@pytest.mark.parametrize("kernel", [kv_cache.plain, kv_cache.halves, kv_cache.prepacked])
 def test_all_kernels_compute_the_product(kernel, rows):
-    if kernel is decode.prepacked and not decode.has_prepacked_kernels():
+    if kernel is kv_cache.prepacked and not kv_cache.has_prepacked_kernels():
         pytest.skip("this build of torch has no prepacked oneDNN kernels")
     weight, bias, x = torch.randn(32, 48), torch.randn(48), torch.randn(rows, 32)
     expected = (x.double() @ weight.double() + bias.double()).float()
@@ -161,18 +174,18 @@ def test_all_kernels_compute_the_product(kernel, rows):
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "avx2", "avx512"),
     [
-        (1, 128, 512, decode.plain, decode.plain),
-        (1, 512, 2048, decode.halves, decode.halves),
-        (1, 512, 2049, decode.prepacked, decode.prepacked),
-        (1, 2048, 512, decode.prepacked, decode.halves),
-        (3, 128, 512, decode.prepacked, decode.prepacked),
+        (1, 128, 512, kv_cache.plain, kv_cache.plain),
+        (1, 512, 2048, kv_cache.halves, kv_cache.halves),
+        (1, 512, 2049, kv_cache.prepacked, kv_cache.prepacked),
+        (1, 2048, 512, kv_cache.prepacked, kv_cache.halves),
+        (3, 128, 512, kv_cache.prepacked, kv_cache.prepacked),
     ],
 )
 def test_kernels_follow_from_shape_and_instruction_set(monkeypatch, rows, inputs, outputs, avx2, avx512):
-    monkeypatch.setattr(decode, "has_prepacked_kernels", lambda: True)
+    monkeypatch.setattr(kv_cache, "has_prepacked_kernels", lambda: True)
     for name, expected in (("AVX2", avx2), ("AVX512", avx512)):
-        monkeypatch.setattr(decode, "instruction_set", lambda name=name: name)
-        assert decode.cpu_kernel(rows, inputs, outputs) is expected
+        monkeypatch.setattr(kv_cache, "instruction_set", lambda name=name: name)
+        assert kv_cache.cpu_kernel(rows, inputs, outputs) is expected
 
 
 class WrongOperators:
@@ -186,14 +199,14 @@ class WrongOperators:
 @pytest.mark.parametrize("operators", [object(), WrongOperators()], ids=["none", "wrong"])
 def test_without_working_operators_the_product_is_the_plain_one(monkeypatch, operators):
     """As on builds of torch for other processors and systems, or later ones: the operators are private."""
-    decode.has_prepacked_kernels.cache_clear()
-    monkeypatch.setattr(decode, "onednn", operators)
+    kv_cache.has_prepacked_kernels.cache_clear()
+    monkeypatch.setattr(kv_cache, "onednn", operators)
     try:
         weight, bias, x = torch.randn(32, 48), torch.randn(48), torch.randn(5, 32)
-        assert decode.cpu_kernel(5, 32, 48) is decode.plain
-        assert torch.equal(CachedDecoder.product(weight, bias, 5)(x), torch.addmm(bias, x, weight))
+        assert kv_cache.cpu_kernel(5, 32, 48) is kv_cache.plain
+        assert torch.equal(IncrementalDecoder.product(weight, bias, 5)(x), torch.addmm(bias, x, weight))
     finally:
-        decode.has_prepacked_kernels.cache_clear()
+        kv_cache.has_prepacked_kernels.cache_clear()
 
 
 @pytest.fixture
@@ -206,13 +219,13 @@ def eager_compile(monkeypatch):
 @torch.no_grad()
 def test_programs_of_many_rows_read_the_cache_in_buckets(monkeypatch, eager_compile):
     """And score as the loop that reads only what it has written."""
-    monkeypatch.setattr(decode, "BUCKET", 5)
+    monkeypatch.setattr(kv_cache, "BUCKET", 5)
     gpt, lengths, attend = network(), [], F.scaled_dot_product_attention
     record = lambda q, k, v, **options: (lengths.append(k.shape[2]), attend(q, k, v, **options))[1]
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    for rows, expected in ((2, [12] * T), (decode.BUCKETS_FROM_ROWS, [5] * 5 + [10] * 5 + [12] * 2)):
+    for rows, expected in ((2, [12] * T), (kv_cache.BUCKETS_FROM_ROWS, [5] * 5 + [10] * 5 + [12] * 2)):
         condition, indices = gpt.condition(embeddings(rows)), torch.randint(K, (rows, T))
-        compiled, plain = CompiledDecoder(gpt, rows).start(condition), CachedDecoder(gpt, rows).start(condition)
+        compiled, plain = CompiledDecoder(gpt, rows).start(condition), IncrementalDecoder(gpt, rows).start(condition)
         for position in range(T):
             previous = indices[:, position - 1] if position else None
             lengths.clear()
@@ -281,8 +294,15 @@ def test_grid_positions_tell_row_and_column():
     assert gpt.transformer.wpe.weight.requires_grad
     for num_tokens, n_embd in ((12, 32), (16, 34)):
         with pytest.raises(ValueError, match=f"got {num_tokens} and {n_embd}"):
-            ConditionalGPT2(n_layer=1, n_head=2, n_embd=n_embd, codebook_size=K, num_tokens=num_tokens, clip_dim=E,
-                            grid_positions=True)  # fmt: skip
+            ConditionalGPT2(
+                n_layer=1,
+                n_head=2,
+                n_embd=n_embd,
+                codebook_size=K,
+                num_tokens=num_tokens,
+                clip_dim=E,
+                grid_positions=True,
+            )
 
 
 def test_dropout_only_in_training():

@@ -13,10 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_hostile_checkpoints import little, refused  # noqa: F401  (a fixture)
 
-from clipgen import encoding
-from clipgen.data.encoded import EncodedData, EncodedDataset, class_names, open_shard, read_manifest, record_dtype
+from clipgen import precompute
 from clipgen.data.shapes import shapes_data
-from clipgen.evaluation import collection
+from clipgen.data.token_cache import (
+    TokenCacheDataModule,
+    TokenCacheDataset,
+    class_names,
+    open_shard,
+    read_manifest,
+    record_dtype,
+)
+from clipgen.evaluation import feature_store
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def encoded(tmp_path_factory, shapes_clip):
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("cache") / "cache"
     data = shapes_data(train_size=20, val_size=4, image_size=32, batch_size=8, labels=True)
-    assert encoding.encode(root, data, VQGAN(**VQGAN_SIZES).eval(), shapes_clip, {}, shard_size=10)
+    assert precompute.encode(root, data, VQGAN(**VQGAN_SIZES).eval(), shapes_clip, {}, shard_size=10)
     return root
 
 
@@ -55,9 +62,11 @@ def change_shard(cache: Path, **columns: object) -> Path:
 
 
 def test_a_whole_cache_opens(cache):
-    data = EncodedData(cache, batch_size=4, condition="label")
+    data = TokenCacheDataModule(cache, batch_size=4, condition="label")
     assert data.datasets["train"].batch(range(20))["clip_embedding"].shape == (20, 288)
-    assert EncodedData(cache, batch_size=4).datasets["train"].batch(range(20))["clip_embedding"].isfinite().all()
+    assert (
+        TokenCacheDataModule(cache, batch_size=4).datasets["train"].batch(range(20))["clip_embedding"].isfinite().all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +106,7 @@ def test_a_whole_cache_opens(cache):
 )
 def test_wrong_manifests_name_the_file(cache, little, changes):  # noqa: F811
     change_manifest(cache, **changes)
-    refused(lambda: EncodedData(cache, batch_size=4, condition="label"), cache)
+    refused(lambda: TokenCacheDataModule(cache, batch_size=4, condition="label"), cache)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '"a"', "\x00"])
@@ -125,20 +134,20 @@ def test_a_codebook_without_a_table_is_bounded(cache):
 
 def test_indices_beyond_the_codebook_name_the_shard(cache):
     path = change_shard(cache, indices=16)
-    refused(lambda: EncodedData(cache, batch_size=4).datasets["train"].batch(range(20)), path, "got 16")
+    refused(lambda: TokenCacheDataModule(cache, batch_size=4).datasets["train"].batch(range(20)), path, "got 16")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_embeddings_that_are_not_finite_name_the_shard(cache, value):
     path = change_shard(cache, embedding=value)
-    refused(lambda: EncodedData(cache, batch_size=4).datasets["train"].batch(range(20)), path, "finite")
-    refused(lambda: EncodedDataset(cache / "train").embeddings(), path, "finite")
+    refused(lambda: TokenCacheDataModule(cache, batch_size=4).datasets["train"].batch(range(20)), path, "finite")
+    refused(lambda: TokenCacheDataset(cache / "train").embeddings(), path, "finite")
 
 
 @pytest.mark.parametrize("value", [288, 2_147_483_646, -1])
 def test_labels_beyond_the_classes_name_the_shard(cache, value):
     path = change_shard(cache, label=value)
-    data = EncodedData(cache, batch_size=4, condition="label")
+    data = TokenCacheDataModule(cache, batch_size=4, condition="label")
     refused(lambda: data.datasets["train"].batch(range(20)), path, f"got {value}")
 
 
@@ -169,7 +178,7 @@ def header(text: str) -> bytes:
 def test_damaged_shards_name_the_file(cache, content):
     path = cache / "train" / "shard-000000.npy"
     path.write_bytes(content)
-    for load in (lambda: open_shard(path), lambda: EncodedData(cache, batch_size=4)):
+    for load in (lambda: open_shard(path), lambda: TokenCacheDataModule(cache, batch_size=4)):
         refused(load, path)
 
 
@@ -194,7 +203,7 @@ def test_shards_of_other_arrays_name_the_file(cache):
 def test_shards_of_two_kinds_name_the_file(cache):
     path = cache / "train" / "shard-000001.npy"
     np.save(path, np.zeros(10, record_dtype(1, 16, 16, 32, True)))
-    refused(lambda: EncodedDataset(cache / "train"), path)
+    refused(lambda: TokenCacheDataset(cache / "train"), path)
 
 
 def test_a_pipe_in_the_place_of_a_shard_does_not_hang(cache):
@@ -216,21 +225,21 @@ def batches(labels: list[int]):
 @pytest.mark.parametrize("label", [10**30, 2**31, -1])
 def test_labels_that_no_record_holds_name_the_shard(tmp_path, tiny_vqgan, shapes_clip, label):
     path = tmp_path / "shard-000000.npy"
-    refused(lambda: encoding.encode_shard(path, batches([1, label]), tiny_vqgan, shapes_clip), path, "labels")
+    refused(lambda: precompute.encode_shard(path, batches([1, label]), tiny_vqgan, shapes_clip), path, "labels")
     assert not path.exists()
 
 
 def test_embeddings_that_are_not_finite_are_not_written(tmp_path, tiny_vqgan, shapes_clip, monkeypatch):
     monkeypatch.setattr(shapes_clip, "encode_image", lambda images: torch.full((len(images), 64), torch.nan))
     path = tmp_path / "shard-000000.npy"
-    refused(lambda: encoding.encode_shard(path, batches([1]), tiny_vqgan, shapes_clip), path, "finite")
+    refused(lambda: precompute.encode_shard(path, batches([1]), tiny_vqgan, shapes_clip), path, "finite")
     assert not path.exists()
 
 
 def test_a_single_large_label_does_not_make_two_billion_classes(tmp_path, little):  # noqa: F811
     shard = np.zeros(3, record_dtype(1, 16, 16, 64, True))
     shard["label"] = [0, 1, 2_147_483_646]
-    refused(lambda: encoding.count_classes(tmp_path, [shard], None), tmp_path, "2147483646")
+    refused(lambda: precompute.count_classes(tmp_path, [shard], None), tmp_path, "2147483646")
 
 
 # ------------------------------------------------------------------------------------------------------ measured parts
@@ -239,21 +248,21 @@ def test_a_single_large_label_does_not_make_two_billion_classes(tmp_path, little
 def test_compressed_parts_are_refused_before_they_are_read(tmp_path, little):  # noqa: F811
     path = tmp_path / "part-000000.npz"
     np.savez_compressed(path, key=np.zeros(2**23, np.uint64))
-    refused(lambda: collection.read_column(path, "key"), path, "compressed")
+    refused(lambda: feature_store.read_column(path, "key"), path, "compressed")
 
 
 def test_parts_that_claim_more_than_they_hold_are_refused(tmp_path, little):  # noqa: F811
     path = tmp_path / "part-000000.npz"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("key.npy", header("{'descr': '<u8', 'fortran_order': False, 'shape': (900000000,), }"))
-    refused(lambda: collection.read_column(path, "key"), path, "claims 7200000000 bytes")
+    refused(lambda: feature_store.read_column(path, "key"), path, "claims 7200000000 bytes")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), header("("), bytes(100)])
 def test_damaged_parts_name_the_file(tmp_path, content):
     path = tmp_path / "part-000000.npz"
     path.write_bytes(content)
-    refused(lambda: collection.read_column(path, "key"), path)
+    refused(lambda: feature_store.read_column(path, "key"), path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("key.npy", content)
-    refused(lambda: collection.read_column(path, "key"), path)
+    refused(lambda: feature_store.read_column(path, "key"), path)

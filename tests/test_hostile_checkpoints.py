@@ -19,13 +19,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_published import CONFIG
 
-from clipgen.bridge import Bridge
-from clipgen.nets.lookup_free import FSQ
+from clipgen.checkpoint import gpt2, model_folder, safe_load, taming
+from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.models.quantizers.lookup_free import FSQ
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
-from clipgen.weights import checkpoint as files
-from clipgen.weights import language, safe, taming
 
 MODELS = {"VQGAN": VQGAN, "ConditionalTransformer": ConditionalTransformer}
 FIRST = "encoder.conv_in.weight"
@@ -92,8 +91,8 @@ ABSURD = [
     ("VQGAN", {"z_channels": 10**6}),
     ("VQGAN", {"patch_size": 4096}),
     ("VQGAN", {"ndf": 10**6, "discriminator_weight": 1.0, "n_layers": 10**9}),
-    ("VQGAN", {"quantizer": "lfq", "revive_after": 0, "codebook_dim": 10**9, "codebook_size": 2**60}),
-    ("VQGAN", {"quantizer": "fsq", "revive_after": 0, "levels": [1000] * 500}),
+    ("VQGAN", {"quantizer": "lfq", "dead_code_reset_after": 0, "codebook_dim": 10**9, "codebook_size": 2**60}),
+    ("VQGAN", {"quantizer": "fsq", "dead_code_reset_after": 0, "levels": [1000] * 500}),
     ("ConditionalTransformer", {"n_layer": 10**9}),
     ("ConditionalTransformer", {"n_layer": 3000}),
     ("ConditionalTransformer", {"n_embd": 8192}),
@@ -384,24 +383,24 @@ def test_malformed_bridges_name_the_file(tmp_path):
         ({"other": torch.zeros(4)}, good),
     ):
         save_file(tensors, tmp_path / "bridge.safetensors", settings)
-        refused(lambda: Bridge.load(tmp_path / "bridge.safetensors"), "bridge.safetensors")
+        refused(lambda: EmbeddingProjector.load(tmp_path / "bridge.safetensors"), "bridge.safetensors")
 
 
 def test_language_weights_that_are_a_pickle_are_refused_with_their_name(tmp_path, tiny_transformer):
     config = tiny_transformer.gpt.transformer.config
     config.save_pretrained(tmp_path / "gpt2")
     (tmp_path / "gpt2" / "pytorch_model.bin").write_bytes(pickle.dumps({"a": argparse.Namespace()}))
-    refused(lambda: language.gpt2(tmp_path / "gpt2", config), tmp_path / "gpt2")
+    refused(lambda: gpt2.load_gpt2_weights(tmp_path / "gpt2", config), tmp_path / "gpt2")
     content = json.loads((tmp_path / "gpt2" / "config.json").read_text())
     (tmp_path / "gpt2" / "config.json").write_text(json.dumps(content | {"vocab_size": 10**12}))
-    refused(lambda: language.gpt2(tmp_path / "gpt2", config), tmp_path / "gpt2", "vocab_size")
+    refused(lambda: gpt2.load_gpt2_weights(tmp_path / "gpt2", config), tmp_path / "gpt2", "vocab_size")
 
 
 def test_language_weights_must_be_finite(tmp_path, tiny_transformer):
     net = tiny_transformer.gpt.transformer
     net.h[0].mlp.c_fc.weight.data[0, 0] = torch.inf
     net.save_pretrained(tmp_path / "gpt2")
-    refused(lambda: language.gpt2(tmp_path / "gpt2", net.config), tmp_path / "gpt2", "finite")
+    refused(lambda: gpt2.load_gpt2_weights(tmp_path / "gpt2", net.config), tmp_path / "gpt2", "finite")
 
 
 # ------------------------------------------------------------------------------------------------ wrapped checkpoints
@@ -442,7 +441,7 @@ PUBLISHED = {
 
 def wrapped_file(source: Path, path: Path, key: str, wrap) -> Path:
     """A published checkpoint with other names, and with what trainers store beside weights."""
-    state = {wrap(name): tensor for name, tensor in safe.read_checkpoint(source)[key].items()}
+    state = {wrap(name): tensor for name, tensor in safe_load.read_checkpoint(source)[key].items()}
     if any(name.startswith("first_stage_model.") for name in state):
         state |= {f"cond_stage_model.{FIRST}": torch.zeros(3), "model.diffusion_model.a": torch.zeros(1)}
     torch.save({key: state} | BESIDE, path)
@@ -454,8 +453,8 @@ def wrapped_file(source: Path, path: Path, key: str, wrap) -> Path:
 def test_wrapped_names_of_published_checkpoints_are_restored(shared, tmp_path, file, wrap):
     key, first = PUBLISHED[file]
     source = shared / "parity" / file
-    found = safe.read_weights(wrapped_file(source, tmp_path / "x.ckpt", key, wrap), key, first, "theirs")
-    theirs = safe.read_checkpoint(source)[key]
+    found = safe_load.read_weights(wrapped_file(source, tmp_path / "x.ckpt", key, wrap), key, first, "theirs")
+    theirs = safe_load.read_checkpoint(source)[key]
     assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
 
 
@@ -545,12 +544,12 @@ def test_functions_stay_refused(tmp_path, tiny_vqgan, function):
 
 def test_stand_ins_execute_nothing(tmp_path):
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pt")
-    found = safe.read_checkpoint(tmp_path / "x.pt")["args"]
-    assert type(found) is safe.Inert and found.state == {"a": 1}
+    found = safe_load.read_checkpoint(tmp_path / "x.pt")["args"]
+    assert type(found) is safe_load.PickleStub and found.state == {"a": 1}
 
 
 def test_the_bundled_pipeline_still_loads_and_draws_the_same(tmp_path):
     pipe = TextToImage.load("shapes")
     again = TextToImage.load(pipe.save(tmp_path / "again"))
     assert pipe.fingerprint == again.fingerprint
-    assert files.load("shapes", "VQGAN")[0]["ch"] == pipe.vqgan.h.ch
+    assert model_folder.load("shapes", "VQGAN")[0]["ch"] == pipe.vqgan.h.ch

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from clipgen import clip_folder
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.files import read_json, write_json
-from clipgen.frozen import ALLOW, copy_frozen, load_clip, save_frozen
+from clipgen.run_folder import ALLOW, copy_frozen, load_clip, save_frozen
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -293,7 +293,7 @@ def test_clip_json_names_nothing_that_its_maker_chose(folder, no_network, monkey
     root = folder.parent
     write_json(root / "clip.json", {"model_name": name, "pretrained": tag})
     made = []
-    monkeypatch.setattr("clipgen.frozen.FrozenCLIP", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr("clipgen.run_folder.FrozenCLIP", lambda *arguments: made.append(arguments))
     with pytest.raises(ValueError, match="neither in the folder nor a model and tag of open_clip") as caught:
         load_clip(root)
     assert not made and str(root / "clip.json") in str(caught.value)
@@ -317,7 +317,7 @@ def test_clip_json_of_other_types_is_named(folder, config):
 def test_models_and_tags_of_open_clip_are_allowed(tmp_path, monkeypatch, name, tag):
     write_json(tmp_path / "clip.json", {"model_name": name, "pretrained": tag})
     made = []
-    monkeypatch.setattr("clipgen.frozen.FrozenCLIP", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr("clipgen.run_folder.FrozenCLIP", lambda *arguments: made.append(arguments))
     load_clip(tmp_path)
     assert made == [(name, tag)]
 

@@ -24,14 +24,14 @@ from PIL import Image, ImageCms, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from clipgen.cli import console
-from clipgen.data import images as images_module
-from clipgen.data import shards as shards_module
-from clipgen.data import tar as tar_module
-from clipgen.data.ahead import ahead
+from clipgen.data import decoding as images_module
+from clipgen.data import tar_reader as tar_module
+from clipgen.data import webdataset as shards_module
+from clipgen.data.decoding import MAX_PIXELS, MemoryBudget, UnusableImageError, check_header, decode_image
 from clipgen.data.folder import ImageFolder, find_images
-from clipgen.data.images import MAX_PIXELS, MemoryBudget, UnusableImage, check_header, decode_image
-from clipgen.data.shards import ImageShards, shuffled
-from clipgen.data.tar import Sample
+from clipgen.data.parallel import ahead
+from clipgen.data.tar_reader import Sample
+from clipgen.data.webdataset import ImageShards, shuffled
 from clipgen.evaluation import captions as sentences
 from clipgen.evaluation.sources import FolderImages, RealImages
 from clipgen.files import natural_key, printable
@@ -89,7 +89,7 @@ def peak_of(program: str, *arguments: object) -> tuple[int, str]:
     """Run Python in a process of its own -> (megabytes that its peak grew by, what it printed)."""
     pytest.importorskip("resource")
     code = (
-        "import resource, sys\nfrom pathlib import Path\nimport clipgen.data.folder, clipgen.data.shards\n"
+        "import resource, sys\nfrom pathlib import Path\nimport clipgen.data.folder, clipgen.data.webdataset\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         f"before = peak()\n{program}\nprint(peak() - before)"
     )
@@ -104,7 +104,7 @@ def test_many_large_grey_pictures_are_not_decoded_at_the_same_time(tmp_path):
     """Each thread would hold 440 MB, of a file of 90 kB."""
     (tmp_path / "a.png").write_bytes(blank_png(9400, 9400))
     program = (
-        "from multiprocessing.pool import ThreadPool\nfrom clipgen.data.images import check_header, decode_image\n"
+        "from multiprocessing.pool import ThreadPool\nfrom clipgen.data.decoding import check_header, decode_image\n"
         "pool = ThreadPool(4)\npool.map(lambda i: decode_image(Path(sys.argv[1])) and None, range(4), chunksize=1)"
     )
     grown, _ = peak_of(program, tmp_path / "a.png")
@@ -116,7 +116,7 @@ def test_many_large_grey_pictures_are_not_decoded_at_the_same_time(tmp_path):
 def test_a_large_transparent_picture_is_converted_in_bands(tmp_path):
     (tmp_path / "a.png").write_bytes(blank_png(5000, 5000, color_type=6))
     grown, _ = peak_of(
-        "from clipgen.data.images import decode_image\ndecode_image(Path(sys.argv[1]))", tmp_path / "a.png"
+        "from clipgen.data.decoding import decode_image\ndecode_image(Path(sys.argv[1]))", tmp_path / "a.png"
     )
     assert grown < 25 * 8 + 100
 
@@ -136,7 +136,7 @@ def test_pictures_above_our_limit_are_refused_by_their_header():
     side = int(MAX_PIXELS**0.5) + 1
     bomb = blank_png(side, side, rows=1)
     for check in (check_header, decode_image):
-        with pytest.raises(UnusableImage, match=f"{side} x {side} pixels are .* above {MAX_PIXELS}") as caught:
+        with pytest.raises(UnusableImageError, match=f"{side} x {side} pixels are .* above {MAX_PIXELS}") as caught:
             check(bomb)
         assert caught.value.reason == "too large"
 
@@ -146,7 +146,7 @@ def test_a_large_jpeg_counts_at_the_size_that_it_is_decoded_at(monkeypatch):
     photo = encoded(Image.new("RGB", (640, 480)), "JPEG")
     check_header(photo)
     assert decode_image(photo, image_size=16).size == (80, 60)
-    with pytest.raises(UnusableImage, match="too large"):
+    with pytest.raises(UnusableImageError, match="too large"):
         decode_image(photo)
 
 
@@ -200,7 +200,7 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, call):
 )
 def test_a_missing_decoder_is_said(name, start, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(images_module, "_formats", lambda: images_module._FORMATS)
-    with pytest.raises(UnusableImage, match=rf"no decoder \({name}: "):
+    with pytest.raises(UnusableImageError, match=rf"no decoder \({name}: "):
         decode_image(start + bytes(40))
     (tmp_path / "a.jpg").write_bytes(start + bytes(40))
     (tmp_path / "b.png").write_bytes(square(3))
@@ -308,16 +308,25 @@ def test_names_with_dots_are_samples_of_their_own(tmp_path):
 
 def test_more_dotted_names_than_are_held_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_module, "_GROUP_FILES", 8)
-    files = [(f"clip.{n:04d}.{kind}", square(n) if kind == "png" else str(n).encode())
-             for n in range(50) for kind in ("cls", "png")]  # fmt: skip
+    files = [
+        (f"clip.{n:04d}.{kind}", square(n) if kind == "png" else str(n).encode())
+        for n in range(50)
+        for kind in ("cls", "png")
+    ]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False, labels=True)
     assert [sample["label"] for sample in dataset] == list(range(50)) == reds(dataset)
 
 
 def test_labels_beside_dotted_names(tmp_path):
-    files = [("clip.0001.cls", b"1"), ("clip.0001.png", square(1)), ("clip.0002.png", square(2)),
-             ("clip.0002.cls", b"2"), ("a.b/photo.v1.png", square(3)),
-             ("a.b/photo.cls", b"3"), ("x.png", square(4))]  # fmt: skip
+    files = [
+        ("clip.0001.cls", b"1"),
+        ("clip.0001.png", square(1)),
+        ("clip.0002.png", square(2)),
+        ("clip.0002.cls", b"2"),
+        ("a.b/photo.v1.png", square(3)),
+        ("a.b/photo.cls", b"3"),
+        ("x.png", square(4)),
+    ]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False, labels=True)
     assert [sample["label"] for sample in dataset] == [1, 2, 3] == reds(dataset)
     assert str(dataset.tally) == "3 images, 1 skipped: 1 without label"
@@ -325,9 +334,17 @@ def test_labels_beside_dotted_names(tmp_path):
 
 def test_what_shares_a_name_is_counted(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    files = [("0.png", square(1)), ("0.jpg", square(2)), ("1.png", square(3)), ("1.png", square(4)),
-             ("2.png", square(5)), ("2.seg.png", square(6)), ("2.2.png", square(7)),
-             ("3.left.png", square(8)), ("3.right.png", square(9))]  # fmt: skip
+    files = [
+        ("0.png", square(1)),
+        ("0.jpg", square(2)),
+        ("1.png", square(3)),
+        ("1.png", square(4)),
+        ("2.png", square(5)),
+        ("2.seg.png", square(6)),
+        ("2.2.png", square(7)),
+        ("3.left.png", square(8)),
+        ("3.right.png", square(9)),
+    ]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
     assert reds(dataset) == [1, 3, 5, 7, 8, 9]
     assert str(dataset.tally) == "6 images, 2 skipped: 2 same name"
@@ -395,7 +412,7 @@ def test_compressed_shards_do_not_fill_memory(tmp_path):
                 file.write(bytes(1 << 24))
             file.write(bytes(1024))
     program = (
-        "from clipgen.data.shards import ImageShards\n"
+        "from clipgen.data.webdataset import ImageShards\n"
         "print(*(len(list(ImageShards(f'{sys.argv[1]}/{name}.tar', 8, train=False))) for name in 'ab'))"
     )
     grown, printed = peak_of(program, tmp_path)
@@ -586,7 +603,7 @@ def test_natural_order():
 
 def test_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip):
     from clipgen.data.folder import folder_data
-    from clipgen.encoding import encode
+    from clipgen.precompute import encode
 
     try:
         for name in (b"a\xe9.png", b"b.png"):

@@ -15,12 +15,12 @@ import yaml
 from conftest import TRANSFORMER_SIZES, VQGAN_SIZES
 from safetensors.torch import save_file
 
-from clipgen import TextToImage, files, swap
-from clipgen.bridge import Bridge
-from clipgen.card import cell, settings_of, training_settings
+from clipgen import TextToImage, atomic_folder, files
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.files import atomic_write, durable, read_json, read_yaml, write_json
-from clipgen.frozen import vqgan_identity
+from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.model_card import cell, settings_of, training_settings
+from clipgen.run_folder import vqgan_identity
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -30,7 +30,7 @@ def other(pipe) -> TextToImage:
     """A pipeline of the same sizes, and a bridge."""
     torch.manual_seed(1)
     parts = VQGAN(**VQGAN_SIZES).eval(), ConditionalTransformer(**TRANSFORMER_SIZES).eval()
-    return TextToImage(*parts, pipe.clip, Bridge(shift=torch.ones(64)))
+    return TextToImage(*parts, pipe.clip, EmbeddingProjector(shift=torch.ones(64)))
 
 
 def entries(root: Path) -> set[str]:
@@ -68,7 +68,7 @@ EVERY = [pytest.param(foreign, range(40), marks=pytest.mark.slow) for foreign in
 @pytest.mark.parametrize(("foreign", "numbers"), [(False, [3, 40]), (True, [0, 40]), *EVERY])
 def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new(pipe, other, tmp_path, monkeypatch, foreign, numbers):
     """Where two folders cannot be exchanged: the moves that are missing are made by the next load."""
-    monkeypatch.setattr(swap, "exchange", lambda *_: False)
+    monkeypatch.setattr(atomic_folder, "exchange", lambda *_: False)
     first = pipe.save(tmp_path / "first")
     if foreign:
         (first / "checkpoints").mkdir()
@@ -92,7 +92,7 @@ def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new(pipe, other, tmp_
 
 def test_a_pipeline_is_exchanged_in_one_step(pipe, other, tmp_path, monkeypatch):
     root, moments = pipe.save(tmp_path / "pipe"), []
-    exchange = swap.exchange
+    exchange = atomic_folder.exchange
 
     def watch(new: Path, path: Path) -> bool:
         moments.append(TextToImage.load(root).fingerprint)
@@ -100,7 +100,7 @@ def test_a_pipeline_is_exchanged_in_one_step(pipe, other, tmp_path, monkeypatch)
         moments.append(TextToImage.load(root).fingerprint)
         return done
 
-    monkeypatch.setattr(swap, "exchange", watch)
+    monkeypatch.setattr(atomic_folder, "exchange", watch)
     other.save(root)
     assert moments[0] == pipe.fingerprint and TextToImage.load(root).fingerprint == other.fingerprint
     if exchange(tmp_path / "pipe" / "vqgan", tmp_path / "pipe" / "transformer"):  # a system that can
@@ -123,20 +123,20 @@ def test_a_save_that_fails_leaves_the_old_pipeline_and_nothing_else(pipe, other,
 def test_what_a_running_process_writes_is_left_alone(pipe, tmp_path):
     root = pipe.save(tmp_path / "pipe")
     names = [
-        f".pipe.{swap.node()}.{os.getppid()}.ab12.partial",
+        f".pipe.{atomic_folder.node()}.{os.getppid()}.ab12.partial",
         ".pipe.another-machine.1.ab12.partial",
         ".pipe.mine.partial",
     ]
     for name in names:
         (tmp_path / name).mkdir()
-    (tmp_path / f".pipe.{swap.node()}.4194305.ab12.partial").mkdir()  # more than Linux's largest process id
+    (tmp_path / f".pipe.{atomic_folder.node()}.4194305.ab12.partial").mkdir()  # more than Linux's largest process id
     pipe.save(root)
     assert entries(tmp_path) == {"pipe", *names}
 
 
 def test_a_strangers_unfinished_swap_moves_nothing_out_of_the_folder(pipe, tmp_path):
     root = pipe.save(tmp_path / "pipe")
-    swapping = root / f".pipe.{swap.node()}.4194305.ab12.swapping"
+    swapping = root / f".pipe.{atomic_folder.node()}.4194305.ab12.swapping"
     (tmp_path / "outside").mkdir()
     (swapping / "new").mkdir(parents=True)
     (swapping / "old").symlink_to(tmp_path / "outside")
@@ -153,7 +153,7 @@ def test_a_strangers_unfinished_swap_moves_nothing_out_of_the_folder(pipe, tmp_p
 
 
 def test_a_model_folders_save_is_completed_by_the_next_load(pipe, other, tmp_path, monkeypatch):
-    monkeypatch.setattr(swap, "exchange", lambda *_: False)
+    monkeypatch.setattr(atomic_folder, "exchange", lambda *_: False)
     root = pipe.vqgan.save(tmp_path / "vqgan")
 
     def save() -> None:
@@ -317,9 +317,19 @@ def test_a_card_holds_no_markup_of_others(pipe, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["seed: 0\n", "data: null\n", "data: [1]\n", "a: !!python/object/apply:os.mkdir [x]\n", "{", "[" * 5000, "- 1\n",
-     "a: &a [1]\nb: [*a, *a]\n", "a: 2001-99-99\n", "\0"],
-)  # fmt: skip
+    [
+        "seed: 0\n",
+        "data: null\n",
+        "data: [1]\n",
+        "a: !!python/object/apply:os.mkdir [x]\n",
+        "{",
+        "[" * 5000,
+        "- 1\n",
+        "a: &a [1]\nb: [*a, *a]\n",
+        "a: 2001-99-99\n",
+        "\0",
+    ],
+)
 def test_what_only_the_card_needs_never_prevents_loading(pipe, tmp_path, text):
     root = pipe.save(tmp_path / "run")
     (root / "config.yaml").write_text(text)

@@ -21,12 +21,12 @@ import yaml
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
-from clipgen.cli import locking
+from clipgen.cli import run_lock
 from clipgen.cli.config import make
 from clipgen.cli.console import guarded
-from clipgen.cli.locking import LOCK, claimed
-from clipgen.cli.resuming import run_arguments, with_the_runs
-from clipgen.resume import BestCheckpoint, WholeCheckpoints
+from clipgen.cli.resume_args import run_arguments, with_the_runs
+from clipgen.cli.run_lock import LOCK, claimed
+from clipgen.training.resume import AtomicCheckpointIO, BestCheckpoint
 
 ARGUMENTS = [*VQGAN, *SHAPES, "logger=none", "pictures.num_images=1", "trainer.max_steps=2"]
 
@@ -62,8 +62,16 @@ def test_a_path_in_a_checkpoint_is_neither_removed_nor_exported(call, run, tmp_p
     (thesis / "chapter.ckpt").write_text("years of work")
     path = spelling.format(run=run, thesis=thesis)
     score = torch.tensor(1e9)
-    change(run, dirpath=str(run / "checkpoints"), best_model_path=path, kth_best_model_path=path,
-           best_k_models={path: score}, best_model_score=score, kth_value=score, last_model_path=path)  # fmt: skip
+    change(
+        run,
+        dirpath=str(run / "checkpoints"),
+        best_model_path=path,
+        kth_best_model_path=path,
+        best_k_models={path: score},
+        best_model_score=score,
+        kth_value=score,
+        last_model_path=path,
+    )
     result = call("resume=run", "trainer.max_steps=4")
     assert result.code == 0, result.stderr
     assert (thesis / "chapter.ckpt").read_text() == "years of work"
@@ -84,7 +92,7 @@ def test_only_a_plain_checkpoint_directly_in_the_folder_is_removed(tmp_path):
     kept[3].symlink_to(tmp_path / "a.ckpt")
     old = folder / "old.ckpt"
     old.touch()
-    files = WholeCheckpoints(folder)
+    files = AtomicCheckpointIO(folder)
     for path in (*kept, folder, folder / ".." / ".." / "a.ckpt", f"local://{tmp_path}", old):
         files.remove_checkpoint(path)
     assert all(path.exists() for path in (*kept, folder)) and not old.exists()
@@ -117,15 +125,31 @@ def test_a_score_that_is_none_is_forgotten(tmp_path, score):
 # ------------------------------------------------------------------------------------------------------ arguments.yaml
 
 HOSTILE = [
-    "data.train_urls='pipe:touch marker'", "data.train_urls=['a.tar','pipe:touch marker']",
-    "data.train_urls='{pipe,pipe}:touch marker'", "data.train_urls=\"https://x/'; touch marker; '\"",
-    "metrics.fid_features='run.hook:f'", "metrics.fid_features='clip:hf-hub:evil/model'", "vqgan='hf-hub:evil/model'",
-    "+logger.x={_target_:os.system,command:'touch marker'}", "logger._target_=os.system", "model={_target_:os.system}",
-    "++trainer.max_steps=3", "~metrics", "hydra.run.dir=/elsewhere", "hydra.output_subdir=h", "logger.save_dir=/tmp",
-    "logger.version=../../x", "data.root='${oc.env:HOME}'", "experiment=../../x", "data@evil=shapes",
-    "trainer.max_steps=1,2", "model.nothing=1", "trainer.plugins=x", "--config-dir=/tmp",
+    "data.train_urls='pipe:touch marker'",
+    "data.train_urls=['a.tar','pipe:touch marker']",
+    "data.train_urls='{pipe,pipe}:touch marker'",
+    "data.train_urls=\"https://x/'; touch marker; '\"",
+    "metrics.fid_features='run.hook:f'",
+    "metrics.fid_features='clip:hf-hub:evil/model'",
+    "vqgan='hf-hub:evil/model'",
+    "+logger.x={_target_:os.system,command:'touch marker'}",
+    "logger._target_=os.system",
+    "model={_target_:os.system}",
+    "++trainer.max_steps=3",
+    "~metrics",
+    "hydra.run.dir=/elsewhere",
+    "hydra.output_subdir=h",
+    "logger.save_dir=/tmp",
+    "logger.version=../../x",
+    "data.root='${oc.env:HOME}'",
+    "experiment=../../x",
+    "data@evil=shapes",
+    "trainer.max_steps=1,2",
+    "model.nothing=1",
+    "trainer.plugins=x",
+    "--config-dir=/tmp",
     "checkpoint._target_=os.remove",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -150,13 +174,32 @@ def test_what_is_given_on_the_command_line_need_not_be_plain_in_the_file(tmp_pat
 
 
 PLAIN = [
-    "stage=transformer", "experiment=coco", "data=webdataset", "tokenizer=null", "size=gpt2-small", "logger=csv",
-    "data.train_urls='a-{000..010}.tar'", "data.train_urls=[a.tar,b.tar]", "data.val_urls=null", "data.root=/photos",
-    "data.train_urls='https://host/a-{000..010}.tar'", "model.ch_mult=[1,2]", "model.learning_rate=1e-5",
-    "model.compile=true", "metrics.fid_features='clip:ViT-B-32-quickgelu:openai'", "metrics.fid_features=inception",
-    "pictures.prompts=['a sign: stop','two']", "seed=3", "clip.model_name=ViT-B-32", "shards=data/cifar10",
-    "logger.name=mine", "monitor=val/loss", "trainer.strategy=ddp", "vqgan=runs/a", "language_weights=gpt2",
-]  # fmt: skip
+    "stage=transformer",
+    "experiment=coco",
+    "data=webdataset",
+    "tokenizer=null",
+    "size=gpt2-small",
+    "logger=csv",
+    "data.train_urls='a-{000..010}.tar'",
+    "data.train_urls=[a.tar,b.tar]",
+    "data.val_urls=null",
+    "data.root=/photos",
+    "data.train_urls='https://host/a-{000..010}.tar'",
+    "model.ch_mult=[1,2]",
+    "model.learning_rate=1e-5",
+    "model.compile=true",
+    "metrics.fid_features='clip:ViT-B-32-quickgelu:openai'",
+    "metrics.fid_features=inception",
+    "pictures.prompts=['a sign: stop','two']",
+    "seed=3",
+    "clip.model_name=ViT-B-32",
+    "shards=data/cifar10",
+    "logger.name=mine",
+    "monitor=val/loss",
+    "trainer.strategy=ddp",
+    "vqgan=runs/a",
+    "language_weights=gpt2",
+]
 
 
 @pytest.mark.parametrize("text", PLAIN)
@@ -175,10 +218,19 @@ def test_what_is_taken_over_is_shown(call, run, caplog):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [("a: &a [x]\nb: *a", "alias"), ("- &a x=1\n- *a", "alias"), ("{}", "list"), ("- [a]", "list"), ("- 1", "list"),
-     ("- '" + "x" * 1_000_000 + "'", "at most"), ("[" * 100_000, "damaged"), ("- !!python/name:os.system", "damaged"),
-     ("- x", "KEY=VALUE"), ("\xff", "damaged")],
-)  # fmt: skip
+    [
+        ("a: &a [x]\nb: *a", "alias"),
+        ("- &a x=1\n- *a", "alias"),
+        ("{}", "list"),
+        ("- [a]", "list"),
+        ("- 1", "list"),
+        ("- '" + "x" * 1_000_000 + "'", "at most"),
+        ("[" * 100_000, "damaged"),
+        ("- !!python/name:os.system", "damaged"),
+        ("- x", "KEY=VALUE"),
+        ("\xff", "damaged"),
+    ],
+)
 def test_damaged_arguments_are_refused_in_one_sentence(tmp_path, content, reason):
     (tmp_path / "arguments.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"arguments\.yaml is damaged: .*{reason}|{reason}: "):
@@ -187,10 +239,14 @@ def test_damaged_arguments_are_refused_in_one_sentence(tmp_path, content, reason
 
 @pytest.mark.parametrize(
     "node",
-    [{"_target_": "os.system", "command": "true"}, {"_target_": "clipgen.data.shards.gopen", "url": "pipe:true"},
-     {"_target_": "pytorch_lightning.Trainer", "logger": {"_target_": "torch.hub.load"}},
-     {"_target_": "pytorch_lightning.Trainer", "callbacks": [{"_target_": "builtins.exec"}]}, {"_target_": ["x"]}],
-)  # fmt: skip
+    [
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": "clipgen.data.webdataset.gopen", "url": "pipe:true"},
+        {"_target_": "pytorch_lightning.Trainer", "logger": {"_target_": "torch.hub.load"}},
+        {"_target_": "pytorch_lightning.Trainer", "callbacks": [{"_target_": "builtins.exec"}]},
+        {"_target_": ["x"]},
+    ],
+)
 def test_only_listed_targets_are_called(node):
     with pytest.raises(ValueError, match=r"_target_ must be one of .*, got"):
         make(OmegaConf.create(node))
@@ -240,7 +296,7 @@ def test_one_of_many_claims_a_folder(tmp_path):
     """Also where all find the lock of a dead process first."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    record = {"pid": dead.pid, "started": "1", "place": locking.process_table(), "host": "here", "since": "now"}
+    record = {"pid": dead.pid, "started": "1", "place": run_lock.process_table(), "host": "here", "since": "now"}
     for _ in range(20):
         (tmp_path / LOCK).write_text(json.dumps(record))
         inside, most, lock = [0], [0], threading.Lock()
@@ -267,7 +323,7 @@ def test_one_of_many_claims_a_folder(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom clipgen.cli.locking import claimed\n"
+        "import sys, time\nfrom pathlib import Path\nfrom clipgen.cli.run_lock import claimed\n"
         "with claimed(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
@@ -282,11 +338,11 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 @pytest.mark.parametrize("lives", [True, False])
 def test_a_process_on_another_machine_is_alive_while_it_renews_its_lock(tmp_path, monkeypatch, lives):
-    monkeypatch.setattr(locking, "SILENCE", 0.5)
+    monkeypatch.setattr(run_lock, "SILENCE", 0.5)
     (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "place": "elsewhere", "host": "far", "since": "now"}))
     done = threading.Event()
-    monkeypatch.setattr(locking, "HEARTBEAT", 0.05)
-    thread = threading.Thread(target=locking.renew, args=(tmp_path / LOCK, done))
+    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.05)
+    thread = threading.Thread(target=run_lock.renew, args=(tmp_path / LOCK, done))
     if lives:
         thread.start()
         with pytest.raises(FileExistsError, match="process 1 on far since now"), claimed(tmp_path):
@@ -299,7 +355,7 @@ def test_a_process_on_another_machine_is_alive_while_it_renews_its_lock(tmp_path
 
 
 def test_a_damaged_lock_is_one_of_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(locking, "SILENCE", 0.1)
+    monkeypatch.setattr(run_lock, "SILENCE", 0.1)
     (tmp_path / LOCK).write_text("{")
     with claimed(tmp_path):
         pass

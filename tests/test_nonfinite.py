@@ -63,8 +63,14 @@ def train(module, batches: int, bad: set[int], **settings) -> Snapshots:
 
 def gan(**arguments) -> Tokenizer:
     """With everything that a forward pass moves, and without an average, which moves towards the same weights again."""
-    more = dict(discriminator_weight=0.8, discriminator_start=0, lecam_weight=0.1, codebook_momentum=0.9,
-                revive_after=2, gradient_clip=1.0)  # fmt: skip
+    more = dict(
+        discriminator_weight=0.8,
+        discriminator_start=0,
+        lecam_weight=0.1,
+        codebook_ema_decay=0.9,
+        dead_code_reset_after=2,
+        gradient_clip=1.0,
+    )
     return Tokenizer(**VQGAN_SIZES | more | arguments)
 
 
@@ -78,7 +84,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str
 
 @pytest.mark.parametrize(
     "make",
-    [gan, lambda: gan(codebook_momentum=0.0), lambda: Tokenizer(**VQGAN_SIZES), transformer],
+    [gan, lambda: gan(codebook_ema_decay=0.0), lambda: Tokenizer(**VQGAN_SIZES), transformer],
     ids=["gan", "gan, codes by gradient", "vqgan", "transformer"],
 )
 def test_a_non_finite_step_changes_nothing(make):
@@ -162,13 +168,27 @@ def test_non_finite_weights_are_never_saved(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "rate"),
-    [([*VQGAN, *SHAPES], 1e30), ([*VQGAN, *SHAPES], 1e12),
-     ([*VQGAN, *SHAPES, "tokenizer=paper", "model.codebook_dim=8", "model.discriminator_weight=0.5",
-       "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1"], 1e30),
-     ([*TRANSFORMER, *SHAPES, "vqgan=tokenizer", "model.optimizer=adamw"], 1e30),
-     ([*TRANSFORMER, *SHAPES, "vqgan=tokenizer", "model.optimizer=muon"], 1e30)],
+    [
+        ([*VQGAN, *SHAPES], 1e30),
+        ([*VQGAN, *SHAPES], 1e12),
+        (
+            [
+                *VQGAN,
+                *SHAPES,
+                "tokenizer=paper",
+                "model.codebook_dim=8",
+                "model.discriminator_weight=0.5",
+                "model.discriminator_start=1",
+                "model.ndf=8",
+                "model.n_layers=1",
+            ],
+            1e30,
+        ),
+        ([*TRANSFORMER, *SHAPES, "vqgan=tokenizer", "model.optimizer=adamw"], 1e30),
+        ([*TRANSFORMER, *SHAPES, "vqgan=tokenizer", "model.optimizer=muon"], 1e30),
+    ],
     ids=["vqgan", "finite nonsense", "gan", "transformer", "muon"],
-)  # fmt: skip
+)
 def test_nothing_good_is_replaced_by_a_resume_that_overflows(call, arguments, rate):
     """The rate lets the first step ruin the weights."""
     Tokenizer(**VQGAN_SIZES).save("tokenizer")
@@ -221,8 +241,14 @@ class SameAfterSkip(pl.Callback):
 def test_all_ranks_skip_a_step_that_one_of_them_cannot_take(make):
     module = make()
     data = Poisoned(6, set(), cached=make is transformer)
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_spawn_find_unused_parameters_true",
-                         callbacks=[SameAfterSkip()], **QUIET)  # fmt: skip
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp_spawn_find_unused_parameters_true",
+        callbacks=[SameAfterSkip()],
+        **QUIET,
+    )
     trainer.fit(module, DataLoader(data, batch_size=BATCH))
 
 

@@ -16,35 +16,68 @@ import pytorch_lightning as pl
 import torch
 from commands import command, interrupt_at
 from conftest import QUIET, VQGAN_SIZES
-from test_data_real import encoded, make_tar
+from test_image_data import encoded, make_tar
 
 from clipgen.cli.config import composed
-from clipgen.cli.resuming import check_strategy
+from clipgen.cli.resume_args import check_strategy
 from clipgen.cli.train import make_strategy
-from clipgen.data.module import ImageData
-from clipgen.data.sampler import DataPlace, ResumableSampler
+from clipgen.data.datamodule import ImageDataModule
+from clipgen.data.samplers import DataPlace, ResumableSampler
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
-from clipgen.resume import renumber
+from clipgen.training.resume import renumber
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 UNUSED = "ddp_find_unused_parameters_true"
-SMALL = ["data.batch_size=4", "trainer.max_steps=7", "trainer.val_check_interval=5",
-         "trainer.check_val_every_n_epoch=null", "pictures.num_images=2", "logger=none",
-         "checkpoint.every_n_steps=1"]  # fmt: skip
+SMALL = [
+    "data.batch_size=4",
+    "trainer.max_steps=7",
+    "trainer.val_check_interval=5",
+    "trainer.check_val_every_n_epoch=null",
+    "pictures.num_images=2",
+    "logger=none",
+    "checkpoint.every_n_steps=1",
+]
 STAGES = {
-    "vqgan": ["stage=vqgan", "model.ch=32", "model.ch_mult=[1]", "model.num_res_blocks=1", "model.z_channels=32",
-              "model.codebook_size=16", "model.codebook_dim=8", "model.patch_size=8", "model.warmup_steps=1",
-              "model.ema_decay=0.9", "model.discriminator_weight=0.5", "model.discriminator_start=2",
-              "model.dropout=0.1",
-              "model.ndf=8", "model.n_layers=1", "model.lecam_weight=0.1", "model.revive_after=2",
-              "model.kmeans_iters=2", *SMALL],
-    "transformer": ["stage=transformer", "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.warmup_steps=1",
-                    "model.dropout=0.1", "model.condition_dropout=0.3", "model.condition_cosine=0.9",
-                    "model.optimizer=muon", "model.ema_decay=0.9", "model.clip_loss_weight=0.2",
-                    "model.clip_loss_codes=gumbel", "model.clip_loss_every=2", *SMALL],
-}  # fmt: skip
+    "vqgan": [
+        "stage=vqgan",
+        "model.ch=32",
+        "model.ch_mult=[1]",
+        "model.num_res_blocks=1",
+        "model.z_channels=32",
+        "model.codebook_size=16",
+        "model.codebook_dim=8",
+        "model.patch_size=8",
+        "model.warmup_steps=1",
+        "model.ema_decay=0.9",
+        "model.discriminator_weight=0.5",
+        "model.discriminator_start=2",
+        "model.dropout=0.1",
+        "model.ndf=8",
+        "model.n_layers=1",
+        "model.lecam_weight=0.1",
+        "model.dead_code_reset_after=2",
+        "model.kmeans_iters=2",
+        *SMALL,
+    ],
+    "transformer": [
+        "stage=transformer",
+        "model.n_layer=1",
+        "model.n_head=2",
+        "model.n_embd=32",
+        "model.warmup_steps=1",
+        "model.dropout=0.1",
+        "model.condition_dropout=0.3",
+        "model.condition_cosine=0.9",
+        "model.optimizer=muon",
+        "model.ema_decay=0.9",
+        "model.clip_loss_weight=0.2",
+        "model.clip_loss_codes=gumbel",
+        "model.clip_loss_every=2",
+        *SMALL,
+    ],
+}
 
 
 @pytest.fixture
@@ -60,8 +93,14 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
     shapes = ["data=shapes", "data.train_size=14", "data.val_size=4"]
     cache = call("clipgen-encode", *shapes, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
     assert cache.code == 0, cache.stderr
-    streams = ["data=webdataset", "data.train_urls=[a.tar,b.tar]", "data.val_urls=a.tar", "data.num_workers=0",
-               "data.shuffle=5", "data.image_size=32"]  # fmt: skip
+    streams = [
+        "data=webdataset",
+        "data.train_urls=[a.tar,b.tar]",
+        "data.val_urls=a.tar",
+        "data.num_workers=0",
+        "data.shuffle=5",
+        "data.image_size=32",
+    ]
     return {
         "shapes": shapes,
         "folder": [
@@ -93,10 +132,17 @@ def state(run: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("stage", "kind", "stop"),
-    [("vqgan", "shapes", 4), ("vqgan", "folder", 2), ("transformer", "encoded", 1), ("transformer", "shapes", 3),
-     slow("vqgan", "webdataset", 5), slow("transformer", "encoded", 5), slow("transformer", "folder", 5),
-     slow("vqgan", "workers", 3)],
-)  # fmt: skip
+    [
+        ("vqgan", "shapes", 4),
+        ("vqgan", "folder", 2),
+        ("transformer", "encoded", 1),
+        ("transformer", "shapes", 3),
+        slow("vqgan", "webdataset", 5),
+        slow("transformer", "encoded", 5),
+        slow("transformer", "folder", 5),
+        slow("vqgan", "workers", 3),
+    ],
+)
 def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
     arguments = [*STAGES[stage], *sources[kind], *(["vqgan=vqgan"] if stage == "transformer" else [])]
     stopped_and_resumed(call, arguments, stop)
@@ -107,17 +153,28 @@ def test_a_resumed_run_is_the_run_where_batches_accumulate(call, sources):
     stopped_and_resumed(call, [*STAGES["transformer"], *sources["encoded"], *more], 3)
 
 
-EPOCHS = ["trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.val_check_interval=null",
-          "trainer.check_val_every_n_epoch=1"]  # fmt: skip
+EPOCHS = [
+    "trainer.max_steps=-1",
+    "trainer.max_epochs=3",
+    "trainer.val_check_interval=null",
+    "trainer.check_val_every_n_epoch=1",
+]
 
 
 @pytest.mark.parametrize(
     ("stage", "kind", "stop", "more"),
-    [("vqgan", "folder", 3, []), ("transformer", "encoded", 6, []), ("transformer", "encoded", 5, EPOCHS),
-     slow("vqgan", "shapes", 2, []), slow("vqgan", "webdataset", 4, []), slow("transformer", "encoded", 3, EPOCHS),
-     slow("vqgan", "shapes", 3, ["model.accumulate=2"]), slow("vqgan", "folder", 5, EPOCHS),
-     slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"])],
-)  # fmt: skip
+    [
+        ("vqgan", "folder", 3, []),
+        ("transformer", "encoded", 6, []),
+        ("transformer", "encoded", 5, EPOCHS),
+        slow("vqgan", "shapes", 2, []),
+        slow("vqgan", "webdataset", 4, []),
+        slow("transformer", "encoded", 3, EPOCHS),
+        slow("vqgan", "shapes", 3, ["model.accumulate=2"]),
+        slow("vqgan", "folder", 5, EPOCHS),
+        slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"]),
+    ],
+)
 def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, kind, stop, more):
     """In the middle of a pass and at its end, where steps count and where passes do; its rate is a cosine."""
     tokenizer = ["vqgan=vqgan"] if stage == "transformer" else []
@@ -135,8 +192,15 @@ def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, k
 def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monkeypatch, stage, kind):
     """Those of each step, the last one before the stop too; at the rates of a cosine."""
     more = ["vqgan=vqgan", "model.clip_loss_every=1"] if stage == "transformer" else []
-    arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *more, "model.schedule=cosine", "logger=csv",
-                 "trainer.log_every_n_steps=1"]  # fmt: skip
+    arguments = [
+        "clipgen-train",
+        *STAGES[stage],
+        *sources[kind],
+        *more,
+        "model.schedule=cosine",
+        "logger=csv",
+        "trainer.log_every_n_steps=1",
+    ]
     assert call(*arguments, "output=straight").code == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, {"vqgan": VQGAN, "transformer": ConditionalTransformer}[stage], "training_step", 4)
@@ -151,12 +215,22 @@ def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monke
 @pytest.mark.parametrize(("stop", "more"), [(2, []), slow(3, []), slow(2, EPOCHS)])
 def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch, stop, more):
     """Else the best checkpoint is one of the others."""
-    arguments = ["clipgen-train", *STAGES["vqgan"], *sources["shapes"], "model.schedule=constant", "data.val_size=8",
-                 "trainer.val_check_interval=2", *more]  # fmt: skip
+    arguments = [
+        "clipgen-train",
+        *STAGES["vqgan"],
+        *sources["shapes"],
+        "model.schedule=constant",
+        "data.val_size=8",
+        "trainer.val_check_interval=2",
+        *more,
+    ]
     validated = []
     original = VQGAN.on_validation_epoch_end
-    monkeypatch.setattr(VQGAN, "on_validation_epoch_end", lambda self: (
-        validated.append((self.global_step, self.counts.sum().item())), original(self))[1])  # fmt: skip
+    monkeypatch.setattr(
+        VQGAN,
+        "on_validation_epoch_end",
+        lambda self: (validated.append((self.global_step, self.counts.sum().item())), original(self))[1],
+    )
     assert call(*arguments, "output=straight").code == 0
     whole = validated[1:]  # the first is the sanity check's
     validated.clear()
@@ -205,8 +279,14 @@ def settings(run: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_two_processes_resume_as_one_run(sources, tmp_path):
     """From the cache, under DDP."""
-    arguments = [*STAGES["transformer"], *sources["encoded"], "data.batch_size=2", "model.schedule=constant",
-                 "trainer.devices=2", "trainer.accelerator=cpu"]  # fmt: skip
+    arguments = [
+        *STAGES["transformer"],
+        *sources["encoded"],
+        "data.batch_size=2",
+        "model.schedule=constant",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+    ]
     for options in (["output=straight"], ["output=half", "trainer.max_steps=4"], ["output=half", "resume=half"]):
         done = command("clipgen-train", *arguments, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -218,14 +298,28 @@ def test_two_processes_resume_as_one_run(sources, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
 def test_two_processes_stop_at_the_same_step(sources, tmp_path):
     """Wherever Ctrl-C meets either of them."""
-    arguments = [*STAGES["vqgan"], *sources["folder"], "data.batch_size=2", "model.schedule=constant", "logger=csv",
-                 "trainer.max_steps=80", "trainer.val_check_interval=100", "trainer.devices=2",
-                 "trainer.accelerator=cpu", "checkpoint.every_n_steps=20"]  # fmt: skip
+    arguments = [
+        *STAGES["vqgan"],
+        *sources["folder"],
+        "data.batch_size=2",
+        "model.schedule=constant",
+        "logger=csv",
+        "trainer.max_steps=80",
+        "trainer.val_check_interval=100",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        "checkpoint.every_n_steps=20",
+    ]
     assert command("clipgen-train", *arguments, "output=straight", cwd=tmp_path).returncode == 0
     program = Path(sys.executable).parent / "clipgen-train"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([program, *arguments, "output=half"], cwd=tmp_path, env=environment,
-                               start_new_session=True, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [program, *arguments, "output=half"],
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
     while process.poll() is None and not (tmp_path / "half/checkpoints/last.ckpt").is_file():
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
@@ -240,8 +334,14 @@ def test_two_processes_stop_at_the_same_step(sources, tmp_path):
 
 
 def test_resume_auto_starts_a_run_and_then_resumes_it(call, tmp_path):
-    arguments = ["clipgen-train", *STAGES["vqgan"], "data=shapes", "data.train_size=14", "data.val_size=4",
-                 "model.schedule=constant"]  # fmt: skip
+    arguments = [
+        "clipgen-train",
+        *STAGES["vqgan"],
+        "data=shapes",
+        "data.train_size=14",
+        "data.val_size=4",
+        "model.schedule=constant",
+    ]
     assert call(*arguments, "output=straight").code == 0
     for more in (["trainer.max_steps=3"], [], []):  # begins, goes on, and has nothing left to do
         result = call(*arguments, *more, "output=run", "resume=auto")
@@ -251,8 +351,17 @@ def test_resume_auto_starts_a_run_and_then_resumes_it(call, tmp_path):
 
 
 def test_resume_auto_resumes_every_run_of_a_sweep(call, tmp_path):
-    arguments = ["clipgen-train", "--multirun", *STAGES["vqgan"], "data=shapes", "data.train_size=14",
-                 "data.val_size=4", "output=sweep", "seed=1,2", "resume=auto"]  # fmt: skip
+    arguments = [
+        "clipgen-train",
+        "--multirun",
+        *STAGES["vqgan"],
+        "data=shapes",
+        "data.train_size=14",
+        "data.val_size=4",
+        "output=sweep",
+        "seed=1,2",
+        "resume=auto",
+    ]
     for steps in (2, 3):
         assert call(*arguments, f"trainer.max_steps={steps}").code == 0
         assert [int(state(f"sweep/{i}")["step"]) for i in range(2)] == [steps, steps]
@@ -268,8 +377,17 @@ def test_resume_auto_needs_an_output(call):
 def test_a_closed_terminal_saves_and_stops(call, sources, monkeypatch, times):
     """It may send its signal twice."""
     interrupt_by(monkeypatch, signal.SIGHUP, 3, times)
-    assert call("clipgen-train", *STAGES["vqgan"], *sources["shapes"], "output=run", "checkpoint.every_n_steps=100",
-                "trainer.val_check_interval=100").code == 130  # fmt: skip
+    assert (
+        call(
+            "clipgen-train",
+            *STAGES["vqgan"],
+            *sources["shapes"],
+            "output=run",
+            "checkpoint.every_n_steps=100",
+            "trainer.val_check_interval=100",
+        ).code
+        == 130
+    )
     assert state("run")["step"] == 3
 
 
@@ -332,12 +450,19 @@ train.main()
 @pytest.mark.slow
 def test_a_run_whose_process_is_killed_is_resumed_by_torchrun(sources, tmp_path):
     """With --max-restarts and resume=auto; it ends as the undisturbed run."""
-    arguments = [*STAGES["transformer"], *sources["encoded"], "data.batch_size=2", "model.schedule=constant",
-                 "trainer.devices=2", "trainer.accelerator=cpu"]  # fmt: skip
+    arguments = [
+        *STAGES["transformer"],
+        *sources["encoded"],
+        "data.batch_size=2",
+        "model.schedule=constant",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+    ]
     assert command("clipgen-train", *arguments, "output=straight", cwd=tmp_path).returncode == 0
     (tmp_path / "killer.py").write_text(KILLER)
-    done = torchrun(tmp_path, ["--nproc-per-node=2", "--max-restarts=2"], "killer.py", *arguments, "output=run",
-                    "resume=auto")  # fmt: skip
+    done = torchrun(
+        tmp_path, ["--nproc-per-node=2", "--max-restarts=2"], "killer.py", *arguments, "output=run", "resume=auto"
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed").exists()
     straight, resumed = state(tmp_path / "straight"), state(tmp_path / "run")
@@ -360,11 +485,17 @@ def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch)
 
 @pytest.mark.parametrize(
     ("settings", "stage", "strategy"),
-    [({}, "vqgan", "auto"), ({"devices": 2}, "vqgan", UNUSED), ({"num_nodes": 2}, "vqgan", UNUSED),
-     ({"strategy": "ddp"}, "vqgan", UNUSED), ({"strategy": "ddp", "devices": 2}, "vqgan", UNUSED),
-     ({"devices": 2}, "transformer", "auto"), ({"strategy": "ddp"}, "transformer", "ddp"),
-     ({"num_nodes": 2}, "transformer", "auto")],
-)  # fmt: skip
+    [
+        ({}, "vqgan", "auto"),
+        ({"devices": 2}, "vqgan", UNUSED),
+        ({"num_nodes": 2}, "vqgan", UNUSED),
+        ({"strategy": "ddp"}, "vqgan", UNUSED),
+        ({"strategy": "ddp", "devices": 2}, "vqgan", UNUSED),
+        ({"devices": 2}, "transformer", "auto"),
+        ({"strategy": "ddp"}, "transformer", "ddp"),
+        ({"num_nodes": 2}, "transformer", "auto"),
+    ],
+)
 def test_only_stage_1_looks_for_unused_parameters(settings, stage, strategy):
     """Its discriminator has no gradients at first."""
     config = composed(f"stage={stage}", *(f"trainer.{key}={value}" for key, value in settings.items()))
@@ -377,8 +508,13 @@ def test_only_stage_1_looks_for_unused_parameters(settings, stage, strategy):
 )
 def test_stage_1_trains_under_ddp(sources, tmp_path, options):
     (tmp_path / "main.py").write_text("from clipgen.cli import train; train.main()")
-    more = ["data.batch_size=2", "trainer.strategy=ddp", f"trainer.devices={options[0][-1]}",
-            "trainer.accelerator=cpu", "output=run"]  # fmt: skip
+    more = [
+        "data.batch_size=2",
+        "trainer.strategy=ddp",
+        f"trainer.devices={options[0][-1]}",
+        "trainer.accelerator=cpu",
+        "output=run",
+    ]
     done = torchrun(tmp_path, options, "main.py", *STAGES["vqgan"], *sources["folder"], *more)
     assert done.returncode == 0, done.stderr
     assert state(tmp_path / "run")["step"] == 7
@@ -388,10 +524,20 @@ def test_stage_1_trains_under_ddp(sources, tmp_path, options):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_checkpoints_go_to_fsdp_and_back(call, sources, tmp_path, optimizer):
     """With the moments of the optimizer, each at its parameter: the run ends as it does on one device alone."""
-    arguments = ["clipgen-train", *STAGES["transformer"], *sources["encoded"], "model.schedule=constant",
-                 f"model.optimizer={optimizer}", "model.ema_decay=0", "model.dropout=0", "model.condition_dropout=0",
-                 "model.condition_cosine=1", "model.clip_loss_weight=0", "model.learning_rate=1e-2",
-                 "trainer.accelerator=cpu"]  # fmt: skip
+    arguments = [
+        "clipgen-train",
+        *STAGES["transformer"],
+        *sources["encoded"],
+        "model.schedule=constant",
+        f"model.optimizer={optimizer}",
+        "model.ema_decay=0",
+        "model.dropout=0",
+        "model.condition_dropout=0",
+        "model.condition_cosine=1",
+        "model.clip_loss_weight=0",
+        "model.learning_rate=1e-2",
+        "trainer.accelerator=cpu",
+    ]
     assert call(*arguments, "output=straight").code == 0
     assert call(*arguments, "output=run", "trainer.max_steps=3").code == 0
     # a process of its own, which joins a process group
@@ -484,7 +630,7 @@ def test_a_limited_pass_begins_where_the_last_ended(tmp_path):
     def run(workers: int, epochs: int, ckpt: Path | None = None) -> list[int]:
         settings = dict(max_epochs=epochs, limit_train_batches=5, default_root_dir=tmp_path)
         trainer = pl.Trainer(accelerator="cpu", **settings, **QUIET)
-        trainer.fit(module := Seen(), ImageData(items, None, 1, workers), ckpt_path=ckpt)
+        trainer.fit(module := Seen(), ImageDataModule(items, None, 1, workers), ckpt_path=ckpt)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return module.items
 
@@ -520,7 +666,7 @@ def trained_items(folder: Path, steps: int, batch_size: int, rank: int, size: in
     trainer.rank, trainer.size = rank, size
     module = AllSeen()
     path = folder / "last.ckpt"
-    trainer.fit(module, ImageData(items, None, batch_size), ckpt_path=path if ckpt else None)
+    trainer.fit(module, ImageDataModule(items, None, batch_size), ckpt_path=path if ckpt else None)
     if rank == size - 1:  # after the others have read it
         trainer.save_checkpoint(path)
     return module.items

@@ -8,19 +8,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES
-from test_data_real import encoded, make_tar
+from test_image_data import encoded, make_tar
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from clipgen.callbacks import describe_step
+from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.folder import folder_data
-from clipgen.data.module import ImageData
 from clipgen.data.shapes import ShapesDataset
-from clipgen.data.shards import shard_data
-from clipgen.data.validation import ValidationSampler, real_rows
+from clipgen.data.validation_sampler import ValidationSampler, real_rows
+from clipgen.data.webdataset import shard_data
 from clipgen.evaluation.reconstruction import ReconstructionMetrics
 from clipgen.images import to_pil
-from clipgen.losses import Averages
+from clipgen.models.losses import Averages
+from clipgen.training.callbacks import describe_step
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -94,7 +94,7 @@ def features(images: torch.Tensor) -> torch.Tensor:
 def data(kind: str, folder: Path, count: int) -> pl.LightningDataModule:
     """``count`` images for validation."""
     if kind == "cache":
-        return ImageData(Cached(8), Cached(count), batch_size=2)
+        return ImageDataModule(Cached(8), Cached(count), batch_size=2)
     pictures = to_pil(ShapesDataset(count, image_size=32, seed=2).render(range(count)))
     (folder / "images").mkdir()
     for i, picture in enumerate(pictures):
@@ -118,11 +118,18 @@ def metrics(kind: str, folder: Path, count: int, devices: int) -> dict[str, floa
     if kind == "cache":
         model: pl.LightningModule = ConditionalTransformer(**TRANSFORMER_SIZES | {"learning_rate": 0.0})
     else:
-        model = VQGAN(**VQGAN_SIZES | {"learning_rate": 0.0, "revive_after": 0})
+        model = VQGAN(**VQGAN_SIZES | {"learning_rate": 0.0, "dead_code_reset_after": 0})
         callbacks = [ReconstructionMetrics(fid_features=f"{__name__}:features" if count > 1 else None)]
     strategy = "auto" if devices == 1 else "ddp_spawn_find_unused_parameters_true"
-    trainer = pl.Trainer(max_steps=1, val_check_interval=1, accelerator="cpu", devices=devices, strategy=strategy,
-                         callbacks=callbacks, **QUIET)  # fmt: skip
+    trainer = pl.Trainer(
+        max_steps=1,
+        val_check_interval=1,
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        callbacks=callbacks,
+        **QUIET,
+    )
     folder.mkdir()
     trainer.fit(model, datamodule=data(kind, folder, count))
     return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

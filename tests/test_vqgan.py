@@ -12,10 +12,10 @@ import torch
 from conftest import QUIET, VQGAN_SIZES, changed, weights_of
 from torch.utils.data import DataLoader, IterableDataset
 
-from clipgen import losses
 from clipgen.data.shapes import ShapesDataset
-from clipgen.nets.discriminator import average_statistics
-from clipgen.nets.quantizer import VectorQuantizer
+from clipgen.models import losses
+from clipgen.models.discriminator import average_statistics
+from clipgen.models.quantizers.vector import VectorQuantizer
 from clipgen.vqgan import VQGAN
 
 
@@ -91,7 +91,7 @@ def test_senseless_arguments_are_refused_at_once():
 
 
 def test_a_step_moves_every_part(fit):
-    vqgan = gan(revive_after=0, adversarial="log")  # the two halves of hinge cancel at the last bias, at first
+    vqgan = gan(dead_code_reset_after=0, adversarial="log")  # the two halves of hinge cancel at the last bias, at first
     before = weights_of(vqgan)
     fit(vqgan, 1)
     moved = changed(vqgan, before)
@@ -102,7 +102,7 @@ def test_a_step_moves_every_part(fit):
 
 
 def test_codes_that_follow_their_latents_need_no_optimizer(fit):
-    vqgan = gan(codebook_momentum=0.9, revive_after=0)
+    vqgan = gan(codebook_ema_decay=0.9, dead_code_reset_after=0)
     before = weights_of(vqgan)
     fit(vqgan, 2, batch=4)
     assert "autoencoder.quantize.embedding.weight" in changed(vqgan, before)
@@ -151,7 +151,7 @@ def test_warming_up_the_discriminator_does_not_touch_the_generator(fit):
     trained = []
     for start in (0, 100):
         torch.manual_seed(1)
-        vqgan = gan(discriminator_start=start, discriminator_warmup=100, revive_after=0)
+        vqgan = gan(discriminator_start=start, discriminator_warmup=100, dead_code_reset_after=0)
         untrained = weights_of(vqgan)
         fit(vqgan, 3, batch=4)
         assert any(name.startswith("discriminator") for name in changed(vqgan, untrained)) == (start == 0)
@@ -196,7 +196,9 @@ def test_beta_is_on_the_commitment_term(images):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_one_pass_gives_both_halves_their_own_gradients(fit, images, accumulate):
     """What a step leaves in each parameter, against autograd through the whole losses of Eq. 4 and 5."""
-    arguments = dict(discriminator_weight=0.5, adversarial="log", learning_rate=0.0, revive_after=0, lecam_weight=0.0)
+    arguments = dict(
+        discriminator_weight=0.5, adversarial="log", learning_rate=0.0, dead_code_reset_after=0, lecam_weight=0.0
+    )
     vqgan, by_hand = gan(**arguments, accumulate=accumulate), gan(**arguments).train()
     by_hand.load_state_dict(vqgan.state_dict())
     fit(vqgan, 1, batch=4)
@@ -245,7 +247,7 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path, fit, images):
         def on_train_batch_end(self, trainer, module, *_) -> None:
             self.seen.append(weights_of(module.autoencoder))
 
-    vqgan, weights = model(ema_decay=0.7, revive_after=0), Weights()
+    vqgan, weights = model(ema_decay=0.7, dead_code_reset_after=0), Weights()
     trainer = fit(vqgan, 3, weights, batch=4)
     first, second, third = weights.seen
     for name, average in vqgan.ema.module.state_dict().items():
@@ -263,7 +265,7 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path, fit, images):
 def gradients(fit, **options) -> dict[str, torch.Tensor]:
     """What a step leaves in each parameter; with weights that many of Adam's steps moved, tiny differences grow."""
     torch.manual_seed(1)
-    vqgan = gan(revive_after=0, learning_rate=0.0, **(dict(channels_last=False) | options))
+    vqgan = gan(dead_code_reset_after=0, learning_rate=0.0, **(dict(channels_last=False) | options))
     fit(vqgan, 1, batch=4)
     return {name: p.grad for name, p in vqgan.named_parameters()}
 
@@ -296,7 +298,7 @@ def test_lecam_pulls_at_the_discriminator_alone(fit):
     trained = []
     for weight in (0.0, 10.0):
         torch.manual_seed(1)
-        vqgan = gan(lecam_weight=weight, revive_after=0, discriminator_warmup=100)
+        vqgan = gan(lecam_weight=weight, dead_code_reset_after=0, discriminator_warmup=100)
         fit(vqgan, 2, batch=4)
         trained.append(weights_of(vqgan))
     same = {name for name in trained[0] if torch.equal(trained[0][name], trained[1][name])}
@@ -344,7 +346,7 @@ def test_training_lowers_the_loss_and_uses_the_codebook():
 def test_kmeans_sees_ten_latents_per_code_or_all(monkeypatch, stream, size, latents):
     """A batch of four images has 64 latents: more images are encoded for it, as many as there are."""
     seen = []
-    monkeypatch.setattr(VectorQuantizer, "init_by_kmeans_", lambda self, found: seen.append(len(found)))
+    monkeypatch.setattr(VectorQuantizer, "kmeans_init_", lambda self, found: seen.append(len(found)))
     vqgan = model(kmeans_iters=2, codebook_size=16)
     trainer = pl.Trainer(max_steps=2, accelerator="cpu", **QUIET)
     items = [ShapesDataset(size, seed=3)[i] for i in range(size)]
@@ -390,8 +392,15 @@ class SameOnAllRanks(pl.Callback):
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(fit):
-    vqgan = gan(discriminator_start=1, discriminator_warmup=1, revive_after=2, codebook_momentum=0.9, kmeans_iters=3,
-                ema_decay=0.9, lecam_weight=0.1)  # fmt: skip
+    vqgan = gan(
+        discriminator_start=1,
+        discriminator_warmup=1,
+        dead_code_reset_after=2,
+        codebook_ema_decay=0.9,
+        kmeans_iters=3,
+        ema_decay=0.9,
+        lecam_weight=0.1,
+    )
     before = weights_of(vqgan)
     fit(vqgan, 8, SameOnAllRanks(), batch=4, devices=2, strategy="ddp_spawn_find_unused_parameters_true", max_epochs=1)
     assert {name.split(".")[0] for name in changed(vqgan, before)} >= {"autoencoder", "ema", "discriminator"}

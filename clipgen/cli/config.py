@@ -14,26 +14,28 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-TARGETS = frozenset({  # all that a configuration may have called
-    "clipgen.baselines.label.LabelTransformer",
-    "clipgen.callbacks.PictureLogger",
-    "clipgen.clip.FrozenCLIP",
-    "clipgen.data.encoded.EncodedData",
-    "clipgen.data.folder.folder_data",
-    "clipgen.data.shapes.shapes_data",
-    "clipgen.data.shards.shard_data",
-    "clipgen.evaluation.reconstruction.ReconstructionMetrics",
-    "clipgen.resume.CSVLogger",
-    "clipgen.resume.checkpoints",
-    "clipgen.transformer.ConditionalTransformer",
-    "clipgen.vqgan.VQGAN",
-    "pytorch_lightning.Trainer",
-    "pytorch_lightning.loggers.CometLogger",
-    "pytorch_lightning.loggers.MLFlowLogger",
-    "pytorch_lightning.loggers.NeptuneLogger",
-    "pytorch_lightning.loggers.TensorBoardLogger",
-    "pytorch_lightning.loggers.WandbLogger",
-})  # fmt: skip
+TARGETS = frozenset(
+    {  # all that a configuration may have called
+        "clipgen.baselines.class_conditional.ClassConditionalTransformer",
+        "clipgen.training.callbacks.ImageLogger",
+        "clipgen.clip.FrozenCLIP",
+        "clipgen.data.token_cache.TokenCacheDataModule",
+        "clipgen.data.folder.folder_data",
+        "clipgen.data.shapes.shapes_data",
+        "clipgen.data.webdataset.shard_data",
+        "clipgen.evaluation.reconstruction.ReconstructionMetrics",
+        "clipgen.training.resume.CSVLogger",
+        "clipgen.training.resume.checkpoints",
+        "clipgen.transformer.ConditionalTransformer",
+        "clipgen.vqgan.VQGAN",
+        "pytorch_lightning.Trainer",
+        "pytorch_lightning.loggers.CometLogger",
+        "pytorch_lightning.loggers.MLFlowLogger",
+        "pytorch_lightning.loggers.NeptuneLogger",
+        "pytorch_lightning.loggers.TensorBoardLogger",
+        "pytorch_lightning.loggers.WandbLogger",
+    }
+)
 MESSAGES = (  # what Hydra says -> what we say
     (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
     (r".*Could not find '(\w+)/(.*)' Available options in '\1':,? (.*)", r"\1 must be one of \3, got \2"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgen.cli.console import guarded
-from clipgen.cli.runs import free_folder
+from clipgen.cli.list_runs import free_folder
 
 START = time.perf_counter()
 PROMPTS = 200
@@ -33,14 +33,23 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("clipgen-demo", description=__doc__)
-    p.add_argument("--output", type=Path, default=Path("demo"), help="folder for pictures and report; if it holds "
-                   "another demo, FOLDER-2, FOLDER-3, ... (default: %(default)s)")  # fmt: skip
+    p.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo"),
+        help="folder for pictures and report; if it holds another demo, FOLDER-2, FOLDER-3, ... (default: %(default)s)",
+    )
     p.add_argument("--resume", action="store_true", help="continue the demo in --output that was stopped")
-    p.add_argument("--steps", type=int, help="training steps of the tokenizer, of which the transformer takes 4/9: "
-                   "fewer are faster and less accurate (default: 1800)")  # fmt: skip
+    p.add_argument(
+        "--steps",
+        type=int,
+        help="training steps of the tokenizer, of which the transformer takes 4/9: "
+        "fewer are faster and less accurate (default: 1800)",
+    )
     p.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    p.add_argument("overrides", nargs="*",
-                   help="configuration of both stages, as for clipgen-train: model.learning_rate=1e-3")  # fmt: skip
+    p.add_argument(
+        "overrides", nargs="*", help="configuration of both stages, as for clipgen-train: model.learning_rate=1e-3"
+    )
     return p
 
 
@@ -52,7 +61,7 @@ def run() -> None:
     stages = configs(args.output, args.seed, args.steps, args.overrides)
     print(plan(args.output, stages), flush=True)
     with timed(seconds, "imports"):
-        from clipgen.cli.output import output_folder
+        from clipgen.cli.output_dir import output_folder
         from clipgen.files import write_json
         from clipgen.pipeline import TextToImage
     with output_folder(args.output, keep="*/checkpoints/*.ckpt"):
@@ -137,8 +146,8 @@ def plan(output: Path, stages: dict[str, Any]) -> str:
 def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]) -> None:
     """Train the stages that are not finished."""
     from clipgen.cli import train
-    from clipgen.cli.progress import TotalTime
-    from clipgen.cli.runs import folder_of
+    from clipgen.cli.list_runs import folder_of
+    from clipgen.training.progress import TotalTime
 
     for name, config in stages.items():
         if folder_of(output / name, name):
@@ -152,7 +161,7 @@ def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]
 
 def tell_time(stage: float, total: float) -> None:
     """Print the time left in this stage and in all, and what to do where it is long."""
-    from clipgen.cli.progress import duration
+    from clipgen.training.progress import duration
 
     print(f"About {duration(total)} left, {duration(stage)} of it in this stage", flush=True)
     if total > LONG:
@@ -175,8 +184,8 @@ def sample_and_judge(pipe: Any, path: Path, seed: int) -> dict[str, float]:
     """Draw one picture for each of 200 sentences and read them back."""
     import torch
 
-    from clipgen.data.judge import accuracy
     from clipgen.data.shapes import ALL_ATTRIBUTES
+    from clipgen.evaluation.shapes_evaluator import accuracy
     from clipgen.images import grid, save_png, to_pil
 
     order = torch.randperm(len(ALL_ATTRIBUTES), generator=torch.Generator().manual_seed(seed))[:PROMPTS]

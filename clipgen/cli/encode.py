@@ -51,7 +51,7 @@ def encode(config: DictConfig) -> None:
     """Encode as configured."""
     from omegaconf import OmegaConf
 
-    from clipgen.cli.settling import check_sources, check_tokenizer
+    from clipgen.cli.early_checks import check_sources, check_tokenizer
 
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"clipgen-encode needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
@@ -61,19 +61,19 @@ def encode(config: DictConfig) -> None:
             raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
     check_tokenizer(str(config.vqgan))
     check_sources(config.data)
-    from clipgen import VQGAN, encoding
-    from clipgen.cli.building import warn_of_size
+    from clipgen import VQGAN, precompute
     from clipgen.cli.config import make
-    from clipgen.cli.locking import LOCK
-    from clipgen.cli.machine import best_device, rank_and_world_size
-    from clipgen.cli.output import output_folder
-    from clipgen.data.shards import ImageShards
+    from clipgen.cli.device import default_device, rank_and_world_size
+    from clipgen.cli.output_dir import output_folder
+    from clipgen.cli.run_lock import LOCK
+    from clipgen.data.webdataset import ImageShards
+    from clipgen.training.build import warn_of_size
 
     vqgan, clip = VQGAN.load(config.vqgan), make(config.clip)
     warn_of_size(vqgan, config.data.image_size)
     data = make(config.data, batch_size=1)  # its own batches are for training
     for model in (vqgan, clip):
-        model.to(config.device or best_device())
+        model.to(config.device or default_device())
     source = OmegaConf.to_container(config.data)
     assert isinstance(source, dict)
     leave_out = ("batch_size", "num_workers", "shuffle")  # they change no byte of the cache
@@ -83,11 +83,19 @@ def encode(config: DictConfig) -> None:
     # processes of several ranks share a cache, two of one rank would do the same work
     lock = output_folder(Path(config.output), keep="*", lock=f"{LOCK}-{rank}")
     with lock, rate_bar("encoding", share) as advance:
-        whole = encoding.encode(
-            config.output, data, vqgan, clip, settings, augmentations=config.augmentations,
-            shard_size=config.shard_size, batch_size=config.batch_size, rank=rank, world_size=world_size,
+        whole = precompute.encode(
+            config.output,
+            data,
+            vqgan,
+            clip,
+            settings,
+            augmentations=config.augmentations,
+            shard_size=config.shard_size,
+            batch_size=config.batch_size,
+            rank=rank,
+            world_size=world_size,
             advance=advance,
-        )  # fmt: skip
+        )
     print(f"{'Finished' if whole else 'This part is finished, others are not'}: {Path(config.output)}")
 
 

@@ -14,15 +14,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded
-from clipgen.cli.output import output_folder
+from clipgen.cli.output_dir import output_folder
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from omegaconf import DictConfig
 
 logger = logging.getLogger("clipgen.train")
-PACKAGES = ("clipgen", "torch", "torchvision", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset",
-            "hydra-core")  # fmt: skip
+PACKAGES = (
+    "clipgen",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "transformers",
+    "open_clip_torch",
+    "webdataset",
+    "hydra-core",
+)
 
 # Of torch.set_float32_matmul_precision: "high" is TF32 on GPUs from Ampere on, "highest" is float32 everywhere
 MATMUL_PRECISIONS = ("highest", "high")
@@ -44,8 +52,8 @@ def run_hydra() -> None:
     from hydra.types import RunMode
 
     from clipgen.cli.config import config_dir, explain
-    from clipgen.cli.resuming import refuse_other_runs, settle_resume, with_the_runs
-    from clipgen.cli.settling import settle
+    from clipgen.cli.early_checks import settle
+    from clipgen.cli.resume_args import refuse_other_runs, settle_resume, with_the_runs
 
     sys.argv[1:] = with_the_runs(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
@@ -117,18 +125,18 @@ def train(
         callbacks: more of them.
         resume_by: the command that resumes the training, for the message after Ctrl-C.
     """
-    from clipgen.cli.resuming import settle_resume
-    from clipgen.cli.settling import settle
+    from clipgen.cli.early_checks import settle
+    from clipgen.cli.resume_args import settle_resume
 
     settle_resume(config)
     settle(config)
     import pytorch_lightning as pl
 
-    from clipgen.cli.building import build
     from clipgen.cli.config import make
-    from clipgen.cli.resuming import bring_best, check_strategy, find_checkpoint, refuse_other_runs
-    from clipgen.cli.summary import log_summary
-    from clipgen.cli.validation import scale_interval, settle_interval, warn_of_few_images
+    from clipgen.cli.resume_args import bring_best, check_strategy, find_checkpoint, refuse_other_runs
+    from clipgen.training.build import build
+    from clipgen.training.summary import log_summary
+    from clipgen.training.validation_interval import scale_interval, settle_interval, warn_of_few_images
 
     output = Path(config.output)
     settle_precision(config)
@@ -160,15 +168,17 @@ def check_processes(world_size: int) -> None:
     """Raise ValueError where torchrun has started another number of processes than the trainer counts on."""
     started = int(os.environ.get("WORLD_SIZE") or 0) if "TORCHELASTIC_RUN_ID" in os.environ else world_size
     if started != world_size:
-        raise ValueError(f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
-                         f"started, got {world_size}")  # fmt: skip
+        raise ValueError(
+            f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
+            f"started, got {world_size}"
+        )
 
 
 def settle_precision(config: DictConfig) -> None:
     """Refuse bfloat16 where it is slow, and let GPUs multiply float32 matrices as ``matmul_precision`` says."""
     import torch
 
-    from clipgen.cli.machine import device_type
+    from clipgen.cli.device import device_type
     from clipgen.processor import require_bf16_units
 
     if config.matmul_precision not in MATMUL_PRECISIONS:
@@ -184,7 +194,7 @@ def settle_precision(config: DictConfig) -> None:
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     """Lightning's trainer with our callbacks."""
     from clipgen.cli.config import make
-    from clipgen.resume import WholeCheckpoints
+    from clipgen.training.resume import AtomicCheckpointIO
 
     return make(
         config.trainer,
@@ -193,7 +203,7 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
         logger=make(config.logger) if "_target_" in config.logger else False,
         enable_progress_bar=False,  # ours counts steps
         enable_model_summary=False,
-        plugins=[WholeCheckpoints(output / "checkpoints")],
+        plugins=[AtomicCheckpointIO(output / "checkpoints")],
         callbacks=make_callbacks(config, output),
     )
 
@@ -212,19 +222,19 @@ def make_strategy(config: DictConfig) -> Any:
 
 def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     """What is done beside the steps, in this order."""
-    from clipgen.callbacks import FinalValidation, Results
     from clipgen.cli.config import make
-    from clipgen.cli.progress import ProgressReport
-    from clipgen.data.sampler import DataPlace
-    from clipgen.resume import GivenSettings, StepSeeds
+    from clipgen.data.samplers import DataPlace
+    from clipgen.training.callbacks import FinalValidation, MetricPrinter
+    from clipgen.training.progress import ProgressReport
+    from clipgen.training.resume import OverrideOptimizerSettings, PerStepSeed
 
-    found = [StepSeeds(config.seed), GivenSettings(), DataPlace()]
+    found = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPlace()]
     if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
         found.append(make(config.pictures, folder=output / "pictures"))
     if "metrics" in config:
         found.append(make(config.metrics))
     found += make(config.checkpoint, folder=output / "checkpoints", monitor=config.monitor)
-    return [*found, FinalValidation(), Results(), ProgressReport(bar=sys.stderr.isatty())]
+    return [*found, FinalValidation(), MetricPrinter(), ProgressReport(bar=sys.stderr.isatty())]
 
 
 def sharded(config: DictConfig) -> Any:
@@ -239,8 +249,10 @@ def sharded(config: DictConfig) -> Any:
         raise ValueError(f"trainer.devices must be a number of devices with trainer.strategy=fsdp, got {devices}")
     limit = config.trainer.limit_val_batches
     if config.data.get("val_urls") and not isinstance(limit, int):  # streams end at different batches
-        raise ValueError("trainer.limit_val_batches must be a number that every process has with trainer.strategy=fsdp "
-                         f"and data.val_urls, got {limit}: they would wait for each other without end")  # fmt: skip
+        raise ValueError(
+            "trainer.limit_val_batches must be a number that every process has with trainer.strategy=fsdp "
+            f"and data.val_urls, got {limit}: they would wait for each other without end"
+        )
     processes = devices * config.trainer.num_nodes
     return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
@@ -249,10 +261,10 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
     from clipgen.cli.config import as_yaml
-    from clipgen.cli.resuming import write_arguments
-    from clipgen.cli.settling import is_encoded
+    from clipgen.cli.early_checks import is_encoded
+    from clipgen.cli.resume_args import write_arguments
     from clipgen.files import atomic_write, write_json
-    from clipgen.frozen import copy_frozen, save_frozen
+    from clipgen.run_folder import copy_frozen, save_frozen
 
     with atomic_write(output / "config.yaml") as partial:
         partial.write_text(as_yaml(config), "utf-8")
@@ -276,10 +288,10 @@ def fit(
 ) -> None:
     """Train, then leave the finished model in the run folder."""
     from clipgen import ConditionalTransformer
-    from clipgen.cli.resuming import ARGUMENTS
-    from clipgen.frozen import bind
-    from clipgen.resume import LastCheckpoint
-    from clipgen.weights.checkpoint import FOLDERS, kind
+    from clipgen.checkpoint.model_folder import FOLDERS, kind
+    from clipgen.cli.resume_args import ARGUMENTS
+    from clipgen.run_folder import bind
+    from clipgen.training.resume import LastCheckpoint
 
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clipgen.data.images import UnusableImage, png_text
+from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.files import natural_key, read_text
 
@@ -106,9 +106,12 @@ def captions_by_line(root: Path, files: Sequence[str], captions: Sequence[str]) 
         place = next(i for i, (file, other) in enumerate(zip(ordered, sorted(files))) if file != other)
         logger.warning(
             "captions by line meet the pictures of %s as people number them: line %d is of %s (by letters: %s); "
-            "a file name and a tab before each sentence settle it", root, place + 1, ordered[place],
+            "a file name and a tab before each sentence settle it",
+            root,
+            place + 1,
+            ordered[place],
             sorted(files)[place],
-        )  # fmt: skip
+        )
     of_file = dict(zip(ordered, captions))
     return [of_file[file] for file in files]
 
@@ -123,7 +126,7 @@ def own_caption(path: Path) -> str:
     else:
         try:
             prompt = png_text(path).get("prompt", "")
-        except UnusableImage as error:
+        except UnusableImageError as error:
             raise ValueError(f"{path} cannot be used as an image: {error}") from error
     if not prompt:
         raise ValueError(f"captions are needed: {path} holds none, and no {beside.name} beside it does")

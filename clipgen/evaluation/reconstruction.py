@@ -11,8 +11,8 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from clipgen.evaluation.features import feature_extractor
-from clipgen.losses import Averages
-from clipgen.lpips import load_lpips
+from clipgen.models.losses import Averages
+from clipgen.models.lpips import load_lpips
 
 
 class ReconstructionMetrics(pl.Callback):
@@ -27,8 +27,9 @@ class ReconstructionMetrics(pl.Callback):
             images and those of their reconstructions; see ``feature_extractor``. None: no rFID.
     """
 
-    def __init__(self, ssim: bool = True, lpips: bool = False, vgg_weights: str | None = None,
-                 fid_features: str | None = None):  # fmt: skip
+    def __init__(
+        self, ssim: bool = True, lpips: bool = False, vgg_weights: str | None = None, fid_features: str | None = None
+    ):
         self.lpips = load_lpips(vgg_weights) if lpips else None
         self.averages = Averages()  # of LPIPS
         self.metrics: dict[str, Metric] = {}
@@ -45,8 +46,15 @@ class ReconstructionMetrics(pl.Callback):
         for metric in self.metrics.values():
             metric.to(module.device).reset()
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
-                                batch_idx: int, dataloader_idx: int = 0) -> None:  # fmt: skip
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if outputs is not None:  # of the rows that count, which are the first
             self.update(batch["images"][: len(outputs)], outputs)
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipgen.data.chunks import pieces, read, runs
+from clipgen.data.decoding import UnusableImageError, decode_image, upright_size
 from clipgen.data.folder import ImageFolder, find_images
-from clipgen.data.images import UnusableImage, decode_image, upright_size
-from clipgen.data.pieces import pieces, read, runs
 from clipgen.data.shapes import ShapesDataset
-from clipgen.data.shards import ImageShards
+from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.captions import Caption, captions_of
-from clipgen.evaluation.collection import Batch
+from clipgen.evaluation.feature_store import Batch
 from clipgen.images import from_pil
 from clipgen.pipeline import TextToImage
 
@@ -74,8 +74,14 @@ class FolderImages:
         workers: threads that decode.
     """
 
-    def __init__(self, root: str | Path, image_size: int | None = None, captions: Sequence[Caption] | None = (),
-                 batch_size: int = 50, workers: int = 4):  # fmt: skip
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int | None = None,
+        captions: Sequence[Caption] | None = (),
+        batch_size: int = 50,
+        workers: int = 4,
+    ):
         self.root, self.batch_size, self.workers = Path(root).expanduser(), batch_size, workers
         self.files = [file for file in find_images(self.root) if Path(file).name not in SHEETS]
         if not self.files:
@@ -97,9 +103,16 @@ class FolderImages:
     def _load(self, file: str) -> Tensor:
         if not self.warned and (size := self._size(file)) != self.first_size:
             self.warned = True
-            logger.warning("%s is %d x %d, and the first of %s %d x %d: the central squares of all are resized to %d x "
-                           "%d; --image-size names another", file, *size, self.root, *self.first_size,
-                           self.image_size, self.image_size)  # fmt: skip
+            logger.warning(
+                "%s is %d x %d, and the first of %s %d x %d: the central squares of all are resized to %d x "
+                "%d; --image-size names another",
+                file,
+                *size,
+                self.root,
+                *self.first_size,
+                self.image_size,
+                self.image_size,
+            )
         with self._named(file):
             # Decoded as the images of ``RealImages`` are, so that a folder's distance from itself is 0.
             picture = decode_image(self.root / file, image_size=self.image_size)
@@ -113,7 +126,7 @@ class FolderImages:
     def _named(self, file: str) -> Iterator[None]:
         try:
             yield
-        except UnusableImage as error:
+        except UnusableImageError as error:
             raise ValueError(f"{self.root / file} cannot be used as an image: {error}") from error
 
 

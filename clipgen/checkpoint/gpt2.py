@@ -1,0 +1,54 @@
+"""GPT-2's language weights, as transformers keeps them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GPT2Config, GPT2Model
+
+from clipgen.checkpoint.safe_load import State, check_finite
+from clipgen.files import one_line
+
+SIZES = ("n_layer", "n_head", "n_embd")
+TABLES = ("vocab_size", "n_positions")
+MAX_ROWS = 2**20  # of the tables that are not compared with ours
+
+
+def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
+    """The weights of a GPT-2 without its head: ``wte``, ``wpe``, ``h``, ``ln_f``.
+
+    Args:
+        name: on the Hugging Face hub, or a folder of ``save_pretrained``. like: what its size must agree with.
+
+    Raises:
+        ValueError: it cannot be had, is no GPT-2, or of another size.
+    """
+    config = from_pretrained(AutoConfig, name)
+    if not isinstance(config, GPT2Config):
+        raise ValueError(f"language_weights must name a GPT-2, got {name}, which is a {config.model_type}")
+    for size in SIZES:
+        ours, theirs = getattr(like, size), getattr(config, size)
+        if ours != theirs:
+            raise ValueError(f"model.{size} must be {theirs}, as in the language weights {name}, got {ours}")
+    for size in TABLES:
+        rows = getattr(config, size)
+        if not isinstance(rows, int) or not 1 <= rows <= MAX_ROWS:
+            raise ValueError(f"language_weights must name a GPT-2, got {name} whose {size} is {rows!r:.60}")
+    model, found = from_pretrained(GPT2Model, name, output_loading_info=True)
+    if missing := found["missing_keys"]:
+        raise ValueError(f"language_weights must name a whole GPT-2, got {name} without {min(missing)}")
+    state: State = model.state_dict()
+    check_finite(state, name)
+    return state
+
+
+def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained``, or one sentence on why not."""
+    try:
+        return kind.from_pretrained(str(name), trust_remote_code=False, **options)
+    except Exception as error:  # no such name or folder, no network; a damaged file raises anything
+        raise ValueError(
+            "language_weights must name a GPT-2 on the Hugging Face hub, or a folder of one, "
+            f"got {name}: {one_line(error)}"
+        ) from error

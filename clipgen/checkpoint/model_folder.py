@@ -1,0 +1,208 @@
+"""Models in and out of files: our folders (JSON + safetensors), training checkpoints, and run folders.
+
+A model folder holds ``config.json`` (which model, its constructor's arguments) and ``model.safetensors``. A run folder
+is what a training run leaves: ``checkpoints/`` while it trains, and a model folder named after the model once it is
+finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+import clipgen
+from clipgen.atomic_folder import finish_swap, replace_folder
+from clipgen.checkpoint.pickle_stubs import thaw
+from clipgen.checkpoint.safe_load import State, check_finite, checked, read_checkpoint, unwrapped
+from clipgen.checkpoint.verified_build import build, fitting
+from clipgen.files import one_line, read_json
+
+__all__ = ["build", "fitting"]  # for the models, which know files by this module
+
+COMMANDS = {
+    "VQGAN": "clipgen-train stage=vqgan",
+    "ConditionalTransformer": "clipgen-train stage=transformer",
+    "ClassConditionalTransformer": "clipgen-train stage=transformer data=encoded data.condition=label",
+}
+FOLDERS = {  # name of the model folder in a run folder
+    "VQGAN": "vqgan",
+    "ConditionalTransformer": "transformer",
+    "ClassConditionalTransformer": "label_transformer",
+}
+FILES = ("config.json", "model.safetensors")
+FIRST = {  # a weight that every such model has, by which the names of a wrapped one are told
+    "VQGAN": "autoencoder.encoder.conv_in.weight",
+    "ConditionalTransformer": "gpt.clip_proj.weight",
+    "ClassConditionalTransformer": "gpt.clip_proj.weight",
+}
+CODEBOOKS = ("quantize.embedding.weight", "quantize.embed.weight")
+MAX_CONFIG = 2**24  # bytes of config.json
+BUNDLED = {"shapes": Path(clipgen.__file__).parent / "bundled"}
+Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
+
+
+def kind(model: type) -> str:
+    """By which name files know a model: its own, or for a user's subclass that of ours."""
+    return next(each.__name__ for each in model.__mro__ if each.__name__ in FOLDERS)
+
+
+def plain(value: Any) -> Any:
+    """A constructor's argument as JSON and safe checkpoints hold it: nothing of numpy, OmegaConf or pathlib."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return (tuple if isinstance(value, tuple) else list)(plain(each) for each in value)
+    return value
+
+
+def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
+    """Write a model folder atomically, in the place of an older one.
+
+    Args:
+        half: store floating-point weights in 16 bits.
+
+    Raises:
+        FileExistsError: the path holds something else, which would be lost.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= set(FILES)):
+        raise FileExistsError(f"{path} exists and is more than a model folder: move it away, or name another place")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # tied weights are stored once by name and cloned here: safetensors refuses shared memory
+    tensors = {
+        k: (v.half() if half and v.is_floating_point() else v).detach().cpu().clone().contiguous()
+        for k, v in state.items()
+    }
+    config = {"model": model, "clipgen": clipgen.__version__, "arguments": arguments}
+    with replace_folder(path, FILES) as partial:
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "model.safetensors").write_bytes(save(tensors))
+    return path
+
+
+def located(path_or_name: str | Path) -> Path:
+    """Where files are: a path; ``"shapes"``, the bundled models; or what ``"hf-hub:OWNER/NAME"`` downloads."""
+    name = str(path_or_name)
+    if not name.startswith("hf-hub:"):
+        # a Path is one, whatever its name
+        return Path(BUNDLED.get(name, name) if isinstance(path_or_name, str) else name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name.removeprefix("hf-hub:")))
+    except (OSError, ValueError) as error:  # no network, no such name, no right to it
+        raise FileNotFoundError(f"{name} could not be downloaded: {one_line(error)}") from error
+
+
+def load(path: str | Path, model: str) -> Model:
+    """Constructor's arguments and weights of a model folder, a run folder, a ``.ckpt``, or what ``located`` knows.
+
+    Raises:
+        FileNotFoundError: nothing there; names the command that makes it.
+        ValueError: the file is damaged, or of the other stage.
+    """
+    place = located(path)
+    for folder in (place, place / FOLDERS[model]):
+        finish_swap(folder)
+    found = find(place, model)
+    return load_ckpt(found, model) if found.is_file() else load_folder(found, model)
+
+
+def find(path: Path, model: str) -> Path:
+    """The model folder or checkpoint that ``path`` stands for; in a run folder the finished model comes first."""
+    if path.is_file():
+        return path
+    places = [path, path / FOLDERS[model], path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"]
+    for place in places:
+        if place.is_file() or (place / "config.json").is_file():
+            return place
+    others = [name for name in FOLDERS if name != model and (path / FOLDERS[name]).is_dir()]
+    hint = f"it holds a {others[-1]}" if others else f"`{COMMANDS[model]}` makes one"
+    state = "holds no such model" if path.is_dir() else "does not exist"
+    raise FileNotFoundError(f"no {model} checkpoint: {path} {state}; {hint}")
+
+
+def check_model(found: str | None, model: str, path: Path) -> None:
+    """Raise ValueError where a file holds another model than the one asked for."""
+    if found != model:
+        what = f"a {found} checkpoint (from `{COMMANDS[found]}`)" if found in COMMANDS else "no clipgen checkpoint"
+        raise ValueError(f"{path} is {what}, but a {model} is needed; `{COMMANDS[model]}` makes one")
+
+
+def load_folder(path: Path, model: str) -> Model:
+    """Read a model folder; its weights are finite, and mapped until they are used."""
+    config, weights = read_config(path / "config.json"), path / "model.safetensors"
+    check_model(config["model"], model, path)
+    if not weights.is_file():
+        raise FileNotFoundError(f"no weights {weights}: the model folder is not complete")
+    try:
+        state = load_file(weights)
+    except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{weights} is damaged: {one_line(error)}") from error
+    check_finite(state, weights)
+    return config["arguments"], {k: v.float() if v.dtype == torch.half else v for k, v in state.items()}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model folder's ``config.json``: the name of a model, and its constructor's arguments.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if path.stat().st_size > MAX_CONFIG:
+        raise ValueError(f"{path} is damaged: a configuration must have at most {MAX_CONFIG} bytes")
+    try:
+        config = read_json(path, "model", "arguments")
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: it is nested too deeply") from error
+    for key, kind in (("model", str), ("arguments", dict)):
+        if not isinstance(config[key], kind):
+            raise ValueError(f"{path} is damaged: {key!r} must be a {kind.__name__}, got {config[key]!r:.60}")
+    return config
+
+
+def codebook_rows(path: Path) -> int | None:
+    """Return the number of codes in a tokenizer's folder by its header; None if it has no table of them."""
+    weights = path / "model.safetensors"
+    if not weights.is_file():
+        return None
+    try:
+        with safe_open(weights, "pt") as file:
+            names = [name for name in file.keys() if name in CODEBOOKS]  # noqa: SIM118
+            return int(file.get_slice(names[0]).get_shape()[0]) if names else None
+    except (SafetensorError, IndexError) as error:
+        raise ValueError(f"{weights} is damaged: {one_line(error)}") from error
+
+
+def load_ckpt(path: Path, model: str) -> Model:
+    """Read a training checkpoint of ours; its weights are finite, and mapped until they are used."""
+    checkpoint = read_checkpoint(path)
+    found = checkpoint.get("clipgen_model")
+    check_model(found if isinstance(found, str) else None, model, path)
+    arguments, state = thaw(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
+    for key, value in (("hyper_parameters", arguments), ("state_dict", state)):
+        if not isinstance(value, Mapping):
+            got = "nothing" if value is None else f"a {type(value).__name__}"
+            raise ValueError(f"{path} is damaged: its {key} must be values by name, got {got}")
+    if strange := [name for name in state if not isinstance(name, str)]:  # type: ignore[union-attr]
+        raise ValueError(f"{path} is damaged: the names of its weights must be texts, got {strange[0]!r:.60}")
+    return dict(arguments), checked(unwrapped(state, FIRST[model], path), path)  # type: ignore[arg-type]
+
+
+def fingerprint(state: State) -> str:
+    """A short hash of weights."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,101 @@
+"""Inert stand-ins for classes that checkpoints name beside their weights, so that no code of a file runs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+# Configurations, paths and numbers that trainers store beside the weights. Everything else is refused: a file that
+# names os.system is better not used at all.
+NAMES = {
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "typing.Any",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib.PurePosixPath",
+    "pathlib.PureWindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "datetime.date",
+    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "object")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+}
+PACKAGES = ("omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.dtypes.")
+DICTIONARIES = ("defaultdict", "AttributeDict", "AttrDict", "EasyDict", "CfgNode", "ConfigDict", "Munch")
+NUMBERS = "biuf"  # kinds of numpy's types that a stand-in is read as
+
+
+class PickleStub:
+    """Stand-in for a class or function: it keeps what the file says about the object, and does nothing."""
+
+    arguments: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *arguments: Any) -> PickleStub:
+        made = super().__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
+
+    def __init__(self, *arguments: Any):
+        """Accept the arguments that ``__new__`` has kept."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class InertDict:
+    """Stand-in for a subclass of dict, whose items are kept in an ``OrderedDict``."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return OrderedDict()
+
+
+def stand_in(name: str) -> type | None:
+    """Return the stand-in for a class or function by its full name; None if it is to be refused."""
+    if name.rpartition(".")[2] in DICTIONARIES:
+        return InertDict
+    return PickleStub if name in NAMES or name.startswith(PACKAGES) else None
+
+
+def thaw(value: Any) -> Any:
+    """Return the plain dictionaries, lists and numbers of stand-ins: a Namespace, a DictConfig or a numpy scalar."""
+    if isinstance(value, PickleStub):
+        return thaw_stand_in(value)
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [thaw(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
+
+
+def thaw_stand_in(value: PickleStub) -> Any:
+    """Return what one stand-in holds; itself if that is not known."""
+    # OmegaConf's containers and nodes
+    for key in ("_content", "_val"):
+        if isinstance(value.state, dict) and key in value.state:
+            return thaw(value.state[key])
+    if isinstance(value.state, dict):
+        return thaw(value.state)
+    return numpy_number(value)
+
+
+def numpy_number(value: PickleStub) -> Any:
+    """Return the number of a numpy scalar, which is stored as its type and bytes."""
+    arguments = value.arguments
+    if len(arguments) != 2 or not isinstance(arguments[0], PickleStub) or not isinstance(arguments[1], bytes):
+        return value
+    code = arguments[0].arguments[0] if arguments[0].arguments else ""
+    if not isinstance(code, str) or code[:1] not in NUMBERS:
+        return value
+    numbers = np.frombuffer(arguments[1], np.dtype(code))
+    return numbers[0].item() if len(numbers) == 1 else value

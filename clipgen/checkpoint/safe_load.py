@@ -1,0 +1,192 @@
+"""Reading what torch.save wrote: nothing in it is executed, and no size in it is believed."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipgen.checkpoint.pickle_stubs import stand_in
+
+__all__ = ["PickleStub", "State", "below", "check_archive", "check_finite", "read_checkpoint", "read_weights", "unwrapped"]
+
+State = dict[str, Tensor]
+MAX_NAMES = 100  # classes that one file may name
+ZIP = b"PK\x03\x04"
+STATES = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
+# What torch.compile, FSDP, activation checkpointing and Fabric put between the names of modules
+INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+WRAPPERS = ("", "module.", "first_stage_model.", "module.first_stage_model.", "model.first_stage_model.")
+# Tied weights are stored once and named twice; more than that is a small file that claims much memory
+MAX_SHARING = 4
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read what torch.save wrote as a dict; nothing in it is executed.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a checkpoint, wants to run code, or claims more memory than it holds.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    try:
+        found = unpickle(path)
+    except Exception as error:  # damaged bytes raise anything from KeyError to OSError
+        if isinstance(error, OSError) and error.filename:  # the system's, not torch's
+            raise
+        raise ValueError(f"{path} is no readable checkpoint: {unreadable(error)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no readable checkpoint: it holds a {type(found).__name__}")
+    return found
+
+
+def unpickle(path: Path) -> Any:
+    """Read a file of torch.save with stand-ins for the harmless classes that it names, added as they are met."""
+    with path.open("rb") as file:
+        archive = file.read(len(ZIP)) == ZIP
+    if archive:
+        check_archive(path)
+    names: dict[str, Any] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(kind, name) for name, kind in names.items()]):
+                # mapped: tensors are read when they are used, and are not believed beyond the end of the file
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        except UnpicklingError as error:
+            name = refused_name(error)
+            kind = stand_in(name) if name else None
+            if name is None or kind is None or name in names or len(names) >= MAX_NAMES:
+                raise
+            names[name] = kind
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError if records of a zip file are compressed, or claim more bytes than the file has."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    for record in records:
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"its record {record.filename!r:.100} is compressed, which neither torch nor clipgen does")
+    claimed, size = sum(max(record.file_size, record.compress_size) for record in records), path.stat().st_size
+    if claimed > size:
+        raise ValueError(f"its records claim {claimed} bytes, but the file has {size}")
+
+
+def refused_name(error: Exception) -> str | None:
+    """Return the full name of the class or function that torch refused, if that is the error."""
+    found = re.search(r"[Uu]nsupported (?:global: |class )?GLOBAL ([\w.]+)", " ".join(str(error).split()))
+    if found is None:
+        return None
+    name = found[1].rstrip(".")
+    return name if "." in name else f"builtins.{name}"  # torch leaves the module out there
+
+
+def unreadable(error: Exception) -> str:
+    """Return torch's reason in short; the function's name where a file asks for one that no weights need."""
+    reason = " ".join(str(error).split()) or "it ends too early"
+    if name := refused_name(error):
+        return f"it wants to run {name}, which no weights need: refused"
+    return reason.rpartition("WeightsUnpickler error: ")[2][:200]
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def read_weights(path: str | Path, key: str, first: str, project: str) -> State:
+    """Read the weights of another project: those under ``key``, or of a file that holds nothing else.
+
+    Names that a wrapper has changed (DataParallel, torch.compile, a LightningModule around the model) are restored.
+
+    Raises:
+        ValueError: none of them is called ``first``; or they are not finite, or not all there.
+    """
+    checkpoint = read_checkpoint(path)
+    for place in (key, *STATES):
+        state = checkpoint.get(place)
+        if isinstance(state, Mapping):
+            names = unwrapped(state, first, path)
+            if first in names:
+                return checked(names, path)
+    names = unwrapped(checkpoint, first, path)
+    if first not in names:
+        raise ValueError(f"{path} is no checkpoint of {project}: there is no {first} in it")
+    return checked(names, path)
+
+
+def unwrapped(state: Mapping[Any, Any], first: str, path: str | Path) -> dict[str, Any]:
+    """Return the weights by the names of the model itself, which has one called ``first``.
+
+    Raises:
+        ValueError: several models are in the file, and none of them is marked as the one.
+    """
+    named = {INSERTED.sub("", name): value for name, value in state.items() if isinstance(name, str)}
+    prefixes = [name[: -len(first)] for name in named if name == first or name.endswith(f".{first}")]
+    known = [wrapper for wrapper in WRAPPERS if wrapper in prefixes]
+    if not known and len(prefixes) > 1:
+        raise ValueError(f"{path} holds several models ({', '.join(sorted(prefixes))[:200]}): keep one in the file")
+    prefix = (known or prefixes or [""])[0]
+    return below(prefix, named)
+
+
+def checked(state: dict[str, Any], path: str | Path) -> State:
+    """Return the tensors of a checkpoint, which must be as large as they say, and finite.
+
+    Raises:
+        ValueError: one is something else; the message names the file.
+    """
+    storages: dict[int, int] = {}
+    claimed = 0
+    for name, tensor in state.items():
+        check_dense(name, tensor, path)
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        claimed += tensor.numel() * tensor.itemsize
+    if claimed > MAX_SHARING * sum(storages.values()):
+        raise ValueError(f"{path} is refused: its weights claim {claimed} bytes, but it holds {sum(storages.values())}")
+    check_finite(state, path)
+    return state
+
+
+def check_dense(name: str, tensor: Any, path: str | Path) -> None:
+    """Raise ValueError unless a weight is an ordinary tensor whose memory holds all of its elements."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{path} is refused: {name!r:.100} must be a tensor, got a {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise ValueError(f"{path} is refused: {name!r:.100} must be a dense tensor, got a sparse or quantized one")
+    bytes_needed = tensor.numel() * tensor.itemsize
+    if tensor.untyped_storage().nbytes() < bytes_needed:
+        held = tensor.untyped_storage().nbytes()
+        raise ValueError(f"{path} is refused: {name!r:.100} claims {bytes_needed} bytes, but {held} are stored")
+
+
+def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise ValueError if a weight is NaN or infinite: everything computed with it would be, too."""
+    for name, tensor in state.items():
+        if tensor.numel() and not all_finite(tensor):
+            raise ValueError(
+                f"{path} is refused: its weights must be finite, got NaN or infinity in {name!r:.100}; "
+                "take an earlier checkpoint, or train again with a lower learning rate"
+            )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return True if no element is NaN or infinite; in one pass that needs no memory."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.detach().resolve_conj())
+    if not tensor.is_floating_point():
+        return True
+    # 8-bit types have no comparison
+    lowest, highest = (tensor if tensor.itemsize > 1 else tensor.float()).detach().aminmax()
+    return bool(torch.isfinite(lowest) and torch.isfinite(highest))
+
+
+def below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors whose names begin with ``prefix``, which is taken off."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

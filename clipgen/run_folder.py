@@ -1,0 +1,194 @@
+"""The frozen pair beside a transformer: its tokenizer and CLIP in the folder of a run, a pipeline or a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+
+from clipgen import clip_folder
+from clipgen.atomic_folder import replace_folder
+from clipgen.checkpoint import model_folder
+from clipgen.checkpoint.safe_load import State, below
+from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
+from clipgen.files import durable, read_json, write_json
+from clipgen.vqgan import PARTS, TOKENIZER, VQGAN
+
+ALLOW = "CLIPGEN_ALLOW_CLIP"  # environment variable: the one CLIP that clip.json of a folder may name besides its own
+
+
+def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) -> None:
+    """Write what a transformer needs beside it: ``vqgan/``, and ``clip.json`` with the CLIP's name.
+
+    A CLIP that was read from a folder, a file or the hub is copied to ``clip/``, so that the whole can be moved.
+    """
+    check_clip_folder(root / "clip")
+    root.mkdir(parents=True, exist_ok=True)
+    vqgan.save(root / "vqgan", half)
+    write_json(root / "clip.json", save_clip(root / "clip", clip))
+
+
+def save_clip(target: Path, clip: FrozenCLIP) -> dict[str, Any]:
+    """Copy a CLIP that has no public name to a folder; return what ``clip.json`` says of it."""
+    own = {"model_name": "clip", "pretrained": None}
+    if is_own_or_public(clip.model_name, clip.pretrained):
+        return clip.config()
+    if clip.folder:
+        if clip.folder != target.resolve():
+            copy_clip(clip.folder, target)
+        return own
+    config = open_clip.get_model_config(clip.model_name)
+    if config is None or config["text_cfg"].get("hf_model_name"):  # a text network that only its own name can build
+        return clip.config()
+    preprocessing = {
+        "mean": clip.mean.flatten().tolist(),
+        "std": clip.std.flatten().tolist(),
+        "interpolation": clip.interpolation.value,
+        "resize_mode": clip.resize_mode,
+    }
+    with replace_folder(target, names_in(target) | set(clip_folder.FILES)) as partial:
+        clip_folder.write_folder(partial, config, preprocessing, clip.model.state_dict())
+        if config["text_cfg"].get("hf_tokenizer_name"):
+            clip.tokenizer.save_pretrained(partial)
+    return own
+
+
+def names_in(folder: Path) -> set[str]:
+    """Return the names in a folder; none where there is no folder."""
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+
+
+def check_clip_folder(path: Path) -> None:
+    """Raise FileExistsError if a path that a CLIP is to be written to holds something else."""
+    if path.exists() and not (path / clip_folder.CONFIG).is_file():
+        raise FileExistsError(f"{path} exists and is no CLIP: move it away, or name another place")
+
+
+def copy_clip(folder: Path, target: Path) -> None:
+    """Copy the files that a CLIP folder is made of; nothing of another CLIP stays, as a vocabulary would be read."""
+    files = clip_folder.files_of(folder)
+    with replace_folder(target, names_in(target) | {file.name for file in files}) as partial:
+        for file in files:
+            shutil.copyfile(file, partial / file.name)
+
+
+def copy_frozen(source: Path, root: Path) -> None:
+    """Copy what ``save_frozen`` left in one folder, which may be a stranger's, into another."""
+    check_inside(source, "vqgan", "clip", "clip.json")
+    if (source / "vqgan").is_dir():
+        (root / "vqgan").mkdir(parents=True, exist_ok=True)
+        for name in model_folder.FILES:
+            shutil.copyfile(clip_folder.member(source / "vqgan", name), root / "vqgan" / name)
+            durable(root / "vqgan" / name)
+    config = read_clip_json(source)
+    if config["model_name"] == "clip":
+        copy_clip(source / "clip", root / "clip")
+    write_json(root / "clip.json", config)
+
+
+def check_inside(root: Path, *names: str) -> None:
+    """Raise ValueError if an entry of a folder is a link out of it."""
+    for name in names:
+        if not clip_folder.contained(root / name, root):
+            raise ValueError(f"{root / name} must lie in {root}, got a link to {(root / name).resolve()}")
+
+
+def load_clip(root: Path) -> FrozenCLIP:
+    """Load the CLIP that ``clip.json`` of a folder names: the folder's own ``clip/``, or a model and tag of open_clip.
+
+    Raises:
+        FileNotFoundError: there is no ``clip.json``.
+        ValueError: it names anything else, which its maker chose; says how to allow it.
+    """
+    config = read_clip_json(root)
+    name = config["model_name"]
+    if name == "clip":
+        check_inside(root, "clip")
+        return FrozenCLIP(str(root / "clip"))
+    return FrozenCLIP(name, config["pretrained"])
+
+
+def read_clip_json(root: Path) -> dict[str, Any]:
+    """Read and check ``clip.json`` of a folder; for what it raises see ``load_clip``."""
+    path = root / "clip.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no clip.json in {root}: a pipeline folder or a run of `clipgen-train stage=transformer` has one"
+        )
+    check_inside(root, "clip.json")
+    config = read_json(path, "model_name", "pretrained")
+    name, tag = config["model_name"], config["pretrained"]
+    if not isinstance(name, str) or not isinstance(tag, (str, type(None))):
+        raise ValueError(f"{path} must name a CLIP by two texts, got {str(name)[:80]!r} and {str(tag)[:80]!r}")
+    if name == "clip" and not (root / "clip").is_dir():
+        raise ValueError(f"{path} names the CLIP in {root / 'clip'}, which is missing: copy the whole folder")
+    if not is_own_or_public(name, tag):
+        full = name if tag is None else f"{name}:{tag}"
+        if os.environ.get(ALLOW) != full:
+            raise ValueError(
+                f"{path} names the CLIP {full[:200]!r}, which is neither in the folder nor a model and tag of "
+                f"open_clip: if you trust it, set the environment variable {ALLOW} to this name"
+            )
+    return {"model_name": name, "pretrained": tag}
+
+
+def is_own_or_public(name: str, tag: str | None) -> bool:
+    """Return whether a CLIP is the folder's own, the bundled one, or one that open_clip publishes under a tag."""
+    if name == "clip" or name in BUNDLED_CLIPS:
+        return tag is None
+    if name not in open_clip.list_models() or tag is None:
+        return False
+    names = (name, name.removesuffix("-quickgelu"))
+    return any(tag in open_clip.list_pretrained_tags_by_model(each) for each in names)
+
+
+def run_folder(path: str | Path) -> Path:
+    """The folder of a run or pipeline, to which a model folder or a checkpoint inside it belongs, or which it is."""
+    path = Path(path).expanduser()
+    return path.parent.parent if path.is_file() else path.parent if (path / "config.json").is_file() else path
+
+
+# ------------------------------------------------------------------------------------- which tokenizer belongs to what
+
+
+def bind(transformer: Path, vqgan: Path) -> None:
+    """Write into the folder of a transformer which tokenizer, of another folder, its indices mean."""
+    config = read_json(transformer / "config.json")
+    write_json(transformer / "config.json", config | {"vqgan": saved_identity(vqgan)})
+
+
+def check_bound(transformer: Path, vqgan: VQGAN) -> None:
+    """Raise ValueError if the folder of a transformer says that its indices are another tokenizer's."""
+    if not (transformer / "config.json").is_file():  # a checkpoint
+        return
+    bound = read_json(transformer / "config.json").get("vqgan")
+    if bound is not None and bound != vqgan_identity(vqgan):
+        raise ValueError(
+            f"{transformer} was trained with another tokenizer than the one beside it: their folders were mixed, or "
+            "a save was cut off; save or copy the whole pipeline again"
+        )
+
+
+def vqgan_identity(vqgan: VQGAN) -> str:
+    """A hash of what decides a tokenizer's indices, the same for all files that hold it."""
+    return identity(vqgan.hparams, vqgan.tokenizer.state_dict())
+
+
+def saved_identity(path: str | Path) -> str:
+    """``vqgan_identity`` of a file or folder, without building the network."""
+    arguments, state = model_folder.load(path, "VQGAN")
+    prefix = next((p for p in ("ema.module.", "autoencoder.") if any(k.startswith(p) for k in state)), "")
+    return identity(arguments, {k: v for k, v in below(prefix, state).items() if not k.startswith(PARTS)})
+
+
+def identity(arguments: Mapping[str, Any], state: State) -> str:
+    """A hash of a tokenizer's arguments and weights, but for its count of idle codes."""
+    weights = model_folder.fingerprint({name: tensor for name, tensor in state.items() if name != "quantize.idle"})
+    decisive = json.dumps([arguments.get(name) for name in TOKENIZER])
+    return hashlib.sha256((decisive + weights).encode()).hexdigest()[:16]
