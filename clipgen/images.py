@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from clipgen.data.images import to_rgb
+from clipgen.data.decoding import to_rgb
 from clipgen.data.transforms import val_transform
 from clipgen.files import atomic_write
 
@@ -26,7 +26,7 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")
 
 
-def images_of(batch: Any) -> Tensor:
+def images_from_batch(batch: Any) -> Tensor:
     """The images of a batch, which may hold more.
 
     Raises:
@@ -54,8 +54,9 @@ def from_pil(picture: Image.Image, size: int | None = None) -> Tensor:
     return val_transform(size or min(rgb.size))(rgb)[None]
 
 
-def grid(pictures: Sequence[Image.Image], columns: int | None = None, captions: Sequence[str] | None = None,
-         cell: int = 128) -> Image.Image:  # fmt: skip
+def grid(
+    pictures: Sequence[Image.Image], columns: int | None = None, captions: Sequence[str] | None = None, cell: int = 128
+) -> Image.Image:
     """Pictures in rows, each enlarged to ``cell`` pixels by whole factors where it is smaller, captions under them."""
     columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
     font = font_for("".join(captions or []))
@@ -113,7 +114,7 @@ def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[Any, Any]
     return Path(path)
 
 
-def frequency_chart(counts: Tensor, title: str) -> Image.Image:
+def code_frequency_chart(counts: Tensor, title: str) -> Image.Image:
     """How often each code was chosen (K,), most frequent first, as a picture."""
     import io
 

@@ -51,7 +51,7 @@ def optimizer_steps(trainer: Any, accumulate: int) -> float:
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
-class MovingAverage(AveragedModel):
+class EMA(AveragedModel):
     """Exponential moving average of a network's weights, from those after the first step on.
 
     torch's own reads its counter at every step, which would synchronise with the GPU.
@@ -78,8 +78,14 @@ class MovingAverage(AveragedModel):
         self.n_averaged += 1
 
 
-def make_optimizer(module: torch.nn.Module, hidden: torch.nn.Module, kind: str, learning_rate: float,
-                   betas: Sequence[float], weight_decay: float) -> Optimizer:  # fmt: skip
+def make_optimizer(
+    module: torch.nn.Module,
+    hidden: torch.nn.Module,
+    kind: str,
+    learning_rate: float,
+    betas: Sequence[float],
+    weight_decay: float,
+) -> Optimizer:
     """AdamW for a module; or ``"muon"``: Muon for the matrices of its part ``hidden``, AdamW for the rest.
 
     Muon (Jordan et al. 2024, torch.optim.Muon) takes its steps along orthogonalised momentum. They are scaled to the
@@ -87,7 +93,7 @@ def make_optimizer(module: torch.nn.Module, hidden: torch.nn.Module, kind: str, 
     """
     if kind not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {kind!r}")
-    groups = decay_groups(module, weight_decay)
+    groups = weight_decay_groups(module, weight_decay)
     adamw: dict[str, Any] = dict(lr=learning_rate, betas=tuple(betas), fused=True)
     if kind == "adamw":
         optimizer: Any = torch.optim.AdamW(groups, **adamw)
@@ -97,10 +103,10 @@ def make_optimizer(module: torch.nn.Module, hidden: torch.nn.Module, kind: str, 
     for group in groups:
         group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
     muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
-    return CombinedOptimizer(muon, torch.optim.AdamW(groups, **adamw))
+    return OptimizerList(muon, torch.optim.AdamW(groups, **adamw))
 
 
-class CombinedOptimizer(Optimizer):
+class OptimizerList(Optimizer):
     """Several optimizers of different parameters as one, for trainers that know only one."""
 
     def __init__(self, *parts: Optimizer):
@@ -128,7 +134,7 @@ class CombinedOptimizer(Optimizer):
         return loss
 
 
-def decay_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
+def weight_decay_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Weight decay for matrices only; biases, norms and single vectors go without (GPT-2's and nanoGPT's custom)."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]

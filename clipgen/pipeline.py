@@ -13,23 +13,23 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clipgen
-from clipgen.bridge import Bridge
-from clipgen.card import TRAINING, model_card, training_settings
+from clipgen.checkpoint import model_folder
 from clipgen.clip import FrozenCLIP
 from clipgen.files import write_json
-from clipgen.frozen import load_clip, run_folder, save_frozen
+from clipgen.generation.generator import BATCH, ImageGenerator, Preview, Progress
+from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, to_pil
-from clipgen.painter import BATCH, Painter, Preview, Progress
-from clipgen.prompts import Prompt, check_request, describe
-from clipgen.sampling import DEFAULTS, check_sampling, row_seeds
+from clipgen.model_card import TRAINING, model_card, training_settings
+from clipgen.run_folder import load_clip, run_folder, save_frozen
+from clipgen.sampling import DEFAULTS, check_sampling, per_sample_seeds
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
-from clipgen.weights import checkpoint as files
 
 BRIDGE = "bridge.safetensors"
 
 
-class TextToImage(Painter):
+class TextToImage(ImageGenerator):
     """The whole of CLIP-GEN: a tokenizer, a transformer and the CLIP that the transformer was trained with.
 
     pipe = TextToImage.load("shapes")
@@ -39,8 +39,13 @@ class TextToImage(Painter):
         bridge: moves the embeddings of sentences to where those of images lie; None leaves them where they are.
     """
 
-    def __init__(self, vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCLIP,
-                 bridge: Bridge | None = None):  # fmt: skip
+    def __init__(
+        self,
+        vqgan: VQGAN,
+        transformer: ConditionalTransformer,
+        clip: FrozenCLIP,
+        bridge: EmbeddingProjector | None = None,
+    ):
         transformer.attach(vqgan, clip)  # refuses parts that do not belong together
         super().__init__(vqgan, transformer)
         self.clip, self.bridge = clip, bridge
@@ -50,10 +55,10 @@ class TextToImage(Painter):
     def load(cls, path_or_name: str | Path) -> TextToImage:
         """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, what ``save`` wrote, or
         ``"hf-hub:OWNER/NAME"``, what ``push_to_hub`` uploaded."""
-        path = files.located(path_or_name)
+        path = model_folder.located(path_or_name)
         transformer = ConditionalTransformer.load(path)
         root = run_folder(path)
-        bridge = Bridge.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
+        bridge = EmbeddingProjector.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
         pipe = cls(VQGAN.load(root), transformer, load_clip(root), bridge)
         pipe.training = training_settings(root)
         return pipe
@@ -94,7 +99,7 @@ class TextToImage(Painter):
     def fingerprint(self) -> str:
         """A short hash of what draws: transformer and tokenizer as they were when first asked for it, and bridge."""
         bridge = {} if self.bridge is None else self.bridge.state_dict()
-        return self._fingerprint + (f"-{files.fingerprint(bridge)[:4]}" if bridge else "")
+        return self._fingerprint + (f"-{model_folder.fingerprint(bridge)[:4]}" if bridge else "")
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Sentences -> embeddings (B, E), unit norm, where this pipeline draws from: behind the bridge."""
@@ -123,11 +128,22 @@ class TextToImage(Painter):
         return F.normalize(weights[None] @ encode_text(list(prompt)), dim=-1)
 
     def __call__(
-        self, prompt: Prompt | Sequence[Prompt], num_images: int = 1, *, temperature: float = 1.0, top_k: int = 300,
-        top_p: float = 1.0, guidance_scale: float = 1.0, guidance_power: float = 0.0, rerank_from: int | None = None,
-        seed: int | None = None, complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        num_images: int = 1,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 300,
+        top_p: float = 1.0,
+        guidance_scale: float = 1.0,
+        guidance_power: float = 0.0,
+        rerank_from: int | None = None,
+        seed: int | None = None,
+        complete: Image.Image | None = None,
+        keep: float = 0.5,
+        preview: Preview | None = None,
         progress: Progress | None = None,
-    ) -> list[Image.Image]:  # fmt: skip
+    ) -> list[Image.Image]:
         """Draw pictures of a sentence, or of what else ``embed`` takes; of a list of these, together, which is faster.
 
         Args:
@@ -143,9 +159,12 @@ class TextToImage(Painter):
             PIL images, prompt by prompt, best first where reranked.
         """
         settings: dict[str, Any] = dict(
-            temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
             guidance_power=guidance_power,
-        )  # fmt: skip
+        )
         prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not prompts:
             raise ValueError("prompt must hold at least one, got an empty list")
@@ -153,7 +172,7 @@ class TextToImage(Painter):
             check_request(each, num_images, rerank_from)
         check_sampling(**settings)
         candidates = rerank_from or num_images
-        seeds = row_seeds(seed, candidates)
+        seeds = per_sample_seeds(seed, candidates)
         # embedded one by one: a batch of CLIP's would round otherwise, and draw another picture
         rows = torch.cat([self.embed(each) for each in prompts]).repeat_interleave(candidates, dim=0)
         given = None if complete is None else self.upper_indices(complete, keep)
@@ -181,9 +200,15 @@ class TextToImage(Painter):
 
     @torch.no_grad()
     def generate(
-        self, clip_embedding: Tensor, seed: int | Sequence[int] | None = None, *, given: Tensor | None = None,
-        preview: Preview | None = None, progress: Progress | None = None, **settings: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        clip_embedding: Tensor,
+        seed: int | Sequence[int] | None = None,
+        *,
+        given: Tensor | None = None,
+        preview: Preview | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> Tensor:
         """CLIP embeddings (B, E) of sentences or images -> images (B, 3, H, W) in [-1, 1], one a row.
 
         ``given`` (1, P): the indices that every image begins with. ``preview``, ``progress``, ``settings``: see
@@ -198,9 +223,19 @@ class TextToImage(Painter):
         pairs = zip(images.split(BATCH), clip_embedding.split(BATCH))
         return torch.cat([(self.clip.encode_image(some) * wanted).sum(dim=1) for some, wanted in pairs])
 
-    def interpolate(self, first: Prompt, second: Prompt, steps: int = 8, *, seed: int | None = None,
-                    complete: Image.Image | None = None, keep: float = 0.5, preview: Preview | None = None,
-                    progress: Progress | None = None, **settings: Any) -> list[Image.Image]:  # fmt: skip
+    def interpolate(
+        self,
+        first: Prompt,
+        second: Prompt,
+        steps: int = 8,
+        *,
+        seed: int | None = None,
+        complete: Image.Image | None = None,
+        keep: float = 0.5,
+        preview: Preview | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
         """Pictures on the arc between two prompts' embeddings, all from one seed; the rest is as of ``__call__``."""
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
@@ -210,7 +245,7 @@ class TextToImage(Painter):
         angle = torch.acos((a * b).sum().clamp(-1 + 1e-6, 1 - 1e-6))
         t = torch.linspace(0, 1, steps, device=a.device)[:, None]
         arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-        (one,) = row_seeds(seed, 1)
+        (one,) = per_sample_seeds(seed, 1)
         given = None if complete is None else self.upper_indices(complete, keep)
         shown: dict[str, Any] = dict(preview=preview, progress=progress)
         pictures = to_pil(self.generate(arc, [one] * steps, given=given, **shown, **settings))

@@ -14,8 +14,9 @@ Watch = Callable[[Tensor], None]
 DEFAULTS = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0, guidance_power=0.0)  # k, p: the paper's
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0,
-                   guidance_power: float = 0.0) -> None:  # fmt: skip
+def check_sampling(
+    temperature: float, top_k: int, top_p: float, guidance_scale: float = 1.0, guidance_power: float = 0.0
+) -> None:
     """Raise ValueError unless the settings make sense."""
     for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
         if not isinstance(value, Real):
@@ -79,9 +80,15 @@ def guidance_scales(scale: float, power: float, length: int) -> list[float]:
 
 @torch.no_grad()
 def decode(
-    step: Step, uniforms: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
-    given: Tensor | None = None, watch: Watch | None = None,
-) -> Tensor:  # fmt: skip
+    step: Step,
+    uniforms: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 300,
+    top_p: float = 1.0,
+    given: Tensor | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
     """Draw T indices a row, each given the ones before: uniforms (B, T) -> (B, T) int64.
 
     Args:
@@ -102,14 +109,14 @@ def decode(
     return indices
 
 
-def random_streams(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> Tensor:
+def per_sample_uniforms(seeds: Sequence[int], length: int, device: torch.device | str = "cpu") -> Tensor:
     """Uniform numbers (len(seeds), length) in [0, 1): each row from its own seed, whatever the batch it is drawn in."""
     streams = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     rows = [torch.rand(length, generator=stream, dtype=torch.float32, device="cpu") for stream in streams]
     return torch.stack(rows).to(device)
 
 
-def row_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
+def per_sample_seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     """One seed a row: ``seed``, ``seed + 1``, ...; or the given ones; None draws a first one at random."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))

@@ -13,17 +13,17 @@ from einops import rearrange
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from clipgen import losses, sampling
-from clipgen.bridge import noisy_condition
+from clipgen import sampling
+from clipgen.checkpoint import gpt2, hfailab, model_folder
+from clipgen.checkpoint.safe_load import below
 from clipgen.clip import FrozenCLIP
-from clipgen.images import images_of
-from clipgen.nets.decode import CachedDecoder, CompiledDecoder
-from clipgen.nets.gpt import ConditionalGPT2
-from clipgen.optim import OPTIMIZERS, MovingAverage, make_optimizer, schedule
+from clipgen.generation.modality_gap import add_condition_noise
+from clipgen.images import images_from_batch
+from clipgen.models import losses
+from clipgen.models.gpt import ConditionalGPT2
+from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
+from clipgen.optim import EMA, OPTIMIZERS, make_optimizer, schedule
 from clipgen.vqgan import VQGAN
-from clipgen.weights import checkpoint as files
-from clipgen.weights import hfailab, language
-from clipgen.weights.safe import below
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +33,7 @@ class ConditionalTransformer(pl.LightningModule):
     """GPT-2 over codebook indices with the CLIP embedding as first token, stage 2 of CLIP-GEN (Eq. 6, 8-10).
 
     Training needs the frozen pair, see ``attach``; batches are then ``{"images": (B, 3, H, W) in [-1, 1]}``. Without it
-    they are ``{"indices": (B, T), "clip_embedding": (B, E)}``, what ``EncodedDataset`` gives.
+    they are ``{"indices": (B, T), "clip_embedding": (B, E)}``, what ``TokenCacheDataset`` gives.
 
     Args:
         n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, head_bias, activation,
@@ -58,15 +58,36 @@ class ConditionalTransformer(pl.LightningModule):
     last_is_best = False  # the finished model is the one of the lowest validation loss
 
     def __init__(
-        self, *, n_layer: int = 24, n_head: int = 16, n_embd: int = 1024, codebook_size: int = 16384,
-        num_tokens: int = 256, clip_dim: int = 512, dropout: float = 0.0, tie_head: bool = True,
-        head_bias: bool = False, activation: str = "gelu_pytorch_tanh", grid_positions: bool = False,
-        checkpointing: bool = False, condition_dropout: float = 0.0, condition_cosine: float = 1.0,
-        clip_loss_weight: float = 0.0, clip_loss_codes: str = "straight_through", clip_loss_kind: str = "log",
-        clip_loss_every: int = 1, clip_loss_fraction: float = 1.0, ema_decay: float = 0.0, optimizer: str = "adamw",
-        learning_rate: float = 1e-5, betas: Sequence[float] = (0.9, 0.999), weight_decay: float = 0.0,
-        schedule: str = "constant", warmup_steps: int = 0, compile: bool = False,
-    ):  # fmt: skip
+        self,
+        *,
+        n_layer: int = 24,
+        n_head: int = 16,
+        n_embd: int = 1024,
+        codebook_size: int = 16384,
+        num_tokens: int = 256,
+        clip_dim: int = 512,
+        dropout: float = 0.0,
+        tie_head: bool = True,
+        head_bias: bool = False,
+        activation: str = "gelu_pytorch_tanh",
+        grid_positions: bool = False,
+        checkpointing: bool = False,
+        condition_dropout: float = 0.0,
+        condition_cosine: float = 1.0,
+        clip_loss_weight: float = 0.0,
+        clip_loss_codes: str = "straight_through",
+        clip_loss_kind: str = "log",
+        clip_loss_every: int = 1,
+        clip_loss_fraction: float = 1.0,
+        ema_decay: float = 0.0,
+        optimizer: str = "adamw",
+        learning_rate: float = 1e-5,
+        betas: Sequence[float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        schedule: str = "constant",
+        warmup_steps: int = 0,
+        compile: bool = False,
+    ):
         super().__init__()
         if not 0 <= condition_dropout < 1:
             raise ValueError(f"condition_dropout must be in [0, 1), got {condition_dropout}")
@@ -86,16 +107,26 @@ class ConditionalTransformer(pl.LightningModule):
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         self.save_hyperparameters()
-        self.hparams.update({name: files.plain(value) for name, value in self.hparams.items()})
+        self.hparams.update({name: model_folder.plain(value) for name, value in self.hparams.items()})
         self.num_tokens, self.codebook_size, self.clip_dim = num_tokens, codebook_size, clip_dim
         self.gpt = ConditionalGPT2(
-            n_layer=n_layer, n_head=n_head, n_embd=n_embd, codebook_size=codebook_size, num_tokens=num_tokens,
-            clip_dim=clip_dim, dropout=dropout, tie_head=tie_head, head_bias=head_bias, activation=activation,
-            null_condition=condition_dropout > 0, grid_positions=grid_positions, checkpointing=checkpointing,
-        )  # fmt: skip
-        self.ema = MovingAverage(self.gpt, ema_decay) if ema_decay > 0 else None
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            codebook_size=codebook_size,
+            num_tokens=num_tokens,
+            clip_dim=clip_dim,
+            dropout=dropout,
+            tie_head=tie_head,
+            head_bias=head_bias,
+            activation=activation,
+            null_condition=condition_dropout > 0,
+            grid_positions=grid_positions,
+            checkpointing=checkpointing,
+        )
+        self.ema = EMA(self.gpt, ema_decay) if ema_decay > 0 else None
         self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
-        self.compiled = False  # see ``compile_sampling``
+        self.compiled = False  # see ``compile_decoder``
         self.decoders: dict[Any, CompiledDecoder] = {}  # by batch size, device and dtype
 
     def attach(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
@@ -122,10 +153,20 @@ class ConditionalTransformer(pl.LightningModule):
         return (self.gpt if self.training else self.network)(indices, clip_embedding)
 
     @torch.no_grad()
-    def sample(self, clip_embedding: Tensor, *, temperature: float = 1.0, top_k: int = 300, top_p: float = 1.0,
-               guidance_scale: float = 1.0, guidance_power: float = 0.0, seed: int | Sequence[int] | None = None,
-               uniforms: Tensor | None = None, given: Tensor | None = None,
-               watch: sampling.Watch | None = None) -> Tensor:  # fmt: skip
+    def sample(
+        self,
+        clip_embedding: Tensor,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 300,
+        top_p: float = 1.0,
+        guidance_scale: float = 1.0,
+        guidance_power: float = 0.0,
+        seed: int | Sequence[int] | None = None,
+        uniforms: Tensor | None = None,
+        given: Tensor | None = None,
+        watch: sampling.Watch | None = None,
+    ) -> Tensor:
         """Draw indices for CLIP embeddings of images or sentences.
 
         Args:
@@ -152,7 +193,9 @@ class ConditionalTransformer(pl.LightningModule):
         if guidance_scale != 1:
             step = sampling.guided(step, sampling.guidance_scales(guidance_scale, guidance_power, self.num_tokens))
         if uniforms is None:
-            uniforms = sampling.random_streams(sampling.row_seeds(seed, rows), self.num_tokens, condition.device)
+            uniforms = sampling.per_sample_uniforms(
+                sampling.per_sample_seeds(seed, rows), self.num_tokens, condition.device
+            )
         settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         return sampling.decode(step, uniforms, **settings, given=given, watch=watch)
 
@@ -165,23 +208,23 @@ class ConditionalTransformer(pl.LightningModule):
         if given is not None and (given.ndim != 2 or len(given) != rows or given.shape[1] > length):
             raise ValueError(f"given must be ({rows}, P) with P at most {length}, got {tuple(given.shape)}")
 
-    def compile_sampling(self) -> ConditionalTransformer:
+    def compile_decoder(self) -> ConditionalTransformer:
         """Let ``sample`` run by torch.compile, on a GPU as CUDA graphs: the first images of each power of two of rows
         wait for it a minute or so. Its memory is kept, and used by one call at a time."""
         self.compiled = True
         return self
 
-    def free_decoders(self) -> None:
+    def clear_decoder_cache(self) -> None:
         """Give back what compiled decoders hold; the next images wait for their compilation again."""
         self.decoders.clear()
 
-    def decoder_bytes(self) -> int:
+    def decoder_cache_nbytes(self) -> int:
         """What the caches of compiled decoders hold."""
         return sum(2 * keys.nbytes for decoder in self.decoders.values() for keys in decoder.keys)
 
-    def _decoder(self, condition: Tensor) -> CachedDecoder:
+    def _decoder(self, condition: Tensor) -> IncrementalDecoder:
         if not self.compiled:
-            return CachedDecoder(self.network, len(condition))
+            return IncrementalDecoder(self.network, len(condition))
         rows = 2 ** (len(condition) - 1).bit_length()
         key = rows, condition.device, condition.dtype, id(self.network.head.weight)  # moved, cast, or replaced
         if key not in self.decoders:
@@ -236,7 +279,7 @@ class ConditionalTransformer(pl.LightningModule):
         """What stage 2 learns from, indices (B, T) and CLIP embeddings (B, E): of a batch's images, or as cached."""
         if {"indices", "clip_embedding"} <= set(batch):
             return batch["indices"], batch["clip_embedding"]
-        return self.encode(images_of(batch))
+        return self.encode(images_from_batch(batch))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +296,7 @@ class ConditionalTransformer(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         indices, clip_embedding = self.inputs(batch)
-        condition = noisy_condition(clip_embedding, self.h.condition_cosine)
+        condition = add_condition_noise(clip_embedding, self.h.condition_cosine)
         drop = None
         if self.h.condition_dropout > 0:
             drop = torch.rand(len(indices), device=indices.device) < self.h.condition_dropout
@@ -278,31 +321,31 @@ class ConditionalTransformer(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.inputs(batch)
         loss, _ = self.network(indices, clip_embedding, with_loss=True)
-        self.log("val/cross_entropy", loss, batch_size=losses.weight_in_mean(len(indices)), sync_dist=True)
+        self.log("val/cross_entropy", loss, batch_size=losses.ddp_batch_size(len(indices)), sync_dist=True)
 
     # -------------------------------------------------------------------------------------------------------- files
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["clipgen_model"] = files.kind(type(self))
+        checkpoint["clipgen_model"] = model_folder.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write a model folder; of the averaged weights, where there are any."""
         state = {f"gpt.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        return files.save_folder(path, files.kind(type(self)), dict(self.hparams), state, half)
+        return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Load a model folder, a run folder or a checkpoint of stage 2, ``"shapes"`` (bundled), or the transformer of a
         pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
-        arguments, state = files.load(path, files.kind(cls))
+        arguments, state = model_folder.load(path, model_folder.kind(cls))
         if not below("ema.", state):  # a folder holds one network: allocate no average beside it
             arguments = arguments | {"ema_decay": 0.0}
-        with files.fitting(path, cls.__name__):
+        with model_folder.fitting(path, cls.__name__):
             model = cls(**arguments)
             model.load_state_dict(state)
         return model.eval()
 
-    def start_from_language(self, name: str | Path) -> ConditionalTransformer:
+    def init_from_gpt2(self, name: str | Path) -> ConditionalTransformer:
         """Take over what a GPT-2 learned from language: its blocks and last norm, and its positions unless
         ``grid_positions`` asks for others.
 
@@ -316,7 +359,7 @@ class ConditionalTransformer(pl.LightningModule):
             ValueError: it cannot be had, is no GPT-2, or is of another size; says which.
         """
         net: Any = self.gpt.transformer
-        state = language.gpt2(name, net.config)
+        state = gpt2.load_gpt2_weights(name, net.config)
         for part in ("h", "ln_f"):
             getattr(net, part).load_state_dict(below(f"{part}.", state))
         if not self.h.grid_positions:
@@ -333,7 +376,7 @@ class ConditionalTransformer(pl.LightningModule):
         Args:
             n_head: heads leave no trace in the weights; None: they are 64 wide, as in all sizes of that project.
         """
-        with files.fitting(checkpoint, cls.__name__):
+        with model_folder.fitting(checkpoint, cls.__name__):
             arguments, state = hfailab.transformer(checkpoint, n_head)
             model = cls(**arguments)
             model.load_state_dict(state)

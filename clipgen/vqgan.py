@@ -12,16 +12,15 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from clipgen import losses
-from clipgen.images import check_images, images_of, to_bytes
-from clipgen.lpips import load_lpips, lpips_from_state
-from clipgen.nets.autoencoder import Autoencoder
-from clipgen.nets.discriminator import PatchDiscriminator
-from clipgen.nets.quantizer import Quantized, count_codes, usage_and_perplexity
-from clipgen.optim import MovingAverage, optimizer_steps, schedule
-from clipgen.weights import checkpoint as files
-from clipgen.weights import hfailab, taming
-from clipgen.weights.safe import below
+from clipgen.checkpoint import hfailab, model_folder, taming
+from clipgen.checkpoint.safe_load import below
+from clipgen.images import check_images, images_from_batch, to_bytes
+from clipgen.models import losses
+from clipgen.models.autoencoder import Autoencoder
+from clipgen.models.discriminator import PatchDiscriminator
+from clipgen.models.lpips import load_lpips, lpips_from_state
+from clipgen.models.quantizers.vector import QuantizerOutput, code_counts, usage_and_perplexity
+from clipgen.optim import EMA, optimizer_steps, schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,9 +28,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOKENIZER = (  # the arguments that decide, with the weights, what images become
-    "quantizer", "codebook_size", "codebook_dim", "levels", "ch", "ch_mult", "num_res_blocks", "attn_resolutions",
-    "resolution", "z_channels", "patch_size", "mid_attention", "local_encoder", "norm_eps",
-)  # fmt: skip
+    "quantizer",
+    "codebook_size",
+    "codebook_dim",
+    "levels",
+    "ch",
+    "ch_mult",
+    "num_res_blocks",
+    "attn_resolutions",
+    "resolution",
+    "z_channels",
+    "patch_size",
+    "mid_attention",
+    "local_encoder",
+    "norm_eps",
+)
 NETWORK = (*TOKENIZER, "resamp_with_conv", "ndf", "n_layers")  # those that decide which weights fit
 PARTS = ("discriminator.", "lpips.")  # what a model folder may hold beside the tokenizer
 
@@ -45,7 +56,7 @@ class VQGAN(pl.LightningModule):
 
     Args:
         quantizer, codebook_size, codebook_dim, levels, norm_eps, local_encoder: see ``Autoencoder``.
-        revive_after, codebook_momentum, kmeans_iters: see ``VectorQuantizer``.
+        dead_code_reset_after, codebook_ema_decay, kmeans_iters: see ``VectorQuantizer``.
         ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, mid_attention,
             resamp_with_conv, dropout, checkpointing: see ``Encoder``.
         reconstruction: ``"l1"`` or ``"l2"``.
@@ -69,20 +80,53 @@ class VQGAN(pl.LightningModule):
     discriminator: Any  # PatchDiscriminator, or None
 
     def __init__(
-        self, *, quantizer: str = "euclidean", codebook_size: int = 16384, codebook_dim: int = 256,
-        levels: Sequence[int] | None = None, revive_after: int = 0, codebook_momentum: float = 0.0,
-        kmeans_iters: int = 0, ch: int = 128, ch_mult: Sequence[int] = (1, 1, 2, 2, 4), num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (16,), resolution: int = 256, z_channels: int = 256, patch_size: int = 1,
-        mid_attention: bool = True, resamp_with_conv: bool = True, local_encoder: bool = False,
-        norm_eps: float = 1e-6, dropout: float = 0.0, checkpointing: bool = False, reconstruction: str = "l1",
-        codebook_weight: float = 1.0, commitment_weight: float = 0.25, entropy_weight: float = 0.1,
-        kl_weight: float = 1e-8, perceptual_weight: float = 1.0, vgg_weights: str | None = None,
-        discriminator_weight: float = 0.8, discriminator_start: int = 25_000, discriminator_warmup: int = 0,
-        ndf: int = 64, n_layers: int = 3, adversarial: str = "hinge", adaptive_weight_max: float = 1e4,
-        lecam_weight: float = 0.0, ema_decay: float = 0.0, learning_rate: float = 4.5e-6,
-        betas: Sequence[float] = (0.5, 0.9), schedule: str = "constant", warmup_steps: int = 0,
-        gradient_clip: float = 0.0, accumulate: int = 1, compile: bool = False, channels_last: bool = False,
-    ):  # fmt: skip
+        self,
+        *,
+        quantizer: str = "euclidean",
+        codebook_size: int = 16384,
+        codebook_dim: int = 256,
+        levels: Sequence[int] | None = None,
+        dead_code_reset_after: int = 0,
+        codebook_ema_decay: float = 0.0,
+        kmeans_iters: int = 0,
+        ch: int = 128,
+        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        attn_resolutions: Sequence[int] = (16,),
+        resolution: int = 256,
+        z_channels: int = 256,
+        patch_size: int = 1,
+        mid_attention: bool = True,
+        resamp_with_conv: bool = True,
+        local_encoder: bool = False,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+        reconstruction: str = "l1",
+        codebook_weight: float = 1.0,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.1,
+        kl_weight: float = 1e-8,
+        perceptual_weight: float = 1.0,
+        vgg_weights: str | None = None,
+        discriminator_weight: float = 0.8,
+        discriminator_start: int = 25_000,
+        discriminator_warmup: int = 0,
+        ndf: int = 64,
+        n_layers: int = 3,
+        adversarial: str = "hinge",
+        adaptive_weight_max: float = 1e4,
+        lecam_weight: float = 0.0,
+        ema_decay: float = 0.0,
+        learning_rate: float = 4.5e-6,
+        betas: Sequence[float] = (0.5, 0.9),
+        schedule: str = "constant",
+        warmup_steps: int = 0,
+        gradient_clip: float = 0.0,
+        accumulate: int = 1,
+        compile: bool = False,
+        channels_last: bool = False,
+    ):
         super().__init__()
         for name, kind, kinds in (
             ("reconstruction", reconstruction, losses.RECONSTRUCTIONS),
@@ -95,19 +139,33 @@ class VQGAN(pl.LightningModule):
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         self.save_hyperparameters()
-        self.hparams.update({name: files.plain(value) for name, value in self.hparams.items()})
+        self.hparams.update({name: model_folder.plain(value) for name, value in self.hparams.items()})
         self.automatic_optimization = False  # two optimizers take turns
         self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
         self.codebook_size = codebook_size
         self.autoencoder = Autoencoder(
-            quantizer=quantizer, codebook_size=codebook_size, codebook_dim=codebook_dim, levels=levels,
-            revive_after=revive_after, codebook_momentum=codebook_momentum, kmeans_iters=kmeans_iters, ch=ch,
-            ch_mult=ch_mult, num_res_blocks=num_res_blocks, attn_resolutions=attn_resolutions, resolution=resolution,
-            z_channels=z_channels, patch_size=patch_size, mid_attention=mid_attention,
-            resamp_with_conv=resamp_with_conv, local_encoder=local_encoder, norm_eps=norm_eps, dropout=dropout,
+            quantizer=quantizer,
+            codebook_size=codebook_size,
+            codebook_dim=codebook_dim,
+            levels=levels,
+            dead_code_reset_after=dead_code_reset_after,
+            codebook_ema_decay=codebook_ema_decay,
+            kmeans_iters=kmeans_iters,
+            ch=ch,
+            ch_mult=ch_mult,
+            num_res_blocks=num_res_blocks,
+            attn_resolutions=attn_resolutions,
+            resolution=resolution,
+            z_channels=z_channels,
+            patch_size=patch_size,
+            mid_attention=mid_attention,
+            resamp_with_conv=resamp_with_conv,
+            local_encoder=local_encoder,
+            norm_eps=norm_eps,
+            dropout=dropout,
             checkpointing=checkpointing,
-        )  # fmt: skip
-        self.ema = MovingAverage(self.autoencoder, ema_decay) if ema_decay > 0 else None
+        )
+        self.ema = EMA(self.autoencoder, ema_decay) if ema_decay > 0 else None
         self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None
         self.lecam = losses.LeCam() if discriminator_weight > 0 and lecam_weight > 0 else None
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
@@ -150,7 +208,7 @@ class VQGAN(pl.LightningModule):
         """Codes (B, D, h, w) -> images (B, 3, h * f, w * f)."""
         return self.tokenizer.decode(z_q)
 
-    def autoencode(self, images: Tensor) -> tuple[Tensor, Quantized]:
+    def autoencode(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
         """Images -> reconstruction, and what the quantizer returned."""
         self._check_size(images)
         return self.tokenizer(images)
@@ -220,12 +278,12 @@ class VQGAN(pl.LightningModule):
                     judge.compile()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        images = images_of(batch)
+        images = images_from_batch(batch)
         if self.h.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if self.h.kmeans_iters and self.global_step == batch_idx == 0:
             with torch.no_grad():
-                self.autoencoder.quantize.init_by_kmeans_(self.encode_latents(images))
+                self.autoencoder.quantize.kmeans_init_(self.encode_latents(images))
         if batch_idx % self.h.accumulate == 0:
             self.zero_grad()
         step_now = (batch_idx + 1) % self.h.accumulate == 0 or self.trainer.is_last_batch
@@ -244,7 +302,7 @@ class VQGAN(pl.LightningModule):
             self._step(self._discriminator_loss(images, logits_fake), 1, step_now)
         self._log(terms, quantized)
 
-    def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: Quantized) -> dict[str, Tensor]:
+    def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: QuantizerOutput) -> dict[str, Tensor]:
         """The terms that need no discriminator, each weighted: they sum up to the loss (Eq. 4 and LPIPS)."""
         terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, self.h.reconstruction)}
         if self.h.perceptual_weight > 0:
@@ -297,12 +355,12 @@ class VQGAN(pl.LightningModule):
         if half == 0 and self.ema is not None:
             self.ema.update_parameters(self.autoencoder)
 
-    def _log(self, terms: dict[str, Tensor], quantized: Quantized) -> None:
+    def _log(self, terms: dict[str, Tensor], quantized: QuantizerOutput) -> None:
         parts = {name: value.detach() for name, value in terms.items()}
         self.log_dict({f"train/{name}": value for name, value in parts.items()})
         adversarial = parts.pop("adaptive_weight", 0.0) * parts.pop("generator_loss", 0.0)
         self.log("train/loss", torch.stack(list(parts.values())).sum() + adversarial)
-        self.log("train/perplexity", usage_and_perplexity(count_codes(quantized.indices, self.codebook_size))[1])
+        self.log("train/perplexity", usage_and_perplexity(code_counts(quantized.indices, self.codebook_size))[1])
 
     # --------------------------------------------------------------------------------------------------- validation
 
@@ -311,15 +369,15 @@ class VQGAN(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Log the losses, and PSNR of the reconstruction as a file would hold it, in 8 bits; return that."""
-        images = images_of(batch)
+        images = images_from_batch(batch)
         reconstruction, quantized = self.autoencode(images)
-        self.counts += count_codes(quantized.indices, self.codebook_size)
+        self.counts += code_counts(quantized.indices, self.codebook_size)
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
         picture = to_bytes(reconstruction).float() / 127.5 - 1
         squared = ((picture - images) / 2).square().mean(dim=(1, 2, 3))
         terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()  # dB, mean over images; peak 1 for [0, 1]
-        logged, weight = {f"val/{name}": v for name, v in terms.items()}, losses.weight_in_mean(len(images))
+        logged, weight = {f"val/{name}": v for name, v in terms.items()}, losses.ddp_batch_size(len(images))
         self.log_dict(logged, batch_size=weight, sync_dist=True)
         return picture
 
@@ -339,7 +397,7 @@ class VQGAN(pl.LightningModule):
         return self.discriminator is not None and self.global_step > self.h.discriminator_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["clipgen_model"] = files.kind(type(self))
+        checkpoint["clipgen_model"] = model_folder.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False, training: bool = False) -> Path:
         """Write a model folder: the tokenizer; with ``training`` also the discriminator and LPIPS, if there are any."""
@@ -347,14 +405,14 @@ class VQGAN(pl.LightningModule):
         if training:
             for prefix, part in zip(PARTS, (self.discriminator, *self._lpips)):
                 state |= {prefix + k: v for k, v in part.state_dict().items()} if part is not None else {}
-        return files.save_folder(path, files.kind(type(self)), dict(self.hparams), state, half)
+        return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Load a model folder, a run folder or a checkpoint of stage 1, ``"shapes"`` (bundled), or the tokenizer of a
         pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
-        arguments, state = files.load(path, files.kind(cls))
-        with files.fitting(path, cls.__name__):
+        arguments, state = model_folder.load(path, model_folder.kind(cls))
+        with model_folder.fitting(path, cls.__name__):
             model = cls(**arguments | {"kmeans_iters": 0})  # codes that are trained stay where they are
             if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
                 if not below("discriminator.", state):  # of a training that went on from a tokenizer alone
@@ -374,13 +432,13 @@ class VQGAN(pl.LightningModule):
             ValueError: the file is none of theirs, or wants to run code; says which.
         """
         arguments, state = taming.vqgan(checkpoint, config)
-        with files.fitting(checkpoint, cls.__name__):
+        with model_folder.fitting(checkpoint, cls.__name__):
             return cls(**arguments).with_weights(state)
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode."""
-        with files.fitting(checkpoint, cls.__name__):
+        with model_folder.fitting(checkpoint, cls.__name__):
             arguments, state = hfailab.vqgan(checkpoint)
             return cls(**arguments).with_weights(state)
 
@@ -396,7 +454,7 @@ class VQGAN(pl.LightningModule):
             self._lpips = (lpips_from_state(lpips),)
         return self.eval()
 
-    def copy_weights_from(self, other: VQGAN) -> VQGAN:
+    def init_from(self, other: VQGAN) -> VQGAN:
         """Go on from another's weights: the tokenizer's, and the discriminator's and LPIPS where it has them."""
         self.load_tokenizer(other.eval().tokenizer.state_dict())
         if self.discriminator is not None and other.discriminator is not None:

@@ -40,28 +40,48 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
-from clipgen.data.encoded import Batches, EncodedDataset, as_is, record_dtype
 from clipgen.data.shapes import ShapesDataset
+from clipgen.data.token_cache import Batches, TokenCacheDataset, as_is, record_dtype
 from clipgen.files import write_json
-from clipgen.lpips import empty_lpips
+from clipgen.models.lpips import build_lpips
 
 WARM_UP = 3  # steps that are not measured
 CIFAR = dict(
-    codebook_size=1024, codebook_dim=32, quantizer="cosine", ch=96, ch_mult=[1], num_res_blocks=1, attn_resolutions=[],
-    resolution=32, z_channels=96, patch_size=4, mid_attention=False, perceptual_weight=0.0, ndf=32, n_layers=2,
-)  # fmt: skip
+    codebook_size=1024,
+    codebook_dim=32,
+    quantizer="cosine",
+    ch=96,
+    ch_mult=[1],
+    num_res_blocks=1,
+    attn_resolutions=[],
+    resolution=32,
+    z_channels=96,
+    patch_size=4,
+    mid_attention=False,
+    perceptual_weight=0.0,
+    ndf=32,
+    n_layers=2,
+)
 VQGAN_SIZES: dict[str, dict[str, Any]] = {"cifar": CIFAR, "paper": {}}  # an empty one: the published f16, 16384 x 256
 SMALL = dict(codebook_size=1024, num_tokens=64, clip_dim=64)  # of 32 x 32 pixels
 TRANSFORMER_SIZES: dict[str, dict[str, Any]] = {
-    "demo": dict(n_layer=4, n_head=4, n_embd=128, **SMALL), "cifar": dict(n_layer=4, n_head=6, n_embd=192, **SMALL),
+    "demo": dict(n_layer=4, n_head=4, n_embd=128, **SMALL),
+    "cifar": dict(n_layer=4, n_head=6, n_embd=192, **SMALL),
     "medium": {},  # the paper's for COCO
-}  # fmt: skip
+}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {}, "compile": {"compile": True}, "channels_last": {"channels_last": True},
-    "checkpointing": {"checkpointing": True}, "ema": {"ema_decay": 0.999}, "lecam": {"lecam_weight": 0.1},
-    "without_discriminator": {"discriminator_weight": 0.0}, "bf16": {"precision": "bf16-mixed"},
-    "clip_loss": {"clip_loss_weight": 0.2}, "every_4": {"clip_loss_every": 4}, "quarter": {"clip_loss_fraction": 0.25},
-}  # fmt: skip
+    "plain": {},
+    "compile": {"compile": True},
+    "channels_last": {"channels_last": True},
+    "checkpointing": {"checkpointing": True},
+    "ema": {"ema_decay": 0.999},
+    "lecam": {"lecam_weight": 0.1},
+    "without_discriminator": {"discriminator_weight": 0.0},
+    "bf16": {"precision": "bf16-mixed"},
+    "clip_loss": {"clip_loss_weight": 0.2},
+    "every_4": {"clip_loss_every": 4},
+    "quarter": {"clip_loss_fraction": 0.25},
+}
 
 
 def options_of(part: str) -> list[str]:
@@ -139,10 +159,17 @@ def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precisio
     warnings.filterwarnings("ignore")
     clock = Clock(device, module.hparams.get("clip_loss_every", 1))
     trainer = pl.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_epochs=1, precision=precision,
-        callbacks=[clock], benchmark=True,  # cuDNN's, as in configs/trainer
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        precision=precision,
+        callbacks=[clock],
+        benchmark=True,  # cuDNN's, as in configs/trainer
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, data)
     return {"seconds": clock.seconds, "GiB": peak_memory(device)}
 
@@ -176,7 +203,7 @@ def measure_vqgan(size: str, variant: str, batch: int, steps: int, device: str, 
     precision = arguments.pop("precision", "32-true")
     vqgan = VQGAN(**arguments | {"perceptual_weight": float(perceptual)})
     if perceptual:  # its speed does not depend on its weights
-        vqgan._lpips = (empty_lpips(),)
+        vqgan._lpips = (build_lpips(),)
     images = torch.rand(batch, 3, vqgan.hparams.resolution, vqgan.hparams.resolution) * 2 - 1
     step = fit(vqgan, loader([{"images": images}] * (steps + WARM_UP), batch_size=None), device, precision)
     vqgan, images = vqgan.eval().to(device), images.to(device)
@@ -235,7 +262,7 @@ def measure_transformer(
             ):
                 rows[name] = tensor.numpy()
             np.save(Path(folder) / "shard-000000.npy", rows)
-            data: Any = Batches(EncodedDataset(folder))
+            data: Any = Batches(TokenCacheDataset(folder))
             order = torch.randperm(count).tolist()
             found = fit(transformer, loader(data, batch, sampler=order, collate_fn=as_is), device, precision)  # type: ignore[arg-type]
     images = batch / found["seconds"]
@@ -292,7 +319,7 @@ def reading_rate() -> float:
     with tempfile.TemporaryDirectory() as folder:
         for i in range(20):
             np.save(Path(folder) / f"shard-{i:06d}.npy", np.ones(10_000, record_dtype(1, 256, 16384, 512)))
-        data: Any = Batches(EncodedDataset(folder))
+        data: Any = Batches(TokenCacheDataset(folder))
         order = torch.randperm(len(data)).tolist()[:100_000]
         batches = loader(data, 256, sampler=order, collate_fn=as_is)  # type: ignore[arg-type]
         read = lambda: [len(batch["indices"]) for batch in batches]
@@ -303,8 +330,11 @@ def reading_rate() -> float:
 def decoding_weights(transformer: ConditionalTransformer) -> list[Tensor]:
     """The matrices (in, out) that every step of decoding multiplies with."""
     gpt: Any = transformer.gpt.transformer
-    weights = [w for block in gpt.h for w in (block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight,
-                                              block.mlp.c_proj.weight)]  # fmt: skip
+    weights = [
+        w
+        for block in gpt.h
+        for w in (block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight)
+    ]
     return [*weights, transformer.gpt.head.weight.T]
 
 
@@ -367,7 +397,7 @@ def measure_sample(args: argparse.Namespace, tokens: int, batch: int) -> dict[st
     if args.bf16:
         transformer, embedding = transformer.to(torch.bfloat16), embedding.to(torch.bfloat16)
     if args.compile:
-        transformer.compile_sampling()
+        transformer.compile_decoder()
     runs: dict[str, Callable[[], Any]] = {
         "reads": reads(transformer),
         "products": products(transformer, batch),
@@ -386,7 +416,7 @@ def measure_sample(args: argparse.Namespace, tokens: int, batch: int) -> dict[st
         "generate / clipgen": median["generate"] / median["clipgen"],
         "images/s": batch / (median["clipgen"] + median.get("decode", 0)),
         "tokens/s": batch * tokens / median["clipgen"],
-    }  # fmt: skip
+    }
 
 
 def pictures(transformer: ConditionalTransformer, batch: int, args: argparse.Namespace) -> Callable[[], Any]:
@@ -463,8 +493,10 @@ def parser() -> argparse.ArgumentParser:
     for part, name in ((t, "shapes"), (e, "ViT-B-32-quickgelu")):
         part.add_argument("--clip", default=name, help="shapes, or an architecture of open_clip (default: %(default)s)")
     training = ["plain", "compile", "checkpointing", "ema", "clip_loss", "clip_loss+every_4", "clip_loss+quarter"]
-    for part, name, variants in ((v, "vqgan", ["plain", "channels_last", "checkpointing", "compile"]),
-                                 (t, "transformer", training)):  # fmt: skip
+    for part, name, variants in (
+        (v, "vqgan", ["plain", "channels_last", "checkpointing", "compile"]),
+        (t, "transformer", training),
+    ):
         part.add_argument("--batch", type=int)
         known = ", ".join(options_of(name))
         part.add_argument("--variants", nargs="+", default=variants, help=f"of {known}, joined by +")

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from clipgen import TextToImage
-from clipgen.weights.checkpoint import BUNDLED
+from clipgen.checkpoint.model_folder import BUNDLED
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from clipgen import TextToImage
-from clipgen.data.judge import ATTRIBUTES, accuracy
 from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, held_out_attributes
+from clipgen.evaluation.shapes_evaluator import ATTRIBUTES, accuracy
 from clipgen.files import write_json
 
 NAMES = ("all", *ATTRIBUTES)

@@ -33,10 +33,10 @@ import torchvision
 import webdataset as wds
 from PIL import Image, ImageOps
 
+from clipgen.data.decoding import UnusableImageError, decode_image, to_rgb
 from clipgen.data.folder import scan_folder, split_files
-from clipgen.data.images import UnusableImage, decode_image, to_rgb
-from clipgen.data.tally import Tally
-from clipgen.seeds import unit_hash
+from clipgen.data.skip_counter import SkipCounter
+from clipgen.hashing import unit_hash
 
 logger = logging.getLogger("make_shards")
 
@@ -89,7 +89,7 @@ def require_new(output: Path) -> None:
 
 def from_folder(root: Path, args: argparse.Namespace) -> dict[str, Samples]:
     """Encode the usable images of a folder, split by the hash that `data=folder` splits by."""
-    tally = Tally(str(root))
+    tally = SkipCounter(str(root))
     train, val = split_files(scan_folder(root, tally), args.val_fraction)
     encode = partial(encode_file, tally, partial(to_jpeg, image_size=args.image_size, quality=args.quality))
     return {"train": encode_files(root, train, encode), "val": encode_files(root, val, encode)}
@@ -105,11 +105,11 @@ def encode_files(root: Path, files: list[str], encode: Callable[[Path], bytes | 
                     yield {"jpg": jpeg}
 
 
-def encode_file(tally: Tally, encode: Callable[[Image.Image], bytes], path: Path) -> bytes | None:
+def encode_file(tally: SkipCounter, encode: Callable[[Image.Image], bytes], path: Path) -> bytes | None:
     """Decode and encode one file; None if it is unusable."""
     try:
         return encode(decode_image(path))
-    except UnusableImage as error:
+    except UnusableImageError as error:
         tally.skip(str(path), error)
         return None
 
@@ -119,7 +119,7 @@ def to_jpeg(image: Image.Image, image_size: int | None, quality: int) -> bytes:
     if image_size and min(image.size) > image_size:
         image = ImageOps.cover(image, (image_size, image_size), Image.Resampling.BICUBIC)
     if max(image.size) > 65_500:
-        raise UnusableImage("too large", f"{image.width} x {image.height}, and JPEG ends at 65500 pixels a side")
+        raise UnusableImageError("too large", f"{image.width} x {image.height}, and JPEG ends at 65500 pixels a side")
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # pixels alone: no place, no camera
     return buffer.getvalue()

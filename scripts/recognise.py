@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from train_clip import labelled_batches
 
 from clipgen import TextToImage
-from clipgen.data.shards import ImageShards
+from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.sources import drawing
 from clipgen.files import atomic_write, write_json
 from clipgen.images import grid, save_png, to_pil
@@ -43,10 +43,19 @@ def convolution(a: int, b: int) -> nn.Sequential:
 def classifier(classes: int) -> nn.Sequential:
     """A small residual network for small images (after David Page's cifar10-fast, thinned for a CPU)."""
     return nn.Sequential(
-        convolution(3, 32), nn.MaxPool2d(2), convolution(32, 64), convolution(64, 64), nn.MaxPool2d(2),
-        convolution(64, 128), Residual(convolution(128, 128), convolution(128, 128)), nn.MaxPool2d(2),
-        convolution(128, 256), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, classes),
-    )  # fmt: skip
+        convolution(3, 32),
+        nn.MaxPool2d(2),
+        convolution(32, 64),
+        convolution(64, 64),
+        nn.MaxPool2d(2),
+        convolution(64, 128),
+        Residual(convolution(128, 128), convolution(128, 128)),
+        nn.MaxPool2d(2),
+        convolution(128, 256),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, classes),
+    )
 
 
 def train(net: nn.Module, data: Path, image_size: int, steps: int, batch_size: int = 128) -> None:

@@ -25,36 +25,54 @@ from recognise import load_or_train
 from torch import Tensor
 
 from clipgen import VQGAN, FrozenCLIP, TextToImage
-from clipgen.baselines.label import LabelConditioned
+from clipgen.baselines.class_conditional import ClassConditionalGenerator
 from clipgen.baselines.search import KS, real_score, search, search_table
 from clipgen.baselines.vqgan_clip import vqgan_clip
-from clipgen.bridge import Bridge, mean_shift
+from clipgen.checkpoint.model_folder import fingerprint
 from clipgen.cli import encode, train
 from clipgen.cli.config import composed
 from clipgen.cli.console import set_up_logging
-from clipgen.data.encoded import EncodedDataset
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
-from clipgen.evaluation.evaluate import evaluate
+from clipgen.data.token_cache import TokenCacheDataset
 from clipgen.evaluation.features import Features, feature_extractor
-from clipgen.evaluation.measure import Measure
+from clipgen.evaluation.image_metrics import ImageMetrics
+from clipgen.evaluation.report import table
+from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import Draw, GeneratedImages, RealImages, drawing
-from clipgen.evaluation.summary import table
 from clipgen.files import atomic_write
+from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
 from clipgen.images import grid, save_png, to_pil
-from clipgen.weights.checkpoint import fingerprint
 
 # The papers' rates belong to budgets a thousand times ours: here each recipe has the one that suits its optimizer.
-PAPER = ["optimizer=adamw", "learning_rate=1e-3", "betas=[0.9,0.999]", "weight_decay=0", "schedule=constant",
-         "warmup_steps=0", "grid_positions=false", "condition_cosine=1", "condition_dropout=0"]  # fmt: skip
+PAPER = [
+    "optimizer=adamw",
+    "learning_rate=1e-3",
+    "betas=[0.9,0.999]",
+    "weight_decay=0",
+    "schedule=constant",
+    "warmup_steps=0",
+    "grid_positions=false",
+    "condition_cosine=1",
+    "condition_dropout=0",
+]
 RECIPES = {  # of stage 2, over the experiment's own; tenth: of all steps
     "paper": [*PAPER, "clip_loss_weight=0.2", "clip_loss_fraction=0.25"],
     "no_clip_loss": PAPER,
-    "hfailab": [*PAPER, "betas=[0.9,0.95]", "weight_decay=0.01", "schedule=cosine", "warmup_steps={tenth}",
-                "dropout=0.1", "tie_head=false", "head_bias=true", "activation=gelu"],
+    "hfailab": [
+        *PAPER,
+        "betas=[0.9,0.95]",
+        "weight_decay=0.01",
+        "schedule=cosine",
+        "warmup_steps={tenth}",
+        "dropout=0.1",
+        "tie_head=false",
+        "head_bias=true",
+        "activation=gelu",
+    ],
     "dropout": ["condition_dropout=0.1", "condition_cosine=1"],
     "modern": ["condition_dropout=0.1", "condition_cosine={noise}"],
     "label": ["condition_dropout=0.1"],
-}  # fmt: skip
+}
 
 SHOWN = ("accuracy", "judge_all", "clip_score", "fid_0", "precision", "recall")
 
@@ -143,14 +161,14 @@ class Study:
         return root
 
     @cached_property
-    def measure(self) -> Measure:
+    def measure(self) -> ImageMetrics:
         """Judge or classifier, CLIP score, FID."""
         if self.args.experiment == "shapes":
-            return Measure(feature_extractor("clip:shapes"), [0], {"shapes": self.clip}, shapes=True)
+            return ImageMetrics(feature_extractor("clip:shapes"), [0], {"shapes": self.clip}, shapes=True)
         net: Any = load_or_train(self.args.classifier, self.args.data, 10, 32, 2000)
         identity = f"cifar10 classifier {fingerprint(net.state_dict())}"
         features = Features(lambda images: ((hidden := net[:-1](images)), net[-1](hidden)), identity)
-        return Measure(features, [0], {"cifar10": self.clip}, classes=self.setting.sentences)
+        return ImageMetrics(features, [0], {"cifar10": self.clip}, classes=self.setting.sentences)
 
     @cached_property
     def reference(self) -> RealImages:
@@ -165,12 +183,19 @@ class Study:
             return run
         changes = [change.format(noise=self.setting.noise, tenth=self.args.steps // 10) for change in RECIPES[recipe]]
         config = composed(
-            "stage=transformer", *self.experiment, "data=encoded", f"seed={seed}", "logger=csv",
-            f"trainer.max_steps={self.args.steps}", f"trainer.val_check_interval={self.args.steps}",
-            "trainer.limit_val_batches=10", "pictures.num_images=1", "pictures.prompts=[]",
+            "stage=transformer",
+            *self.experiment,
+            "data=encoded",
+            f"seed={seed}",
+            "logger=csv",
+            f"trainer.max_steps={self.args.steps}",
+            f"trainer.val_check_interval={self.args.steps}",
+            "trainer.limit_val_batches=10",
+            "pictures.num_images=1",
+            "pictures.prompts=[]",
             *(f"model.{change}" for change in changes),
             *(["data.condition=label"] if recipe == "label" else []),
-        )  # fmt: skip
+        )
         config.data.root, config.output = str(self.cache), str(run)
         train.train(config)
         return run
@@ -188,24 +213,27 @@ class Study:
             pipe = TextToImage.load(run)
             pipe.bridge = self.bridge(row)
             return drawing(pipe, **row.sampling)
-        classes = LabelConditioned.load(run, **row.sampling)
+        classes = ClassConditionalGenerator.load(run, **row.sampling)
         if row.system == "label":
             return lambda captions, seeds: classes.draw(self.classes_of(captions), seeds)
         return lambda captions, seeds: torch.stack(
-            [search(classes, self.clip, c, min(10, len(classes.class_names)), 16, s).image
-             for c, s in zip(captions, seeds)])  # fmt: skip
+            [
+                search(classes, self.clip, c, min(10, len(classes.class_names)), 16, s).image
+                for c, s in zip(captions, seeds)
+            ]
+        )
 
     def classes_of(self, captions: Sequence[str]) -> Tensor:
         """The class of each sentence."""
         return torch.tensor([self.setting.sentences.index(caption) for caption in captions])
 
-    def bridge(self, row: Row) -> Bridge | None:
+    def bridge(self, row: Row) -> EmbeddingProjector | None:
         """What a row does to the sentences' embeddings."""
         if not (row.shift or row.nearest):
             return None
-        memory = EncodedDataset(self.cache / "train").embeddings()
+        memory = TokenCacheDataset(self.cache / "train").embeddings()
         shift = mean_shift(memory, self.clip.encode_text(self.setting.sentences)) if row.shift else None
-        return Bridge(shift, memory if row.nearest else None)
+        return EmbeddingProjector(shift, memory if row.nearest else None)
 
     def folder(self, row: Row, seed: int) -> Path:
         """Where a row's numbers and pictures lie."""
@@ -253,12 +281,13 @@ def sheet(study: Study, rows: Sequence[Row]) -> Image.Image:
 def search_tables(study: Study) -> str:
     """Tables 1 and 2 of the CLIP-guided search, with FID of all images drawn for a k."""
     run = study.trained("label", study.args.seeds[0])
-    classes = LabelConditioned.load(run, **study.setting.ours)
+    classes = ClassConditionalGenerator.load(run, **study.setting.ours)
     prompts = study.setting.sentences[:: max(len(study.setting.sentences) // 20, 1)]
     kept: dict[int, list[Tensor]] = {}
     watch: Callable[..., None] = lambda k, seed, j, found: kept.setdefault(k, []).append(found.images)
-    rows = search_table(classes, study.clip, prompts, real_images_score(study), ks=KS, seeds=study.args.seeds,
-                        keep=True, watch=watch)  # fmt: skip
+    rows = search_table(
+        classes, study.clip, prompts, real_images_score(study), ks=KS, seeds=study.args.seeds, keep=True, watch=watch
+    )
     lines = []
     for row in rows:
         images = torch.cat(kept[row.k])
@@ -280,7 +309,7 @@ def real_images_score(study: Study) -> float:
     if study.args.experiment == "shapes":
         data = ShapesDataset(1000, seed=5)
         return real_score(study.clip, data.render(range(1000)), [str(a) for a in data.attributes])
-    data = EncodedDataset(study.cache / "val")
+    data = TokenCacheDataset(study.cache / "val")
     labels = torch.cat([torch.from_numpy(shard["label"].astype("int64")) for shard in data.shards])
     return (data.embeddings(len(data)) * study.clip.encode_text(study.setting.sentences)[labels]).sum(1).mean().item()
 

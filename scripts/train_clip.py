@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
-from clipgen.data.shards import ImageShards
+from clipgen.data.webdataset import ImageShards
 from clipgen.files import atomic_write, write_json
 
 CONTEXT_LENGTH = 16
@@ -61,8 +61,14 @@ def contrastive_loss(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor)
     return (F.cross_entropy(logits, labels) - to_image.mean()) / 2
 
 
-def train(folder: Path, captions: Sequence[str], batches: Iterable[tuple[Tensor, Tensor]], steps: int,
-          learning_rate: float, seed: int) -> nn.Module:  # fmt: skip
+def train(
+    folder: Path,
+    captions: Sequence[str],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+) -> nn.Module:
     """Train the CLIP of ``folder`` on ``steps`` batches of (images in [-1, 1], caption index); weights in fp16."""
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).train()

@@ -13,21 +13,44 @@ import pytest
 
 from clipgen.cli import baseline, convert, demo, encode, evaluate, sample, train
 
-MAINS = {"clipgen-train": train.main, "clipgen-sample": sample.main, "clipgen-demo": demo.main,
-         "clipgen-convert": convert.main, "clipgen-encode": encode.main, "clipgen-eval": evaluate.main,
-         "clipgen-baseline": baseline.main}  # fmt: skip
+MAINS = {
+    "clipgen-train": train.main,
+    "clipgen-sample": sample.main,
+    "clipgen-demo": demo.main,
+    "clipgen-convert": convert.main,
+    "clipgen-encode": encode.main,
+    "clipgen-eval": evaluate.main,
+    "clipgen-baseline": baseline.main,
+}
 SHAPES = ["data.train_size=64", "data.val_size=8"]
 STEPS = [
-    "data.batch_size=8", "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1",
-    "checkpoint.every_n_steps=2", "pictures.num_images=4",
-]  # fmt: skip
+    "data.batch_size=8",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=1",
+    "checkpoint.every_n_steps=2",
+    "pictures.num_images=4",
+]
 VQGAN = [
-    "stage=vqgan", "model.ch=32", "model.ch_mult=[1]", "model.num_res_blocks=1", "model.z_channels=32",
-    "model.codebook_size=16", "model.codebook_dim=8", "model.patch_size=8", "model.warmup_steps=1", *STEPS,
-]  # fmt: skip
+    "stage=vqgan",
+    "model.ch=32",
+    "model.ch_mult=[1]",
+    "model.num_res_blocks=1",
+    "model.z_channels=32",
+    "model.codebook_size=16",
+    "model.codebook_dim=8",
+    "model.patch_size=8",
+    "model.warmup_steps=1",
+    *STEPS,
+]
 TRANSFORMER = [
-    "stage=transformer", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.warmup_steps=1", *STEPS,
-]  # fmt: skip
+    "stage=transformer",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.warmup_steps=1",
+    *STEPS,
+]
 PROMPT = "a large blue ring on a white background"
 
 

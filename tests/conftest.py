@@ -20,14 +20,33 @@ from clipgen.vqgan import VQGAN
 
 SHARED = Path(os.environ.get("CLIPGEN_SHARED", Path(__file__).parents[2] / "shared"))
 VQGAN_SIZES = dict(
-    codebook_size=16, codebook_dim=8, quantizer="cosine", revive_after=5, ch=32, ch_mult=[1, 1], num_res_blocks=1,
-    attn_resolutions=[], resolution=32, z_channels=32, patch_size=4, perceptual_weight=0.0, discriminator_weight=0.0,
-    ndf=8, n_layers=1, learning_rate=1e-3,
-)  # fmt: skip
-TRANSFORMER_SIZES = dict(
-    n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64, condition_dropout=0.1,
+    codebook_size=16,
+    codebook_dim=8,
+    quantizer="cosine",
+    dead_code_reset_after=5,
+    ch=32,
+    ch_mult=[1, 1],
+    num_res_blocks=1,
+    attn_resolutions=[],
+    resolution=32,
+    z_channels=32,
+    patch_size=4,
+    perceptual_weight=0.0,
+    discriminator_weight=0.0,
+    ndf=8,
+    n_layers=1,
     learning_rate=1e-3,
-)  # fmt: skip
+)
+TRANSFORMER_SIZES = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    codebook_size=16,
+    num_tokens=16,
+    clip_dim=64,
+    condition_dropout=0.1,
+    learning_rate=1e-3,
+)
 
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipgen.nets.autoencoder import AttnBlock, Decoder, Downsample, Encoder, Upsample
+from clipgen.models.autoencoder import AttnBlock, Decoder, Downsample, Encoder, Upsample
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from clipgen import sampling
 from clipgen.baselines import generators, search, vqgan_clip
-from clipgen.baselines.generators import Foreign, load_generator
-from clipgen.baselines.label import LabelConditioned, LabelTransformer
+from clipgen.baselines.class_conditional import ClassConditionalGenerator, ClassConditionalTransformer
+from clipgen.baselines.generators import ExternalGenerator, load_generator
 from clipgen.data.shapes import ALL_ATTRIBUTES, COLORS, rgb
 from clipgen.pipeline import TextToImage
 
@@ -25,12 +25,12 @@ NAMES = ["red", "green", "blue"]
 
 
 @pytest.fixture
-def labelled(tiny_vqgan) -> LabelConditioned:
+def labelled(tiny_vqgan) -> ClassConditionalGenerator:
     """Untrained, with weights so large that its pictures differ clearly."""
-    transformer = LabelTransformer(**{**TRANSFORMER_SIZES, "clip_dim": 3}, class_names=NAMES)
+    transformer = ClassConditionalTransformer(**{**TRANSFORMER_SIZES, "clip_dim": 3}, class_names=NAMES)
     for parameter in transformer.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return LabelConditioned(tiny_vqgan, transformer.eval())
+    return ClassConditionalGenerator(tiny_vqgan, transformer.eval())
 
 
 # ---------------------------------------------------------------------------------------------- classes for a condition
@@ -46,7 +46,7 @@ def test_it_is_the_transformer_on_one_hot_classes(labelled, tiny_vqgan):
 
 
 def test_guidance_is_the_transformers(labelled, tiny_vqgan):
-    guided = LabelConditioned(tiny_vqgan, labelled.transformer, guidance_scale=3.0, top_k=5)
+    guided = ClassConditionalGenerator(tiny_vqgan, labelled.transformer, guidance_scale=3.0, top_k=5)
     indices = labelled.transformer.sample(torch.eye(3), seed=5, guidance_scale=3.0, top_k=5)
     expected = tiny_vqgan.decode(indices.view(3, 4, 4)).clamp(-1, 1).detach()
     torch.testing.assert_close(guided.draw(torch.arange(3), seed=5), expected, atol=1e-5, rtol=0)
@@ -54,7 +54,7 @@ def test_guidance_is_the_transformers(labelled, tiny_vqgan):
 
 def test_an_image_follows_from_its_noise(labelled):
     """The normal CDF of the noise is the uniform number, so noise made of uniforms gives those uniforms' images."""
-    uniforms = sampling.random_streams([5, 6, 7], 16).double()
+    uniforms = sampling.per_sample_uniforms([5, 6, 7], 16).double()
     noise = math.sqrt(2) * torch.erfinv(2 * uniforms - 1)
     assert labelled.noise_dim == 16 and labelled.class_names == NAMES
     images = labelled(noise, torch.arange(3))
@@ -83,7 +83,7 @@ def test_classes_by_name_and_number(labelled):
 )
 def test_what_a_class_cannot_do(arguments, message):
     with pytest.raises(ValueError, match=message):
-        LabelTransformer(**{**TRANSFORMER_SIZES, "clip_dim": 3, **arguments}, class_names=NAMES)
+        ClassConditionalTransformer(**{**TRANSFORMER_SIZES, "clip_dim": 3, **arguments}, class_names=NAMES)
 
 
 @pytest.fixture
@@ -102,37 +102,45 @@ def run(call, tiny_vqgan, tmp_path) -> Path:
 
 def test_training_by_the_command(call, run):
     assert {"vqgan", "clip.json", "label_transformer", "checkpoints"} <= {path.name for path in run.iterdir()}
-    model = LabelConditioned.load(run)
+    model = ClassConditionalGenerator.load(run)
     assert model.class_names == [str(attributes) for attributes in ALL_ATTRIBUTES]
     assert model.transformer.h.condition_cosine == 1  # the recipe's noise bridges images and sentences
     images = model.draw(torch.tensor([0, 287]), seed=1)
     assert images.shape == (2, 3, 32, 32)
     torch.testing.assert_close(images[1:], model.draw(torch.tensor([287]), seed=2))
     for path in (run / "checkpoints" / "last.ckpt", run / "label_transformer"):
-        assert LabelConditioned.load(path).transformer.clip_dim == 288
-    result = call("clipgen-train", *TRANSFORMER, "data=encoded", "data.root=cache", "data.condition=label", "output=on",
-                  "resume=run", "trainer.max_steps=6")  # fmt: skip
-    assert result.code == 0 and LabelConditioned.load("on").class_names == model.class_names, result.stderr
+        assert ClassConditionalGenerator.load(path).transformer.clip_dim == 288
+    result = call(
+        "clipgen-train",
+        *TRANSFORMER,
+        "data=encoded",
+        "data.root=cache",
+        "data.condition=label",
+        "output=on",
+        "resume=run",
+        "trainer.max_steps=6",
+    )
+    assert result.code == 0 and ClassConditionalGenerator.load("on").class_names == model.class_names, result.stderr
 
 
 def test_a_run_of_classes_is_no_text_model(call, run):
     needed = "but a ConditionalTransformer is needed"
     for path in (run, run / "label_transformer", run / "checkpoints" / "last.ckpt"):
-        with pytest.raises(ValueError, match=f"is a LabelTransformer checkpoint .*, {needed}"):
+        with pytest.raises(ValueError, match=f"is a ClassConditionalTransformer checkpoint .*, {needed}"):
             TextToImage.load(path)
     result = call("clipgen-sample", "--checkpoint", "run", "--prompt", "x")
     assert result.code == 1 and needed in result.stderr and result.stderr.count("\n") == 1
     for checkpoint in (run / "checkpoints").iterdir():
         checkpoint.unlink()
-    with pytest.raises(FileNotFoundError, match="it holds a LabelTransformer"):
+    with pytest.raises(FileNotFoundError, match="it holds a ClassConditionalTransformer"):
         TextToImage.load(run)
 
 
 def test_a_text_model_is_no_run_of_classes(pipe, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no LabelTransformer checkpoint: .*; it holds a ConditionalTransformer"
+        FileNotFoundError, match=r"no ClassConditionalTransformer checkpoint: .*; it holds a ConditionalTransformer"
     ):
-        LabelConditioned.load(pipe.save(tmp_path / "pipe"))
+        ClassConditionalGenerator.load(pipe.save(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize(
@@ -205,9 +213,15 @@ def test_functions_of_the_current_folder(tmp_path, monkeypatch):
 def test_biggan(tmp_path):
     """A small one with random weights, as the package itself saves and builds it."""
     package = pytest.importorskip("pytorch_pretrained_biggan", reason="needs pip install 'clipgen[biggan]'")
-    config = package.BigGANConfig(z_dim=16, class_embed_dim=16, channel_width=8, num_classes=10, output_dim=64,
-                                  layers=[(True, 16, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)],
-                                  attention_layer_position=2)  # fmt: skip
+    config = package.BigGANConfig(
+        z_dim=16,
+        class_embed_dim=16,
+        channel_width=8,
+        num_classes=10,
+        output_dim=64,
+        layers=[(True, 16, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)],
+        attention_layer_position=2,
+    )
     model = package.BigGAN(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -249,11 +263,13 @@ def test_biggan_that_is_not_installed(monkeypatch):
 )
 def test_what_is_no_image(images, message):
     with pytest.raises(ValueError, match="mine " + message):
-        Foreign(lambda noise, classes: images, "mine", 4, NAMES)(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
+        ExternalGenerator(lambda noise, classes: images, "mine", 4, NAMES)(
+            torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
+        )
 
 
 def test_rounding_is_clamped():
-    images = Foreign(lambda noise, classes: torch.full((1, 3, 2, 2), 1.01), "mine", 4, NAMES)(
+    images = ExternalGenerator(lambda noise, classes: torch.full((1, 3, 2, 2), 1.01), "mine", 4, NAMES)(
         torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
     )
     assert torch.equal(images, torch.ones(1, 3, 2, 2))
@@ -362,8 +378,9 @@ def test_the_tables(shapes_clip):
     """Against single searches; standard deviations as the paper takes them (its Appendix A, SAGAN, k = 1)."""
     seen = []
     prompts = ["11", "52", "87"]
-    rows = search.search_table(ToyGAN(), ToyCLIP(), prompts, 0.99995, num_images=30, seeds=(1, 2),
-                               watch=lambda *call: seen.append(call[:3]))  # fmt: skip
+    rows = search.search_table(
+        ToyGAN(), ToyCLIP(), prompts, 0.99995, num_images=30, seeds=(1, 2), watch=lambda *call: seen.append(call[:3])
+    )
     assert [row.k for row in rows] == [1, 10, 12]  # capped by the classes at hand
     assert seen == [(k, seed, j) for k in (1, 10, 12) for seed in (1, 2) for j in range(3)]
     curves = [torch.stack([search.search(ToyGAN(), ToyCLIP(), p, 10, 30, s).curve for p in prompts]) for s in (1, 2)]
@@ -396,7 +413,7 @@ def test_searching_shapes(shapes_clip):
 
     names = [f"a large {colour} square on a white background" for colour in COLORS]
     for i, name in enumerate(names):
-        found = search.search(Foreign(draw, "squares", 1, names), shapes_clip, name, k=2, num_images=8)
+        found = search.search(ExternalGenerator(draw, "squares", 1, names), shapes_clip, name, k=2, num_images=8)
         assert found.class_index == i
 
 
@@ -512,8 +529,22 @@ def test_refusals_of_vqgan_clip(shapes, options, message):
 
 def test_command_vqgan_clip(call, tmp_path):
     prompt = "a large blue ring on a white background"
-    result = call("clipgen-baseline", "vqgan-clip", "--prompt", prompt, "--steps", 2, "--cutouts", 2, "--num-images", 2,
-                  "--seed", 4, "--device", "cpu")  # fmt: skip
+    result = call(
+        "clipgen-baseline",
+        "vqgan-clip",
+        "--prompt",
+        prompt,
+        "--steps",
+        2,
+        "--cutouts",
+        2,
+        "--num-images",
+        2,
+        "--seed",
+        4,
+        "--device",
+        "cpu",
+    )
     assert result.code == 0 and "CLIP score" in result.stdout, result.stderr
     name = "00_a-large-blue-ring-on-a-white-background_{}.png"
     assert {path.name for path in (tmp_path / "baseline").iterdir()} == {name.format(4), name.format(5), "grid.png"}
@@ -525,14 +556,40 @@ def test_command_vqgan_clip(call, tmp_path):
 
 def test_command_label_and_search(call, run):
     name = str(ALL_ATTRIBUTES[3])
-    result = call("clipgen-baseline", "label", "--checkpoint", "run", "--label", name, "--label", 7, "--num-images", 2,
-                  "--output", "labels", "--device", "cpu", "--guidance-power", 1)  # fmt: skip
+    result = call(
+        "clipgen-baseline",
+        "label",
+        "--checkpoint",
+        "run",
+        "--label",
+        name,
+        "--label",
+        7,
+        "--num-images",
+        2,
+        "--output",
+        "labels",
+        "--device",
+        "cpu",
+        "--guidance-power",
+        1,
+    )
     assert result.code == 0 and len(list(Path("labels").glob("0*.png"))) == 4, result.stderr
     told = Image.open(next(Path("labels").glob("0*.png")))
     told.load()
     assert told.text["guidance_power"] == "1.0" and told.text["top_k"] == "300"
-    options = ["--generator", "run", "--prompt", name, "--prompt", "a small red star on a black background",
-               "--num-images", 5, "--device", "cpu"]  # fmt: skip
+    options = [
+        "--generator",
+        "run",
+        "--prompt",
+        name,
+        "--prompt",
+        "a small red star on a black background",
+        "--num-images",
+        5,
+        "--device",
+        "cpu",
+    ]
     result = call("clipgen-baseline", "search", *options, "--k", 3, "--output", "found", "--keep-all")
     assert result.code == 0 and len(list(Path("found").glob("0*.png"))) == 2, result.stderr
     assert len(list(Path("found/all").rglob("*.png"))) == 10
@@ -558,7 +615,10 @@ def test_command_label_and_search(call, run):
         (["vqgan-clip", "--prompt", "x", "--checkpoint", "none"], "no ConditionalTransformer checkpoint: none"),
         (["search", "--prompt", "x", "--generator", "none"], "generator must be a run folder"),
         (["search", "--prompt", "x", "--generator", "none.pt"], "no TorchScript file none.pt"),
-        (["label", "--label", "x", "--checkpoint", "none"], "no LabelTransformer checkpoint: none does not exist"),
+        (
+            ["label", "--label", "x", "--checkpoint", "none"],
+            "no ClassConditionalTransformer checkpoint: none does not exist",
+        ),
     ],
 )
 def test_refusals_of_the_command(call, tmp_path, arguments, message):

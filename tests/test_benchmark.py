@@ -8,7 +8,7 @@ import sys
 import benchmark
 import pytest
 
-from clipgen.data.encoded import record_dtype
+from clipgen.data.token_cache import record_dtype
 
 
 @pytest.mark.parametrize("source", ["images", "cache"])

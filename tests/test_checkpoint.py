@@ -12,23 +12,23 @@ import pytest
 import torch
 from conftest import changed, weights_of
 
+from clipgen.checkpoint import model_folder
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
-from clipgen.weights import checkpoint as files
 
 STATE = {"weight": torch.arange(6.0).view(2, 3), "counts": torch.tensor([1, 2])}
 
 
 def saved(path: Path, **arguments) -> Path:
-    return files.save_folder(path, "VQGAN", {"ch": 32}, STATE, **arguments)
+    return model_folder.save_folder(path, "VQGAN", {"ch": 32}, STATE, **arguments)
 
 
 # ------------------------------------------------------------------------------------------------------- there and back
 
 
 def test_folder_round_trip(tmp_path):
-    arguments, state = files.load(saved(tmp_path / "deep" / "vqgan"), "VQGAN")
+    arguments, state = model_folder.load(saved(tmp_path / "deep" / "vqgan"), "VQGAN")
     assert arguments == {"ch": 32} and set(state) == set(STATE)
     assert all(torch.equal(state[name], STATE[name]) and state[name].dtype == STATE[name].dtype for name in STATE)
     assert sorted(p.name for p in (tmp_path / "deep" / "vqgan").iterdir()) == ["config.json", "model.safetensors"]
@@ -36,7 +36,7 @@ def test_folder_round_trip(tmp_path):
 
 
 def test_half_halves_floats_only(tmp_path):
-    _, state = files.load(saved(tmp_path / "vqgan", half=True), "VQGAN")
+    _, state = model_folder.load(saved(tmp_path / "vqgan", half=True), "VQGAN")
     assert state["weight"].dtype == torch.float32 and torch.equal(state["weight"], STATE["weight"])
     assert state["counts"].dtype == torch.int64
 
@@ -45,14 +45,14 @@ def test_shared_and_strided_memory(tmp_path):
     """Tied weights, a transposed view and a slice: safetensors takes none of them as they are."""
     whole = torch.arange(12.0).view(3, 4)
     state = {"a": whole, "tied": whole, "transposed": whole.T, "slice": whole[:, 1]}
-    _, again = files.load(files.save_folder(tmp_path / "m", "VQGAN", {}, state), "VQGAN")
+    _, again = model_folder.load(model_folder.save_folder(tmp_path / "m", "VQGAN", {}, state), "VQGAN")
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
 def test_the_folder_that_is_replaced_is_gone(tmp_path):
     path = saved(tmp_path / "vqgan")
-    files.save_folder(path, "VQGAN", {"ch": 64}, {"other": torch.zeros(1)})
-    arguments, state = files.load(path, "VQGAN")
+    model_folder.save_folder(path, "VQGAN", {"ch": 64}, {"other": torch.zeros(1)})
+    arguments, state = model_folder.load(path, "VQGAN")
     assert arguments == {"ch": 64} and set(state) == {"other"}
     assert [p.name for p in tmp_path.iterdir()] == ["vqgan"]
 
@@ -91,7 +91,7 @@ def test_other_folders_are_not_replaced(tmp_path):
             saved(tmp_path / name)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == (tmp_path / "notes").read_text() == "precious"
     (tmp_path / "empty").mkdir()
-    assert files.load(saved(tmp_path / "empty"), "VQGAN")[0] == {"ch": 32}
+    assert model_folder.load(saved(tmp_path / "empty"), "VQGAN")[0] == {"ch": 32}
 
 
 def test_run_folders(tmp_path, tiny_vqgan, fit):
@@ -99,11 +99,11 @@ def test_run_folders(tmp_path, tiny_vqgan, fit):
     last = tmp_path / "checkpoints" / "last.ckpt"
     trained = VQGAN(**dict(tiny_vqgan.hparams))
     fit(trained, 1, batch=2).save_checkpoint(last)
-    assert files.find(tmp_path, "VQGAN") == last and not changed(VQGAN.load(tmp_path), weights_of(trained))
+    assert model_folder.find(tmp_path, "VQGAN") == last and not changed(VQGAN.load(tmp_path), weights_of(trained))
     last.with_name("best.ckpt").write_bytes(last.read_bytes())
-    assert files.find(tmp_path, "VQGAN").name == "best.ckpt"
+    assert model_folder.find(tmp_path, "VQGAN").name == "best.ckpt"
     tiny_vqgan.save(tmp_path / "vqgan")
-    assert files.find(tmp_path, "VQGAN") == tmp_path / "vqgan"
+    assert model_folder.find(tmp_path, "VQGAN") == tmp_path / "vqgan"
     assert not changed(VQGAN.load(tmp_path), weights_of(tiny_vqgan))
 
 
@@ -118,10 +118,10 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(OSError):
-            files.save_folder(path, "VQGAN", {"ch": 64}, large)
+            model_folder.save_folder(path, "VQGAN", {"ch": 64}, large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert files.load(path, "VQGAN")[0] == {"ch": 32}
+    assert model_folder.load(path, "VQGAN")[0] == {"ch": 32}
     assert [p.name for p in tmp_path.iterdir()] == ["vqgan"]
 
 
@@ -140,10 +140,10 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, method, existi
     with monkeypatch.context() as patch:
         patch.setattr(Path, method, fail)
         with pytest.raises(OSError, match=r"No space left.*vqgan"):
-            files.save_folder(path, "VQGAN", {"ch": 64}, STATE)
+            model_folder.save_folder(path, "VQGAN", {"ch": 64}, STATE)
     assert [p.name for p in tmp_path.iterdir()] == (["vqgan"] if existing else [])
     if existing:
-        arguments, state = files.load(path, "VQGAN")
+        arguments, state = model_folder.load(path, "VQGAN")
         assert arguments == {"ch": 32} and torch.equal(state["weight"], STATE["weight"])
 
 

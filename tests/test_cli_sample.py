@@ -190,9 +190,26 @@ def test_the_command_line_itself(call, tmp_path, arguments):
 def test_every_kind_of_request_at_once(call, runs, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\na small red star on a black background\n")
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
-    result = call("--prompts-file", "prompts.txt", "--image", "red.png", "--mix", f"0.7 {PROMPT} - 0.1 a red star",
-                  "--interpolate", PROMPT, "a red star", "--num-images", 2, "--checkpoint", runs[1], "--output", "s",
-                  "--complete", "red.png", "--preview")  # fmt: skip
+    result = call(
+        "--prompts-file",
+        "prompts.txt",
+        "--image",
+        "red.png",
+        "--mix",
+        f"0.7 {PROMPT} - 0.1 a red star",
+        "--interpolate",
+        PROMPT,
+        "a red star",
+        "--num-images",
+        2,
+        "--checkpoint",
+        runs[1],
+        "--output",
+        "s",
+        "--complete",
+        "red.png",
+        "--preview",
+    )
     assert result.code == 0, result.stderr
     files = content(tmp_path / "s")
     assert len([name for name in files if name[:2].isdigit()]) == 4 * 2
@@ -262,8 +279,19 @@ def test_a_variation_is_drawn_again(call, runs, tmp_path, more):
 
 def test_long_sentences_of_any_script(call, runs, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffa red star\r\n", encoding="utf-8")
-    result = call("--interpolate", "кот " * 40, "猫" * 90, "--prompts-file", "prompts.txt", "--num-images", 2,
-                  "--checkpoint", runs[1], "--output", "s")  # fmt: skip
+    result = call(
+        "--interpolate",
+        "кот " * 40,
+        "猫" * 90,
+        "--prompts-file",
+        "prompts.txt",
+        "--num-images",
+        2,
+        "--checkpoint",
+        runs[1],
+        "--output",
+        "s",
+    )
     assert result.code == 0, result.stderr
     assert len(list((tmp_path / "s").glob("00_a-red-star_*"))) == 2
 
@@ -302,7 +330,7 @@ def test_a_sweep_is_one_labelled_sheet(call, runs, tmp_path):
 
 
 def test_a_sweep_of_several_prompts_in_several_batches(call, runs, monkeypatch, tmp_path):
-    monkeypatch.setattr("clipgen.painter.BATCH", 4)
+    monkeypatch.setattr("clipgen.generation.generator.BATCH", 4)
     prompts = [PROMPT, "a red star", "a green square"]
     flags = [part for prompt in prompts for part in ("--prompt", prompt)]
     options = ("--num-images", 2, "--sweep", "top_k=1,5", "--checkpoint", runs[1], "--output", "s")

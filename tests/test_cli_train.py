@@ -29,8 +29,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
-from clipgen.cli.progress import ProgressReport
-from clipgen.resume import WholeCheckpoints
+from clipgen.training.progress import ProgressReport
+from clipgen.training.resume import AtomicCheckpointIO
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog
     """To read a number, a GPU is waited for."""
     caplog.set_level(logging.INFO)
     fit(tiny_vqgan, 5, ProgressReport(bar=False, every=0.0), log_every_n_steps=2)
-    first, *lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.cli.progress"]
+    first, *lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.training.progress"]
     assert re.fullmatch(r"VQGAN, 0\.\d M parameters to train, on cpu", first)
     assert [line.split(",")[0] for line in lines] == [f"step {step} of 5" for step in range(1, 6)]
     losses = [re.search(r"left  (.*)", line)[1] for line in lines]
@@ -116,9 +116,14 @@ def test_tensorboard(runs):
         events = EventAccumulator(str(run)).Reload().Tags()
         logged.append(set(events["scalars"]) | set(events["images"]))
     assert logged[0] >= {
-        "train/reconstruction_loss", "train/commitment_loss", "train/perplexity",
-        "val/reconstruction_loss", "val/codebook_usage", "val/perplexity", "val/reconstructions",
-    }  # fmt: skip
+        "train/reconstruction_loss",
+        "train/commitment_loss",
+        "train/perplexity",
+        "val/reconstruction_loss",
+        "val/codebook_usage",
+        "val/perplexity",
+        "val/reconstructions",
+    }
     assert logged[1] >= {"train/cross_entropy", "val/cross_entropy", "val/from_images", "val/from_texts"}
 
 
@@ -171,7 +176,7 @@ def test_what_a_discriminator_taught_is_not_thrown_away(runs):
 def test_what_a_killed_process_left_of_a_checkpoint_goes(tmp_path):
     left = tmp_path / ".last.ckpt.123.partial"
     left.write_bytes(b"0" * 100)
-    WholeCheckpoints().save_checkpoint({}, tmp_path / "last.ckpt")
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -283,9 +288,9 @@ def test_starting_from_language_weights(call, runs, monkeypatch, tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50)).save_pretrained(tmp_path / "gpt2")
     arguments = [*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "output=run", "language_weights=gpt2"]
     seen = []
-    original = ConditionalTransformer.start_from_language
+    original = ConditionalTransformer.init_from_gpt2
     monkeypatch.setattr(
-        ConditionalTransformer, "start_from_language", lambda self, name: (seen.append(name), original(self, name))[1]
+        ConditionalTransformer, "init_from_gpt2", lambda self, name: (seen.append(name), original(self, name))[1]
     )
     assert call(*arguments, "trainer.max_steps=2").code == 0
     shutil.rmtree(tmp_path / "gpt2")
@@ -517,7 +522,7 @@ def test_no_room_for_the_first_checkpoint(call, small_files, tmp_path):
 @pytest.mark.parametrize("hidden", [False, True], ids=["plain", "inside torch"])
 def test_no_room_for_a_later_checkpoint(monkeypatch, tmp_path, hidden):
     """The one before stays whole, and nothing lies beside it."""
-    path, files = tmp_path / "checkpoints" / "last.ckpt", WholeCheckpoints()
+    path, files = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpointIO()
     files.save_checkpoint({"step": 1}, path)
 
     def full(checkpoint, file):

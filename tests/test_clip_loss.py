@@ -12,9 +12,10 @@ from conftest import QUIET, TRANSFORMER_SIZES
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipgen import TextToImage, losses
+from clipgen import TextToImage
 from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ShapesDataset
+from clipgen.models import losses
 from clipgen.transformer import ConditionalTransformer
 
 
@@ -103,9 +104,14 @@ def spied(transformer: ConditionalTransformer, monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("options", "accumulate", "expected"),
-    [({}, 1, [8] * 4), (dict(clip_loss_every=2), 1, [8, 8]), (dict(clip_loss_every=2), 2, [8] * 4),
-     (dict(clip_loss_fraction=0.5), 1, [4] * 4), (dict(clip_loss_fraction=0.01, clip_loss_every=3), 1, [1, 1])],
-)  # fmt: skip
+    [
+        ({}, 1, [8] * 4),
+        (dict(clip_loss_every=2), 1, [8, 8]),
+        (dict(clip_loss_every=2), 2, [8] * 4),
+        (dict(clip_loss_fraction=0.5), 1, [4] * 4),
+        (dict(clip_loss_fraction=0.01, clip_loss_every=3), 1, [1, 1]),
+    ],
+)
 def test_what_is_not_asked_for_is_not_decoded(options, accumulate, expected, tiny_vqgan, shapes_clip, fit, monkeypatch):
     """Four optimizer steps: every n-th, with all batches that add up to it; of each batch the first rows."""
     transformer = model(clip_loss_weight=0.2, **options).attach(tiny_vqgan, shapes_clip)
@@ -131,10 +137,14 @@ def test_a_rare_loss_weighs_more(tiny_vqgan, shapes_clip, images):
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("clip_loss_codes", "hard", "be one of straight_through, gumbel, expected, got 'hard'"),
-     ("clip_loss_kind", "l2", "be one of log, cosine, got 'l2'"), ("clip_loss_every", 0, "be at least 1, got 0"),
-     ("clip_loss_fraction", 0.0, r"be in \(0, 1\], got 0.0"), ("clip_loss_fraction", 1.5, r"be in \(0, 1\], got 1.5")],
-)  # fmt: skip
+    [
+        ("clip_loss_codes", "hard", "be one of straight_through, gumbel, expected, got 'hard'"),
+        ("clip_loss_kind", "l2", "be one of log, cosine, got 'l2'"),
+        ("clip_loss_every", 0, "be at least 1, got 0"),
+        ("clip_loss_fraction", 0.0, r"be in \(0, 1\], got 0.0"),
+        ("clip_loss_fraction", 1.5, r"be in \(0, 1\], got 1.5"),
+    ],
+)
 def test_senseless_arguments_are_refused(name, value, message):
     with pytest.raises(ValueError, match=f"{name} must {message}"):
         model(**{name: value})
@@ -149,9 +159,18 @@ def test_training_with_it_brings_samples_nearer():
         torch.manual_seed(0)
         pipe = TextToImage.load("shapes")
         transformer = ConditionalTransformer(
-            n_layer=2, n_head=2, n_embd=64, codebook_size=512, num_tokens=64, clip_dim=64, grid_positions=True,
-            learning_rate=3e-3, clip_loss_weight=weight, clip_loss_codes="gumbel", clip_loss_kind="cosine",
-        ).attach(pipe.vqgan, pipe.clip)  # fmt: skip
+            n_layer=2,
+            n_head=2,
+            n_embd=64,
+            codebook_size=512,
+            num_tokens=64,
+            clip_dim=64,
+            grid_positions=True,
+            learning_rate=3e-3,
+            clip_loss_weight=weight,
+            clip_loss_codes="gumbel",
+            clip_loss_kind="cosine",
+        ).attach(pipe.vqgan, pipe.clip)
         trainer = pl.Trainer(max_steps=70, max_epochs=-1, accelerator="cpu", **QUIET)
         trainer.fit(transformer, DataLoader(items, batch_size=8))
         with torch.no_grad():

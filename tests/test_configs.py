@@ -11,12 +11,12 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from clipgen import callbacks, resume
 from clipgen.cli.config import composed, config_dir, fits, make, plain
 from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import shapes_data
-from clipgen.data.shards import shard_data
+from clipgen.data.webdataset import shard_data
+from clipgen.training import callbacks, resume
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -100,7 +100,7 @@ def test_other_keys_are_arguments_too():
         assert get_object(node["_target_"]) is FrozenCLIP, name
         assert values(node) == set(arguments(FrozenCLIP.__init__))
     config = composed("stage=vqgan")
-    assert values(config.pictures) == set(arguments(callbacks.PictureLogger.__init__)) - {"folder"}
+    assert values(config.pictures) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder"}
     assert values(config.checkpoint) == set(arguments(resume.checkpoints)) - {"folder", "monitor"}
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
 
@@ -123,9 +123,14 @@ def test_every_tokenizer_composes_and_builds(name):
 
 @pytest.mark.parametrize(
     ("name", "language", "parameters"),
-    [("gpt2-small", 124_439_808, None), ("gpt2-medium", 354_823_168, None), ("gpt2-large", 774_030_080, None),
-     ("gpt2-xl", 1_557_611_200, None), ("gpt2-xl-clipgen", None, 1_386.3e6)],
-)  # fmt: skip
+    [
+        ("gpt2-small", 124_439_808, None),
+        ("gpt2-medium", 354_823_168, None),
+        ("gpt2-large", 774_030_080, None),
+        ("gpt2-xl", 1_557_611_200, None),
+        ("gpt2-xl-clipgen", None, 1_386.3e6),
+    ],
+)
 def test_sizes(name, language, parameters):
     """Those of OpenAI's have as many parameters as its GPT-2, where words and positions are as many as there."""
     config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"size={name}")
@@ -213,13 +218,26 @@ def count(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize(
     ("value", "kind", "expected"),
     [
-        (1, int, True), (1.0, int, False), (True, int, False), ("1", int, False), (None, int, False),
-        (1, float, True), (1e-3, float, True), (False, float, False),
-        (True, bool, True), (1, bool, False), ("a", str, True), (1, str, False),
-        (None, str | None, True), (3, str | None, False), ([1, 2], list[int], True), ([1, "a"], list[int], False),
-        (3, str | list[str], False), ("a", str | list[str], True),
+        (1, int, True),
+        (1.0, int, False),
+        (True, int, False),
+        ("1", int, False),
+        (None, int, False),
+        (1, float, True),
+        (1e-3, float, True),
+        (False, float, False),
+        (True, bool, True),
+        (1, bool, False),
+        ("a", str, True),
+        (1, str, False),
+        (None, str | None, True),
+        (3, str | None, False),
+        ([1, 2], list[int], True),
+        ([1, "a"], list[int], False),
+        (3, str | list[str], False),
+        ("a", str | list[str], True),
     ],
-)  # fmt: skip
+)
 def test_types(value, kind, expected):
     assert fits(value, kind) is expected
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipgen import losses
-from clipgen.bridge import Bridge, noisy_condition
+from clipgen.generation.modality_gap import EmbeddingProjector, add_condition_noise
+from clipgen.models import losses
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -37,8 +37,16 @@ class Waits(TorchDispatchMode):
 @pytest.fixture
 def gan() -> VQGAN:
     """With all that a step may have to do."""
-    more = dict(discriminator_weight=0.8, discriminator_start=1, lecam_weight=0.1, ema_decay=0.9, kmeans_iters=2,
-                codebook_momentum=0.9, gradient_clip=1.0, schedule="cosine")  # fmt: skip
+    more = dict(
+        discriminator_weight=0.8,
+        discriminator_start=1,
+        lecam_weight=0.1,
+        ema_decay=0.9,
+        kmeans_iters=2,
+        codebook_ema_decay=0.9,
+        gradient_clip=1.0,
+        schedule="cosine",
+    )
     return VQGAN(**VQGAN_SIZES | more)
 
 
@@ -91,7 +99,7 @@ def test_drawing_stays_on_the_gpu(pipe, monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     pipe.transformer._frozen = None
     there = TextToImage(moved(pipe.vqgan), moved(pipe.transformer), moved(pipe.clip))
-    there.bridge = moved(Bridge(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
+    there.bridge = moved(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = there.embed("a small red star on a black background")
     given = there.vqgan.encode(torch.empty(1, 3, 32, 32, device=gpu)).flatten(1)[:, :8]
     for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, given=given)):
@@ -104,8 +112,8 @@ def test_losses_stay_on_the_gpu(transformer, gan, gpu):
     there, gan = moved(transformer).attach(moved(vqgan), moved(clip)), moved(gan).train()
     images = torch.empty(2, 3, 32, 32, device=gpu)
     indices, e = there.encode(images)
-    loss, logits = there.gpt(indices, noisy_condition(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True)
-    gan.autoencoder.quantize.init_by_kmeans_(gan.encode_latents(images))
+    loss, logits = there.gpt(indices, add_condition_noise(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True)
+    gan.autoencoder.quantize.kmeans_init_(gan.encode_latents(images))
     reconstruction, quantized = gan.autoencode(images)
     terms = gan.autoencoder_loss(images, reconstruction, quantized)
     both = gan.discriminator(images), gan.discriminator(reconstruction)

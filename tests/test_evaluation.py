@@ -23,18 +23,18 @@ from torch import Tensor
 from clipgen.cli.evaluate import parser
 from clipgen.cli.evaluate import sentences as asked
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
-from clipgen.encoding import vqgan_identity
 from clipgen.evaluation import captions as sentences
-from clipgen.evaluation import metrics
-from clipgen.evaluation.captioner import captioner
-from clipgen.evaluation.collection import Collection, collect
-from clipgen.evaluation.evaluate import evaluate
+from clipgen.evaluation import functional
+from clipgen.evaluation.caps import captioner
+from clipgen.evaluation.feature_store import FeatureStore, collect
 from clipgen.evaluation.features import Features, clean_resize, feature_extractor, source_hash
-from clipgen.evaluation.measure import Measure, blurred
+from clipgen.evaluation.image_metrics import ImageMetrics, blurred
+from clipgen.evaluation.report import summary, table
+from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages, drawing
-from clipgen.evaluation.summary import summary, table
 from clipgen.images import save_png, to_pil
-from clipgen.lpips import WeightsMissing
+from clipgen.models.lpips import MissingWeightsError
+from clipgen.precompute import vqgan_identity
 from clipgen.vqgan import VQGAN
 
 fidelity = pytest.importorskip("torch_fidelity")
@@ -98,7 +98,7 @@ def test_frechet_distance_is_torch_fidelitys_and_scipys():
     scipy_linalg = pytest.importorskip("scipy.linalg")
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(500, 20)) @ rng.normal(size=(20, 20)), rng.normal(size=(400, 20)) + 0.5
-    ours = metrics.frechet_distance(metrics.moments(np.array_split(a, 7)), metrics.moments([b]))
+    ours = functional.frechet_distance(functional.moments(np.array_split(a, 7)), functional.moments([b]))
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
     both = [fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
@@ -112,26 +112,26 @@ def test_frechet_distance_of_two_known_gaussians():
     """Diagonal covariances: sum (m - m')^2 + (s - s')^2."""
     a = np.array([1.0, 2.0]), np.diag([4.0, 9.0])
     b = np.array([0.0, 4.0]), np.diag([1.0, 25.0])
-    assert metrics.frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 4)
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert functional.frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 4)
+    assert functional.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_moments_of_far_away_features_keep_their_digits():
     x = np.random.default_rng(0).normal(size=(100, 3)) + 1e6
-    mean, covariance = metrics.moments(np.array_split(x, 9))
+    mean, covariance = functional.moments(np.array_split(x, 9))
     assert mean == pytest.approx(x.mean(0), rel=1e-12) and covariance == pytest.approx(np.cov(x.T), rel=1e-6)
     with pytest.raises(ValueError, match="at least two images on either side, got 1"):
-        metrics.moments([x[:1]])
+        functional.moments([x[:1]])
 
 
 def test_inception_score_by_hand():
     """Two classes, each image sure of one of them: exp(KL) = 2; all alike: 1."""
     sure = torch.tensor([[50.0, 0.0], [0.0, 50.0]]).repeat(500, 1)
-    mean, _ = metrics.inception_score(sure)
+    mean, _ = functional.inception_score(sure)
     assert mean == pytest.approx(2, rel=1e-2)
-    assert metrics.inception_score(torch.zeros(100, 5))[0] == pytest.approx(1)
+    assert functional.inception_score(torch.zeros(100, 5))[0] == pytest.approx(1)
     with pytest.raises(ValueError, match="at least 20 images, got 19"):
-        metrics.inception_score(sure[:19])
+        functional.inception_score(sure[:19])
 
 
 def test_kernel_distance_by_its_formula():
@@ -139,16 +139,18 @@ def test_kernel_distance_by_its_formula():
     k = lambda a, b: (a @ b.T / 6 + 1) ** 3
     off = lambda m: (m.sum() - m.trace()) / (40 * 39)
     expected = off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean()  # fewer than 1000: every subset is the whole
-    mean, spread = metrics.kernel_distance(x, y)
+    mean, spread = functional.kernel_distance(x, y)
     assert mean == pytest.approx(expected.item(), rel=1e-4) and spread == pytest.approx(0, abs=1e-4)
 
 
 def test_precision_and_recall_of_sets_that_know_each_other():
     x = torch.randn(50, 4)
-    assert metrics.precision_recall(x, x) == (1, 1)
-    assert metrics.precision_recall(x[:25] * 0.01, x)[1] < metrics.precision_recall(x[:25] * 0.01, x)[0]  # one mode
+    assert functional.precision_recall(x, x) == (1, 1)
+    assert (
+        functional.precision_recall(x[:25] * 0.01, x)[1] < functional.precision_recall(x[:25] * 0.01, x)[0]
+    )  # one mode
     with pytest.raises(ValueError, match="more than 3 images on either side, got 3"):
-        metrics.precision_recall(x[:3], x)
+        functional.precision_recall(x[:3], x)
 
 
 @pytest.mark.parametrize("sizes", [(4, 5, 3), (700, 1003, 16), (2002, 1500, 64)])
@@ -158,14 +160,14 @@ def test_precision_and_recall_are_torch_fidelitys(sizes):
 
     a, b = torch.randn(sizes[0], sizes[2]), 1.1 * torch.randn(sizes[1], sizes[2]) + 0.1
     expected = prc_features_to_metric(a, b, save_cpu_ram=False, verbose=False)
-    found = metrics.precision_recall(a, b)
+    found = functional.precision_recall(a, b)
     assert found == pytest.approx((expected["precision"], expected["recall"]), rel=1e-6)
 
 
 def test_caption_score_is_the_geometric_mean():
-    assert metrics.caption_score(torch.tensor([0.5, 0.125]).log()) == pytest.approx(0.25)
+    assert functional.caption_score(torch.tensor([0.5, 0.125]).log()) == pytest.approx(0.25)
     with pytest.raises(ValueError, match="a caption with a token, got none"):
-        metrics.caption_score(torch.empty(0))
+        functional.caption_score(torch.empty(0))
 
 
 def test_blur_is_pillows(images):
@@ -183,13 +185,24 @@ def test_blur_is_pillows(images):
 def test_a_folder_has_torch_fidelitys_numbers(two_folders, inception_file, tmp_path, resize):
     """The whole way from PNG files, beside torch-fidelity's own command."""
     features = feature_extractor(f"{resize}:{inception_file}")
-    ours = evaluate(tmp_path, FolderImages(two_folders[0]), Measure(features, [0]), RealImages(str(two_folders[1]), 32))
+    ours = evaluate(
+        tmp_path, FolderImages(two_folders[0]), ImageMetrics(features, [0]), RealImages(str(two_folders[1]), 32)
+    )
     theirs = fidelity.calculate_metrics(
-        input1=str(two_folders[0]), input2=str(two_folders[1]), isc=True, fid=True, kid=True, prc=True, cuda=False,
-        kid_subset_size=24, verbose=False, cache=False, feature_extractor="inception-v3-compat",
+        input1=str(two_folders[0]),
+        input2=str(two_folders[1]),
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
+        cuda=False,
+        kid_subset_size=24,
+        verbose=False,
+        cache=False,
+        feature_extractor="inception-v3-compat",
         feature_layer_prc="2048",
         feature_extractor_weights_path=str(inception_file),
-    )  # fmt: skip
+    )
     pairs = {"fid_0": "frechet_inception_distance", "precision": "precision", "recall": "recall"}
     if resize == "inception":
         for name, key in pairs.items():  # theirs takes roots of a singular product's general eigenvalues: 1e-5 of noise
@@ -239,11 +252,17 @@ def test_classifiers_of_torchvision_and_timm(tmp_path, images):
     assert features.shape == (8, 512) and logits.shape == (8, 1000)
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("nonsense", "features must be inception"), ("torchvision:nothing", "nothing"), ("timm:nothing", "cannot be"),
-    ("os:nothing", "has no attribute"), ("math:sqrt", "features 'math:sqrt' cannot be loaded"),
-    ("inception:/nowhere.pth", "need torch-fidelity and its weights"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "features must be inception"),
+        ("torchvision:nothing", "nothing"),
+        ("timm:nothing", "cannot be"),
+        ("os:nothing", "has no attribute"),
+        ("math:sqrt", "features 'math:sqrt' cannot be loaded"),
+        ("inception:/nowhere.pth", "need torch-fidelity and its weights"),
+    ],
+)
 def test_features_that_cannot_be_had(name, message):
     with pytest.raises(ValueError, match=message):
         feature_extractor(name)
@@ -257,7 +276,7 @@ def test_images_go_where_the_networks_are(images, shapes_clip):
         seen.append((images.device.type, len(images)))
         return torch.zeros(len(images), 1)
 
-    measure = Measure(Features(features), [0], device="meta")
+    measure = ImageMetrics(Features(features), [0], device="meta")
     for each in (measure, measure.for_reference()):
         each(images, [])
     assert seen[1:] == [("meta", 8)] * 2
@@ -271,12 +290,12 @@ def test_images_go_where_the_networks_are(images, shapes_clip):
 
 def of(source, measure, folder, **options) -> dict[str, float]:
     collect(folder, source, measure, measure.identity, **options)
-    return summary(Collection(folder))
+    return summary(FeatureStore(folder))
 
 
 def test_numbers_depend_on_neither_batches_nor_workers_nor_order(two_folders, tmp_path, shapes_clip):
     features = feature_extractor(f"{__name__}:sixteen_classes")
-    measure = Measure(features, clips={"shapes": shapes_clip}, shapes=True)
+    measure = ImageMetrics(features, clips={"shapes": shapes_clip}, shapes=True)
     real = RealImages(str(two_folders[1]), 32)
     first = evaluate(tmp_path / "1", FolderImages(two_folders[0], captions=None), measure, real)
     shuffled = tmp_path / "shuffled"
@@ -294,7 +313,7 @@ def test_an_inception_score_of_few_images_is_left_out(two_folders, tmp_path, cap
     """Splits of one image would make it 1, whatever they show."""
     few = FolderImages(two_folders[0])
     few.files, few.pieces = few.files[:12], [range(12)]
-    found = of(few, Measure(feature_extractor(f"{__name__}:sixteen_classes"), [0]), tmp_path)
+    found = of(few, ImageMetrics(feature_extractor(f"{__name__}:sixteen_classes"), [0]), tmp_path)
     assert "is_mean" not in found and "IS is left out: it needs at least 20 images, got 12" in caplog.text
 
 
@@ -317,7 +336,7 @@ def test_pictures_of_several_sizes_are_mentioned_once(tmp_path, caplog):
 def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 6)
     prompts = [str(a) for a in ALL_ATTRIBUTES[:20]]
-    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    measure = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0])
     asked = []
 
     def draw(captions, seeds):
@@ -334,26 +353,26 @@ def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
     collect(tmp_path / "killed", source(drawing(pipe)), measure, measure.identity, advance=done.append)
     assert done[0] == 6 and sum(done) == 20  # what was there counts as done
     collect(tmp_path / "whole", source(drawing(pipe)), measure, measure.identity)
-    for ours, theirs in zip(Collection(tmp_path / "killed").parts, Collection(tmp_path / "whole").parts):
+    for ours, theirs in zip(FeatureStore(tmp_path / "killed").parts, FeatureStore(tmp_path / "whole").parts):
         with np.load(ours) as a, np.load(theirs) as b:
             assert all(np.array_equal(a[name], b[name]) for name in b.files)
 
 
 def test_processes_share_the_parts(two_folders, tmp_path, monkeypatch):
     monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
-    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    measure = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0])
     source = FolderImages(two_folders[0])
     assert evaluate(tmp_path, source, measure, share=(1, 2)) is None
-    assert len(Collection(tmp_path / "parts").parts) == 1
+    assert len(FeatureStore(tmp_path / "parts").parts) == 1
     assert evaluate(tmp_path, source, measure, share=(0, 2)) is not None
-    assert len(Collection(tmp_path / "parts")) == 24
+    assert len(FeatureStore(tmp_path / "parts")) == 24
 
 
 def test_whoever_is_last_compares(two_folders, tmp_path, monkeypatch):
     """One process is done with the reference first and with the images last."""
     monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 15)
     monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
-    measure, calls = Measure(feature_extractor(f"{__name__}:some_features"), [0]), []
+    measure, calls = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0]), []
     reference = RealImages(str(two_folders[1]), 32)
 
     class Overtaken(FolderImages):
@@ -379,7 +398,7 @@ def test_functions_of_the_current_folder(tmp_path, monkeypatch, images):
 
 def test_spaces_are_never_mixed(two_folders, tmp_path):
     ours, other = (
-        Measure(feature_extractor(f"{__name__}:{name}"), [0]) for name in ("some_features", "sixteen_classes")
+        ImageMetrics(feature_extractor(f"{__name__}:{name}"), [0]) for name in ("some_features", "sixteen_classes")
     )
     evaluate(tmp_path, FolderImages(two_folders[0]), ours)
     with pytest.raises(ValueError, match=r"was measured with features=.*some_features .*, not .*sixteen_classes"):
@@ -389,10 +408,12 @@ def test_spaces_are_never_mixed(two_folders, tmp_path):
 
 
 def test_a_reference_that_was_measured_before(two_folders, tmp_path):
-    ours, other = (Measure(feature_extractor(f"{__name__}:{n}"), [0]) for n in ("some_features", "sixteen_classes"))
+    ours, other = (
+        ImageMetrics(feature_extractor(f"{__name__}:{n}"), [0]) for n in ("some_features", "sixteen_classes")
+    )
     expected = evaluate(tmp_path / "1", FolderImages(two_folders[0]), ours, RealImages(str(two_folders[1]), 32))
     evaluate(tmp_path / "reference", FolderImages(two_folders[1]), ours)
-    measured = Collection(tmp_path / "reference/parts")
+    measured = FeatureStore(tmp_path / "reference/parts")
     found = evaluate(tmp_path / "2", FolderImages(two_folders[0]), ours, measured)
     assert found == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match=r"reference .*parts was measured with features=.*some_features"):
@@ -406,30 +427,30 @@ def test_a_part_without_images_is_no_obstacle(two_folders, tmp_path):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for file in files:
                 tar.add(file, file.name)
-    measure = Measure(feature_extractor(f"{__name__}:sixteen_classes"), [0])
+    measure = ImageMetrics(feature_extractor(f"{__name__}:sixteen_classes"), [0])
     expected = evaluate(tmp_path / "a", FolderImages(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
     shards = RealImages(str(tmp_path / "*.tar"), 32)
     assert evaluate(tmp_path / "b", FolderImages(two_folders[0]), measure, shards) == pytest.approx(expected, rel=1e-6)
     collect(tmp_path / "c", shards, measure, measure.identity)
-    found = Collection(tmp_path / "c")
+    found = FeatureStore(tmp_path / "c")
     assert len(found) == 30 and {"features_0", "logits"} < found.columns()
     collect(
         tmp_path / "d", GeneratedImages(lambda captions, seeds: torch.empty(0), [], 0, {}), measure, measure.identity
     )
     with pytest.raises(ValueError, match=r"reference must hold images, got none in .*d$"):
-        evaluate(tmp_path / "e", FolderImages(two_folders[0]), measure, Collection(tmp_path / "d"))
+        evaluate(tmp_path / "e", FolderImages(two_folders[0]), measure, FeatureStore(tmp_path / "d"))
 
 
 def test_a_reference_that_is_not_finished_is_refused(two_folders, tmp_path, monkeypatch):
     monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
-    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    measure = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0])
     evaluate(tmp_path, FolderImages(two_folders[1]), measure, share=(0, 2))
     with pytest.raises(ValueError, match=r"reference .*parts is not finished"):
-        evaluate(tmp_path / "new", FolderImages(two_folders[0]), measure, Collection(tmp_path / "parts"))
+        evaluate(tmp_path / "new", FolderImages(two_folders[0]), measure, FeatureStore(tmp_path / "parts"))
 
 
 def test_damaged_parts_are_named(two_folders, tmp_path):
-    measure = Measure(feature_extractor(f"{__name__}:some_features"), [0])
+    measure = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0])
     evaluate(tmp_path, FolderImages(two_folders[0]), measure)
     part = tmp_path / "parts/part-000000.npz"
     for content in (part.read_bytes()[:300], b"", b"junk"):
@@ -445,7 +466,7 @@ def test_damaged_parts_are_named(two_folders, tmp_path):
 
 def test_what_fails_before_its_first_part_binds_nobody(two_folders, tmp_path):
     (tmp_path / "other.txt").write_text("a user's own file")
-    measure = Measure(shapes=True)
+    measure = ImageMetrics(shapes=True)
     with pytest.raises(ValueError, match="sentence must read like"):
         evaluate(tmp_path, FolderImages(two_folders[0], captions=[(None, "a cat")] * 24), measure)
     assert evaluate(tmp_path, FolderImages(two_folders[0], captions=None), measure)["judge_all"] == 1
@@ -460,7 +481,7 @@ def test_classes_that_a_classifier_recognises(tmp_path):
         means = images.mean((2, 3))
         return means, means
 
-    measure = Measure(Features(three_classes, "three"), [0], classes=["red", "green", "blue"])
+    measure = ImageMetrics(Features(three_classes, "three"), [0], classes=["red", "green", "blue"])
     source = GeneratedImages(lambda captions, seeds: images, ["red", "green", "red"], 0, {})
     assert of(source, measure, tmp_path / "1")["accuracy"] == pytest.approx(2 / 3)
     measure.classes = ["crane", "green", "crane"]  # of ImageNet's classes some share a name
@@ -471,7 +492,7 @@ def test_classes_that_a_classifier_recognises(tmp_path):
 def test_a_reference_is_measured_once(two_folders, tmp_path):
     calls = []
 
-    class Counted(Measure):
+    class Counted(ImageMetrics):
         def __call__(self, images, captions):
             calls.append(len(images))
             return super().__call__(images, captions)
@@ -502,7 +523,7 @@ def test_an_image_of_nan_is_refused(tmp_path):
         return images
 
     with pytest.raises(ValueError, match="images must be finite, got NaN or infinity in an image of 'two'"):
-        collect(tmp_path, GeneratedImages(draw, ["one", "two"], 0, {}), Measure(None), {})
+        collect(tmp_path, GeneratedImages(draw, ["one", "two"], 0, {}), ImageMetrics(None), {})
 
 
 MANY = 12_000  # images, of which features and logits are 72 MB, and torch-fidelity's probabilities 290 MB
@@ -511,8 +532,8 @@ import re, resource, sys
 from pathlib import Path
 import torch
 import torch_fidelity.metric_isc, torch_fidelity.metric_kid
-from clipgen.evaluation.collection import Collection
-from clipgen.evaluation.summary import summary
+from clipgen.evaluation.feature_store import Collection
+from clipgen.evaluation.report import summary
 
 folder = Collection(Path(sys.argv[1]))
 torch.set_num_threads(1)
@@ -549,7 +570,7 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        Collection(tmp_path).mapped("features_0", tmp_path)
+        FeatureStore(tmp_path).mapped("features_0", tmp_path)
     assert sizes == [32]
 
 
@@ -585,14 +606,23 @@ def test_captions_as_windows_and_the_web_write_them(tmp_path):
     assert sentences.read_captions(tmp_path / "c.JSON") == [(None, "a cat")]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.txt", "1.png\ta cat\na dog\n", "must stand before every sentence, or before none"),
-    ("a.txt", "1.png\ta cat\n2.png\t\n", "an empty one"),
-    ("a.json", '[{"caption": "a cat"}]', "each sentence must be a text, got {'caption': 'a cat'}"),
-    ("a.json", '{"1.png": ["a cat", "a pet"]}', "each sentence must be a text"), ("a.json", "[null]", "got None"),
-    ("a.json", '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "caption": 3}]}', "got 3"),
-    ("a.json", '"a cat"', "a list, a mapping or COCO's layout"), ("a.json", "{}", "got none in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "1.png\ta cat\na dog\n", "must stand before every sentence, or before none"),
+        ("a.txt", "1.png\ta cat\n2.png\t\n", "an empty one"),
+        ("a.json", '[{"caption": "a cat"}]', "each sentence must be a text, got {'caption': 'a cat'}"),
+        ("a.json", '{"1.png": ["a cat", "a pet"]}', "each sentence must be a text"),
+        ("a.json", "[null]", "got None"),
+        (
+            "a.json",
+            '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "caption": 3}]}',
+            "got 3",
+        ),
+        ("a.json", '"a cat"', "a list, a mapping or COCO's layout"),
+        ("a.json", "{}", "got none in"),
+    ],
+)
 def test_what_is_no_sentence_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as error:
@@ -645,10 +675,21 @@ def test_blips_caption_score_is_the_formula(tmp_path, images):
     tokenizer = BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), vocab_file=str(tmp_path / "vocab.txt"))
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
     config = BlipConfig(
-        text_config=dict(**small, vocab_size=11, max_position_embeddings=12, encoder_hidden_size=16, bos_token_id=5,
-                         sep_token_id=3, pad_token_id=0, eos_token_id=3, is_decoder=True, initializer_range=0.5),
-        vision_config=dict(**small, image_size=32, patch_size=16, initializer_range=0.5), projection_dim=8,
-    )  # fmt: skip
+        text_config=dict(
+            **small,
+            vocab_size=11,
+            max_position_embeddings=12,
+            encoder_hidden_size=16,
+            bos_token_id=5,
+            sep_token_id=3,
+            pad_token_id=0,
+            eos_token_id=3,
+            is_decoder=True,
+            initializer_range=0.5,
+        ),
+        vision_config=dict(**small, image_size=32, patch_size=16, initializer_range=0.5),
+        projection_dim=8,
+    )
     model = BlipForConditionalGeneration(config).eval()
     model.save_pretrained(tmp_path / "blip")
     size = {"height": 32, "width": 32}
@@ -662,16 +703,16 @@ def test_blips_caption_score_is_the_formula(tmp_path, images):
                 logits = model(pixel_values=image[None], input_ids=torch.tensor([before])).logits[0, -1]
             product *= logits.softmax(-1)[word].item()
             before.append(word)
-        assert metrics.caption_score(ours[row]) == pytest.approx(product ** (1 / len(ids)), rel=1e-4)
+        assert functional.caption_score(ours[row]) == pytest.approx(product ** (1 / len(ids)), rel=1e-4)
     blip = captioner(f"blip:{tmp_path / 'blip'}")
     known, unknown, long = blip(images[:1].repeat(3, 1, 1, 1), ["a red", "a zebra", "a " * 40])
     assert len(unknown) == 2 and known[0] == pytest.approx(unknown[0].item(), rel=1e-4) and len(long) == 12 - 2
     with pytest.raises(ValueError, match=r"a caption with a token, got none in '\\x00'"):
-        Measure(captioner=blip)(images[:1], ["\x00"])
+        ImageMetrics(captioner=blip)(images[:1], ["\x00"])
     other = captioner(f"blip:{tmp_path / 'blip'}")
-    identities = [Measure(captioner=each, captioner_name="blip").identity for each in (blip, other)]
+    identities = [ImageMetrics(captioner=each, captioner_name="blip").identity for each in (blip, other)]
     torch.nn.init.zeros_(next(other.model.parameters()))
-    assert identities[0] == identities[1] != Measure(captioner=other, captioner_name="blip").identity
+    assert identities[0] == identities[1] != ImageMetrics(captioner=other, captioner_name="blip").identity
 
 
 def half_sure(images: Tensor, captions) -> list[Tensor]:
@@ -681,7 +722,7 @@ def half_sure(images: Tensor, captions) -> list[Tensor]:
 
 def test_caption_score_of_a_set(tmp_path, images):
     source = GeneratedImages(lambda captions, seeds: images[: len(seeds)], ["a red", "a blue"], 0, {})
-    measure = Measure(None, captioner=captioner(f"{__name__}:half_sure"))
+    measure = ImageMetrics(None, captioner=captioner(f"{__name__}:half_sure"))
     assert measure.identity["captioner_source"] == source_hash(half_sure) == source_hash(sys.modules[__name__])
     found = of(source, measure, tmp_path)
     assert found == {"caps": pytest.approx((0.5 + 0.25) / 2)}
@@ -702,8 +743,22 @@ OFFLINE = ("--features", "clip:shapes", "--clip", "shapes", "--device", "cpu")
 
 @pytest.mark.slow
 def test_the_bundled_model(call, tmp_path):
-    done = call("--checkpoint", "shapes", "--captions", "shapes", "--reference", "shapes", "--judge", "--num-images",
-                40, "--top-p", 0.8, "--output", tmp_path / "out", *OFFLINE)  # fmt: skip
+    done = call(
+        "--checkpoint",
+        "shapes",
+        "--captions",
+        "shapes",
+        "--reference",
+        "shapes",
+        "--judge",
+        "--num-images",
+        40,
+        "--top-p",
+        0.8,
+        "--output",
+        tmp_path / "out",
+        *OFFLINE,
+    )
     assert done.code == 0, done.stderr
     content = json.loads((tmp_path / "out/metrics.json").read_text())
     assert content["metrics"]["judge_all"] >= 0.9 and content["metrics"]["clip_score shapes"] > 80
@@ -713,8 +768,18 @@ def test_the_bundled_model(call, tmp_path):
 
 
 def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
-    done = call("--images", two_folders[0], "--reference", two_folders[1], "--judge", "--name", "another system",
-                "--output", tmp_path / "out", *OFFLINE)  # fmt: skip
+    done = call(
+        "--images",
+        two_folders[0],
+        "--reference",
+        two_folders[1],
+        "--judge",
+        "--name",
+        "another system",
+        "--output",
+        tmp_path / "out",
+        *OFFLINE,
+    )
     assert done.code == 0, done.stderr
     assert "| another system |" in done.stdout
     assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["judge_all"] == 1
@@ -722,19 +787,50 @@ def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
 
 def test_the_pictures_of_clipgen_sample(call, monkeypatch, capsys, tmp_path):
     """With the sentences that stand in them, and without the sheet beside them."""
-    drawn = Call(monkeypatch, capsys, "clipgen-sample", "--checkpoint", "shapes", "--prompt",
-                 "a large red star on a white background", "--num-images", 3, "--output", tmp_path / "in")  # fmt: skip
+    drawn = Call(
+        monkeypatch,
+        capsys,
+        "clipgen-sample",
+        "--checkpoint",
+        "shapes",
+        "--prompt",
+        "a large red star on a white background",
+        "--num-images",
+        3,
+        "--output",
+        tmp_path / "in",
+    )
     assert drawn.code == 0 and (tmp_path / "in/grid.png").is_file()
-    done = call("--images", tmp_path / "in", "--judge", "--features", "none", "--clip", "shapes", "--device", "cpu",
-                "--output", tmp_path / "out")  # fmt: skip
+    done = call(
+        "--images",
+        tmp_path / "in",
+        "--judge",
+        "--features",
+        "none",
+        "--clip",
+        "shapes",
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "out",
+    )
     assert done.code == 0, done.stderr
     assert json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]["images"] == 3
 
 
 def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
     tiny_vqgan.save(tmp_path / "vqgan")
-    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out",
-                "--batch-size", 7, *OFFLINE)  # fmt: skip
+    done = call(
+        "--vqgan",
+        tmp_path / "vqgan",
+        "--reference",
+        two_folders[0],
+        "--output",
+        tmp_path / "out",
+        "--batch-size",
+        7,
+        *OFFLINE,
+    )
     assert done.code == 0, done.stderr
     content = json.loads((tmp_path / "out/metrics.json").read_text())
     found, protocol = content["metrics"], content["protocol"]
@@ -749,7 +845,7 @@ def test_a_tokenizers_reconstructions(call, two_folders, tiny_vqgan, tmp_path):
 
 def test_a_tokenizer_of_the_perceptual_loss_where_its_weights_are_not(call, two_folders, tmp_path, monkeypatch):
     def missing(weights):
-        raise WeightsMissing("nowhere")
+        raise MissingWeightsError("nowhere")
 
     for module in ("clipgen.evaluation.reconstruction", "clipgen.vqgan"):
         monkeypatch.setattr(f"{module}.load_lpips", missing)
@@ -772,21 +868,33 @@ def test_the_numbers_of_something_else_are_not_written_over(call, two_folders, t
         assert (tmp_path / "out/metrics.json").read_text() == before
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--checkpoint", "shapes"), "give --captions or --classes"),
-    (("--checkpoint", "shapes", "--captions", "shapes", "--num-images", 1), "num_images must be at least 2, got 1"),
-    (("--checkpoint", "shapes", "--captions", "nowhere.txt"), "existing file, got nowhere.txt"),
-    (("--checkpoint", "shapes", "--captions", "shapes", "--top-p", 1.3), "top_p must be in (0, 1], got 1.3"),
-    (("--checkpoint", "shapes", "--captions", "shapes", "--captioner", "blip:/nowhere"), "captioner 'blip:/nowhere'"),
-    (("--checkpoint", "shapes", "--classes", "shapes", "--template", "A photo"), "a place for the class"),
-    (("--images", "nowhere"), "root must be an existing folder"),
-    (("--vqgan", "nowhere"), "give --reference"),
-    (("--checkpoint", "shapes", "--captions", "shapes", "--blur", -1), "blur must be radii of at least 0, got -1"),
-    (("--checkpoint", "shapes", "--captions", "shapes", "--image-size", 0), "image_size must be at least 1, got 0"),
-    (("--checkpoint", "shapes", "--captions", "shapes", "--reference", "shapes", "--features", "none"), "in a space"),
-    (("--checkpoint", "shapes", "--captions", "shapes", "--clip", "none", "--features", "none"), "nothing to measure"),
-    (("--checkpoint", "shapes", "--classes", "shapes", "--judge"), "sentence must read like"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--checkpoint", "shapes"), "give --captions or --classes"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--num-images", 1), "num_images must be at least 2, got 1"),
+        (("--checkpoint", "shapes", "--captions", "nowhere.txt"), "existing file, got nowhere.txt"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--top-p", 1.3), "top_p must be in (0, 1], got 1.3"),
+        (
+            ("--checkpoint", "shapes", "--captions", "shapes", "--captioner", "blip:/nowhere"),
+            "captioner 'blip:/nowhere'",
+        ),
+        (("--checkpoint", "shapes", "--classes", "shapes", "--template", "A photo"), "a place for the class"),
+        (("--images", "nowhere"), "root must be an existing folder"),
+        (("--vqgan", "nowhere"), "give --reference"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--blur", -1), "blur must be radii of at least 0, got -1"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--image-size", 0), "image_size must be at least 1, got 0"),
+        (
+            ("--checkpoint", "shapes", "--captions", "shapes", "--reference", "shapes", "--features", "none"),
+            "in a space",
+        ),
+        (
+            ("--checkpoint", "shapes", "--captions", "shapes", "--clip", "none", "--features", "none"),
+            "nothing to measure",
+        ),
+        (("--checkpoint", "shapes", "--classes", "shapes", "--judge"), "sentence must read like"),
+    ],
+)
 def test_one_sentence(call, tmp_path, arguments, message):
     defaults = [part for pair in zip(OFFLINE[::2], OFFLINE[1::2]) if pair[0] not in arguments for part in pair]
     done = call(*arguments, "--output", "out", *defaults)
@@ -796,8 +904,18 @@ def test_one_sentence(call, tmp_path, arguments, message):
 
 def test_what_changes_no_number_is_not_refused(call, two_folders, tmp_path):
     """The order of the radii, the size of batches, the name, the reference; another radius is."""
-    arguments = ("--images", two_folders[0], "--output", tmp_path / "out", "--features", "clip:shapes", "--clip",
-                 "none", "--device", "cpu")  # fmt: skip
+    arguments = (
+        "--images",
+        two_folders[0],
+        "--output",
+        tmp_path / "out",
+        "--features",
+        "clip:shapes",
+        "--clip",
+        "none",
+        "--device",
+        "cpu",
+    )
     reference = ("--reference", two_folders[1])
     assert call(*arguments, *reference, "--blur", 0, 1).code == 0
     first = json.loads((tmp_path / "out/metrics.json").read_text())
@@ -809,16 +927,27 @@ def test_what_changes_no_number_is_not_refused(call, two_folders, tmp_path):
 
 def test_the_sentence_of_a_class(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps({"1.png": "cat", "2.png": "{dog}"}))
-    args = parser().parse_args(["--images", "x", "--classes", str(tmp_path / "classes.json"), "--template",
-                                "{a} {label}"])  # fmt: skip
+    args = parser().parse_args(
+        ["--images", "x", "--classes", str(tmp_path / "classes.json"), "--template", "{a} {label}"]
+    )
     assert asked(args) == [("1.png", "{a} cat"), ("2.png", "{a} {dog}")]
 
 
 def test_one_picture_is_too_few(call, tmp_path):
     (tmp_path / "one").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "one/a.png")
-    done = call("--images", tmp_path / "one", "--reference", tmp_path / "one", "--clip", "none", "--features",
-                "clip:shapes", "--output", tmp_path / "out")  # fmt: skip
+    done = call(
+        "--images",
+        tmp_path / "one",
+        "--reference",
+        tmp_path / "one",
+        "--clip",
+        "none",
+        "--features",
+        "clip:shapes",
+        "--output",
+        tmp_path / "out",
+    )
     assert done.code == 1 and "at least two images on either side, got 1" in done.stderr
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from clipgen.nets.decode import CachedDecoder, CompiledDecoder
-from clipgen.nets.gpt import ConditionalGPT2
+from clipgen.models.gpt import ConditionalGPT2
+from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
 
 K, T, E, C = 50, 12, 16, 32
 
@@ -25,8 +25,17 @@ def network(**arguments) -> ConditionalGPT2:
 
 def published(gpt: ConditionalGPT2) -> GPT2LMHeadModel:
     """transformers' language model with the same weights and GPT-2's own activation."""
-    config = GPT2Config(vocab_size=K, n_positions=T, n_embd=C, n_layer=3, n_head=4, activation_function="gelu_new",
-                        bos_token_id=None, eos_token_id=None, attn_implementation="eager")  # fmt: skip
+    config = GPT2Config(
+        vocab_size=K,
+        n_positions=T,
+        n_embd=C,
+        n_layer=3,
+        n_head=4,
+        activation_function="gelu_new",
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="eager",
+    )
     model = GPT2LMHeadModel(config).eval()
     model.transformer.load_state_dict(gpt.transformer.state_dict())
     model.lm_head.weight = torch.nn.Parameter(gpt.head.weight.detach().clone())
@@ -59,10 +68,14 @@ def test_greedy_decoding_is_gpt2s_index_for_index():
     gpt.transformer.wpe.weight.normal_(std=1)  # else most rows say one word again and again,
     gpt.clip_proj.weight.normal_(std=4)  # and the same one
     expected = published(gpt).generate(
-        inputs_embeds=first_token(gpt, e), attention_mask=torch.ones(32, 1, dtype=torch.long), do_sample=False,
-        min_new_tokens=T, max_new_tokens=T, pad_token_id=0,
-    )  # fmt: skip
-    step, previous, drawn = CachedDecoder(gpt, 32).start(gpt.condition(e)), None, []
+        inputs_embeds=first_token(gpt, e),
+        attention_mask=torch.ones(32, 1, dtype=torch.long),
+        do_sample=False,
+        min_new_tokens=T,
+        max_new_tokens=T,
+        pad_token_id=0,
+    )
+    step, previous, drawn = IncrementalDecoder(gpt, 32).start(gpt.condition(e)), None, []
     for position in range(T):
         previous = step(position, previous).argmax(-1)
         drawn.append(previous)
@@ -73,7 +86,7 @@ def test_greedy_decoding_is_gpt2s_index_for_index():
 @torch.no_grad()
 def test_the_cache_changes_nothing():
     gpt, e, indices = network(), embeddings(4), torch.randint(K, (4, T))
-    step = CachedDecoder(gpt, 4).start(gpt.condition(e))
+    step = IncrementalDecoder(gpt, 4).start(gpt.condition(e))
     logits = [step(t, None if t == 0 else indices[:, t - 1]) for t in range(T)]
     torch.testing.assert_close(torch.stack(logits, dim=1), gpt(indices, e), atol=1e-4, rtol=1e-4)
 
@@ -139,10 +152,10 @@ def test_products_of_few_rows(rows, outputs, bias):
     weight, offset, x = torch.randn(32, outputs), torch.randn(outputs) if bias else None, torch.randn(rows, 32)
     expected = (x.double() @ weight.double() + (offset.double() if bias else 0)).float()
     for laid_out in (weight, weight.T.contiguous().T):  # the tied head is a transposed one
-        for decoder in (CachedDecoder, CompiledDecoder):
+        for decoder in (IncrementalDecoder, CompiledDecoder):
             found = decoder.product(laid_out, offset, rows)(x)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    half = CachedDecoder.product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
+    half = IncrementalDecoder.product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
     torch.testing.assert_close(half.float(), expected, atol=0.3, rtol=0.05)
 
 
@@ -196,8 +209,15 @@ def test_grid_positions_tell_row_and_column():
     assert gpt.transformer.wpe.weight.requires_grad
     for num_tokens, n_embd in ((12, 32), (16, 34)):
         with pytest.raises(ValueError, match=f"got {num_tokens} and {n_embd}"):
-            ConditionalGPT2(n_layer=1, n_head=2, n_embd=n_embd, codebook_size=K, num_tokens=num_tokens, clip_dim=E,
-                            grid_positions=True)  # fmt: skip
+            ConditionalGPT2(
+                n_layer=1,
+                n_head=2,
+                n_embd=n_embd,
+                codebook_size=K,
+                num_tokens=num_tokens,
+                clip_dim=E,
+                grid_positions=True,
+            )
 
 
 def test_dropout_only_in_training():

@@ -40,13 +40,33 @@ def test_compiled_pictures_are_the_same_pictures(pipe, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_both_stages_train_and_draw(call, tmp_path, device):
     """In bfloat16 and compiled, with all that a recipe may switch on; stopped and resumed in between."""
-    common = [f"trainer.accelerator={device}", "trainer.precision=bf16-mixed", f"model.compile={device == 'cuda'}",
-              "model.ema_decay=0.9", "logger=csv", *SHAPES]  # fmt: skip
-    gan = ["model.channels_last=true", "model.kmeans_iters=2", "model.codebook_momentum=0.9", "model.lecam_weight=0.1",
-           "model.discriminator_weight=0.5", "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1",
-           "model.gradient_clip=1"]  # fmt: skip
-    gpt = ["vqgan=vqgan", "model.optimizer=muon", "model.condition_dropout=0.1", "model.clip_loss_weight=0.2",
-           "trainer.gradient_clip_val=1", "pictures.prompts=[a red star]"]  # fmt: skip
+    common = [
+        f"trainer.accelerator={device}",
+        "trainer.precision=bf16-mixed",
+        f"model.compile={device == 'cuda'}",
+        "model.ema_decay=0.9",
+        "logger=csv",
+        *SHAPES,
+    ]
+    gan = [
+        "model.channels_last=true",
+        "model.kmeans_iters=2",
+        "model.codebook_ema_decay=0.9",
+        "model.lecam_weight=0.1",
+        "model.discriminator_weight=0.5",
+        "model.discriminator_start=1",
+        "model.ndf=8",
+        "model.n_layers=1",
+        "model.gradient_clip=1",
+    ]
+    gpt = [
+        "vqgan=vqgan",
+        "model.optimizer=muon",
+        "model.condition_dropout=0.1",
+        "model.clip_loss_weight=0.2",
+        "trainer.gradient_clip_val=1",
+        "pictures.prompts=[a red star]",
+    ]
     for output, arguments in (("vqgan", [*VQGAN, *gan]), ("transformer", [*TRANSFORMER, *gpt])):
         arguments = ["clipgen-train", *arguments, *common, f"output={output}"]
         first = call(*arguments, "trainer.max_steps=2")

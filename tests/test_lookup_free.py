@@ -8,14 +8,17 @@ import pytest
 import torch
 from conftest import VQGAN_SIZES
 
-from clipgen.nets.autoencoder import QUANTIZERS, make_quantizer
-from clipgen.nets.lookup_free import FSQ, LFQ
+from clipgen.models.autoencoder import QUANTIZERS, make_quantizer
+from clipgen.models.quantizers.lookup_free import FSQ, LFQ
 from clipgen.vqgan import VQGAN
 
 KINDS = {
-    "euclidean": (64, 4, None), "cosine": (64, 4, None), "gumbel": (64, 4, None), "fsq": (240, 3, [8, 6, 5]),
+    "euclidean": (64, 4, None),
+    "cosine": (64, 4, None),
+    "gumbel": (64, 4, None),
+    "fsq": (240, 3, [8, 6, 5]),
     "lfq": (64, 6, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("levels", [[8, 5, 5, 5], [4, 4, 4], [3], [7, 6]])
@@ -53,8 +56,15 @@ def test_lfq_by_hand():
     assert z_q.flatten(1).tolist() == [[1, -1], [-1, 1]]
     assert losses["commitment_loss"].item() == pytest.approx((0.25 + 1 + 1 + 0) / 4)
     bit = torch.sigmoid(4 * z.flatten(1))  # of each element: codes are products of bits
-    joint = torch.stack([(1 - bit[:, 0]) * (1 - bit[:, 1]), (1 - bit[:, 0]) * bit[:, 1], bit[:, 0] * (1 - bit[:, 1]),
-                         bit[:, 0] * bit[:, 1]], dim=1)  # fmt: skip
+    joint = torch.stack(
+        [
+            (1 - bit[:, 0]) * (1 - bit[:, 1]),
+            (1 - bit[:, 0]) * bit[:, 1],
+            bit[:, 0] * (1 - bit[:, 1]),
+            bit[:, 0] * bit[:, 1],
+        ],
+        dim=1,
+    )
     entropy = lambda p: -(p * p.log()).sum(-1)
     expected = entropy(joint).mean() - entropy(joint.mean(0))
     assert losses["entropy_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -111,9 +121,21 @@ def test_every_code_is_its_own_nearest(kind):
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_each_trains_within_the_vqgan(kind, fit):
     size, dim, levels = KINDS[kind]
-    vqgan = VQGAN(quantizer=kind, codebook_size=size, codebook_dim=dim, levels=levels, ch=32, ch_mult=[1],
-                  num_res_blocks=1, attn_resolutions=[], z_channels=32, patch_size=4, perceptual_weight=0.0,
-                  discriminator_weight=0.0, learning_rate=1e-3)  # fmt: skip
+    vqgan = VQGAN(
+        quantizer=kind,
+        codebook_size=size,
+        codebook_dim=dim,
+        levels=levels,
+        ch=32,
+        ch_mult=[1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        z_channels=32,
+        patch_size=4,
+        perceptual_weight=0.0,
+        discriminator_weight=0.0,
+        learning_rate=1e-3,
+    )
     metrics = fit(vqgan, 3, batch=4).callback_metrics
     assert math.isfinite(metrics["train/loss"])
     images = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -138,6 +160,6 @@ def test_refused(arguments, message):
 
 def test_what_only_a_learned_codebook_knows_is_refused():
     with pytest.raises(
-        ValueError, match="quantizer 'lfq' does not move its codes: leave out revive_after=5, kmeans_iters=10"
+        ValueError, match="quantizer 'lfq' does not move its codes: leave out dead_code_reset_after=5, kmeans_iters=10"
     ):
         VQGAN(**VQGAN_SIZES | dict(quantizer="lfq", codebook_size=16, codebook_dim=4, kmeans_iters=10))

@@ -16,7 +16,7 @@ from conftest import SHARED
 from PIL import Image
 
 from clipgen.data.folder import folder_data
-from clipgen.data.shards import ImageShards
+from clipgen.data.webdataset import ImageShards
 
 BAD = SHARED / "data" / "bad_images"
 

@@ -12,7 +12,7 @@ from conftest import QUIET, VQGAN_SIZES
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from clipgen.optim import CombinedOptimizer, factor, make_optimizer
+from clipgen.optim import OptimizerList, factor, make_optimizer
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -45,18 +45,18 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def test_together_is_each_for_itself():
     apart, joint = net(), net()
     train(apart, halves(apart), 5)
-    train(joint, [CombinedOptimizer(*halves(joint))], 5)
+    train(joint, [OptimizerList(*halves(joint))], 5)
     assert same(apart, joint) and not same(joint, net())
 
 
 def test_a_state_is_loaded_into_the_parts():
     straight = net()
-    train(straight, [CombinedOptimizer(*halves(straight))], 6)
+    train(straight, [OptimizerList(*halves(straight))], 6)
     begun = net()
-    first = CombinedOptimizer(*halves(begun))
+    first = OptimizerList(*halves(begun))
     train(begun, [first], 3)
     resumed = copy.deepcopy(begun)
-    second = CombinedOptimizer(*halves(resumed))
+    second = OptimizerList(*halves(resumed))
     second.load_state_dict(first.state_dict())
     train(resumed, [second], 3, first=3)
     assert same(straight, resumed)
@@ -64,7 +64,7 @@ def test_a_state_is_loaded_into_the_parts():
 
 def test_a_schedule_reaches_the_parts():
     module = net()
-    joint = CombinedOptimizer(*halves(module))
+    joint = OptimizerList(*halves(module))
     schedule = torch.optim.lr_scheduler.LambdaLR(joint, lambda step: 0.0)
     before = copy.deepcopy(module)
     train(module, [joint], 2)
@@ -75,7 +75,7 @@ def test_muon_takes_the_matrices_of_the_blocks_alone():
     transformer = ConditionalTransformer(n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64)
     blocks = transformer.gpt.transformer.h
     optimizer = make_optimizer(transformer, blocks, "muon", 1e-3, (0.9, 0.95), 0.1)
-    assert isinstance(optimizer, CombinedOptimizer)
+    assert isinstance(optimizer, OptimizerList)
     muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
     assert muon == {id(p) for p in blocks.parameters() if p.ndim == 2} and len(muon) == 8
     assert adamw == {id(p) for p in transformer.parameters()} - muon

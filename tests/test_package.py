@@ -16,8 +16,18 @@ from commands import command, everything
 import clipgen
 
 ROOT = Path(__file__).parents[1]
-HEAVY = {"torch", "torchvision", "transformers", "open_clip", "pytorch_lightning", "numpy", "PIL", "hydra", "omegaconf",
-         "rich"}  # fmt: skip
+HEAVY = {
+    "torch",
+    "torchvision",
+    "transformers",
+    "open_clip",
+    "pytorch_lightning",
+    "numpy",
+    "PIL",
+    "hydra",
+    "omegaconf",
+    "rich",
+}
 
 
 def loaded_by(code: str, cwd: Path) -> set[str]:

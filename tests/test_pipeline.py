@@ -15,11 +15,11 @@ from PIL import Image
 
 import clipgen
 from clipgen import TextToImage
-from clipgen.bridge import Bridge
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
+from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.generation.prompts import describe, parse_mixture
 from clipgen.images import from_pil, to_pil
-from clipgen.nets.decode import CompiledDecoder
-from clipgen.prompts import describe, parse_mixture
+from clipgen.models.kv_cache import CompiledDecoder
 from clipgen.sampling import DEFAULTS
 from clipgen.transformer import ConditionalTransformer
 
@@ -56,7 +56,7 @@ def test_the_same_seed_draws_the_same(pipe):
 
 
 def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
-    monkeypatch.setattr("clipgen.painter.BATCH", 2)  # three batches
+    monkeypatch.setattr("clipgen.generation.generator.BATCH", 2)  # three batches
     together = pixels(pipe(PROMPT, num_images=5, seed=20))
     alone = np.concatenate([pixels(pipe(PROMPT, seed=20 + j)) for j in range(5)])
     assert np.array_equal(together, alone)
@@ -71,7 +71,7 @@ def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
     ],
 )
 def test_prompts_of_any_kind_together_are_what_each_is_alone(pipe, monkeypatch, options):
-    monkeypatch.setattr("clipgen.painter.BATCH", 4)  # which end in the middle of a prompt
+    monkeypatch.setattr("clipgen.generation.generator.BATCH", 4)  # which end in the middle of a prompt
     prompts = [PROMPT, {PROMPT: 1.0, "a red star": -0.3}, pipe(PROMPT, seed=8)[0], pipe.embed("a red star")[0]]
     options = options | dict(seed=3, complete=prompts[2] if "complete" in options else None)
     together = pipe(prompts, 3, **options)
@@ -110,7 +110,7 @@ def test_reranking_returns_the_highest_scores(pipe):
 
 def test_reranking_asks_for_the_sentence_itself(pipe):
     """Not for where the bridge moves it: pictures are drawn from there, and compared with what was said."""
-    pipe.bridge = Bridge(shift=5 * torch.nn.functional.normalize(torch.randn(64), dim=0))
+    pipe.bridge = EmbeddingProjector(shift=5 * torch.nn.functional.normalize(torch.randn(64), dim=0))
     images = pipe.generate(pipe.embed(PROMPT).expand(12, -1), 0)
     scores = pipe.clip_scores(images, pipe.clip.encode_text([PROMPT]).expand(12, -1))
     assert torch.allclose(scores, (pipe.clip.encode_image(images) @ pipe.clip.encode_text([PROMPT]).T)[:, 0])
@@ -322,7 +322,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
 def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
     """2 x 2 layers x 16 positions x 32 channels x 4 bytes an image (tests/conftest.py), in half of what is free."""
     row, pipe = 2 * 2 * 16 * 32 * 4, copy.deepcopy(pipe)
-    assert pipe.batch_size(guided=False) == clipgen.painter.BATCH
+    assert pipe.batch_size(guided=False) == clipgen.generation.generator.BATCH
     monkeypatch.setattr(ConditionalTransformer, "device", torch.device("cuda"))
     for name, value in (("memory_reserved", 9 * row), ("memory_allocated", 3 * row)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
@@ -330,7 +330,7 @@ def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
         (94, False, 32),
         (94, True, 16),
         (0, True, 1),
-        (10**6, False, clipgen.painter.MOST),
+        (10**6, False, clipgen.generation.generator.MOST),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * row, 10**9 * row))
         assert pipe.batch_size(guided) == expected
@@ -390,7 +390,7 @@ def test_a_pipeline_says_the_type_that_it_draws_in(pipe):
 
 def test_a_preview_decodes_no_more_at_once(pipe, monkeypatch):
     sizes, decode = [], pipe.vqgan.decode
-    monkeypatch.setattr(clipgen.painter, "BATCH", 2)
+    monkeypatch.setattr(clipgen.generation.generator, "BATCH", 2)
     monkeypatch.setattr(type(pipe), "batch_size", lambda self, guided: 5)
     monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: sizes.append(len(indices)) or decode(indices))
     assert len(pipe(PROMPT, 5, seed=0, preview=lambda images: None)) == 5
@@ -426,7 +426,7 @@ def test_an_embedding_is_one_vector(pipe):
 
 def test_another_bridge_is_another_model(pipe, tmp_path):
     plain = pipe(PROMPT, seed=0)[0].info["model"]
-    pipe.bridge = Bridge(shift=torch.full((64,), 0.1))
+    pipe.bridge = EmbeddingProjector(shift=torch.full((64,), 0.1))
     bridged = pipe(PROMPT, seed=0)[0].info["model"]
     assert bridged != plain and TextToImage.load(pipe.save(tmp_path / "pipe")).fingerprint == bridged
     pipe.bridge = None
@@ -462,7 +462,7 @@ def test_the_hub(pipe, monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / name))
-    pipe.bridge = Bridge(shift=torch.ones(64))
+    pipe.bridge = EmbeddingProjector(shift=torch.ones(64))
     for bridge in (pipe.bridge, None):  # nothing of the first stays where the second is
         pipe.bridge = bridge
         assert pipe.push_to_hub("me/shapes") == "https://huggingface.co/me/shapes"

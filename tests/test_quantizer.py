@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from clipgen.nets.quantizer import GumbelQuantizer, VectorQuantizer, usage_and_perplexity
+from clipgen.models.quantizers.vector import GumbelQuantizer, VectorQuantizer, usage_and_perplexity
 
 BOTH = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 
@@ -89,10 +89,10 @@ def test_fp32_inside_autocast():
     assert torch.equal(inside.indices, outside.indices) and torch.equal(inside.z_q, outside.z_q)
 
 
-def usage_after_training(revive_after: int) -> float:
+def usage_after_training(dead_code_reset_after: int) -> float:
     """Fit a codebook to 64 clusters far from where its codes begin; the part of codes in use at the end."""
     clusters = 4 + torch.randn(64, 4)
-    module = VectorQuantizer(64, 4, revive_after=revive_after)
+    module = VectorQuantizer(64, 4, dead_code_reset_after=dead_code_reset_after)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
     for _ in range(60):
         z = clusters[torch.randint(64, (256,))] + 0.01 * torch.randn(256, 4)
@@ -104,12 +104,12 @@ def usage_after_training(revive_after: int) -> float:
 
 
 def test_revival_brings_dead_codes_back():
-    assert usage_after_training(revive_after=0) < 0.2
-    assert usage_after_training(revive_after=3) > 0.7
+    assert usage_after_training(dead_code_reset_after=0) < 0.2
+    assert usage_after_training(dead_code_reset_after=3) > 0.7
 
 
 def test_only_codes_idle_for_so_many_batches_move():
-    module = quantizer(codes=4, dim=2, revive_after=3)
+    module = quantizer(codes=4, dim=2, dead_code_reset_after=3)
     module.embedding.weight.data = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])
     module.idle.zero_()
     near = lambda *codes: module.embedding.weight.data[list(codes)].reshape(-1, 2, 1, 1) + 0.1
@@ -125,7 +125,7 @@ def test_only_codes_idle_for_so_many_batches_move():
 
 
 def test_the_first_batch_seeds_the_codebook_and_evaluation_moves_nothing():
-    module = VectorQuantizer(16, 4, revive_after=50).eval()
+    module = VectorQuantizer(16, 4, dead_code_reset_after=50).eval()
     z = 10 + torch.randn(64, 4, 1, 1)
     before = module.embedding.weight.detach().clone()
     module(z)
@@ -136,7 +136,7 @@ def test_the_first_batch_seeds_the_codebook_and_evaluation_moves_nothing():
 
 def test_codes_follow_the_mean_of_their_latents():
     """Mini-batch k-means by hand: a tenth of the way to the mean; codes that nobody chose stay."""
-    module = VectorQuantizer(3, 2, codebook_momentum=0.9)
+    module = VectorQuantizer(3, 2, codebook_ema_decay=0.9)
     module.embedding.weight.data = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 99.0]])
     z = torch.tensor([[1.0, 1.0], [3.0, 1.0], [10.0, 2.0]]).view(3, 2, 1, 1).requires_grad_()
     z_q, indices, losses = module(z)
@@ -154,8 +154,8 @@ def test_codes_follow_the_mean_of_their_latents():
 def test_kmeans_puts_the_codes_where_the_clusters_are():
     clusters = torch.tensor([[5.0, 5.0], [-5.0, 5.0], [0.0, -8.0], [9.0, 0.0]])
     z = clusters.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
-    module = VectorQuantizer(8, 2, kmeans_iters=10, revive_after=50)
-    module.init_by_kmeans_(z[:, :, None, None])
+    module = VectorQuantizer(8, 2, kmeans_iters=10, dead_code_reset_after=50)
+    module.kmeans_init_(z[:, :, None, None])
     assert (torch.cdist(clusters, module.codebook).min(dim=1).values < 0.2).all()
     before = module.codebook.clone()
     module(z[:, :, None, None])
@@ -195,7 +195,7 @@ def test_usage_and_perplexity_by_hand():
     [
         (dict(codebook_size=1, codebook_dim=4), "codebook_size must be at least 2, got 1"),
         (dict(codebook_size=8, codebook_dim=4, distance="l1"), "got 'l1'"),
-        (dict(codebook_size=8, codebook_dim=4, codebook_momentum=1.0), "codebook_momentum must be in .*, got 1.0"),
+        (dict(codebook_size=8, codebook_dim=4, codebook_ema_decay=1.0), "codebook_ema_decay must be in .*, got 1.0"),
     ],
 )
 def test_refused(arguments, message):
@@ -206,9 +206,9 @@ def test_refused(arguments, message):
 def _rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)  # the codebook: the same on both
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    module = VectorQuantizer(16, 4, revive_after=2, codebook_momentum=0.5, kmeans_iters=2)
+    module = VectorQuantizer(16, 4, dead_code_reset_after=2, codebook_ema_decay=0.5, kmeans_iters=2)
     torch.manual_seed(rank)  # the data: not the same
-    module.init_by_kmeans_(5 + torch.randn(32, 4, 1, 1))
+    module.kmeans_init_(5 + torch.randn(32, 4, 1, 1))
     for _ in range(4):
         module(5 + torch.randn(32, 4, 1, 1))
     torch.save(module.state_dict(), f"{folder}/{rank}.pt")

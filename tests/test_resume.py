@@ -16,30 +16,63 @@ import pytorch_lightning as pl
 import torch
 from commands import command, interrupt_at
 from conftest import QUIET, VQGAN_SIZES
-from test_data_real import encoded, make_tar
+from test_image_data import encoded, make_tar
 
-from clipgen.data.module import ImageData
-from clipgen.data.sampler import ResumableSampler
+from clipgen.data.datamodule import ImageDataModule
+from clipgen.data.samplers import ResumableSampler
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
-SMALL = ["data.batch_size=4", "trainer.max_steps=7", "trainer.val_check_interval=5",
-         "trainer.check_val_every_n_epoch=null", "pictures.num_images=2", "logger=none",
-         "checkpoint.every_n_steps=1"]  # fmt: skip
+SMALL = [
+    "data.batch_size=4",
+    "trainer.max_steps=7",
+    "trainer.val_check_interval=5",
+    "trainer.check_val_every_n_epoch=null",
+    "pictures.num_images=2",
+    "logger=none",
+    "checkpoint.every_n_steps=1",
+]
 STAGES = {
-    "vqgan": ["stage=vqgan", "model.ch=32", "model.ch_mult=[1]", "model.num_res_blocks=1", "model.z_channels=32",
-              "model.codebook_size=16", "model.codebook_dim=8", "model.patch_size=8", "model.warmup_steps=1",
-              "model.ema_decay=0.9", "model.discriminator_weight=0.5", "model.discriminator_start=2",
-              "model.dropout=0.1",
-              "model.ndf=8", "model.n_layers=1", "model.lecam_weight=0.1", "model.revive_after=2",
-              "model.kmeans_iters=2", *SMALL],
-    "transformer": ["stage=transformer", "model.n_layer=1", "model.n_head=2", "model.n_embd=32", "model.warmup_steps=1",
-                    "model.dropout=0.1", "model.condition_dropout=0.3", "model.condition_cosine=0.9",
-                    "model.optimizer=muon", "model.ema_decay=0.9", "model.clip_loss_weight=0.2",
-                    "model.clip_loss_codes=gumbel", "model.clip_loss_every=2", *SMALL],
-}  # fmt: skip
+    "vqgan": [
+        "stage=vqgan",
+        "model.ch=32",
+        "model.ch_mult=[1]",
+        "model.num_res_blocks=1",
+        "model.z_channels=32",
+        "model.codebook_size=16",
+        "model.codebook_dim=8",
+        "model.patch_size=8",
+        "model.warmup_steps=1",
+        "model.ema_decay=0.9",
+        "model.discriminator_weight=0.5",
+        "model.discriminator_start=2",
+        "model.dropout=0.1",
+        "model.ndf=8",
+        "model.n_layers=1",
+        "model.lecam_weight=0.1",
+        "model.dead_code_reset_after=2",
+        "model.kmeans_iters=2",
+        *SMALL,
+    ],
+    "transformer": [
+        "stage=transformer",
+        "model.n_layer=1",
+        "model.n_head=2",
+        "model.n_embd=32",
+        "model.warmup_steps=1",
+        "model.dropout=0.1",
+        "model.condition_dropout=0.3",
+        "model.condition_cosine=0.9",
+        "model.optimizer=muon",
+        "model.ema_decay=0.9",
+        "model.clip_loss_weight=0.2",
+        "model.clip_loss_codes=gumbel",
+        "model.clip_loss_every=2",
+        *SMALL,
+    ],
+}
 
 
 @pytest.fixture
@@ -55,8 +88,14 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
     shapes = ["data=shapes", "data.train_size=14", "data.val_size=4"]
     cache = call("clipgen-encode", *shapes, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
     assert cache.code == 0, cache.stderr
-    streams = ["data=webdataset", "data.train_urls=[a.tar,b.tar]", "data.val_urls=a.tar", "data.num_workers=0",
-               "data.shuffle=5", "data.image_size=32"]  # fmt: skip
+    streams = [
+        "data=webdataset",
+        "data.train_urls=[a.tar,b.tar]",
+        "data.val_urls=a.tar",
+        "data.num_workers=0",
+        "data.shuffle=5",
+        "data.image_size=32",
+    ]
     return {
         "shapes": shapes,
         "folder": [
@@ -88,10 +127,17 @@ def state(run: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("stage", "kind", "stop"),
-    [("vqgan", "shapes", 4), ("vqgan", "folder", 2), ("transformer", "encoded", 1), ("transformer", "shapes", 3),
-     slow("vqgan", "webdataset", 5), slow("transformer", "encoded", 5), slow("transformer", "folder", 5),
-     slow("vqgan", "workers", 3)],
-)  # fmt: skip
+    [
+        ("vqgan", "shapes", 4),
+        ("vqgan", "folder", 2),
+        ("transformer", "encoded", 1),
+        ("transformer", "shapes", 3),
+        slow("vqgan", "webdataset", 5),
+        slow("transformer", "encoded", 5),
+        slow("transformer", "folder", 5),
+        slow("vqgan", "workers", 3),
+    ],
+)
 def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
     arguments = [*STAGES[stage], *sources[kind], *(["vqgan=vqgan"] if stage == "transformer" else [])]
     stopped_and_resumed(call, arguments, stop)
@@ -102,17 +148,28 @@ def test_a_resumed_run_is_the_run_where_batches_accumulate(call, sources):
     stopped_and_resumed(call, [*STAGES["transformer"], *sources["encoded"], *more], 3)
 
 
-EPOCHS = ["trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.val_check_interval=null",
-          "trainer.check_val_every_n_epoch=1"]  # fmt: skip
+EPOCHS = [
+    "trainer.max_steps=-1",
+    "trainer.max_epochs=3",
+    "trainer.val_check_interval=null",
+    "trainer.check_val_every_n_epoch=1",
+]
 
 
 @pytest.mark.parametrize(
     ("stage", "kind", "stop", "more"),
-    [("vqgan", "folder", 3, []), ("transformer", "encoded", 6, []), ("transformer", "encoded", 5, EPOCHS),
-     slow("vqgan", "shapes", 2, []), slow("vqgan", "webdataset", 4, []), slow("transformer", "encoded", 3, EPOCHS),
-     slow("vqgan", "shapes", 3, ["model.accumulate=2"]), slow("vqgan", "folder", 5, EPOCHS),
-     slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"])],
-)  # fmt: skip
+    [
+        ("vqgan", "folder", 3, []),
+        ("transformer", "encoded", 6, []),
+        ("transformer", "encoded", 5, EPOCHS),
+        slow("vqgan", "shapes", 2, []),
+        slow("vqgan", "webdataset", 4, []),
+        slow("transformer", "encoded", 3, EPOCHS),
+        slow("vqgan", "shapes", 3, ["model.accumulate=2"]),
+        slow("vqgan", "folder", 5, EPOCHS),
+        slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"]),
+    ],
+)
 def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, kind, stop, more):
     """In the middle of a pass and at its end, where steps count and where passes do; its rate is a cosine."""
     tokenizer = ["vqgan=vqgan"] if stage == "transformer" else []
@@ -130,8 +187,15 @@ def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, k
 def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monkeypatch, stage, kind):
     """Those of each step, the last one before the stop too; at the rates of a cosine."""
     more = ["vqgan=vqgan", "model.clip_loss_every=1"] if stage == "transformer" else []
-    arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *more, "model.schedule=cosine", "logger=csv",
-                 "trainer.log_every_n_steps=1"]  # fmt: skip
+    arguments = [
+        "clipgen-train",
+        *STAGES[stage],
+        *sources[kind],
+        *more,
+        "model.schedule=cosine",
+        "logger=csv",
+        "trainer.log_every_n_steps=1",
+    ]
     assert call(*arguments, "output=straight").code == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, {"vqgan": VQGAN, "transformer": ConditionalTransformer}[stage], "training_step", 4)
@@ -146,12 +210,22 @@ def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monke
 @pytest.mark.parametrize(("stop", "more"), [(2, []), slow(3, []), slow(2, EPOCHS)])
 def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch, stop, more):
     """Else the best checkpoint is one of the others."""
-    arguments = ["clipgen-train", *STAGES["vqgan"], *sources["shapes"], "model.schedule=constant", "data.val_size=8",
-                 "trainer.val_check_interval=2", *more]  # fmt: skip
+    arguments = [
+        "clipgen-train",
+        *STAGES["vqgan"],
+        *sources["shapes"],
+        "model.schedule=constant",
+        "data.val_size=8",
+        "trainer.val_check_interval=2",
+        *more,
+    ]
     validated = []
     original = VQGAN.on_validation_epoch_end
-    monkeypatch.setattr(VQGAN, "on_validation_epoch_end", lambda self: (
-        validated.append((self.global_step, self.counts.sum().item())), original(self))[1])  # fmt: skip
+    monkeypatch.setattr(
+        VQGAN,
+        "on_validation_epoch_end",
+        lambda self: (validated.append((self.global_step, self.counts.sum().item())), original(self))[1],
+    )
     assert call(*arguments, "output=straight").code == 0
     whole = validated[1:]  # the first is the sanity check's
     validated.clear()
@@ -200,8 +274,14 @@ def settings(run: str) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_two_processes_resume_as_one_run(sources, tmp_path):
     """From the cache, under DDP."""
-    arguments = [*STAGES["transformer"], *sources["encoded"], "data.batch_size=2", "model.schedule=constant",
-                 "trainer.devices=2", "trainer.accelerator=cpu"]  # fmt: skip
+    arguments = [
+        *STAGES["transformer"],
+        *sources["encoded"],
+        "data.batch_size=2",
+        "model.schedule=constant",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+    ]
     for options in (["output=straight"], ["output=half", "trainer.max_steps=4"], ["output=half", "resume=half"]):
         done = command("clipgen-train", *arguments, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -213,14 +293,28 @@ def test_two_processes_resume_as_one_run(sources, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
 def test_two_processes_stop_at_the_same_step(sources, tmp_path):
     """Wherever Ctrl-C meets either of them."""
-    arguments = [*STAGES["vqgan"], *sources["folder"], "data.batch_size=2", "model.schedule=constant", "logger=csv",
-                 "trainer.max_steps=80", "trainer.val_check_interval=100", "trainer.devices=2",
-                 "trainer.accelerator=cpu", "checkpoint.every_n_steps=20"]  # fmt: skip
+    arguments = [
+        *STAGES["vqgan"],
+        *sources["folder"],
+        "data.batch_size=2",
+        "model.schedule=constant",
+        "logger=csv",
+        "trainer.max_steps=80",
+        "trainer.val_check_interval=100",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        "checkpoint.every_n_steps=20",
+    ]
     assert command("clipgen-train", *arguments, "output=straight", cwd=tmp_path).returncode == 0
     program = Path(sys.executable).parent / "clipgen-train"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([program, *arguments, "output=half"], cwd=tmp_path, env=environment,
-                               start_new_session=True, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [program, *arguments, "output=half"],
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
     while process.poll() is None and not (tmp_path / "half/checkpoints/last.ckpt").is_file():
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
@@ -294,7 +388,7 @@ def test_a_limited_pass_begins_where_the_last_ended(tmp_path):
     def run(workers: int, epochs: int, ckpt: Path | None = None) -> list[int]:
         settings = dict(max_epochs=epochs, limit_train_batches=5, default_root_dir=tmp_path)
         trainer = pl.Trainer(accelerator="cpu", **settings, **QUIET)
-        trainer.fit(module := Seen(), ImageData(items, None, 1, workers), ckpt_path=ckpt)
+        trainer.fit(module := Seen(), ImageDataModule(items, None, 1, workers), ckpt_path=ckpt)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return module.items
 

@@ -13,8 +13,17 @@ from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from clipgen import ConditionalTransformer, TextToImage
-from clipgen.cli.settings import add_settings, settings_of
-from clipgen.sampling import DEFAULTS, check_sampling, decode, draw, guidance_scales, guided, random_streams, row_seeds
+from clipgen.cli.sampling_args import add_settings, settings_of
+from clipgen.sampling import (
+    DEFAULTS,
+    check_sampling,
+    decode,
+    draw,
+    guidance_scales,
+    guided,
+    per_sample_seeds,
+    per_sample_uniforms,
+)
 
 SETTINGS = [
     dict(temperature=1.0, top_k=300, top_p=1.0),
@@ -58,7 +67,7 @@ def test_chi_square_over_seeded_streams(settings):
     """Streams of neighbouring seeds are as good as independent numbers."""
     n, logits = 20_000, torch.randn(10)
     expected = filtered_softmax(logits[None], **settings)[0]
-    counts = frequencies(logits, random_streams(range(n), 2)[:, 1], **settings).double() * n
+    counts = frequencies(logits, per_sample_uniforms(range(n), 2)[:, 1], **settings).double() * n
     alive = expected > 0
     assert counts[~alive].sum() == 0
     chi_square = ((counts - n * expected)[alive].square() / (n * expected[alive])).sum().item()
@@ -159,40 +168,50 @@ def test_guidance_schedules():
 
 
 def test_streams_belong_to_their_seeds():
-    streams = random_streams([5, 6, 5], 8)
+    streams = per_sample_uniforms([5, 6, 5], 8)
     assert streams.shape == (3, 8) and torch.equal(streams[0], streams[2]) and not torch.equal(streams[0], streams[1])
-    assert torch.equal(random_streams([6], 8)[0], streams[1])
-    assert torch.equal(random_streams([6], 4)[0], streams[1, :4])
+    assert torch.equal(per_sample_uniforms([6], 8)[0], streams[1])
+    assert torch.equal(per_sample_uniforms([6], 4)[0], streams[1, :4])
     state = torch.random.get_rng_state()
-    random_streams([1], 8)
+    per_sample_uniforms([1], 8)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_row_seeds():
-    assert row_seeds(7, 3) == [7, 8, 9]
-    assert row_seeds([4, 1], 2) == [4, 1]
-    assert row_seeds(np.int64(7), 2) == row_seeds(np.array([7, 8]), 2) == [7, 8]
-    drawn = row_seeds(None, 2)
-    assert drawn[1] == drawn[0] + 1 and row_seeds(None, 2) != drawn
+    assert per_sample_seeds(7, 3) == [7, 8, 9]
+    assert per_sample_seeds([4, 1], 2) == [4, 1]
+    assert per_sample_seeds(np.int64(7), 2) == per_sample_seeds(np.array([7, 8]), 2) == [7, 8]
+    drawn = per_sample_seeds(None, 2)
+    assert drawn[1] == drawn[0] + 1 and per_sample_seeds(None, 2) != drawn
     with pytest.raises(ValueError, match="one for each of the 3 rows, got 2"):
-        row_seeds([1, 2], 3)
-    before, kind = random_streams([3], 5), torch.get_default_dtype()
+        per_sample_seeds([1, 2], 3)
+    before, kind = per_sample_uniforms([3], 5), torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    again = random_streams([3], 5)
+    again = per_sample_uniforms([3], 5)
     torch.set_default_dtype(kind)
     assert torch.equal(again, before)  # whatever the default is
-    assert row_seeds(2**63 - 2, 2) == [2**63 - 2, 2**63 - 1]
+    assert per_sample_seeds(2**63 - 2, 2) == [2**63 - 2, 2**63 - 1]
     for seed, first in ((2**63 - 1, 2**63), (-1, -1)):
         with pytest.raises(ValueError, match=rf"seeds must be in \[0, 2\*\*63\), got {first}"):
-            row_seeds(seed, 2)
+            per_sample_seeds(seed, 2)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", math.nan), ("top_k", 0), ("top_k", -3), ("top_p", 0.0), ("top_p", 1.3),
-     ("top_p", math.nan), ("guidance_scale", -1.0), ("guidance_scale", math.nan), ("guidance_scale", math.inf),
-     ("guidance_power", math.inf)],
-)  # fmt: skip
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("top_k", 0),
+        ("top_k", -3),
+        ("top_p", 0.0),
+        ("top_p", 1.3),
+        ("top_p", math.nan),
+        ("guidance_scale", -1.0),
+        ("guidance_scale", math.nan),
+        ("guidance_scale", math.inf),
+        ("guidance_power", math.inf),
+    ],
+)
 def test_senseless_settings_are_refused(name, value):
     settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0, guidance_power=0.0) | {name: value}
     with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):

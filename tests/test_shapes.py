@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipgen.data.judge import NOTHING, accuracy, judge
 from clipgen.data.shapes import (
     ALL_ATTRIBUTES,
     BACKGROUNDS,
@@ -25,6 +24,7 @@ from clipgen.data.shapes import (
     shapes_data,
     silhouettes,
 )
+from clipgen.evaluation.shapes_evaluator import NOTHING, accuracy, judge
 
 
 def test_enough_to_say():
@@ -153,8 +153,14 @@ def test_edges_are_antialiased():
 def test_shapes_have_their_areas(shape):
     """In units of radius squared, from school geometry; and all of them fit into the image."""
     star = 10 * 0.5 * 0.42 * math.sin(math.pi / 5)
-    area = {"circle": math.pi, "square": 2.0, "triangle": 0.75 * math.sqrt(3), "star": star,
-            "ring": math.pi * (1 - 0.52**2), "cross": 8 * 0.34 - 4 * 0.34**2}[shape]  # fmt: skip
+    area = {
+        "circle": math.pi,
+        "square": 2.0,
+        "triangle": 0.75 * math.sqrt(3),
+        "star": star,
+        "ring": math.pi * (1 - 0.52**2),
+        "cross": 8 * 0.34 - 4 * 0.34**2,
+    }[shape]
     mask = silhouettes(shape, torch.tensor([80.0]), torch.zeros(1, 2), 256)[0]
     assert mask.sum().item() / 80**2 == pytest.approx(area, rel=0.01)
     border = torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
@@ -210,8 +216,10 @@ def test_the_judge_is_no_yes_man():
     images = ShapesDataset(300, seed=13).render(range(300))
     others = ShapesDataset(300, seed=14).attributes
     assert accuracy(images, others)["all"] < 0.05
-    wrong = [Attributes(a.size, a.color, "star" if a.shape != "star" else "ring", a.background)
-             for a in ShapesDataset(300, seed=13).attributes]  # fmt: skip
+    wrong = [
+        Attributes(a.size, a.color, "star" if a.shape != "star" else "ring", a.background)
+        for a in ShapesDataset(300, seed=13).attributes
+    ]
     found = accuracy(images, wrong)
     assert found["shape"] < 0.02 and found["color"] > 0.98
 

@@ -161,9 +161,9 @@ def test_parts_that_do_not_belong_together_are_refused(tiny_vqgan, shapes_clip, 
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("condition_dropout", 1.0), ("condition_dropout", -0.1), ("condition_cosine", 0.0),
-                        ("condition_cosine", 1.1)],
-)  # fmt: skip
+    ("name", "value"),
+    [("condition_dropout", 1.0), ("condition_dropout", -0.1), ("condition_cosine", 0.0), ("condition_cosine", 1.1)],
+)
 def test_senseless_arguments_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
         model(**{name: value})

@@ -274,7 +274,7 @@ def test_starting_from_language(tmp_path, positions, taken):
     language = language_model(tmp_path / "gpt2", n_positions=positions).transformer.eval()
     transformer = model(ema_decay=0.9).eval()
     before = weights_of(transformer.gpt)
-    transformer.start_from_language(tmp_path / "gpt2")
+    transformer.init_from_gpt2(tmp_path / "gpt2")
     x = torch.randn(2, taken, 32)
     ours = transformer.gpt.transformer(inputs_embeds=x).last_hidden_state
     torch.testing.assert_close(ours, language(inputs_embeds=x).last_hidden_state, atol=1e-4, rtol=1e-4)
@@ -289,7 +289,7 @@ def test_grid_positions_stay(tmp_path):
     language_model(tmp_path / "gpt2")
     transformer = model(grid_positions=True)
     before = transformer.gpt.transformer.wpe.weight.detach().clone()
-    assert torch.equal(transformer.start_from_language(tmp_path / "gpt2").gpt.transformer.wpe.weight, before)
+    assert torch.equal(transformer.init_from_gpt2(tmp_path / "gpt2").gpt.transformer.wpe.weight, before)
 
 
 def test_other_language_weights_are_refused(tmp_path, monkeypatch):
@@ -309,16 +309,30 @@ def test_other_language_weights_are_refused(tmp_path, monkeypatch):
         "none": "language_weights must name a GPT-2 on the .*, got .*none: ",
     }.items():
         with pytest.raises(ValueError, match=message) as found:
-            model().start_from_language(tmp_path / name)
+            model().init_from_gpt2(tmp_path / name)
         assert "\n" not in str(found.value) and len(str(found.value)) < 450
 
 
 # ------------------------------------------------------------------------------------------------- several processes
 
-SIZES = ["data.batch_size=4", "data.train_size=64", "data.val_size=8", "trainer.max_steps=4", "model.n_layer=2",
-         "model.n_head=2", "model.n_embd=32", "model.learning_rate=1e-3", "model.weight_decay=0.1", "logger=none",
-         "trainer.accelerator=cpu", "trainer.devices=2", "model.condition_dropout=0.3", "model.warmup_steps=1",
-         "model.schedule=constant", "trainer.val_check_interval=4"]  # fmt: skip
+SIZES = [
+    "data.batch_size=4",
+    "data.train_size=64",
+    "data.val_size=8",
+    "trainer.max_steps=4",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.learning_rate=1e-3",
+    "model.weight_decay=0.1",
+    "logger=none",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "model.condition_dropout=0.3",
+    "model.warmup_steps=1",
+    "model.schedule=constant",
+    "trainer.val_check_interval=4",
+]
 
 
 class Uneven(IterableDataset):
@@ -344,11 +358,14 @@ def test_two_processes_validate_each_image_as_often(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [["model.optimizer=adamw", "model.ema_decay=0.5", "model.checkpointing=true"],
-                ["model.optimizer=muon", "model.clip_loss_weight=0.2", "trainer.gradient_clip_val=0.1"],
-                ["model.optimizer=adamw", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"]],
+    "options",
+    [
+        ["model.optimizer=adamw", "model.ema_decay=0.5", "model.checkpointing=true"],
+        ["model.optimizer=muon", "model.clip_loss_weight=0.2", "trainer.gradient_clip_val=0.1"],
+        ["model.optimizer=adamw", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"],
+    ],
     ids=["ema, checkpointing", "muon, clip loss, clipping", "bf16, accumulation"],
-)  # fmt: skip
+)
 def test_fsdp_trains_what_ddp_trains(tmp_path, options):
     """Two processes that share the weights out end where two that hold all of them do; stopped and resumed, too."""
     VQGAN(**VQGAN_SIZES).save(tmp_path / "vqgan")

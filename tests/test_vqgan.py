@@ -12,8 +12,8 @@ import torch
 from conftest import QUIET, VQGAN_SIZES, changed, weights_of
 from torch.utils.data import DataLoader
 
-from clipgen import losses
 from clipgen.data.shapes import ShapesDataset
+from clipgen.models import losses
 from clipgen.vqgan import VQGAN
 
 
@@ -89,7 +89,7 @@ def test_senseless_arguments_are_refused_at_once():
 
 
 def test_a_step_moves_every_part(fit):
-    vqgan = gan(revive_after=0, adversarial="log")  # the two halves of hinge cancel at the last bias, at first
+    vqgan = gan(dead_code_reset_after=0, adversarial="log")  # the two halves of hinge cancel at the last bias, at first
     before = weights_of(vqgan)
     fit(vqgan, 1)
     moved = changed(vqgan, before)
@@ -100,7 +100,7 @@ def test_a_step_moves_every_part(fit):
 
 
 def test_codes_that_follow_their_latents_need_no_optimizer(fit):
-    vqgan = gan(codebook_momentum=0.9, revive_after=0)
+    vqgan = gan(codebook_ema_decay=0.9, dead_code_reset_after=0)
     before = weights_of(vqgan)
     fit(vqgan, 2, batch=4)
     assert "autoencoder.quantize.embedding.weight" in changed(vqgan, before)
@@ -149,7 +149,7 @@ def test_warming_up_the_discriminator_does_not_touch_the_generator(fit):
     trained = []
     for start in (0, 100):
         torch.manual_seed(1)
-        vqgan = gan(discriminator_start=start, discriminator_warmup=100, revive_after=0)
+        vqgan = gan(discriminator_start=start, discriminator_warmup=100, dead_code_reset_after=0)
         untrained = weights_of(vqgan)
         fit(vqgan, 3, batch=4)
         assert any(name.startswith("discriminator") for name in changed(vqgan, untrained)) == (start == 0)
@@ -193,7 +193,9 @@ def test_beta_is_on_the_commitment_term(images):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_one_pass_gives_both_halves_their_own_gradients(fit, images, accumulate):
     """What a step leaves in each parameter, against autograd through the whole losses of Eq. 4 and 5."""
-    arguments = dict(discriminator_weight=0.5, adversarial="log", learning_rate=0.0, revive_after=0, lecam_weight=0.0)
+    arguments = dict(
+        discriminator_weight=0.5, adversarial="log", learning_rate=0.0, dead_code_reset_after=0, lecam_weight=0.0
+    )
     vqgan, by_hand = gan(**arguments, accumulate=accumulate), gan(**arguments).train()
     by_hand.load_state_dict(vqgan.state_dict())
     fit(vqgan, 1, batch=4)
@@ -242,7 +244,7 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path, fit, images):
         def on_train_batch_end(self, trainer, module, *_) -> None:
             self.seen.append(weights_of(module.autoencoder))
 
-    vqgan, weights = model(ema_decay=0.7, revive_after=0), Weights()
+    vqgan, weights = model(ema_decay=0.7, dead_code_reset_after=0), Weights()
     trainer = fit(vqgan, 3, weights, batch=4)
     first, second, third = weights.seen
     for name, average in vqgan.ema.module.state_dict().items():
@@ -260,7 +262,7 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path, fit, images):
 def gradients(fit, **options) -> dict[str, torch.Tensor]:
     """What a step leaves in each parameter; with weights that many of Adam's steps moved, tiny differences grow."""
     torch.manual_seed(1)
-    vqgan = gan(revive_after=0, learning_rate=0.0, **(dict(channels_last=False) | options))
+    vqgan = gan(dead_code_reset_after=0, learning_rate=0.0, **(dict(channels_last=False) | options))
     fit(vqgan, 1, batch=4)
     return {name: p.grad for name, p in vqgan.named_parameters()}
 
@@ -293,7 +295,7 @@ def test_lecam_pulls_at_the_discriminator_alone(fit):
     trained = []
     for weight in (0.0, 10.0):
         torch.manual_seed(1)
-        vqgan = gan(lecam_weight=weight, revive_after=0, discriminator_warmup=100)
+        vqgan = gan(lecam_weight=weight, dead_code_reset_after=0, discriminator_warmup=100)
         fit(vqgan, 2, batch=4)
         trained.append(weights_of(vqgan))
     same = {name for name in trained[0] if torch.equal(trained[0][name], trained[1][name])}
@@ -366,8 +368,15 @@ class SameOnAllRanks(pl.Callback):
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(fit):
-    vqgan = gan(discriminator_start=1, discriminator_warmup=1, revive_after=2, codebook_momentum=0.9, kmeans_iters=3,
-                ema_decay=0.9, lecam_weight=0.1)  # fmt: skip
+    vqgan = gan(
+        discriminator_start=1,
+        discriminator_warmup=1,
+        dead_code_reset_after=2,
+        codebook_ema_decay=0.9,
+        kmeans_iters=3,
+        ema_decay=0.9,
+        lecam_weight=0.1,
+    )
     before = weights_of(vqgan)
     fit(vqgan, 8, SameOnAllRanks(), batch=4, devices=2, strategy="ddp_spawn_find_unused_parameters_true", max_epochs=1)
     assert {name.split(".")[0] for name in changed(vqgan, before)} >= {"autoencoder", "ema", "discriminator"}

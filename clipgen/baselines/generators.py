@@ -4,7 +4,7 @@
     class_indices  (B,) int64
     images         (B, 3, H, W) in [-1, 1]
 
-with ``noise_dim`` and ``class_names``, and ``device``, where its inputs have to be. Ours is ``LabelConditioned``;
+with ``noise_dim`` and ``class_names``, and ``device``, where its inputs have to be. Ours is ``ClassConditionalGenerator``;
 ``load_generator`` brings others in.
 """
 
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgen.baselines.label import LabelConditioned
-from clipgen.data.shards import read_names
+from clipgen.baselines.class_conditional import ClassConditionalGenerator
+from clipgen.data.webdataset import read_names
 from clipgen.evaluation.features import import_function
 from clipgen.files import one_line
 
@@ -39,7 +39,7 @@ class Generator(Protocol):
     def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor: ...
 
 
-class Foreign:
+class ExternalGenerator:
     """Anybody's function as a generator: what it returns is checked, and clamped to [-1, 1].
 
     Args:
@@ -48,8 +48,14 @@ class Foreign:
         device: where it wants its inputs.
     """
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], name: str, noise_dim: int,
-                 class_names: Sequence[str], device: str | torch.device = "cpu"):  # fmt: skip
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor], Tensor],
+        name: str,
+        noise_dim: int,
+        class_names: Sequence[str],
+        device: str | torch.device = "cpu",
+    ):
         if noise_dim < 1:
             raise ValueError(f"noise_dim must be at least 1, got {noise_dim}")
         if not class_names:
@@ -87,9 +93,12 @@ def check_returned(images: Any, rows: int, name: str) -> None:
 
 
 def load_generator(
-    source: str, noise_dim: int | None = None, class_names: Sequence[str] | None = None,
-    device: str | torch.device = "cpu", **settings: Any,
-) -> Generator:  # fmt: skip
+    source: str,
+    noise_dim: int | None = None,
+    class_names: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    **settings: Any,
+) -> Generator:
     """A generator by name.
 
     Args:
@@ -98,14 +107,14 @@ def load_generator(
             (noise, class_indices); or ``module:function``, an importable function or object of the interface (the
             current folder is searched too).
         noise_dim, class_names: of the interface; for the last two, where the object does not say itself.
-        settings: of ``LabelConditioned``.
+        settings: of ``ClassConditionalGenerator``.
 
     Raises:
         FileNotFoundError, ValueError: there is none; says what is missing.
     """
     path = Path(source).expanduser()
     if path.is_dir() or path.suffix == ".ckpt":
-        return LabelConditioned.load(path, **settings).to(device)
+        return ClassConditionalGenerator.load(path, **settings).to(device)
     if settings:
         raise ValueError(f"{', '.join(settings)} must be left to our own models, got {source}")
     if source.startswith(("biggan-deep-", "biggan:")):
@@ -121,15 +130,16 @@ def load_generator(
     return complete(load_function(module, name), source, noise_dim, class_names, device)
 
 
-def complete(function: Any, name: str, noise_dim: int | None, class_names: Sequence[str] | None,
-             device: str | torch.device) -> Foreign:  # fmt: skip
+def complete(
+    function: Any, name: str, noise_dim: int | None, class_names: Sequence[str] | None, device: str | torch.device
+) -> ExternalGenerator:
     """A function with the rest of the interface: as given, else as it says itself."""
     noise_dim = noise_dim or getattr(function, "noise_dim", None)
     class_names = class_names or getattr(function, "class_names", None)
     missing = [key for key, value in (("noise_dim", noise_dim), ("class_names", class_names)) if not value]
     if missing or not noise_dim or not class_names:
         raise ValueError(f"{name} does not tell its {' and '.join(missing)}: they must be given")
-    return Foreign(function, name, int(noise_dim), class_names, device)
+    return ExternalGenerator(function, name, int(noise_dim), class_names, device)
 
 
 class BigGAN:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipgen.baselines.generators import Generator
 from clipgen.clip import FrozenCLIP
-from clipgen.seeds import hashed_seed
+from clipgen.hashing import hashed_seed
 
 TEMPLATE = "An image of {label}"  # the paper's
 KS = (1, 10, 20, 50, 100, 1000)  # the paper's
@@ -24,7 +24,7 @@ SEEDS = (42, 43, 44)  # the paper's
 TEXTS = 256  # sentences encoded at a time
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search found."""
 
     image: Tensor  # (3, H, W) in [-1, 1]: the best
@@ -68,9 +68,17 @@ def top_labels(labels: Tensor, clip_embedding: Tensor, k: int) -> Tensor:
 
 
 def search(
-    generator: Generator, clip: FrozenCLIP, prompt: str, k: int, num_images: int = 100, seed: int = 0, *,
-    batch_size: int = 32, labels: Tensor | None = None, keep: bool = False,
-) -> Found:  # fmt: skip
+    generator: Generator,
+    clip: FrozenCLIP,
+    prompt: str,
+    k: int,
+    num_images: int = 100,
+    seed: int = 0,
+    *,
+    batch_size: int = 32,
+    labels: Tensor | None = None,
+    keep: bool = False,
+) -> SearchResult:
     """Algorithm 1: draw ``num_images`` (b_max) images of the top-k classes, keep the nearest to the prompt.
 
     Image b follows from seed, prompt and b alone: from no other image, and not from the batch size; with all classes
@@ -102,7 +110,9 @@ def search(
             parts.append(images.cpu())
     curve = torch.cat(scores).cummax(dim=0).values
     assert best is not None
-    return Found(best, score, int(classes[torch.cat(scores).argmax()]), curve, torch.cat(parts) if keep else None)
+    return SearchResult(
+        best, score, int(classes[torch.cat(scores).argmax()]), curve, torch.cat(parts) if keep else None
+    )
 
 
 def draws(noise_dim: int, chosen: Tensor, count: int, key: str) -> tuple[Tensor, Tensor]:
@@ -148,14 +158,23 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return found.mean().item(), found.std().item() if len(values) > 1 else 0.0
 
 
-Watch = Callable[[int, int, int, Found], None]  # (k, seed, number of the prompt, what was found)
+Watch = Callable[[int, int, int, SearchResult], None]  # (k, seed, number of the prompt, what was found)
 
 
 def search_table(
-    generator: Generator, clip: FrozenCLIP, prompts: Sequence[str], threshold: float | None = None, *,
-    ks: Sequence[int] = KS, num_images: int = 100, seeds: Sequence[int] = SEEDS, batch_size: int = 32,
-    template: str | None = None, keep: bool = False, watch: Watch | None = None,
-) -> list[Row]:  # fmt: skip
+    generator: Generator,
+    clip: FrozenCLIP,
+    prompts: Sequence[str],
+    threshold: float | None = None,
+    *,
+    ks: Sequence[int] = KS,
+    num_images: int = 100,
+    seeds: Sequence[int] = SEEDS,
+    batch_size: int = 32,
+    template: str | None = None,
+    keep: bool = False,
+    watch: Watch | None = None,
+) -> list[Row]:
     """Tables 1 (but for FID) and 2 and Figure 2: every prompt searched with every k and seed.
 
     Args:
@@ -170,8 +189,9 @@ def search_table(
         curves = torch.empty(len(seeds), len(prompts), num_images)
         for i, seed in enumerate(seeds):
             for j, prompt in enumerate(prompts):
-                found = search(generator, clip, prompt, k, num_images, seed, batch_size=batch_size, labels=labels,
-                               keep=keep)  # fmt: skip
+                found = search(
+                    generator, clip, prompt, k, num_images, seed, batch_size=batch_size, labels=labels, keep=keep
+                )
                 curves[i, j] = found.curve
                 if watch:
                     watch(k, seed, j, found)

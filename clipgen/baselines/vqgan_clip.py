@@ -14,17 +14,27 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from clipgen.clip import FrozenCLIP
-from clipgen.sampling import row_seeds
+from clipgen.sampling import per_sample_seeds
 from clipgen.vqgan import VQGAN
 
 Watch = Callable[[int, Tensor], None]  # (step, loss of each row (B,))
 
 
 def vqgan_clip(
-    vqgan: VQGAN, clip: FrozenCLIP, clip_embedding: Tensor, *, steps: int = 300, learning_rate: float = 0.1,
-    cutouts: int = 32, smallest_cut: float = 0.5, noise: float = 0.1, image_size: int | None = None,
-    seed: int | Sequence[int] | None = None, batch_size: int = 1, watch: Watch | None = None,
-) -> Tensor:  # fmt: skip
+    vqgan: VQGAN,
+    clip: FrozenCLIP,
+    clip_embedding: Tensor,
+    *,
+    steps: int = 300,
+    learning_rate: float = 0.1,
+    cutouts: int = 32,
+    smallest_cut: float = 0.5,
+    noise: float = 0.1,
+    image_size: int | None = None,
+    seed: int | Sequence[int] | None = None,
+    batch_size: int = 1,
+    watch: Watch | None = None,
+) -> Tensor:
     """Images that CLIP finds near to embeddings, by Adam on the latents of a VQ-GAN.
 
     Each step quantises the latents (straight through), decodes them, augments the picture ``cutouts`` times, and goes
@@ -61,7 +71,7 @@ def vqgan_clip(
         raise ValueError(f"image_size must be divisible by {vqgan.downsampling}, got {size}")
     if clip_embedding.ndim != 2 or clip_embedding.shape[1] != clip.embed_dim:
         raise ValueError(f"clip_embedding must be (B, {clip.embed_dim}), got {tuple(clip_embedding.shape)}")
-    seeds, images = row_seeds(seed, len(clip_embedding)), []
+    seeds, images = per_sample_seeds(seed, len(clip_embedding)), []
     for rows in torch.arange(len(seeds)).split(batch_size):
         generators = [torch.Generator(vqgan.device).manual_seed(seeds[row]) for row in rows]
         latents = Latents(vqgan, generators, size // vqgan.downsampling)
@@ -110,8 +120,9 @@ def great_circle(a: Tensor, b: Tensor) -> Tensor:
     return 2 * ((a - b).norm(dim=-1) / 2).clamp(max=1 - 1e-6).arcsin().square()
 
 
-def augment(images: Tensor, generators: Sequence[torch.Generator], cutouts: int, smallest_cut: float,
-            noise: float) -> Tensor:  # fmt: skip
+def augment(
+    images: Tensor, generators: Sequence[torch.Generator], cutouts: int, smallest_cut: float, noise: float
+) -> Tensor:
     """Random square crops, half of them mirrored, with noise: (B, 3, H, W) -> (B * cutouts, 3, H, W), differentiable.
 
     A row's crops and noise come from its own generator.

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded
-from clipgen.cli.machine import best_device
-from clipgen.cli.output import file_name, output_folder
-from clipgen.cli.settings import add_settings, settings_of
+from clipgen.cli.device import default_device
+from clipgen.cli.output_dir import file_name, output_folder
+from clipgen.cli.sampling_args import add_settings, settings_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from clipgen import VQGAN, FrozenCLIP
-    from clipgen.baselines.search import Found, Row
+    from clipgen.baselines.search import Row, SearchResult
 
 OPENAI = ("ViT-B-32-quickgelu", "openai")  # the papers' CLIP
 
@@ -51,8 +51,11 @@ def parser() -> argparse.ArgumentParser:
 def add_vqgan_clip(p: argparse.ArgumentParser) -> None:
     """The options of ``run_vqgan_clip``."""
     p.set_defaults(run=run_vqgan_clip)
-    p.add_argument("--checkpoint", default="shapes", help="of clipgen-sample, for its tokenizer and CLIP "
-                   "(default: the bundled shapes model)")  # fmt: skip
+    p.add_argument(
+        "--checkpoint",
+        default="shapes",
+        help="of clipgen-sample, for its tokenizer and CLIP (default: the bundled shapes model)",
+    )
     p.add_argument("--vqgan", help="another tokenizer: a run folder, checkpoint or model folder of stage 1")
     p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
     p.add_argument("--steps", type=int, default=300, help="of Adam (default: %(default)s)")
@@ -66,8 +69,12 @@ def add_vqgan_clip(p: argparse.ArgumentParser) -> None:
 def add_search(p: argparse.ArgumentParser) -> None:
     """The options of ``run_search``."""
     p.set_defaults(run=run_search)
-    p.add_argument("--generator", required=True, help="run of the label-conditioned transformer, biggan-deep-256, "
-                   "TorchScript file or module:function that is called with (noise, class_indices)")  # fmt: skip
+    p.add_argument(
+        "--generator",
+        required=True,
+        help="run of the label-conditioned transformer, biggan-deep-256, "
+        "TorchScript file or module:function that is called with (noise, class_indices)",
+    )
     p.add_argument("--noise-dim", type=int, help="of a generator that does not say it itself")
     p.add_argument("--class-names", help="of such a generator: .json list, text file with a name a line, or imagenet")
     p.add_argument("--k", type=int, default=10, help="classes to draw from (default: %(default)s)")
@@ -108,7 +115,7 @@ def run() -> None:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
     if args.system != "label":
         args.prompts = read_prompts(args)
-    args.device = args.device or best_device()
+    args.device = args.device or default_device()
     with output_folder(args.output, keep="**/*.png"):
         args.run(args)
 
@@ -145,16 +152,32 @@ def run_search(args: argparse.Namespace) -> None:
     clip = load_clip_of(args)
     if args.table:
         rows = search_table(
-            generator, clip, args.prompts, args.threshold, num_images=args.num_images, seeds=args.seeds,
-            batch_size=args.batch_size, template=args.template, keep=args.keep_all,
+            generator,
+            clip,
+            args.prompts,
+            args.threshold,
+            num_images=args.num_images,
+            seeds=args.seeds,
+            batch_size=args.batch_size,
+            template=args.template,
+            keep=args.keep_all,
             watch=lambda k, seed, number, found: keep_all(args, found, f"k{k}/seed{seed}/{number:05d}"),
-        )  # fmt: skip
+        )
         return write_table(rows, args)
     sheet = Sheet(args, {"k": args.k, "num_images": args.num_images})
     labels = encode_labels(clip, generator.class_names, args.template)
     for number, prompt in enumerate(args.prompts):
-        found = search(generator, clip, prompt, args.k, args.num_images, args.seed, batch_size=args.batch_size,
-                       labels=labels, keep=args.keep_all)  # fmt: skip
+        found = search(
+            generator,
+            clip,
+            prompt,
+            args.k,
+            args.num_images,
+            args.seed,
+            batch_size=args.batch_size,
+            labels=labels,
+            keep=args.keep_all,
+        )
         keep_all(args, found, f"{number:05d}")
         name = generator.class_names[found.class_index]
         info = {"prompt": prompt, "clip_score": found.score, "label": name, "curve": found.curve.tolist()}
@@ -167,9 +190,9 @@ def run_label(args: argparse.Namespace) -> None:
     """Pictures of classes."""
     import torch
 
-    from clipgen.baselines.label import LabelConditioned
+    from clipgen.baselines.class_conditional import ClassConditionalGenerator
 
-    model = LabelConditioned.load(args.checkpoint, **settings_of(args)).to(args.device)
+    model = ClassConditionalGenerator.load(args.checkpoint, **settings_of(args)).to(args.device)
     classes = [model.find(label) for label in args.label]
     sheet = Sheet(args, model.settings)
     for index in classes:
@@ -184,7 +207,7 @@ def run_label(args: argparse.Namespace) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """All sentences."""
-    from clipgen.prompts import read_sentences
+    from clipgen.generation.prompts import read_sentences
 
     prompts = [*args.prompt, *(line for file in args.prompts_file for line in read_sentences(file))]
     if not prompts:
@@ -215,7 +238,7 @@ def load_pair(args: argparse.Namespace) -> tuple[VQGAN, FrozenCLIP]:
 def load_clip_of(args: argparse.Namespace) -> FrozenCLIP:
     """The CLIP that was named; else the one that a run of ours was made with; else the papers'."""
     from clipgen import FrozenCLIP
-    from clipgen.frozen import load_clip, run_folder
+    from clipgen.run_folder import load_clip, run_folder
 
     if args.clip:
         return FrozenCLIP(args.clip, args.clip_pretrained).to(args.device)
@@ -259,7 +282,7 @@ class Sheet:
         print(save_png(grid(self.pictures, columns, self.captions), self.output / "grid.png"))
 
 
-def keep_all(args: argparse.Namespace, found: Found, name: str) -> None:
+def keep_all(args: argparse.Namespace, found: SearchResult, name: str) -> None:
     """Write every picture of a search, where they were kept."""
     from clipgen.images import save_png, to_pil
 
@@ -283,10 +306,13 @@ def write_table(rows: list[Row], args: argparse.Namespace) -> None:
         mean, deviation = row.best_mean_std
         print(f"{row.k:5d}  {mean:.4f} ± {deviation:.4f}  {count}")
     report = {
-        "generator": args.generator, "prompts": len(args.prompts), "num_images": args.num_images, "seeds": args.seeds,
+        "generator": args.generator,
+        "prompts": len(args.prompts),
+        "num_images": args.num_images,
+        "seeds": args.seeds,
         "threshold": args.threshold,
         "rows": [{"k": r.k, "best": r.best, "needed": r.needed, "curve": r.curve.tolist()} for r in rows],
-    }  # fmt: skip
+    }
     write_json(args.output / "search.json", report)
     print(args.output / "search.json")
 

@@ -42,8 +42,9 @@ def rate_bar(name: str, total: float | None) -> Iterator[Callable[[float], None]
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
     speed = TextColumn("{task.fields[rate]:.2f} images/s")
-    with Progress(*Progress.get_default_columns()[:-1], speed, TimeRemainingColumn(), console=Console(stderr=True),
-                  transient=True) as bar:  # fmt: skip
+    with Progress(
+        *Progress.get_default_columns()[:-1], speed, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
         task = bar.add_task(name, total=total, rate=0.0)
 
         def advance(done: float) -> None:
@@ -95,8 +96,16 @@ def set_up_logging() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in ("does not have many workers", "LeafSpec", "logs directory", "pre-optimization", "logging interval",
-                    "worker processes in total", "could not find the monitored key",
-                    "dirpath has changed", "dataloader is not resumable",
-                    "Checkpoint directory"):  # fmt: skip
+    for message in (
+        "does not have many workers",
+        "LeafSpec",
+        "logs directory",
+        "pre-optimization",
+        "logging interval",
+        "worker processes in total",
+        "could not find the monitored key",
+        "dirpath has changed",
+        "dataloader is not resumable",
+        "Checkpoint directory",
+    ):
         warnings.filterwarnings("ignore", message=f"(?s).*{message}")

@@ -34,8 +34,9 @@ def parser() -> argparse.ArgumentParser:
     hfailab.add_argument("--clip-pretrained", default="openai", help="weights of the CLIP (default: %(default)s)")
     for project in (taming, hfailab):
         project.add_argument("--output", type=Path, required=True, help="folder to write")
-        project.add_argument("--training", action="store_true",
-                             help="keep what only a training needs: discriminator and LPIPS")  # fmt: skip
+        project.add_argument(
+            "--training", action="store_true", help="keep what only a training needs: discriminator and LPIPS"
+        )
     return p
 
 

@@ -25,11 +25,13 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser("clipgen-demo", description=__doc__)
-    p.add_argument("--output", type=Path, default=Path("demo"),
-                   help="folder for pictures and report (default: %(default)s)")  # fmt: skip
+    p.add_argument(
+        "--output", type=Path, default=Path("demo"), help="folder for pictures and report (default: %(default)s)"
+    )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("overrides", nargs="*",
-                   help="configuration of both stages, as for clipgen-train: trainer.max_steps=100")  # fmt: skip
+    p.add_argument(
+        "overrides", nargs="*", help="configuration of both stages, as for clipgen-train: trainer.max_steps=100"
+    )
     return p
 
 
@@ -85,8 +87,8 @@ def sample_and_judge(pipe: Any, path: Path, seed: int) -> dict[str, float]:
     """Draw one picture for each of 200 sentences and read them back."""
     import torch
 
-    from clipgen.data.judge import accuracy
     from clipgen.data.shapes import ALL_ATTRIBUTES
+    from clipgen.evaluation.shapes_evaluator import accuracy
     from clipgen.images import grid, save_png, to_pil
 
     order = torch.randperm(len(ALL_ATTRIBUTES), generator=torch.Generator().manual_seed(seed))[:PROMPTS]

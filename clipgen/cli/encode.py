@@ -51,11 +51,11 @@ def encode(config: DictConfig) -> None:
     """Encode as configured."""
     from omegaconf import OmegaConf
 
-    from clipgen import VQGAN, encoding
-    from clipgen.cli.building import warn_of_size
+    from clipgen import VQGAN, precompute
     from clipgen.cli.config import make
-    from clipgen.cli.machine import best_device, rank_and_world_size
-    from clipgen.data.shards import ImageShards
+    from clipgen.cli.device import default_device, rank_and_world_size
+    from clipgen.data.webdataset import ImageShards
+    from clipgen.training.build import warn_of_size
 
     if missing := OmegaConf.missing_keys(config):
         raise ValueError(f"clipgen-encode needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
@@ -67,7 +67,7 @@ def encode(config: DictConfig) -> None:
     warn_of_size(vqgan, config.data.image_size)
     data = make(config.data, batch_size=1)  # its own batches are for training
     for model in (vqgan, clip):
-        model.to(config.device or best_device())
+        model.to(config.device or default_device())
     source = OmegaConf.to_container(config.data)
     assert isinstance(source, dict)
     leave_out = ("batch_size", "num_workers", "shuffle")  # they change no byte of the cache
@@ -75,11 +75,19 @@ def encode(config: DictConfig) -> None:
     rank, world_size = rank_and_world_size()
     share = None if isinstance(data.train, ImageShards) else (len(data.train) + len(data.val or ())) / world_size
     with rate_bar("encoding", share) as advance:
-        whole = encoding.encode(
-            config.output, data, vqgan, clip, settings, augmentations=config.augmentations,
-            shard_size=config.shard_size, batch_size=config.batch_size, rank=rank, world_size=world_size,
+        whole = precompute.encode(
+            config.output,
+            data,
+            vqgan,
+            clip,
+            settings,
+            augmentations=config.augmentations,
+            shard_size=config.shard_size,
+            batch_size=config.batch_size,
+            rank=rank,
+            world_size=world_size,
             advance=advance,
-        )  # fmt: skip
+        )
     print(f"{'Finished' if whole else 'This part is finished, others are not'}: {Path(config.output)}")
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded, rate_bar
-from clipgen.cli.machine import best_device, rank_and_world_size
-from clipgen.cli.output import output_folder
-from clipgen.cli.settings import add_settings, settings_of
+from clipgen.cli.device import default_device, rank_and_world_size
+from clipgen.cli.output_dir import output_folder
+from clipgen.cli.sampling_args import add_settings, settings_of
 
 if TYPE_CHECKING:
-    from clipgen.evaluation.collection import Source
-    from clipgen.evaluation.measure import Measure
+    from clipgen.evaluation.feature_store import Source
+    from clipgen.evaluation.image_metrics import ImageMetrics
 
 DESCRIPTION = """The papers' metrics of a model, of anybody's pictures, or of a tokenizer.
 
@@ -45,21 +45,40 @@ def parser() -> argparse.ArgumentParser:
         "--vqgan", help="a stage-1 run folder, checkpoint, model folder, hf-hub: name or shapes: its reconstructions"
     )
     said = p.add_argument_group("sentences")
-    said.add_argument("--captions", help="text (a sentence a line; FILE<tab>sentence), JSON (list, mapping, COCO), "
-                      "or 'shapes'; default for --images: what the PNGs or .txt files beside them say")  # fmt: skip
+    said.add_argument(
+        "--captions",
+        help="text (a sentence a line; FILE<tab>sentence), JSON (list, mapping, COCO), "
+        "or 'shapes'; default for --images: what the PNGs or .txt files beside them say",
+    )
     said.add_argument("--classes", help="class names instead, in the same formats")
     said.add_argument("--template", default="A photo of a {label}.", help="of the classes (default: %(default)s)")
     said.add_argument("--num-images", type=int, default=30_000, help="drawn (default: %(default)s, the papers')")
     how = p.add_argument_group("protocol")
-    how.add_argument("--reference", help="real images: a folder, tar shards, or shapes; or a folder of parts that "
-                     "was measured before; without it no FID, KID, precision, recall")  # fmt: skip
-    how.add_argument("--features", default="inception", help="space of IS, FID, KID, precision and recall: inception "
-                     "(torch-fidelity's resize), inception-clean, inception:FILE, clip:MODEL[:TAG], torchvision:MODEL, "
-                     "timm:MODEL, module:function, none (default: %(default)s)")  # fmt: skip
-    how.add_argument("--blur", type=int, nargs="+", default=[0, 1, 2], help="radii of FID-0, FID-1, FID-2; IS, "
-                     "KID, precision and recall are measured at 0 (default: 0 1 2)")  # fmt: skip
-    how.add_argument("--clip", action="append", help="MODEL[:TAG] of a CLIP score, several times (default: "
-                     "ViT-B-32-quickgelu:openai, where there are sentences; none: no score)")  # fmt: skip
+    how.add_argument(
+        "--reference",
+        help="real images: a folder, tar shards, or shapes; or a folder of parts that "
+        "was measured before; without it no FID, KID, precision, recall",
+    )
+    how.add_argument(
+        "--features",
+        default="inception",
+        help="space of IS, FID, KID, precision and recall: inception "
+        "(torch-fidelity's resize), inception-clean, inception:FILE, clip:MODEL[:TAG], torchvision:MODEL, "
+        "timm:MODEL, module:function, none (default: %(default)s)",
+    )
+    how.add_argument(
+        "--blur",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2],
+        help="radii of FID-0, FID-1, FID-2; IS, KID, precision and recall are measured at 0 (default: 0 1 2)",
+    )
+    how.add_argument(
+        "--clip",
+        action="append",
+        help="MODEL[:TAG] of a CLIP score, several times (default: "
+        "ViT-B-32-quickgelu:openai, where there are sentences; none: no score)",
+    )
     how.add_argument("--captioner", help="of CapS: blip, blip:NAME_OR_FOLDER, module:function")
     how.add_argument("--judge", action="store_true", help="read the pictures by the rules of the shapes data")
     how.add_argument("--image-size", type=int, help="of --images and the reference (default: as the images)")
@@ -77,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Check what can be checked, evaluate, print the row."""
     args = parser().parse_args()
-    from clipgen.evaluation.evaluate import METRICS
-    from clipgen.evaluation.summary import table
+    from clipgen.evaluation.report import table
+    from clipgen.evaluation.run import METRICS
     from clipgen.files import atomic_write
 
     check(args)
@@ -119,7 +138,7 @@ def check(args: argparse.Namespace) -> None:
 def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of pictures."""
     from clipgen.data.shapes import parse
-    from clipgen.evaluation.evaluate import METRICS, evaluate, refuse_other
+    from clipgen.evaluation.run import METRICS, evaluate, refuse_other
 
     refuse_other(args.output / METRICS, {"vqgan": None})
     source, size = drawn(args) if args.checkpoint else pictures(args)
@@ -136,14 +155,14 @@ def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
 
 def compared(args: argparse.Namespace, size: int) -> Any:
     """The reference: measured before, or images; None where none is given."""
-    from clipgen.evaluation.collection import IDENTITY, Collection
+    from clipgen.evaluation.feature_store import IDENTITY, FeatureStore
     from clipgen.evaluation.sources import RealImages
 
     if args.reference is None:
         return None
     folder = Path(args.reference).expanduser()
     if (folder / IDENTITY).is_file():
-        return Collection(folder)
+        return FeatureStore(folder)
     return RealImages(args.reference, size, args.batch_size, args.num_images)
 
 
@@ -163,7 +182,7 @@ def drawn(args: argparse.Namespace) -> tuple[Source, int]:
     from clipgen.pipeline import TextToImage
 
     captions = choose([caption for _, caption in sentences(args)], args.num_images, args.seed)
-    pipe = TextToImage.load(args.checkpoint).to(args.device or best_device())
+    pipe = TextToImage.load(args.checkpoint).to(args.device or default_device())
     settings = settings_of(args) | {"rerank_from": args.rerank_from}
     draw = drawing(pipe, **settings)
     source = GeneratedImages(draw, captions, args.seed, settings | {"model": pipe.fingerprint}, args.batch_size)
@@ -180,24 +199,30 @@ def pictures(args: argparse.Namespace) -> tuple[Source, int]:
     return source, source.image_size
 
 
-def make_measure(args: argparse.Namespace, with_captions: bool) -> Measure:
+def make_measure(args: argparse.Namespace, with_captions: bool) -> ImageMetrics:
     """The networks that measure, on their device."""
     from clipgen import FrozenCLIP
-    from clipgen.evaluation.captioner import captioner
+    from clipgen.evaluation.caps import captioner
     from clipgen.evaluation.features import feature_extractor
-    from clipgen.evaluation.measure import Measure
+    from clipgen.evaluation.image_metrics import ImageMetrics
 
-    device = args.device or best_device()
+    device = args.device or default_device()
     names = args.clip or (["ViT-B-32-quickgelu:openai"] if with_captions else [])
     clips = {name: FrozenCLIP.named(name).to(device) for name in names if name != "none"}
     features = None if args.features == "none" else feature_extractor(args.features).to(device)
     classes = [caption for _, caption in sentences(args)] if args.classes else []
     if features is None or features.num_classes != len(classes):
         classes = []  # of another classifier
-    return Measure(
-        features, sorted(set(args.blur)), clips, captioner(args.captioner) if args.captioner else None,
-        args.captioner, classes, args.judge, device,
-    )  # fmt: skip
+    return ImageMetrics(
+        features,
+        sorted(set(args.blur)),
+        clips,
+        captioner(args.captioner) if args.captioner else None,
+        args.captioner,
+        classes,
+        args.judge,
+        device,
+    )
 
 
 def reconstructions(args: argparse.Namespace) -> dict[str, float]:
@@ -207,28 +232,33 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from torch.utils.data import DataLoader
 
     from clipgen import VQGAN
-    from clipgen.encoding import vqgan_identity
-    from clipgen.evaluation.evaluate import METRICS, refuse_other, write
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
+    from clipgen.evaluation.run import METRICS, refuse_other, write
     from clipgen.evaluation.sources import RealImages
-    from clipgen.lpips import WeightsMissing
+    from clipgen.models.lpips import MissingWeightsError
+    from clipgen.precompute import vqgan_identity
 
     vqgan = VQGAN.load(args.vqgan)
     images = RealImages(args.reference, args.image_size or vqgan.hparams["resolution"])
     features = None if args.features == "none" else args.features
     try:
         metrics = ReconstructionMetrics(lpips=True, fid_features=features)
-    except WeightsMissing:
+    except MissingWeightsError:
         print("LPIPS is left out: VGG-16's weights are not available", file=sys.stderr)
         vqgan.hparams["perceptual_weight"] = 0.0  # of its validation's loss too
         metrics = ReconstructionMetrics(lpips=False, fid_features=features)
-    device = torch.device(args.device or best_device())
-    trainer = pl.Trainer(accelerator="gpu" if device.type == "cuda" else device.type,
-                         devices=1 if device.index is None else [device.index], callbacks=[metrics], logger=False,
-                         enable_checkpointing=False, enable_model_summary=False,
-                         enable_progress_bar=sys.stderr.isatty(), default_root_dir=args.output)  # fmt: skip
-    protocol = {"vqgan": vqgan_identity(vqgan), "features": metrics.features,
-                "reference": images.identity}  # fmt: skip
+    device = torch.device(args.device or default_device())
+    trainer = pl.Trainer(
+        accelerator="gpu" if device.type == "cuda" else device.type,
+        devices=1 if device.index is None else [device.index],
+        callbacks=[metrics],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
+        default_root_dir=args.output,
+    )
+    protocol = {"vqgan": vqgan_identity(vqgan), "features": metrics.features, "reference": images.identity}
     refuse_other(args.output / METRICS, protocol)
     (logged,) = trainer.validate(vqgan, DataLoader(images.dataset, args.batch_size), verbose=False)
     found = {name.removeprefix("val/"): value for name, value in logged.items()}

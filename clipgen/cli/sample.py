@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded, rate_bar
-from clipgen.cli.machine import best_device
-from clipgen.cli.output import file_name, output_folder
-from clipgen.cli.settings import SETTINGS, add_settings, settings_of
+from clipgen.cli.device import default_device
+from clipgen.cli.output_dir import file_name, output_folder
+from clipgen.cli.sampling_args import SETTINGS, add_settings, settings_of
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from clipgen.generation.prompts import Prompt
     from clipgen.pipeline import Preview, TextToImage
-    from clipgen.prompts import Prompt
 
     Named = tuple[str, Prompt]  # for captions and file names
 
@@ -52,25 +52,44 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
     what.add_argument("--image", type=Path, action="append", default=[], help="a picture, for variations of it")
     what.add_argument("--mix", action="append", default=[], help='"0.7 a cat + 0.3 a dog"; weights may be negative')
-    what.add_argument("--interpolate", nargs=2, metavar=("A", "B"), action="append", default=[],
-                      help="two sentences: a strip of --num-images pictures between them")  # fmt: skip
+    what.add_argument(
+        "--interpolate",
+        nargs=2,
+        metavar=("A", "B"),
+        action="append",
+        default=[],
+        help="two sentences: a strip of --num-images pictures between them",
+    )
     what.add_argument("--from", type=Path, dest="origin", help="a picture of this command: draw it again, exactly")
-    p.add_argument("--complete", type=Path, help="a picture whose upper half is taken over; alone, the rest shall suit "
-                   "it")  # fmt: skip
+    p.add_argument(
+        "--complete", type=Path, help="a picture whose upper half is taken over; alone, the rest shall suit it"
+    )
     p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
-    p.add_argument("--checkpoint", help="stage-2 run folder, checkpoint, pipeline folder or hf-hub: name; default: the "
-                   "newest finished run below outputs/, else shapes, the bundled model")  # fmt: skip
-    p.add_argument("--output", type=Path, default=Path("samples"), help="folder for the PNGs, whose names end in "
-                   "their seed (default: %(default)s)")  # fmt: skip
+    p.add_argument(
+        "--checkpoint",
+        help="stage-2 run folder, checkpoint, pipeline folder or hf-hub: name; default: the "
+        "newest finished run below outputs/, else shapes, the bundled model",
+    )
+    p.add_argument(
+        "--output",
+        type=Path,
+        default=Path("samples"),
+        help="folder for the PNGs, whose names end in their seed (default: %(default)s)",
+    )
     p.add_argument("--seed", type=int, default=0, help="picture i draws from seed + i (default: %(default)s)")
     add_settings(p)
     p.add_argument("--rerank-from", type=int, help="draw so many and keep those that CLIP finds nearest")
-    p.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="all combinations on one labelled sheet: "
-                   "--sweep top_k=100,300 top_p=0.8,1.0")  # fmt: skip
+    p.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="KEY=A,B",
+        help="all combinations on one labelled sheet: --sweep top_k=100,300 top_p=0.8,1.0",
+    )
     p.add_argument("--preview", action="store_true", help="keep preview.png up to date with the rows drawn so far")
     p.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
-    p.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of transformer and decoder "
-                   "(default: %(default)s)")  # fmt: skip
+    p.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help="of transformer and decoder (default: %(default)s)"
+    )
     p.add_argument("--compile", action="store_true", help="draw by torch.compile: for many pictures on a GPU")
     return p
 
@@ -79,8 +98,8 @@ def run() -> None:
     """Check everything that can be checked, load the model, draw, write."""
     args = parser().parse_args()
     gc.disable()  # collecting garbage during the imports takes a second, and frees hardly anything
+    from clipgen.generation.prompts import check_request
     from clipgen.pipeline import TextToImage
-    from clipgen.prompts import check_request
     from clipgen.sampling import check_sampling
 
     gc.enable()
@@ -108,12 +127,17 @@ def prepared(pipe: TextToImage, args: argparse.Namespace) -> TextToImage:
     """The model on its device, cast and compiled as asked."""
     import torch
 
-    pipe.to(args.device or best_device(), getattr(torch, args.dtype))
+    pipe.to(args.device or default_device(), getattr(torch, args.dtype))
     return pipe.compile() if args.compile else pipe
 
 
-def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], complete: Image.Image | None,
-         args: argparse.Namespace) -> None:  # fmt: skip
+def draw(
+    pipe: TextToImage,
+    prompts: list[Named],
+    sweeps: list[dict[str, Any]],
+    complete: Image.Image | None,
+    args: argparse.Namespace,
+) -> None:
     """Draw and write every picture, the strips, and the sheet of all pictures."""
     from clipgen.images import grid, save_png
 
@@ -131,8 +155,13 @@ def draw(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], 
             print(f"It shows the first {len(drawn)} of {every} pictures")
 
 
-def draw_pictures(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], options: dict[str, Any],
-                  args: argparse.Namespace) -> list[tuple[int, str, Image.Image]]:  # fmt: skip
+def draw_pictures(
+    pipe: TextToImage,
+    prompts: list[Named],
+    sweeps: list[dict[str, Any]],
+    options: dict[str, Any],
+    args: argparse.Namespace,
+) -> list[tuple[int, str, Image.Image]]:
     """Draw and write those of all prompts -> number of prompt and settings, caption, picture, of the first of them."""
     from clipgen.images import save_png
 
@@ -146,11 +175,12 @@ def draw_pictures(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str
     return drawn
 
 
-def draw_strips(pipe: TextToImage, sweeps: list[dict[str, Any]], options: dict[str, Any],
-                args: argparse.Namespace) -> None:  # fmt: skip
+def draw_strips(
+    pipe: TextToImage, sweeps: list[dict[str, Any]], options: dict[str, Any], args: argparse.Namespace
+) -> None:
     """Draw and write what lies between two prompts."""
+    from clipgen.generation.prompts import describe
     from clipgen.images import grid, save_png
-    from clipgen.prompts import describe
 
     labelled = list(zip(labels_of(sweeps), sweeps))
     for (i, (first, second)), (label, settings) in product(enumerate(args.interpolate), labelled):
@@ -169,8 +199,13 @@ def labels_of(sweeps: list[dict[str, Any]]) -> list[str]:
     return [" ".join(f"{k}={s[k]}" for k in s if len({t[k] for t in sweeps}) > 1) for s in sweeps]
 
 
-def all_of(pipe: TextToImage, prompts: list[Named], sweeps: list[dict[str, Any]], options: dict[str, Any],
-           args: argparse.Namespace) -> Iterator[tuple[int, int, Image.Image]]:  # fmt: skip
+def all_of(
+    pipe: TextToImage,
+    prompts: list[Named],
+    sweeps: list[dict[str, Any]],
+    options: dict[str, Any],
+    args: argparse.Namespace,
+) -> Iterator[tuple[int, int, Image.Image]]:
     """Every prompt by all settings, as many prompts at once as fit -> index of the prompt, of the settings, picture."""
     guided = any(settings["guidance_scale"] != 1 for settings in sweeps)
     at_once = max(pipe.batch_size(guided) // (args.rerank_from or args.num_images), 1)
@@ -196,7 +231,7 @@ def save_preview(folder: Path) -> Preview:
 
 def read_prompts(args: argparse.Namespace) -> list[Named]:
     """Everything to draw, but interpolations; a picture to complete stands for itself where nothing else does."""
-    from clipgen.prompts import describe, parse_mixture, read_sentences
+    from clipgen.generation.prompts import describe, parse_mixture, read_sentences
 
     lines = [line for file in args.prompts_file for line in read_sentences(file)]
     mixtures = [parse_mixture(mix) if isinstance(mix, str) else mix for mix in args.mix]
@@ -211,13 +246,13 @@ def read_prompts(args: argparse.Namespace) -> list[Named]:
 
 def read_picture(path: Path) -> Image.Image:
     """A picture file."""
-    from clipgen.data.images import UnusableImage, decode_image
+    from clipgen.data.decoding import UnusableImageError, decode_image
 
     if not path.is_file():
         raise FileNotFoundError(f"no picture {path}")
     try:
         return decode_image(path)
-    except UnusableImage as error:
+    except UnusableImageError as error:
         raise ValueError(f"{path} cannot be used as an image: {error}") from error
 
 

@@ -12,15 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded
-from clipgen.cli.output import output_folder
+from clipgen.cli.output_dir import output_folder
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from omegaconf import DictConfig
 
 logger = logging.getLogger("clipgen.train")
-PACKAGES = ("clipgen", "torch", "torchvision", "pytorch-lightning", "transformers", "open_clip_torch", "webdataset",
-            "hydra-core")  # fmt: skip
+PACKAGES = (
+    "clipgen",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "transformers",
+    "open_clip_torch",
+    "webdataset",
+    "hydra-core",
+)
 
 
 def main() -> None:
@@ -39,7 +47,7 @@ def run_hydra() -> None:
     from hydra.types import RunMode
 
     from clipgen.cli.config import config_dir, explain
-    from clipgen.cli.resuming import refuse_other_runs, with_the_runs
+    from clipgen.cli.resume_args import refuse_other_runs, with_the_runs
 
     sys.argv[1:] = with_the_runs(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints them itself, over many lines
@@ -99,9 +107,9 @@ def train(config: DictConfig, sweep: bool = False) -> None:
     import pytorch_lightning as pl
     from omegaconf import OmegaConf
 
-    from clipgen.cli.building import build, is_encoded, settle_encoded
     from clipgen.cli.config import make
-    from clipgen.cli.resuming import find_checkpoint
+    from clipgen.cli.resume_args import find_checkpoint
+    from clipgen.training.build import build, is_encoded, settle_encoded
 
     if is_encoded(config):
         settle_encoded(config)
@@ -131,7 +139,7 @@ def train(config: DictConfig, sweep: bool = False) -> None:
 def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
     """Lightning's trainer with our callbacks."""
     from clipgen.cli.config import make
-    from clipgen.resume import WholeCheckpoints
+    from clipgen.training.resume import AtomicCheckpointIO
 
     strategy = config.trainer.strategy
     # before discriminator_start the discriminator gets no gradients, which plain DDP refuses
@@ -144,25 +152,25 @@ def make_trainer(config: DictConfig, output: Path) -> pl.Trainer:
         logger=make(config.logger) if "_target_" in config.logger else False,
         enable_progress_bar=False,  # ours counts steps
         enable_model_summary=False,
-        plugins=[WholeCheckpoints()],
+        plugins=[AtomicCheckpointIO()],
         callbacks=make_callbacks(config, output),
     )
 
 
 def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     """What is done beside the steps, in this order."""
-    from clipgen.callbacks import Results
     from clipgen.cli.config import make
-    from clipgen.cli.progress import ProgressReport
-    from clipgen.resume import GivenSettings, StepSeeds
+    from clipgen.training.callbacks import MetricPrinter
+    from clipgen.training.progress import ProgressReport
+    from clipgen.training.resume import OverrideOptimizerSettings, PerStepSeed
 
-    found = [StepSeeds(config.seed), GivenSettings()]
+    found = [PerStepSeed(config.seed), OverrideOptimizerSettings()]
     if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
         found.append(make(config.pictures, folder=output / "pictures"))
     if "metrics" in config:
         found.append(make(config.metrics))
     found += make(config.checkpoint, folder=output / "checkpoints", monitor=config.monitor)
-    return [*found, Results(), ProgressReport(bar=sys.stderr.isatty())]
+    return [*found, MetricPrinter(), ProgressReport(bar=sys.stderr.isatty())]
 
 
 def sharded(config: DictConfig) -> Any:
@@ -177,8 +185,10 @@ def sharded(config: DictConfig) -> Any:
         raise ValueError(f"trainer.devices must be a number of devices with trainer.strategy=fsdp, got {devices}")
     limit = config.trainer.limit_val_batches
     if config.data.get("val_urls") and not isinstance(limit, int):  # streams end at different batches
-        raise ValueError("trainer.limit_val_batches must be a number that every process has with trainer.strategy=fsdp "
-                         f"and data.val_urls, got {limit}: they would wait for each other without end")  # fmt: skip
+        raise ValueError(
+            "trainer.limit_val_batches must be a number that every process has with trainer.strategy=fsdp "
+            f"and data.val_urls, got {limit}: they would wait for each other without end"
+        )
     processes = devices * config.trainer.num_nodes
     return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
@@ -186,11 +196,11 @@ def sharded(config: DictConfig) -> Any:
 def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None:
     """Begin the run folder: configuration, versions, and in stage 2 the frozen models, so that it can be moved."""
     from clipgen import ConditionalTransformer
-    from clipgen.cli.building import is_encoded
     from clipgen.cli.config import as_yaml
-    from clipgen.cli.resuming import write_arguments
+    from clipgen.cli.resume_args import write_arguments
     from clipgen.files import write_json
-    from clipgen.frozen import copy_frozen, save_frozen
+    from clipgen.run_folder import copy_frozen, save_frozen
+    from clipgen.training.build import is_encoded
 
     (output / "config.yaml").write_text(as_yaml(config), "utf-8")
     write_arguments(output)
@@ -205,9 +215,9 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
 
 def fit(trainer: pl.Trainer, model: Any, data: Any, ckpt: str | None, output: Path) -> None:
     """Train, then leave the finished model in the run folder."""
-    from clipgen.cli.resuming import ARGUMENTS
-    from clipgen.resume import LastCheckpoint
-    from clipgen.weights.checkpoint import FOLDERS, kind
+    from clipgen.checkpoint.model_folder import FOLDERS, kind
+    from clipgen.cli.resume_args import ARGUMENTS
+    from clipgen.training.resume import LastCheckpoint
 
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipgen.data.ahead import ahead
-from clipgen.data.images import EXTENSIONS, UnusableImage, check_header, decode_image
-from clipgen.data.module import ImageData
-from clipgen.data.tally import Tally
+from clipgen.data.datamodule import ImageDataModule
+from clipgen.data.decoding import EXTENSIONS, UnusableImageError, check_header, decode_image
+from clipgen.data.parallel import ahead
+from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
-from clipgen.seeds import hashed_seed, unit_hash
+from clipgen.hashing import hashed_seed, unit_hash
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.image_size = image_size
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
-        self.tally = Tally(str(root))
+        self.tally = SkipCounter(str(root))
         usable = scan_folder(self.root, self.tally)
         self.labels = labels
         known = set(class_names or [_class(file) for file in usable]) - {""}
@@ -78,7 +78,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         if labels and (stray := [file for file in usable if _class(file) not in known]):
             which = "one of the training classes" if class_names else "its class"
             raise ValueError(f"labels needs each image of {root} in a folder named after {which}, got {stray[0]}")
-        rest, self._held_out = map(Names, split_files(usable, val_fraction))
+        rest, self._held_out = map(PackedStrings, split_files(usable, val_fraction))
         self.files = self._held_out if len(self._held_out) and not train else rest
 
     def held_out(self) -> ImageFolder:
@@ -98,7 +98,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
             path = self.root / self.files[(start + step) % len(self)]
             try:
                 return {"images": self.transform(decode_image(path, image_size=self.image_size), generator)}
-            except UnusableImage as error:
+            except UnusableImageError as error:
                 if self.tally.skip(str(path), error):
                     self.tally.use(-1)
         raise ValueError(f"{self.root} has no usable image left: {self.tally}")
@@ -111,7 +111,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         def load(item: int) -> tuple[Tensor, int | None] | None:
             try:
                 image = decode_image(self.root / self.files[item], image_size=self.image_size)
-            except UnusableImage as error:
+            except UnusableImageError as error:
                 self.tally.skip(str(self.root / self.files[item]), error)
                 return None
             label = self.class_names.index(_class(self.files[item])) if self.labels else None
@@ -123,7 +123,7 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         return torch.Generator().manual_seed(hashed_seed(f"{self.seed} {turn} {item}"))
 
 
-class Names:
+class PackedStrings:
     """Texts by number, in two blocks of memory: of a list each worker would come to copy every text (a gigabyte for
     eight workers and a million names), since reading one counts a reference in it."""
 
@@ -139,7 +139,7 @@ class Names:
         return self.content[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogateescape")
 
 
-def scan_folder(root: Path, tally: Tally) -> list[str]:
+def scan_folder(root: Path, tally: SkipCounter) -> list[str]:
     """Check all images below `root` and return the usable ones, relative to it and sorted.
 
     Raises:
@@ -212,8 +212,8 @@ def folder_data(
     flip: bool = True,
     seed: int = 0,
     labels: bool = False,
-) -> ImageData:
-    """Make the data of a run from a folder of images; arguments as in `ImageFolder` and `ImageData`.
+) -> ImageDataModule:
+    """Make the data of a run from a folder of images; arguments as in `ImageFolder` and `ImageDataModule`.
 
     Validation images come from `val_root` where it is given, else `val_fraction` of the images is held out of
     training; with neither, there is no validation.
@@ -229,7 +229,7 @@ def folder_data(
         val = train.held_out() if val_fraction else None
         if val is not None:
             logger.info("%s: %d images for training, %d for validation", root, len(train), len(val))
-    return ImageData(train, val, batch_size, num_workers, seed=seed)
+    return ImageDataModule(train, val, batch_size, num_workers, seed=seed)
 
 
 def _class(file: str) -> str:
@@ -237,9 +237,9 @@ def _class(file: str) -> str:
     return file.split("/")[0] if "/" in file else ""
 
 
-def _problem(check: Callable[[Path], object], root: Path, file: str) -> UnusableImage | None:
+def _problem(check: Callable[[Path], object], root: Path, file: str) -> UnusableImageError | None:
     try:
         check(root / file)
-    except UnusableImage as error:
+    except UnusableImageError as error:
         return error
     return None

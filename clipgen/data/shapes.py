@@ -17,13 +17,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipgen.data.module import ImageData
+from clipgen.data.datamodule import ImageDataModule
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLORS = {
-    "red": (214, 39, 40), "green": (30, 160, 60), "blue": (40, 70, 220), "yellow": (245, 215, 40),
-    "orange": (245, 130, 20), "purple": (140, 50, 185), "cyan": (50, 205, 225), "pink": (250, 130, 200),
-}  # fmt: skip
+    "red": (214, 39, 40),
+    "green": (30, 160, 60),
+    "blue": (40, 70, 220),
+    "yellow": (245, 215, 40),
+    "orange": (245, 130, 20),
+    "purple": (140, 50, 185),
+    "cyan": (50, 205, 225),
+    "pink": (250, 130, 200),
+}
 RADII = {"small": (7.5, 8.5), "large": (11.0, 12.0)}  # from, to: pixels of a 32-pixel image
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
 SHIFTS = (-4, 0, 4)  # pixels of a 32-pixel image, to the right and down
@@ -167,9 +173,14 @@ class ShapesDataset(Dataset):
     """
 
     def __init__(
-        self, length: int, image_size: int = 32, seed: int = 0, attributes: Sequence[Attributes] | None = None,
-        labels: bool = False, held_out: float = 0.0,
-    ):  # fmt: skip
+        self,
+        length: int,
+        image_size: int = 32,
+        seed: int = 0,
+        attributes: Sequence[Attributes] | None = None,
+        labels: bool = False,
+        held_out: float = 0.0,
+    ):
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
         self.image_size, self.labels = image_size, labels
@@ -221,9 +232,15 @@ class ShapesDataset(Dataset):
 
 
 def shapes_data(
-    train_size: int, val_size: int, image_size: int, batch_size: int, num_workers: int = 0, seed: int = 0,
-    labels: bool = False, held_out: float = 0.0,
-) -> ImageData:  # fmt: skip
+    train_size: int,
+    val_size: int,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    seed: int = 0,
+    labels: bool = False,
+    held_out: float = 0.0,
+) -> ImageDataModule:
     """The data module of ``data=shapes``: training and validation images from different seeds.
 
     Args:
@@ -231,4 +248,4 @@ def shapes_data(
     """
     train = ShapesDataset(train_size, image_size, seed=2 * seed, labels=labels, held_out=held_out)
     val = ShapesDataset(val_size, image_size, seed=2 * seed + 1, labels=labels, held_out=held_out)
-    return ImageData(train, val, batch_size, num_workers, seed=seed)
+    return ImageDataModule(train, val, batch_size, num_workers, seed=seed)

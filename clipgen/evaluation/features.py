@@ -15,10 +15,10 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
+from clipgen.checkpoint.model_folder import fingerprint
 from clipgen.clip import FrozenCLIP
 from clipgen.files import one_line
 from clipgen.images import to_bytes
-from clipgen.weights.checkpoint import fingerprint
 
 KINDS = "inception[-clean][:FILE], clip:MODEL[:TAG], torchvision:MODEL[:FILE], timm:MODEL[:FILE] or module:function"
 INCEPTION_SIZE = 299
@@ -123,8 +123,10 @@ def inception(name: str, clean: bool, weights: str | None) -> Features:
             '"clipgen[eval]" and go online once, or name a file, inception:FILE, or other features: '
             "clip:MODEL[:TAG], module:function"
         ) from error
-    return Features(CleanInception(network) if clean else BytesInception(network),
-                    f"{name.split(':')[0]} {fingerprint(network.state_dict())}")  # fmt: skip
+    return Features(
+        CleanInception(network) if clean else BytesInception(network),
+        f"{name.split(':')[0]} {fingerprint(network.state_dict())}",
+    )
 
 
 class BytesInception(nn.Module):

@@ -11,8 +11,8 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from clipgen.evaluation.features import feature_extractor
-from clipgen.losses import weight_in_mean
-from clipgen.lpips import load_lpips
+from clipgen.models.losses import ddp_batch_size
+from clipgen.models.lpips import load_lpips
 
 
 class ReconstructionMetrics(pl.Callback):
@@ -27,8 +27,9 @@ class ReconstructionMetrics(pl.Callback):
             images and those of their reconstructions; see ``feature_extractor``. None: no rFID.
     """
 
-    def __init__(self, ssim: bool = True, lpips: bool = False, vgg_weights: str | None = None,
-                 fid_features: str | None = None):  # fmt: skip
+    def __init__(
+        self, ssim: bool = True, lpips: bool = False, vgg_weights: str | None = None, fid_features: str | None = None
+    ):
         self.lpips = load_lpips(vgg_weights) if lpips else None
         self.metrics: dict[str, Metric] = {}
         if ssim:
@@ -43,8 +44,15 @@ class ReconstructionMetrics(pl.Callback):
         for metric in self.metrics.values():
             metric.to(module.device).reset()
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any,
-                                batch_idx: int, dataloader_idx: int = 0) -> None:  # fmt: skip
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         self.update(module, batch["images"], outputs)
 
     def update(self, module: pl.LightningModule, images: Tensor, reconstruction: Tensor) -> None:
@@ -56,7 +64,7 @@ class ReconstructionMetrics(pl.Callback):
             self.metrics["rfid"].update(reconstruction, real=False)
         if self.lpips is not None:
             distance = self.lpips.to(images.device)(images, reconstruction).mean()
-            module.log("val/lpips", distance, batch_size=weight_in_mean(len(images)), sync_dist=True)
+            module.log("val/lpips", distance, batch_size=ddp_batch_size(len(images)), sync_dist=True)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:

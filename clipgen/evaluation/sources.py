@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipgen.data.chunks import pieces, read, runs
+from clipgen.data.decoding import UnusableImageError, decode_image
 from clipgen.data.folder import ImageFolder, find_images
-from clipgen.data.images import UnusableImage, decode_image
-from clipgen.data.pieces import pieces, read, runs
 from clipgen.data.shapes import ShapesDataset
-from clipgen.data.shards import ImageShards
+from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.captions import Caption, captions_of
-from clipgen.evaluation.collection import Batch
+from clipgen.evaluation.feature_store import Batch
 from clipgen.images import from_pil
 from clipgen.pipeline import TextToImage
 
@@ -73,8 +73,14 @@ class FolderImages:
         workers: threads that decode.
     """
 
-    def __init__(self, root: str | Path, image_size: int | None = None, captions: Sequence[Caption] | None = (),
-                 batch_size: int = 50, workers: int = 4):  # fmt: skip
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int | None = None,
+        captions: Sequence[Caption] | None = (),
+        batch_size: int = 50,
+        workers: int = 4,
+    ):
         self.root, self.batch_size, self.workers = Path(root).expanduser(), batch_size, workers
         self.files = [file for file in find_images(self.root) if Path(file).name not in SHEETS]
         if not self.files:
@@ -97,15 +103,22 @@ class FolderImages:
         picture = self._decode(file)
         if picture.size != self.first_size and not self.warned:
             self.warned = True
-            logger.warning("%s is %d x %d, and the first of %s %d x %d: the central squares of all are resized to %d x "
-                           "%d; --image-size names another", file, *picture.size, self.root, *self.first_size,
-                           self.image_size, self.image_size)  # fmt: skip
+            logger.warning(
+                "%s is %d x %d, and the first of %s %d x %d: the central squares of all are resized to %d x "
+                "%d; --image-size names another",
+                file,
+                *picture.size,
+                self.root,
+                *self.first_size,
+                self.image_size,
+                self.image_size,
+            )
         return from_pil(picture, self.image_size)
 
     def _decode(self, file: str) -> Any:
         try:
             return decode_image(self.root / file)
-        except UnusableImage as error:
+        except UnusableImageError as error:
             raise ValueError(f"{self.root / file} cannot be used as an image: {error}") from error
 
 

@@ -1,0 +1,46 @@
+"""GPT-2's language weights, as transformers keeps them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GPT2Config, GPT2Model
+
+from clipgen.checkpoint.safe_load import State
+from clipgen.files import one_line
+
+SIZES = ("n_layer", "n_head", "n_embd")
+
+
+def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
+    """The weights of a GPT-2 without its head: ``wte``, ``wpe``, ``h``, ``ln_f``.
+
+    Args:
+        name: on the Hugging Face hub, or a folder of ``save_pretrained``. like: what its size must agree with.
+
+    Raises:
+        ValueError: it cannot be had, is no GPT-2, or of another size.
+    """
+    config = from_pretrained(AutoConfig, name)
+    if not isinstance(config, GPT2Config):
+        raise ValueError(f"language_weights must name a GPT-2, got {name}, which is a {config.model_type}")
+    for size in SIZES:
+        ours, theirs = getattr(like, size), getattr(config, size)
+        if ours != theirs:
+            raise ValueError(f"model.{size} must be {theirs}, as in the language weights {name}, got {ours}")
+    model, found = from_pretrained(GPT2Model, name, output_loading_info=True)
+    if missing := found["missing_keys"]:
+        raise ValueError(f"language_weights must name a whole GPT-2, got {name} without {min(missing)}")
+    return model.state_dict()
+
+
+def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
+    """``kind.from_pretrained``, or one sentence on why not."""
+    try:
+        return kind.from_pretrained(str(name), **options)
+    except (OSError, ValueError) as error:  # no such name or folder, no network, a damaged file
+        raise ValueError(
+            "language_weights must name a GPT-2 on the Hugging Face hub, or a folder of one, "
+            f"got {name}: {one_line(error)}"
+        ) from error

@@ -1,0 +1,88 @@
+"""Published tokenizers of CompVis/taming-transformers: checkpoint and configuration -> arguments and weights of ours.
+
+The weights come out as a model folder holds them: the tokenizer's by its own names, which are taming's,
+``discriminator.``, ``lpips.``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipgen.checkpoint.model_folder import Model
+from clipgen.checkpoint.safe_load import below, read_weights
+from clipgen.files import one_line
+from clipgen.models.discriminator import sizes_of
+
+TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
+DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # what ddconfig may leave out
+ADVERSARIAL = {"hinge": "hinge", "vanilla": "log"}
+
+
+def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Model:
+    """VQModel and GumbelVQ of CompVis/taming-transformers: ``last.ckpt`` and its ``model.yaml``."""
+    if not isinstance(config, Mapping):
+        config = read_yaml(Path(config).expanduser())
+    state = read_weights(checkpoint, "state_dict", "encoder.conv_in.weight", "taming-transformers")
+    weights = {k: v for k, v in state.items() if k.startswith(TOKENIZER)}
+    discriminator = below("loss.discriminator.main.", state)
+    if any(name.endswith(".loc") for name in discriminator):  # ActNorm in the place of batch norm: not ours
+        discriminator = {}
+    weights |= {f"discriminator.main.{k}": v for k, v in discriminator.items()}
+    weights |= {f"lpips.{k}": v for k, v in below("loss.perceptual_loss.", state).items() if "scaling" not in k}
+    return arguments_of(config) | sizes_of(discriminator), weights
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {one_line(error, 200)}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no configuration of taming-transformers: there is no model.params in it")
+    return found
+
+
+def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor's arguments of ``VQGAN`` from taming's configuration.
+
+    Raises:
+        ValueError: it is incomplete, or of a model that is not a VQModel or GumbelVQ of RGB images.
+    """
+    try:
+        model, params = config["model"], config["model"]["params"]
+        kind, net = model["target"].split(".")[-1], dict(params["ddconfig"])
+        sizes = dict(codebook_size=params["n_embed"], codebook_dim=params["embed_dim"])
+        sizes |= {name: net[name] for name in SIZES} | {name: net.get(name, value) for name, value in DEFAULTS.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the configuration is none of taming-transformers' tokenizers: {error!r}") from error
+    kinds = {"VQModel": "euclidean", "GumbelVQ": "gumbel"}
+    for name, value, possible in (
+        ("target", kind, kinds),
+        ("double_z", net.get("double_z", False), (False,)),
+        ("in_channels", net.get("in_channels", 3), (3,)),
+        ("out_ch", net.get("out_ch", 3), (3,)),
+    ):
+        if value not in possible:
+            raise ValueError(f"{name} must be {' or '.join(map(str, possible))} in taming's configuration, got {value}")
+    try:
+        loss = dict((params.get("lossconfig") or {}).get("params") or {})
+        adversarial = ADVERSARIAL[loss.get("disc_loss", "hinge")]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        ways = " or ".join(ADVERSARIAL)
+        raise ValueError(f"taming's lossconfig must have params whose disc_loss is {ways}, got {error!r}") from error
+    return sizes | dict(
+        quantizer=kinds[kind],
+        kl_weight=params.get("kl_weight", 1e-8),
+        codebook_weight=0.25 * loss.get("codebook_weight", 1.0),
+        commitment_weight=loss.get("codebook_weight", 1.0),
+        perceptual_weight=loss.get("perceptual_weight", 1.0),
+        discriminator_weight=loss.get("disc_weight", 1.0),
+        discriminator_start=loss.get("disc_start", 0),
+        adversarial=adversarial,
+    )

@@ -1,0 +1,836 @@
+"""Photos as they come: decoding, folders, tar shards, and the loaders made of them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tarfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import QUIET, SHARED
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+from clipgen.data import folder as folder_module
+from clipgen.data import webdataset as shards_module
+from clipgen.data.datamodule import ImageDataModule
+from clipgen.data.decoding import UnusableImageError, check_header, decode_image
+from clipgen.data.folder import ImageFolder, PackedStrings, find_images, folder_data, split_files
+from clipgen.data.parallel import AHEAD, THREADS, ahead
+from clipgen.data.transforms import train_transform, val_transform
+from clipgen.data.urls import expand_urls
+from clipgen.data.webdataset import ImageShards, shard_data
+
+ROOT = Path(__file__).parents[1]
+BAD = SHARED / "data" / "bad_images"
+needs_bad = pytest.mark.skipif(not BAD.exists(), reason=f"{BAD} is absent; set CLIPGEN_SHARED")
+CIFAR10 = SHARED / "data" / "cifar10"
+needs_cifar = pytest.mark.skipif(not CIFAR10.exists(), reason=f"{CIFAR10} is absent; set CLIPGEN_SHARED")
+
+USABLE = [
+    "UPPER.JPEG",
+    "alpha.png",
+    "animated.gif",
+    "café 画像 (1).jpg",
+    "cmyk.jpg",
+    "exif_rotated.jpg",
+    "good_0.jpg",
+    "good_1.jpg",
+    "good_2.jpg",
+    "good_3.jpg",
+    "gray16.png",
+    "grayscale.jpg",
+    "jpeg_named.png",
+    "nested/deeper/inner.jpg",
+    "one_pixel.png",
+    "palette.png",
+    "photo.webp",
+    "strip.jpg",
+]
+UNUSABLE = {
+    "truncated.jpg": "truncated",
+    "empty.jpg": "empty",
+    "text.jpg": "not an image",
+    "bomb.png": "too large",
+}
+SUMMARY = "18 images, 4 skipped: 1 truncated, 1 empty, 1 not an image, 1 too large"
+
+
+def picture(width: int = 20, height: int = 16, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+GOOD = encoded(picture(200, 160))
+TRUNCATED = GOOD[: len(GOOD) // 2]
+
+
+def make_folder(root: Path, count: int, bad: tuple[int, ...] = ()) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        data = encoded(Image.new("RGB", (24, 18), (i * 10, 0, 0)), "PNG")
+        (root / f"{i:03d}.png").write_bytes(TRUNCATED if i in bad else data)
+    return root
+
+
+def make_tar(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def numbered_tar(path: Path, values: range) -> Path:
+    """A shard whose images are recognised by their red value."""
+    files = {f"{v:03d}.png": encoded(Image.new("RGB", (8, 8), (v, 0, 0)), "PNG") for v in values}
+    return make_tar(path, files)
+
+
+def red(sample: dict[str, torch.Tensor]) -> int:
+    return round((float(sample["images"][0].mean()) + 1) * 127.5)
+
+
+# Decoding
+
+
+def test_orientation_is_applied_even_when_other_tags_are_broken() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x0131] = 6, "description", "software"
+    data = bytearray(encoded(picture(20, 16), exif=exif))
+    assert decode_image(bytes(data)).size == (16, 20)
+    start = data.index(b"Exif")
+    sizes = set()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        broken = bytearray(data)
+        broken[start + 30 + rng.integers(30)] = rng.integers(256)
+        sizes.add(decode_image(bytes(broken)).size)
+    assert sizes <= {(16, 20), (20, 16)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})],
+)
+def test_lossless_formats_keep_their_pixels(kind: str, options: dict[str, object]) -> None:
+    image = picture()
+    assert np.array_equal(decode_image(encoded(image, kind, **options)), image)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "int32", "float32"])
+def test_deep_grey_is_scaled_not_clipped(dtype: str) -> None:
+    top = 1.0 if dtype == "float32" else 65535
+    ramp = (np.linspace(0, 1, 256) * top).reshape(16, 16).astype(dtype)
+    grey = np.asarray(decode_image(encoded(Image.fromarray(ramp), "TIFF")))[..., 0].ravel()
+    assert np.abs(grey.astype(int) - np.arange(256)).max() <= 1
+
+
+def test_transparency_is_laid_on_white() -> None:
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.putpixel((0, 0), (255, 0, 0, 255))
+    for kind, source in (("PNG", image), ("PNG", image.convert("LA")), ("GIF", image)):
+        decoded = decode_image(encoded(source, kind))
+        assert decoded.mode == "RGB" and decoded.getpixel((3, 3)) == (255, 255, 255)
+    assert decode_image(encoded(image, "PNG")).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_cmyk_keeps_its_colour() -> None:
+    colour = decode_image(encoded(Image.new("RGB", (16, 16), (200, 40, 90)).convert("CMYK"))).getpixel((8, 8))
+    assert np.abs(np.subtract(colour, (200, 40, 90))).max() < 6
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(data).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"no image", "not an image"),
+        (TRUNCATED, "truncated"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+    ],
+)
+def test_unusable_bytes(data: bytes, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UnusableImageError) as caught:
+        decode_image(data)
+    assert caught.value.reason == reason
+    path = tmp_path / "x.jpg"
+    path.write_bytes(data)
+    with pytest.raises(UnusableImageError, match=reason):
+        decode_image(path)
+
+
+def test_a_missing_file_is_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(UnusableImageError, match=r"unreadable.*gone.jpg"):
+        decode_image(tmp_path / "gone.jpg")
+
+
+def test_the_size_is_judged_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_header(TRUNCATED)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 16 // 2 - 1)  # Pillow refuses above twice as many
+    with pytest.raises(UnusableImageError, match="320 pixels") as caught:
+        check_header(encoded(picture(20, 16), "PNG"))
+    assert caught.value.reason == "too large"
+
+
+@needs_bad
+@pytest.mark.parametrize("name", USABLE)
+def test_usable_photo(name: str) -> None:
+    image = decode_image(BAD / name)
+    assert image.mode == "RGB"
+    for transform in (train_transform(32), val_transform(32)):
+        images = transform(image)
+        assert images.shape == (3, 32, 32) and images.dtype == torch.float32
+        assert images.min() >= -1 and images.max() <= 1
+
+
+@needs_bad
+@pytest.mark.parametrize(("name", "reason"), UNUSABLE.items())
+def test_unusable_photo(name: str, reason: str) -> None:
+    with pytest.raises(UnusableImageError) as caught:
+        decode_image(BAD / name)
+    assert caught.value.reason == reason
+
+
+@needs_bad
+def test_photos_look_right() -> None:
+    assert decode_image(BAD / "exif_rotated.jpg").size == (160, 200)
+    assert decode_image(BAD / "animated.gif").size == (64, 64)
+    assert decode_image(BAD / "one_pixel.png").size == (1, 1)
+    grey = np.asarray(decode_image(BAD / "gray16.png"))
+    assert 20 < grey.mean() < 235 and (grey == 255).mean() < 0.2  # Pillow's own conversion is white all over
+    alpha = Image.open(BAD / "alpha.png").getchannel("A")
+    clear = np.asarray(alpha) == 0
+    assert clear.any() and (np.asarray(decode_image(BAD / "alpha.png"))[clear] == 255).all()
+    with pytest.raises(UnusableImageError, match="900000000"):
+        check_header(BAD / "bomb.png")
+
+
+# Transforms
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 90), (60, 60), (31, 30), (30, 37)])
+def test_val_transform_is_resize_then_centre_crop(size: tuple[int, int]) -> None:
+    image = picture(*size)
+    resized = image.resize((size[0] * 30 // min(size), size[1] * 30 // min(size)), Image.Resampling.BICUBIC)
+    left, top = (resized.width - 29) // 2, (resized.height - 29) // 2
+    expected = np.asarray(resized.crop((left, top, left + 30, top + 30)), dtype=int)
+    actual = ((val_transform(30)(image) + 1) * 127.5).round().int().permute(1, 2, 0).numpy()
+    assert np.abs(actual - expected).max() <= 1
+
+
+def test_an_image_of_the_right_size_is_not_resampled() -> None:
+    image = picture(47, 32)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    windows = [pixels[:, :, i : i + 32] for i in range(16)]
+    places = set()
+    for _ in range(200):
+        images = train_transform(32, flip=False)(image)
+        places |= {i for i, window in enumerate(windows) if torch.allclose(images, window)}
+        assert any(torch.allclose(images, window) for window in windows)
+    assert places == set(range(16))
+
+
+def test_train_transform_draws_crop_and_flip_from_the_global_generator() -> None:
+    ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (32, 1, 3)))
+    transform = train_transform(32)
+    torch.manual_seed(0)
+    first = [transform(ramp) for _ in range(60)]
+    torch.manual_seed(0)
+    assert all(torch.equal(a, transform(ramp)) for a in first)
+    starts = [float(images[0, 0].min()) for images in first]
+    assert min(starts) < -0.8 and max(starts) > 0.6  # the crop goes from end to end
+    flipped = sum(bool(images[0, 0, 0] > images[0, 0, -1]) for images in first)
+    assert 15 < flipped < 45
+    assert not any(t[0, 0, 0] > t[0, 0, -1] for t in (train_transform(32, flip=False)(ramp) for _ in range(20)))
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (2, 3)])
+def test_extreme_shapes_are_cropped_before_they_are_enlarged(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    resize = Image.Image.resize
+
+    def spy(self: Image.Image, size: tuple[int, int], *args: object, **options: object) -> Image.Image:
+        made.append(size)
+        return resize(self, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    for transform in (train_transform(64), val_transform(64)):
+        assert transform(Image.new("RGB", size, "white")).unique().tolist() == [1.0]
+    assert set(made) == {(64, 64)}
+
+
+@pytest.mark.parametrize("make", [train_transform, val_transform])
+def test_image_size_is_checked(make) -> None:
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        make(0)
+
+
+# Folders
+
+
+@needs_bad
+def test_the_folder_of_bad_images(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    dataset = ImageFolder(BAD, 32, train=True)
+    assert list(dataset.files) == USABLE
+    assert [sample["images"].shape for sample in dataset] == [(3, 32, 32)] * len(USABLE)
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == len(UNUSABLE)
+    for name, reason in UNUSABLE.items():
+        assert sum(f"{name}: {reason}" in warning for warning in warnings) == 1
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [f"{BAD}: {SUMMARY}"]
+
+
+@needs_bad
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_the_header_check_misses_is_replaced_and_counted(
+    num_workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(folder_module, "_DECODE_UP_TO", 0)
+    handler = logging.FileHandler(tmp_path / "log")  # a file also gets what worker processes log
+    logging.getLogger("clipgen").addHandler(handler)
+    try:
+        dataset = ImageFolder(BAD, 16, train=True)
+        assert "truncated.jpg" in dataset.files and str(dataset.tally).startswith("19 images, 3 skipped")
+        loader = DataLoader(dataset, 4, shuffle=True, num_workers=num_workers)
+        for _ in range(2):
+            assert sum(len(batch["images"]) for batch in loader) == 19
+    finally:
+        logging.getLogger("clipgen").removeHandler(handler)
+    assert str(dataset.tally) == SUMMARY
+    assert (tmp_path / "log").read_text().count("truncated.jpg") == 1
+
+
+def test_a_broken_image_gives_way_to_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "_DECODE_UP_TO", 0)
+    dataset = ImageFolder(make_folder(tmp_path, 4, bad=(1, 3)), 8, train=False)
+    assert [red(sample) for sample in dataset] == [0, 20, 20, 0]
+    with pytest.raises(IndexError):
+        dataset[4]
+
+
+def test_a_folder_that_breaks_altogether_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "_DECODE_UP_TO", 0)
+    dataset = ImageFolder(make_folder(tmp_path, 3, bad=(0, 1, 2)), 8, train=True)
+    with pytest.raises(ValueError, match="no usable image left: 0 images, 3 skipped: 3 truncated"):
+        dataset[0]
+
+
+def test_candidates_hidden_files_and_links(tmp_path: Path) -> None:
+    for name in ("b/2.JPG", "b/.hidden.jpg", ".secret/3.jpg", "a.Png", "notes.txt", "c/4.tiff", "jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "c" / "circle").symlink_to(tmp_path, target_is_directory=True)
+    assert find_images(tmp_path) == ["a.Png", "b/2.JPG", "c/4.tiff"]
+
+
+def test_names_are_kept_in_few_objects(tmp_path: Path) -> None:
+    """Of many, worker processes copy each one that they read."""
+    odd = ["a/1.jpg", "", "日本/☃.png", "\udcff.jpg", "x" * 300]
+    names = PackedStrings(odd)
+    assert [*names] == odd and names[-2] == odd[-2] and "" in names and len(names) == 5 and not len(PackedStrings([]))
+    with pytest.raises(IndexError):
+        names[5]
+    (tmp_path / "1.jpg").write_bytes(GOOD)
+    assert isinstance(ImageFolder(tmp_path, 8, train=True).files, PackedStrings)
+
+
+def test_folders_without_usable_images(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"existing folder of images, got .*nowhere"):
+        ImageFolder(tmp_path / "nowhere", 8, train=True)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(NotADirectoryError, match=r"data=webdataset.*notes.txt"):
+        ImageFolder(tmp_path / "notes.txt", 8, train=True)
+    with pytest.raises(ValueError, match=r"must hold \.jpg.*got 1 files of other kinds"):
+        ImageFolder(tmp_path, 8, train=True)
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "b.jpg").write_bytes(TRUNCATED)
+    with pytest.raises(ValueError, match="must hold a usable image, got 0 images, 2 skipped: 1 truncated, 1 empty"):
+        ImageFolder(tmp_path, 8, train=True)
+
+
+def test_split_is_stable_when_files_are_added() -> None:
+    files = [f"{i}.jpg" for i in range(1000)]
+    train, val = split_files(files, 0.1)
+    assert sorted(train + val) == sorted(files) and 60 < len(val) < 140
+    assert train == [file for file in files if file not in val]
+    more_train, more_val = split_files([*files, *(f"new/{i}.jpg" for i in range(500))], 0.1)
+    assert set(train) <= set(more_train) and set(val) <= set(more_val)
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize("val_fraction", [0.001, 0.999])
+def test_neither_side_of_a_split_is_empty(count: int, val_fraction: float) -> None:
+    train, val = split_files([f"{i}.jpg" for i in range(count)], val_fraction)
+    assert train and val and len(train) + len(val) == count
+
+
+def test_split_arguments() -> None:
+    with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1.5"):
+        split_files(["a", "b"], 1.5)
+    with pytest.raises(ValueError, match=r"val_fraction must be 0 when there is a single usable image, got 0.1"):
+        split_files(["a"], 0.1)
+
+
+def test_both_sides_of_a_folder(tmp_path: Path) -> None:
+    make_folder(tmp_path, 20)
+    # of two runs, too: what one trained on, the other does not validate on
+    sides = [ImageFolder(tmp_path, 8, train=seed == 3, val_fraction=0.3, seed=seed) for seed in (3, 4)]
+    assert set(sides[0].files).isdisjoint(sides[1].files) and len(sides[0]) + len(sides[1]) == 20
+    assert [*sides[0].held_out().files] == [*sides[1].files]
+    assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # a folder of its own for validation
+
+
+def test_folder_data_warns_once_and_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    data = folder_data(make_folder(tmp_path / "a", 12, bad=(5,)), 8, batch_size=4, val_fraction=0.2)
+    data.teardown("fit")
+    assert len(data.train) + len(data.val) == 11
+    assert [r.levelno for r in caplog.records] == [logging.WARNING, logging.INFO, logging.INFO]
+    assert caplog.messages[2].endswith(f"{len(data.train)} images for training, {len(data.val)} for validation")
+    other = make_folder(tmp_path / "b", 3)
+    data = folder_data(tmp_path / "a", 8, batch_size=4, val_root=other)
+    assert (len(data.train), len(data.val)) == (11, 3)
+    assert folder_data(tmp_path / "a", 8, batch_size=4, val_fraction=0.0).val is None
+
+
+# Shards
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@needs_bad
+def test_mixed_shard(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    dataset = ImageShards(str(BAD / "mixed.tar"), 32, train=False)
+    for _ in range(2):
+        assert [sample["images"].shape for sample in dataset] == [(3, 32, 32)] * 4
+    assert len(warnings_of(caplog)) == 1 and "0002.jpg: truncated" in warnings_of(caplog)[0]
+    assert str(dataset.tally) == "4 images, 1 skipped: 1 truncated"
+    assert caplog.records[-1].getMessage() == f"{BAD / 'mixed.tar'}: 4 images, 1 skipped: 1 truncated"
+
+
+@needs_bad
+def test_cut_shard(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = ImageShards(str(BAD / "cut.tar"), 32, train=False)
+    assert len(list(dataset)) == 3  # 0000, 0001 and 0003; 0002 is truncated, and the cut goes through 0005
+    assert "cut.tar: broken shard" in warnings_of(caplog)[-1]
+    assert str(dataset.tally) == "3 images, 2 skipped: 1 truncated, 1 broken shard"
+    both = ImageShards([str(BAD / "cut.tar"), str(BAD / "mixed.tar")], 32, train=False)
+    assert len(list(both)) == 7
+
+
+@needs_bad
+def test_not_a_tar() -> None:
+    with pytest.raises(ValueError, match=r"not_a.tar must be a tar file"):
+        ImageShards([str(BAD / "mixed.tar"), str(BAD / "not_a.tar")], 32, train=True)
+
+
+def test_the_last_sample_before_a_cut_is_used(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "a.tar", {"0.jpg": GOOD, "1.jpg": GOOD, "2.jpg": GOOD})
+    size = 512 + (len(GOOD) + 511) // 512 * 512
+    path.write_bytes(path.read_bytes()[: 2 * size + 600])
+    assert len(list(ImageShards(str(path), 8, train=False))) == 2
+
+
+def test_samples_without_image_odd_names_and_labels(tmp_path: Path) -> None:
+    path = make_tar(
+        tmp_path / "a.tar",
+        {
+            "0.cls": b"7",
+            "0.jpg": GOOD,
+            "0.seg.png": encoded(Image.new("RGB", (8, 8)), "PNG"),
+            "1.txt": b"no image",
+            "d/2.v1.JPG": GOOD,
+            "._3.jpg": b"finder",
+        },
+    )
+    assert [set(sample) for sample in ImageShards(str(path), 8, train=False)] == [{"images"}] * 2
+    labelled = ImageShards(str(path), 8, train=False, labels=True)
+    (sample,) = labelled
+    assert sample["label"] == 7 and sample["images"].std() > 0
+    assert str(labelled.tally) == "1 image, 1 skipped: 1 without label"
+
+
+def test_urls(tmp_path: Path) -> None:
+    paths = [str(numbered_tar(tmp_path / f"t-{i:02d}.tar", range(i, i + 1))) for i in range(4)]
+    prefix = f"{tmp_path}/t-"
+    assert expand_urls(prefix + "{00..03}.tar") == paths
+    assert expand_urls(prefix + "*.tar") == paths
+    assert expand_urls(f"{paths[0]}, {prefix}{{02,03}}.tar") == [paths[0], *paths[2:]]
+    assert expand_urls([paths[1], prefix + "{00,{02..03}}.tar"]) == [paths[1], paths[0], *paths[2:]]
+    assert expand_urls("http://host/a-{0..1}.tar,hf://b.tar") == [
+        "http://host/a-0.tar",
+        "http://host/a-1.tar",
+        "hf://b.tar",
+    ]
+    assert expand_urls("pipe:cat x | cut -f 1,2") == ["pipe:cat x | cut -f 1,2"]
+    odd = str(numbered_tar(tmp_path / "a,{1} b.tar", range(1)))
+    assert expand_urls(odd) == [odd]
+
+
+@pytest.mark.parametrize("pattern", ["none-*.tar", "none.tar", "a-{0..1}.tar"])
+def test_shards_that_do_not_exist(pattern: str, tmp_path: Path) -> None:
+    numbered_tar(tmp_path / "a-0.tar", range(1))
+    with pytest.raises(FileNotFoundError, match=r"none|a-1.tar"):
+        ImageShards(f"{tmp_path}/{pattern}", 8, train=True)
+
+
+def test_shard_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="urls must name at least one shard, got ''"):
+        ImageShards("", 8, train=True)
+    path = str(numbered_tar(tmp_path / "a.tar", range(1)))
+    with pytest.raises(ValueError, match="shuffle must be at least 0, got -1"):
+        ImageShards(path, 8, train=True, shuffle=-1)
+
+
+@pytest.mark.parametrize("files", [{}, {"0.txt": b"x"}, {"0.jpg": TRUNCATED, "1.jpg": b""}])
+@pytest.mark.parametrize("train", [True, False])
+def test_shards_without_usable_images_stop_before_training(
+    files: dict[str, bytes], train: bool, tmp_path: Path
+) -> None:
+    path = make_tar(tmp_path / "a.tar", files)
+    with pytest.raises(ValueError, match=r"a.tar must hold a usable image, got 0 images"):
+        ImageShards(str(path), 8, train=train)
+
+
+def test_commands_without_usable_images_stop_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "_PATIENCE", 20)
+    corrupt = make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": b""})
+    with pytest.raises(ValueError, match="20 others on end: 0 images, 2 skipped: 1 truncated, 1 empty"):
+        next(iter(ImageShards(f"pipe:cat {corrupt}", 8, train=True)))
+    no_images = make_tar(tmp_path / "b.tar", {"0.txt": b"x"})
+    with pytest.raises(ValueError, match="2 shards without any: 0 images, 1 skipped: 1 broken shard"):
+        next(iter(ImageShards([f"pipe:cat {no_images}", "pipe:false"], 8, train=True)))
+
+
+def test_a_command_is_read_like_a_file(tmp_path: Path) -> None:
+    path = numbered_tar(tmp_path / "a.tar", range(5))
+    assert [red(sample) for sample in ImageShards(f"pipe:cat {path}", 8, train=False)] == list(range(5))
+
+
+def test_training_goes_on_without_end_and_reaches_every_image(tmp_path: Path) -> None:
+    for i in range(3):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
+    dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=10)
+    seen = [red(sample) for sample in islice(dataset, 300)]
+    assert set(seen) == set(range(30))
+    assert seen[:30] != sorted(seen[:30])
+
+
+def test_training_streams_are_seeded_and_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(4):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
+
+    def stream(seed: int = 0, rank: int = 0) -> list[int]:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=20, seed=seed)
+        return [red(sample) for sample in islice(dataset, 60)]
+
+    assert stream() == stream()
+    assert stream() != stream(seed=1)
+    assert stream() != stream(rank=1)
+    dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=20)
+    first, second = ([red(sample) for sample in islice(dataset, 60)] for _ in range(2))
+    assert first != second
+
+
+def test_training_workers_have_streams_of_their_own(tmp_path: Path) -> None:
+    numbered_tar(tmp_path / "a.tar", range(50))
+
+    def epochs() -> list[list[int]]:
+        dataset = ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=50)
+        loader = ImageDataModule(dataset, None, batch_size=10, num_workers=2, seed=4).train_dataloader()
+        return [[red({"images": image}) for b in islice(loader, 4) for image in b["images"]] for _ in range(2)]
+
+    first, second = epochs()
+    assert first[:10] != first[10:20] and first != second
+    assert epochs() == [first, second]
+
+
+def test_workers_that_start_afresh_do_not_repeat_their_stream(tmp_path: Path) -> None:
+    numbered_tar(tmp_path / "a.tar", range(50))
+    dataset = ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=50, flip=False)
+    loader = DataLoader(dataset, 10, num_workers=1, generator=torch.Generator().manual_seed(0))
+    first, second = (next(iter(loader))["images"] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_validation_reads_every_image_once(shards: int, num_workers: int, tmp_path: Path) -> None:
+    for i in range(shards):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 7, i * 7 + 7))
+    dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=False)
+    loader = DataLoader(dataset, 3, num_workers=num_workers, persistent_workers=num_workers > 0)
+    for _ in range(2):
+        seen = [red({"images": image}) for batch in loader for image in batch["images"]]
+        assert sorted(seen) == list(range(7 * shards))
+        assert str(dataset.tally) == f"{7 * shards} images, 0 skipped"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_validation_is_split_between_ranks(shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(shards):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 7, i * 7 + 7))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        seen.append([red(sample) for sample in ImageShards(f"{tmp_path}/*.tar", 8, train=False)])
+    assert sorted(seen[0] + seen[1]) == list(range(7 * shards)) and seen[0] and seen[1]
+
+
+def test_a_corrupt_image_is_warned_about_once_in_all_workers(tmp_path: Path) -> None:
+    make_tar(tmp_path / "a.tar", {"0.jpg": GOOD, "1.jpg": TRUNCATED, "2.jpg": GOOD})
+    handler = logging.FileHandler(tmp_path / "log")
+    logging.getLogger("clipgen").addHandler(handler)
+    try:
+        dataset = ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=4)
+        for _ in islice(DataLoader(dataset, 4, num_workers=2), 20):
+            pass
+    finally:
+        logging.getLogger("clipgen").removeHandler(handler)
+    assert "1 skipped: 1 truncated" in str(dataset.tally)
+    assert 1 <= (tmp_path / "log").read_text().count("skipped") <= 2  # two workers may meet it in the same instant
+
+
+@needs_cifar
+def test_cifar_shards() -> None:
+    train = ImageShards(str(CIFAR10 / "train-{000000..000009}.tar"), 32, train=True)
+    assert len(train.urls) == 10
+    batch = next(iter(DataLoader(train, 8)))
+    assert batch["images"].shape == (8, 3, 32, 32)
+    val = ImageShards(str(CIFAR10 / "val-*.tar"), 32, train=False, labels=True)
+    batch = next(iter(DataLoader(val, 200)))
+    assert batch["label"].unique().tolist() == list(range(10))
+
+
+# The data module and its configuration
+
+
+class Probe(pl.LightningModule):
+    """Takes down what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, ...]] = []
+        self.validated = 0
+
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        self.seen.append(tuple(red({"images": image}) for image in batch["images"]))
+        return self.weight * batch["images"].mean()
+
+    def validation_step(self, batch: dict[str, torch.Tensor], index: int) -> None:
+        self.validated += len(batch["images"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data: ImageDataModule, checkpoint: Path | None = None, **options: object) -> tuple[Probe, pl.Trainer]:
+    trainer = pl.Trainer(accelerator="cpu", num_sanity_val_steps=0, **QUIET, **options)
+    probe = Probe()
+    trainer.fit(probe, data, ckpt_path=checkpoint)
+    return probe, trainer
+
+
+def test_training_runs_on_a_folder_and_resumes_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_folder(tmp_path / "photos", 11, bad=(3,))
+
+    def data() -> ImageDataModule:
+        return folder_data(tmp_path / "photos", 8, batch_size=4, val_fraction=0.1, flip=False, seed=1)
+
+    whole, _ = fit(data(), max_epochs=3)
+    assert len(whole.seen) == 6 and all(len(batch) == 4 for batch in whole.seen)
+    assert whole.seen[:2] != whole.seen[2:4]
+    assert whole.validated == 3
+    half, trainer = fit(data(), max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    rest, _ = fit(data(), tmp_path / "half.ckpt", max_epochs=3)
+    assert half.seen + rest.seen == whole.seen
+
+
+def test_overfitting_sees_the_same_batch_again(tmp_path: Path) -> None:
+    probe, _ = fit(
+        folder_data(make_folder(tmp_path, 9), 8, batch_size=4, val_fraction=0), overfit_batches=1, max_epochs=3
+    )
+    assert len(set(probe.seen)) == 1
+
+
+def test_training_runs_on_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    numbered_tar(tmp_path / "train.tar", range(10))
+    make_tar(tmp_path / "val.tar", {"0.jpg": GOOD, "1.jpg": TRUNCATED})
+    data = shard_data(f"{tmp_path}/train.tar", f"{tmp_path}/val.tar", 8, batch_size=4, num_workers=1)
+    probe, _ = fit(data, max_steps=5, val_check_interval=5, check_val_every_n_epoch=None)
+    assert len(probe.seen) == 5 and probe.validated == 1
+    assert f"{tmp_path}/val.tar: 1 image, 1 skipped: 1 truncated" in caplog.messages
+    assert any(message.startswith(f"{tmp_path}/train.tar: ") for message in caplog.messages)
+
+
+def test_module_arguments() -> None:
+    dataset = TensorDataset(torch.zeros(6, 3, 8, 8))
+    for options, message in [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 7}, "batch_size must be at most 6, the training images, got 7"),
+        ({"batch_size": 2, "num_workers": -1}, "num_workers must be at least 0, got -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ImageDataModule(dataset, None, **options)
+    data = ImageDataModule(dataset, dataset, batch_size=4)
+    assert len(data.train_dataloader()) == 1  # full batches only
+    assert [len(batch[0]) for batch in data.val_dataloader()] == [4, 2]
+    assert ImageDataModule(dataset, None, batch_size=4).val_dataloader() == []
+
+
+def test_batched_fetching_is_left_to_the_dataset() -> None:
+    class Batched(TensorDataset):
+        calls: ClassVar[list[list[int]]] = []
+
+        def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+            self.calls.append(indices)
+            return [{"images": self.tensors[0][i]} for i in indices]
+
+    dataset = Batched(torch.zeros(6, 3, 8, 8))
+    list(ImageDataModule(dataset, dataset, batch_size=3).train_dataloader())
+    assert [len(call) for call in dataset.calls] == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["folder", "webdataset"])
+def test_configuration_makes_the_data(name: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, 20)
+    numbered_tar(tmp_path / "a.tar", range(4))
+    config = OmegaConf.create({"seed": 5, "data": OmegaConf.load(ROOT / "configs" / "data" / f"{name}.yaml")})
+    assert config.data.image_size == 256 and config.data.batch_size == 16
+    urls = {"train_urls": f"{tmp_path}/a.tar", "val_urls": None}
+    config.data.update({"root": str(tmp_path)} if name == "folder" else urls)
+    data = instantiate(config.data, _convert_="all")
+    assert isinstance(data, ImageDataModule) and data.seed == 5
+    assert next(iter(data.train))["images"].shape == (3, 256, 256)
+
+
+@pytest.mark.parametrize("stretch", [100, 7])
+def test_a_resume_goes_past_broken_images_without_decoding(
+    stretch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From each place on, the stream is the one of a run that was not stopped, also between broken images."""
+    files = {
+        f"{i}.png": (b"" if i in (1, 2, 6) else encoded(Image.new("RGB", (9, 9), (10 * i, 0, 0)), "PNG"))
+        for i in range(8)
+    }
+    make_tar(tmp_path / "a.tar", files)
+    make_tar(tmp_path / "b.tar", {"9.jpg": TRUNCATED, "8.png": encoded(Image.new("RGB", (9, 9), (90, 0, 0)), "PNG")})
+
+    def stream(begin: int, count: int) -> list[torch.Tensor]:
+        dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=3)
+        dataset.resume(0, begin, 1)
+        decoded.clear()
+        return [sample["images"] for sample in islice(dataset, count)]
+
+    monkeypatch.setattr(shards_module, "_STRETCH", stretch)
+    decoded: list[int] = []
+    decode = shards_module.decode_image
+    monkeypatch.setattr(shards_module, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
+    whole = stream(0, 60)
+    assert len({image.mean().item() for image in whole}) == 6
+    for begin in range(30):
+        assert all(map(torch.equal, stream(begin, 10), whole[begin:]))
+    assert len(stream(59, 1)) == 1 and len(decoded) < 10
+
+
+def test_a_late_resume_reads_little_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the run was; and it goes on with the same images."""
+    for i in range(3):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
+    monkeypatch.setattr(shards_module, "_STRETCH", 20)
+    read: list[int] = []
+    files = shards_module.tar_file_iterator
+    monkeypatch.setattr(shards_module, "tar_file_iterator", lambda *a, **k: map(tell, files(*a, **k)))
+
+    def tell(file: dict[str, object]) -> dict[str, object]:
+        read.append(1)
+        return file
+
+    def stream(begin: int, count: int) -> list[int]:
+        dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=5)
+        dataset.resume(0, begin, 1)
+        read.clear()
+        return [red(sample) for sample in islice(dataset, count)]
+
+    whole = stream(0, 250)
+    assert all(stream(begin, 30) == whole[begin : begin + 30] for begin in (0, 1, 19, 20, 21, 139))
+    assert len({tuple(whole[begin : begin + 20]) for begin in range(0, 240, 20)}) == 12
+    assert stream(239, 1) == [whole[239]] and len(read) < 40
+
+
+@pytest.mark.parametrize(("size", "decoded"), [((2000, 1040), (1000, 520)), ((1023, 1200), (1023, 1200))])
+def test_large_jpegs_are_decoded_at_a_part_of_their_size(size: tuple[int, int], decoded: tuple[int, int]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (26, 50, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC), "JPEG")
+    picture = decode_image(data, image_size=256)
+    assert picture.size == decoded and decode_image(data).size == size
+    crop = val_transform(256)
+    assert (crop(picture) - crop(decode_image(data))).abs().mul(127.5).max() < 5  # levels of 256
+
+
+def test_patience_is_not_lost_on_a_few_corrupt_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "_PATIENCE", 3)
+    make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": TRUNCATED, "2.jpg": GOOD})
+    assert len(list(islice(ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=0), 20))) == 20
+
+
+def test_ahead_keeps_the_order_and_does_not_run_off():
+    started = []
+
+    def slow_at_first(item: int) -> int:
+        started.append(item)
+        time.sleep(0.02 if item == 0 else 0)
+        return 2 * item
+
+    results = ahead(slow_at_first, range(10 * AHEAD))
+    assert next(results) == 0 and len(started) <= AHEAD + 1
+    assert [0, *results] == list(range(0, 20 * AHEAD, 2))
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda item: 1 / item, [1, 0]))
+
+
+def test_what_nobody_reads_is_not_begun():
+    started = []
+
+    def slow(item: int) -> None:
+        started.append(item)
+        time.sleep(0.05)
+
+    results = ahead(slow, range(100))
+    next(results)
+    results.close()
+    assert len(started) <= 3 * THREADS < AHEAD * 2

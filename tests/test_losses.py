@@ -1,0 +1,212 @@
+"""PatchGAN, adversarial losses, adaptive weight, LeCam, LPIPS: against hand-made values."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import nn
+from torchvision.models import vgg
+
+from clipgen.models import losses
+from clipgen.models.discriminator import PatchDiscriminator
+from clipgen.models.lpips import load_lpips
+from clipgen.vqgan import VQGAN
+
+# ------------------------------------------------------------------------------------------------------- discriminator
+
+
+def test_a_logit_a_patch_of_70_pixels():
+    net = PatchDiscriminator(ndf=4, n_layers=3).eval()
+    images = torch.randn(1, 3, 128, 128, requires_grad=True)
+    logits = net(images)
+    assert logits.shape == (1, 1, 14, 14)
+    logits[0, 0, 7, 7].backward()
+    seen = images.grad.abs().sum((0, 1)) > 0
+    assert seen.any(0).sum() == 70 and seen.any(1).sum() == 70
+
+
+def test_widths_double_up_to_eight_times():
+    convs = [m for m in PatchDiscriminator(ndf=4, n_layers=5).modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convs] == [4, 8, 16, 32, 32, 32, 1]
+    with pytest.raises(ValueError, match="n_layers must be at least 1, got 0"):
+        PatchDiscriminator(n_layers=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- adversarial
+
+REAL, FAKE = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, -0.5, -3.0])
+
+
+def test_hinge_by_hand():
+    # mean(0, 1, 2) = 1 and mean(2, 0.5, 0) = 2.5 / 3
+    assert losses.discriminator_loss(REAL, FAKE, "hinge").item() == pytest.approx((1 + 2.5 / 3) / 2)
+    assert losses.generator_loss(FAKE, "hinge").item() == pytest.approx(2.5 / 3)
+
+
+def test_log_by_hand():
+    log_d = lambda x: math.log(1 / (1 + math.exp(-x)))
+    real = -sum(log_d(x) for x in REAL.tolist()) / 3
+    fake = -sum(log_d(-x) for x in FAKE.tolist()) / 3  # log(1 - D) = log D(-x)
+    assert losses.discriminator_loss(REAL, FAKE, "log").item() == pytest.approx((real + fake) / 2)
+    assert losses.generator_loss(FAKE, "log").item() == pytest.approx(-sum(log_d(x) for x in FAKE.tolist()) / 3)
+    assert torch.isfinite(losses.discriminator_loss(REAL * 1e4, FAKE * 1e4, "log"))
+
+
+def test_reconstruction_by_hand():
+    a, b = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0])
+    assert losses.reconstruction_loss(a, b, "l1").item() == 1.5
+    assert losses.reconstruction_loss(a, b, "l2").item() == 2.5
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(ValueError, match="adversarial must be 'hinge' or 'log', got 'wgan'"):
+        losses.discriminator_loss(REAL, FAKE, "wgan")
+    with pytest.raises(ValueError, match="adversarial must be 'hinge' or 'log', got 'wgan'"):
+        losses.generator_loss(FAKE, "wgan")
+    with pytest.raises(ValueError, match="reconstruction must be 'l1' or 'l2', got 'l3'"):
+        losses.reconstruction_loss(REAL, FAKE, "l3")
+
+
+def test_adaptive_weight_by_hand():
+    layer = nn.Parameter(torch.tensor([1.0, 2.0]))
+    reconstruction = layer * torch.tensor([3.0, 4.0])
+    ours, theirs = torch.tensor([1.0, 1.0]), torch.tensor([0.5 / 3, 0.0])  # 5 and 0.5 long at the layer
+    weight = losses.adaptive_weight(reconstruction, layer, ours, theirs)
+    assert weight.item() == pytest.approx(5 / (0.5 + 1e-4)) and not weight.requires_grad
+    assert layer.grad is None
+    reconstruction.sum().backward(retain_graph=True)  # the graph is still there
+    assert losses.adaptive_weight(reconstruction, layer, 9e9 * ours, 0 * theirs).item() == 1e4
+    assert losses.adaptive_weight(reconstruction, layer, ours, theirs, maximum=3.0).item() == 3
+
+
+def test_lecam_by_hand():
+    lecam = losses.LeCam(decay=0.9)
+    real, fake = torch.tensor([2.0, 4.0]), torch.tensor([-1.0, -3.0])
+    value = lecam(real, fake)  # means move a tenth of the way: 0.3 and -0.2
+    assert lecam.means.tolist() == pytest.approx([0.3, -0.2])
+    expected = ((2.2**2 + 4.2**2) + (1.3**2 + 3.3**2)) / 2
+    assert value.item() == pytest.approx(expected)
+    assert lecam(torch.tensor([-9.0]), torch.tensor([9.0])).item() == 0  # a fooled discriminator is left alone
+
+
+# --------------------------------------------------------------------------------------------------------------- LPIPS
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory) -> Path:
+    """VGG-16 as torchvision publishes it, with random weights; only its convolutions."""
+    torch.manual_seed(1)
+    features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
+    for layer in features:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save({f"features.{name}": tensor for name, tensor in features.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lpips(vgg_file) -> nn.Module:
+    return load_lpips(str(vgg_file))
+
+
+@pytest.fixture(scope="module")
+def published() -> dict[str, torch.Tensor]:
+    """The linear layers that the authors of LPIPS trained, from the package's own file."""
+    folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
+    return torch.load(folder / "vgg.pth", map_location="cpu", weights_only=True)
+
+
+def test_lpips_by_its_definition(lpips, vgg_file, published):
+    """arXiv:1801.03924, Eq. 1, written out: unit length over channels, squared difference, weighted, mean of pixels."""
+    features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
+    state = torch.load(vgg_file, weights_only=True)
+    features.load_state_dict({name.removeprefix("features."): tensor for name, tensor in state.items()})
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    x, y = ((i - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for i in (a, b))
+    expected, lin = torch.zeros(2), 0
+    with torch.no_grad():
+        for number, layer in enumerate(features):
+            x, y = layer(x), layer(y)
+            if number in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+                difference = (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square()
+                weights = published[f"lin{lin}.model.1.weight"].flatten()
+                expected += torch.einsum("bchw,c->bhw", difference, weights).mean((1, 2))
+                lin += 1
+        found = lpips(a, b)
+    assert lin == 5 and found.shape == (2, 1, 1, 1)
+    torch.testing.assert_close(found.flatten(), expected, atol=1e-5, rtol=1e-3)
+
+
+def test_lpips_has_the_published_linear_layers(lpips, published):
+    assert len(published) == 5
+    for name, tensor in published.items():
+        assert torch.equal(lpips.state_dict()[name], tensor) and tensor.min() >= 0
+
+
+def test_lpips_of_an_image_with_itself(lpips):
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    copy = image.clone().requires_grad_()
+    distance = lpips(image, copy).sum()
+    assert distance.item() == 0
+    distance.backward()
+    assert torch.isfinite(copy.grad).all()
+    black = torch.full((1, 3, 32, 32), -1.0, requires_grad=True)
+    lpips(image, black).sum().backward()
+    assert torch.isfinite(black.grad).all() and black.grad.abs().sum() > 0
+
+
+def test_lpips_is_compiled_once(lpips, images):
+    lpips, graphs = copy.deepcopy(lpips), []
+    lpips.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for distance in (lpips(images[:2], other) for other in (-images[:2], images[2:4], images[4:6])):
+        assert distance.shape == (2, 1, 1, 1)
+    assert len(graphs) == 1
+
+
+def test_lpips_is_frozen_and_never_drops_out(lpips, vgg_file, images, fit):
+    assert not any(p.requires_grad for p in lpips.parameters())
+    vqgan = VQGAN(
+        codebook_size=8,
+        codebook_dim=4,
+        ch=32,
+        ch_mult=[1],
+        num_res_blocks=1,
+        attn_resolutions=[],
+        resolution=32,
+        z_channels=4,
+        patch_size=4,
+        vgg_weights=str(vgg_file),
+        discriminator_weight=0.0,
+        perceptual_weight=2.0,
+    )
+    trainer = fit(vqgan, 1, batch=2)
+    assert not any("lpips" in name or "vgg" in name for name in vqgan.state_dict())
+    assert sum(p.numel() for p in vqgan.parameters()) < 1_000_000
+    assert trainer.callback_metrics["train/perceptual_loss"] > 0
+    vqgan.train()
+    reconstruction, quantized = vqgan.autoencode(images[:2])
+    terms = [vqgan.autoencoder_loss(images[:2], reconstruction, quantized) for _ in range(2)]
+    assert torch.equal(terms[0]["perceptual_loss"], terms[1]["perceptual_loss"])
+    by_hand = 2 * lpips(images[:2], reconstruction).mean()
+    torch.testing.assert_close(terms[0]["perceptual_loss"], by_hand)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no weights", {"other": torch.zeros(1)}])
+def test_missing_or_wrong_vgg_weights_say_what_to_do(tmp_path, content):
+    path = tmp_path / "vgg16.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    with pytest.raises(ValueError) as error:
+        load_lpips(str(path))
+    for word in (str(path), "vgg16-397923af.pth", "model.vgg_weights=", "model.perceptual_weight=0"):
+        assert word in str(error.value)
