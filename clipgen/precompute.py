@@ -22,8 +22,9 @@ from clipgen.clip import FrozenCLIP, find_folder
 from clipgen.data.chunks import Batch, pieces, read, source_files
 from clipgen.data.token_cache import MANIFEST, SPLITS, open_shard, record_dtype
 from clipgen.files import atomic_write, read_json, write_json
+from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
 from clipgen.run_folder import save_frozen
-from clipgen.vqgan import PARTS, TOKENIZER, VQGAN
+from clipgen.vqgan import OPTIONAL_PARTS, VQGAN
 
 logger = logging.getLogger(__name__)
 
@@ -191,21 +192,26 @@ def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None)
 
 def vqgan_identity(vqgan: VQGAN) -> str:
     """A hash of what decides a tokenizer's indices, the same for all files that hold it."""
-    return identity(vqgan.hparams, vqgan.tokenizer.state_dict())
+    return identity(vqgan.hparams, vqgan.active_model.state_dict())
 
 
 def saved_identity(path: str | Path) -> str:
     """``vqgan_identity`` of a file or folder, without building the network."""
     arguments, state = model_folder.load(path, "VQGAN")
     prefix = next((p for p in ("ema.module.", "autoencoder.") if any(k.startswith(p) for k in state)), "")
-    return identity(arguments, {k: v for k, v in below(prefix, state).items() if not k.startswith(PARTS)})
+    return identity(arguments, {k: v for k, v in below(prefix, state).items() if not k.startswith(OPTIONAL_PARTS)})
 
 
 def identity(arguments: Mapping[str, Any], state: State) -> str:
     """A hash of a tokenizer's arguments and weights, but for its count of idle codes."""
-    weights = model_folder.fingerprint({name: tensor for name, tensor in state.items() if name != "quantize.idle"})
-    decisive = json.dumps([arguments.get(name) for name in TOKENIZER])
-    return hashlib.sha256((decisive + weights).encode()).hexdigest()[:16]
+    weights = model_folder.fingerprint(
+        {name: tensor for name, tensor in state.items() if name != "quantize.batches_since_use"}
+    )
+    settings = {
+        "autoencoder": model_settings(as_config(AutoencoderConfig, arguments["autoencoder"])),
+        "quantizer": model_settings(as_config(QuantizerConfig, arguments["quantizer"])),
+    }
+    return hashlib.sha256((json.dumps(settings) + weights).encode()).hexdigest()[:16]
 
 
 def clip_identity(model_name: str, pretrained: str | None) -> str:

@@ -100,7 +100,7 @@ def test_other_keys_are_arguments_too():
         assert get_object(node["_target_"]) is FrozenCLIP, name
         assert values(node) == set(arguments(FrozenCLIP.__init__))
     config = composed("stage=vqgan")
-    assert values(config.pictures) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder"}
+    assert values(config.image_logger) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder"}
     assert values(config.checkpoint) == set(arguments(resume.checkpoints)) - {"folder", "monitor"}
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
 
@@ -115,7 +115,7 @@ def test_recipes_change_keys_that_exist(name):
 
 @pytest.mark.parametrize("name", sorted(group("tokenizer")))
 def test_every_tokenizer_composes_and_builds(name):
-    config = composed("stage=vqgan", "experiment=cifar10", f"tokenizer={name}")
+    config = composed("stage=vqgan", "experiment=cifar10", f"quantizer={name}")
     with torch.device("meta"):
         vqgan = make(config.model)
     assert vqgan.h.quantizer == {"paper": "euclidean"}.get(name, name)
@@ -133,7 +133,7 @@ def test_every_tokenizer_composes_and_builds(name):
 )
 def test_sizes(name, language, parameters):
     """Those of OpenAI's have as many parameters as its GPT-2, where words and positions are as many as there."""
-    config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"size={name}")
+    config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"model_size={name}")
     with torch.device("meta"):
         transformer = make(config.model, codebook_size=50257, num_tokens=1024, clip_dim=512)
         ours = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
@@ -201,7 +201,7 @@ def test_stage_2_is_the_papers(name, sizes, batch_size, max_steps, parameters, t
     assert (config.data.batch_size, config.data.image_size, config.trainer.max_steps) == (batch_size, 256, max_steps)
     assert config.data.flip is False
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
-    assert (config.pictures.top_k, config.pictures.top_p) == (300, 1.0)
+    assert (config.image_logger.top_k, config.image_logger.top_p) == (300, 1.0)
     with torch.device("meta"):
         transformer = make(model, codebook_size=16384, num_tokens=256, clip_dim=512)
     assert count(transformer) == pytest.approx(parameters, rel=0.002)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRANSFORMER_SIZES, VQGAN_SIZES
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,22 +38,22 @@ class Waits(TorchDispatchMode):
 def gan() -> VQGAN:
     """With all that a step may have to do."""
     more = dict(
-        discriminator_weight=0.8,
-        discriminator_start=1,
+        gan_weight=0.8,
+        gan_start_step=1,
         lecam_weight=0.1,
         ema_decay=0.9,
         kmeans_iters=2,
         codebook_ema_decay=0.9,
-        gradient_clip=1.0,
+        grad_clip=1.0,
         schedule="cosine",
     )
-    return VQGAN(**VQGAN_SIZES | more)
+    return make_vqgan(**VQGAN_SIZES | more)
 
 
 @pytest.fixture
 def transformer(tiny_vqgan, shapes_clip) -> ConditionalTransformer:
-    more = dict(ema_decay=0.9, condition_cosine=0.9, clip_loss_weight=0.2, schedule="cosine", dropout=0.1)
-    return ConditionalTransformer(**TRANSFORMER_SIZES | more).attach(tiny_vqgan, shapes_clip)
+    more = dict(ema_decay=0.9, cond_noise_cosine=0.9, clip_loss_weight=0.2, schedule="cosine", dropout=0.1)
+    return make_transformer(**TRANSFORMER_SIZES | more).attach_encoders(tiny_vqgan, shapes_clip)
 
 
 @pytest.mark.parametrize("stage", ["gan", "transformer"])
@@ -97,7 +97,7 @@ def test_drawing_stays_on_the_gpu(pipe, monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    pipe.transformer._frozen = None
+    pipe.transformer._encoders = None
     there = TextToImage(moved(pipe.vqgan), moved(pipe.transformer), moved(pipe.clip))
     there.bridge = moved(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = there.embed("a small red star on a black background")
@@ -108,8 +108,8 @@ def test_drawing_stays_on_the_gpu(pipe, monkeypatch, gpu):
 
 
 def test_losses_stay_on_the_gpu(transformer, gan, gpu):
-    (vqgan, clip), transformer._frozen = transformer.frozen(), None
-    there, gan = moved(transformer).attach(moved(vqgan), moved(clip)), moved(gan).train()
+    (vqgan, clip), transformer._encoders = transformer.encoders(), None
+    there, gan = moved(transformer).attach_encoders(moved(vqgan), moved(clip)), moved(gan).train()
     images = torch.empty(2, 3, 32, 32, device=gpu)
     indices, e = there.encode(images)
     loss, logits = there.gpt(indices, add_condition_noise(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True)

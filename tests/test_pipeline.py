@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TRANSFORMER_SIZES
+from models import TRANSFORMER_SIZES, make_transformer
 from PIL import Image
 
 import clipgen
@@ -147,7 +147,7 @@ def test_senseless_requests_are_refused(pipe, arguments, message):
 def test_parts_that_do_not_belong_together_are_refused(tiny_vqgan, shapes_clip):
     for name, value in (("codebook_size", 17), ("clip_dim", 3), ("num_tokens", 15)):
         with pytest.raises(ValueError, match=name):
-            TextToImage(tiny_vqgan, ConditionalTransformer(**(TRANSFORMER_SIZES | {name: value})), shapes_clip)
+            TextToImage(tiny_vqgan, make_transformer(**(TRANSFORMER_SIZES | {name: value})), shapes_clip)
 
 
 def test_save_and_load(tmp_path, pipe):
@@ -334,7 +334,9 @@ def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * row, 10**9 * row))
         assert pipe.batch_size(guided) == expected
-    pipe.transformer.decoders = {"kept": CompiledDecoder(pipe.transformer.network, 32)}  # is there for the next batch
+    pipe.transformer.decoders = {
+        "kept": CompiledDecoder(pipe.transformer.eval_model, 32)
+    }  # is there for the next batch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * row, 10**9 * row))
     assert pipe.batch_size(guided=False) == 32
 
@@ -356,8 +358,8 @@ def test_what_compile_asks_for(pipe, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: made.append(function) or function)
     compiled = copy.deepcopy(pipe).compile()
-    assert made.pop().__self__ is compiled.vqgan.tokenizer.decoder
-    pictures, decoder = [], compiled.vqgan.tokenizer.decoder
+    assert made.pop().__self__ is compiled.vqgan.active_model.decoder
+    pictures, decoder = [], compiled.vqgan.active_model.decoder
     hook = decoder.register_forward_hook(lambda module, inputs, output: pictures.append(len(output)))
     for rows, guidance in ((3, 1.0), (4, 1.0), (1, 1.0), (3, 2.0)):
         e, settings = pipe.embed(PROMPT).expand(rows, -1), dict(seed=0, guidance_scale=guidance)

@@ -26,7 +26,7 @@ from clipgen.files import naming, one_line, read_json
 COMMANDS = {
     "VQGAN": "clipgen-train stage=vqgan",
     "ConditionalTransformer": "clipgen-train stage=transformer",
-    "ClassConditionalTransformer": "clipgen-train stage=transformer data=encoded data.condition=label",
+    "ClassConditionalTransformer": "clipgen-train stage=transformer data=cached data.conditioning=class",
 }
 FOLDERS = {  # name of the model folder in a run folder
     "VQGAN": "vqgan",

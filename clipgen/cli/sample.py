@@ -100,7 +100,7 @@ def run() -> None:
     gc.disable()  # collecting garbage during the imports takes a second, and frees hardly anything
     from clipgen.generation.prompts import check_request
     from clipgen.pipeline import TextToImage
-    from clipgen.sampling import check_sampling
+    from clipgen.sampling import SamplingParams
 
     gc.enable()
     if args.origin:
@@ -108,7 +108,7 @@ def run() -> None:
     prompts = read_prompts(args)
     sweeps = read_sweep(args.sweep or [], settings_of(args))
     for settings in sweeps:
-        check_sampling(**settings)
+        SamplingParams(**settings)
     for prompt in (*(prompt for _, prompt in prompts), *(end for ends in args.interpolate for end in ends)):
         check_request(prompt, args.num_images, args.rerank_from)
     if not 0 <= args.seed < 2**63:

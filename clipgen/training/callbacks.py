@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipgen.images import code_frequency_chart, grid, save_png, to_pil
 from clipgen.pipeline import TextToImage
-from clipgen.sampling import check_sampling
+from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -38,7 +38,7 @@ class ImageLogger(pl.Callback):
 
     Args:
         prompts: the sentences of stage 2.
-        num_images: how many pictures a grid shows. temperature, top_k, top_p: see ``sampling.draw``.
+        num_images: how many pictures a grid shows. sampling: see ``SamplingParams``.
     """
 
     def __init__(
@@ -46,15 +46,12 @@ class ImageLogger(pl.Callback):
         folder: str | Path,
         num_images: int = 16,
         prompts: Sequence[str] = (),
-        temperature: float = 1.0,
-        top_k: int = 300,
-        top_p: float = 1.0,
+        **sampling: Any,
     ):
-        check_sampling(temperature, top_k, top_p)
         if num_images < 1:
             raise ValueError(f"num_images must be at least 1, got {num_images}")
         self.folder, self.num_images, self.prompts = Path(folder), num_images, list(prompts)
-        self.sampling: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        self.params = SamplingParams(**sampling)
         self.images: Tensor | None = None
 
     def on_validation_batch_end(
@@ -80,12 +77,12 @@ class ImageLogger(pl.Callback):
             chart = code_frequency_chart(module.counts, title)
             return {"reconstructions": grid(to_pil(pairs), columns=8), "codebook_usage": chart}
         assert isinstance(module, ConditionalTransformer), type(module)
-        vqgan, clip = module.frozen()
+        vqgan, clip = module.encoders()
         pipe = TextToImage(vqgan, module, clip)
-        pairs = torch.stack([images, pipe.generate(clip.encode_image(images), 0, **self.sampling)], dim=1)
+        pairs = torch.stack([images, pipe.generate(clip.encode_image(images), 0, self.params)], dim=1)
         grids = {"from_images": grid(to_pil(pairs.flatten(0, 1)), columns=8)}
         if self.prompts:
-            samples = pipe.generate(clip.encode_text(self.prompts), 0, **self.sampling)
+            samples = pipe.generate(clip.encode_text(self.prompts), 0, self.params)
             grids["from_texts"] = grid(to_pil(samples), captions=self.prompts)
         return grids
 

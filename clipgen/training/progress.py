@@ -12,8 +12,6 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from clipgen.optim import optimizer_steps
-
 logger = logging.getLogger(__name__)
 SHOWN = ("train/loss", "train/discriminator_loss", "train/cross_entropy", "val/loss", "val/cross_entropy")
 
@@ -34,7 +32,9 @@ class ProgressReport(pl.Callback):
         self.bar = Progress(*columns, console=Console(stderr=True), disable=not bar)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.total = optimizer_steps(trainer, module.hparams.get("accumulate", 1))
+        config = getattr(module, "optimizer_config", None)
+        manual = not module.automatic_optimization and config is not None
+        self.total = total_optimizer_steps(trainer, config.grad_accum_steps if manual else 1)
         self.first, self.start = trainer.global_step, time.monotonic()
         self.next_line = self.start + self.every
         total = None if math.isinf(self.total) else self.total
