@@ -437,10 +437,9 @@ class VQGAN(pl.LightningModule):
         state = {k: v for k, v in state.items() if not k.startswith(OPTIONAL_PARTS)}
         for net in (self.autoencoder, *([self.ema.module] if self.ema is not None else [])):
             missing = net.load_state_dict(state, strict=False)
-            if unknown := [
-                k for k in (*missing.missing_keys, *missing.unexpected_keys) if k != "quantize.batches_since_use"
-            ]:
-                raise RuntimeError(f"weights do not fit: {', '.join(unknown)}")
+            differing = {*missing.missing_keys, *missing.unexpected_keys} - {"quantize.batches_since_use"}
+            if differing:
+                raise RuntimeError(f"weights do not fit: {', '.join(sorted(differing))}")
 
 
 def nearest_multiples(side: int, factor: int) -> str:

@@ -13,7 +13,8 @@ from models import VQGAN_SIZES, make_transformer, make_vqgan
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from clipgen.optim import OptimizerList, factor, make_optimizer
+from clipgen.models.config import TransformerOptimizerConfig
+from clipgen.optim import OptimizerList, lr_lambda, make_optimizer
 
 
 def net() -> nn.Module:
@@ -73,7 +74,7 @@ def test_a_schedule_reaches_the_parts():
 def test_muon_takes_the_matrices_of_the_blocks_alone():
     transformer = make_transformer(n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64)
     blocks = transformer.gpt.transformer.h
-    optimizer = make_optimizer(transformer, blocks, "muon", 1e-3, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer(transformer, blocks, TransformerOptimizerConfig(name="muon", weight_decay=0.1))
     assert isinstance(optimizer, OptimizerList)
     muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
     assert muon == {id(p) for p in blocks.parameters() if p.ndim == 2} and len(muon) == 8
@@ -81,19 +82,19 @@ def test_muon_takes_the_matrices_of_the_blocks_alone():
 
 
 def test_other_names_are_refused():
-    with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
+    with pytest.raises(ValueError, match="name must be one of adamw, muon, got 'sgd'"):
         make_transformer(optimizer_name="sgd")
 
 
 @pytest.mark.parametrize("start", [0, 300])
 def test_a_cosine_ends_with_the_training(start):
     """Of the optimizer that begins with it, and of one that begins later: the same rate at the same step."""
-    rate, whole = factor("cosine", 10, 400, start), factor("cosine", 0, 390)
+    rate, whole = lr_lambda("cosine", 10, 400, start), lr_lambda("cosine", 0, 390)
     assert [rate(i) for i in (0, 4)] == pytest.approx([0.1 * whole(max(start - 10, 0)), 0.5 * whole(max(start - 6, 0))])
     for step in (start + 10, start + 50, 399):
         assert rate(step - start) == pytest.approx(whole(step - 10))
     assert rate(400 - start) == pytest.approx(0)
-    constant = factor("constant", 10, 400, start)
+    constant = lr_lambda("constant", 10, 400, start)
     assert [constant(i) for i in (0, 4, 10, 500)] == [0.1, 0.5, 1, 1]
 
 
@@ -129,7 +130,7 @@ def test_a_cosine_needs_an_end(images):
     """Else the rate would be zero once the warm-up is over, and training go on."""
     vqgan = make_vqgan(**VQGAN_SIZES | dict(schedule="cosine"))
     settings = dict(max_epochs=2, accelerator="cpu", **QUIET)
-    with pytest.raises(ValueError, match="schedule must be 'constant' where an epoch has no end, got 'cosine'"):
+    with pytest.raises(ValueError, match="schedule='cosine' needs a finite number of steps"):
         pl.Trainer(**settings, max_time={"seconds": 10}).fit(vqgan, DataLoader(Stream(images), batch_size=2))
     trainer = pl.Trainer(**settings, limit_train_batches=2)
     trainer.fit(vqgan, DataLoader(Stream(images), batch_size=2))

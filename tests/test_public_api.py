@@ -29,7 +29,7 @@ from clipgen.evaluation.feature_store import measured
 from clipgen.evaluation.features import Features
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
-from clipgen.models.quantizers.vector import GumbelQuantizer
+from clipgen.models.quantizers import GumbelQuantizer
 from clipgen.precompute import encode
 from clipgen.sampling import per_sample_seeds, per_sample_uniforms
 from clipgen.vqgan import VQGAN

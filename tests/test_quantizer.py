@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from clipgen.models.quantizers.vector import GumbelQuantizer, VectorQuantizer, usage_and_perplexity
+from clipgen.models.quantizers import GumbelQuantizer, VectorQuantizer
+from clipgen.models.quantizers.base import usage_and_perplexity
 
 BOTH = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 

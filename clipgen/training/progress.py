@@ -12,6 +12,8 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from clipgen.optim import total_optimizer_steps
+
 logger = logging.getLogger(__name__)
 SHOWN = ("train/loss", "train/discriminator_loss", "train/cross_entropy", "val/loss", "val/cross_entropy")
 
@@ -33,8 +35,9 @@ class ProgressReport(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         config = getattr(module, "optimizer_config", None)
-        manual = not module.automatic_optimization and config is not None
-        self.total = total_optimizer_steps(trainer, config.grad_accum_steps if manual else 1)
+        # Under automatic optimization Lightning counts optimizer steps itself.
+        grad_accum_steps = 1 if module.automatic_optimization or config is None else config.grad_accum_steps
+        self.total = total_optimizer_steps(trainer, grad_accum_steps)
         self.first, self.start = trainer.global_step, time.monotonic()
         self.next_line = self.start + self.every
         total = None if math.isinf(self.total) else self.total
