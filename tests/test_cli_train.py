@@ -168,8 +168,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(call, ru
 
 def test_what_a_discriminator_taught_is_not_thrown_away(runs):
     """The validation loss does not see it: the finished model is the last, and not the one that it finds best."""
-    last = Tokenizer.load(runs[0] / "checkpoints" / "last.ckpt").tokenizer.state_dict()
-    finished = Tokenizer.load(runs[0] / "vqgan").tokenizer.state_dict()
+    last = Tokenizer.load(runs[0] / "checkpoints" / "last.ckpt").active_model.state_dict()
+    finished = Tokenizer.load(runs[0] / "vqgan").active_model.state_dict()
     assert not [name for name in last if not torch.equal(last[name], finished[name])]
 
 

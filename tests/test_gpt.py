@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from clipgen.models.config import GPTConfig
 from clipgen.models.gpt import ConditionalGPT2
 from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
 
@@ -17,7 +18,8 @@ K, T, E, C = 50, 12, 16, 32
 def network(**arguments) -> ConditionalGPT2:
     """With weights so large that logits differ clearly."""
     sizes = dict(n_layer=3, n_head=4, n_embd=C, codebook_size=K, num_tokens=T, clip_dim=E)
-    gpt = ConditionalGPT2(**(sizes | arguments)).eval()
+    null_condition = arguments.pop("null_condition", False)
+    gpt = ConditionalGPT2(GPTConfig(**(sizes | arguments)), null_condition).eval()
     for parameter in gpt.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     return gpt
@@ -191,15 +193,14 @@ def test_null_condition_forgets_the_embedding_and_leaves_other_rows_alone():
     first, second = gpt(indices, a, drop), gpt(indices, b, drop)
     assert torch.equal(first[[0, 2]], second[[0, 2]]) and torch.allclose(first[0], first[2], atol=1e-5)
     torch.testing.assert_close(first[1], gpt(indices, a)[1])
-    with pytest.raises(ValueError, match="no null condition: train it with cond_drop_prob > 0"):
+    with pytest.raises(ValueError, match="no null condition: train it with model.conditioning.drop_prob > 0"):
         network().condition(a, drop)
 
 
 @torch.no_grad()
 def test_grid_positions_tell_row_and_column():
-    gpt = ConditionalGPT2(
-        n_layer=1, n_head=2, n_embd=32, codebook_size=K, num_tokens=16, clip_dim=E, pos_embed_init="sincos_2d"
-    )
+    sizes = dict(n_layer=1, n_head=2, codebook_size=K, clip_dim=E, pos_embed_init="sincos_2d")
+    gpt = ConditionalGPT2(GPTConfig(**sizes, num_tokens=16, n_embd=32))
     positions = gpt.transformer.wpe.weight
     place = torch.arange(16)
     distance = torch.cdist(positions, positions) + 9 * torch.eye(16)
@@ -209,15 +210,7 @@ def test_grid_positions_tell_row_and_column():
     assert gpt.transformer.wpe.weight.requires_grad
     for num_tokens, n_embd in ((12, 32), (16, 34)):
         with pytest.raises(ValueError, match=f"got {num_tokens} and {n_embd}"):
-            ConditionalGPT2(
-                n_layer=1,
-                n_head=2,
-                n_embd=n_embd,
-                codebook_size=K,
-                num_tokens=num_tokens,
-                clip_dim=E,
-                pos_embed_init="sincos_2d",
-            )
+            ConditionalGPT2(GPTConfig(**sizes, num_tokens=num_tokens, n_embd=n_embd))
 
 
 def test_dropout_only_in_training():

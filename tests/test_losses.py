@@ -65,9 +65,9 @@ def test_reconstruction_by_hand():
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="gan_loss must be 'hinge' or 'log', got 'wgan'"):
+    with pytest.raises(ValueError, match="gan.loss must be 'hinge' or 'log', got 'wgan'"):
         losses.discriminator_loss(REAL, FAKE, "wgan")
-    with pytest.raises(ValueError, match="gan_loss must be 'hinge' or 'log', got 'wgan'"):
+    with pytest.raises(ValueError, match="gan.loss must be 'hinge' or 'log', got 'wgan'"):
         losses.generator_loss(FAKE, "wgan")
     with pytest.raises(ValueError, match="reconstruction must be 'l1' or 'l2', got 'l3'"):
         losses.reconstruction_loss(REAL, FAKE, "l3")

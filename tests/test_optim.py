@@ -82,7 +82,7 @@ def test_muon_takes_the_matrices_of_the_blocks_alone():
 
 
 def test_other_names_are_refused():
-    with pytest.raises(ValueError, match="name must be one of adamw, muon, got 'sgd'"):
+    with pytest.raises(ValueError, match="optimizer.name must be one of adamw, muon, got 'sgd'"):
         make_transformer(optimizer_name="sgd")
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from clipgen.models.config import QuantizerConfig
 from clipgen.models.quantizers import GumbelQuantizer, VectorQuantizer
 from clipgen.models.quantizers.base import usage_and_perplexity
 
@@ -195,13 +196,13 @@ def test_usage_and_perplexity_by_hand():
     ("arguments", "message"),
     [
         (dict(codebook_size=1, codebook_dim=4), "codebook_size must be at least 2, got 1"),
-        (dict(codebook_size=8, codebook_dim=4, distance="l1"), "got 'l1'"),
+        (dict(codebook_size=8, codebook_dim=0), "codebook_dim must be at least 1, got 0"),
         (dict(codebook_size=8, codebook_dim=4, codebook_ema_decay=1.0), "codebook_ema_decay must be in .*, got 1.0"),
     ],
 )
 def test_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        VectorQuantizer(**arguments)
+        QuantizerConfig(**arguments)
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -157,13 +157,13 @@ def test_parts_that_do_not_belong_together_are_refused(tiny_vqgan, shapes_clip, 
         model(clip_dim=32).attach_encoders(tiny_vqgan, shapes_clip)
     with pytest.raises(ValueError, match=r"num_tokens must be 16 for images of \(32, 32\), got 9"):
         model(num_tokens=9).attach_encoders(tiny_vqgan, shapes_clip).encode(images)
-    with pytest.raises(RuntimeError, match=r"call transformer.attach\(vqgan, clip\) first"):
+    with pytest.raises(RuntimeError, match=r"call transformer.attach_encoders\(vqgan, clip\) first"):
         model().training_step({"images": images}, 0)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("cond_drop_prob", 1.0), ("cond_drop_prob", -0.1), ("cond_noise_cosine", 0.0), ("cond_noise_cosine", 1.1)],
+    [("drop_prob", 1.0), ("drop_prob", -0.1), ("noise_cosine", 0.0), ("noise_cosine", 1.1)],
 )
 def test_senseless_arguments_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
@@ -215,7 +215,7 @@ def test_guidance(tiny_transformer):
 
 def test_guidance_needs_a_null_condition():
     transformer = model(cond_drop_prob=0.0)
-    with pytest.raises(ValueError, match="train it with cond_drop_prob > 0"):
+    with pytest.raises(ValueError, match="train it with model.conditioning.drop_prob > 0"):
         transformer.sample(embeddings(1), guidance_scale=2.0)
 
 
@@ -236,7 +236,7 @@ def test_sampling_in_bf16(tiny_transformer):
 def test_senseless_settings_are_refused(tiny_transformer):
     with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 1.3"):
         tiny_transformer.sample(embeddings(1), top_p=1.3)
-    with pytest.raises(ValueError, match="one for each of the 2 rows, got 3"):
+    with pytest.raises(ValueError, match="one for each of the 2 samples, got 3"):
         tiny_transformer.sample(embeddings(2), seed=[1, 2, 3])
 
 

@@ -80,10 +80,11 @@ def test_other_sizes_are_refused_with_a_way_out(tiny_vqgan, shape):
 
 
 def test_senseless_arguments_are_refused_at_once():
-    """Not at step 25 000, when the discriminator wakes up."""
-    for arguments in (dict(gan_loss="wgan"), dict(reconstruction="l3"), dict(quantizer_type="l1")):
-        with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be .* got"):
-            gan(**arguments)
+    """Not at step 25 000, when the discriminator is used for the first time."""
+    for name, value in (("gan.loss", "wgan"), ("loss.reconstruction", "l3"), ("quantizer.type", "l1")):
+        section, field = name.split(".")
+        with pytest.raises(ValueError, match=f"{name} must be .* got '{value}'"):
+            VQGAN(**{section: {field: value}})
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -140,8 +141,8 @@ def test_a_sleeping_or_absent_discriminator_is_not_in_the_loss(fit):
 def test_an_awake_discriminator_is_in_the_loss(fit):
     metrics = fit(gan(), 1, batch=4).callback_metrics
     terms = sum(metrics[f"train/{name}_loss"] for name in ("reconstruction", "codebook", "commitment"))
-    gan_loss = metrics["train/adaptive_weight"] * metrics["train/generator_loss"]
-    torch.testing.assert_close(metrics["train/loss"], terms + gan_loss)
+    adversarial = metrics["train/adaptive_weight"] * metrics["train/generator_loss"]
+    torch.testing.assert_close(metrics["train/loss"], terms + adversarial)
     assert adversarial.abs() > 1e-4
 
 
@@ -205,12 +206,12 @@ def test_one_pass_gives_both_halves_their_own_gradients(fit, images, grad_accum_
         batch = ShapesDataset(4 * grad_accum_steps, seed=3).render(range(4 * i, 4 * i + 4))
         reconstruction, quantized = by_hand.autoencode(batch)
         terms = by_hand.autoencoder_loss(batch, reconstruction, quantized)
-        gan_loss = losses.generator_loss(by_hand.discriminator(reconstruction), "log")
+        adversarial = losses.generator_loss(by_hand.discriminator(reconstruction), "log")
         length = lambda loss: torch.autograd.grad(loss, by_hand.autoencoder.decoder.last_layer, retain_graph=True)[
             0
         ].norm()
-        weight = 0.5 * (length(terms["reconstruction_loss"]) / (length(gan_loss) + 1e-4)).detach()
-        loss = sum(terms.values()) + weight * gan_loss
+        weight = 0.5 * (length(terms["reconstruction_loss"]) / (length(adversarial) + 1e-4)).detach()
+        loss = sum(terms.values()) + weight * adversarial
         generator, discriminator = list(by_hand.autoencoder.parameters()), list(by_hand.discriminator.parameters())
         fake = by_hand.discriminator(reconstruction.detach())
         half = losses.discriminator_loss(by_hand.discriminator(batch), fake, "log")
@@ -252,7 +253,7 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path, fit, images):
     for name, average in vqgan.ema.module.state_dict().items():
         expected = 0.7 * (0.7 * first[name] + 0.3 * second[name]) + 0.3 * third[name]
         torch.testing.assert_close(average, expected if average.is_floating_point() else third[name])
-    assert vqgan.train().tokenizer is vqgan.autoencoder and vqgan.eval().tokenizer is vqgan.ema.module
+    assert vqgan.train().active_model is vqgan.autoencoder and vqgan.eval().active_model is vqgan.ema.module
     with torch.no_grad():
         averaged = vqgan(images)
         assert not torch.equal(averaged, vqgan.autoencoder(images)[0])
@@ -269,7 +270,9 @@ def gradients(fit, **options) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in vqgan.named_parameters()}
 
 
-@pytest.mark.parametrize("option", ["checkpointing", "channels_last", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "option", ["grad_checkpointing", "channels_last", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_options_for_speed_and_memory_change_no_gradient(fit, option):
     plain, other = gradients(fit), gradients(fit, **{option: True})
     assert list(plain) == list(other)  # compiled modules keep their names

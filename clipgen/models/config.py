@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 RECONSTRUCTION_LOSSES = ("l1", "l2")
 GAN_LOSSES = ("hinge", "log")
@@ -43,6 +43,8 @@ class AutoencoderConfig:
         grad_checkpointing: recompute activations in the backward pass: less memory, more time.
     """
 
+    section: ClassVar[str] = "autoencoder"
+
     ch: int = 128
     ch_mult: Sequence[int] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 2
@@ -61,7 +63,7 @@ class AutoencoderConfig:
         for name in ("ch", "num_res_blocks", "resolution", "z_channels", "patch_size"):
             require_at_least(self, name, 1)
         if not self.ch_mult or min(self.ch_mult) < 1:
-            raise ValueError(f"ch_mult must be a list of numbers of at least 1, got {list(self.ch_mult)}")
+            raise ValueError(f"autoencoder.ch_mult must be a list of numbers of at least 1, got {list(self.ch_mult)}")
         require_choice(self, "encoder_kernel_size", (1, 3))
 
     @property
@@ -85,6 +87,8 @@ class QuantizerConfig:
             exponential moving average of their latents.
         kmeans_iters: iterations of k-means that initialize the codes from the first batches; 0 disables it.
     """
+
+    section: ClassVar[str] = "quantizer"
 
     type: str = "euclidean"
     codebook_size: int = 16384
@@ -135,6 +139,8 @@ class LossConfig:
         vgg_weights: file of torchvision's VGG-16 weights; None uses torchvision's cache or downloads them.
     """
 
+    section: ClassVar[str] = "loss"
+
     reconstruction: str = "l1"
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
@@ -168,6 +174,8 @@ class GANConfig:
         lecam_weight: weight of the LeCam regularization of the discriminator; 0 disables it.
     """
 
+    section: ClassVar[str] = "gan"
+
     weight: float = 0.8
     start_step: int = 25_000
     disc_only_steps: int = 0
@@ -196,6 +204,8 @@ class OptimizerConfig:
         ema_decay: decay of the exponential moving average (EMA) of the weights, which evaluation and saved models
             use; 0 disables it.
     """
+
+    section: ClassVar[str] = "optimizer"
 
     learning_rate: float = 4.5e-6
     betas: Sequence[float] = (0.5, 0.9)
@@ -250,6 +260,8 @@ class GPTConfig:
         grad_checkpointing: recompute activations in the backward pass: less memory, more time.
     """
 
+    section: ClassVar[str] = ""
+
     n_layer: int = 24
     n_head: int = 16
     n_embd: int = 1024
@@ -282,13 +294,15 @@ class ConditioningConfig:
             (the paper).
     """
 
+    section: ClassVar[str] = "conditioning"
+
     drop_prob: float = 0.0
     noise_cosine: float = 1.0
 
     def __post_init__(self) -> None:
         require_in_unit_interval(self, "drop_prob")
         if not 0 < self.noise_cosine <= 1:
-            raise ValueError(f"noise_cosine must be in (0, 1], got {self.noise_cosine}")
+            raise ValueError(f"conditioning.noise_cosine must be in (0, 1], got {self.noise_cosine}")
 
 
 @dataclass(frozen=True)
@@ -304,6 +318,8 @@ class ClipLossConfig:
         batch_fraction: fraction of the batch that the loss is computed on, at least one sample.
     """
 
+    section: ClassVar[str] = "clip_loss"
+
     weight: float = 0.0
     estimator: str = "straight_through"
     type: str = "log"
@@ -315,7 +331,7 @@ class ClipLossConfig:
         require_choice(self, "type", CLIP_LOSS_TYPES)
         require_at_least(self, "interval", 1)
         if not 0 < self.batch_fraction <= 1:
-            raise ValueError(f"batch_fraction must be in (0, 1], got {self.batch_fraction}")
+            raise ValueError(f"clip_loss.batch_fraction must be in (0, 1], got {self.batch_fraction}")
 
 
 def as_config(config_class: type[Config], values: Config | Mapping[str, Any] | None) -> Config:
@@ -350,22 +366,27 @@ def is_training_only(config_field: Field[Any]) -> bool:
     return bool(config_field.metadata.get("training_only", False))
 
 
+def key_of(config: Any, name: str) -> str:
+    """Return the key of a field below ``model``, as in "gan.weight"."""
+    return f"{config.section}.{name}" if config.section else name
+
+
 def require_choice(config: Any, name: str, choices: Sequence[Any]) -> None:
     """Raise ValueError unless a field has one of the given values."""
     value = getattr(config, name)
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        raise ValueError(f"{key_of(config, name)} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def require_at_least(config: Any, name: str, minimum: int) -> None:
     """Raise ValueError unless a field has at least the given value."""
     value = getattr(config, name)
     if not value >= minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        raise ValueError(f"{key_of(config, name)} must be at least {minimum}, got {value}")
 
 
 def require_in_unit_interval(config: Any, name: str) -> None:
     """Raise ValueError unless a field lies in [0, 1)."""
     value = getattr(config, name)
     if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+        raise ValueError(f"{key_of(config, name)} must be in [0, 1), got {value}")
