@@ -105,7 +105,7 @@ class ConditionalTransformer(pl.LightningModule):
     @property
     def eval_model(self) -> ConditionalGPT2:
         """The network used for sampling and evaluation: the EMA weights if there are any, else the trained ones."""
-        net: Any = self.ema.module if self.ema is not None and self.ema.started else self.gpt
+        net: Any = self.ema.module if self.ema is not None and self.ema.initialized else self.gpt
         return net
 
     def forward(self, indices: Tensor, clip_embedding: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from clipgen import TextToImage
 from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ShapesDataset
 from clipgen.models import losses
+from clipgen.models.config import CLIP_LOSS_ESTIMATORS, CLIP_LOSS_TYPES
 from clipgen.transformer import ConditionalTransformer
 
 
@@ -33,11 +34,11 @@ def test_kinds_by_hand():
     assert losses.clip_loss(a, b).item() == pytest.approx(-math.log(0.8) / 2)
     assert losses.clip_loss(a, b, "cosine").item() == pytest.approx(0.2)
     assert math.log(1e3) < losses.clip_loss(a, -a) < 20  # s = 0
-    with pytest.raises(ValueError, match="clip_loss_type must be 'log' or 'cosine', got 'l2'"):
+    with pytest.raises(ValueError, match="clip_loss.type must be 'log' or 'cosine', got 'l2'"):
         losses.clip_loss(a, b, "l2")
 
 
-@pytest.mark.parametrize("kind", losses.CLIP_LOSS_CODES)
+@pytest.mark.parametrize("kind", CLIP_LOSS_ESTIMATORS)
 def test_codes_and_their_gradients_by_hand(kind):
     """d (p @ C) / d logits = p * (g - sum p g), where g is what the code's gradient makes of each code."""
     logits, codebook = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True), torch.randn(5, 4).double()
@@ -61,7 +62,7 @@ def test_gumbel_draws_by_the_probabilities():
 
 
 def test_unknown_codes_are_refused():
-    with pytest.raises(ValueError, match=r"clip_loss_estimator must be one of straight_through, .*, got 'hard'"):
+    with pytest.raises(ValueError, match=r"clip_loss.estimator must be one of straight_through, .*, got 'hard'"):
         losses.differentiable_codes(torch.zeros(1, 1, 2), torch.zeros(2, 1), "hard")
 
 
@@ -78,7 +79,7 @@ class DoubleCLIP:
         return F.normalize(self.clip.model.encode_image(self.clip.preprocess(images)), dim=-1)
 
 
-@pytest.mark.parametrize("kind", losses.CLIP_LOSSES)
+@pytest.mark.parametrize("kind", CLIP_LOSS_TYPES)
 def test_the_gradient_is_that_of_finite_differences(kind, tiny_vqgan, shapes_clip, images):
     transformer = model(clip_loss_estimator="expected", clip_loss_type=kind).attach_encoders(tiny_vqgan, shapes_clip)
     target = shapes_clip.encode_image(images[:2]).double()
@@ -149,7 +150,7 @@ def test_a_rare_loss_weighs_more(tiny_vqgan, shapes_clip, images):
     ],
 )
 def test_senseless_arguments_are_refused(name, value, message):
-    with pytest.raises(ValueError, match=f"{name} must {message}"):
+    with pytest.raises(ValueError, match=f"{name.replace('clip_loss_', 'clip_loss.')} must {message}"):
         model(**{name: value})
 
 

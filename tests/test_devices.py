@@ -12,8 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipgen.generation.modality_gap import EmbeddingProjector, add_condition_noise
+from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.models import losses
+from clipgen.models.conditioning import add_condition_noise
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -102,7 +103,7 @@ def test_drawing_stays_on_the_gpu(pipe, monkeypatch, gpu):
     there.bridge = moved(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = there.embed("a small red star on a black background")
     given = there.vqgan.encode(torch.empty(1, 3, 32, 32, device=gpu)).flatten(1)[:, :8]
-    for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, given=given)):
+    for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=given)):
         drawn = there.generate(e.expand(3, -1), 0, **settings)
         assert drawn.shape == (3, 3, 32, 32) and drawn.device == gpu
 

@@ -22,7 +22,7 @@ from clipgen.models.lpips import load_lpips
 
 
 def test_a_logit_a_patch_of_70_pixels():
-    net = PatchDiscriminator(gan_channels=4, gan_num_layers=3).eval()
+    net = PatchDiscriminator(channels=4, num_layers=3).eval()
     images = torch.randn(1, 3, 128, 128, requires_grad=True)
     logits = net(images)
     assert logits.shape == (1, 1, 14, 14)
@@ -32,10 +32,10 @@ def test_a_logit_a_patch_of_70_pixels():
 
 
 def test_widths_double_up_to_eight_times():
-    convs = [m for m in PatchDiscriminator(gan_channels=4, gan_num_layers=5).modules() if isinstance(m, nn.Conv2d)]
+    convs = [m for m in PatchDiscriminator(channels=4, num_layers=5).modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convs] == [4, 8, 16, 32, 32, 32, 1]
     with pytest.raises(ValueError, match="n_layers must be at least 1, got 0"):
-        PatchDiscriminator(gan_num_layers=0)
+        PatchDiscriminator(num_layers=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- gan_loss

@@ -238,7 +238,7 @@ def test_what_would_be_taken_for_something_else(pipe, tiny_transformer, tiny_vqg
         (lambda: tiny_transformer(indices.view(2, 4, 4), e), r"indices must be \(B, T\)"),
         (lambda: tiny_transformer.sample(e[0]), r"clip_embedding must be \(B, 64\), got \(64,\)"),
         (lambda: tiny_transformer.sample(e[:0]), r"clip_embedding must be \(B, 64\), got \(0, 64\)"),
-        (lambda: tiny_transformer.sample(e, given=indices[:1]), r"given must be \(2, P\) with P at most 16"),
+        (lambda: tiny_transformer.sample(e, prefix=indices[:1]), r"prefix must be \(2, P\) with P at most 16"),
         (lambda: tiny_transformer.sample(e, uniforms=torch.rand(2, 3)), r"uniforms must be \(2, 16\), got \(2, 3\)"),
         (lambda: pipe.transformer.encode(torch.zeros(1, 3, 16, 64)), "images must be square"),
         (lambda: pipe.interpolate("", "a red star"), "prompt must not be empty"),

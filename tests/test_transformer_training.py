@@ -102,18 +102,6 @@ def test_a_picture_says_which_weights_drew_it(tmp_path, tiny_vqgan, shapes_clip)
     assert prints[0] == prints[1]
 
 
-def test_folders_of_before_load(tmp_path):
-    """Those know nothing of what came later."""
-    transformer = model()
-    path = transformer.save(tmp_path / "folder")
-    config = json.loads((path / "config.json").read_text())
-    new = ("ema_decay", "checkpointing", "compile", *(n for n in config["arguments"] if n.startswith("clip_loss_")))
-    for name in set(new) - {"clip_loss_weight"}:
-        del config["arguments"][name]
-    (path / "config.json").write_text(json.dumps(config))
-    assert not changed(ConditionalTransformer.load(path), weights_of(transformer))
-
-
 @pytest.mark.parametrize("value", [1.0, -0.1])
 def test_a_senseless_decay_is_refused(value):
     with pytest.raises(ValueError, match=rf"ema_decay must be in \[0, 1\), got {value}"):

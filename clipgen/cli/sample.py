@@ -144,7 +144,7 @@ def draw(
     count = len(prompts) * (args.rerank_from or args.num_images) + len(args.interpolate) * strip_length(args)
     with rate_bar("drawing", count * len(sweeps)) as advance:
         preview = save_preview(args.output) if args.preview else None
-        options = dict(seed=args.seed, complete=complete, preview=preview, progress=advance)
+        options = dict(seed=args.seed, outpaint=complete, preview=preview, progress=advance)
         drawn = draw_pictures(pipe, prompts, sweeps, options, args)
         draw_strips(pipe, sweeps, options, args)
     if drawn:

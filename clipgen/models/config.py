@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 RECONSTRUCTION_LOSSES = ("l1", "l2")
@@ -351,8 +352,22 @@ def as_config(config_class: type[Config], values: Config | Mapping[str, Any] | N
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Return the fields of a configuration as numbers, strings, lists and dicts, for checkpoints and JSON."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    """Return the fields of a configuration as plain Python values, for checkpoints and JSON."""
+    values: dict[str, Any] = to_plain_types(asdict(config))
+    return values
+
+
+def to_plain_types(value: Any) -> Any:
+    """Convert NumPy, OmegaConf and pathlib values to numbers, strings, lists and dicts."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: to_plain_types(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [to_plain_types(item) for item in value]
+    return value
 
 
 def model_settings(config: Any) -> dict[str, Any]:
