@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 READ_EVERY = 10  # steps
 NEVER = 2**62
 HELP = (
-    "a lower model.learning_rate, gradient clipping (stage 1: model.gradient_clip, stage 2: trainer.gradient_clip_val) "
+    "a lower model.learning_rate, gradient clipping (stage 1: model.gradient_clip, stage 2: model.optimizer.grad_clip) "
     "or trainer.precision=32-true usually helps"
 )
 

@@ -1,9 +1,9 @@
-"""Optimizers, learning-rate schedules and the moving average of weights."""
+"""Optimizers, learning-rate schedules and the exponential moving average (EMA) of weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,98 +12,114 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
+from clipgen.models.config import TransformerOptimizerConfig
 from clipgen.muon import Muon
 
-SCHEDULES = ("constant", "cosine")
-OPTIMIZERS = ("adamw", "muon")
 
+def make_lr_scheduler(
+    optimizer: Optimizer,
+    schedule: str,
+    warmup_steps: int,
+    total_steps: float,
+    start_step: int = 0,
+) -> LambdaLR:
+    """Return a learning-rate scheduler: linear warm-up, then ``"constant"`` or ``"cosine"`` to zero.
 
-def schedule(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: float, start: int = 0) -> LambdaLR:
-    """Linear warm-up over ``warmup_steps``, then ``"constant"`` or ``"cosine"`` to zero at ``total_steps``; for an
-    optimizer that takes its first step at step ``start`` of the training, where it warms up and the cosine goes on."""
-    if kind not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
-    if kind != "constant" and total_steps < 0:  # -1 is Lightning's word for epochs of a stream
+    Ours instead of transformers' because an optimizer may take its first step at ``start_step`` of the training: it
+    warms up from there, while the cosine still ends with the training.
+
+    Args:
+        optimizer: the optimizer to schedule.
+        schedule: ``"constant"`` or ``"cosine"``.
+        warmup_steps: steps of linear warm-up.
+        total_steps: steps of the whole training; infinite or unknown (-1) only for ``"constant"``.
+        start_step: step of the training at which this optimizer takes its first step.
+    """
+    if schedule != "constant" and total_steps < 0:  # Lightning returns -1 for epochs of a stream
         raise ValueError(
-            f"schedule must be 'constant' where an epoch has no end, got {kind!r}: give trainer.max_steps, or "
-            "trainer.limit_train_batches with trainer.max_epochs"
+            f"schedule={schedule!r} needs a finite number of steps, but the dataset is a stream: set "
+            "trainer.max_steps, or trainer.limit_train_batches with trainer.max_epochs"
         )
-    return LambdaLR(optimizer, factor(kind, warmup_steps, total_steps, start))
+    return LambdaLR(optimizer, lr_lambda(schedule, warmup_steps, total_steps, start_step))
 
 
-def factor(kind: str, warmup_steps: int, total_steps: float, start: int = 0) -> Callable[[int], float]:
-    """Step of the optimizer -> what the learning rate is multiplied by."""
+def lr_lambda(
+    schedule: str,
+    warmup_steps: int,
+    total_steps: float,
+    start_step: int = 0,
+) -> Callable[[int], float]:
+    """Return the function from the optimizer's step to the multiplier of the learning rate."""
 
-    def at(step: int) -> float:
-        warm = min((step + 1) / max(warmup_steps, 1), 1.0)
-        if kind == "constant" or math.isinf(total_steps):
-            return warm
-        done = (start + step - warmup_steps) / max(total_steps - warmup_steps, 1)
-        return warm * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
+    def multiplier(step: int) -> float:
+        warmup = min((step + 1) / max(warmup_steps, 1), 1.0)
+        if schedule == "constant" or math.isinf(total_steps):
+            return warmup
+        progress = (start_step + step - warmup_steps) / max(total_steps - warmup_steps, 1)
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
-    return at
+    return multiplier
 
 
-def optimizer_steps(trainer: Any, accumulate: int) -> float:
-    """Steps that a training will take where a module accumulates by itself: Lightning counts one a batch. The last step
-    of an epoch may have fewer batches."""
+def total_optimizer_steps(trainer: Any, grad_accum_steps: int) -> float:
+    """Return the total number of optimizer steps under manual gradient accumulation.
+
+    Lightning counts one step per batch. The last step of an epoch may have fewer batches.
+    """
     batches = trainer.estimated_stepping_batches  # sets up the data, too
     if trainer.max_epochs == -1 or math.isinf(trainer.num_training_batches):
         return batches
-    steps = math.ceil(trainer.num_training_batches / accumulate) * trainer.max_epochs
+    steps = math.ceil(trainer.num_training_batches / grad_accum_steps) * trainer.max_epochs
     return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
 
 class EMA(AveragedModel):
-    """Exponential moving average of a network's weights, from those after the first step on.
+    """Exponential moving average of a network's weights, initialized by the weights after the first step.
 
-    torch's own reads its counter at every step, which would synchronise with the GPU.
+    Ours instead of Lightning's EMAWeightAveraging because it averages one sub-module and works with two optimizers.
+    torch's AveragedModel reads its counter at every step, which would synchronize with the GPU; this one does not.
     """
 
     def __init__(self, network: torch.nn.Module, decay: float):
         super().__init__(network)
         self.requires_grad_(False)
-        self.decay, self.begun = decay, False
+        self.decay = decay
+        self._initialized = False
 
     @property
-    def started(self) -> bool:
-        """Whether there is an average yet."""
-        self.begun = self.begun or bool(self.n_averaged > 0)
-        return self.begun
+    def initialized(self) -> bool:
+        """Whether there is an average yet; stays true once it was."""
+        self._initialized = self._initialized or bool(self.n_averaged > 0)
+        return self._initialized
 
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Take in the weights after a step."""
-        weight = 1 - self.decay if self.started else 1.0
+        """Update the average after an optimizer step."""
+        weight = 1 - self.decay if self.initialized else 1.0
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
-        for ours, theirs in zip(self.module.buffers(), model.buffers()):
-            ours.copy_(theirs)
+        for average, buffer in zip(self.module.buffers(), model.buffers()):
+            average.copy_(buffer)
         self.n_averaged += 1
 
 
 def make_optimizer(
     module: torch.nn.Module,
-    hidden: torch.nn.Module,
-    kind: str,
-    learning_rate: float,
-    betas: Sequence[float],
-    weight_decay: float,
+    muon_module: torch.nn.Module,
+    config: TransformerOptimizerConfig,
 ) -> Optimizer:
-    """AdamW for a module; or ``"muon"``: Muon for the matrices of its part ``hidden``, AdamW for the rest.
+    """Return AdamW for a module; or with ``name="muon"`` Muon for the matrices of ``muon_module``, AdamW for the rest.
 
-    Muon's steps (see ``muon.Muon``) are scaled to the length of AdamW's (arXiv:2502.16982), so one learning rate serves
-    both.
+    Muon's steps are scaled to the length of AdamW's (arXiv:2502.16982), so one learning rate serves both.
     """
-    if kind not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {kind!r}")
+    learning_rate, weight_decay = config.learning_rate, config.weight_decay
     groups = weight_decay_groups(module, weight_decay)
     fused = has_fused_kernels(module.parameters())
-    adamw: dict[str, Any] = dict(lr=learning_rate, betas=tuple(betas), fused=fused)
-    if kind == "adamw":
+    adamw: dict[str, Any] = dict(lr=learning_rate, betas=tuple(config.betas), fused=fused)
+    if config.name == "adamw":
         optimizer: Any = torch.optim.AdamW(groups, **adamw)
         optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip gradients, in bf16 too
         return optimizer  # type: ignore[no-any-return]
-    matrices = [p for p in hidden.parameters() if p.ndim == 2 and p.requires_grad]
+    matrices = [p for p in muon_module.parameters() if p.ndim == 2 and p.requires_grad]
     for group in groups:
         group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
     muon = Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -145,7 +161,7 @@ class OptimizerList(Optimizer):
 
 
 def weight_decay_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices only; biases, norms and single vectors go without (GPT-2's and nanoGPT's custom)."""
+    """Return parameter groups with weight decay for matrices only, not for biases and norms (the GPT-2 convention)."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2]
     vectors = [p for p in parameters if p.ndim < 2]

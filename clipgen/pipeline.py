@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from clipgen.atomic_folder import finish_swap, replace_folder
 from clipgen.checkpoint import model_folder
 from clipgen.clip import FrozenCLIP
 from clipgen.files import write_json
-from clipgen.generation.generator import BATCH, ImageGenerator, Preview, Progress
+from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator, Preview, Progress
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, to_pil
 from clipgen.model_card import TRAINING, model_card, training_settings
 from clipgen.run_folder import bind, check_bound, check_clip_folder, check_inside, load_clip, run_folder, save_frozen
-from clipgen.sampling import DEFAULTS, check_sampling, per_sample_seeds
+from clipgen.sampling import SamplingParams, per_sample_seeds
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -50,7 +51,7 @@ class TextToImage(ImageGenerator):
         clip: FrozenCLIP,
         bridge: EmbeddingProjector | None = None,
     ):
-        transformer.attach(vqgan, clip)  # refuses parts that do not belong together
+        transformer.attach_encoders(vqgan, clip)  # refuses parts that do not belong together
         super().__init__(vqgan, transformer)
         self.clip, self.bridge = clip, bridge
         self.training: dict[str, Any] = {}  # see ``training_settings``
@@ -144,129 +145,164 @@ class TextToImage(ImageGenerator):
         self,
         prompt: Prompt | Sequence[Prompt],
         num_images: int = 1,
+        params: SamplingParams | None = None,
         *,
-        temperature: float = 1.0,
-        top_k: int = 300,
-        top_p: float = 1.0,
-        guidance_scale: float = 1.0,
-        guidance_power: float = 0.0,
         rerank_from: int | None = None,
         seed: int | None = None,
-        complete: Image.Image | None = None,
-        keep: float = 0.5,
+        outpaint: Image.Image | None = None,
+        keep_fraction: float = 0.5,
         preview: Preview | None = None,
         progress: Progress | None = None,
+        **sampling: Any,
     ) -> list[Image.Image]:
-        """Draw pictures of a sentence, or of what else ``embed`` takes; of a list of these, together, which is faster.
+        """Generate images for a prompt, or for a list of prompts, which are batched together.
 
         Args:
-            num_images: how many to return of each. rerank_from: draw so many of each and return those that CLIP finds
-                nearest.
-            seed: image i of a prompt draws from ``seed + i`` (None: a random one); its ``info`` says so, with the
-                settings.
-            complete: a picture whose upper part, ``keep`` of its height, is taken over; the rest is drawn.
-            preview: called with the images so far, (B, 3, h, W) in [-1, 1], after each row of indices.
-            progress: called after each row with how many images it adds, a part of each; nothing is decoded for it.
+            prompt: a sentence, or anything else that ``embed`` takes; or a list of these.
+            num_images: images per prompt.
+            params: sampling parameters; or pass them by name (``sampling``): temperature, top_k, top_p,
+                guidance_scale, guidance_power, see ``SamplingParams``.
+            rerank_from: number of candidates per prompt; the ``num_images`` with the highest CLIP score are returned.
+            seed: image i of a prompt uses ``seed + i`` (None: a random seed). It is recorded in the image's ``info``.
+            outpaint: image to complete: its upper part is kept, the rest is generated.
+            keep_fraction: fraction of the height of ``outpaint`` that is kept.
+            preview: called after each row of indices with the images so far, (B, 3, h, W) in [-1, 1].
+            progress: called after each row of indices with the work done since the last call, in images (a fraction).
 
         Returns:
-            PIL images, prompt by prompt, best first where reranked.
+            PIL images, prompt by prompt; by descending CLIP score if reranked. Their ``info`` holds prompt, seed and
+            sampling parameters.
         """
-        settings: dict[str, Any] = dict(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=guidance_scale,
-            guidance_power=guidance_power,
-        )
+        params = params or SamplingParams(**sampling)
         prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not prompts:
-            raise ValueError("prompt must hold at least one, got an empty list")
+            raise ValueError("prompt must hold at least one prompt, got an empty list")
         for each in prompts:
             check_request(each, num_images, rerank_from)
-        check_sampling(**settings)
-        candidates = rerank_from or num_images
-        seeds = per_sample_seeds(seed, candidates)
-        # embedded one by one: a batch of CLIP's would round otherwise, and draw another picture
-        rows = torch.cat([self.embed(each) for each in prompts]).repeat_interleave(candidates, dim=0)
-        given = None if complete is None else self.upper_indices(complete, keep)
-        images = self.generate(rows, seeds * len(prompts), **settings, given=given, preview=preview, progress=progress)
-        told = settings | self._told(complete, keep)
-        pictures = []
-        for each, drawn in zip(prompts, images.split(candidates)):
-            order = self._nearest(each, drawn)[:num_images] if rerank_from else list(range(num_images))
-            asked = dict(prompt=describe(each)) | (dict(mixture=dict(each)) if isinstance(each, Mapping) else {})
-            for i, picture in zip(order, to_pil(drawn[order])):
-                picture.info.update(asked, seed=seeds[i], **told)
-                pictures.append(picture)
-        return pictures
+        num_candidates = rerank_from or num_images
+        seeds = per_sample_seeds(seed, num_candidates)
+        # One at a time: embeddings of a batch differ by floating-point rounding, and would change the images.
+        embeddings = torch.cat([self.embed(each) for each in prompts])
+        images = self.generate(
+            embeddings.repeat_interleave(num_candidates, dim=0),
+            seeds * len(prompts),
+            params,
+            prefix=None if outpaint is None else self.upper_indices(outpaint, keep_fraction),
+            preview=preview,
+            progress=progress,
+        )
+        metadata = self._metadata(params, keep_fraction if outpaint else None)
+        results = []
+        for each, candidates in zip(prompts, images.split(num_candidates)):
+            order = self._rank(each, candidates)[:num_images] if rerank_from else list(range(num_images))
+            for i, image in zip(order, to_pil(candidates[order])):
+                image.info.update(prompt_metadata(each), seed=seeds[i], **metadata)
+                results.append(image)
+        return results
 
-    def _told(self, complete: Image.Image | None, keep: float) -> dict[str, Any]:
-        """What metadata say of the model, and of the part of a picture that was taken over."""
-        dtype = {} if self.dtype == torch.float32 else {"dtype": str(self.dtype).removeprefix("torch.")}
-        kept = {} if complete is None else {"complete": keep}
-        return dict(clipgen=clipgen.__version__, model=self.fingerprint) | dtype | kept
+    def _metadata(self, params: SamplingParams, keep_fraction: float | None) -> dict[str, Any]:
+        """Return what every image's ``info`` records: sampling parameters, model, and dtype if not float32."""
+        metadata: dict[str, Any] = {**asdict(params), "clipgen": clipgen.__version__, "model": self.fingerprint}
+        if self.dtype != torch.float32:
+            metadata["dtype"] = str(self.dtype).removeprefix("torch.")
+        if keep_fraction is not None:
+            metadata["keep_fraction"] = keep_fraction
+        return metadata
 
-    def _nearest(self, prompt: Prompt, images: Tensor) -> list[int]:
-        """The order in which CLIP finds images fit a prompt: the sentence itself, not where the bridge moves it."""
-        wanted = self.embed(prompt, bridged=False).expand(len(images), -1)
-        return self.clip_scores(images, wanted).argsort(descending=True).tolist()
+    def _rank(self, prompt: Prompt, images: Tensor) -> list[int]:
+        """Return the order of images by descending CLIP score with the prompt's own embedding, not the projected one."""
+        embedding = self.embed(prompt, bridged=False).expand(len(images), -1)
+        return self.clip_scores(images, embedding).argsort(descending=True).tolist()
 
     @torch.no_grad()
     def generate(
         self,
         clip_embedding: Tensor,
         seed: int | Sequence[int] | None = None,
+        params: SamplingParams | None = None,
         *,
-        given: Tensor | None = None,
+        prefix: Tensor | None = None,
         preview: Preview | None = None,
         progress: Progress | None = None,
-        **settings: Any,
+        **sampling: Any,
     ) -> Tensor:
-        """CLIP embeddings (B, E) of sentences or images -> images (B, 3, H, W) in [-1, 1], one a row.
+        """Generate one image per CLIP embedding: (B, E) -> (B, 3, H, W) in [-1, 1].
 
-        ``given`` (1, P): the indices that every image begins with. ``preview``, ``progress``, ``settings``: see
-        ``__call__``.
+        Args:
+            clip_embedding: embeddings of sentences or images, (B, E).
+            seed: image i uses ``seed + i``; or one seed per image.
+            params: sampling parameters; or pass them by name (``sampling``).
+            prefix: (1, P), the first indices of every image.
+            preview: see ``__call__``.
+            progress: see ``__call__``.
         """
+        params = params or SamplingParams(**sampling)
         uniforms = self.uniforms(seed, len(clip_embedding))
-        return self.paint(clip_embedding, uniforms, given=given, preview=preview, progress=progress, **settings)
+        return self.generate_from_conditions(
+            clip_embedding, uniforms, params, prefix=prefix, preview=preview, progress=progress
+        )
 
     @torch.no_grad()
     def clip_scores(self, images: Tensor, clip_embedding: Tensor) -> Tensor:
-        """Cosines (B,) of images (B, 3, H, W) with embeddings (B, E), one by one."""
-        pairs = zip(images.split(BATCH), clip_embedding.split(BATCH))
-        return torch.cat([(self.clip.encode_image(some) * wanted).sum(dim=1) for some, wanted in pairs])
+        """Return the cosine similarity (B,) of images (B, 3, H, W) and embeddings (B, E), pair by pair."""
+        scores = []
+        for image_batch, embeddings in zip(images.split(DECODE_BATCH_SIZE), clip_embedding.split(DECODE_BATCH_SIZE)):
+            scores.append((self.clip.encode_image(image_batch) * embeddings).sum(dim=1))
+        return torch.cat(scores)
 
     def interpolate(
         self,
         first: Prompt,
         second: Prompt,
         steps: int = 8,
+        params: SamplingParams | None = None,
         *,
         seed: int | None = None,
-        complete: Image.Image | None = None,
-        keep: float = 0.5,
+        outpaint: Image.Image | None = None,
+        keep_fraction: float = 0.5,
         preview: Preview | None = None,
         progress: Progress | None = None,
-        **settings: Any,
+        **sampling: Any,
     ) -> list[Image.Image]:
-        """Pictures on the arc between two prompts' embeddings, all from one seed; the rest is as of ``__call__``."""
+        """Generate images along the arc between the embeddings of two prompts, all from one seed.
+
+        ``steps`` is the number of images; the other arguments are those of ``__call__``.
+        """
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
         for prompt in (first, second):
             check_request(prompt, steps, None)
-        a, b = self.embed(first), self.embed(second)
-        angle = torch.acos((a * b).sum().clamp(-1 + 1e-6, 1 - 1e-6))
-        t = torch.linspace(0, 1, steps, device=a.device)[:, None]
-        arc = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-        (one,) = per_sample_seeds(seed, 1)
-        given = None if complete is None else self.upper_indices(complete, keep)
-        shown: dict[str, Any] = dict(preview=preview, progress=progress)
-        pictures = to_pil(self.generate(arc, [one] * steps, given=given, **shown, **settings))
+        params = params or SamplingParams(**sampling)
+        shared_seed = per_sample_seeds(seed, 1)[0]
+        images = self.generate(
+            slerp(self.embed(first), self.embed(second), steps),
+            [shared_seed] * steps,
+            params,
+            prefix=None if outpaint is None else self.upper_indices(outpaint, keep_fraction),
+            preview=preview,
+            progress=progress,
+        )
+        results = to_pil(images)
         ends = [dict(end) if isinstance(end, Mapping) else describe(end) for end in (first, second)]
-        told = DEFAULTS | settings | self._told(complete, keep)
-        for picture in pictures:
-            picture.info.update(interpolate=ends, steps=steps, seed=one, **told)
-        return pictures
+        metadata = self._metadata(params, keep_fraction if outpaint else None)
+        for image in results:
+            image.info.update(interpolate=ends, steps=steps, seed=shared_seed, **metadata)
+        return results
+
+
+def prompt_metadata(prompt: Prompt) -> dict[str, Any]:
+    """Return what an image's ``info`` records of its prompt."""
+    metadata: dict[str, Any] = {"prompt": describe(prompt)}
+    if isinstance(prompt, Mapping):
+        metadata["mixture"] = dict(prompt)
+    return metadata
+
+
+def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Interpolate unit vectors (1, E) spherically: (steps, E), both ends included."""
+    angle = torch.acos((start * end).sum().clamp(-1 + 1e-6, 1 - 1e-6))
+    t = torch.linspace(0, 1, steps, device=start.device)[:, None]
+    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
 
 
 def check_parts(root: Path) -> None:

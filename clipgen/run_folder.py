@@ -18,7 +18,8 @@ from clipgen.checkpoint import model_folder
 from clipgen.checkpoint.safe_load import State, below
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.files import durable, read_json, write_json
-from clipgen.vqgan import PARTS, TOKENIZER, VQGAN
+from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
+from clipgen.vqgan import OPTIONAL_PARTS, VQGAN
 
 ALLOW = "CLIPGEN_ALLOW_CLIP"  # environment variable: the one CLIP that clip.json of a folder may name besides its own
 
@@ -176,19 +177,23 @@ def check_bound(transformer: Path, vqgan: VQGAN) -> None:
 
 
 def vqgan_identity(vqgan: VQGAN) -> str:
-    """A hash of what decides a tokenizer's indices, the same for all files that hold it."""
-    return identity(vqgan.hparams, vqgan.tokenizer.state_dict())
+    """Return a hash of all that determines a tokenizer's indices, the same for every file that holds it."""
+    return identity(vqgan.hparams, vqgan.active_model.state_dict())
 
 
 def saved_identity(path: str | Path) -> str:
-    """``vqgan_identity`` of a file or folder, without building the network."""
+    """Return the ``vqgan_identity`` of a file or folder, without building the network."""
     arguments, state = model_folder.load(path, "VQGAN")
     prefix = next((p for p in ("ema.module.", "autoencoder.") if any(k.startswith(p) for k in state)), "")
-    return identity(arguments, {k: v for k, v in below(prefix, state).items() if not k.startswith(PARTS)})
+    return identity(arguments, {k: v for k, v in below(prefix, state).items() if not k.startswith(OPTIONAL_PARTS)})
 
 
 def identity(arguments: Mapping[str, Any], state: State) -> str:
-    """A hash of a tokenizer's arguments and weights, but for its count of idle codes."""
-    weights = model_folder.fingerprint({name: tensor for name, tensor in state.items() if name != "quantize.idle"})
-    decisive = json.dumps([arguments.get(name) for name in TOKENIZER])
-    return hashlib.sha256((decisive + weights).encode()).hexdigest()[:16]
+    """Return a hash of a tokenizer's configuration and weights, without its usage counters."""
+    kept = {name: tensor for name, tensor in state.items() if name != "quantize.batches_since_use"}
+    settings = {
+        "autoencoder": model_settings(as_config(AutoencoderConfig, arguments.get("autoencoder"))),
+        "quantizer": model_settings(as_config(QuantizerConfig, arguments.get("quantizer"))),
+    }
+    text = json.dumps(settings) + model_folder.fingerprint(kept)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,9 +1,9 @@
-"""Stage 2: the transformer that writes an image's indices, given the CLIP embedding of the image."""
+"""Stage 2: the transformer that predicts the code indices of an image from its CLIP embedding."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,21 @@ from clipgen.checkpoint import gpt2, hfailab, model_folder
 from clipgen.checkpoint.safe_load import below
 from clipgen.clip import FrozenCLIP
 from clipgen.data.validation_sampler import real_rows
-from clipgen.generation.modality_gap import add_condition_noise
 from clipgen.images import images_from_batch
 from clipgen.models import losses
+from clipgen.models.conditioning import add_condition_noise
+from clipgen.models.config import (
+    ClipLossConfig,
+    ConditioningConfig,
+    GPTConfig,
+    TransformerOptimizerConfig,
+    as_config,
+    to_plain,
+)
 from clipgen.models.gpt import ConditionalGPT2
 from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
 from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
-from clipgen.optim import EMA, OPTIMIZERS, make_optimizer, schedule
+from clipgen.optim import EMA, make_lr_scheduler, make_optimizer
 from clipgen.vqgan import VQGAN
 
 if TYPE_CHECKING:
@@ -32,189 +40,138 @@ if TYPE_CHECKING:
 
 
 class ConditionalTransformer(pl.LightningModule):
-    """GPT-2 over codebook indices with the CLIP embedding as first token, stage 2 of CLIP-GEN (Eq. 6, 8-10).
+    """GPT-2 over code indices with the CLIP embedding as its first token, stage 2 of CLIP-GEN (Eq. 6, 8-10).
 
-    Training needs the frozen pair, see ``attach``; batches are then ``{"images": (B, 3, H, W) in [-1, 1]}``. Without it
-    they are ``{"indices": (B, T), "clip_embedding": (B, E)}``, what ``TokenCacheDataset`` gives.
+    Training on images needs the frozen VQ-GAN and CLIP, see ``attach_encoders``; batches are then
+    ``{"images": (B, 3, H, W) in [-1, 1]}``. Without them batches are ``{"indices": (B, T), "condition": (B, E)}``, as
+    ``TokenCacheDataset`` returns them.
 
     Args:
-        n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, dropout, tie_head, head_bias, activation,
-            grid_positions, checkpointing: see ``ConditionalGPT2``.
-        condition_dropout: part of the rows trained without condition, for guidance at sampling (10 % is usual; the
-            paper has none).
-        condition_cosine: noise on the training condition, as its expected cosine with the clean embedding; 1 is
-            none (the paper).
-        clip_loss_weight: lambda of Eq. 10 (0.2 in the paper); 0 spares decoder and CLIP their backward pass.
-        clip_loss_codes: which codes are decoded for it; see ``losses.differentiable_codes``. clip_loss_kind:
-            ``"log"`` (Eq. 9) or ``"cosine"``; see ``losses.clip_loss``.
-        clip_loss_every: optimizer steps from one with this loss to the next, where it then weighs as many times as
-            much (lazy regularisation, arXiv:1912.04958, Sec. 3.1). clip_loss_fraction: part of a batch's rows that
-            it is computed on, at least one.
-        ema_decay: of the average over the weights of past steps, which evaluation and files then use; 0 keeps none.
-        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks; see ``optim.make_optimizer``.
-        learning_rate, betas, weight_decay: AdamW's; without weight decay it is the paper's Adam.
-        schedule, warmup_steps: see ``optim.schedule``.
-        max_skipped_steps: number of consecutive steps with non-finite losses or gradients, each of which is skipped,
-            that stops the training.
-        compile: train by torch.compile.
+        conditioning: noise and dropout of the condition in training, see ``ConditioningConfig``.
+        clip_loss: the CLIP loss (Eq. 9, 10), see ``ClipLossConfig``.
+        optimizer: optimizer, schedule and EMA, see ``TransformerOptimizerConfig``.
+        compile: compile the training step with torch.compile.
+        network: the fields of ``GPTConfig``: n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, ...
     """
 
-    last_is_best = False  # the finished model is the one of the lowest validation loss
+    last_is_best = False  # export the checkpoint with the lowest validation loss
 
     def __init__(
         self,
         *,
-        n_layer: int = 24,
-        n_head: int = 16,
-        n_embd: int = 1024,
-        codebook_size: int = 16384,
-        num_tokens: int = 256,
-        clip_dim: int = 512,
-        dropout: float = 0.0,
-        tie_head: bool = True,
-        head_bias: bool = False,
-        activation: str = "gelu_pytorch_tanh",
-        grid_positions: bool = False,
-        checkpointing: bool = False,
-        condition_dropout: float = 0.0,
-        condition_cosine: float = 1.0,
-        clip_loss_weight: float = 0.0,
-        clip_loss_codes: str = "straight_through",
-        clip_loss_kind: str = "log",
-        clip_loss_every: int = 1,
-        clip_loss_fraction: float = 1.0,
-        ema_decay: float = 0.0,
-        optimizer: str = "adamw",
-        learning_rate: float = 1e-5,
-        betas: Sequence[float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        schedule: str = "constant",
-        warmup_steps: int = 0,
-        max_skipped_steps: int = 10,
+        conditioning: ConditioningConfig | Mapping[str, Any] | None = None,
+        clip_loss: ClipLossConfig | Mapping[str, Any] | None = None,
+        optimizer: TransformerOptimizerConfig | Mapping[str, Any] | None = None,
         compile: bool = False,
+        **network: Any,
     ):
         super().__init__()
-        if not 0 <= condition_dropout < 1:
-            raise ValueError(f"condition_dropout must be in [0, 1), got {condition_dropout}")
-        for name, kind, kinds in (
-            ("optimizer", optimizer, OPTIMIZERS),
-            ("clip_loss_codes", clip_loss_codes, losses.CLIP_LOSS_CODES),
-            ("clip_loss_kind", clip_loss_kind, losses.CLIP_LOSSES),
-        ):
-            if kind not in kinds:  # now, and not at the step where it is first used
-                raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {kind!r}")
-        if not 0 < condition_cosine <= 1:
-            raise ValueError(f"condition_cosine must be in (0, 1], got {condition_cosine}")
-        if clip_loss_every < 1:
-            raise ValueError(f"clip_loss_every must be at least 1, got {clip_loss_every}")
-        if not 0 < clip_loss_fraction <= 1:
-            raise ValueError(f"clip_loss_fraction must be in (0, 1], got {clip_loss_fraction}")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        self.save_hyperparameters()
-        self.hparams.update({name: model_folder.plain(value) for name, value in self.hparams.items()})
-        self.num_tokens, self.codebook_size, self.clip_dim = num_tokens, codebook_size, clip_dim
-        self.gpt = ConditionalGPT2(
-            n_layer=n_layer,
-            n_head=n_head,
-            n_embd=n_embd,
-            codebook_size=codebook_size,
-            num_tokens=num_tokens,
-            clip_dim=clip_dim,
-            dropout=dropout,
-            tie_head=tie_head,
-            head_bias=head_bias,
-            activation=activation,
-            null_condition=condition_dropout > 0,
-            grid_positions=grid_positions,
-            checkpointing=checkpointing,
+        self.gpt_config = as_config(GPTConfig, network)
+        self.conditioning_config = as_config(ConditioningConfig, conditioning)
+        self.clip_loss_config = as_config(ClipLossConfig, clip_loss)
+        self.optimizer_config = as_config(TransformerOptimizerConfig, optimizer)
+        self.save_hyperparameters(
+            {
+                **to_plain(self.gpt_config),
+                "conditioning": to_plain(self.conditioning_config),
+                "clip_loss": to_plain(self.clip_loss_config),
+                "optimizer": to_plain(self.optimizer_config),
+                "compile": compile,
+            }
         )
+        self.num_tokens = self.gpt_config.num_tokens
+        self.codebook_size = self.gpt_config.codebook_size
+        self.clip_dim = self.gpt_config.clip_dim
+        self.gpt = ConditionalGPT2(self.gpt_config, null_condition=self.conditioning_config.drop_prob > 0)
+        ema_decay = self.optimizer_config.ema_decay
         self.ema = EMA(self.gpt, ema_decay) if ema_decay > 0 else None
-        # the same on every rank without DDP's help, which would make ranks with fewer validation batches wait
+        # The buffers are equal on all ranks. A broadcast by DDP would make ranks with fewer validation batches wait.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self.guard, self.averages = StepGuard(max_skipped_steps), losses.Averages()
-        self._frozen: tuple[VQGAN, FrozenCLIP] | None = None
+        self.guard = StepGuard(self.optimizer_config.max_skipped_steps)
+        self.averages = losses.Averages()
+        # In a tuple, so that the frozen models are not part of parameters, mode or checkpoints.
+        self._encoders: tuple[VQGAN, FrozenCLIP] | None = None
         self.compiled = False  # see ``compile_decoder``
         self.decoders: dict[Any, CompiledDecoder] = {}  # by batch size, device and dtype
 
-    def attach(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
-        """Give the pair that encodes training images, and freeze it. It is no part of parameters or checkpoints."""
+    def attach_encoders(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
+        """Attach and freeze the VQ-GAN and CLIP that encode training images.
+
+        They are excluded from ``parameters()`` and from checkpoints.
+        """
         for name, ours, theirs in (
             ("codebook_size", self.codebook_size, vqgan.codebook_size),
             ("clip_dim", self.clip_dim, clip.embed_dim),
         ):
             if ours != theirs:
                 raise ValueError(f"{name} must be {theirs}, as in the frozen models, got {ours}")
-        self._frozen = (vqgan.eval().requires_grad_(False), clip)
+        self._encoders = (vqgan.eval().requires_grad_(False), clip)
         return self
 
     @property
-    def network(self) -> ConditionalGPT2:
-        """The network that draws and is evaluated: the averaged one, where there is one."""
-        net: Any = self.ema.module if self.ema is not None and self.ema.started else self.gpt
+    def eval_model(self) -> ConditionalGPT2:
+        """The network used for sampling and evaluation: the EMA weights if there are any, else the trained ones."""
+        net: Any = self.ema.module if self.ema is not None and self.ema.initialized else self.gpt
         return net
 
     def forward(self, indices: Tensor, clip_embedding: Tensor) -> Tensor:
         """Teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
         if indices.ndim != 2:
             raise ValueError(f"indices must be (B, T), rows of a grid one after another, got {tuple(indices.shape)}")
-        return (self.gpt if self.training else self.network)(indices, clip_embedding)
+        return (self.gpt if self.training else self.eval_model)(indices, clip_embedding)
 
     @torch.no_grad()
     def sample(
         self,
         clip_embedding: Tensor,
+        params: sampling.SamplingParams | None = None,
         *,
-        temperature: float = 1.0,
-        top_k: int = 300,
-        top_p: float = 1.0,
-        guidance_scale: float = 1.0,
-        guidance_power: float = 0.0,
         seed: int | Sequence[int] | None = None,
         uniforms: Tensor | None = None,
-        given: Tensor | None = None,
-        watch: sampling.Watch | None = None,
+        prefix: Tensor | None = None,
+        callback: sampling.StepCallback | None = None,
+        **settings: Any,
     ) -> Tensor:
-        """Draw indices for CLIP embeddings of images or sentences.
+        """Sample code indices for CLIP embeddings of images or sentences.
 
         Args:
             clip_embedding: (B, E), unit norm.
-            temperature, top_k, top_p: see ``sampling.draw``; k = 300, p = 1 are the paper's.
-            guidance_scale: 1 is none; more follows the condition more closely. Needs ``condition_dropout`` in training.
-            guidance_power: 0: the same guidance everywhere; above, it grows along the image; below, it fades. See
-                ``sampling.guidance_scales``.
-            seed: row i draws from ``seed + i``; or one seed a row. A row's indices do not depend on the other rows.
-            uniforms: (B, T) in [0, 1), what the indices are drawn by, instead of a seed.
-            given: first indices (B, P) to go on from. watch: called with the indices so far, (B, t), at every step.
+            params: sampling parameters; or pass them by name (``settings``): temperature, top_k, top_p,
+                guidance_scale, guidance_power, see ``SamplingParams``.
+            seed: sample i uses ``seed + i``; or one seed per sample. A sample does not depend on the rest of the batch.
+            uniforms: (B, T) uniform random numbers in [0, 1) for inverse-CDF sampling; override ``seed``.
+            prefix: the first indices (B, P), which are kept as they are.
+            callback: called at every step with all indices so far, (B, t).
 
         Returns:
             (B, T) int64.
         """
-        sampling.check_sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
-        rows, net = len(clip_embedding), self.network
-        self._check_sizes(clip_embedding, uniforms, given)
-        condition = net.condition(clip_embedding)
-        if guidance_scale != 1:
-            everything = torch.ones(rows, dtype=torch.bool, device=condition.device)
-            condition = torch.cat([condition, net.condition(clip_embedding, drop=everything)])
-        step = self._decoder(condition).start(condition)  # knows no dropout, in training mode either
-        if guidance_scale != 1:
-            step = sampling.guided(step, sampling.guidance_scales(guidance_scale, guidance_power, self.num_tokens))
+        params = params or sampling.SamplingParams(**settings)
+        self._check_shapes(clip_embedding, uniforms, prefix)
+        logits_fn = self._logits_fn(clip_embedding, params)
         if uniforms is None:
-            uniforms = sampling.per_sample_uniforms(
-                sampling.per_sample_seeds(seed, rows), self.num_tokens, condition.device
-            )
-        settings: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-        return sampling.decode(step, uniforms, **settings, given=given, watch=watch)
+            seeds = sampling.per_sample_seeds(seed, len(clip_embedding))
+            uniforms = sampling.per_sample_uniforms(seeds, self.num_tokens, clip_embedding.device)
+        return sampling.sample_sequence(logits_fn, uniforms, params, prefix=prefix, callback=callback)
 
-    def _check_sizes(self, clip_embedding: Tensor, uniforms: Tensor | None, given: Tensor | None) -> None:
-        rows, length = len(clip_embedding), self.num_tokens
-        if clip_embedding.shape != (rows, self.clip_dim) or not rows:
+    def _logits_fn(self, clip_embedding: Tensor, params: sampling.SamplingParams) -> sampling.LogitsFn:
+        """Return the step function of the decoder, with guidance if asked for. It never applies dropout."""
+        condition = self.eval_model.condition(clip_embedding)
+        if not params.uses_guidance:
+            return self._decoder(condition).start(condition)
+        drop_all = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
+        null = self.eval_model.condition(clip_embedding, drop=drop_all)
+        both = torch.cat([condition, null])
+        return sampling.with_cfg(self._decoder(both).start(both), params.guidance_scales(self.num_tokens))
+
+    def _check_shapes(self, clip_embedding: Tensor, uniforms: Tensor | None, prefix: Tensor | None) -> None:
+        batch_size, length = len(clip_embedding), self.num_tokens
+        if clip_embedding.shape != (batch_size, self.clip_dim) or not batch_size:
             raise ValueError(f"clip_embedding must be (B, {self.clip_dim}), got {tuple(clip_embedding.shape)}")
-        if uniforms is not None and uniforms.shape != (rows, length):
-            raise ValueError(f"uniforms must be {(rows, length)}, got {tuple(uniforms.shape)}")
-        if given is not None and (given.ndim != 2 or len(given) != rows or given.shape[1] > length):
-            raise ValueError(f"given must be ({rows}, P) with P at most {length}, got {tuple(given.shape)}")
+        if uniforms is not None and uniforms.shape != (batch_size, length):
+            raise ValueError(f"uniforms must be {(batch_size, length)}, got {tuple(uniforms.shape)}")
+        if prefix is not None and (prefix.ndim != 2 or len(prefix) != batch_size or prefix.shape[1] > length):
+            raise ValueError(f"prefix must be ({batch_size}, P) with P at most {length}, got {tuple(prefix.shape)}")
 
     def compile_decoder(self) -> ConditionalTransformer:
         """Let ``sample`` run by torch.compile, on a GPU as CUDA graphs: the first images of each power of two of rows
@@ -232,11 +189,11 @@ class ConditionalTransformer(pl.LightningModule):
 
     def _decoder(self, condition: Tensor) -> IncrementalDecoder:
         if not self.compiled:
-            return IncrementalDecoder(self.network, len(condition))
+            return IncrementalDecoder(self.eval_model, len(condition))
         rows = 2 ** (len(condition) - 1).bit_length()
-        key = rows, condition.device, condition.dtype, id(self.network.head.weight)  # moved, cast, or replaced
+        key = rows, condition.device, condition.dtype, id(self.eval_model.head.weight)  # moved, cast, or replaced
         if key not in self.decoders:
-            self.decoders[key] = CompiledDecoder(self.network, rows)
+            self.decoders[key] = CompiledDecoder(self.eval_model, rows)
         return self.decoders[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -245,17 +202,26 @@ class ConditionalTransformer(pl.LightningModule):
 
     # ----------------------------------------------------------------------------------------------------- training
 
-    @property
-    def h(self) -> Any:
-        """The constructor's arguments."""
-        return self.hparams
+    def setup(self, stage: str) -> None:
+        """Apply gradient accumulation before the trainer counts its steps."""
+        if stage == "fit" and self.optimizer_config.grad_accum_steps > 1:
+            self.trainer.accumulate_grad_batches = self.optimizer_config.grad_accum_steps
 
     def configure_optimizers(self) -> Any:
-        h = self.h
-        blocks = self.gpt.transformer.h
-        optimizer = make_optimizer(self, blocks, h.optimizer, h.learning_rate, h.betas, h.weight_decay)
-        rate = schedule(optimizer, h.schedule, h.warmup_steps, self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rate, "interval": "step"}}
+        config = self.optimizer_config
+        optimizer = make_optimizer(self, self.gpt.transformer.h, config)
+        total_steps = self.trainer.estimated_stepping_batches
+        scheduler = make_lr_scheduler(optimizer, config.schedule, config.warmup_steps, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by ``optimizer.grad_clip``, or as the trainer was told if that is 0."""
+        self.clip_gradients(optimizer, self.optimizer_config.grad_clip or gradient_clip_val, gradient_clip_algorithm)
 
     def configure_model(self) -> None:
         """Share the weights out over the processes, where the trainer's strategy brings a mesh of devices: FSDP."""
@@ -271,12 +237,12 @@ class ConditionalTransformer(pl.LightningModule):
         return [StopOnNonFinite(self.guard)]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Skip the step if it is not finite."""
+        """Skip the step if a loss or gradient is not finite."""
         self.guard.before_step([optimizer], self.global_step + 1)
 
     def on_fit_start(self) -> None:
         self.train()  # what was loaded is in evaluation mode, and Lightning leaves it there
-        if self.h.compile:
+        if self.hparams["compile"]:
             self.gpt.compile()  # in place: the names of parameters stay
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
@@ -285,27 +251,29 @@ class ConditionalTransformer(pl.LightningModule):
             self.ema.update_parameters(self.gpt)
 
     @property
-    def has_frozen(self) -> bool:
-        """Whether a frozen pair is attached."""
-        return self._frozen is not None
+    def has_encoders(self) -> bool:
+        """Whether a VQ-GAN and a CLIP are attached."""
+        return self._encoders is not None
 
-    def frozen(self) -> tuple[VQGAN, FrozenCLIP]:
-        """The attached pair, on this module's device."""
-        if self._frozen is None:
-            raise RuntimeError("training on images needs the frozen models: call transformer.attach(vqgan, clip) first")
-        vqgan, clip = self._frozen
+    def encoders(self) -> tuple[VQGAN, FrozenCLIP]:
+        """Return the attached VQ-GAN and CLIP, on this module's device."""
+        if self._encoders is None:
+            raise RuntimeError(
+                "training on images needs the frozen models: call transformer.attach_encoders(vqgan, clip) first"
+            )
+        vqgan, clip = self._encoders
         return (vqgan, clip) if vqgan.device == self.device else (vqgan.to(self.device), clip.to(self.device))
 
-    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What stage 2 learns from, indices (B, T) and CLIP embeddings (B, E): of a batch's images, or as cached."""
-        if {"indices", "clip_embedding"} <= set(batch):
-            return batch["indices"], batch["clip_embedding"]
+    def prepare_batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return indices (B, T) and conditions (B, E) of a batch: cached ones, or those of its images."""
+        if {"indices", "condition"} <= set(batch):
+            return batch["indices"], batch["condition"]
         return self.encode(images_from_batch(batch))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> indices (B, T) and CLIP embeddings (B, E)."""
-        vqgan, clip = self.frozen()
+        vqgan, clip = self.encoders()
         if images.shape[-2] != images.shape[-1]:
             raise ValueError(f"images must be square, as those that are drawn, got {tuple(images.shape)}")
         indices = rearrange(vqgan.encode(images), "b h w -> b (h w)")
@@ -316,36 +284,42 @@ class ConditionalTransformer(pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        indices, clip_embedding = self.inputs(batch)
-        condition = add_condition_noise(clip_embedding, self.h.condition_cosine)
+        indices, clip_embedding = self.prepare_batch(batch)
+        condition = add_condition_noise(clip_embedding, self.conditioning_config.noise_cosine)
         drop = None
-        if self.h.condition_dropout > 0:
-            drop = torch.rand(len(indices), device=indices.device) < self.h.condition_dropout
+        if self.conditioning_config.drop_prob > 0:
+            drop = torch.rand(len(indices), device=indices.device) < self.conditioning_config.drop_prob
         loss, logits = self.gpt(indices, condition, drop, with_loss=True)
         terms = {"cross_entropy": loss}
-        if self.h.clip_loss_weight > 0 and self.global_step % self.h.clip_loss_every == 0:
+        config = self.clip_loss_config
+        if config.weight > 0 and self.global_step % config.interval == 0:
             terms["clip_loss"] = self.clip_loss(logits, clip_embedding)
-            loss = loss + self.h.clip_loss_weight * self.h.clip_loss_every * terms["clip_loss"]  # Eq. 10
+            loss = loss + config.weight * config.interval * terms["clip_loss"]  # Eq. 10
         self.guard.watch(terms)
-        self.log_dict({f"train/{name}": value.detach() for name, value in (terms | {"loss": loss}).items()})
+        for name, value in (terms | {"loss": loss}).items():
+            self.log(f"train/{name}", value.detach())
         return loss
 
     def clip_loss(self, logits: Tensor, clip_embedding: Tensor) -> Tensor:
-        """L_CLIP (Eq. 9) of the picture that logits choose, on the first rows: the order of a batch is random."""
-        vqgan, clip = self.frozen()
-        rows = max(round(self.h.clip_loss_fraction * len(logits)), 1)
-        codes = losses.differentiable_codes(logits[:rows], vqgan.codebook, self.h.clip_loss_codes)  # (rows, T, D)
+        """Return L_CLIP (Eq. 9) of the images decoded from ``logits``, on the first ``batch_fraction`` of the batch.
+
+        Batches are shuffled, so the first samples are a random choice.
+        """
+        config = self.clip_loss_config
+        vqgan, clip = self.encoders()
+        size = max(round(config.batch_fraction * len(logits)), 1)
+        codes = losses.differentiable_codes(logits[:size], vqgan.codebook, config.estimator)  # (size, T, D)
         z_q = rearrange(codes, "b (h w) d -> b d h w", h=math.isqrt(self.num_tokens))
         generated = clip.encode_image(vqgan.decode_latents(z_q))
-        return losses.clip_loss(generated, clip_embedding[:rows], self.h.clip_loss_kind)
+        return losses.clip_loss(generated, clip_embedding[:size], config.type)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        indices, clip_embedding = self.inputs(batch)
-        rows = real_rows(self._trainer, batch_idx, len(indices))
-        keep = rows or len(indices)  # with FSDP every rank must compute as often
-        loss, _ = self.network(indices[:keep], clip_embedding[:keep], with_loss=True)
-        if rows:
-            self.averages.add({"val/cross_entropy": loss}, rows)
+        indices, clip_embedding = self.prepare_batch(batch)
+        num_real = real_rows(self._trainer, batch_idx, len(indices))
+        kept = num_real or len(indices)  # under FSDP all ranks must compute equally often, even on filler batches
+        loss, _ = self.eval_model(indices[:kept], clip_embedding[:kept], with_loss=True)
+        if num_real:
+            self.averages.add({"val/cross_entropy": loss}, num_real)
 
     def on_validation_epoch_start(self) -> None:
         self.averages.reset()
@@ -362,9 +336,9 @@ class ConditionalTransformer(pl.LightningModule):
         checkpoint["clipgen_model"] = model_folder.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
-        """Write a model folder; of the averaged weights, where there are any."""
-        check_weights(self.network)
-        state = {f"gpt.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        """Write a model folder with the EMA weights if there are any, else the trained ones."""
+        check_weights(self.eval_model)
+        state = {f"gpt.{name}": tensor for name, tensor in self.eval_model.state_dict().items()}
         return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
 
     @classmethod
@@ -376,10 +350,12 @@ class ConditionalTransformer(pl.LightningModule):
 
     @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
-        """Build the model from its constructor's arguments and the weights of a folder or checkpoint, in evaluation
-        mode. See ``files.build``, which checks both first."""
-        if not below("ema.", state):  # a folder holds one network: allocate no average beside it
-            arguments = arguments | {"ema_decay": 0.0}
+        """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
+
+        ``model_folder.build`` checks both first.
+        """
+        if not below("ema.", state):  # a folder holds one set of weights: do not allocate EMA weights
+            arguments = arguments | {"optimizer": arguments.get("optimizer", {}) | {"ema_decay": 0.0}}
         model = cls(**arguments)
         model.load_state_dict(state)
         return model.eval()
@@ -401,11 +377,11 @@ class ConditionalTransformer(pl.LightningModule):
         state = gpt2.load_gpt2_weights(name, net.config)
         for part in ("h", "ln_f"):
             getattr(net, part).load_state_dict(below(f"{part}.", state))
-        if not self.h.grid_positions:
+        if self.gpt_config.pos_embed_init == "normal":
             positions = state["wpe.weight"][: self.num_tokens]
             net.wpe.weight.data[: len(positions)] = positions
         if self.ema is not None:
-            self.network.load_state_dict(self.gpt.state_dict())
+            self.eval_model.load_state_dict(self.gpt.state_dict())
         return self
 
     @classmethod

@@ -1,10 +1,11 @@
-"""Stage 1: VQ-GAN, which turns an image into a short row of codebook indices and back."""
+"""Stage 1: VQ-GAN, which encodes an image as a grid of code indices and decodes it back."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,67 +21,48 @@ from clipgen.data.validation_sampler import real_rows
 from clipgen.images import check_images, images_from_batch, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
+from clipgen.models.config import (
+    AutoencoderConfig,
+    GANConfig,
+    LossConfig,
+    OptimizerConfig,
+    QuantizerConfig,
+    as_config,
+    to_plain,
+)
 from clipgen.models.discriminator import PatchDiscriminator, average_statistics
 from clipgen.models.lpips import load_lpips, lpips_from_state
-from clipgen.models.quantizers.vector import QuantizerOutput, code_counts, usage_and_perplexity
+from clipgen.models.quantizers.base import QuantizerOutput, code_counts, usage_and_perplexity
 from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
-from clipgen.optim import EMA, has_fused_kernels, optimizer_steps, schedule
+from clipgen.optim import EMA, has_fused_kernels, make_lr_scheduler, total_optimizer_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER = (  # the arguments that decide, with the weights, what images become
-    "quantizer",
-    "codebook_size",
-    "codebook_dim",
-    "levels",
-    "ch",
-    "ch_mult",
-    "num_res_blocks",
-    "attn_resolutions",
-    "resolution",
-    "z_channels",
-    "patch_size",
-    "mid_attention",
-    "local_encoder",
-    "norm_eps",
-)
-NETWORK = (*TOKENIZER, "resamp_with_conv", "ndf", "n_layers")  # those that decide which weights fit
-PARTS = ("discriminator.", "lpips.")  # what a model folder may hold beside the tokenizer
+GENERATOR, DISCRIMINATOR = 0, 1  # order of the optimizers
+OPTIONAL_PARTS = ("discriminator.", "lpips.")  # prefixes of what a model folder may hold besides the tokenizer
 
 
 class VQGAN(pl.LightningModule):
-    """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN: reconstruction + codebook + commitment (Eq. 4) + perceptual +
-    adversarial (Eq. 5) loss, with the adaptive weight.
+    """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
-    Images are (B, 3, H, W) in [-1, 1]; height and width are divisible by f = ``patch_size * 2 ** (len(ch_mult) - 1)``.
-    Batches of training are ``{"images": images}``.
+    The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss, with VQ-GAN's
+    adaptive weight. Images are (B, 3, H, W) in [-1, 1], with sides divisible by f = ``downsampling``. Training batches
+    are ``{"images": images}``.
 
     Args:
-        quantizer, codebook_size, codebook_dim, levels, norm_eps, local_encoder: see ``Autoencoder``.
-        dead_code_reset_after, codebook_ema_decay, kmeans_iters: see ``VectorQuantizer``.
-        ch, ch_mult, num_res_blocks, attn_resolutions, resolution, z_channels, patch_size, mid_attention,
-            resamp_with_conv, dropout, checkpointing: see ``Encoder``.
-        reconstruction: ``"l1"`` or ``"l2"``.
-        codebook_weight, commitment_weight: of the two terms of Eq. 4; beta of VQ-VAE is the second. (Published weights
-            were trained with beta on the first: 0.25 and 1 continue them as they began.)
-        entropy_weight: of LFQ's. kl_weight: of Gumbel's.
-        perceptual_weight: of LPIPS; 0 needs no VGG weights. vgg_weights: their file, else torchvision's cache.
-        discriminator_weight: 0 trains no discriminator. discriminator_start: the step at which it wakes up (25 000 in
-            the paper; before it neither half of the GAN trains). discriminator_warmup: steps that it then trains alone
-            before its gradient reaches the generator. ndf: its width. n_layers: its strided layers.
-        adversarial: ``"hinge"`` or ``"log"`` (Eq. 5). adaptive_weight_max: bound of the adaptive weight.
-        lecam_weight: of LeCam's regularisation of the discriminator; 0 is none.
-        ema_decay: of the average over the weights of past steps, which evaluation and files then use; 0 keeps none.
-        learning_rate, betas: Adam's, both halves. schedule, warmup_steps: see ``optim.schedule``; the discriminator
-            warms up when it wakes.
-        gradient_clip: largest gradient norm of either half; 0 does not clip.
-        accumulate: batches a step.
-        max_skipped_steps: number of consecutive steps with non-finite losses or gradients, each of which is skipped,
-            that stops the training.
-        compile: by torch.compile. channels_last: memory format of images and weights.
+        autoencoder: sizes of encoder and decoder, see ``AutoencoderConfig``.
+        quantizer: type and size of the codebook, see ``QuantizerConfig``.
+        loss: weights of the losses, see ``LossConfig``.
+        gan: discriminator and adversarial loss, see ``GANConfig``.
+        optimizer: Adam's settings for generator and discriminator, see ``OptimizerConfig``. The discriminator's
+            warm-up begins at ``gan.start_step``; gradients of both are clipped separately.
+        compile: use torch.compile in training.
+        channels_last: NHWC memory format of images and weights.
+
+    Each may be a dataclass or a mapping of its fields; None uses the defaults, which are the published ones.
     """
 
     counts: Tensor
@@ -88,174 +70,126 @@ class VQGAN(pl.LightningModule):
 
     def __init__(
         self,
-        *,
-        quantizer: str = "euclidean",
-        codebook_size: int = 16384,
-        codebook_dim: int = 256,
-        levels: Sequence[int] | None = None,
-        dead_code_reset_after: int = 0,
-        codebook_ema_decay: float = 0.0,
-        kmeans_iters: int = 0,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 1, 2, 2, 4),
-        num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (16,),
-        resolution: int = 256,
-        z_channels: int = 256,
-        patch_size: int = 1,
-        mid_attention: bool = True,
-        resamp_with_conv: bool = True,
-        local_encoder: bool = False,
-        norm_eps: float = 1e-6,
-        dropout: float = 0.0,
-        checkpointing: bool = False,
-        reconstruction: str = "l1",
-        codebook_weight: float = 1.0,
-        commitment_weight: float = 0.25,
-        entropy_weight: float = 0.1,
-        kl_weight: float = 1e-8,
-        perceptual_weight: float = 1.0,
-        vgg_weights: str | None = None,
-        discriminator_weight: float = 0.8,
-        discriminator_start: int = 25_000,
-        discriminator_warmup: int = 0,
-        ndf: int = 64,
-        n_layers: int = 3,
-        adversarial: str = "hinge",
-        adaptive_weight_max: float = 1e4,
-        lecam_weight: float = 0.0,
-        ema_decay: float = 0.0,
-        learning_rate: float = 4.5e-6,
-        betas: Sequence[float] = (0.5, 0.9),
-        schedule: str = "constant",
-        warmup_steps: int = 0,
-        gradient_clip: float = 0.0,
-        accumulate: int = 1,
-        max_skipped_steps: int = 10,
+        autoencoder: AutoencoderConfig | Mapping[str, Any] | None = None,
+        quantizer: QuantizerConfig | Mapping[str, Any] | None = None,
+        loss: LossConfig | Mapping[str, Any] | None = None,
+        gan: GANConfig | Mapping[str, Any] | None = None,
+        optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
         compile: bool = False,
         channels_last: bool = False,
     ):
         super().__init__()
-        for name, kind, kinds in (
-            ("reconstruction", reconstruction, losses.RECONSTRUCTIONS),
-            ("adversarial", adversarial, losses.ADVERSARIALS),
-        ):
-            if kind not in kinds:  # now, and not at the step where it is first used
-                raise ValueError(f"{name} must be {' or '.join(map(repr, kinds))}, got {kind!r}")
-        if accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        self.save_hyperparameters()
-        self.hparams.update({name: model_folder.plain(value) for name, value in self.hparams.items()})
-        self.automatic_optimization = False  # two optimizers take turns
-        self.downsampling = patch_size * 2 ** (len(ch_mult) - 1)
-        self.codebook_size = codebook_size
-        self.autoencoder = Autoencoder(
-            quantizer=quantizer,
-            codebook_size=codebook_size,
-            codebook_dim=codebook_dim,
-            levels=levels,
-            dead_code_reset_after=dead_code_reset_after,
-            codebook_ema_decay=codebook_ema_decay,
-            kmeans_iters=kmeans_iters,
-            ch=ch,
-            ch_mult=ch_mult,
-            num_res_blocks=num_res_blocks,
-            attn_resolutions=attn_resolutions,
-            resolution=resolution,
-            z_channels=z_channels,
-            patch_size=patch_size,
-            mid_attention=mid_attention,
-            resamp_with_conv=resamp_with_conv,
-            local_encoder=local_encoder,
-            norm_eps=norm_eps,
-            dropout=dropout,
-            checkpointing=checkpointing,
+        self.autoencoder_config = as_config(AutoencoderConfig, autoencoder)
+        self.quantizer_config = as_config(QuantizerConfig, quantizer)
+        self.loss_config = as_config(LossConfig, loss)
+        self.gan_config = as_config(GANConfig, gan)
+        self.optimizer_config = as_config(OptimizerConfig, optimizer)
+        self.save_hyperparameters(
+            {
+                "autoencoder": to_plain(self.autoencoder_config),
+                "quantizer": to_plain(self.quantizer_config),
+                "loss": to_plain(self.loss_config),
+                "gan": to_plain(self.gan_config),
+                "optimizer": to_plain(self.optimizer_config),
+                "compile": compile,
+                "channels_last": channels_last,
+            }
         )
+        self.automatic_optimization = False  # generator and discriminator have an optimizer each
+        self.downsampling = self.autoencoder_config.downsampling
+        self.codebook_size = self.quantizer_config.codebook_size
+        self.autoencoder = Autoencoder(self.autoencoder_config, self.quantizer_config)
+        ema_decay = self.optimizer_config.ema_decay
         self.ema = EMA(self.autoencoder, ema_decay) if ema_decay > 0 else None
-        self.discriminator = PatchDiscriminator(ndf, n_layers) if discriminator_weight > 0 else None
-        self.lecam = losses.LeCam() if discriminator_weight > 0 and lecam_weight > 0 else None
-        self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
-        # a broadcast by DDP would overwrite the counts of other ranks, and wait for those without a validation batch
+        self._build_discriminator()
+        self.register_buffer("counts", torch.zeros(self.codebook_size, dtype=torch.int64), persistent=False)
+        # A broadcast by DDP would overwrite the counts of other ranks, and make ranks without a validation batch wait.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-        self.guard, self.averages = StepGuard(max_skipped_steps), losses.Averages()
-        self._lpips: tuple[nn.Module, ...] = ()  # in a tuple: frozen, so no part of parameters, mode or checkpoints
+        self.guard = StepGuard(self.optimizer_config.max_skipped_steps)
+        self.averages = losses.Averages()
+        # In a tuple, so that the frozen LPIPS is not part of parameters, mode or checkpoints.
+        self._lpips: tuple[nn.Module, ...] = ()
+
+    def _build_discriminator(self) -> None:
+        gan = self.gan_config
+        self.discriminator = PatchDiscriminator(gan.channels, gan.num_layers) if gan.weight > 0 else None
+        self.lecam = losses.LeCam() if gan.weight > 0 and gan.lecam_weight > 0 else None
 
     # ------------------------------------------------------------------------------------------- images <-> indices
 
     @property
-    def tokenizer(self) -> Autoencoder:
-        """The network that images go through: in evaluation the averaged one, where there is one."""
-        return self.autoencoder if self.training else self._delivered
+    def active_model(self) -> Autoencoder:
+        """The autoencoder in use: in evaluation mode the EMA weights (if any), else the trained weights."""
+        return self.autoencoder if self.training else self._export_model
 
     @property
-    def _delivered(self) -> Autoencoder:
-        net: Any = self.ema.module if self.ema is not None and self.ema.started else self.autoencoder
+    def _export_model(self) -> Autoencoder:
+        net: Any = self.ema.module if self.ema is not None and self.ema.initialized else self.autoencoder
         return net
 
     @property
     def codebook(self) -> Tensor:
         """All codes, (K, D)."""
-        return self.tokenizer.quantize.codebook
+        return self.active_model.quantize.codebook
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Images -> latents before quantisation, (B, D, h, w)."""
+        """Encode images as latents before quantization, (B, D, h, w)."""
         self._check_size(images)
-        return self.tokenizer.encode(images)
+        return self.active_model.encode(images)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images -> codebook indices, (B, h, w) int64: the row-major sequence s of the paper. For a model in evaluation
-        mode: in training mode the codes move with what they see."""
-        return self.tokenizer.quantize(self.encode_latents(images)).indices
+        """Encode images as code indices, (B, h, w) int64: in row-major order the sequence s of the paper.
+
+        Call it in evaluation mode; in training mode it also updates the codebook (EMA and dead-code resets).
+        """
+        return self.active_model.quantize(self.encode_latents(images)).indices
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Codebook indices (B, h, w) -> images (B, 3, h * f, w * f)."""
+        """Decode code indices (B, h, w) to images (B, 3, h * f, w * f)."""
         if indices.ndim != 3:
             raise ValueError(f"indices must be (B, h, w), got {tuple(indices.shape)}")
-        return self.decode_latents(self.tokenizer.quantize.codes(indices))
+        return self.decode_latents(self.active_model.quantize.indices_to_codes(indices))
 
     def decode_latents(self, z_q: Tensor) -> Tensor:
-        """Codes (B, D, h, w) -> images (B, 3, h * f, w * f)."""
-        return self.tokenizer.decode(z_q)
+        """Decode codes (B, D, h, w) to images (B, 3, h * f, w * f)."""
+        return self.active_model.decode(z_q)
 
     def autoencode(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        """Images -> reconstruction, and what the quantizer returned."""
+        """Return the reconstruction of images, and the output of the quantizer."""
         self._check_size(images)
-        return self.tokenizer(images)
+        return self.active_model(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images -> reconstruction, both (B, 3, H, W)."""
+        """Return the reconstruction of images, both (B, 3, H, W)."""
         return self.autoencode(images)[0]
 
     def _check_size(self, images: Tensor) -> None:
         check_images(images)
-        sides, f = images.shape[-2:], self.downsampling
-        if any(side % f for side in sides):
-            near = [sorted({max(side // f, 1) * f, -(-side // f) * f}) for side in sides]
-            height, width = (" or ".join(map(str, either)) for either in near)
+        height, width = images.shape[-2:]
+        f = self.downsampling
+        if height % f or width % f:
             raise ValueError(
                 f"images must be (B, 3, H, W) with sides divisible by {f}, got {tuple(images.shape)}; "
-                f"try a height of {height} and a width of {width}"
+                f"try a height of {nearest_multiples(height, f)} and a width of {nearest_multiples(width, f)}"
             )
 
     # ----------------------------------------------------------------------------------------------------- training
 
-    @property
-    def h(self) -> Any:
-        """The constructor's arguments."""
-        return self.hparams
-
     def configure_optimizers(self) -> Any:
-        h = self.h
-        halves = [self.autoencoder] + ([self.discriminator] if self.discriminator else [])
-        parameters = [[p for p in half.parameters() if p.requires_grad] for half in halves]
+        config = self.optimizer_config
+        networks = [self.autoencoder] + ([self.discriminator] if self.discriminator else [])
+        betas = (config.betas[0], config.betas[1])
         fused = has_fused_kernels(self.parameters())
-        adam = partial(torch.optim.Adam, lr=h.learning_rate, betas=tuple(h.betas), fused=fused)
-        optimizers = [adam(half) for half in parameters]
-        total = optimizer_steps(self.trainer, h.accumulate)
-        starts = (0, h.discriminator_start)
-        return optimizers, [schedule(o, h.schedule, h.warmup_steps, total, at) for o, at in zip(optimizers, starts)]
+        adam = partial(torch.optim.Adam, lr=config.learning_rate, betas=betas, fused=fused)
+        total_steps = total_optimizer_steps(self.trainer, config.grad_accum_steps)
+        start_steps = (0, self.gan_config.start_step)
+        optimizers, schedulers = [], []
+        for network, start_step in zip(networks, start_steps):
+            optimizer = adam([p for p in network.parameters() if p.requires_grad])
+            scheduler = make_lr_scheduler(optimizer, config.schedule, config.warmup_steps, total_steps, start_step)
+            optimizers.append(optimizer)
+            schedulers.append(scheduler)
+        return optimizers, schedulers
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return the callback that stops a training with too many skipped steps."""
@@ -265,74 +199,93 @@ class VQGAN(pl.LightningModule):
         if (precision := self.trainer.precision) not in ("32-true", "bf16-mixed"):
             why = ": GAN losses overflow in fp16" if precision == "16-mixed" else ""
             raise ValueError(f"trainer.precision must be 32-true or bf16-mixed, got {precision}{why}")
-        if self.h.discriminator_weight > 0 and self.discriminator is None:
-            logger.warning("The tokenizer was loaded without a discriminator, and trains without.")
-        if self.h.perceptual_weight > 0:
-            _ = self.lpips  # now, and not in the first step
-        self.train()  # what was loaded is in evaluation mode, and Lightning leaves it there
+        if self.gan_config.weight > 0 and self.discriminator is None:
+            logger.warning("The checkpoint has no discriminator; training continues without the adversarial loss.")
+        if self.loss_config.perceptual_weight > 0:
+            self.lpips()  # load it now rather than in the first step
+        self.train()  # a loaded model is in evaluation mode, and Lightning does not change that
         self.apply_speed_options_()
 
-    @property
     def lpips(self) -> nn.Module:
-        """The perceptual loss, loaded where it is first needed, on this module's device."""
+        """Return the perceptual loss on this module's device; load it on the first call."""
         if not self._lpips:
-            self._lpips = (load_lpips(self.h.vgg_weights),)
+            self._lpips = (load_lpips(self.loss_config.vgg_weights),)
         return self._lpips[0].to(self.device)
 
     def apply_speed_options_(self) -> None:
-        """Apply ``channels_last`` and ``compile``; neither changes parameter names, and results by rounding only."""
-        if self.h.channels_last:
+        """Apply ``channels_last`` and ``compile``.
+
+        Neither renames parameters; results change only by floating-point rounding.
+        """
+        if self.hparams["channels_last"]:
             self.to(memory_format=torch.channels_last)
-        if self.h.compile:
-            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]  # its graph is differentiated twice
-            # the decoder's last layer stays out: the adaptive weight asks for its gradient alone
-            net: Any = self.autoencoder
-            net.encoder.compile()
-            net.decoder.trunk = torch.compile(net.decoder.trunk)
-            for judge in (self.discriminator, *self._lpips):
-                if judge is not None:
-                    judge.compile()
+        if self.hparams["compile"]:
+            self._compile()
+
+    def _compile(self) -> None:
+        # The graph is differentiated twice: for the adaptive weight and for the step.
+        torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+        # The decoder's last layer is not compiled, because the adaptive weight needs its gradient alone.
+        autoencoder: Any = self.autoencoder
+        autoencoder.encoder.compile()
+        autoencoder.decoder.forward_features = torch.compile(autoencoder.decoder.forward_features)
+        for network in (self.discriminator, *self._lpips):
+            if network is not None:
+                network.compile()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         images = images_from_batch(batch)
-        if self.h.channels_last:
+        if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
-        if self.h.kmeans_iters and self.global_step == batch_idx == 0:
-            self._init_codes(images)
-        if batch_idx % self.h.accumulate == 0:
+        self._initialize_codebook(images, batch_idx)
+        grad_accum_steps = self.optimizer_config.grad_accum_steps
+        if batch_idx % grad_accum_steps == 0:
             self.zero_grad()
-            self.guard.protect(self._moved_by_forward())
-        step_now = (batch_idx + 1) % self.h.accumulate == 0 or self.trainer.is_last_batch
-        awake = self.discriminator is not None and self.global_step >= self.h.discriminator_start
+            self.guard.protect(self._changed_by_forward())
+        is_optimizer_step = (batch_idx + 1) % grad_accum_steps == 0 or self.trainer.is_last_batch
 
+        # Generator and discriminator share one forward pass. All image-space losses are computed on a detached copy
+        # of the reconstruction. Their gradient w.r.t. that copy is then back-propagated through the autoencoder as a
+        # vector-Jacobian product, so neither loss reaches the other network.
         reconstruction, quantized = self.autoencode(images)
-        # One pass serves both halves: each sees the reconstruction as a leaf, so neither's gradient reaches the other
-        leaf = reconstruction.detach().float().requires_grad_()
-        logits_fake = self.discriminator(leaf) if awake else None
-        terms = self.autoencoder_loss(images, leaf, quantized)
-        visible = sum(value for name, value in terms.items() if name not in quantized.losses)
-        pixels = self._gradient(visible, terms, leaf, logits_fake, reconstruction)
-        quantizer_loss = sum(terms[name] for name in quantized.losses)
-        self.manual_backward(((reconstruction * pixels).sum() + quantizer_loss) / self.h.accumulate)
+        detached = reconstruction.detach().float().requires_grad_()
+        logits_fake = self.discriminator(detached) if self._disc_active() else None
+
+        loss_terms = self.autoencoder_loss(images, detached, quantized)
+        image_loss = sum(value for name, value in loss_terms.items() if name not in quantized.losses)
+        quantizer_loss = sum(loss_terms[name] for name in quantized.losses)
+        recon_grad = torch.autograd.grad(image_loss, detached)[0]  # type: ignore[arg-type]
+        if logits_fake is not None and self._adversarial_loss_active():
+            adv_grad, adv_terms = self._adversarial_gradient(logits_fake, detached, reconstruction, recon_grad)
+            recon_grad = recon_grad + adv_grad
+            loss_terms |= adv_terms
+
+        vjp = (reconstruction * recon_grad).sum()  # its gradient w.r.t. the weights is J^T recon_grad
+        self.manual_backward((vjp + quantizer_loss) / grad_accum_steps)
         if logits_fake is not None:
-            self.manual_backward(self._discriminator_loss(images, logits_fake) / self.h.accumulate)
-        self.guard.watch(terms)
-        if step_now:
-            self._step(halves=2 if awake else 1)
-        self._log(terms, quantized)
+            self.manual_backward(self._discriminator_loss(images, logits_fake) / grad_accum_steps)
+        self.guard.watch(loss_terms)
+        if is_optimizer_step:
+            self._step_optimizers(num_optimizers=1 if logits_fake is None else 2)
+        self._log_losses(loss_terms, quantized)
+
+    def _initialize_codebook(self, images: Tensor, batch_idx: int) -> None:
+        if self.quantizer_config.kmeans_iters and self.global_step == batch_idx == 0:
+            self._kmeans_init(images)
 
     @torch.no_grad()
-    def _init_codes(self, images: Tensor) -> None:
-        """Place the codes by k-means of the latents of a first batch, and of more images where those are too few."""
+    def _kmeans_init(self, images: Tensor) -> None:
+        """Initialize the codes by k-means on the latents of the first batch, and of more images if those are too few."""
         quantizer = self.autoencoder.quantize
         latents = [quantizer.as_vectors(self.encode_latents(images))]
-        wanted = math.ceil(quantizer.kmeans_latents / self.trainer.world_size)
-        count = math.ceil((wanted - len(latents[0])) / (len(latents[0]) / len(images)))
-        for batch in training_images(self.trainer, count, len(images)):
+        num_wanted = math.ceil(quantizer.kmeans_latents / self.trainer.world_size)
+        latents_per_image = len(latents[0]) / len(images)
+        num_images = math.ceil((num_wanted - len(latents[0])) / latents_per_image)
+        for batch in training_images(self.trainer, num_images, len(images)):
             latents.append(quantizer.as_vectors(self.encode_latents(batch.to(images))))
-        quantizer.kmeans_init_(torch.cat(latents)[:wanted])
+        quantizer.kmeans_init_(torch.cat(latents)[:num_wanted])
 
-    def _moved_by_forward(self) -> list[Tensor]:
+    def _changed_by_forward(self) -> list[Tensor]:
         """Return the tensors that training changes without an optimizer: codes, and statistics of batches."""
         parts = [part for part in (self.discriminator, self.lecam) if part is not None]
         return [
@@ -341,64 +294,81 @@ class VQGAN(pl.LightningModule):
             *(buffer for part in parts for buffer in part.buffers()),
         ]
 
-    def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: QuantizerOutput) -> dict[str, Tensor]:
-        """The terms that need no discriminator, each weighted: they sum up to the loss (Eq. 4 and LPIPS)."""
-        terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, self.h.reconstruction)}
-        if self.h.perceptual_weight > 0:
-            terms["perceptual_loss"] = self.h.perceptual_weight * self.lpips(images, reconstruction).mean()
-        weights = {name: self.h[name.replace("loss", "weight")] for name in quantized.losses}
-        return terms | {name: weights[name] * value for name, value in quantized.losses.items()}
+    def _disc_active(self) -> bool:
+        return self.discriminator is not None and self.global_step >= self.gan_config.start_step
 
-    def _gradient(
-        self, visible: Any, terms: dict[str, Tensor], leaf: Tensor, logits_fake: Tensor | None, reconstruction: Tensor
-    ) -> Tensor:
-        """The gradient at the reconstruction of what the loss sees of it; the adversarial terms are added to
-        ``terms``."""
-        gradient = torch.autograd.grad(visible, leaf)[0]
-        if logits_fake is None or self.global_step < self.h.discriminator_start + self.h.discriminator_warmup:
-            return gradient
-        adversarial = losses.generator_loss(logits_fake, self.h.adversarial)
-        pull = torch.autograd.grad(adversarial, leaf, retain_graph=True)[0]
-        last_layer, bound = self.autoencoder.decoder.last_layer, self.h.adaptive_weight_max
-        weight = losses.adaptive_weight(reconstruction, last_layer, gradient, pull, bound)
-        weight = self.h.discriminator_weight * weight
-        terms |= {"generator_loss": adversarial, "adaptive_weight": weight}
-        return gradient + weight * pull
+    def _adversarial_loss_active(self) -> bool:
+        return self.global_step >= self.gan_config.start_step + self.gan_config.disc_only_steps
+
+    def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: QuantizerOutput) -> dict[str, Tensor]:
+        """Return the weighted loss terms that need no discriminator; their sum is the loss (Eq. 4 and LPIPS)."""
+        config = self.loss_config
+        terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, config.reconstruction)}
+        if config.perceptual_weight > 0:
+            terms["perceptual_loss"] = config.perceptual_weight * self.lpips()(images, reconstruction).mean()
+        for name, value in quantized.losses.items():
+            terms[name] = config.weight_of(name) * value
+        return terms
+
+    def _adversarial_gradient(
+        self,
+        logits_fake: Tensor,
+        detached: Tensor,
+        reconstruction: Tensor,
+        recon_grad: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted gradient of the generator loss w.r.t. the reconstruction, and the terms to log."""
+        gan = self.gan_config
+        generator_loss = losses.generator_loss(logits_fake, gan.loss)
+        adv_grad = torch.autograd.grad(generator_loss, detached, retain_graph=True)[0]
+        adaptive_weight = losses.adaptive_weight(
+            reconstruction,
+            self.autoencoder.decoder.last_layer,
+            recon_grad,
+            adv_grad,
+            gan.adaptive_weight_max,
+        )
+        weight = gan.weight * adaptive_weight
+        return weight * adv_grad, {"generator_loss": generator_loss, "adaptive_weight": weight}
 
     def _discriminator_loss(self, images: Tensor, logits_fake: Tensor) -> Tensor:
         logits_real = self.discriminator(images)
-        loss = losses.discriminator_loss(logits_real, logits_fake, self.h.adversarial)
+        loss = losses.discriminator_loss(logits_real, logits_fake, self.gan_config.loss)
         logged = {"discriminator_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
         self.log_dict({f"train/{name}": value.detach() for name, value in logged.items()})
         self.guard.watch({"discriminator_loss": loss})
         if self.lecam is not None:
-            lecam_loss = self.h.lecam_weight * self.lecam(logits_real, logits_fake)
+            lecam_loss = self.gan_config.lecam_weight * self.lecam(logits_real, logits_fake)
             self.guard.watch({"lecam_loss": lecam_loss})
             self.log("train/lecam_loss", lecam_loss.detach())
             loss = loss + lecam_loss
         return loss
 
-    def _step(self, halves: int) -> None:
-        """Step the optimizers of the first ``halves`` of the GAN, unless a loss or gradient of either is not finite."""
-        # the raw one of the discriminator: Lightning's wrapper would count a second global step for the same batch
-        wrapped, raw = (_as_list(self.optimizers(use_pl_optimizer=wrap)) for wrap in (True, False))
-        schedulers = _as_list(self.lr_schedulers())  # a subclass may have none
-        self.guard.before_step(raw[:halves], self.global_step + 1)
-        for half in range(halves):
-            if self.h.gradient_clip > 0:
-                parameters = [p for group in raw[half].param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, self.h.gradient_clip)
-            (raw if half else wrapped)[half].step()
-            if schedulers:
-                schedulers[half].step()
+    def _step_optimizers(self, num_optimizers: int) -> None:
+        """Step the generator's and, if ``num_optimizers`` is 2, the discriminator's optimizer.
+
+        Both steps are skipped if a loss or gradient of either network is not finite.
+        """
+        config = self.optimizer_config
+        # Lightning's wrapper of the discriminator's optimizer would count a second global step for the same batch.
+        raw = as_list(self.optimizers(use_pl_optimizer=False))[:num_optimizers]
+        steppers = [as_list(self.optimizers())[GENERATOR], *raw[DISCRIMINATOR:]]
+        self.guard.before_step(raw, self.global_step + 1)
+        for optimizer, stepper in zip(raw, steppers):
+            if config.grad_clip > 0:
+                parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            stepper.step()
+        for scheduler in as_list(self.lr_schedulers())[:num_optimizers]:  # a subclass may have none
+            scheduler.step()
         if self.ema is not None:
             self.ema.update_parameters(self.autoencoder)
 
-    def _log(self, terms: dict[str, Tensor], quantized: QuantizerOutput) -> None:
-        parts = {name: value.detach() for name, value in terms.items()}
-        self.log_dict({f"train/{name}": value for name, value in parts.items()})
-        adversarial = parts.pop("adaptive_weight", 0.0) * parts.pop("generator_loss", 0.0)
-        self.log("train/loss", torch.stack(list(parts.values())).sum() + adversarial)
+    def _log_losses(self, loss_terms: dict[str, Tensor], quantized: QuantizerOutput) -> None:
+        terms = {name: value.detach() for name, value in loss_terms.items()}
+        self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        adversarial_loss = terms.pop("adaptive_weight", 0.0) * terms.pop("generator_loss", 0.0)
+        self.log("train/loss", torch.stack(list(terms.values())).sum() + adversarial_loss)
         self.log("train/perplexity", usage_and_perplexity(code_counts(quantized.indices, self.codebook_size))[1])
 
     # --------------------------------------------------------------------------------------------------- validation
@@ -408,9 +378,9 @@ class VQGAN(pl.LightningModule):
         self.averages.reset()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
-        """Take in the losses, and PSNR of the reconstruction as a file would hold it, in 8 bits; return that.
+        """Accumulate losses and the PSNR of the 8-bit reconstruction; return that reconstruction.
 
-        Rows that other ranks have, too, are left out; None: all of them.
+        Images that another rank validates, too, are left out; None is returned if all of them are.
         """
         images = images_from_batch(batch)
         images = images[: real_rows(self._trainer, batch_idx, len(images))]
@@ -420,11 +390,11 @@ class VQGAN(pl.LightningModule):
         self.counts += code_counts(quantized.indices, self.codebook_size)
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
-        picture = to_bytes(reconstruction).float() / 127.5 - 1
-        squared = ((picture - images) / 2).square().mean(dim=(1, 2, 3))
+        rounded = to_bytes(reconstruction).float() / 127.5 - 1
+        squared = ((rounded - images) / 2).square().mean(dim=(1, 2, 3))
         terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()  # dB, mean over images; peak 1 for [0, 1]
         self.averages.add({f"val/{name}": value for name, value in terms.items()}, len(images))
-        return picture
+        return rounded
 
     def on_validation_epoch_end(self) -> None:
         means = self.averages.compute()
@@ -440,9 +410,11 @@ class VQGAN(pl.LightningModule):
 
     @property
     def last_is_best(self) -> bool:
-        """Whether the last weights are the trained ones, whatever the validation loss says: it does not see what a
-        discriminator teaches, and is lowest before that has begun."""
-        return self.discriminator is not None and self.global_step > self.h.discriminator_start
+        """Whether to export the last checkpoint rather than the one with the lowest validation loss.
+
+        That loss has no adversarial term, so once the discriminator is trained its minimum is misleading.
+        """
+        return self.discriminator is not None and self.global_step > self.gan_config.start_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.discriminator is not None:
@@ -452,10 +424,10 @@ class VQGAN(pl.LightningModule):
 
     def save(self, path: str | Path, half: bool = False, training: bool = False) -> Path:
         """Write a model folder: the tokenizer; with ``training`` also the discriminator and LPIPS, if there are any."""
-        check_weights(self._delivered)
-        state = self._delivered.state_dict()
+        check_weights(self._export_model)
+        state = self._export_model.state_dict()
         if training:
-            for prefix, part in zip(PARTS, (self.discriminator, *self._lpips)):
+            for prefix, part in zip(OPTIONAL_PARTS, (self.discriminator, *self._lpips)):
                 state |= {prefix + k: v for k, v in part.state_dict().items()} if part is not None else {}
         return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
 
@@ -468,18 +440,20 @@ class VQGAN(pl.LightningModule):
 
     @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
-        """Build the model from its constructor's arguments and the weights of a folder or checkpoint, in evaluation
-        mode. See ``files.build``, which checks both first."""
-        fixed: dict[str, Any] = {"kmeans_iters": 0}  # codes that are trained stay where they are
-        if not below("discriminator.", state):  # a tokenizer alone, or a training that continued from one
-            fixed["discriminator_weight"] = 0.0
-        model = cls(**arguments | fixed)
-        defaults: Any = VQGAN.__init__.__kwdefaults__
-        model.hparams["discriminator_weight"] = (defaults | arguments)["discriminator_weight"]
+        """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
+
+        ``model_folder.build`` checks both first. A discriminator that the file does not hold is not built.
+        """
+        gan = as_config(GANConfig, arguments.get("gan"))
+        has_discriminator = bool(below("discriminator.", state))
+        built = arguments | {"gan": to_plain(gan if has_discriminator else replace(gan, weight=0.0))}
+        model = cls(**without_kmeans(built))
+        model.gan_config = gan
+        model.hparams["gan"] = to_plain(gan)
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
             model.load_state_dict(state)
             return model.eval()
-        return model.with_weights(state)
+        return model.load_weights_(state)
 
     @classmethod
     def from_taming(cls, checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> VQGAN:
@@ -501,10 +475,10 @@ class VQGAN(pl.LightningModule):
             arguments, state = hfailab.vqgan(checkpoint)
         return model_folder.build(cls, arguments, state, checkpoint)
 
-    def with_weights(self, state: dict[str, Tensor]) -> Self:
+    def load_weights_(self, state: dict[str, Tensor]) -> Self:
         """Take over weights as a model folder holds them, in evaluation mode; a discriminator without any goes."""
-        self.load_tokenizer(state)
-        discriminator, lpips = (below(prefix, state) for prefix in PARTS)
+        self.load_tokenizer_(state)
+        discriminator, lpips = (below(prefix, state) for prefix in OPTIONAL_PARTS)
         if not discriminator:
             self.discriminator = self.lecam = None
         elif self.discriminator is not None:
@@ -515,23 +489,36 @@ class VQGAN(pl.LightningModule):
 
     def init_from(self, other: VQGAN) -> VQGAN:
         """Go on from another's weights: the tokenizer's, and the discriminator's and LPIPS where it has them."""
-        self.load_tokenizer(other.eval().tokenizer.state_dict())
+        self.load_tokenizer_(other.eval().active_model.state_dict())
         if self.discriminator is not None and other.discriminator is not None:
             self.discriminator.load_state_dict(other.discriminator.state_dict())
         self._lpips = other._lpips
         return self
 
-    def load_tokenizer(self, state: dict[str, Tensor]) -> None:
+    def load_tokenizer_(self, state: dict[str, Tensor]) -> None:
         """Take over the tokenizer's weights alone."""
-        state = {k: v for k, v in state.items() if not k.startswith(PARTS)}
+        state = {k: v for k, v in state.items() if not k.startswith(OPTIONAL_PARTS)}
         for net in (self.autoencoder, *([self.ema.module] if self.ema is not None else [])):
             missing = net.load_state_dict(state, strict=False)
-            if unknown := [k for k in (*missing.missing_keys, *missing.unexpected_keys) if k != "quantize.idle"]:
-                raise RuntimeError(f"weights do not fit: {', '.join(unknown)}")
+            differing = {*missing.missing_keys, *missing.unexpected_keys} - {"quantize.batches_since_use"}
+            if differing:
+                raise RuntimeError(f"weights do not fit: {', '.join(sorted(differing))}")
 
 
-def _as_list(one_or_more: Any) -> list[Any]:
-    """Return what Lightning hands out alone, as a list or as None."""
+def nearest_multiples(side: int, factor: int) -> str:
+    """Return the multiples of ``factor`` next to ``side``, as in "32 or 48"."""
+    below_side = max(side // factor, 1) * factor
+    above_side = math.ceil(side / factor) * factor
+    return " or ".join(str(multiple) for multiple in sorted({below_side, above_side}))
+
+
+def without_kmeans(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return constructor arguments whose trained codes are not initialized again when training continues."""
+    return arguments | {"quantizer": arguments.get("quantizer", {}) | {"kmeans_iters": 0}}
+
+
+def as_list(one_or_more: Any) -> list[Any]:
+    """Return what Lightning returns as None, as one object or as a list, as a list."""
     if one_or_more is None:
         return []
     return list(one_or_more) if isinstance(one_or_more, list) else [one_or_more]

@@ -62,7 +62,7 @@ WARM_UP = 3  # steps that are not measured
 CIFAR = dict(
     codebook_size=1024,
     codebook_dim=32,
-    quantizer="cosine",
+    quantizer_type="cosine",
     ch=96,
     ch_mult=[1],
     num_res_blocks=1,
@@ -72,8 +72,8 @@ CIFAR = dict(
     patch_size=4,
     mid_attention=False,
     perceptual_weight=0.0,
-    ndf=32,
-    n_layers=2,
+    gan_channels=32,
+    gan_num_layers=2,
 )
 VQGAN_SIZES: dict[str, dict[str, Any]] = {"cifar": CIFAR, "paper": {}}  # an empty one: the published f16, 16384 x 256
 SMALL = dict(codebook_size=1024, num_tokens=64, clip_dim=64)  # of 32 x 32 pixels
@@ -89,12 +89,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointing": {"checkpointing": True},
     "ema": {"ema_decay": 0.999},
     "lecam": {"lecam_weight": 0.1},
-    "without_discriminator": {"discriminator_weight": 0.0},
+    "without_discriminator": {"gan_weight": 0.0},
     "bf16": {"precision": "bf16-mixed"},
     "muon": {"optimizer": "muon"},
     "clip_loss": {"clip_loss_weight": 0.2},
-    "every_4": {"clip_loss_every": 4},
-    "quarter": {"clip_loss_fraction": 0.25},
+    "every_4": {"clip_loss_interval": 4},
+    "quarter": {"clip_loss_batch_fraction": 0.25},
 }
 
 
@@ -173,7 +173,7 @@ def fit(module: pl.LightningModule, data: DataLoader[Any], device: str, precisio
     warnings.filterwarnings("ignore")
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # as ``clipgen-train`` does
-    clock = Clock(device, module.hparams.get("clip_loss_every", 1))
+    clock = Clock(device, getattr(module, "clip_loss_config", ClipLossConfig()).interval)
     trainer = pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
@@ -215,9 +215,9 @@ def table(title: str, rows: dict[str, dict[str, float]], ratio: str) -> None:
 
 def measure_vqgan(size: str, variant: str, batch: int, steps: int, device: str, perceptual: bool) -> dict[str, float]:
     """Images a second of a training step, of encoding, of decoding; and the training's peak memory."""
-    arguments = {**VQGAN_SIZES[size], "discriminator_start": 0, "channels_last": False, **options(variant)}
+    arguments = {**VQGAN_SIZES[size], "gan_start_step": 0, "channels_last": False, **options(variant)}
     precision = arguments.pop("precision", "32-true")
-    vqgan = VQGAN(**arguments | {"perceptual_weight": float(perceptual)})
+    vqgan = make_vqgan(**arguments | {"perceptual_weight": float(perceptual)})
     if perceptual:  # its speed does not depend on its weights
         vqgan._lpips = (build_lpips(),)
     images = torch.rand(batch, 3, vqgan.hparams.resolution, vqgan.hparams.resolution) * 2 - 1
@@ -263,10 +263,10 @@ def measure_transformer(
     precision = arguments.pop("precision", "32-true")
     if clip != "shapes":
         arguments["clip_dim"] = open_clip.get_model_config(clip)["embed_dim"]
-    transformer = ConditionalTransformer(**arguments)
+    transformer = make_transformer(**arguments)
     count, sizes = (steps + WARM_UP) * batch, transformer.hparams
     if source == "images" or sizes.clip_loss_weight > 0:
-        transformer.attach(VQGAN(**CIFAR).eval(), make_clip(clip))
+        transformer.attach_encoders(make_vqgan(**CIFAR).eval(), make_clip(clip))
     if source == "images":
         found = fit(transformer, loader(ShapesDataset(count), batch), device, precision)
     else:
@@ -302,7 +302,7 @@ def encode(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_encode(clip: str, batch: int, steps: int, device: str) -> dict[str, float]:
     """Seconds of the paper's tokenizer and of a CLIP, images a second of both, peak memory."""
-    vqgan, encoder = VQGAN(perceptual_weight=0.0).eval().to(device), make_clip(clip).to(device)
+    vqgan, encoder = make_vqgan(perceptual_weight=0.0).eval().to(device), make_clip(clip).to(device)
     images = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
     with torch.inference_mode():
         tokenizer = median_seconds(lambda: vqgan.encode(images), steps, device)
@@ -416,7 +416,7 @@ def sample(args: argparse.Namespace) -> dict[str, Any]:
 def measure_sample(args: argparse.Namespace, tokens: int, batch: int) -> dict[str, float]:
     """The median seconds of each way, for one length and batch."""
     sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, codebook_size=args.codebook_size)
-    transformer = ConditionalTransformer(**sizes, num_tokens=tokens, clip_dim=512).eval().to(args.device)
+    transformer = make_transformer(**sizes, num_tokens=tokens, clip_dim=512).eval().to(args.device)
     embedding = torch.nn.functional.normalize(torch.randn(batch, 512, device=args.device), dim=-1)
     if args.bf16:
         transformer, embedding = transformer.to(torch.bfloat16), embedding.to(torch.bfloat16)
@@ -447,7 +447,7 @@ def pictures(transformer: ConditionalTransformer, batch: int, args: argparse.Nam
     """Turning the indices into pictures, 64 at a time, by a tokenizer of the paper's size."""
     side = math.isqrt(transformer.num_tokens)
     indices = torch.randint(args.codebook_size, (batch, side, side), device=args.device)
-    tokenizer = VQGAN(codebook_size=args.codebook_size, perceptual_weight=0.0).eval().to(args.device)
+    tokenizer = make_vqgan(codebook_size=args.codebook_size, perceptual_weight=0.0).eval().to(args.device)
     if args.compile:  # as ``TextToImage.compile`` does
         tokenizer.tokenizer.decoder.compile(dynamic=False)
 

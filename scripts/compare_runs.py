@@ -1,7 +1,7 @@
 """Runs side by side: their last validation as a Markdown table, and one plot for each metric over the steps.
 
 clipgen-train stage=vqgan experiment=cifar10 logger=csv output=runs/a
-clipgen-train stage=vqgan experiment=cifar10 logger=csv output=runs/b tokenizer=fsq
+clipgen-train stage=vqgan experiment=cifar10 logger=csv output=runs/b quantizer_type=fsq
 python scripts/compare_runs.py runs/a runs/b --metrics psnr rfid codebook_usage --output runs/compared.png
 """
 

@@ -52,11 +52,11 @@ PAPER = [
     "schedule=constant",
     "warmup_steps=0",
     "grid_positions=false",
-    "condition_cosine=1",
-    "condition_dropout=0",
+    "cond_noise_cosine=1",
+    "cond_drop_prob=0",
 ]
 RECIPES = {  # of stage 2, over the experiment's own; tenth: of all steps
-    "paper": [*PAPER, "clip_loss_weight=0.2", "clip_loss_fraction=0.25"],
+    "paper": [*PAPER, "clip_loss_weight=0.2", "clip_loss_batch_fraction=0.25"],
     "no_clip_loss": PAPER,
     "hfailab": [
         *PAPER,
@@ -65,13 +65,13 @@ RECIPES = {  # of stage 2, over the experiment's own; tenth: of all steps
         "schedule=cosine",
         "warmup_steps={tenth}",
         "dropout=0.1",
-        "tie_head=false",
-        "head_bias=true",
+        "tie_embeddings=false",
+        "lm_head_bias=true",
         "activation=gelu",
     ],
-    "dropout": ["condition_dropout=0.1", "condition_cosine=1"],
-    "modern": ["condition_dropout=0.1", "condition_cosine={noise}"],
-    "label": ["condition_dropout=0.1"],
+    "dropout": ["cond_drop_prob=0.1", "cond_noise_cosine=1"],
+    "modern": ["cond_drop_prob=0.1", "cond_noise_cosine={noise}"],
+    "label": ["cond_drop_prob=0.1"],
 }
 
 SHOWN = ("accuracy", "judge_all", "clip_score", "fid_0", "precision", "recall")
@@ -94,7 +94,7 @@ class Setting:
     """What a data set asks for."""
 
     sentences: list[str]
-    noise: float  # condition_cosine of the modern recipe
+    noise: float  # cond_noise_cosine of the modern recipe
     ours: dict[str, Any]  # sampling of the modern recipe
     guidance: dict[str, Any]
 
@@ -185,16 +185,16 @@ class Study:
         config = composed(
             "stage=transformer",
             *self.experiment,
-            "data=encoded",
+            "data=cached",
             f"seed={seed}",
             "logger=csv",
             f"trainer.max_steps={self.args.steps}",
             f"trainer.val_check_interval={self.args.steps}",
             "trainer.limit_val_batches=10",
-            "pictures.num_images=1",
-            "pictures.prompts=[]",
+            "image_logger.num_images=1",
+            "image_logger.prompts=[]",
             *(f"model.{change}" for change in changes),
-            *(["data.condition=label"] if recipe == "label" else []),
+            *(["data.conditioning=class"] if recipe == "label" else []),
         )
         config.data.root, config.output = str(self.cache), str(run)
         train.train(config)

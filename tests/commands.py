@@ -29,18 +29,18 @@ STEPS = [
     "trainer.val_check_interval=2",
     "trainer.log_every_n_steps=1",
     "checkpoint.every_n_steps=2",
-    "pictures.num_images=4",
+    "image_logger.num_images=4",
 ]
 VQGAN = [
     "stage=vqgan",
-    "model.ch=32",
-    "model.ch_mult=[1]",
-    "model.num_res_blocks=1",
-    "model.z_channels=32",
-    "model.codebook_size=16",
-    "model.codebook_dim=8",
-    "model.patch_size=8",
-    "model.warmup_steps=1",
+    "model.autoencoder.ch=32",
+    "model.autoencoder.ch_mult=[1]",
+    "model.autoencoder.num_res_blocks=1",
+    "model.autoencoder.z_channels=32",
+    "model.quantizer.codebook_size=16",
+    "model.quantizer.codebook_dim=8",
+    "model.autoencoder.patch_size=8",
+    "model.optimizer.warmup_steps=1",
     *STEPS,
 ]
 TRANSFORMER = [
@@ -48,7 +48,7 @@ TRANSFORMER = [
     "model.n_layer=2",
     "model.n_head=2",
     "model.n_embd=32",
-    "model.warmup_steps=1",
+    "model.optimizer.warmup_steps=1",
     *STEPS,
 ]
 PROMPT = "a large blue ring on a white background"
@@ -83,8 +83,8 @@ def trained(base: Path) -> tuple[Path, Path]:
     """Both stages, by the installed commands: (folder in which they ran, run folder of stage 2), once a session."""
     folder = base / "trained"
     folder.mkdir()
-    adversary = ["model.discriminator_weight=0.8", "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1"]
-    for arguments in ([*VQGAN, *adversary], [*TRANSFORMER, "model.condition_dropout=0.5", "vqgan=vqgan_run"]):
+    adversary = ["model.gan.weight=0.8", "model.gan.start_step=1", "model.gan.channels=8", "model.gan.num_layers=1"]
+    for arguments in ([*VQGAN, *adversary], [*TRANSFORMER, "model.conditioning.drop_prob=0.5", "vqgan=vqgan_run"]):
         done = command("clipgen-train", *arguments, *SHAPES, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert "Finished 4 steps: outputs/" in done.stderr and "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from commands import Call
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,35 +21,6 @@ from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 SHARED = Path(os.environ.get("CLIPGEN_SHARED", Path(__file__).parents[2] / "shared"))
-VQGAN_SIZES = dict(
-    codebook_size=16,
-    codebook_dim=8,
-    quantizer="cosine",
-    dead_code_reset_after=5,
-    ch=32,
-    ch_mult=[1, 1],
-    num_res_blocks=1,
-    attn_resolutions=[],
-    resolution=32,
-    z_channels=32,
-    patch_size=4,
-    perceptual_weight=0.0,
-    discriminator_weight=0.0,
-    ndf=8,
-    n_layers=1,
-    learning_rate=1e-3,
-)
-TRANSFORMER_SIZES = dict(
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    codebook_size=16,
-    num_tokens=16,
-    clip_dim=64,
-    condition_dropout=0.1,
-    learning_rate=1e-3,
-)
-
 # For options of a command, which bfloat16 without units makes stop
 needs_bf16 = pytest.mark.skipif(not has_bf16_units("cpu"), reason="needs a processor that multiplies in bfloat16")
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
@@ -82,7 +54,7 @@ def images() -> Tensor:
 @pytest.fixture
 def tiny_vqgan(images: Tensor) -> VQGAN:
     """f = 8: 32 x 32 pixels are 4 x 4 indices. Untrained, but its codes lie where the latents do."""
-    vqgan = VQGAN(**VQGAN_SIZES)
+    vqgan = make_vqgan(**VQGAN_SIZES)
     vqgan.autoencoder.quantize(vqgan.encode_latents(images))  # the first batch in training mode seeds the codebook
     return vqgan.eval()
 
@@ -90,7 +62,7 @@ def tiny_vqgan(images: Tensor) -> VQGAN:
 @pytest.fixture
 def tiny_transformer() -> ConditionalTransformer:
     """Untrained, with weights so large that its logits differ clearly."""
-    transformer = ConditionalTransformer(**TRANSFORMER_SIZES)
+    transformer = make_transformer(**TRANSFORMER_SIZES)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return transformer.eval()
@@ -118,7 +90,7 @@ def fit():
     """Train a module on shapes for some steps, as the command does but without its callbacks; returns the trainer."""
 
     def run(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, batch: int = 8, **settings) -> pl.Trainer:
-        size = steps * batch * module.hparams.get("accumulate", 1)
+        size = steps * batch * module.optimizer_config.grad_accum_steps
         trainer = pl.Trainer(max_steps=steps, accelerator="cpu", callbacks=list(callbacks), **(QUIET | settings))
         trainer.fit(module, DataLoader(ShapesDataset(size, seed=3), batch_size=batch))
         return trainer

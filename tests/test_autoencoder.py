@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clipgen.models.autoencoder import AttnBlock, Decoder, Downsample, Encoder, Upsample
+from clipgen.models.config import AutoencoderConfig as config
 
 
 @pytest.mark.parametrize(
@@ -13,24 +14,24 @@ from clipgen.models.autoencoder import AttnBlock, Decoder, Downsample, Encoder, 
 )
 def test_shapes(ch_mult, patch_size, f):
     sizes = dict(ch=32, ch_mult=ch_mult, num_res_blocks=1, attn_resolutions=[], resolution=32, z_channels=5)
-    z = Encoder(**sizes, patch_size=patch_size)(torch.zeros(2, 3, 16, 32))
+    z = Encoder(config(**sizes, patch_size=patch_size))(torch.zeros(2, 3, 16, 32))
     assert z.shape == (2, 5, 16 // f, 32 // f)
-    assert Decoder(**sizes, patch_size=patch_size)(z).shape == (2, 3, 16, 32)
+    assert Decoder(config(**sizes, patch_size=patch_size))(z).shape == (2, 3, 16, 32)
 
 
 def test_attention_sits_at_the_asked_resolutions():
     sizes = dict(ch=32, ch_mult=[1, 1, 1], num_res_blocks=2, resolution=32, z_channels=4)
     count = lambda net: sum(isinstance(m, AttnBlock) for m in net.modules()) - 1  # one is always in the middle
     for at, encoder, decoder in (([], 0, 0), ([8], 2, 3), ([16, 32], 4, 6)):
-        assert count(Encoder(**sizes, attn_resolutions=at)) == encoder
-        assert count(Decoder(**sizes, attn_resolutions=at)) == decoder
+        assert count(Encoder(config(**sizes, attn_resolutions=at))) == encoder
+        assert count(Decoder(config(**sizes, attn_resolutions=at))) == decoder
 
 
 def test_a_resolution_that_cannot_be_halved():
     """taming-transformers counts an encoder's down, 50, 25, 12, and a decoder's up again, 12, 24, 48."""
     sizes = dict(ch=32, ch_mult=[1, 1, 1], num_res_blocks=1, resolution=50, z_channels=4)
     count = lambda net: sum(isinstance(m, AttnBlock) for m in net.modules()) - 1
-    found = [[count(net(**sizes, attn_resolutions=[at])) for at in (12, 24, 25)] for net in (Encoder, Decoder)]
+    found = [[count(net(config(**sizes, attn_resolutions=[at]))) for at in (12, 24, 25)] for net in (Encoder, Decoder)]
     assert found == [[1, 0, 1], [2, 2, 0]]
 
 
@@ -40,7 +41,7 @@ def test_resampling_without_convolutions():
     torch.testing.assert_close(Downsample(3, with_conv=False)(x), means)
     assert torch.equal(Upsample(3, with_conv=False)(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
     sizes = dict(ch=32, ch_mult=[1, 1], num_res_blocks=1, attn_resolutions=[], resolution=16, z_channels=5)
-    encoder, decoder = (net(**sizes, resamp_with_conv=False) for net in (Encoder, Decoder))
+    encoder, decoder = (net(config(**sizes, resamp_with_conv=False)) for net in (Encoder, Decoder))
     assert decoder(encoder(torch.zeros(1, 3, 16, 16))).shape == (1, 3, 16, 16)
     assert not [name for net in (encoder, decoder) for name in net.state_dict() if "sample" in name]
 
@@ -48,8 +49,8 @@ def test_resampling_without_convolutions():
 def test_without_any_attention():
     """Then a latent sees what is near its place and nothing else."""
     sizes = dict(ch=32, ch_mult=[1, 1], num_res_blocks=1, attn_resolutions=[], resolution=64, z_channels=4)
-    encoder, local = Encoder(**sizes), Encoder(**sizes, mid_attention=False)
-    decoder = Decoder(**sizes, mid_attention=False)
+    encoder, local = Encoder(config(**sizes)), Encoder(config(**sizes, mid_attention=False))
+    decoder = Decoder(config(**sizes, mid_attention=False))
     assert not any(isinstance(m, AttnBlock) for net in (local, decoder) for m in net.modules())
     for net in (encoder, local):  # group norms see the whole image, so without them
         for block in [m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)]:
@@ -61,7 +62,7 @@ def test_without_any_attention():
 
 def test_the_last_layer_makes_the_pixels():
     sizes = dict(ch=32, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], resolution=8, z_channels=4, patch_size=2)
-    decoder = Decoder(**sizes)
+    decoder = Decoder(config(**sizes))
     assert decoder.last_layer is decoder.conv_out.weight
     assert decoder.last_layer.shape == (3 * 2**2, 32, 3, 3)
     with torch.no_grad():
@@ -73,4 +74,4 @@ def test_patches_lose_nothing():
     """Folding pixels into channels and back is the identity, so a patch of 4 costs no information."""
     sizes = dict(ch=32, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], resolution=8, z_channels=4, patch_size=4)
     images = torch.randn(2, 3, 8, 12)
-    assert torch.equal(Decoder(**sizes).unpatch(Encoder(**sizes).patch(images)), images)
+    assert torch.equal(Decoder(config(**sizes)).unpatch(Encoder(config(**sizes)).patch(images)), images)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import TRANSFORMER, everything
-from conftest import TRANSFORMER_SIZES
+from models import TRANSFORMER_SIZES, make_class_transformer
 from PIL import Image
 from torch import Tensor, nn
 
 from clipgen import sampling
 from clipgen.baselines import generators, search, vqgan_clip
-from clipgen.baselines.class_conditional import ClassConditionalGenerator, ClassConditionalTransformer
+from clipgen.baselines.class_conditional import ClassConditionalGenerator
 from clipgen.baselines.generators import ExternalGenerator, load_generator
 from clipgen.data.shapes import ALL_ATTRIBUTES, COLORS, rgb
 from clipgen.pipeline import TextToImage
@@ -27,7 +27,7 @@ NAMES = ["red", "green", "blue"]
 @pytest.fixture
 def labelled(tiny_vqgan) -> ClassConditionalGenerator:
     """Untrained, with weights so large that its pictures differ clearly."""
-    transformer = ClassConditionalTransformer(**{**TRANSFORMER_SIZES, "clip_dim": 3}, class_names=NAMES)
+    transformer = make_class_transformer(**{**TRANSFORMER_SIZES, "clip_dim": 3}, class_names=NAMES)
     for parameter in transformer.parameters():
         nn.init.normal_(parameter, std=0.3)
     return ClassConditionalGenerator(tiny_vqgan, transformer.eval())
@@ -76,14 +76,14 @@ def test_classes_by_name_and_number(labelled):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"clip_loss_weight": 0.2}, "clip_loss_weight must be 0 with data.condition=label, got 0.2"),
-        ({"condition_cosine": 0.9}, "condition_cosine must be 1 for classes, got 0.9"),
+        ({"clip_loss_weight": 0.2}, "clip_loss_weight must be 0 with data.conditioning=class, got 0.2"),
+        ({"cond_noise_cosine": 0.9}, "cond_noise_cosine must be 1 for classes, got 0.9"),
         ({"clip_dim": 4}, "clip_dim must be 3, the number of classes, got 4"),
     ],
 )
 def test_what_a_class_cannot_do(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ClassConditionalTransformer(**{**TRANSFORMER_SIZES, "clip_dim": 3, **arguments}, class_names=NAMES)
+        make_class_transformer(**{**TRANSFORMER_SIZES, "clip_dim": 3, **arguments}, class_names=NAMES)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def run(call, tiny_vqgan, tmp_path) -> Path:
     result = call("clipgen-encode", "vqgan=vqgan", *arguments)
     assert result.code == 0, result.stderr
     result = call(
-        "clipgen-train", *TRANSFORMER, "data=encoded", "data.root=cache", "data.condition=label", "output=run"
+        "clipgen-train", *TRANSFORMER, "data=cached", "data.root=cache", "data.conditioning=class", "output=run"
     )
     assert result.code == 0, result.stderr
     return tmp_path / "run"
@@ -113,9 +113,9 @@ def test_training_by_the_command(call, run):
     result = call(
         "clipgen-train",
         *TRANSFORMER,
-        "data=encoded",
+        "data=cached",
         "data.root=cache",
-        "data.condition=label",
+        "data.conditioning=class",
         "output=on",
         "resume=run",
         "trainer.max_steps=6",
@@ -146,14 +146,14 @@ def test_a_text_model_is_no_run_of_classes(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("model.clip_loss_weight=0.2", "clip_loss_weight must be 0 with data.condition=label, got 0.2"),
+        ("model.clip_loss.weight=0.2", "clip_loss_weight must be 0 with data.conditioning=class, got 0.2"),
         ("model.clip_dim=7", "clip_dim must be 288"),
         ("model.n_layer=x", "model.n_layer must be int, got 'x'"),
-        ("data.condition=text", "condition must be 'clip' or 'label', got 'text'"),
+        ("data.conditioning=text", "condition must be 'clip' or 'label', got 'text'"),
     ],
 )
 def test_refusals_of_training(call, run, argument, message):
-    arguments = ["data=encoded", "data.root=cache", "data.condition=label", argument, "output=other"]
+    arguments = ["data=cached", "data.root=cache", "data.conditioning=class", argument, "output=other"]
     result = call("clipgen-train", *TRANSFORMER, *arguments)
     assert result.code == 1 and message in result.stderr and result.stderr.count("\n") == 1, result.stderr
     assert not Path("other").exists()
@@ -464,7 +464,7 @@ def test_latents_are_codes_and_gradients_pass(tiny_vqgan):
         latents.z += 0.05 * torch.randn(latents.z.shape)  # a little aside: the same codes
     images = latents.images()
     torch.testing.assert_close(images, tiny_vqgan.decode(indices))
-    z_q = tiny_vqgan.tokenizer.quantize.codes(indices).detach().requires_grad_()
+    z_q = tiny_vqgan.active_model.quantize.indices_to_codes(indices).detach().requires_grad_()
     (expected,) = torch.autograd.grad(tiny_vqgan.decode_latents(z_q).square().sum(), z_q)
     found = torch.autograd.grad(images.square().sum(), latents.z)[0]
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)

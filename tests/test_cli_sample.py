@@ -252,11 +252,11 @@ def test_refusals(call, runs, tmp_path, name):
 
 def test_guidance_needs_a_null_condition(call, pipe, tmp_path, tiny_transformer):
     pipe.transformer.gpt.null = None
-    pipe.transformer.hparams["condition_dropout"] = 0.0
+    pipe.transformer.hparams["cond_drop_prob"] = 0.0
     pipe.save(tmp_path / "pipe")
     before = everything(tmp_path)
     result = call(*ONE, "--checkpoint", "pipe", "--guidance-scale", 2)
-    assert result.code == 1 and "train it with condition_dropout > 0" in result.stderr
+    assert result.code == 1 and "train it with cond_drop_prob > 0" in result.stderr
     assert everything(tmp_path) == before
 
 

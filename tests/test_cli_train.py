@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 from commands import SHAPES, TRANSFORMER, VQGAN, command, everything, interrupt_at, only, trained
-from conftest import VQGAN_SIZES
+from models import VQGAN_SIZES
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -155,7 +155,7 @@ def test_another_run_is_not_written_over(call, runs, tmp_path, gone):
     assert result.code == 1 and "output must not hold another run, got run: resume=run goes on" in result.stderr
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     if gone == "vqgan":
-        adversary = ["model.discriminator_weight=0.8", "model.discriminator_start=1", "model.ndf=8", "model.n_layers=1"]
+        adversary = ["model.gan.weight=0.8", "model.gan.start_step=1", "model.gan.channels=8", "model.gan.num_layers=1"]
         more = call(*VQGAN, *SHAPES, *adversary, "output=run", "resume=run", "trainer.max_steps=5")
         assert more.code == 0 and steps_of(tmp_path / "run") == 5, more.stderr
 
@@ -170,8 +170,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(call, ru
 
 def test_what_a_discriminator_taught_is_not_thrown_away(runs):
     """The validation loss does not see it: the finished model is the last, and not the one that it finds best."""
-    last = Tokenizer.load(runs[0] / "checkpoints" / "last.ckpt").tokenizer.state_dict()
-    finished = Tokenizer.load(runs[0] / "vqgan").tokenizer.state_dict()
+    last = Tokenizer.load(runs[0] / "checkpoints" / "last.ckpt").active_model.state_dict()
+    finished = Tokenizer.load(runs[0] / "vqgan").active_model.state_dict()
     assert not [name for name in last if not torch.equal(last[name], finished[name])]
 
 
@@ -198,9 +198,17 @@ def test_the_table_of_a_resumed_run_is_whole(call, tmp_path):
 def test_another_optimizer_is_refused_before_the_configuration_is_written(call, runs, tmp_path):
     shutil.copytree(runs[1], tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_text()
-    arguments = [*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "model.condition_dropout=0.5", "model.optimizer=adamw"]
+    arguments = [
+        *TRANSFORMER,
+        *SHAPES,
+        f"vqgan={runs[0]}",
+        "model.conditioning.drop_prob=0.5",
+        "model.optimizer.name=adamw",
+    ]
     result = call(*arguments, "output=run", "resume=run")
-    assert result.code == 1 and "model.optimizer must be muon, as in the checkpoint" in result.stderr, result.stderr
+    assert result.code == 1 and "model.optimizer.name must be muon, as in the checkpoint" in result.stderr, (
+        result.stderr
+    )
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
@@ -278,17 +286,17 @@ def test_ctrl_c_waits_for_the_batches_that_make_a_step(call, monkeypatch, tmp_pa
     """What they have added up is in no checkpoint: between them, a resumed run would not be the run."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, Tokenizer, method, when)  # the first validation step is the sanity check's
-        more = ["model.accumulate=2", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"]
+        more = ["model.optimizer.grad_accum_steps=2", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"]
         assert call(*VQGAN, *SHAPES, "output=run", *more).code == 130
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
     assert (checkpoint["global_step"], batches) == (2, 4)
 
 
-def test_starting_from_language_weights(call, runs, monkeypatch, tmp_path):
+def test_starting_from_init_from_gpt2(call, runs, monkeypatch, tmp_path):
     """At the beginning and never again: a resumed run, a sampler and a reader of the folder need them no more."""
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50)).save_pretrained(tmp_path / "gpt2")
-    arguments = [*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "output=run", "language_weights=gpt2"]
+    arguments = [*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "output=run", "init_from_gpt2=gpt2"]
     seen = []
     original = ConditionalTransformer.init_from_gpt2
     monkeypatch.setattr(
@@ -300,7 +308,7 @@ def test_starting_from_language_weights(call, runs, monkeypatch, tmp_path):
     assert resumed.code == 0, resumed.stderr
     assert seen == ["gpt2"] and steps_of(tmp_path / "run") == 4
     for place in ("transformer", "checkpoints/last.ckpt"):
-        assert "language_weights" not in ConditionalTransformer.load(tmp_path / "run" / place).hparams
+        assert "init_from_gpt2" not in ConditionalTransformer.load(tmp_path / "run" / place).hparams
 
 
 def test_ctrl_c_before_the_first_step_leaves_nothing(call, monkeypatch, caplog, tmp_path):
@@ -376,17 +384,29 @@ ERRORS = {
     "unknown key": ([*VQGAN, "model.chh=1"], r"there is no key model\.chh; .* --cfg job"),
     "unknown top key": ([*VQGAN, "modle.ch=1"], r"there is no key modle\.ch"),
     "unknown argument": ([*VQGAN, *SHAPES, "+model.chh=1"], "unexpected keyword argument 'chh'"),
-    "a word for a size": ([*VQGAN, *SHAPES, "model.ch=abc"], "model.ch must be int, got 'abc'"),
-    "a list for a size": ([*VQGAN, *SHAPES, "model.ch=[1]"], r"model.ch must be int, got \[1\]"),
-    "a size for a list": ([*VQGAN, *SHAPES, "model.ch_mult=2"], "model.ch_mult must be list of int, got 2"),
-    "a word for a number": ([*VQGAN, *SHAPES, "model.learning_rate=fast"], "learning_rate must be float, got 'fast'"),
+    "a word for a size": ([*VQGAN, *SHAPES, "model.autoencoder.ch=abc"], "model.autoencoder.ch must be int, got 'abc'"),
+    "a list for a size": (
+        [*VQGAN, *SHAPES, "model.autoencoder.ch=[1]"],
+        r"model.autoencoder.ch must be int, got \[1\]",
+    ),
+    "a size for a list": (
+        [*VQGAN, *SHAPES, "model.autoencoder.ch_mult=2"],
+        "model.autoencoder.ch_mult must be list of int, got 2",
+    ),
+    "a word for a number": (
+        [*VQGAN, *SHAPES, "model.optimizer.learning_rate=fast"],
+        "learning_rate must be float, got 'fast'",
+    ),
     "a word for steps": ([*VQGAN, *SHAPES, "trainer.max_steps=abc"], "trainer.max_steps must be int, got 'abc'"),
     "a word for a batch": ([*VQGAN, "data.batch_size=abc"], "data.batch_size must be int, got 'abc'"),
     "a word for a seed": ([*VQGAN, *SHAPES, "seed=abc"], "seed must be int, got 'abc'"),
-    "unknown kind": ([*VQGAN, *SHAPES, "model.reconstruction=l3"], "reconstruction must be 'l1' or 'l2', got 'l3'"),
+    "unknown kind": (
+        [*VQGAN, *SHAPES, "model.loss.reconstruction=l3"],
+        "reconstruction must be 'l1' or 'l2', got 'l3'",
+    ),
     "unknown precision": ([*VQGAN, *SHAPES, "trainer.precision=8"], "trainer.precision must be .*bf16-mixed.*, got 8"),
     "no such device": ([*VQGAN, *SHAPES, "trainer.accelerator=hpu"], "HPU|hpu"),
-    "top_p": ([*VQGAN, *SHAPES, "pictures.top_p=1.3"], r"top_p must be in \(0, 1\], got 1.3"),
+    "top_p": ([*VQGAN, *SHAPES, "image_logger.top_p=1.3"], r"top_p must be in \(0, 1\], got 1.3"),
     "every 0 steps": ([*VQGAN, *SHAPES, "checkpoint.every_n_steps=0"], "every_n_steps must be at least 1, got 0"),
     "monitor": ([*VQGAN, *SHAPES, "monitor=val/x", "output=run"], "monitor='val/x'"),
     "a large batch": ([*VQGAN, *SHAPES, "data.batch_size=100"], "batch_size must be at most 64"),
@@ -420,10 +440,10 @@ ERRORS = {
         "weights of CLIP .* cannot",
     ),
     "no language weights": (
-        [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "language_weights={clip}"],
-        "language_weights must name a GPT-2",
+        [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "init_from_gpt2={clip}"],
+        "init_from_gpt2 must name a GPT-2",
     ),
-    "a size of the other stage": (["stage=vqgan", "size=gpt2-small"], "there is no key|n_layer"),
+    "a size of the other stage": (["stage=vqgan", "model_size=gpt2-small"], "there is no key|n_layer"),
     "unknown size": (["stage=transformer", "size=x"], "size must be one of gpt2-large, .*, got x"),
     "fsdp in stage 1": ([*VQGAN, *SHAPES, "trainer.strategy=fsdp"], "trainer.strategy must not be fsdp in stage=vqgan"),
     "fsdp with validation streams": (
@@ -447,13 +467,13 @@ ERRORS = {
     "resume the wrong stage": ([*VQGAN, *SHAPES, "resume={transformer}"], "but a VQGAN is needed"),
     "resume nonsense": ([*VQGAN, *SHAPES, "resume={damaged}"], "damaged.ckpt is no readable checkpoint"),
     "resume another size": (
-        [*VQGAN, *SHAPES, "resume={vqgan}", "model.ch=64"],
+        [*VQGAN, *SHAPES, "resume={vqgan}", "model.autoencoder.ch=64"],
         "the same model, .* with .*ch=32",
     ),
     "output in a file": ([*VQGAN, *SHAPES, "output={damaged}/run"], "output must be a folder .*, got .*run"),
     "output that cannot be": ([*VQGAN, *SHAPES, "output=/proc/none/run"], "output must be a folder .*, got /proc"),
     "sweep over stages": (["--multirun", "stage=vqgan,transformer"], "--multirun cannot sweep over stage"),
-    "no VGG": ([*VQGAN, *SHAPES, "model.perceptual_weight=1", "model.vgg_weights=/none"], "or go without"),
+    "no VGG": ([*VQGAN, *SHAPES, "model.loss.perceptual_weight=1", "model.loss.vgg_weights=/none"], "or go without"),
 }
 
 
@@ -549,7 +569,7 @@ def test_no_room_for_a_later_checkpoint(monkeypatch, tmp_path, hidden):
 def test_help(call):
     shown = call("--help")
     assert shown.code == 0 and shown.stderr == ""
-    groups = ["experiment=cifar10|coco|imagenet|modern|shapes", "data=encoded|folder|shapes|webdataset"]
+    groups = ["experiment=cifar10|coco|imagenet|modern|shapes", "data=cached|folder|shapes|webdataset"]
     for word in ("stage=vqgan", "stage=transformer vqgan=", "resume=", "--cfg job", *groups):
         assert word in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 100
@@ -564,11 +584,11 @@ def test_all_keys_are_shown(call, tmp_path):
 def test_training_grids_are_drawn_with_guidance(call, tmp_path):
     """Where the model is trained for it; else the training does not begin."""
     Tokenizer(**VQGAN_SIZES).save(tmp_path / "vqgan")
-    arguments = [*TRANSFORMER, *SHAPES, "vqgan=vqgan", "trainer.max_steps=2", "model.condition_dropout=0.5"]
+    arguments = [*TRANSFORMER, *SHAPES, "vqgan=vqgan", "trainer.max_steps=2", "model.conditioning.drop_prob=0.5"]
     for name, scale in (("plain", 1), ("guided", 8)):
-        result = call(*arguments, f"output={name}", f"pictures.guidance_scale={scale}")
+        result = call(*arguments, f"output={name}", f"image_logger.guidance_scale={scale}")
         assert result.code == 0, result.stderr
     plain, guided = (Path(run, "pictures", "from_texts_0000002.png").read_bytes() for run in ("plain", "guided"))
     assert plain != guided
-    result = call(*arguments[:-1], "output=no", "pictures.guidance_scale=3")
-    assert result.code == 1 and "pictures.guidance_scale must be 1 for a model without" in result.stderr
+    result = call(*arguments[:-1], "output=no", "image_logger.guidance_scale=3")
+    assert result.code == 1 and "image_logger.guidance_scale must be 1 for a model without" in result.stderr

@@ -8,7 +8,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from conftest import QUIET, TRANSFORMER_SIZES
+from conftest import QUIET
+from models import TRANSFORMER_SIZES, make_transformer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,11 +17,12 @@ from clipgen import TextToImage
 from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ShapesDataset
 from clipgen.models import losses
+from clipgen.models.config import CLIP_LOSS_ESTIMATORS, CLIP_LOSS_TYPES
 from clipgen.transformer import ConditionalTransformer
 
 
 def model(**arguments) -> ConditionalTransformer:
-    return ConditionalTransformer(**(TRANSFORMER_SIZES | dict(condition_dropout=0.0) | arguments))
+    return make_transformer(**(TRANSFORMER_SIZES | dict(cond_drop_prob=0.0) | arguments))
 
 
 # ------------------------------------------------------------------------------------------------------ plain functions
@@ -32,11 +34,11 @@ def test_kinds_by_hand():
     assert losses.clip_loss(a, b).item() == pytest.approx(-math.log(0.8) / 2)
     assert losses.clip_loss(a, b, "cosine").item() == pytest.approx(0.2)
     assert math.log(1e3) < losses.clip_loss(a, -a) < 20  # s = 0
-    with pytest.raises(ValueError, match="clip_loss_kind must be 'log' or 'cosine', got 'l2'"):
+    with pytest.raises(ValueError, match="clip_loss.type must be 'log' or 'cosine', got 'l2'"):
         losses.clip_loss(a, b, "l2")
 
 
-@pytest.mark.parametrize("kind", losses.CLIP_LOSS_CODES)
+@pytest.mark.parametrize("kind", CLIP_LOSS_ESTIMATORS)
 def test_codes_and_their_gradients_by_hand(kind):
     """d (p @ C) / d logits = p * (g - sum p g), where g is what the code's gradient makes of each code."""
     logits, codebook = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True), torch.randn(5, 4).double()
@@ -60,7 +62,7 @@ def test_gumbel_draws_by_the_probabilities():
 
 
 def test_unknown_codes_are_refused():
-    with pytest.raises(ValueError, match=r"clip_loss_codes must be one of straight_through, .*, got 'hard'"):
+    with pytest.raises(ValueError, match=r"clip_loss.estimator must be one of straight_through, .*, got 'hard'"):
         losses.differentiable_codes(torch.zeros(1, 1, 2), torch.zeros(2, 1), "hard")
 
 
@@ -77,11 +79,11 @@ class DoubleCLIP:
         return F.normalize(self.clip.model.encode_image(self.clip.preprocess(images)), dim=-1)
 
 
-@pytest.mark.parametrize("kind", losses.CLIP_LOSSES)
+@pytest.mark.parametrize("kind", CLIP_LOSS_TYPES)
 def test_the_gradient_is_that_of_finite_differences(kind, tiny_vqgan, shapes_clip, images):
-    transformer = model(clip_loss_codes="expected", clip_loss_kind=kind).attach(tiny_vqgan, shapes_clip)
+    transformer = model(clip_loss_estimator="expected", clip_loss_type=kind).attach_encoders(tiny_vqgan, shapes_clip)
     target = shapes_clip.encode_image(images[:2]).double()
-    transformer._frozen = (tiny_vqgan.double(), DoubleCLIP())
+    transformer._encoders = (tiny_vqgan.double(), DoubleCLIP())
     logits = torch.randn(2, 16, 16, dtype=torch.double, requires_grad=True)
     loss = lambda logits: transformer.clip_loss(logits, target)
     (gradient,) = torch.autograd.grad(loss(logits), logits)
@@ -96,28 +98,30 @@ def test_the_gradient_is_that_of_finite_differences(kind, tiny_vqgan, shapes_cli
 
 def spied(transformer: ConditionalTransformer, monkeypatch) -> list[int]:
     """Rows of every call of the decoder."""
-    vqgan, rows = transformer.frozen()[0], []
+    vqgan, rows = transformer.encoders()[0], []
     original = vqgan.decode_latents
     monkeypatch.setattr(vqgan, "decode_latents", lambda z_q: (rows.append(len(z_q)), original(z_q))[1])
     return rows
 
 
 @pytest.mark.parametrize(
-    ("options", "accumulate", "expected"),
+    ("options", "grad_accum_steps", "expected"),
     [
         ({}, 1, [8] * 4),
-        (dict(clip_loss_every=2), 1, [8, 8]),
-        (dict(clip_loss_every=2), 2, [8] * 4),
-        (dict(clip_loss_fraction=0.5), 1, [4] * 4),
-        (dict(clip_loss_fraction=0.01, clip_loss_every=3), 1, [1, 1]),
+        (dict(clip_loss_interval=2), 1, [8, 8]),
+        (dict(clip_loss_interval=2), 2, [8] * 4),
+        (dict(clip_loss_batch_fraction=0.5), 1, [4] * 4),
+        (dict(clip_loss_batch_fraction=0.01, clip_loss_interval=3), 1, [1, 1]),
     ],
 )
-def test_what_is_not_asked_for_is_not_decoded(options, accumulate, expected, tiny_vqgan, shapes_clip, fit, monkeypatch):
+def test_what_is_not_asked_for_is_not_decoded(
+    options, grad_accum_steps, expected, tiny_vqgan, shapes_clip, fit, monkeypatch
+):
     """Four optimizer steps: every n-th, with all batches that add up to it; of each batch the first rows."""
-    transformer = model(clip_loss_weight=0.2, **options).attach(tiny_vqgan, shapes_clip)
+    transformer = model(clip_loss_weight=0.2, **options).attach_encoders(tiny_vqgan, shapes_clip)
     rows = spied(transformer, monkeypatch)
-    data = DataLoader(ShapesDataset(32 * accumulate), batch_size=8)
-    trainer = pl.Trainer(max_steps=4, accelerator="cpu", accumulate_grad_batches=accumulate, **QUIET)
+    data = DataLoader(ShapesDataset(32 * grad_accum_steps), batch_size=8)
+    trainer = pl.Trainer(max_steps=4, accelerator="cpu", accumulate_grad_batches=grad_accum_steps, **QUIET)
     trainer.fit(transformer, data)
     assert trainer.global_step == 4 and rows == expected
 
@@ -127,7 +131,7 @@ def test_a_rare_loss_weighs_more(tiny_vqgan, shapes_clip, images):
     found = []
     for every in (1, 4):
         torch.manual_seed(1)
-        transformer = model(clip_loss_weight=0.2, clip_loss_every=every).attach(tiny_vqgan, shapes_clip)
+        transformer = model(clip_loss_weight=0.2, clip_loss_interval=every).attach_encoders(tiny_vqgan, shapes_clip)
         logged = {}
         transformer.log = lambda name, value, logged=logged, **_: logged.__setitem__(name, value.item())
         loss = transformer.training_step({"images": images}, 0).item()
@@ -138,15 +142,15 @@ def test_a_rare_loss_weighs_more(tiny_vqgan, shapes_clip, images):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("clip_loss_codes", "hard", "be one of straight_through, gumbel, expected, got 'hard'"),
-        ("clip_loss_kind", "l2", "be one of log, cosine, got 'l2'"),
-        ("clip_loss_every", 0, "be at least 1, got 0"),
-        ("clip_loss_fraction", 0.0, r"be in \(0, 1\], got 0.0"),
-        ("clip_loss_fraction", 1.5, r"be in \(0, 1\], got 1.5"),
+        ("clip_loss_estimator", "hard", "be one of straight_through, gumbel, expected, got 'hard'"),
+        ("clip_loss_type", "l2", "be one of log, cosine, got 'l2'"),
+        ("clip_loss_interval", 0, "be at least 1, got 0"),
+        ("clip_loss_batch_fraction", 0.0, r"be in \(0, 1\], got 0.0"),
+        ("clip_loss_batch_fraction", 1.5, r"be in \(0, 1\], got 1.5"),
     ],
 )
 def test_senseless_arguments_are_refused(name, value, message):
-    with pytest.raises(ValueError, match=f"{name} must {message}"):
+    with pytest.raises(ValueError, match=f"{name.replace('clip_loss_', 'clip_loss.')} must {message}"):
         model(**{name: value})
 
 
@@ -157,16 +161,16 @@ def test_descending_its_gradient_brings_samples_nearer():
     What a training makes of it beside the cross-entropy varies from seed to seed as much as the effect is large.
     """
     pipe = TextToImage.load("shapes")
-    transformer = ConditionalTransformer(
+    transformer = make_transformer(
         n_layer=1,
         n_head=1,
         n_embd=8,
         codebook_size=512,
         num_tokens=64,
         clip_dim=64,
-        clip_loss_codes="gumbel",
-        clip_loss_kind="cosine",
-    ).attach(pipe.vqgan, pipe.clip)
+        clip_loss_estimator="gumbel",
+        clip_loss_type="cosine",
+    ).attach_encoders(pipe.vqgan, pipe.clip)
     images = ShapesDataset(8, seed=1).render(range(8))
     embedding = pipe.clip.encode_image(images).detach()
     logits = torch.zeros(8, 64, 512, requires_grad=True)

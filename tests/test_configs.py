@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from hydra.utils import get_object
+from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS
 from omegaconf import OmegaConf
 
 from clipgen.cli.config import composed, config_dir, fits, make, plain
@@ -16,6 +18,8 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import shapes_data
 from clipgen.data.webdataset import shard_data
+from clipgen.models.config import GPTConfig, to_plain
+from clipgen.sampling import SamplingParams
 from clipgen.training import callbacks, resume
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -70,21 +74,29 @@ def test_loggers(name):
 # ------------------------------------------------------------------------------------------------ keys are arguments
 
 
+SECTIONS = {"vqgan": VQGAN_SECTIONS, "transformer": TRANSFORMER_SECTIONS}
+
+
 @pytest.mark.parametrize(("stage", "model"), [("vqgan", VQGAN), ("transformer", ConditionalTransformer)])
 def test_model_keys_are_the_constructors_arguments(stage, model):
     node = group("stage")[stage]["model"]
     assert get_object(node["_target_"]) is model
-    assert values(node) == set(arguments(model.__init__))
+    network = {field.name for field in fields(GPTConfig)} if stage == "transformer" else set()
+    assert values(node) == set(arguments(model.__init__)) - {"network"} | network
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_defaults_are_the_constructors_defaults(stage):
-    """Python and YAML users get the same model; but for what YAML takes from elsewhere."""
-    node = group("stage")[stage]["model"]
-    defaults = inspect.signature(get_object(node["_target_"]).__init__).parameters
-    for key in values(node) - {"resolution", "codebook_size" * (stage != "vqgan"), "num_tokens", "clip_dim"}:
-        default = defaults[key].default
-        assert node[key] == (list(default) if isinstance(default, tuple) else pytest.approx(default)), key
+def test_yaml_defaults_are_the_dataclass_defaults(stage):
+    """Python and YAML users get the same model, except for what YAML takes from the data or the frozen models."""
+    model = group("stage")[stage]["model"]
+    filled_in = {"resolution"} if stage == "vqgan" else {"codebook_size", "num_tokens", "clip_dim"}
+    for section, (config_class, _) in SECTIONS[stage].items():
+        node, defaults = (model[section] if section else model), to_plain(config_class())
+        for key in set(defaults) - filled_in:
+            expected = pytest.approx(defaults[key]) if isinstance(defaults[key], float) else defaults[key]
+            assert node[key] == expected, f"{section}.{key}"
+        if section:
+            assert set(node) == set(defaults)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +112,9 @@ def test_other_keys_are_arguments_too():
         assert get_object(node["_target_"]) is FrozenCLIP, name
         assert values(node) == set(arguments(FrozenCLIP.__init__))
     config = composed("stage=vqgan")
-    assert values(config.pictures) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder"}
+    assert values(config.image_logger) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder", "sampling"} | {
+        field.name for field in fields(SamplingParams)
+    }
     assert values(config.checkpoint) == set(arguments(resume.checkpoints)) - {"folder", "monitor"}
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
 
@@ -109,16 +123,23 @@ def test_other_keys_are_arguments_too():
 def test_recipes_change_keys_that_exist(name):
     stage = name.rsplit("_", 1)[1]
     recipe, whole = group("recipe")[name], composed(f"stage={stage}")
-    for node in ("model", "trainer", "pictures"):
-        assert set(recipe.get(node, {})) <= set(whole[node]), node
+    for node in ("model", "trainer", "image_logger"):
+        assert_known_keys(recipe.get(node, {}), whole[node], node)
 
 
-@pytest.mark.parametrize("name", sorted(group("tokenizer")))
-def test_every_tokenizer_composes_and_builds(name):
-    config = composed("stage=vqgan", "experiment=cifar10", f"tokenizer={name}")
+def assert_known_keys(node: dict, whole: dict, where: str) -> None:
+    for key, value in node.items():
+        assert key in whole, f"{where}.{key}"
+        if isinstance(value, dict):
+            assert_known_keys(value, whole[key], f"{where}.{key}")
+
+
+@pytest.mark.parametrize("name", sorted(group("quantizer")))
+def test_every_quantizer_composes_and_builds(name):
+    config = composed("stage=vqgan", "experiment=cifar10", f"quantizer={name}")
     with torch.device("meta"):
         vqgan = make(config.model)
-    assert vqgan.h.quantizer == {"paper": "euclidean"}.get(name, name)
+    assert vqgan.quantizer_config.type == {"paper": "euclidean"}.get(name, name)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +154,7 @@ def test_every_tokenizer_composes_and_builds(name):
 )
 def test_sizes(name, language, parameters):
     """Those of OpenAI's have as many parameters as its GPT-2, where words and positions are as many as there."""
-    config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"size={name}")
+    config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"model_size={name}")
     with torch.device("meta"):
         transformer = make(config.model, codebook_size=50257, num_tokens=1024, clip_dim=512)
         ours = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
@@ -141,7 +162,7 @@ def test_sizes(name, language, parameters):
         assert count(transformer) - count(transformer.gpt.clip_proj) == language
     else:
         assert count(ours) == pytest.approx(parameters, rel=0.002)
-    assert set(group("size")[name]) == {"model"} and set(group("size")[name]["model"]) == {
+    assert set(group("model_size")[name]) == {"model"} and set(group("model_size")[name]["model"]) == {
         "n_layer",
         "n_head",
         "n_embd",
@@ -149,7 +170,7 @@ def test_sizes(name, language, parameters):
 
 
 def test_there_are_no_other_sizes():
-    assert set(group("size")) == {"gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"}
+    assert set(group("model_size")) == {"gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"}
 
 
 def test_the_modern_tokenizer():
@@ -157,9 +178,9 @@ def test_the_modern_tokenizer():
     config = composed("stage=vqgan", "experiment=modern", "data.root=x")
     with torch.device("meta"):
         vqgan = make(config.model)
-    assert vqgan.downsampling == 16 and vqgan.h.quantizer == "cosine" and vqgan.h.compile
+    assert vqgan.downsampling == 16 and vqgan.quantizer_config.type == "cosine" and vqgan.hparams["compile"]
     assert count(vqgan.autoencoder) == pytest.approx(71.9e6, rel=0.01)
-    assert config.trainer.precision == "bf16-mixed" and config.model.ema_decay > 0
+    assert config.trainer.precision == "bf16-mixed" and config.model.optimizer.ema_decay > 0
 
 
 # ------------------------------------------------------------------------------------------------ the paper's numbers
@@ -169,10 +190,11 @@ def test_the_modern_tokenizer():
 def test_stage_1_is_the_papers(name):
     config = experiment("vqgan", name)
     model = config.model
-    assert (model.codebook_size, model.codebook_dim, model.quantizer) == (16384, 256, "euclidean")
-    assert (model.n_layers, model.discriminator_start, model.discriminator_warmup) == (3, 25_000, 0)
-    assert model.perceptual_weight > 0 and model.discriminator_weight > 0 and model.dropout == 0
-    assert (model.learning_rate, model.schedule, model.warmup_steps) == (4.5e-6, "constant", 0)
+    quantizer, gan, optimizer = model.quantizer, model.gan, model.optimizer
+    assert (quantizer.codebook_size, quantizer.codebook_dim, quantizer.type) == (16384, 256, "euclidean")
+    assert (gan.num_layers, gan.start_step, gan.disc_only_steps) == (3, 25_000, 0)
+    assert model.loss.perceptual_weight > 0 and gan.weight > 0 and model.autoencoder.dropout == 0
+    assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps) == (4.5e-6, "constant", 0)
     assert (config.data.batch_size, config.data.image_size, config.trainer.max_epochs) == (16, 256, 100)
     assert config.data.flip is False  # resize and random crop, says supplement A
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
@@ -195,13 +217,15 @@ def test_stage_2_is_the_papers(name, sizes, batch_size, max_steps, parameters, t
     config = experiment("transformer", name)
     model = config.model
     assert (model.n_layer, model.n_head, model.n_embd) == sizes
-    assert model.clip_loss_weight == 0.2
-    assert (model.learning_rate, model.weight_decay, model.schedule, model.warmup_steps) == (1e-5, 0, "constant", 0)
-    assert (model.condition_dropout, model.condition_cosine) == (0, 1)  # both are ours
+    assert model.clip_loss.weight == 0.2
+    optimizer = model.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-5, 0)
+    assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
+    assert (model.conditioning.drop_prob, model.conditioning.noise_cosine) == (0, 1)  # both are ours
     assert (config.data.batch_size, config.data.image_size, config.trainer.max_steps) == (batch_size, 256, max_steps)
     assert config.data.flip is False
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
-    assert (config.pictures.top_k, config.pictures.top_p) == (300, 1.0)
+    assert (config.image_logger.top_k, config.image_logger.top_p) == (300, 1.0)
     with torch.device("meta"):
         transformer = make(model, codebook_size=16384, num_tokens=256, clip_dim=512)
     assert count(transformer) == pytest.approx(parameters, rel=0.002)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TRANSFORMER_SIZES, VQGAN_SIZES
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipgen.generation.modality_gap import EmbeddingProjector, add_condition_noise
+from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.models import losses
+from clipgen.models.conditioning import add_condition_noise
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -38,22 +39,22 @@ class Waits(TorchDispatchMode):
 def gan() -> VQGAN:
     """With all that a step may have to do."""
     more = dict(
-        discriminator_weight=0.8,
-        discriminator_start=1,
+        gan_weight=0.8,
+        gan_start_step=1,
         lecam_weight=0.1,
         ema_decay=0.9,
         kmeans_iters=2,
         codebook_ema_decay=0.9,
-        gradient_clip=1.0,
+        grad_clip=1.0,
         schedule="cosine",
     )
-    return VQGAN(**VQGAN_SIZES | more)
+    return make_vqgan(**VQGAN_SIZES | more)
 
 
 @pytest.fixture
 def transformer(tiny_vqgan, shapes_clip) -> ConditionalTransformer:
-    more = dict(ema_decay=0.9, condition_cosine=0.9, clip_loss_weight=0.2, schedule="cosine", dropout=0.1)
-    return ConditionalTransformer(**TRANSFORMER_SIZES | more).attach(tiny_vqgan, shapes_clip)
+    more = dict(ema_decay=0.9, cond_noise_cosine=0.9, clip_loss_weight=0.2, schedule="cosine", dropout=0.1)
+    return make_transformer(**TRANSFORMER_SIZES | more).attach_encoders(tiny_vqgan, shapes_clip)
 
 
 @pytest.mark.parametrize("stage", ["gan", "transformer"])
@@ -97,19 +98,19 @@ def test_drawing_stays_on_the_gpu(pipe, monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    pipe.transformer._frozen = None
+    pipe.transformer._encoders = None
     there = TextToImage(moved(pipe.vqgan), moved(pipe.transformer), moved(pipe.clip))
     there.bridge = moved(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = there.embed("a small red star on a black background")
     given = there.vqgan.encode(torch.empty(1, 3, 32, 32, device=gpu)).flatten(1)[:, :8]
-    for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, given=given)):
+    for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=given)):
         drawn = there.generate(e.expand(3, -1), 0, **settings)
         assert drawn.shape == (3, 3, 32, 32) and drawn.device == gpu
 
 
 def test_losses_stay_on_the_gpu(transformer, gan, gpu):
-    (vqgan, clip), transformer._frozen = transformer.frozen(), None
-    there, gan = moved(transformer).attach(moved(vqgan), moved(clip)), moved(gan).train()
+    (vqgan, clip), transformer._encoders = transformer.encoders(), None
+    there, gan = moved(transformer).attach_encoders(moved(vqgan), moved(clip)), moved(gan).train()
     images = torch.empty(2, 3, 32, 32, device=gpu)
     indices, e = there.encode(images)
     loss, logits = there.gpt(indices, add_condition_noise(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import Call
-from conftest import VQGAN_SIZES
+from models import VQGAN_SIZES, make_vqgan
 from PIL import Image, ImageFilter
 from torch import Tensor
 
@@ -35,7 +35,6 @@ from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages
 from clipgen.images import save_png, to_pil
 from clipgen.models.lpips import MissingWeightsError
 from clipgen.precompute import vqgan_identity
-from clipgen.vqgan import VQGAN
 
 fidelity = pytest.importorskip("torch_fidelity")
 
@@ -849,7 +848,7 @@ def test_a_tokenizer_of_the_perceptual_loss_where_its_weights_are_not(call, two_
 
     for module in ("clipgen.evaluation.reconstruction", "clipgen.vqgan"):
         monkeypatch.setattr(f"{module}.load_lpips", missing)
-    VQGAN(**VQGAN_SIZES | {"perceptual_weight": 1.0}).save(tmp_path / "vqgan")
+    make_vqgan(**VQGAN_SIZES | {"perceptual_weight": 1.0}).save(tmp_path / "vqgan")
     done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
     assert done.code == 0 and "LPIPS is left out" in done.stderr
     assert not {"lpips", "perceptual_loss"} & set(json.loads((tmp_path / "out/metrics.json").read_text())["metrics"])

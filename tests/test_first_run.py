@@ -16,10 +16,10 @@ import pytest
 import torch
 import yaml
 from commands import TRANSFORMER, VQGAN
+from models import make_transformer
 from PIL import Image
 
 from clipgen import VQGAN as VQGAN_
-from clipgen import ConditionalTransformer
 from clipgen.cli.config import composed
 from clipgen.data.count_images import count_shards
 from clipgen.training.callbacks import few_tokens, lagging_average
@@ -122,7 +122,7 @@ def test_ema_weights_and_dead_codes_are_explained_where_they_appear(tiny_vqgan):
 def test_a_run_says_what_it_is_about_to_do(call, photos, caplog):
     caplog.set_level(logging.INFO)
     (photos / "broken.png").write_bytes(b"no picture")
-    assert call(*OPEN, *FOLDER, *SMALL, "model.accumulate=2").code == 0
+    assert call(*OPEN, *FOLDER, *SMALL, "model.optimizer.grad_accum_steps=2").code == 0
     for line in (
         "Images:     59 for training, 1 held out for validation, 1 skipped so far",
         "Batch:      8 images per step (4 per batch x 2 batches accumulated)",
@@ -154,7 +154,7 @@ def test_expected_activations_are_what_autograd_keeps(tiny_vqgan, images, checkp
 
 
 def test_expected_activations_grow_with_the_layers(tiny_transformer):
-    deeper = ConditionalTransformer(**{**tiny_transformer.hparams, "n_layer": 4})
+    deeper = make_transformer(**{**tiny_transformer.hparams, "n_layer": 4})
     more = activation_bytes(deeper) - activation_bytes(tiny_transformer)
     tokens, width = tiny_transformer.num_tokens, tiny_transformer.hparams["n_embd"]
     assert 2 * 12 * tokens * width * 4 < more < 2 * 40 * tokens * width * 4  # arXiv:2205.05198: 34 per token and width

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen.models import kv_cache
+from clipgen.models.config import GPTConfig
 from clipgen.models.gpt import ConditionalGPT2
 from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
 
@@ -18,7 +19,8 @@ K, T, E, C = 50, 12, 16, 32
 def network(**arguments) -> ConditionalGPT2:
     """With weights so large that logits differ clearly."""
     sizes = dict(n_layer=3, n_head=4, n_embd=C, codebook_size=K, num_tokens=T, clip_dim=E)
-    gpt = ConditionalGPT2(**(sizes | arguments)).eval()
+    null_condition = arguments.pop("null_condition", False)
+    gpt = ConditionalGPT2(GPTConfig(**(sizes | arguments)), null_condition).eval()
     for parameter in gpt.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     return gpt
@@ -53,9 +55,9 @@ def first_token(gpt: ConditionalGPT2, e: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tie_head", [True, False])
-def test_teacher_forced_logits_are_gpt2s(tie_head):
-    gpt, e, indices = network(tie_head=tie_head), embeddings(3), torch.randint(K, (3, T))
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_teacher_forced_logits_are_gpt2s(tie_embeddings):
+    gpt, e, indices = network(tie_embeddings=tie_embeddings), embeddings(3), torch.randint(K, (3, T))
     theirs = published(gpt)
     tokens = torch.cat([first_token(gpt, e), theirs.transformer.wte(indices)], dim=1)[:, :T]
     logits = gpt(indices, e)
@@ -65,7 +67,7 @@ def test_teacher_forced_logits_are_gpt2s(tie_head):
 
 @torch.no_grad()
 def test_greedy_decoding_is_gpt2s_index_for_index():
-    gpt, e = network(tie_head=False), embeddings(32)
+    gpt, e = network(tie_embeddings=False), embeddings(32)
     gpt.transformer.wpe.weight.normal_(std=1)  # else most rows say one word again and again,
     gpt.clip_proj.weight.normal_(std=4)  # and the same one
     expected = published(gpt).generate(
@@ -125,7 +127,7 @@ def test_one_program_serves_all_positions_and_copies_no_cache(monkeypatch):
     watch = lambda program, inputs: programs.append({str(node.target) for node in program.graph.nodes}) or program
     backend = aot_autograd(fw_compiler=watch, inference_compiler=watch)
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
-    step = CompiledDecoder(gpt := network(tie_head=False), 4).start(gpt.condition(embeddings(3)))
+    step = CompiledDecoder(gpt := network(tie_embeddings=False), 4).start(gpt.condition(embeddings(3)))
     for position in (0, 3):
         assert step(position, None).shape == (3, K)
     assert len(programs) == 1 and not [name for name in programs[0] if "scatter" in name]
@@ -264,7 +266,7 @@ def test_the_condition_reaches_every_position():
 
 def test_a_tied_head_is_one_matrix():
     count = lambda gpt: sum(p.numel() for p in gpt.parameters())
-    assert count(network(tie_head=False)) - count(network()) == K * C
+    assert count(network(tie_embeddings=False)) - count(network()) == K * C
     gpt = network()
     assert gpt.head.weight is gpt.transformer.wte.weight
 
@@ -276,15 +278,14 @@ def test_null_condition_forgets_the_embedding_and_leaves_other_rows_alone():
     first, second = gpt(indices, a, drop), gpt(indices, b, drop)
     assert torch.equal(first[[0, 2]], second[[0, 2]]) and torch.allclose(first[0], first[2], atol=1e-5)
     torch.testing.assert_close(first[1], gpt(indices, a)[1])
-    with pytest.raises(ValueError, match="no null condition: train it with condition_dropout > 0"):
+    with pytest.raises(ValueError, match="no null condition: train it with model.conditioning.drop_prob > 0"):
         network().condition(a, drop)
 
 
 @torch.no_grad()
 def test_grid_positions_tell_row_and_column():
-    gpt = ConditionalGPT2(
-        n_layer=1, n_head=2, n_embd=32, codebook_size=K, num_tokens=16, clip_dim=E, grid_positions=True
-    )
+    sizes = dict(n_layer=1, n_head=2, codebook_size=K, clip_dim=E, pos_embed_init="sincos_2d")
+    gpt = ConditionalGPT2(GPTConfig(**sizes, num_tokens=16, n_embd=32))
     positions = gpt.transformer.wpe.weight
     place = torch.arange(16)
     distance = torch.cdist(positions, positions) + 9 * torch.eye(16)
@@ -294,15 +295,7 @@ def test_grid_positions_tell_row_and_column():
     assert gpt.transformer.wpe.weight.requires_grad
     for num_tokens, n_embd in ((12, 32), (16, 34)):
         with pytest.raises(ValueError, match=f"got {num_tokens} and {n_embd}"):
-            ConditionalGPT2(
-                n_layer=1,
-                n_head=2,
-                n_embd=n_embd,
-                codebook_size=K,
-                num_tokens=num_tokens,
-                clip_dim=E,
-                grid_positions=True,
-            )
+            ConditionalGPT2(GPTConfig(**sizes, num_tokens=num_tokens, n_embd=n_embd))
 
 
 def test_dropout_only_in_training():

@@ -47,28 +47,28 @@ def test_both_stages_train_and_draw(call, tmp_path, device):
         f"trainer.accelerator={device}",
         f"trainer.precision={precision}",
         f"model.compile={device == 'cuda'}",
-        "model.ema_decay=0.9",
+        "model.optimizer.ema_decay=0.9",
         "logger=csv",
         *SHAPES,
     ]
     gan = [
         "model.channels_last=true",
-        "model.kmeans_iters=2",
-        "model.codebook_ema_decay=0.9",
-        "model.lecam_weight=0.1",
-        "model.discriminator_weight=0.5",
-        "model.discriminator_start=1",
-        "model.ndf=8",
-        "model.n_layers=1",
-        "model.gradient_clip=1",
+        "model.quantizer.kmeans_iters=2",
+        "model.quantizer.codebook_ema_decay=0.9",
+        "model.gan.lecam_weight=0.1",
+        "model.gan.weight=0.5",
+        "model.gan.start_step=1",
+        "model.gan.channels=8",
+        "model.gan.num_layers=1",
+        "model.optimizer.grad_clip=1",
     ]
     gpt = [
         "vqgan=vqgan",
-        "model.optimizer=muon",
-        "model.condition_dropout=0.1",
-        "model.clip_loss_weight=0.2",
-        "trainer.gradient_clip_val=1",
-        "pictures.prompts=[a red star]",
+        "model.optimizer.name=muon",
+        "model.conditioning.drop_prob=0.1",
+        "model.clip_loss.weight=0.2",
+        "model.optimizer.grad_clip=1",
+        "image_logger.prompts=[a red star]",
     ]
     for output, arguments in (("vqgan", [*VQGAN, *gan]), ("transformer", [*TRANSFORMER, *gpt])):
         arguments = ["clipgen-train", *arguments, *common, f"output={output}"]

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clipgen.models.quantizers.lookup_free import FSQ
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_published import CONFIG
 
 from clipgen.checkpoint import gpt2, model_folder, safe_load, taming
 from clipgen.generation.modality_gap import EmbeddingProjector
-from clipgen.models.quantizers.lookup_free import FSQ
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -90,7 +90,7 @@ ABSURD = [
     ("VQGAN", {"ch": 8192}),
     ("VQGAN", {"z_channels": 10**6}),
     ("VQGAN", {"patch_size": 4096}),
-    ("VQGAN", {"ndf": 10**6, "discriminator_weight": 1.0, "n_layers": 10**9}),
+    ("VQGAN", {"ndf": 10**6, "gan_weight": 1.0, "n_layers": 10**9}),
     ("VQGAN", {"quantizer": "lfq", "dead_code_reset_after": 0, "codebook_dim": 10**9, "codebook_size": 2**60}),
     ("VQGAN", {"quantizer": "fsq", "dead_code_reset_after": 0, "levels": [1000] * 500}),
     ("ConditionalTransformer", {"n_layer": 10**9}),
@@ -109,7 +109,7 @@ def test_absurd_sizes_of_a_configuration_cost_no_memory(folder, little, model, a
 
 
 def test_a_discriminator_that_is_not_in_the_file_is_not_built(folder, little):
-    path = change_config(folder["VQGAN"], ndf=4096, discriminator_weight=0.5)
+    path = change_config(folder["VQGAN"], gan_channels=4096, gan_weight=0.5)
     vqgan = VQGAN.load(path)
     assert vqgan.discriminator is None and vqgan.h.discriminator_weight == 0.5
 
@@ -294,8 +294,8 @@ def test_a_tokenizer_with_nan_draws_no_black_picture(call, pipe, tmp_path):
         ("ConditionalTransformer", {"dropout": [0.1]}),
         ("ConditionalTransformer", {"activation": "nothing"}),
         ("ConditionalTransformer", {"activation": 5}),
-        ("ConditionalTransformer", {"tie_head": "yes"}),
-        ("ConditionalTransformer", {"condition_dropout": float("nan")}),
+        ("ConditionalTransformer", {"tie_embeddings": "yes"}),
+        ("ConditionalTransformer", {"cond_drop_prob": float("nan")}),
         ("ConditionalTransformer", {"n_embd": 32.5}),
         ("VQGAN", {"patch_size": 0}),
         ("VQGAN", {"ch": 0}),
@@ -386,7 +386,7 @@ def test_malformed_bridges_name_the_file(tmp_path):
         refused(lambda: EmbeddingProjector.load(tmp_path / "bridge.safetensors"), "bridge.safetensors")
 
 
-def test_language_weights_that_are_a_pickle_are_refused_with_their_name(tmp_path, tiny_transformer):
+def test_init_from_gpt2_that_are_a_pickle_are_refused_with_their_name(tmp_path, tiny_transformer):
     config = tiny_transformer.gpt.transformer.config
     config.save_pretrained(tmp_path / "gpt2")
     (tmp_path / "gpt2" / "pytorch_model.bin").write_bytes(pickle.dumps({"a": argparse.Namespace()}))
@@ -396,7 +396,7 @@ def test_language_weights_that_are_a_pickle_are_refused_with_their_name(tmp_path
     refused(lambda: gpt2.load_gpt2_weights(tmp_path / "gpt2", config), tmp_path / "gpt2", "vocab_size")
 
 
-def test_language_weights_must_be_finite(tmp_path, tiny_transformer):
+def test_init_from_gpt2_must_be_finite(tmp_path, tiny_transformer):
     net = tiny_transformer.gpt.transformer
     net.h[0].mlp.c_fc.weight.data[0, 0] = torch.inf
     net.save_pretrained(tmp_path / "gpt2")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TRANSFORMER_SIZES, VQGAN_SIZES
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from safetensors.torch import save_file
 
 from clipgen import TextToImage, atomic_folder, files
@@ -29,7 +29,7 @@ from clipgen.vqgan import VQGAN
 def other(pipe) -> TextToImage:
     """A pipeline of the same sizes, and a bridge."""
     torch.manual_seed(1)
-    parts = VQGAN(**VQGAN_SIZES).eval(), ConditionalTransformer(**TRANSFORMER_SIZES).eval()
+    parts = make_vqgan(**VQGAN_SIZES).eval(), make_transformer(**TRANSFORMER_SIZES).eval()
     return TextToImage(*parts, pipe.clip, EmbeddingProjector(shift=torch.ones(64)))
 
 
@@ -208,7 +208,7 @@ def test_a_tokenizer_of_another_pipeline_is_refused(pipe, other, tmp_path, half)
 def test_a_tokenizer_with_its_codes_permuted_is_refused(pipe, tmp_path):
     """It has the same sizes, loads, and would generate nonsense."""
     root = pipe.save(tmp_path / "pipe")
-    (codebook,) = [v for k, v in pipe.vqgan.tokenizer.state_dict().items() if "quantize" in k and v.shape == (16, 8)]
+    (codebook,) = [v for k, v in pipe.vqgan.active_model.state_dict().items() if "quantize" in k and v.shape == (16, 8)]
     codebook.copy_(codebook.flip(0))
     pipe.vqgan.save(root / "vqgan")
     with pytest.raises(ValueError, match="another tokenizer"):

@@ -28,7 +28,7 @@ from clipgen.cli.resume_args import run_arguments, with_the_runs
 from clipgen.cli.run_lock import LOCK, claimed
 from clipgen.training.resume import AtomicCheckpointIO, BestCheckpoint
 
-ARGUMENTS = [*VQGAN, *SHAPES, "logger=none", "pictures.num_images=1", "trainer.max_steps=2"]
+ARGUMENTS = [*VQGAN, *SHAPES, "logger=none", "image_logger.num_images=1", "trainer.max_steps=2"]
 
 
 @pytest.fixture
@@ -178,19 +178,19 @@ PLAIN = [
     "experiment=coco",
     "data=webdataset",
     "tokenizer=null",
-    "size=gpt2-small",
+    "model_size=gpt2-small",
     "logger=csv",
     "data.train_urls='a-{000..010}.tar'",
     "data.train_urls=[a.tar,b.tar]",
     "data.val_urls=null",
     "data.root=/photos",
     "data.train_urls='https://host/a-{000..010}.tar'",
-    "model.ch_mult=[1,2]",
-    "model.learning_rate=1e-5",
+    "model.autoencoder.ch_mult=[1,2]",
+    "model.optimizer.learning_rate=1e-5",
     "model.compile=true",
     "metrics.fid_features='clip:ViT-B-32-quickgelu:openai'",
     "metrics.fid_features=inception",
-    "pictures.prompts=['a sign: stop','two']",
+    "image_logger.prompts=['a sign: stop','two']",
     "seed=3",
     "clip.model_name=ViT-B-32",
     "shards=data/cifar10",
@@ -198,7 +198,7 @@ PLAIN = [
     "monitor=val/loss",
     "trainer.strategy=ddp",
     "vqgan=runs/a",
-    "language_weights=gpt2",
+    "init_from_gpt2=gpt2",
 ]
 
 

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import VQGAN_SIZES
+from models import VQGAN_SIZES, make_vqgan
 
-from clipgen.models.autoencoder import QUANTIZERS, make_quantizer
-from clipgen.models.quantizers.lookup_free import FSQ, LFQ
-from clipgen.vqgan import VQGAN
+from clipgen.models.config import QuantizerConfig
+from clipgen.models.quantizers import FSQ, LFQ, QUANTIZERS, make_quantizer
 
 KINDS = {
     "euclidean": (64, 4, None),
@@ -19,6 +18,10 @@ KINDS = {
     "fsq": (240, 3, [8, 6, 5]),
     "lfq": (64, 6, None),
 }
+
+
+def quantizer(kind: str, size: int, dim: int, levels: list[int] | None):
+    return make_quantizer(QuantizerConfig(kind, size, dim, levels))
 
 
 @pytest.mark.parametrize("levels", [[8, 5, 5, 5], [4, 4, 4], [3], [7, 6]])
@@ -30,7 +33,7 @@ def test_fsq_is_the_librarys(levels):
     expected, expected_indices = theirs(b)
     torch.testing.assert_close(z_q, expected)
     assert torch.equal(indices, expected_indices) and not losses
-    torch.testing.assert_close(ours.codes(indices), theirs.indices_to_codes(expected_indices))
+    torch.testing.assert_close(ours.indices_to_codes(indices), theirs.indices_to_codes(expected_indices))
     weight = torch.randn_like(z)
     (z_q * weight).sum().backward(), (expected * weight).sum().backward()
     torch.testing.assert_close(a.grad, b.grad)
@@ -92,12 +95,12 @@ def test_the_entropy_drives_all_codes_into_use():
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_one_interface(kind):
     size, dim, levels = KINDS[kind]
-    module = make_quantizer(kind, size, dim, levels).eval()
+    module = quantizer(kind, size, dim, levels).eval()
     z_q, indices, losses = module(torch.randn(2, dim, 4, 6))
     assert z_q.shape == (2, dim, 4, 6) and indices.shape == (2, 4, 6) and indices.dtype == torch.int64
     assert module.codebook.shape == (size, dim) and module.codebook_size == size
-    torch.testing.assert_close(z_q, module.codes(indices), atol=1e-6, rtol=0)
-    torch.testing.assert_close(module.codes(indices)[1, :, 2, 3], module.codebook[indices[1, 2, 3]])
+    torch.testing.assert_close(z_q, module.indices_to_codes(indices), atol=1e-6, rtol=0)
+    torch.testing.assert_close(module.indices_to_codes(indices)[1, :, 2, 3], module.codebook[indices[1, 2, 3]])
     assert all(value.ndim == 0 and name.endswith("_loss") for name, value in losses.items())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(torch.randn(2, dim, 4, 6).bfloat16()).z_q.dtype == torch.float32
@@ -105,11 +108,11 @@ def test_one_interface(kind):
 
 @pytest.mark.parametrize("kind", [k for k in QUANTIZERS if k != "gumbel"])
 def test_every_code_is_its_own_nearest(kind):
-    module = make_quantizer(kind, *KINDS[kind])
+    module = quantizer(kind, *KINDS[kind])
     if kind in ("euclidean", "cosine"):
         torch.nn.init.normal_(module.embedding.weight)
     everything = torch.arange(module.codebook_size).view(1, 1, -1)
-    codes = module.codes(everything)
+    codes = module.indices_to_codes(everything)
     if kind == "fsq":  # what is squashed has to be unsquashed first
         levels = module.levels.view(1, -1, 1, 1)
         reach, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) * 0.5
@@ -121,11 +124,11 @@ def test_every_code_is_its_own_nearest(kind):
 @pytest.mark.parametrize("kind", QUANTIZERS)
 def test_each_trains_within_the_vqgan(kind, fit):
     size, dim, levels = KINDS[kind]
-    vqgan = VQGAN(
-        quantizer=kind,
+    vqgan = make_vqgan(
+        quantizer_type=kind,
         codebook_size=size,
         codebook_dim=dim,
-        levels=levels,
+        fsq_levels=levels,
         ch=32,
         ch_mult=[1],
         num_res_blocks=1,
@@ -133,7 +136,7 @@ def test_each_trains_within_the_vqgan(kind, fit):
         z_channels=32,
         patch_size=4,
         perceptual_weight=0.0,
-        discriminator_weight=0.0,
+        gan_weight=0.0,
         learning_rate=1e-3,
     )
     metrics = fit(vqgan, 3, batch=4).callback_metrics
@@ -147,20 +150,18 @@ def test_each_trains_within_the_vqgan(kind, fit):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("fsq", 16, 2, None), "levels must be given"),
-        (("fsq", 1024, 4, [8, 5, 5, 5]), "must be 1000 and 4 for quantizer 'fsq' of levels .*got 1024 and 4"),
-        (("fsq", 4, 2, [2, 2]), "levels must be whole numbers of at least 3"),
+        (("fsq", 16, 2, None), "fsq_levels must be given"),
+        (("fsq", 1024, 4, [8, 5, 5, 5]), "must be 1000 and 4 for quantizer 'fsq' with levels .*got 1024 and 4"),
+        (("fsq", 4, 2, [2, 2]), "fsq_levels must be whole numbers of at least 3"),
         (("lfq", 1024, 256, None), "and 256 for quantizer 'lfq', got 1024 and 256"),
-        (("vq", 16, 2, None), "quantizer must be one of euclidean, cosine, fsq, lfq, gumbel, got 'vq'"),
+        (("vq", 16, 2, None), "quantizer.type must be one of euclidean, cosine, fsq, lfq, gumbel, got 'vq'"),
     ],
 )
 def test_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_quantizer(*arguments)
+        quantizer(*arguments)
 
 
 def test_what_only_a_learned_codebook_knows_is_refused():
-    with pytest.raises(
-        ValueError, match="quantizer 'lfq' does not move its codes: leave out dead_code_reset_after=5, kmeans_iters=10"
-    ):
-        VQGAN(**VQGAN_SIZES | dict(quantizer="lfq", codebook_size=16, codebook_dim=4, kmeans_iters=10))
+    with pytest.raises(ValueError, match="apply only to .* not to 'lfq'; got dead_code_reset_after=5, kmeans_iters=10"):
+        make_vqgan(**VQGAN_SIZES | dict(quantizer_type="lfq", codebook_size=16, codebook_dim=4, kmeans_iters=10))

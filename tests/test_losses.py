@@ -1,4 +1,4 @@
-"""PatchGAN, adversarial losses, adaptive weight, LeCam, LPIPS: against hand-made values."""
+"""PatchGAN, gan_loss losses, adaptive weight, LeCam, LPIPS: against hand-made values."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from models import make_vqgan
 from torch import nn
 from torchvision.models import vgg
 
 from clipgen.models import losses
 from clipgen.models.discriminator import PatchDiscriminator
 from clipgen.models.lpips import load_lpips
-from clipgen.vqgan import VQGAN
 
 # ------------------------------------------------------------------------------------------------------- discriminator
 
 
 def test_a_logit_a_patch_of_70_pixels():
-    net = PatchDiscriminator(ndf=4, n_layers=3).eval()
+    net = PatchDiscriminator(channels=4, num_layers=3).eval()
     images = torch.randn(1, 3, 128, 128, requires_grad=True)
     logits = net(images)
     assert logits.shape == (1, 1, 14, 14)
@@ -32,13 +32,13 @@ def test_a_logit_a_patch_of_70_pixels():
 
 
 def test_widths_double_up_to_eight_times():
-    convs = [m for m in PatchDiscriminator(ndf=4, n_layers=5).modules() if isinstance(m, nn.Conv2d)]
+    convs = [m for m in PatchDiscriminator(channels=4, num_layers=5).modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convs] == [4, 8, 16, 32, 32, 32, 1]
     with pytest.raises(ValueError, match="n_layers must be at least 1, got 0"):
-        PatchDiscriminator(n_layers=0)
+        PatchDiscriminator(num_layers=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- adversarial
+# ---------------------------------------------------------------------------------------------------------- gan_loss
 
 REAL, FAKE = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, -0.5, -3.0])
 
@@ -65,9 +65,9 @@ def test_reconstruction_by_hand():
 
 
 def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="adversarial must be 'hinge' or 'log', got 'wgan'"):
+    with pytest.raises(ValueError, match="gan.loss must be 'hinge' or 'log', got 'wgan'"):
         losses.discriminator_loss(REAL, FAKE, "wgan")
-    with pytest.raises(ValueError, match="adversarial must be 'hinge' or 'log', got 'wgan'"):
+    with pytest.raises(ValueError, match="gan.loss must be 'hinge' or 'log', got 'wgan'"):
         losses.generator_loss(FAKE, "wgan")
     with pytest.raises(ValueError, match="reconstruction must be 'l1' or 'l2', got 'l3'"):
         losses.reconstruction_loss(REAL, FAKE, "l3")
@@ -173,7 +173,7 @@ def test_lpips_is_compiled_once(lpips, images):
 
 def test_lpips_is_frozen_and_never_drops_out(lpips, vgg_file, images, fit):
     assert not any(p.requires_grad for p in lpips.parameters())
-    vqgan = VQGAN(
+    vqgan = make_vqgan(
         codebook_size=8,
         codebook_dim=4,
         ch=32,
@@ -184,7 +184,7 @@ def test_lpips_is_frozen_and_never_drops_out(lpips, vgg_file, images, fit):
         z_channels=4,
         patch_size=4,
         vgg_weights=str(vgg_file),
-        discriminator_weight=0.0,
+        gan_weight=0.0,
         perceptual_weight=2.0,
     )
     trainer = fit(vqgan, 1, batch=2)
@@ -208,5 +208,5 @@ def test_missing_or_wrong_vgg_weights_say_what_to_do(tmp_path, content):
         torch.save(content, path)
     with pytest.raises(ValueError) as error:
         load_lpips(str(path))
-    for word in (str(path), "vgg16-397923af.pth", "model.vgg_weights=", "model.perceptual_weight=0"):
+    for word in (str(path), "vgg16-397923af.pth", "model.loss.vgg_weights=", "model.loss.perceptual_weight=0"):
         assert word in str(error.value)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipgen.generation.modality_gap import EmbeddingProjector, add_condition_noise, mean_shift
+from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
+from clipgen.models.conditioning import add_condition_noise
 from clipgen.pipeline import TextToImage
 
 PROMPT = "a large blue ring on a white background"

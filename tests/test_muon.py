@@ -250,7 +250,7 @@ def test_other_matmul_precisions_are_refused():
     "asked", [["trainer.devices=2"], ["trainer.num_nodes=2"], ["trainer.devices=2", "trainer.strategy=ddp"]]
 )
 def test_only_stage_1_looks_for_unused_parameters(monkeypatch, tmp_path, stage, strategy, asked):
-    """Until discriminator_start the discriminator has no gradients."""
+    """Until gan_start_step the discriminator has no gradients."""
     config = composed(f"stage={stage}", *asked, "logger=none")
     seen = {}
     monkeypatch.setattr("clipgen.cli.config.make", lambda node, **options: seen.update(options))

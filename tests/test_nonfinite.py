@@ -9,7 +9,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from commands import SHAPES, TRANSFORMER, VQGAN
-from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
+from conftest import QUIET, changed, weights_of
+from models import TRANSFORMER_SIZES, VQGAN_SECTIONS, VQGAN_SIZES, make_transformer, nested
 from torch.utils.data import DataLoader, Dataset
 
 from clipgen.data.shapes import ShapesDataset
@@ -35,7 +36,7 @@ class Poisoned(Dataset):
             embedding = torch.nn.functional.normalize(
                 torch.randn(64, generator=torch.Generator().manual_seed(item)), dim=0
             )
-            return {"indices": torch.arange(16).roll(item), "clip_embedding": embedding * factor}
+            return {"indices": torch.arange(16).roll(item), "condition": embedding * factor}
         return {"images": self.images[item]["images"] * factor}
 
 
@@ -64,18 +65,18 @@ def train(module, batches: int, bad: set[int], **settings) -> Snapshots:
 def gan(**arguments) -> Tokenizer:
     """With everything that a forward pass moves, and without an average, which moves towards the same weights again."""
     more = dict(
-        discriminator_weight=0.8,
-        discriminator_start=0,
+        gan_weight=0.8,
+        gan_start_step=0,
         lecam_weight=0.1,
         codebook_ema_decay=0.9,
         dead_code_reset_after=2,
-        gradient_clip=1.0,
+        grad_clip=1.0,
     )
-    return Tokenizer(**VQGAN_SIZES | more | arguments)
+    return Tokenizer(**nested(VQGAN_SECTIONS, VQGAN_SIZES | more | arguments))
 
 
 def transformer(**arguments) -> ConditionalTransformer:
-    return ConditionalTransformer(**TRANSFORMER_SIZES | dict(condition_dropout=0.0) | arguments)
+    return make_transformer(**TRANSFORMER_SIZES | dict(cond_drop_prob=0.0) | arguments)
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
@@ -96,7 +97,7 @@ def test_a_non_finite_step_changes_nothing(make):
 
 
 def test_a_step_of_several_batches_is_skipped_whole():
-    states = train(gan(accumulate=2), 6, bad={2}).states
+    states = train(gan(grad_accum_steps=2), 6, bad={2}).states
     assert not differing(states[1], states[3]) and differing(states[3], states[5])
     module = transformer()
     states = train(module, 6, bad={3}, accumulate_grad_batches=2).states
@@ -105,7 +106,7 @@ def test_a_step_of_several_batches_is_skipped_whole():
 
 def test_muon_stays_finite():
     """It gets zero gradients instead: its momentum decays. AdamW's part changes nothing."""
-    module = transformer(optimizer="muon")
+    module = transformer(optimizer_name="muon")
     before, _, after, _ = train(module, 4, bad={1, 2}, gradient_clip_val=1.0).states
     moved = {name for name in differing(before, after) if name.startswith("gpt.")}
     assert moved and all(".h." in name and name.endswith(".weight") for name in moved)
@@ -118,7 +119,7 @@ def test_sound_steps_are_as_without_the_guard(monkeypatch):
         if not guarded:
             monkeypatch.setattr(StepGuard, "before_step", lambda *_: None)
         torch.manual_seed(1)
-        states.append(train(gan(gradient_clip=0.0), 4, bad=set()).states[-1])
+        states.append(train(gan(grad_clip=0.0), 4, bad=set()).states[-1])
     assert not differing(*states)
 
 
@@ -175,17 +176,17 @@ def test_non_finite_weights_are_never_saved(tmp_path):
             [
                 *VQGAN,
                 *SHAPES,
-                "tokenizer=paper",
-                "model.codebook_dim=8",
-                "model.discriminator_weight=0.5",
-                "model.discriminator_start=1",
-                "model.ndf=8",
-                "model.n_layers=1",
+                "quantizer=paper",
+                "model.quantizer.codebook_dim=8",
+                "model.gan.weight=0.5",
+                "model.gan.start_step=1",
+                "model.gan.channels=8",
+                "model.gan.num_layers=1",
             ],
             1e30,
         ),
-        ([*TRANSFORMER, *SHAPES, "vqgan=tokenizer", "model.optimizer=adamw"], 1e30),
-        ([*TRANSFORMER, *SHAPES, "vqgan=tokenizer", "model.optimizer=muon"], 1e30),
+        ([*TRANSFORMER, *SHAPES, "vqgan=tokenizer", "model.optimizer.name=adamw"], 1e30),
+        ([*TRANSFORMER, *SHAPES, "vqgan=tokenizer", "model.optimizer.name=muon"], 1e30),
     ],
     ids=["vqgan", "finite nonsense", "gan", "transformer", "muon"],
 )
@@ -196,7 +197,13 @@ def test_nothing_good_is_replaced_by_a_resume_that_overflows(call, arguments, ra
     assert good.code == 0, good.stderr
     before = contents(Path("run"))
     more = ["trainer.max_steps=30", "trainer.val_check_interval=6", "checkpoint.every_n_steps=3"]
-    bad = call("clipgen-train", "resume=run", f"model.learning_rate={rate}", "model.schedule=constant", *more)
+    bad = call(
+        "clipgen-train",
+        "resume=run",
+        f"model.optimizer.learning_rate={rate}",
+        "model.optimizer.schedule=constant",
+        *more,
+    )
     assert bad.code == 1 and "usually helps" in bad.stderr and " at step " in bad.stderr
     assert contents(Path("run")) == before
 

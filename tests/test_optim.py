@@ -8,13 +8,13 @@ import itertools
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import QUIET, VQGAN_SIZES
+from conftest import QUIET
+from models import VQGAN_SIZES, make_transformer, make_vqgan
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from clipgen.optim import OptimizerList, factor, make_optimizer
-from clipgen.transformer import ConditionalTransformer
-from clipgen.vqgan import VQGAN
+from clipgen.models.config import TransformerOptimizerConfig
+from clipgen.optim import OptimizerList, lr_lambda, make_optimizer
 
 
 def net() -> nn.Module:
@@ -72,9 +72,9 @@ def test_a_schedule_reaches_the_parts():
 
 
 def test_muon_takes_the_matrices_of_the_blocks_alone():
-    transformer = ConditionalTransformer(n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64)
+    transformer = make_transformer(n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64)
     blocks = transformer.gpt.transformer.h
-    optimizer = make_optimizer(transformer, blocks, "muon", 1e-3, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer(transformer, blocks, TransformerOptimizerConfig(name="muon", weight_decay=0.1))
     assert isinstance(optimizer, OptimizerList)
     muon, adamw = ({id(p) for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
     assert muon == {id(p) for p in blocks.parameters() if p.ndim == 2} and len(muon) == 8
@@ -82,24 +82,24 @@ def test_muon_takes_the_matrices_of_the_blocks_alone():
 
 
 def test_other_names_are_refused():
-    with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
-        ConditionalTransformer(optimizer="sgd")
+    with pytest.raises(ValueError, match="optimizer.name must be one of adamw, muon, got 'sgd'"):
+        make_transformer(optimizer_name="sgd")
 
 
 @pytest.mark.parametrize("start", [0, 300])
 def test_a_cosine_ends_with_the_training(start):
     """Of the optimizer that begins with it, and of one that begins later: the same rate at the same step."""
-    rate, whole = factor("cosine", 10, 400, start), factor("cosine", 0, 390)
+    rate, whole = lr_lambda("cosine", 10, 400, start), lr_lambda("cosine", 0, 390)
     assert [rate(i) for i in (0, 4)] == pytest.approx([0.1 * whole(max(start - 10, 0)), 0.5 * whole(max(start - 6, 0))])
     for step in (start + 10, start + 50, 399):
         assert rate(step - start) == pytest.approx(whole(step - 10))
     assert rate(400 - start) == pytest.approx(0)
-    constant = factor("constant", 10, 400, start)
+    constant = lr_lambda("constant", 10, 400, start)
     assert [constant(i) for i in (0, 4, 10, 500)] == [0.1, 0.5, 1, 1]
 
 
 def test_the_discriminator_ends_with_the_generator(images):
-    vqgan = VQGAN(**VQGAN_SIZES | dict(discriminator_weight=0.5, discriminator_start=2, schedule="cosine"))
+    vqgan = make_vqgan(**VQGAN_SIZES | dict(gan_weight=0.5, gan_start_step=2, schedule="cosine"))
     trainer = pl.Trainer(max_steps=6, accelerator="cpu", **QUIET)
     trainer.fit(vqgan, DataLoader([{"images": image} for image in images] * 3, batch_size=4))
     assert [each.get_last_lr() for each in vqgan.lr_schedulers()] == [[0.0], [0.0]]
@@ -108,7 +108,7 @@ def test_the_discriminator_ends_with_the_generator(images):
 @pytest.mark.parametrize(("batches", "max_steps", "steps"), [(5, -1, 6), (6, -1, 6), (5, 9, 6), (5, 4, 4)])
 def test_a_cosine_ends_with_the_last_epoch_where_batches_accumulate(images, batches, max_steps, steps):
     """An epoch's last step may have fewer batches than the others, and is a step all the same."""
-    vqgan = VQGAN(**VQGAN_SIZES | dict(schedule="cosine", accumulate=3))
+    vqgan = make_vqgan(**VQGAN_SIZES | dict(schedule="cosine", grad_accum_steps=3))
     trainer = pl.Trainer(max_epochs=3, max_steps=max_steps, accelerator="cpu", **QUIET)
     trainer.fit(vqgan, DataLoader([{"images": image} for image in images[:batches]], batch_size=1))
     assert trainer.global_step == steps
@@ -128,9 +128,9 @@ class Stream(IterableDataset):
 
 def test_a_cosine_needs_an_end(images):
     """Else the rate would be zero once the warm-up is over, and training go on."""
-    vqgan = VQGAN(**VQGAN_SIZES | dict(schedule="cosine"))
+    vqgan = make_vqgan(**VQGAN_SIZES | dict(schedule="cosine"))
     settings = dict(max_epochs=2, accelerator="cpu", **QUIET)
-    with pytest.raises(ValueError, match="schedule must be 'constant' where an epoch has no end, got 'cosine'"):
+    with pytest.raises(ValueError, match="schedule='cosine' needs a finite number of steps"):
         pl.Trainer(**settings, max_time={"seconds": 10}).fit(vqgan, DataLoader(Stream(images), batch_size=2))
     trainer = pl.Trainer(**settings, limit_train_batches=2)
     trainer.fit(vqgan, DataLoader(Stream(images), batch_size=2))

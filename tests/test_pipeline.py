@@ -6,11 +6,12 @@ import copy
 import json
 import pickle
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRANSFORMER_SIZES
+from models import TRANSFORMER_SIZES, make_transformer
 from PIL import Image
 
 import clipgen
@@ -20,7 +21,7 @@ from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.prompts import describe, parse_mixture
 from clipgen.images import from_pil, to_pil
 from clipgen.models.kv_cache import CompiledDecoder
-from clipgen.sampling import DEFAULTS
+from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 
 PROMPT = "a large blue ring on a white background"
@@ -56,7 +57,7 @@ def test_the_same_seed_draws_the_same(pipe):
 
 
 def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
-    monkeypatch.setattr("clipgen.generation.generator.BATCH", 2)  # three batches
+    monkeypatch.setattr("clipgen.generation.generator.DECODE_BATCH_SIZE", 2)  # three batches
     together = pixels(pipe(PROMPT, num_images=5, seed=20))
     alone = np.concatenate([pixels(pipe(PROMPT, seed=20 + j)) for j in range(5)])
     assert np.array_equal(together, alone)
@@ -67,13 +68,16 @@ def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
     "options",
     [
         dict(),
-        *(pytest.param(more, marks=pytest.mark.slow) for more in (dict(rerank_from=5), dict(complete=True, keep=0.25))),
+        *(
+            pytest.param(more, marks=pytest.mark.slow)
+            for more in (dict(rerank_from=5), dict(outpaint=True, keep_fraction=0.25))
+        ),
     ],
 )
 def test_prompts_of_any_kind_together_are_what_each_is_alone(pipe, monkeypatch, options):
-    monkeypatch.setattr("clipgen.generation.generator.BATCH", 4)  # which end in the middle of a prompt
+    monkeypatch.setattr("clipgen.generation.generator.DECODE_BATCH_SIZE", 4)  # which end in the middle of a prompt
     prompts = [PROMPT, {PROMPT: 1.0, "a red star": -0.3}, pipe(PROMPT, seed=8)[0], pipe.embed("a red star")[0]]
-    options = options | dict(seed=3, complete=prompts[2] if "complete" in options else None)
+    options = options | dict(seed=3, outpaint=prompts[2] if "outpaint" in options else None)
     together = pipe(prompts, 3, **options)
     alone = [picture for prompt in prompts for picture in pipe(prompt, 3, **options)]
     assert [picture.info for picture in together] == [picture.info for picture in alone]
@@ -129,12 +133,12 @@ def test_gradients_and_modes_are_left_alone(pipe):
     [
         (dict(prompt=""), "prompt must not be empty, got ''"),
         (dict(prompt=" \n"), "prompt must not be empty"),
-        (dict(prompt=[]), "prompt must hold at least one, got an empty list"),
+        (dict(prompt=[]), "prompt must hold at least one prompt, got an empty list"),
         (dict(prompt=PROMPT, num_images=0), "num_images must be at least 1, got 0"),
         (dict(prompt=PROMPT, num_images=4, rerank_from=3), r"rerank_from must be at least num_images \(4\), got 3"),
         (dict(prompt=PROMPT, rerank_from=0), "rerank_from must be at least"),
         (dict(prompt=PROMPT, top_p=1.3), r"top_p must be in \(0, 1\], got 1.3"),
-        (dict(prompt=PROMPT, top_k=0), "top_k must be at least 1, got 0"),
+        (dict(prompt=PROMPT, top_k=0), "top_k must be a whole number of at least 1, got 0"),
         (dict(prompt=PROMPT, temperature=-1.0), "temperature must be at least 0, got -1.0"),
         (dict(prompt=PROMPT, guidance_scale=-2.0), "guidance_scale must be at least 0"),
     ],
@@ -147,7 +151,7 @@ def test_senseless_requests_are_refused(pipe, arguments, message):
 def test_parts_that_do_not_belong_together_are_refused(tiny_vqgan, shapes_clip):
     for name, value in (("codebook_size", 17), ("clip_dim", 3), ("num_tokens", 15)):
         with pytest.raises(ValueError, match=name):
-            TextToImage(tiny_vqgan, ConditionalTransformer(**(TRANSFORMER_SIZES | {name: value})), shapes_clip)
+            TextToImage(tiny_vqgan, make_transformer(**(TRANSFORMER_SIZES | {name: value})), shapes_clip)
 
 
 def test_save_and_load(tmp_path, pipe):
@@ -259,12 +263,12 @@ def test_completing_a_picture_keeps_its_upper_indices(pipe, images):
     indices = []
     drawn = pipe.transformer.sample
     pipe.transformer.sample = lambda *a, **k: indices.append(drawn(*a, **k)) or indices[-1]
-    pipe(PROMPT, num_images=3, complete=picture, seed=1)
+    pipe(PROMPT, num_images=3, outpaint=picture, seed=1)
     kept = pipe.vqgan.encode(from_pil(picture)).flatten(1)[:, :8]  # two rows of four
     assert torch.equal(indices[0][:, :8], kept.expand(3, -1))
     assert len(indices[0][:, 8:].unique(dim=0)) > 1
-    with pytest.raises(ValueError, match=r"keep must be in \(0, 1\), got 1"):
-        pipe(PROMPT, complete=picture, keep=1)
+    with pytest.raises(ValueError, match=r"keep_fraction must be in \(0, 1\), got 1"):
+        pipe(PROMPT, outpaint=picture, keep_fraction=1)
 
 
 def test_previews_are_the_upper_rows_of_the_picture(pipe):
@@ -293,7 +297,7 @@ def test_interpolation_goes_from_one_to_the_other(pipe):
         assert np.abs(np.asarray(picture).astype(int) - np.asarray(pipe(prompt, seed=7)[0])).max() <= 1
     between = pipe.interpolate({PROMPT: 1.0}, STAR, steps=2, seed=7, top_k=5)[1].info
     asked = {"interpolate": [{PROMPT: 1.0}, STAR], "steps": 2, "seed": 7, "model": pipe.fingerprint}
-    assert between.items() >= (asked | DEFAULTS | {"top_k": 5}).items()
+    assert between.items() >= (asked | asdict(SamplingParams()) | {"top_k": 5}).items()
     with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
         pipe.interpolate(PROMPT, STAR, steps=1)
 
@@ -322,7 +326,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
 def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
     """2 x 2 layers x 16 positions x 32 channels x 4 bytes an image (tests/conftest.py), in half of what is free."""
     row, pipe = 2 * 2 * 16 * 32 * 4, copy.deepcopy(pipe)
-    assert pipe.batch_size(guided=False) == clipgen.generation.generator.BATCH
+    assert pipe.batch_size(guided=False) == clipgen.generation.generator.DECODE_BATCH_SIZE
     monkeypatch.setattr(ConditionalTransformer, "device", torch.device("cuda"))
     for name, value in (("memory_reserved", 9 * row), ("memory_allocated", 3 * row)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
@@ -330,11 +334,13 @@ def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
         (94, False, 32),
         (94, True, 16),
         (0, True, 1),
-        (10**6, False, clipgen.generation.generator.MOST),
+        (10**6, False, clipgen.generation.generator.MAX_GPU_BATCH_SIZE),
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * row, 10**9 * row))
         assert pipe.batch_size(guided) == expected
-    pipe.transformer.decoders = {"kept": CompiledDecoder(pipe.transformer.network, 32)}  # is there for the next batch
+    pipe.transformer.decoders = {
+        "kept": CompiledDecoder(pipe.transformer.eval_model, 32)
+    }  # is there for the next batch
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * row, 10**9 * row))
     assert pipe.batch_size(guided=False) == 32
 
@@ -356,8 +362,8 @@ def test_what_compile_asks_for(pipe, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: made.append(function) or function)
     compiled = copy.deepcopy(pipe).compile()
-    assert made.pop().__self__ is compiled.vqgan.tokenizer.decoder
-    pictures, decoder = [], compiled.vqgan.tokenizer.decoder
+    assert made.pop().__self__ is compiled.vqgan.active_model.decoder
+    pictures, decoder = [], compiled.vqgan.active_model.decoder
     hook = decoder.register_forward_hook(lambda module, inputs, output: pictures.append(len(output)))
     for rows, guidance in ((3, 1.0), (4, 1.0), (1, 1.0), (3, 2.0)):
         e, settings = pipe.embed(PROMPT).expand(rows, -1), dict(seed=0, guidance_scale=guidance)
@@ -390,7 +396,7 @@ def test_a_pipeline_says_the_type_that_it_draws_in(pipe):
 
 def test_a_preview_decodes_no_more_at_once(pipe, monkeypatch):
     sizes, decode = [], pipe.vqgan.decode
-    monkeypatch.setattr(clipgen.generation.generator, "BATCH", 2)
+    monkeypatch.setattr(clipgen.generation.generator, "DECODE_BATCH_SIZE", 2)
     monkeypatch.setattr(type(pipe), "batch_size", lambda self, guided: 5)
     monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: sizes.append(len(indices)) or decode(indices))
     assert len(pipe(PROMPT, 5, seed=0, preview=lambda images: None)) == 5

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES, changed, weights_of
+from conftest import QUIET, changed, weights_of
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -28,16 +29,15 @@ from clipgen.evaluation.feature_store import measured
 from clipgen.evaluation.features import Features
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
-from clipgen.models.quantizers.vector import GumbelQuantizer
+from clipgen.models.quantizers import GumbelQuantizer
 from clipgen.precompute import encode
 from clipgen.sampling import per_sample_seeds, per_sample_uniforms
-from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 
 def gan(kind: type[VQGAN] = VQGAN, **arguments) -> VQGAN:
     torch.manual_seed(1)
-    return kind(**(VQGAN_SIZES | dict(discriminator_weight=0.5, discriminator_start=0) | arguments))
+    return kind(**(VQGAN_SIZES | dict(gan_weight=0.5, gan_start_step=0) | arguments))
 
 
 def loader(images: torch.Tensor, batch_size: int = 4) -> DataLoader:
@@ -66,9 +66,9 @@ class WithoutSchedules(VQGAN):
         return super().configure_optimizers()[0]
 
 
-@pytest.mark.parametrize("discriminator_weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
-def test_a_subclass_adds_a_loss(images, discriminator_weight):
-    arguments = dict(discriminator_weight=discriminator_weight, dead_code_reset_after=0)  # which draws
+@pytest.mark.parametrize("gan_weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+def test_a_subclass_adds_a_loss(images, gan_weight):
+    arguments = dict(gan_weight=gan_weight, dead_code_reset_after=0)  # which draws
     plain, brighter = (gan(kind, **arguments) for kind in (VQGAN, Brighter))
     trained(plain, images)
     trained(brighter, images)
@@ -123,21 +123,21 @@ def test_pictures_are_drawn_with_an_adapter(tiny_transformer):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_moving_average_that_nobody_moved_is_none(tmp_path, images, stage):
-    model = gan(ema_decay=0.9) if stage == 1 else ConditionalTransformer(**TRANSFORMER_SIZES, ema_decay=0.9)
+    model = gan(ema_decay=0.9) if stage == 1 else make_transformer(**TRANSFORMER_SIZES, ema_decay=0.9)
     with torch.no_grad():
         for p in model.parameters():  # what a loop without Lightning does
             p.add_(0.1) if p.requires_grad else None
     again = type(model).load(model.eval().save(tmp_path / "model"))
     if stage == 1:
-        assert torch.equal(again(images), model(images)) and torch.equal(model.tokenizer(images)[0], model(images))
+        assert torch.equal(again(images), model(images)) and torch.equal(model.active_model(images)[0], model(images))
         assert not changed(again.autoencoder, weights_of(model.autoencoder))
     else:
-        assert not changed(again.gpt, weights_of(model.gpt)) and model.network is model.gpt
+        assert not changed(again.gpt, weights_of(model.gpt)) and model.eval_model is model.gpt
 
 
 def test_fine_tuning_keeps_the_codes_where_they_are(tmp_path, tiny_vqgan, images):
     arguments = VQGAN_SIZES | dict(kmeans_iters=5, learning_rate=0.0, dead_code_reset_after=0)
-    vqgan = VQGAN(**arguments)
+    vqgan = make_vqgan(**arguments)
     vqgan.load_state_dict(tiny_vqgan.state_dict())
     again = VQGAN.load(vqgan.save(tmp_path / "vqgan"))
     trained(again, images, 1)
@@ -194,13 +194,14 @@ def test_a_copy_of_a_compiled_model_has_weights_of_its_own(images):
             p.zero_()
         for each in (other, pickled):
             torch.testing.assert_close(
-                each.autoencoder.decoder.trunk(z := torch.randn(1, 32, 4, 4)), expected.autoencoder.decoder.trunk(z)
+                each.autoencoder.decoder.forward_features(z := torch.randn(1, 32, 4, 4)),
+                expected.autoencoder.decoder.forward_features(z),
             )
 
 
 @pytest.mark.slow
 def test_a_trained_transformer_can_be_pickled(tiny_vqgan, shapes_clip, images):
-    transformer = ConditionalTransformer(**TRANSFORMER_SIZES, schedule="cosine").attach(tiny_vqgan, shapes_clip)
+    transformer = make_transformer(**TRANSFORMER_SIZES, schedule="cosine").attach_encoders(tiny_vqgan, shapes_clip)
     trained(transformer, images)
     assert not changed(pickle.loads(pickle.dumps(transformer)), weights_of(transformer))
 
@@ -221,7 +222,7 @@ def test_a_cache_in_a_plain_loader(tmp_path, tiny_vqgan, shapes_clip):
     dataset = TokenCacheDataset(tmp_path / "train")
     batches = list(DataLoader(Subset(dataset, range(1, 10)), batch_size=3))
     whole = dataset.batch(range(1, 10))
-    for name in ("indices", "clip_embedding"):
+    for name in ("indices", "condition"):
         assert torch.equal(torch.cat([batch[name] for batch in batches]), whole[name])
     with pytest.raises(TypeError, match=r"list must have a method views\(items, count\)"):
         encode(tmp_path / "other", ImageDataModule([0] * 10, None, 4), tiny_vqgan, shapes_clip, {})
@@ -237,7 +238,7 @@ def test_what_would_be_taken_for_something_else(pipe, tiny_transformer, tiny_vqg
         (lambda: tiny_transformer(indices.view(2, 4, 4), e), r"indices must be \(B, T\)"),
         (lambda: tiny_transformer.sample(e[0]), r"clip_embedding must be \(B, 64\), got \(64,\)"),
         (lambda: tiny_transformer.sample(e[:0]), r"clip_embedding must be \(B, 64\), got \(0, 64\)"),
-        (lambda: tiny_transformer.sample(e, given=indices[:1]), r"given must be \(2, P\) with P at most 16"),
+        (lambda: tiny_transformer.sample(e, prefix=indices[:1]), r"prefix must be \(2, P\) with P at most 16"),
         (lambda: tiny_transformer.sample(e, uniforms=torch.rand(2, 3)), r"uniforms must be \(2, 16\), got \(2, 3\)"),
         (lambda: pipe.transformer.encode(torch.zeros(1, 3, 16, 64)), "images must be square"),
         (lambda: pipe.interpolate("", "a red star"), "prompt must not be empty"),
@@ -260,7 +261,7 @@ def test_what_would_be_taken_for_something_else(pipe, tiny_transformer, tiny_vqg
 )
 def test_batches_of_other_libraries(tiny_vqgan, tiny_transformer, shapes_clip, images, stage, rows, got):
     """Such as torchvision's, of (image, label), whose values lie in [0, 1]."""
-    module = tiny_vqgan if stage == "vqgan" else tiny_transformer.attach(tiny_vqgan, shapes_clip)
+    module = tiny_vqgan if stage == "vqgan" else tiny_transformer.attach_encoders(tiny_vqgan, shapes_clip)
     trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(TypeError, match=rf'a batch must be {{"images": \(B, 3, H, W\) in \[-1, 1\]}}, got {got}'):
         trainer.fit(module, DataLoader([rows(image) for image in images], 4))

@@ -39,7 +39,7 @@ def test_parity(folder):
     assert torch.equal(vqgan.encode(expected["images"]), expected["indices"])
     for ours, name in (
         (z, "z"),
-        (vqgan.tokenizer.quantize(z).z_q, "z_q"),
+        (vqgan.active_model.quantize(z).z_q, "z_q"),
         (vqgan(expected["images"]), "reconstruction"),
         (vqgan.decode(expected["indices"]), "reconstruction"),
     ):
@@ -61,7 +61,7 @@ def test_a_converted_folder_is_the_same_bit_for_bit(folder, tmp_path, images):
 def test_published_weights_can_be_trained_further(folder, fit):
     vqgan = load(folder)
     before = weights_of(vqgan)
-    vqgan.hparams.update(perceptual_weight=0.0, discriminator_start=0, learning_rate=1e-4)
+    vqgan.hparams.update(perceptual_weight=0.0, gan_start_step=0, learning_rate=1e-4)
     fit(vqgan, 1, batch=2)
     moved = changed(vqgan, before)
     assert any(name.startswith("discriminator") for name in moved)
@@ -291,13 +291,13 @@ def test_training_goes_on_from_a_folder_by_command(shared, tmp_path):
     vqgan.save(tmp_path / "f4", training=True)
     arguments = [
         "stage=vqgan",
-        "start_from=f4",
+        "init_from=f4",
         "output=run",
-        "model.perceptual_weight=0",
+        "model.loss.perceptual_weight=0",
         "trainer.max_steps=1",
-        "model.discriminator_weight=0.8",
-        "model.discriminator_start=0",
-        "model.learning_rate=0",
+        "model.gan.weight=0.8",
+        "model.gan.start_step=0",
+        "model.optimizer.learning_rate=0",
         "data.train_size=32",
         "data.batch_size=4",
         "trainer.val_check_interval=1",

@@ -8,7 +8,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from clipgen.models.quantizers.vector import GumbelQuantizer, VectorQuantizer, nearest_rows, usage_and_perplexity
+from clipgen.models.config import QuantizerConfig
+from clipgen.models.quantizers import GumbelQuantizer, VectorQuantizer
+from clipgen.models.quantizers.base import usage_and_perplexity
+from clipgen.models.quantizers.vector import nearest_rows
 
 BOTH = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 
@@ -25,9 +28,9 @@ def test_round_trip(distance):
     module = quantizer(distance)
     z_q, indices, _ = module(torch.randn(2, 8, 4, 6))
     assert indices.shape == (2, 4, 6) and indices.dtype == torch.int64
-    assert module.codes(indices).shape == (2, 8, 4, 6)
-    torch.testing.assert_close(z_q, module.codes(indices), atol=1e-6, rtol=0)
-    assert torch.equal(module(module.codes(indices)).indices, indices)
+    assert module.indices_to_codes(indices).shape == (2, 8, 4, 6)
+    torch.testing.assert_close(z_q, module.indices_to_codes(indices), atol=1e-6, rtol=0)
+    assert torch.equal(module(module.indices_to_codes(indices)).indices, indices)
 
 
 @BOTH
@@ -111,7 +114,7 @@ def test_revival_brings_dead_codes_back():
 def test_only_codes_idle_for_so_many_batches_move():
     module = quantizer(codes=4, dim=2, dead_code_reset_after=3)
     module.embedding.weight.data = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])
-    module.idle.zero_()
+    module.batches_since_use.zero_()
     near = lambda *codes: module.embedding.weight.data[list(codes)].reshape(-1, 2, 1, 1) + 0.1
     seen = []
     for chosen in ([0, 1, 2], [0, 1], [0, 1], [0, 1, 2]):
@@ -172,12 +175,12 @@ def test_gumbel_by_hand():
     drawn = module(z)
     share = torch.bincount(drawn.indices.flatten(), minlength=4) / drawn.indices.numel()
     torch.testing.assert_close(share, p, atol=0.03, rtol=0)
-    torch.testing.assert_close(drawn.z_q, module.codes(drawn.indices))
+    torch.testing.assert_close(drawn.z_q, module.indices_to_codes(drawn.indices))
     assert drawn.losses["kl_loss"].item() == pytest.approx((p * (p * 4).log()).sum().item(), rel=1e-4)
     (drawn.z_q * torch.randn_like(drawn.z_q)).sum().backward()
     assert module.proj.weight.grad.abs().sum() > 0 and module.embed.weight.grad.abs().sum() > 0
     sure = module.eval()(z)
-    assert (sure.indices == 3).all() and torch.equal(sure.z_q, module.codes(sure.indices))
+    assert (sure.indices == 3).all() and torch.equal(sure.z_q, module.indices_to_codes(sure.indices))
 
 
 def test_usage_and_perplexity_by_hand():
@@ -194,13 +197,13 @@ def test_usage_and_perplexity_by_hand():
     ("arguments", "message"),
     [
         (dict(codebook_size=1, codebook_dim=4), "codebook_size must be at least 2, got 1"),
-        (dict(codebook_size=8, codebook_dim=4, distance="l1"), "got 'l1'"),
+        (dict(codebook_size=8, codebook_dim=0), "codebook_dim must be at least 1, got 0"),
         (dict(codebook_size=8, codebook_dim=4, codebook_ema_decay=1.0), "codebook_ema_decay must be in .*, got 1.0"),
     ],
 )
 def test_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        VectorQuantizer(**arguments)
+        QuantizerConfig(**arguments)
 
 
 def test_kmeans_starts_from_different_latents_where_there_are_enough():

@@ -15,7 +15,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from commands import command, interrupt_at
-from conftest import QUIET, VQGAN_SIZES
+from conftest import QUIET
+from models import VQGAN_SIZES, make_vqgan
 from test_image_data import encoded, make_tar
 
 from clipgen.cli.config import composed
@@ -35,30 +36,30 @@ SMALL = [
     "trainer.max_steps=7",
     "trainer.val_check_interval=5",
     "trainer.check_val_every_n_epoch=null",
-    "pictures.num_images=2",
+    "image_logger.num_images=2",
     "logger=none",
     "checkpoint.every_n_steps=1",
 ]
 STAGES = {
     "vqgan": [
         "stage=vqgan",
-        "model.ch=32",
-        "model.ch_mult=[1]",
-        "model.num_res_blocks=1",
-        "model.z_channels=32",
-        "model.codebook_size=16",
-        "model.codebook_dim=8",
-        "model.patch_size=8",
-        "model.warmup_steps=1",
-        "model.ema_decay=0.9",
-        "model.discriminator_weight=0.5",
-        "model.discriminator_start=2",
-        "model.dropout=0.1",
-        "model.ndf=8",
-        "model.n_layers=1",
-        "model.lecam_weight=0.1",
-        "model.dead_code_reset_after=2",
-        "model.kmeans_iters=2",
+        "model.autoencoder.ch=32",
+        "model.autoencoder.ch_mult=[1]",
+        "model.autoencoder.num_res_blocks=1",
+        "model.autoencoder.z_channels=32",
+        "model.quantizer.codebook_size=16",
+        "model.quantizer.codebook_dim=8",
+        "model.autoencoder.patch_size=8",
+        "model.optimizer.warmup_steps=1",
+        "model.optimizer.ema_decay=0.9",
+        "model.gan.weight=0.5",
+        "model.gan.start_step=2",
+        "model.autoencoder.dropout=0.1",
+        "model.gan.channels=8",
+        "model.gan.num_layers=1",
+        "model.gan.lecam_weight=0.1",
+        "model.quantizer.dead_code_reset_after=2",
+        "model.quantizer.kmeans_iters=2",
         *SMALL,
     ],
     "transformer": [
@@ -66,15 +67,15 @@ STAGES = {
         "model.n_layer=1",
         "model.n_head=2",
         "model.n_embd=32",
-        "model.warmup_steps=1",
-        "model.dropout=0.1",
-        "model.condition_dropout=0.3",
-        "model.condition_cosine=0.9",
-        "model.optimizer=muon",
-        "model.ema_decay=0.9",
-        "model.clip_loss_weight=0.2",
-        "model.clip_loss_codes=gumbel",
-        "model.clip_loss_every=2",
+        "model.optimizer.warmup_steps=1",
+        "model.autoencoder.dropout=0.1",
+        "model.conditioning.drop_prob=0.3",
+        "model.conditioning.noise_cosine=0.9",
+        "model.optimizer.name=muon",
+        "model.optimizer.ema_decay=0.9",
+        "model.clip_loss.weight=0.2",
+        "model.clip_loss.estimator=gumbel",
+        "model.clip_loss.interval=2",
         *SMALL,
     ],
 }
@@ -89,7 +90,7 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
         picture.save(tmp_path / "images" / f"{i}.png")
     for name, part in (("a", pictures[:6]), ("b", pictures[6:])):
         make_tar(tmp_path / f"{name}.tar", {f"{i}.png": encoded(picture, "PNG") for i, picture in enumerate(part)})
-    VQGAN(**VQGAN_SIZES).save(tmp_path / "vqgan")
+    make_vqgan(**VQGAN_SIZES).save(tmp_path / "vqgan")
     shapes = ["data=shapes", "data.train_size=14", "data.val_size=4"]
     cache = call("clipgen-encode", *shapes, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
     assert cache.code == 0, cache.stderr
@@ -112,7 +113,7 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
         ],
         "webdataset": streams,
         "workers": [*streams[:-3], "data.num_workers=2", *streams[-2:]],
-        "encoded": ["data=encoded", "data.root=cache"],
+        "encoded": ["data=cached", "data.root=cache"],
     }
 
 
@@ -149,7 +150,7 @@ def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
 
 
 def test_a_resumed_run_is_the_run_where_batches_accumulate(call, sources):
-    more = ["vqgan=vqgan", "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5"]
+    more = ["vqgan=vqgan", "model.optimizer.grad_accum_steps=2", "model.optimizer.grad_clip=0.5"]
     stopped_and_resumed(call, [*STAGES["transformer"], *sources["encoded"], *more], 3)
 
 
@@ -170,7 +171,7 @@ EPOCHS = [
         slow("vqgan", "shapes", 2, []),
         slow("vqgan", "webdataset", 4, []),
         slow("transformer", "encoded", 3, EPOCHS),
-        slow("vqgan", "shapes", 3, ["model.accumulate=2"]),
+        slow("vqgan", "shapes", 3, ["model.optimizer.grad_accum_steps=2"]),
         slow("vqgan", "folder", 5, EPOCHS),
         slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"]),
     ],
@@ -178,7 +179,7 @@ EPOCHS = [
 def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, kind, stop, more):
     """In the middle of a pass and at its end, where steps count and where passes do; its rate is a cosine."""
     tokenizer = ["vqgan=vqgan"] if stage == "transformer" else []
-    arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *tokenizer, "model.warmup_steps=4", *more]
+    arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *tokenizer, "model.optimizer.warmup_steps=4", *more]
     assert call(*arguments, "output=straight").code == 0
     with monkeypatch.context() as patch:
         interrupt_at(patch, {"vqgan": VQGAN, "transformer": ConditionalTransformer}[stage], "training_step", stop)
@@ -191,13 +192,13 @@ def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, k
 @pytest.mark.parametrize(("stage", "kind"), [("vqgan", "shapes"), ("transformer", "encoded")])
 def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monkeypatch, stage, kind):
     """Those of each step, the last one before the stop too; at the rates of a cosine."""
-    more = ["vqgan=vqgan", "model.clip_loss_every=1"] if stage == "transformer" else []
+    more = ["vqgan=vqgan", "model.clip_loss.interval=1"] if stage == "transformer" else []
     arguments = [
         "clipgen-train",
         *STAGES[stage],
         *sources[kind],
         *more,
-        "model.schedule=cosine",
+        "model.optimizer.schedule=cosine",
         "logger=csv",
         "trainer.log_every_n_steps=1",
     ]
@@ -219,7 +220,7 @@ def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch
         "clipgen-train",
         *STAGES["vqgan"],
         *sources["shapes"],
-        "model.schedule=constant",
+        "model.optimizer.schedule=constant",
         "data.val_size=8",
         "trainer.val_check_interval=2",
         *more,
@@ -246,7 +247,7 @@ def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch
 
 def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
     """Compare with a run that was not stopped."""
-    schedule = ["model.schedule=constant"]  # a cosine would end where the shorter run does
+    schedule = ["model.optimizer.schedule=constant"]  # a cosine would end where the shorter run does
     for options in (["output=straight"], ["output=half", f"trainer.max_steps={stop}"], ["output=half", "resume=half"]):
         result = call("clipgen-train", *arguments, *schedule, *options)
         assert result.code == 0, result.stderr
@@ -257,12 +258,12 @@ def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "kind", "more"),
-    [("vqgan", "shapes", []), ("transformer", "encoded", ["vqgan=vqgan", "model.weight_decay=0.5"])],
+    [("vqgan", "shapes", []), ("transformer", "encoded", ["vqgan=vqgan", "model.optimizer.weight_decay=0.5"])],
 )
 def test_what_is_given_on_resuming_is_what_trains(call, sources, stage, kind, more):
     """Not the learning rate, betas and weight decay that the checkpoint's optimizers were made with."""
     run = [*STAGES[stage], *sources[kind], *more[:1]]
-    given = ["model.learning_rate=1e-5", "model.betas=[0.1,0.2]", "trainer.max_steps=5", *more[1:]]
+    given = ["model.optimizer.learning_rate=1e-5", "model.optimizer.betas=[0.1,0.2]", "trainer.max_steps=5", *more[1:]]
     for options in ([*run, *given, "output=new"], [*run, "trainer.max_steps=3", "output=old"], ["resume=old", *given]):
         result = call("clipgen-train", *options)
         assert result.code == 0, result.stderr
@@ -283,7 +284,7 @@ def test_two_processes_resume_as_one_run(sources, tmp_path):
         *STAGES["transformer"],
         *sources["encoded"],
         "data.batch_size=2",
-        "model.schedule=constant",
+        "model.optimizer.schedule=constant",
         "trainer.devices=2",
         "trainer.accelerator=cpu",
     ]
@@ -302,7 +303,7 @@ def test_two_processes_stop_at_the_same_step(sources, tmp_path):
         *STAGES["vqgan"],
         *sources["folder"],
         "data.batch_size=2",
-        "model.schedule=constant",
+        "model.optimizer.schedule=constant",
         "logger=csv",
         "trainer.max_steps=80",
         "trainer.val_check_interval=100",
@@ -340,7 +341,7 @@ def test_resume_auto_starts_a_run_and_then_resumes_it(call, tmp_path):
         "data=shapes",
         "data.train_size=14",
         "data.val_size=4",
-        "model.schedule=constant",
+        "model.optimizer.schedule=constant",
     ]
     assert call(*arguments, "output=straight").code == 0
     for more in (["trainer.max_steps=3"], [], []):  # begins, goes on, and has nothing left to do
@@ -454,7 +455,7 @@ def test_a_run_whose_process_is_killed_is_resumed_by_torchrun(sources, tmp_path)
         *STAGES["transformer"],
         *sources["encoded"],
         "data.batch_size=2",
-        "model.schedule=constant",
+        "model.optimizer.schedule=constant",
         "trainer.devices=2",
         "trainer.accelerator=cpu",
     ]
@@ -528,14 +529,14 @@ def test_checkpoints_go_to_fsdp_and_back(call, sources, tmp_path, optimizer):
         "clipgen-train",
         *STAGES["transformer"],
         *sources["encoded"],
-        "model.schedule=constant",
-        f"model.optimizer={optimizer}",
-        "model.ema_decay=0",
-        "model.dropout=0",
-        "model.condition_dropout=0",
-        "model.condition_cosine=1",
-        "model.clip_loss_weight=0",
-        "model.learning_rate=1e-2",
+        "model.optimizer.schedule=constant",
+        f"model.optimizer.name={optimizer}",
+        "model.optimizer.ema_decay=0",
+        "model.autoencoder.dropout=0",
+        "model.conditioning.drop_prob=0",
+        "model.conditioning.noise_cosine=1",
+        "model.clip_loss.weight=0",
+        "model.optimizer.learning_rate=1e-2",
         "trainer.accelerator=cpu",
     ]
     assert call(*arguments, "output=straight").code == 0

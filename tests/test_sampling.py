@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,17 +12,14 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from clipgen import ConditionalTransformer, TextToImage
 from clipgen.cli.sampling_args import add_settings, settings_of
 from clipgen.sampling import (
-    DEFAULTS,
-    check_sampling,
-    decode,
-    draw,
-    guidance_scales,
-    guided,
+    SamplingParams,
     per_sample_seeds,
     per_sample_uniforms,
+    sample_from_logits,
+    sample_sequence,
+    with_cfg,
 )
 
 SETTINGS = [
@@ -44,9 +41,17 @@ def filtered_softmax(logits: Tensor, temperature: float, top_k: int, top_p: floa
     return scores.softmax(-1)
 
 
+def sample(logits: Tensor, uniforms: Tensor, **settings) -> Tensor:
+    return sample_from_logits(logits, uniforms, SamplingParams(**settings))
+
+
+def guidance_scales(scale: float, power: float, length: int) -> list[float]:
+    return SamplingParams(guidance_scale=scale, guidance_power=power).guidance_scales(length)
+
+
 def frequencies(logits: Tensor, uniforms: Tensor, **settings) -> Tensor:
     """How often each index comes out for one row of logits (K,)."""
-    drawn = draw(logits.expand(len(uniforms), -1), uniforms, **settings)
+    drawn = sample(logits.expand(len(uniforms), -1), uniforms, **settings)
     return torch.bincount(drawn, minlength=len(logits)) / len(uniforms)
 
 
@@ -89,16 +94,16 @@ def test_top_p_keeps_at_least_one_for_every_row():
     """litgpt keeps none in the first rows of a batch and everything in the last."""
     logits = torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]]))
     for u in (0.0, 0.5, 1 - 2**-24):
-        assert draw(logits, torch.full((3,), u), top_p=1e-9).tolist()[:2] == [0, 2]
-        assert draw(logits, torch.full((3,), u), top_p=0.5).tolist()[:2] == [0, 2]
-    kept = [set(draw(logits, torch.full((3,), u), top_p=0.7).tolist()[:1]) for u in (0.0, 0.3, 0.66, 0.68, 0.999)]
+        assert sample(logits, torch.full((3,), u), top_p=1e-9).tolist()[:2] == [0, 2]
+        assert sample(logits, torch.full((3,), u), top_p=0.5).tolist()[:2] == [0, 2]
+    kept = [set(sample(logits, torch.full((3,), u), top_p=0.7).tolist()[:1]) for u in (0.0, 0.3, 0.66, 0.68, 0.999)]
     assert kept == [{0}, {0}, {0}, {1}, {1}]  # 0.6 / 0.9 = 0.667 of the mass is the first's
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
     logits, uniforms = torch.randn(16, 30), torch.rand(16)
-    together = draw(logits, uniforms, top_k=10, top_p=0.9)
-    alone = torch.cat([draw(logits[i : i + 1], uniforms[i : i + 1], top_k=10, top_p=0.9) for i in range(16)])
+    together = sample(logits, uniforms, top_k=10, top_p=0.9)
+    alone = torch.cat([sample(logits[i : i + 1], uniforms[i : i + 1], top_k=10, top_p=0.9) for i in range(16)])
     assert torch.equal(together, alone) and len(together.unique()) > 3
 
 
@@ -106,22 +111,22 @@ def test_logits_are_not_written_into():
     logits = torch.randn(4, 30)
     before = logits.clone()
     for settings in (*SETTINGS, dict(temperature=0)):
-        draw(logits, torch.rand(4), **settings)
+        sample(logits, torch.rand(4), **settings)
     assert torch.equal(logits, before)
 
 
 def test_temperature_zero_is_argmax_and_tiny_ones_agree():
     logits = 100 * torch.randn(64, 30)
     for temperature in (0, 1e-4, 1e-30, 1e-37):
-        assert torch.equal(draw(logits, torch.rand(64), temperature=temperature), logits.argmax(-1)), temperature
+        assert torch.equal(sample(logits, torch.rand(64), temperature=temperature), logits.argmax(-1)), temperature
 
 
 def test_extreme_logits_and_uniforms_stay_inside():
     logits = torch.tensor([[1e4, 0.0, -1e4], [-math.inf, 0.0, 0.0], [0.0, -math.inf, -math.inf]])
     for u in (0.0, 0.5, 1 - 2**-24):
-        drawn = draw(logits, torch.full((3,), u)).tolist()
+        drawn = sample(logits, torch.full((3,), u)).tolist()
         assert drawn[0] == 0 and drawn[1] in (1, 2) and drawn[2] == 0
-    half = draw(logits.bfloat16(), torch.rand(3))
+    half = sample(logits.bfloat16(), torch.rand(3))
     assert half.dtype == torch.int64 and half.shape == (3,)
 
 
@@ -133,7 +138,7 @@ def test_decode_feeds_back_what_it_drew():
         following = torch.full((2,), 3) if previous is None else (previous + 1) % 5
         return torch.nn.functional.one_hot(following, 5).float() * 1e3
 
-    indices = decode(step, torch.rand(2, 4))
+    indices = sample_sequence(step, torch.rand(2, 4), SamplingParams())
     assert indices.tolist() == [[3, 4, 0, 1]] * 2 and indices.dtype == torch.int64
     assert calls == [(0, None), (1, [3, 3]), (2, [4, 4]), (3, [0, 0])]
 
@@ -141,7 +146,7 @@ def test_decode_feeds_back_what_it_drew():
 def test_decode_uses_each_uniform_once():
     """With flat logits over 4 indices, the uniforms are the indices."""
     uniforms = torch.tensor([[0.1, 0.3, 0.6], [0.5, 0.0, 0.99]])
-    indices = decode(lambda position, previous: torch.zeros(2, 4), uniforms)
+    indices = sample_sequence(lambda position, previous: torch.zeros(2, 4), uniforms, SamplingParams())
     order = torch.zeros(1, 4).topk(4).indices[0]
     assert torch.equal(indices, order[(uniforms * 4).long()])
 
@@ -154,9 +159,9 @@ def test_guidance_by_hand():
         seen.append(previous)
         return torch.cat([condition, null])
 
-    torch.testing.assert_close(guided(step, [1.0])(0, None), condition)
-    torch.testing.assert_close(guided(step, [0.0])(0, None), null)
-    torch.testing.assert_close(guided(step, [9.0, 3.0])(1, torch.tensor([7, 8])), 3 * condition - 2 * null)
+    torch.testing.assert_close(with_cfg(step, [1.0])(0, None), condition)
+    torch.testing.assert_close(with_cfg(step, [0.0])(0, None), null)
+    torch.testing.assert_close(with_cfg(step, [9.0, 3.0])(1, torch.tensor([7, 8])), 3 * condition - 2 * null)
     assert seen[-1].tolist() == [7, 8, 7, 8]  # both halves continue the same sequence
 
 
@@ -183,7 +188,7 @@ def test_row_seeds():
     assert per_sample_seeds(np.int64(7), 2) == per_sample_seeds(np.array([7, 8]), 2) == [7, 8]
     drawn = per_sample_seeds(None, 2)
     assert drawn[1] == drawn[0] + 1 and per_sample_seeds(None, 2) != drawn
-    with pytest.raises(ValueError, match="one for each of the 3 rows, got 2"):
+    with pytest.raises(ValueError, match="one for each of the 3 samples, got 2"):
         per_sample_seeds([1, 2], 3)
     before, kind = per_sample_uniforms([3], 5), torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -212,16 +217,18 @@ def test_row_seeds():
         ("guidance_power", math.inf),
     ],
 )
-def test_senseless_settings_are_refused(name, value):
-    settings = dict(temperature=1.0, top_k=300, top_p=1.0, guidance_scale=1.0, guidance_power=0.0) | {name: value}
+def test_params_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
-        check_sampling(**settings)
+        SamplingParams(**{name: value})
 
 
-def test_the_settings_are_the_same_everywhere():
-    """Signatures spell them out, for people; commands, for they must not import torch to say --help."""
-    for function in (TextToImage.__call__, ConditionalTransformer.sample):
-        found = inspect.signature(function).parameters
-        assert {name: found[name].default for name in DEFAULTS} == DEFAULTS
+@pytest.mark.parametrize("value", ["300", None, True])
+def test_params_that_are_not_numbers_are_refused(value):
+    with pytest.raises(TypeError, match=f"top_k must be a number, got {value!r}"):
+        SamplingParams(top_k=value)
+
+
+def test_options_have_the_defaults_of_the_params():
+    """The command line spells them out, because it must not import torch for --help."""
     add_settings(parser := argparse.ArgumentParser())
-    assert settings_of(parser.parse_args([])) == DEFAULTS
+    assert settings_of(parser.parse_args([])) == asdict(SamplingParams())

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from commands import TRANSFORMER, command
-from conftest import VQGAN_SIZES
+from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 from test_image_data import GOOD, make_tar
 
@@ -26,7 +26,6 @@ from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, cl
 from clipgen.data.webdataset import read_names, shard_data
 from clipgen.images import to_pil
 from clipgen.pipeline import TextToImage
-from clipgen.vqgan import VQGAN
 
 SOURCE = {"source": {"what": "shapes"}}
 
@@ -60,8 +59,8 @@ def test_it_holds_what_the_models_say(cache, data, tiny_vqgan, shapes_clip):
     images = data.train.render(range(50))
     batch = dataset.batch(list(range(50)))
     assert torch.equal(batch["indices"], tiny_vqgan.encode(images).flatten(1)) and batch["indices"].dtype == torch.int64
-    torch.testing.assert_close(batch["clip_embedding"], shapes_clip.encode_image(images), atol=2e-3, rtol=0)  # fp16
-    torch.testing.assert_close(batch["clip_embedding"].norm(dim=1), torch.ones(50))
+    torch.testing.assert_close(batch["condition"], shapes_clip.encode_image(images), atol=2e-3, rtol=0)  # fp16
+    torch.testing.assert_close(batch["condition"].norm(dim=1), torch.ones(50))
     assert torch.equal(dataset[33]["indices"], batch["indices"][33])
     for outside in (50, -1):
         with pytest.raises(IndexError, match=rf"in \[0, 50\), got {outside}"):
@@ -231,14 +230,14 @@ def test_another_source_or_model_does_not_go_into_the_same_cache(encode, cache, 
         encode(cache, shard_size=20)
     torch.manual_seed(5)
     with pytest.raises(ValueError, match="holds a cache made with vqgan="):
-        precompute.encode(cache, data, VQGAN(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
+        precompute.encode(cache, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
 
 
 def test_identities(tmp_path, tiny_vqgan, fit):
     """One for each set of weights, whatever file holds them."""
     mine = precompute.vqgan_identity(tiny_vqgan)
     assert precompute.saved_identity(tiny_vqgan.save(tmp_path / "folder", training=True)) == mine
-    averaged = VQGAN(**VQGAN_SIZES, ema_decay=0.5)
+    averaged = make_vqgan(**VQGAN_SIZES, ema_decay=0.5)
     fit(averaged, 2, batch=4).save_checkpoint(tmp_path / "last.ckpt")
     saved = precompute.saved_identity(tmp_path / "last.ckpt")
     assert saved == precompute.vqgan_identity(averaged.eval()) != mine
@@ -248,15 +247,15 @@ def test_identities(tmp_path, tiny_vqgan, fit):
 
 def test_identities_tell_apart_what_the_weights_do_not():
     """Two orders of the same levels: the same weights, other indices."""
-    first = VQGAN(
+    first = make_vqgan(
         **VQGAN_SIZES
-        | dict(quantizer="fsq", codebook_size=96, codebook_dim=3, levels=[3, 8, 4], dead_code_reset_after=0)
+        | dict(quantizer_type="fsq", codebook_size=96, codebook_dim=3, fsq_levels=[3, 8, 4], dead_code_reset_after=0)
     )
-    second = VQGAN(
+    second = make_vqgan(
         **VQGAN_SIZES
-        | dict(quantizer="fsq", codebook_size=96, codebook_dim=3, levels=[8, 3, 4], dead_code_reset_after=0)
+        | dict(quantizer_type="fsq", codebook_size=96, codebook_dim=3, fsq_levels=[8, 3, 4], dead_code_reset_after=0)
     )
-    second.load_tokenizer(first.tokenizer.state_dict())
+    second.load_tokenizer_(first.active_model.state_dict())
     assert precompute.vqgan_identity(first) != precompute.vqgan_identity(second)
 
 
@@ -275,7 +274,7 @@ def test_the_data_module(cache):
     module = TokenCacheDataModule(cache, batch_size=16)
     batches = list(module.train_dataloader())
     assert len(batches) == len(module.train_dataloader()) == 3
-    assert batches[0]["indices"].shape == (16, 16) and batches[0]["clip_embedding"].shape == (16, 64)
+    assert batches[0]["indices"].shape == (16, 16) and batches[0]["condition"].shape == (16, 64)
     assert sum(len(batch["indices"]) for batch in module.val_dataloader()) == 10
     workers = list(TokenCacheDataModule(cache, batch_size=16, num_workers=2).train_dataloader())
     assert all(torch.equal(a["indices"], b["indices"]) for a, b in zip(batches, workers))
@@ -285,7 +284,7 @@ def test_the_data_module(cache):
 
 def test_embeddings_of_a_bridge(cache):
     data = TokenCacheDataset(cache / "train")
-    every = data.batch(range(len(data)))["clip_embedding"]
+    every = data.batch(range(len(data)))["condition"]
     assert torch.equal(data.embeddings(), every) and torch.equal(data.embeddings(len(data) // 3), every[::3])
 
 
@@ -315,7 +314,7 @@ def test_training_from_a_cache_needs_neither_model(call, encoded, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("clipgen.clip.FrozenCLIP.__init__", refuse)
         patch.setattr("clipgen.vqgan.VQGAN.__init__", refuse)
-        arguments = ["data=encoded", f"data.root={encoded}", "output=run", "trainer.limit_val_batches=0"]  # no pictures
+        arguments = ["data=cached", f"data.root={encoded}", "output=run", "trainer.limit_val_batches=0"]  # no pictures
         result = call("clipgen-train", *TRANSFORMER, *arguments)
     assert result.code == 0, result.stderr
     result = call(
@@ -332,8 +331,8 @@ def test_training_from_a_cache_needs_neither_model(call, encoded, monkeypatch):
 
 def test_training_from_a_cache_draws_pictures(call, encoded, monkeypatch):
     """Of the validation embeddings and of the prompts; of those alone where the CLIP cannot be loaded."""
-    prompts = "pictures.prompts=[a large red star on a white background]"
-    arguments = ["data=encoded", f"data.root={encoded}", prompts, "trainer.max_steps=2"]
+    prompts = "image_logger.prompts=[a large red star on a white background]"
+    arguments = ["data=cached", f"data.root={encoded}", prompts, "trainer.max_steps=2"]
     result = call("clipgen-train", *TRANSFORMER, *arguments, "output=run")
     names = [f"{name}_0000002.png" for name in ("from_images", "from_texts")]
     assert result.code == 0 and sorted(path.name for path in Path("run/pictures").iterdir()) == names, result.stderr
@@ -347,19 +346,19 @@ def test_training_from_a_cache_draws_pictures(call, encoded, monkeypatch):
 
 
 def test_the_clip_loss_loads_them(call, encoded):
-    arguments = ["data=encoded", f"data.root={encoded}", "output=run", "model.clip_loss_weight=0.2"]
+    arguments = ["data=cached", f"data.root={encoded}", "output=run", "model.clip_loss.weight=0.2"]
     result = call("clipgen-train", *TRANSFORMER, *arguments, "trainer.max_steps=2")
     assert result.code == 0, result.stderr
 
 
 def test_a_cache_of_other_models_is_refused(call, encoded, tmp_path):
     torch.manual_seed(3)
-    VQGAN(**VQGAN_SIZES).save(tmp_path / "other")
+    make_vqgan(**VQGAN_SIZES).save(tmp_path / "other")
     for argument, message in (
         ("vqgan=other", "another tokenizer than other"),
         ("clip=openai", "with the CLIP shapes, not with ViT"),
     ):
-        result = call("clipgen-train", *TRANSFORMER, "data=encoded", f"data.root={encoded}", argument, "output=run")
+        result = call("clipgen-train", *TRANSFORMER, "data=cached", f"data.root={encoded}", argument, "output=run")
         assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
@@ -387,7 +386,7 @@ def test_a_damaged_cache_is_refused(call, encoded, tmp_path):
 
     for damage, message in (
         (lambda: shutil.rmtree(encoded / "vqgan"), "no VQGAN checkpoint"),
-        (lambda: VQGAN(**VQGAN_SIZES).save(encoded / "vqgan"), "another tokenizer than"),
+        (lambda: make_vqgan(**VQGAN_SIZES).save(encoded / "vqgan"), "another tokenizer than"),
         (
             lambda: (encoded / "train/shard-000001.npy").unlink(),
             "train must hold 64 images, as the manifest says, got 48",
@@ -397,7 +396,7 @@ def test_a_damaged_cache_is_refused(call, encoded, tmp_path):
         (lambda: cut("manifest.json", 40), "manifest.json is damaged"),
     ):
         damage()
-        result = call("clipgen-train", *TRANSFORMER, "data=encoded", f"data.root={encoded}", "output=run")
+        result = call("clipgen-train", *TRANSFORMER, "data=cached", f"data.root={encoded}", "output=run")
         assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
         for name, data in whole.items():
             (encoded / name).parent.mkdir(exist_ok=True)
@@ -419,7 +418,7 @@ def test_a_source_that_changed_is_refused(call, tiny_vqgan, tmp_path):
 
 
 def test_a_missing_cache_is_named(call):
-    result = call("clipgen-train", *TRANSFORMER, "data=encoded", "data.root=none", "output=run")
+    result = call("clipgen-train", *TRANSFORMER, "data=cached", "data.root=none", "output=run")
     assert result.code == 1 and "no encoded cache in none" in result.stderr and "clipgen-encode" in result.stderr
 
 
@@ -466,10 +465,10 @@ def test_killed_and_started_again(tmp_path, tiny_vqgan):
 def labels_of(cache: Path, split: str = "train") -> list[int]:
     data = TokenCacheDataModule(cache, batch_size=1, condition="label")
     batch = data.datasets[split].batch(list(range(len(data.datasets[split]))))
-    assert batch["clip_embedding"].dtype == torch.float32 and torch.equal(
-        batch["clip_embedding"].sum(dim=1), torch.ones(len(batch["indices"]))
+    assert batch["condition"].dtype == torch.float32 and torch.equal(
+        batch["condition"].sum(dim=1), torch.ones(len(batch["indices"]))
     )
-    return batch["clip_embedding"].argmax(dim=1).tolist()
+    return batch["condition"].argmax(dim=1).tolist()
 
 
 def test_labels_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
@@ -515,7 +514,7 @@ def test_a_first_shard_without_images(tmp_path, tiny_vqgan, shapes_clip):
     assert precompute.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
     dataset = TokenCacheDataset(tmp_path / "cache" / "train")
     assert len(dataset) == 2 and dataset[(1, 0)]["indices"].shape == (16,)
-    assert dataset[1]["clip_embedding"].shape == (64,)
+    assert dataset[1]["condition"].shape == (64,)
 
 
 def test_labels_of_folders(tmp_path, tiny_vqgan, shapes_clip):

@@ -9,7 +9,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from conftest import QUIET, TRANSFORMER_SIZES, changed, weights_of
+from conftest import QUIET, changed, weights_of
+from models import TRANSFORMER_SIZES, make_transformer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,7 +18,7 @@ from clipgen.transformer import ConditionalTransformer
 
 
 def model(**arguments) -> ConditionalTransformer:
-    return ConditionalTransformer(**(TRANSFORMER_SIZES | arguments))
+    return make_transformer(**(TRANSFORMER_SIZES | arguments))
 
 
 def embeddings(rows: int) -> Tensor:
@@ -31,7 +32,7 @@ def embeddings(rows: int) -> Tensor:
 def test_the_papers_sizes(n_layer, n_head, n_embd):
     """COCO's and ImageNet's: counted on the meta device, against GPT-2's own arithmetic."""
     with torch.device("meta"):
-        transformer = ConditionalTransformer(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        transformer = make_transformer(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     block = 12 * n_embd**2 + 13 * n_embd
     outside = (16384 + 256) * n_embd + 2 * n_embd + (512 + 1) * n_embd  # codes, positions, last norm, CLIP projection
     assert sum(p.numel() for p in transformer.parameters()) == n_layer * block + outside
@@ -40,7 +41,7 @@ def test_the_papers_sizes(n_layer, n_head, n_embd):
 
 def test_the_default_is_the_papers_coco_model():
     with torch.device("meta"):
-        millions = sum(p.numel() for p in ConditionalTransformer().parameters()) / 1e6
+        millions = sum(p.numel() for p in make_transformer().parameters()) / 1e6
     assert 300 < millions < 325  # 307 M in the paper
 
 
@@ -49,7 +50,7 @@ def test_the_default_is_the_papers_coco_model():
 
 def test_it_learns_the_indices_of_images(tiny_vqgan, shapes_clip, images):
     """Eight images by heart: the embedding says which, so the cross entropy falls towards 0 from about ln K."""
-    transformer = model(learning_rate=1e-2, condition_dropout=0.0).attach(tiny_vqgan, shapes_clip)
+    transformer = model(learning_rate=1e-2, cond_drop_prob=0.0).attach_encoders(tiny_vqgan, shapes_clip)
     indices, e = transformer.encode(images)
     entropy = lambda: F.cross_entropy(transformer(indices, e).flatten(0, 1), indices.flatten()).item()
     first = entropy()
@@ -63,7 +64,7 @@ def test_it_learns_the_indices_of_images(tiny_vqgan, shapes_clip, images):
 
 
 def test_the_frozen_pair_never_changes_and_is_no_part_of_it(tmp_path, tiny_vqgan, shapes_clip, fit):
-    transformer = model(clip_loss_weight=0.2).attach(tiny_vqgan, shapes_clip)
+    transformer = model(clip_loss_weight=0.2).attach_encoders(tiny_vqgan, shapes_clip)
     before = [weights_of(part) for part in (tiny_vqgan, shapes_clip, transformer)]
     trainer = fit(transformer, 3)
     assert not changed(tiny_vqgan, before[0]) and not changed(shapes_clip, before[1])
@@ -79,7 +80,7 @@ def test_the_frozen_pair_never_changes_and_is_no_part_of_it(tmp_path, tiny_vqgan
 
 def test_the_loss_is_equations_8_to_10(tiny_vqgan, shapes_clip, images):
     """Cross entropy plus 0.2 of -log((1 + cos) / 2), where the picture is that of the most likely indices."""
-    transformer = model(clip_loss_weight=0.2, condition_dropout=0.0).attach(tiny_vqgan, shapes_clip)
+    transformer = model(clip_loss_weight=0.2, cond_drop_prob=0.0).attach_encoders(tiny_vqgan, shapes_clip)
     transformer.log = lambda name, value, **_: logged.__setitem__(name, value)
     logged: dict[str, Tensor] = {}
     loss = transformer.training_step({"images": images}, 0)
@@ -95,7 +96,7 @@ def test_the_loss_is_equations_8_to_10(tiny_vqgan, shapes_clip, images):
 
 
 def test_clip_loss_reaches_the_transformer_and_not_the_frozen_pair(tiny_vqgan, shapes_clip, images):
-    transformer = model(condition_dropout=0.0).attach(tiny_vqgan, shapes_clip)
+    transformer = model(cond_drop_prob=0.0).attach_encoders(tiny_vqgan, shapes_clip)
     indices, e = transformer.encode(images)
     transformer.clip_loss(transformer(indices, e), e).backward()
     for name, parameter in transformer.named_parameters():
@@ -104,7 +105,7 @@ def test_clip_loss_reaches_the_transformer_and_not_the_frozen_pair(tiny_vqgan, s
 
 
 def test_clip_loss_alone_brings_pictures_closer(tiny_vqgan, shapes_clip, images):
-    transformer = model(condition_dropout=0.0, tie_head=False).attach(tiny_vqgan, shapes_clip)
+    transformer = model(cond_drop_prob=0.0, tie_embeddings=False).attach_encoders(tiny_vqgan, shapes_clip)
     logits = torch.nn.Parameter(torch.randn(8, 16, 16))
     e = shapes_clip.encode_image(images)
     optimizer = torch.optim.Adam([logits], lr=0.1)
@@ -120,7 +121,7 @@ def test_clip_loss_alone_brings_pictures_closer(tiny_vqgan, shapes_clip, images)
 
 def test_dropped_and_noisy_conditions(tiny_vqgan, shapes_clip, images, monkeypatch):
     """What the network is given: a quarter of the rows without condition, the rest at the asked cosine."""
-    transformer = model(condition_dropout=0.25, condition_cosine=0.5).attach(tiny_vqgan, shapes_clip)
+    transformer = model(cond_drop_prob=0.25, cond_noise_cosine=0.5).attach_encoders(tiny_vqgan, shapes_clip)
     transformer.log = lambda *_, **__: None
     given, original = [], transformer.gpt.forward
 
@@ -141,7 +142,7 @@ def test_dropped_and_noisy_conditions(tiny_vqgan, shapes_clip, images, monkeypat
 
 
 def test_weight_decay_spares_vectors(tiny_vqgan, shapes_clip, fit):
-    transformer = model(weight_decay=0.1).attach(tiny_vqgan, shapes_clip)
+    transformer = model(weight_decay=0.1).attach_encoders(tiny_vqgan, shapes_clip)
     fit(transformer, 1)
     decayed, spared = (group["params"] for group in transformer.optimizers().param_groups)
     assert all(p.ndim >= 2 for p in decayed) and all(p.ndim == 1 for p in spared)
@@ -151,18 +152,18 @@ def test_weight_decay_spares_vectors(tiny_vqgan, shapes_clip, fit):
 
 def test_parts_that_do_not_belong_together_are_refused(tiny_vqgan, shapes_clip, images):
     with pytest.raises(ValueError, match="codebook_size must be 16, as in the frozen models, got 17"):
-        model(codebook_size=17).attach(tiny_vqgan, shapes_clip)
+        model(codebook_size=17).attach_encoders(tiny_vqgan, shapes_clip)
     with pytest.raises(ValueError, match="clip_dim must be 64, as in the frozen models, got 32"):
-        model(clip_dim=32).attach(tiny_vqgan, shapes_clip)
+        model(clip_dim=32).attach_encoders(tiny_vqgan, shapes_clip)
     with pytest.raises(ValueError, match=r"num_tokens must be 16 for images of \(32, 32\), got 9"):
-        model(num_tokens=9).attach(tiny_vqgan, shapes_clip).encode(images)
-    with pytest.raises(RuntimeError, match=r"call transformer.attach\(vqgan, clip\) first"):
+        model(num_tokens=9).attach_encoders(tiny_vqgan, shapes_clip).encode(images)
+    with pytest.raises(RuntimeError, match=r"call transformer.attach_encoders\(vqgan, clip\) first"):
         model().training_step({"images": images}, 0)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("condition_dropout", 1.0), ("condition_dropout", -0.1), ("condition_cosine", 0.0), ("condition_cosine", 1.1)],
+    [("drop_prob", 1.0), ("drop_prob", -0.1), ("noise_cosine", 0.0), ("noise_cosine", 1.1)],
 )
 def test_senseless_arguments_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be in .*, got {value}"):
@@ -213,8 +214,8 @@ def test_guidance(tiny_transformer):
 
 
 def test_guidance_needs_a_null_condition():
-    transformer = model(condition_dropout=0.0)
-    with pytest.raises(ValueError, match="train it with condition_dropout > 0"):
+    transformer = model(cond_drop_prob=0.0)
+    with pytest.raises(ValueError, match="train it with model.conditioning.drop_prob > 0"):
         transformer.sample(embeddings(1), guidance_scale=2.0)
 
 
@@ -235,7 +236,7 @@ def test_sampling_in_bf16(tiny_transformer):
 def test_senseless_settings_are_refused(tiny_transformer):
     with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 1.3"):
         tiny_transformer.sample(embeddings(1), top_p=1.3)
-    with pytest.raises(ValueError, match="one for each of the 2 rows, got 3"):
+    with pytest.raises(ValueError, match="one for each of the 2 samples, got 3"):
         tiny_transformer.sample(embeddings(2), seed=[1, 2, 3])
 
 
@@ -243,12 +244,12 @@ def test_senseless_settings_are_refused(tiny_transformer):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tie_head", [True, False])
-def test_save_and_load_bit_for_bit(tmp_path, tie_head):
-    transformer = model(tie_head=tie_head).eval()
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_save_and_load_bit_for_bit(tmp_path, tie_embeddings):
+    transformer = model(tie_embeddings=tie_embeddings).eval()
     again = ConditionalTransformer.load(transformer.save(tmp_path / "transformer"))
     assert not again.training and dict(again.hparams) == json.loads(json.dumps(transformer.hparams))
     e, indices = embeddings(2), torch.randint(16, (2, 16))
     assert torch.equal(again(indices, e), transformer(indices, e))
     assert torch.equal(again.sample(e, seed=1), transformer.sample(e, seed=1))
-    assert (again.gpt.head.weight is again.gpt.transformer.wte.weight) == tie_head
+    assert (again.gpt.head.weight is again.gpt.transformer.wte.weight) == tie_embeddings

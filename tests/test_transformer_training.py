@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from commands import command
-from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES, changed, needs_bf16, weights_of
+from conftest import QUIET, changed, needs_bf16, weights_of
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig
@@ -18,11 +19,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig
 from clipgen import TextToImage
 from clipgen.data.shapes import ShapesDataset
 from clipgen.transformer import ConditionalTransformer
-from clipgen.vqgan import VQGAN
 
 
 def model(**arguments) -> ConditionalTransformer:
-    return ConditionalTransformer(**(TRANSFORMER_SIZES | dict(condition_dropout=0.0) | arguments))
+    return make_transformer(**(TRANSFORMER_SIZES | dict(cond_drop_prob=0.0) | arguments))
 
 
 def embeddings(rows: int) -> Tensor:
@@ -32,7 +32,7 @@ def embeddings(rows: int) -> Tensor:
 def cached(rows: int) -> list[dict[str, Tensor]]:
     """Items as the encoded cache has them."""
     e, indices = embeddings(rows), torch.randint(16, (rows, 16))
-    return [{"indices": i, "clip_embedding": c} for i, c in zip(indices, e)]
+    return [{"indices": i, "condition": c} for i, c in zip(indices, e)]
 
 
 # -------------------------------------------------------------------------------------------------------------- average
@@ -57,18 +57,18 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path):
     with torch.enable_grad():
         trainer.fit(transformer, data)
     first, second, third = weights.seen
-    for name, average in transformer.network.state_dict().items():
+    for name, average in transformer.eval_model.state_dict().items():
         expected = 0.7 * (0.7 * first[name] + 0.3 * second[name]) + 0.3 * third[name]
         torch.testing.assert_close(average, expected)
-    assert transformer.network is not transformer.gpt
-    assert transformer.network.head.weight is transformer.network.transformer.wte.weight  # tied there too
+    assert transformer.eval_model is not transformer.gpt
+    assert transformer.eval_model.head.weight is transformer.eval_model.transformer.wte.weight  # tied there too
 
     e, indices = embeddings(3), torch.randint(16, (3, 16))
-    averaged, drawn = transformer.network(indices, e), transformer.eval().sample(e, seed=0)
+    averaged, drawn = transformer.eval_model(indices, e), transformer.eval().sample(e, seed=0)
     assert torch.equal(transformer(indices, e), averaged) and not torch.equal(transformer.gpt(indices, e), averaged)
     assert torch.equal(transformer.train()(indices, e), transformer.gpt(indices, e))
     plain = model()
-    plain.gpt.load_state_dict(transformer.network.state_dict())
+    plain.gpt.load_state_dict(transformer.eval_model.state_dict())
     assert torch.equal(plain.sample(e, seed=0), drawn)
 
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -81,13 +81,13 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path):
 
     trainer.validate(transformer, data, verbose=False)
     batch = next(iter(DataLoader(data.dataset, batch_size=12)))
-    logits = transformer.network(batch["indices"], batch["clip_embedding"])
+    logits = transformer.eval_model(batch["indices"], batch["condition"])
     expected = F.cross_entropy(logits.flatten(0, 1), batch["indices"].flatten())
     assert trainer.callback_metrics["val/cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_average_is_not_trained():
-    transformer = model(ema_decay=0.9, optimizer="muon")
+    transformer = model(ema_decay=0.9, optimizer_name="muon")
     pl.Trainer(max_steps=1, accelerator="cpu", **QUIET).fit(transformer, DataLoader(cached(4), batch_size=4))
     trained = {id(p) for group in transformer.optimizers().param_groups for p in group["params"]}
     assert trained == {id(p) for p in transformer.gpt.parameters()}
@@ -100,18 +100,6 @@ def test_a_picture_says_which_weights_drew_it(tmp_path, tiny_vqgan, shapes_clip)
     folder = ConditionalTransformer.load(transformer.save(tmp_path / "transformer"))
     prints = [TextToImage(tiny_vqgan, t, shapes_clip).fingerprint for t in (transformer, folder)]
     assert prints[0] == prints[1]
-
-
-def test_folders_of_before_load(tmp_path):
-    """Those know nothing of what came later."""
-    transformer = model()
-    path = transformer.save(tmp_path / "folder")
-    config = json.loads((path / "config.json").read_text())
-    new = ("ema_decay", "checkpointing", "compile", *(n for n in config["arguments"] if n.startswith("clip_loss_")))
-    for name in set(new) - {"clip_loss_weight"}:
-        del config["arguments"][name]
-    (path / "config.json").write_text(json.dumps(config))
-    assert not changed(ConditionalTransformer.load(path), weights_of(transformer))
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1])
@@ -133,12 +121,14 @@ class Gradients(pl.Callback):
         self.seen = self.seen or {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
 
 
-def gradients(batch: int = 8, accumulate: int = 1, **options) -> dict[str, Tensor]:
+def gradients(batch: int = 8, grad_accum_steps: int = 1, **options) -> dict[str, Tensor]:
     """What the first step of a training does it with, from the same weights and items."""
     torch.manual_seed(5)
     transformer, found = model(**options), Gradients()
     data = DataLoader(cached(8), batch_size=batch)
-    settings = dict(max_steps=1, accelerator="cpu", callbacks=[found], accumulate_grad_batches=accumulate, **QUIET)
+    settings = dict(
+        max_steps=1, accelerator="cpu", callbacks=[found], accumulate_grad_batches=grad_accum_steps, **QUIET
+    )
     pl.Trainer(**settings).fit(transformer, data)
     return found.seen
 
@@ -154,14 +144,14 @@ def test_checkpointing_computes_blocks_twice_and_changes_no_gradient(dropout):
     calls = []
     for option in (False, True):
         torch.manual_seed(5)
-        transformer = model(checkpointing=option, dropout=dropout)
+        transformer = model(grad_checkpointing=option, dropout=dropout)
         count = [0]
         for block in transformer.gpt.transformer.h:
             block.mlp.act.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         pl.Trainer(max_steps=1, accelerator="cpu", **QUIET).fit(transformer, DataLoader(cached(4), batch_size=4))
         calls.append(count[0])
     assert calls == [2, 4]
-    same(gradients(checkpointing=True, dropout=dropout), gradients(dropout=dropout))
+    same(gradients(grad_checkpointing=True, dropout=dropout), gradients(dropout=dropout))
 
 
 @pytest.mark.slow
@@ -181,7 +171,7 @@ def test_a_compiled_training_is_the_training(tmp_path):
 
 
 def test_accumulated_batches_are_one_larger_batch():
-    same(gradients(batch=4, accumulate=2), gradients(batch=8))
+    same(gradients(batch=4, grad_accum_steps=2), gradients(batch=8))
 
 
 def test_the_schedule_counts_optimizer_steps():
@@ -230,8 +220,8 @@ def test_bf16(tiny_vqgan, shapes_clip, optimizer):
     for precision in ("32-true", "bf16-mixed"):
         torch.manual_seed(5)
         transformer = model(
-            clip_loss_weight=0.2, clip_loss_codes="gumbel", ema_decay=0.5, optimizer=optimizer, learning_rate=1e-2
-        ).attach(tiny_vqgan, shapes_clip)
+            clip_loss_weight=0.2, clip_loss_estimator="gumbel", ema_decay=0.5, optimizer=optimizer, learning_rate=1e-2
+        ).attach_encoders(tiny_vqgan, shapes_clip)
         trainer = pl.Trainer(max_steps=6, accelerator="cpu", precision=precision, **QUIET)
         data = DataLoader(ShapesDataset(48, seed=3), batch_size=8)
         trainer.fit(transformer, data, DataLoader(ShapesDataset(16, seed=4), batch_size=8))
@@ -282,17 +272,17 @@ def test_starting_from_language(tmp_path, positions, taken):
     kept = {"transformer.wte.weight", "head.weight", "clip_proj.weight", "clip_proj.bias"}
     assert set(before) - changed(transformer.gpt, before) == kept
     assert torch.equal(transformer.gpt.transformer.wpe.weight[taken:], before["transformer.wpe.weight"][taken:])
-    assert not changed(transformer.network, weights_of(transformer.gpt))  # the average begins there too
+    assert not changed(transformer.eval_model, weights_of(transformer.gpt))  # the average begins there too
 
 
 def test_grid_positions_stay(tmp_path):
     language_model(tmp_path / "gpt2")
-    transformer = model(grid_positions=True)
+    transformer = model(pos_embed_init="sincos_2d")
     before = transformer.gpt.transformer.wpe.weight.detach().clone()
     assert torch.equal(transformer.init_from_gpt2(tmp_path / "gpt2").gpt.transformer.wpe.weight, before)
 
 
-def test_other_language_weights_are_refused(tmp_path, monkeypatch):
+def test_other_init_from_gpt2_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     language_model(tmp_path / "wide", n_embd=48)
     GPTNeoConfig().save_pretrained(tmp_path / "neo")
@@ -302,11 +292,11 @@ def test_other_language_weights_are_refused(tmp_path, monkeypatch):
     (tmp_path / "damaged" / "config.json").write_text("{")
     for name, message in {
         "wide": "model.n_embd must be 48, as in the language weights .*wide, got 32",
-        "neo": "language_weights must name a GPT-2, got .*neo, which is a gpt_neo",
-        "empty": "language_weights must name a GPT-2.* got .*empty",
-        "config-only": "language_weights must name a GPT-2 on the .*, got .*config-only: ",
-        "damaged": "language_weights must name a GPT-2 on the .*, got .*damaged: ",
-        "none": "language_weights must name a GPT-2 on the .*, got .*none: ",
+        "neo": "init_from_gpt2 must name a GPT-2, got .*neo, which is a gpt_neo",
+        "empty": "init_from_gpt2 must name a GPT-2.* got .*empty",
+        "config-only": "init_from_gpt2 must name a GPT-2 on the .*, got .*config-only: ",
+        "damaged": "init_from_gpt2 must name a GPT-2 on the .*, got .*damaged: ",
+        "none": "init_from_gpt2 must name a GPT-2 on the .*, got .*none: ",
     }.items():
         with pytest.raises(ValueError, match=message) as found:
             model().init_from_gpt2(tmp_path / name)
@@ -323,14 +313,14 @@ SIZES = [
     "model.n_layer=2",
     "model.n_head=2",
     "model.n_embd=32",
-    "model.learning_rate=1e-3",
-    "model.weight_decay=0.1",
+    "model.optimizer.learning_rate=1e-3",
+    "model.optimizer.weight_decay=0.1",
     "logger=none",
     "trainer.accelerator=cpu",
     "trainer.devices=2",
-    "model.condition_dropout=0.3",
-    "model.warmup_steps=1",
-    "model.schedule=constant",
+    "model.conditioning.drop_prob=0.3",
+    "model.optimizer.warmup_steps=1",
+    "model.optimizer.schedule=constant",
     "trainer.val_check_interval=4",
 ]
 
@@ -351,7 +341,7 @@ def test_two_processes_validate_each_image_as_often(tmp_path):
     transformer, items = model(), cached(3)
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", default_root_dir=tmp_path, **QUIET)
     (found,) = trainer.validate(transformer, DataLoader(Uneven(items), batch_size=2), verbose=False)
-    indices, embedding = (torch.stack([item[name] for item in items]) for name in ("indices", "clip_embedding"))
+    indices, embedding = (torch.stack([item[name] for item in items]) for name in ("indices", "condition"))
     expected = F.cross_entropy(transformer.eval()(indices, embedding).flatten(0, 1), indices.flatten())
     assert found["val/cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -360,10 +350,10 @@ def test_two_processes_validate_each_image_as_often(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["model.optimizer=adamw", "model.ema_decay=0.5", "model.checkpointing=true"],
-        ["model.optimizer=muon", "model.clip_loss_weight=0.2", "trainer.gradient_clip_val=0.1"],
+        ["model.optimizer.name=adamw", "model.optimizer.ema_decay=0.5", "model.grad_checkpointing=true"],
+        ["model.optimizer.name=muon", "model.clip_loss.weight=0.2", "model.optimizer.grad_clip=0.1"],
         pytest.param(
-            ["model.optimizer=adamw", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"],
+            ["model.optimizer.name=adamw", "trainer.precision=bf16-mixed", "model.optimizer.grad_accum_steps=2"],
             marks=needs_bf16,
         ),
     ],
@@ -371,7 +361,7 @@ def test_two_processes_validate_each_image_as_often(tmp_path):
 )
 def test_fsdp_trains_what_ddp_trains(tmp_path, options):
     """Two processes that share the weights out end where two that hold all of them do; stopped and resumed, too."""
-    VQGAN(**VQGAN_SIZES).save(tmp_path / "vqgan")
+    make_vqgan(**VQGAN_SIZES).save(tmp_path / "vqgan")
     runs = {"ddp": ["trainer.strategy=ddp_find_unused_parameters_true"], "fsdp": ["trainer.strategy=fsdp"]}
     runs["half"] = [*runs["fsdp"], "trainer.max_steps=2"]
     runs["resumed"] = [*runs["fsdp"], "resume=half"]
@@ -382,7 +372,9 @@ def test_fsdp_trains_what_ddp_trains(tmp_path, options):
     checkpoints = {name: torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in runs}
     ddp, fsdp, half, resumed = (checkpoints[name]["state_dict"] for name in ("ddp", "fsdp", "half", "resumed"))
     assert ddp.keys() == fsdp.keys() == resumed.keys() and checkpoints["fsdp"]["global_step"] == 4
-    half_precision = "model.optimizer=muon" in options or "trainer.precision=bf16-mixed" in options  # Muon's products
+    half_precision = (
+        "model.optimizer.name=muon" in options or "trainer.precision=bf16-mixed" in options
+    )  # Muon's products
     for name, tensor in ddp.items():
         moved = (fsdp[name] - half[name]).float().norm()  # by the last two steps
         assert (fsdp[name] - tensor).float().norm() <= (0.2 if half_precision else 0.01) * moved, name

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import QUIET, TRANSFORMER_SIZES, VQGAN_SIZES
+from conftest import QUIET
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from test_image_data import encoded, make_tar
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -21,8 +22,6 @@ from clipgen.evaluation.reconstruction import ReconstructionMetrics
 from clipgen.images import to_pil
 from clipgen.models.losses import Averages
 from clipgen.training.callbacks import describe_step
-from clipgen.transformer import ConditionalTransformer
-from clipgen.vqgan import VQGAN
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 16])
@@ -84,7 +83,7 @@ class Cached(Dataset):
         return len(self.embeddings)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        return {"indices": torch.arange(16).roll(item), "clip_embedding": self.embeddings[item]}
+        return {"indices": torch.arange(16).roll(item), "condition": self.embeddings[item]}
 
 
 def features(images: torch.Tensor) -> torch.Tensor:
@@ -116,9 +115,9 @@ def metrics(kind: str, folder: Path, count: int, devices: int) -> dict[str, floa
     torch.manual_seed(0)
     callbacks: list[pl.Callback] = []
     if kind == "cache":
-        model: pl.LightningModule = ConditionalTransformer(**TRANSFORMER_SIZES | {"learning_rate": 0.0})
+        model: pl.LightningModule = make_transformer(**TRANSFORMER_SIZES | {"learning_rate": 0.0})
     else:
-        model = VQGAN(**VQGAN_SIZES | {"learning_rate": 0.0, "dead_code_reset_after": 0})
+        model = make_vqgan(**VQGAN_SIZES | {"learning_rate": 0.0, "dead_code_reset_after": 0})
         callbacks = [ReconstructionMetrics(fid_features=f"{__name__}:features" if count > 1 else None)]
     strategy = "auto" if devices == 1 else "ddp_spawn_find_unused_parameters_true"
     trainer = pl.Trainer(

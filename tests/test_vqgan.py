@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import QUIET, VQGAN_SIZES, changed, weights_of
+from conftest import QUIET, changed, weights_of
+from models import VQGAN_SIZES, make_vqgan
 from torch.utils.data import DataLoader, IterableDataset
 
 from clipgen.data.shapes import ShapesDataset
@@ -20,11 +21,11 @@ from clipgen.vqgan import VQGAN
 
 
 def model(**arguments) -> VQGAN:
-    return VQGAN(**(VQGAN_SIZES | arguments))
+    return make_vqgan(**(VQGAN_SIZES | arguments))
 
 
 def gan(**arguments) -> VQGAN:
-    return model(**(dict(discriminator_weight=0.8, discriminator_start=0) | arguments))
+    return model(**(dict(gan_weight=0.8, gan_start_step=0) | arguments))
 
 
 class Count(pl.Callback):
@@ -81,17 +82,18 @@ def test_other_sizes_are_refused_with_a_way_out(tiny_vqgan, shape):
 
 
 def test_senseless_arguments_are_refused_at_once():
-    """Not at step 25 000, when the discriminator wakes up."""
-    for arguments in (dict(adversarial="wgan"), dict(reconstruction="l3"), dict(quantizer="l1")):
-        with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be .* got"):
-            gan(**arguments)
+    """Not at step 25 000, when the discriminator is used for the first time."""
+    for name, value in (("gan.loss", "wgan"), ("loss.reconstruction", "l3"), ("quantizer.type", "l1")):
+        section, field = name.split(".")
+        with pytest.raises(ValueError, match=f"{name} must be .* got '{value}'"):
+            make_vqgan(**{section: {field: value}})
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 def test_a_step_moves_every_part(fit):
-    vqgan = gan(dead_code_reset_after=0, adversarial="log")  # the two halves of hinge cancel at the last bias, at first
+    vqgan = gan(dead_code_reset_after=0, gan_loss="log")  # the two halves of hinge cancel at the last bias, at first
     before = weights_of(vqgan)
     fit(vqgan, 1)
     moved = changed(vqgan, before)
@@ -120,7 +122,7 @@ def test_max_steps_counts_batches(fit):
 
 def test_the_discriminator_sleeps_until_its_start(fit):
     count = Count()
-    trainer = fit(gan(discriminator_start=3), 5, count, batch=4)
+    trainer = fit(gan(gan_start_step=3), 5, count, batch=4)
     before = count.discriminators
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(before)]
     assert same == [True, True, True, False]  # steps 0, 1, 2 leave it alone, step 3 does not
@@ -130,7 +132,7 @@ def test_the_discriminator_sleeps_until_its_start(fit):
 
 
 def test_a_sleeping_or_absent_discriminator_is_not_in_the_loss(fit):
-    sleeping = fit(gan(discriminator_start=100), 2, batch=4).callback_metrics
+    sleeping = fit(gan(gan_start_step=100), 2, batch=4).callback_metrics
     absent = fit(model(), 2, batch=4).callback_metrics
     for metrics in (sleeping, absent):
         assert "train/generator_loss" not in metrics and "train/discriminator_loss" not in metrics
@@ -151,7 +153,7 @@ def test_warming_up_the_discriminator_does_not_touch_the_generator(fit):
     trained = []
     for start in (0, 100):
         torch.manual_seed(1)
-        vqgan = gan(discriminator_start=start, discriminator_warmup=100, dead_code_reset_after=0)
+        vqgan = gan(gan_start_step=start, gan_disc_only_steps=100, dead_code_reset_after=0)
         untrained = weights_of(vqgan)
         fit(vqgan, 3, batch=4)
         assert any(name.startswith("discriminator") for name in changed(vqgan, untrained)) == (start == 0)
@@ -180,10 +182,13 @@ def test_beta_is_on_the_commitment_term(images):
     gradients = {}
     for beta in (0.25, 0.5):
         torch.manual_seed(0)
-        vqgan = model(commitment_weight=beta, codebook_weight=3.0, quantizer="euclidean").eval()
+        vqgan = model(commitment_weight=beta, codebook_weight=3.0, quantizer_type="euclidean").eval()
         reconstruction, quantized = vqgan.autoencode(images)
         terms = vqgan.autoencoder_loss(images, reconstruction, quantized)
-        z, codes = vqgan.encode_latents(images).detach(), vqgan.autoencoder.quantize.codes(quantized.indices).detach()
+        z, codes = (
+            vqgan.encode_latents(images).detach(),
+            vqgan.autoencoder.quantize.indices_to_codes(quantized.indices).detach(),
+        )
         squared = (z - codes).square().mean()
         torch.testing.assert_close(terms["commitment_loss"].detach(), beta * squared)
         torch.testing.assert_close(terms["codebook_loss"].detach(), 3 * squared)
@@ -193,30 +198,28 @@ def test_beta_is_on_the_commitment_term(images):
     torch.testing.assert_close(gradients[0.5][1], 2 * gradients[0.25][1])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_one_pass_gives_both_halves_their_own_gradients(fit, images, accumulate):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_one_pass_gives_both_halves_their_own_gradients(fit, images, grad_accum_steps):
     """What a step leaves in each parameter, against autograd through the whole losses of Eq. 4 and 5."""
-    arguments = dict(
-        discriminator_weight=0.5, adversarial="log", learning_rate=0.0, dead_code_reset_after=0, lecam_weight=0.0
-    )
-    vqgan, by_hand = gan(**arguments, accumulate=accumulate), gan(**arguments).train()
+    arguments = dict(gan_weight=0.5, gan_loss="log", learning_rate=0.0, dead_code_reset_after=0, lecam_weight=0.0)
+    vqgan, by_hand = gan(**arguments, grad_accum_steps=grad_accum_steps), gan(**arguments).train()
     by_hand.load_state_dict(vqgan.state_dict())
     fit(vqgan, 1, batch=4)
-    for i in range(accumulate):
-        batch = ShapesDataset(4 * accumulate, seed=3).render(range(4 * i, 4 * i + 4))
+    for i in range(grad_accum_steps):
+        batch = ShapesDataset(4 * grad_accum_steps, seed=3).render(range(4 * i, 4 * i + 4))
         reconstruction, quantized = by_hand.autoencode(batch)
         terms = by_hand.autoencoder_loss(batch, reconstruction, quantized)
-        adversarial = losses.generator_loss(by_hand.discriminator(reconstruction), "log")
+        gan_loss = losses.generator_loss(by_hand.discriminator(reconstruction), "log")
         length = lambda loss: torch.autograd.grad(loss, by_hand.autoencoder.decoder.last_layer, retain_graph=True)[
             0
         ].norm()
-        weight = 0.5 * (length(terms["reconstruction_loss"]) / (length(adversarial) + 1e-4)).detach()
-        loss = sum(terms.values()) + weight * adversarial
+        weight = 0.5 * (length(terms["reconstruction_loss"]) / (length(gan_loss) + 1e-4)).detach()
+        loss = sum(terms.values()) + weight * gan_loss
         generator, discriminator = list(by_hand.autoencoder.parameters()), list(by_hand.discriminator.parameters())
         fake = by_hand.discriminator(reconstruction.detach())
         half = losses.discriminator_loss(by_hand.discriminator(batch), fake, "log")
-        (loss / accumulate).backward(inputs=generator, retain_graph=True)
-        (half / accumulate).backward(inputs=discriminator)
+        (loss / grad_accum_steps).backward(inputs=generator, retain_graph=True)
+        (half / grad_accum_steps).backward(inputs=discriminator)
     for (name, ours), expected in zip(vqgan.named_parameters(), by_hand.parameters()):
         torch.testing.assert_close(ours.grad, expected.grad, atol=1e-7, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -233,7 +236,7 @@ def test_a_step_passes_once_through_encoder_and_decoder(fit):
 
 def test_accumulated_batches_are_one_step(fit):
     count = Count()
-    trainer = fit(gan(accumulate=3), 2, count, batch=2)
+    trainer = fit(gan(grad_accum_steps=3), 2, count, batch=2)
     assert trainer.global_step == 2 and count.batches == 6 and count.steps == [0, 0, 0, 1, 1, 1]
 
 
@@ -253,7 +256,7 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path, fit, images):
     for name, average in vqgan.ema.module.state_dict().items():
         expected = 0.7 * (0.7 * first[name] + 0.3 * second[name]) + 0.3 * third[name]
         torch.testing.assert_close(average, expected if average.is_floating_point() else third[name])
-    assert vqgan.train().tokenizer is vqgan.autoencoder and vqgan.eval().tokenizer is vqgan.ema.module
+    assert vqgan.train().active_model is vqgan.autoencoder and vqgan.eval().active_model is vqgan.ema.module
     with torch.no_grad():
         averaged = vqgan(images)
         assert not torch.equal(averaged, vqgan.autoencoder(images)[0])
@@ -270,7 +273,9 @@ def gradients(fit, **options) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in vqgan.named_parameters()}
 
 
-@pytest.mark.parametrize("option", ["checkpointing", "channels_last", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "option", ["grad_checkpointing", "channels_last", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_options_for_speed_and_memory_change_no_gradient(fit, option):
     plain, other = gradients(fit), gradients(fit, **{option: True})
     assert list(plain) == list(other)  # compiled modules keep their names
@@ -291,14 +296,14 @@ def test_a_compiled_training_leaves_ordinary_files(fit, tmp_path, images):
 @pytest.mark.parametrize("warmup", [1, 0])
 def test_a_compiled_discriminator_may_wake_slowly(fit, warmup):
     """Alone it is gone back through once, and later twice; what was compiled for once must not be used then."""
-    fit(gan(compile=True, discriminator_warmup=warmup), 3, batch=4)
+    fit(gan(compile=True, gan_disc_only_steps=warmup), 3, batch=4)
 
 
 def test_lecam_pulls_at_the_discriminator_alone(fit):
     trained = []
     for weight in (0.0, 10.0):
         torch.manual_seed(1)
-        vqgan = gan(lecam_weight=weight, dead_code_reset_after=0, discriminator_warmup=100)
+        vqgan = gan(lecam_weight=weight, dead_code_reset_after=0, gan_disc_only_steps=100)
         fit(vqgan, 2, batch=4)
         trained.append(weights_of(vqgan))
     same = {name for name in trained[0] if torch.equal(trained[0][name], trained[1][name])}
@@ -309,7 +314,7 @@ def test_lecam_pulls_at_the_discriminator_alone(fit):
 def test_gradient_clip_bounds_each_half(fit):
     norms = {}
     for clip in (0.0, 1e-3):
-        vqgan = gan(gradient_clip=clip)
+        vqgan = gan(grad_clip=clip)
         fit(vqgan, 2, batch=4)
         halves = [optimizer.param_groups[0]["params"] for optimizer in vqgan.optimizers()]
         assert sum(map(len, halves)) == len(list(vqgan.parameters()))
@@ -393,8 +398,8 @@ class SameOnAllRanks(pl.Callback):
 @pytest.mark.slow
 def test_two_processes_train_one_model(fit):
     vqgan = gan(
-        discriminator_start=1,
-        discriminator_warmup=1,
+        gan_start_step=1,
+        gan_disc_only_steps=1,
         dead_code_reset_after=2,
         codebook_ema_decay=0.9,
         kmeans_iters=3,

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipgen import sampling
 from clipgen.checkpoint import model_folder
 from clipgen.generation.generator import ImageGenerator
+from clipgen.models.config import ClipLossConfig, ConditioningConfig, as_config
 from clipgen.run_folder import check_bound, run_folder
+from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -25,7 +26,7 @@ from clipgen.vqgan import VQGAN
 class ClassConditionalTransformer(ConditionalTransformer):
     """``ConditionalTransformer`` whose condition is a one-hot class (B, num_classes).
 
-    Trained by ``clipgen-train stage=transformer data=encoded data.condition=label``. Its files are no
+    Trained by ``clipgen-train stage=transformer data=cached data.conditioning=class``. Its files are no
     ``ConditionalTransformer``'s: what draws from sentences refuses them.
 
     Args:
@@ -37,13 +38,15 @@ class ClassConditionalTransformer(ConditionalTransformer):
 
     def __init__(self, *, class_names: Sequence[str], **arguments: Any):
         classes = len(class_names)
-        if arguments.get("clip_loss_weight", 0) > 0:
+        clip_loss = as_config(ClipLossConfig, arguments.get("clip_loss"))
+        if clip_loss.weight > 0:
             raise ValueError(
-                f"clip_loss_weight must be 0 with data.condition=label, got {arguments['clip_loss_weight']}: "
-                "a class has no place in CLIP's space"
+                f"clip_loss.weight must be 0 with data.conditioning=class, got {clip_loss.weight}: "
+                "a class has no CLIP embedding"
             )
-        if arguments.get("condition_cosine", 1) < 1:
-            raise ValueError(f"condition_cosine must be 1 for classes, got {arguments['condition_cosine']}")
+        conditioning = as_config(ConditioningConfig, arguments.get("conditioning"))
+        if conditioning.noise_cosine < 1:
+            raise ValueError(f"conditioning.noise_cosine must be 1 for classes, got {conditioning.noise_cosine}")
         if arguments.setdefault("clip_dim", classes) != classes:
             raise ValueError(f"clip_dim must be {classes}, the number of classes, got {arguments['clip_dim']}")
         super().__init__(**arguments)
@@ -71,13 +74,12 @@ class ClassConditionalGenerator(ImageGenerator):
         if vqgan.codebook_size != transformer.codebook_size:
             raise ValueError(f"codebook_size must be {vqgan.codebook_size}, got {transformer.codebook_size}")
         super().__init__(vqgan, transformer)
-        self.settings: dict[str, Any] = sampling.DEFAULTS | settings
-        sampling.check_sampling(**self.settings)
+        self.params = SamplingParams(**settings)
         self.noise_dim, self.class_names = transformer.num_tokens, transformer.class_names
 
     @classmethod
     def load(cls, path: str | Path, **settings: Any) -> ClassConditionalGenerator:
-        """Load a run folder of ``clipgen-train stage=transformer data=encoded data.condition=label``, or a checkpoint
+        """Load a run folder of ``clipgen-train stage=transformer data=cached data.conditioning=class``, or a checkpoint
         inside one."""
         transformer, vqgan = ClassConditionalTransformer.load(path), VQGAN.load(run_folder(path))
         check_bound(model_folder.find(model_folder.located(path), "ClassConditionalTransformer"), vqgan)
@@ -99,10 +101,11 @@ class ClassConditionalGenerator(ImageGenerator):
     def draw(self, class_indices: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of classes (B,) int64; row i draws from ``seed + i``, or from its own seed."""
         one_hot = self.transformer.one_hot(class_indices)
-        return self.paint(one_hot, self.uniforms(seed, len(one_hot)), **self.settings)
+        return self.generate_from_conditions(one_hot, self.uniforms(seed, len(one_hot)), self.params)
 
     def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor:
         """Images of classes (B,) that follow from noise (B, noise_dim): each number's normal CDF draws an index."""
         below_one = 1 - torch.finfo(torch.float32).eps
         uniforms = torch.special.ndtr(noise.float()).clamp(0, below_one)
-        return self.paint(self.transformer.one_hot(class_indices), uniforms.to(self.device), **self.settings)
+        one_hot = self.transformer.one_hot(class_indices)
+        return self.generate_from_conditions(one_hot, uniforms.to(self.device), self.params)

@@ -57,7 +57,7 @@ def vqgan_clip(
     Raises:
         ValueError: an argument is out of range.
     """
-    size = image_size or vqgan.hparams["resolution"]
+    size = image_size or vqgan.autoencoder_config.resolution
     for name, value, least in (("steps", steps, 0), ("cutouts", cutouts, 1), ("batch_size", batch_size, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")

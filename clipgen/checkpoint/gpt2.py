@@ -26,7 +26,7 @@ def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
     """
     config = from_pretrained(AutoConfig, name)
     if not isinstance(config, GPT2Config):
-        raise ValueError(f"language_weights must name a GPT-2, got {name}, which is a {config.model_type}")
+        raise ValueError(f"init_from_gpt2 must name a GPT-2, got {name}, which is a {config.model_type}")
     for size in SIZES:
         ours, theirs = getattr(like, size), getattr(config, size)
         if ours != theirs:
@@ -34,10 +34,10 @@ def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
     for size in TABLES:
         rows = getattr(config, size)
         if not isinstance(rows, int) or not 1 <= rows <= MAX_ROWS:
-            raise ValueError(f"language_weights must name a GPT-2, got {name} whose {size} is {rows!r:.60}")
+            raise ValueError(f"init_from_gpt2 must name a GPT-2, got {name} whose {size} is {rows!r:.60}")
     model, found = from_pretrained(GPT2Model, name, output_loading_info=True)
     if missing := found["missing_keys"]:
-        raise ValueError(f"language_weights must name a whole GPT-2, got {name} without {min(missing)}")
+        raise ValueError(f"init_from_gpt2 must name a whole GPT-2, got {name} without {min(missing)}")
     state: State = model.state_dict()
     check_finite(state, name)
     return state
@@ -49,6 +49,6 @@ def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
         return kind.from_pretrained(str(name), trust_remote_code=False, **options)
     except Exception as error:  # no such name or folder, no network; a damaged file raises anything
         raise ValueError(
-            "language_weights must name a GPT-2 on the Hugging Face hub, or a folder of one, "
+            "init_from_gpt2 must name a GPT-2 on the Hugging Face hub, or a folder of one, "
             f"got {name}: {one_line(error)}"
         ) from error

@@ -6,10 +6,11 @@ The weights come out as a model folder holds them; of the tokenizer also ``discr
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from clipgen.checkpoint.model_folder import Model
 from clipgen.checkpoint.safe_load import State, below, read_weights
-from clipgen.models.discriminator import sizes_of
+from clipgen.models.discriminator import sizes_from_state
 
 PROJECT = "HFAiLab/clip-gen"
 MAX_GAP = 8  # modules without weights for each weight of a Sequential
@@ -22,21 +23,21 @@ def vqgan(checkpoint: str | Path) -> Model:
     levels = [resolution_level(blocks) for blocks in resolutions(below("encoder.down.", state))]
     first = state["encoder.conv_in.weight"].shape[0]
     codes, discriminator = state["quantizer.embedding.weight"], below("discriminator.", state)
-    patches = sizes_of(discriminator)
-    arguments = dict(
-        codebook_size=codes.shape[0],
-        codebook_dim=codes.shape[1],
-        z_channels=codes.shape[1],
-        ch=first,
-        ch_mult=[channels // first for channels, _, _ in levels],
-        num_res_blocks=levels[0][1],
-        resolution=256,
-        attn_resolutions=[256 >> i for i, (_, _, attention) in enumerate(levels) if attention],
-        norm_eps=1e-5,
-        codebook_weight=0.2,
-        commitment_weight=1.0,
-        **patches,
-    )
+    gan = sizes_from_state(discriminator)
+    arguments: dict[str, Any] = {
+        "autoencoder": {
+            "z_channels": codes.shape[1],
+            "ch": first,
+            "ch_mult": [channels // first for channels, _, _ in levels],
+            "num_res_blocks": levels[0][1],
+            "resolution": 256,
+            "attn_resolutions": [256 >> i for i, (_, _, attention) in enumerate(levels) if attention],
+            "norm_eps": 1e-5,
+        },
+        "quantizer": {"codebook_size": codes.shape[0], "codebook_dim": codes.shape[1]},
+        "loss": {"codebook_weight": 0.2, "commitment_weight": 1.0},
+        "gan": gan,
+    }
     weights: State = {"quantize.embedding.weight": codes}
     for half, sequence in (("encoder", "down"), ("decoder", "up")):
         parts = resolutions(below(f"{half}.{sequence}.", state))
@@ -51,7 +52,7 @@ def vqgan(checkpoint: str | Path) -> Model:
     weights |= {f"quant_conv.{k}": v for k, v in below("encoder.final.3.", state).items()}
     weights |= {f"post_quant_conv.{k}": v for k, v in below("decoder.quant_conv_in.", state).items()}
     weights |= {f"discriminator.main.{k}": v for k, v in below("features.", discriminator).items()}
-    last = 2 + 3 * patches.get("n_layers", 0)
+    last = 2 + 3 * gan.get("num_layers", 0)
     weights |= {f"discriminator.main.{last}.{k}": v for k, v in below("head.", discriminator).items()}
     return arguments, weights
 
@@ -133,8 +134,8 @@ def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
         codebook_size=codes,
         num_tokens=state["pos_emb"].shape[1],
         clip_dim=clip_dim,
-        tie_head=False,
-        head_bias=True,
+        tie_embeddings=False,
+        lm_head_bias=True,
         activation="gelu",
     )
     weights = {"wte.weight": state["tok_emb.weight"], "wpe.weight": state["pos_emb"][0]}

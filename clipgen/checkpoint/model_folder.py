@@ -29,7 +29,7 @@ __all__ = ["build", "fitting"]  # for the models, which know files by this modul
 COMMANDS = {
     "VQGAN": "clipgen-train stage=vqgan",
     "ConditionalTransformer": "clipgen-train stage=transformer",
-    "ClassConditionalTransformer": "clipgen-train stage=transformer data=encoded data.condition=label",
+    "ClassConditionalTransformer": "clipgen-train stage=transformer data=cached data.conditioning=class",
 }
 FOLDERS = {  # name of the model folder in a run folder
     "VQGAN": "vqgan",

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from clipgen.checkpoint.pickle_stubs import stand_in
 
-__all__ = ["PickleStub", "State", "below", "check_archive", "check_finite", "read_checkpoint", "read_weights", "unwrapped"]
+__all__ = [
+    "State",
+    "below",
+    "check_archive",
+    "check_finite",
+    "read_checkpoint",
+    "read_weights",
+    "unwrapped",
+]
 
 State = dict[str, Tensor]
 MAX_NAMES = 100  # classes that one file may name

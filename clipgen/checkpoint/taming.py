@@ -15,13 +15,13 @@ import yaml
 from clipgen.checkpoint.model_folder import Model
 from clipgen.checkpoint.safe_load import below, read_weights
 from clipgen.files import one_line
-from clipgen.models.discriminator import sizes_of
+from clipgen.models.discriminator import sizes_from_state
 
 TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
 DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # what ddconfig may leave out
 MAX_YAML = 2**20  # bytes of a configuration
-ADVERSARIAL = {"hinge": "hinge", "vanilla": "log"}
+GAN_LOSSES = {"hinge": "hinge", "vanilla": "log"}
 
 
 def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Model:
@@ -35,7 +35,9 @@ def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Mod
         discriminator = {}
     weights |= {f"discriminator.main.{k}": v for k, v in discriminator.items()}
     weights |= {f"lpips.{k}": v for k, v in below("loss.perceptual_loss.", state).items() if "scaling" not in k}
-    return arguments_of(config) | sizes_of(discriminator), weights
+    arguments = arguments_of(config)
+    arguments["gan"] |= sizes_from_state(discriminator)
+    return arguments, weights
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -74,8 +76,9 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         model, params = config["model"], config["model"]["params"]
         kind, net = model["target"].split(".")[-1], dict(params["ddconfig"])
-        sizes = dict(codebook_size=params["n_embed"], codebook_dim=params["embed_dim"])
-        sizes |= {name: net[name] for name in SIZES} | {name: net.get(name, value) for name, value in DEFAULTS.items()}
+        quantizer = dict(codebook_size=params["n_embed"], codebook_dim=params["embed_dim"])
+        autoencoder = {name: net[name] for name in SIZES}
+        autoencoder |= {name: net.get(name, value) for name, value in DEFAULTS.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the configuration is none of taming-transformers' tokenizers: {error!r}") from error
     kinds = {"VQModel": "euclidean", "GumbelVQ": "gumbel"}
@@ -89,17 +92,22 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} must be {' or '.join(map(str, possible))} in taming's configuration, got {value}")
     try:
         loss = dict((params.get("lossconfig") or {}).get("params") or {})
-        adversarial = ADVERSARIAL[loss.get("disc_loss", "hinge")]
+        gan_loss = GAN_LOSSES[loss.get("disc_loss", "hinge")]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        ways = " or ".join(ADVERSARIAL)
+        ways = " or ".join(GAN_LOSSES)
         raise ValueError(f"taming's lossconfig must have params whose disc_loss is {ways}, got {error!r}") from error
-    return sizes | dict(
-        quantizer=kinds[kind],
-        kl_weight=params.get("kl_weight", 1e-8),
-        codebook_weight=0.25 * loss.get("codebook_weight", 1.0),
-        commitment_weight=loss.get("codebook_weight", 1.0),
-        perceptual_weight=loss.get("perceptual_weight", 1.0),
-        discriminator_weight=loss.get("disc_weight", 1.0),
-        discriminator_start=loss.get("disc_start", 0),
-        adversarial=adversarial,
-    )
+    return {
+        "autoencoder": autoencoder,
+        "quantizer": quantizer | {"type": kinds[kind]},
+        "loss": {
+            "kl_weight": params.get("kl_weight", 1e-8),
+            "codebook_weight": 0.25 * loss.get("codebook_weight", 1.0),
+            "commitment_weight": loss.get("codebook_weight", 1.0),
+            "perceptual_weight": loss.get("perceptual_weight", 1.0),
+        },
+        "gan": {
+            "weight": loss.get("disc_weight", 1.0),
+            "start_step": loss.get("disc_start", 0),
+            "loss": gan_loss,
+        },
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +195,7 @@ def run_label(args: argparse.Namespace) -> None:
 
     model = ClassConditionalGenerator.load(args.checkpoint, **settings_of(args)).to(args.device)
     classes = [model.find(label) for label in args.label]
-    sheet = Sheet(args, model.settings)
+    sheet = Sheet(args, asdict(model.params))
     for index in classes:
         images = model.draw(torch.full((args.num_images,), index), args.seed)
         name = model.class_names[index]

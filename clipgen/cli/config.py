@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,6 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+
+from clipgen.models.config import GPTConfig
 
 TARGETS = frozenset(
     {  # all that a configuration may have called
@@ -83,6 +86,12 @@ def make(node: DictConfig, **arguments: Any) -> Any:
         raise root_cause(error) from error
 
 
+def make_plain(node: DictConfig) -> dict[str, Any]:
+    """Return a resolved node as plain Python dicts and lists."""
+    values: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    return values
+
+
 def as_yaml(config: DictConfig) -> str:
     """The resolved configuration, for the run folder."""
     return OmegaConf.to_yaml(config, resolve=True)
@@ -131,10 +140,22 @@ def check_types(node: DictConfig, given: dict[str, Any]) -> None:
         hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     except NameError:  # a library that imports a name for its type checker only
         return
+    if "network" in hints:  # ``**network`` stands for the fields of GPTConfig
+        hints |= get_type_hints(GPTConfig)
     values: Any = OmegaConf.to_container(node, resolve=True)
+    checked = {key: value for key, value in values.items() if key not in given}
+    where = node._get_full_key(None)
+    check_values(checked, hints, f"{where}." if where else "")
+
+
+def check_values(values: dict[str, Any], hints: dict[str, Any], where: str) -> None:
+    """Raise TypeError for the first value that does not fit its type; a section is checked by its dataclass."""
     for key, value in values.items():
-        if key in hints and key not in given and not fits(value, hints[key]):
-            raise TypeError(f"{node._get_full_key(key)} must be {plain(hints[key])}, got {value!r}")
+        section = next((kind for kind in get_args(hints.get(key)) if is_dataclass(kind)), None)
+        if section and isinstance(value, dict):
+            check_values(value, get_type_hints(section), f"{where}{key}.")
+        elif key in hints and not fits(value, hints[key]):
+            raise TypeError(f"{where}{key} must be {plain(hints[key])}, got {value!r}")
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -86,7 +86,7 @@ def settle_encoded(config: DictConfig) -> None:
     """A cache holds its tokenizer, and knows its source: the experiment's own do not apply."""
     if OmegaConf.is_missing(config, "vqgan"):
         config.vqgan = config.data.root
-    keys = ("_target_", "root", "batch_size", "num_workers", "seed", "condition")
+    keys = ("_target_", "root", "batch_size", "num_workers", "seed", "conditioning")
     config.data = OmegaConf.masked_copy(config.data, keys)  # type: ignore[arg-type]
-    if config.data.condition == "label" and "condition_cosine" in config.model:
-        config.model.condition_cosine = 1.0  # noise bridges images and sentences, which a class has nothing to do with
+    if config.data.conditioning == "class":
+        config.model.conditioning.noise_cosine = 1.0  # noise closes the modality gap, which classes do not have

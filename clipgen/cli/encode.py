@@ -1,4 +1,4 @@
-"""``clipgen-encode vqgan=RUN output=FOLDER``: CLIP and VQ-GAN once over a data source, for ``data=encoded``."""
+"""``clipgen-encode vqgan=RUN output=FOLDER``: CLIP and VQ-GAN once over a data source, for ``data=cached``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 HELP = """usage: clipgen-encode vqgan=RUN output=FOLDER [experiment=NAME] [data=NAME] [key=value ...]
 
 Run the tokenizer and CLIP once over the images; then train on what they say:
-  clipgen-train stage=transformer data=encoded data.root=FOLDER
+  clipgen-train stage=transformer data=cached data.root=FOLDER
 
 Killed and started again it goes on, to the same bytes. Under torchrun or in a SLURM array, processes share the work.
 
 often needed:
   augmentations=10          crops and flips of each training image (default: 1, the centre crop)
-  data.labels=true          each image's class too, for data.condition=label in training
+  data.labels=true          each image's class too, for data.conditioning=class in training
   device=cuda               default: the fastest there is
   data.root=/photos         any key that  clipgen-encode --cfg job  shows"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,9 +118,9 @@ def run() -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for what no evaluation can do."""
-    from clipgen.sampling import check_sampling
+    from clipgen.sampling import SamplingParams
 
-    check_sampling(**settings_of(args))
+    SamplingParams(**settings_of(args))
     for name, least in (("num_images", 2), ("batch_size", 1), ("rerank_from", 1), ("image_size", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -241,13 +242,13 @@ def reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from clipgen.precompute import vqgan_identity
 
     vqgan = VQGAN.load(args.vqgan)
-    images = RealImages(args.reference, args.image_size or vqgan.hparams["resolution"])
+    images = RealImages(args.reference, args.image_size or vqgan.autoencoder_config.resolution)
     features = None if args.features == "none" else args.features
     try:
         metrics = ReconstructionMetrics(lpips=True, fid_features=features)
     except MissingWeightsError:
         print("LPIPS is left out: VGG-16's weights are not available", file=sys.stderr)
-        vqgan.hparams["perceptual_weight"] = 0.0  # of its validation's loss too
+        vqgan.loss_config = replace(vqgan.loss_config, perceptual_weight=0.0)  # of its validation's loss too
         metrics = ReconstructionMetrics(lpips=False, fid_features=features)
     device = torch.device(args.device or default_device())
     trainer = pl.Trainer(

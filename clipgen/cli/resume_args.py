@@ -135,7 +135,7 @@ def harmless(override: Any) -> bool:
 def is_plain(key: str, value: Any) -> bool:
     """Return True if a value has no effect but on how a model is trained, and in the folder of its run."""
     text = str(value)
-    if key == "pictures.prompts":
+    if key == "image_logger.prompts":
         return "${" not in text
     if key.startswith("logger."):
         return key != "logger.save_dir" and not re.search(r"[/\\:]|\.\.|\$\{", text)
@@ -288,9 +288,9 @@ def bring_best(ckpt: str | None, output: Path) -> None:
 def check_network(checkpoint: dict[str, Any], model: pl.LightningModule, path: Path) -> None:
     """Raise ValueError where a checkpoint's network or optimizer is not the model's."""
     arguments, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-    kinds = [found.get("optimizer") for found in (arguments, model.hparams)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"model.optimizer must be {kinds[0]}, as in the checkpoint {path}, got {kinds[1]}")
+    saved, configured = (settings["optimizer"].get("name") for settings in (arguments, model.hparams))
+    if saved != configured:
+        raise ValueError(f"model.optimizer.name must be {saved}, as in the checkpoint {path}, got {configured}")
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
         other = [f"model.{k}={v}" for k, v in arguments.items() if model.hparams.get(k) != v]
         raise ValueError(f"resume must name a checkpoint of the same model, got {path} with {', '.join(other)}")

@@ -114,7 +114,7 @@ def run() -> None:
     gc.disable()  # collecting garbage during the imports takes a second, and frees hardly anything
     from clipgen.generation.prompts import check_request
     from clipgen.pipeline import TextToImage
-    from clipgen.sampling import check_sampling
+    from clipgen.sampling import SamplingParams
 
     gc.enable()
     if args.origin:
@@ -122,7 +122,7 @@ def run() -> None:
     prompts = read_prompts(args)
     sweeps = read_sweep(args.sweep or [], settings_of(args))
     for settings in sweeps:
-        check_sampling(**settings)
+        SamplingParams(**settings)
     for prompt in (*(prompt for _, prompt in prompts), *(end for ends in args.interpolate for end in ends)):
         check_request(prompt, args.num_images, args.rerank_from)
     if not 0 <= args.seed < 2**63:
@@ -166,7 +166,7 @@ def draw(
     images = len(prompts) * (args.rerank_from or args.num_images) + len(args.interpolate) * strip_length(args)
     with rate_bar("drawing", images * len(sweeps)) as advance:
         preview = save_preview(args.output) if args.preview else None
-        options = dict(seed=args.seed, complete=complete, preview=preview, progress=advance)
+        options = dict(seed=args.seed, outpaint=complete, preview=preview, progress=advance)
         drawn = draw_pictures(pipe, prompts, sweeps, options, args)
         draw_strips(pipe, sweeps, options, args)
     if drawn:

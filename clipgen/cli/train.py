@@ -230,7 +230,7 @@ def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
 
     found = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPlace()]
     if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
-        found.append(make(config.pictures, folder=output / "pictures"))
+        found.append(make(config.image_logger, folder=output / "pictures"))
     if "metrics" in config:
         found.append(make(config.metrics))
     found += make(config.checkpoint, folder=output / "checkpoints", monitor=config.monitor)
@@ -275,7 +275,7 @@ def prepare(output: Path, config: DictConfig, model: pl.LightningModule) -> None
         if is_encoded(config):
             copy_frozen(Path(config.data.root).expanduser(), output)
         else:
-            save_frozen(output, *model.frozen())
+            save_frozen(output, *model.encoders())
 
 
 def fit(

@@ -172,13 +172,13 @@ def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
 
 
 class TokenCacheDataset(Dataset[dict[str, Tensor]]):
-    """A split of a cache, by random access: ``{"indices": (T,) int64, "clip_embedding": (E,) unit norm}``.
+    """A split of a cache, by random access: ``{"indices": (T,) int64, "condition": (E,) unit norm}``.
 
     Item ``i`` of pass ``p`` through the data is asked for as ``(p, i)``, as ``TokenCacheDataModule`` does: passes take the
     augmentations in turn, each image beginning at another one. A plain ``i`` is of the first pass.
 
     Args:
-        num_classes: where given, ``clip_embedding`` is the one-hot class (num_classes,) instead.
+        num_classes: if given, ``condition`` is the one-hot class (num_classes,) instead.
         codebook_size: bound of the indices; None does not check them.
     """
 
@@ -220,7 +220,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         return [{name: value[row] for name, value in found.items()} for row in range(len(indices))]
 
     def batch(self, indices: Sequence[Any]) -> dict[str, Tensor]:
-        """Many items at once: ``{"indices": (B, T), "clip_embedding": (B, E)}``."""
+        """Many items at once: ``{"indices": (B, T), "condition": (B, E)}``."""
         asked = np.asarray(indices)
         turn, item = asked.T if asked.ndim == 2 else (0, asked)
         if outside := [int(i) for i in (item.min(), item.max()) if not 0 <= i < len(self)]:
@@ -241,14 +241,14 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         self._check(found, shard)
         return {
             "indices": torch.from_numpy(found["indices"].astype(np.int64)),
-            "clip_embedding": self._condition(torch.from_numpy(found[condition])),
+            "condition": self._condition(torch.from_numpy(found[condition])),
         }
 
     def embeddings(self, count: int = 10_000) -> Tensor:
         """What images are conditioned on, (N, E): all of them, or about ``count``, evenly spread; for a ``EmbeddingProjector``."""
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        found: Tensor = self.batch(range(0, len(self), max(len(self) // count, 1)))["clip_embedding"]
+        found: Tensor = self.batch(range(0, len(self), max(len(self) // count, 1)))["condition"]
         return found
 
     def _check(self, found: dict[str, np.ndarray], shard: np.ndarray) -> None:
@@ -277,26 +277,28 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
 
 
 class TokenCacheDataModule(pl.LightningDataModule):
-    """The data of ``data=encoded``: batches of ``TokenCacheDataset.batch``.
+    """The data of ``data=cached``: batches of ``TokenCacheDataset.batch``.
 
     Args:
         root: the cache, as ``clipgen-encode`` leaves it.
         batch_size: images in a batch, on each device. num_workers: processes that read; 0 reads in the main one.
         seed: of the order.
-        condition: what ``clip_embedding`` of a batch is. ``"clip"``: the images' CLIP embeddings; ``"label"``: their
+        conditioning: what ``condition`` of a batch is. ``"clip"``: the images' CLIP embeddings; ``"class"``: their
             one-hot classes (B, num_classes).
 
     Raises:
         ValueError: an argument is out of range, or a cache without classes is asked for them.
     """
 
-    def __init__(self, root: str | Path, batch_size: int, num_workers: int = 0, seed: int = 0, condition: str = "clip"):
+    def __init__(
+        self, root: str | Path, batch_size: int, num_workers: int = 0, seed: int = 0, conditioning: str = "clip"
+    ):
         super().__init__()
         self.root, self.batch_size, self.num_workers, self.seed = Path(root).expanduser(), batch_size, num_workers, seed
         self.manifest = read_manifest(self.root)
-        if condition not in ("clip", "label"):
-            raise ValueError(f"condition must be 'clip' or 'label', got {condition!r}")
-        classes = len(class_names(self.manifest, self.root)) if condition == "label" else None
+        if conditioning not in ("clip", "class"):
+            raise ValueError(f"conditioning must be 'clip' or 'class', got {conditioning!r}")
+        classes = len(class_names(self.manifest, self.root)) if conditioning == "class" else None
         splits = [name for name in SPLITS if self.manifest["images"][name]]
         codes = self.manifest["codebook_size"]
         self.datasets = {name: TokenCacheDataset(self.root / name, classes, codes) for name in splits}

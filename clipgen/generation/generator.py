@@ -1,11 +1,11 @@
-"""From conditions to images: indices drawn in batches, as many as memory holds, and decoded."""
+"""Generate images from conditions: sample code indices in batches that fit into memory, and decode them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,172 +15,200 @@ from torch import Tensor, nn
 
 from clipgen.checkpoint import model_folder
 from clipgen.images import from_pil
-from clipgen.sampling import Watch, per_sample_seeds, per_sample_uniforms
+from clipgen.sampling import SamplingParams, StepCallback, per_sample_seeds, per_sample_uniforms
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-BATCH = 64  # images drawn at a time on a CPU, and decoded at a time anywhere
-MOST = 1024  # images drawn at a time on a GPU, where its memory allows
-CPU_MEMORY = 2**31  # bytes that keys and values may take on a CPU
-Preview = Callable[[Tensor], None]
-Progress = Callable[[float], None]
+DECODE_BATCH_SIZE = 64  # images decoded at a time; also the largest sampling batch on a CPU
+MAX_GPU_BATCH_SIZE = 1024  # largest sampling batch on a GPU
+CPU_MEMORY = 2**31  # bytes that the KV cache may take on a CPU
+Preview = Callable[[Tensor], None]  # receives the images so far
+Progress = Callable[[float], None]  # receives the work done since the last call, in images
 
 
 class ImageGenerator:
-    """A tokenizer and the transformer that writes its indices: conditions -> images."""
+    """Sample indices with a transformer and decode them with its tokenizer."""
 
     def __init__(self, vqgan: VQGAN, transformer: ConditionalTransformer):
-        self.vqgan, self.transformer = vqgan.eval(), transformer.eval()
-        self.side, self.dtype = math.isqrt(transformer.num_tokens), transformer.network.head.weight.dtype
+        self.vqgan = vqgan.eval()
+        self.transformer = transformer.eval()
+        self.side = math.isqrt(transformer.num_tokens)
+        self.dtype = transformer.eval_model.head.weight.dtype
         if self.side**2 != transformer.num_tokens:
-            raise ValueError(f"num_tokens must be a square, for square pictures, got {transformer.num_tokens}")
+            raise ValueError(f"num_tokens must be a square, because images are square, got {transformer.num_tokens}")
 
     @property
     def parts(self) -> list[nn.Module]:
-        """What a device holds."""
+        """The modules that ``to`` moves to a device."""
         return [self.vqgan, self.transformer]
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
+        """The device of the modules."""
         return self.transformer.device
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move all parts to a device. ``torch.bfloat16`` is for what takes the time, transformer and decoder: the
-        other parts stay as they are.
+        """Move all modules to a device. ``torch.bfloat16`` applies to the transformer and the decoder only.
 
         Raises:
-            ValueError: a dtype that pictures could not be drawn in again.
+            ValueError: a dtype other than the loaded one or bfloat16.
         """
         if isinstance(device, torch.dtype):
             raise ValueError(f"a device must be named first; for a type alone: to(dtype={device})")
         if dtype and dtype not in (self.dtype, torch.bfloat16):
             raise ValueError(f"dtype must be torch.bfloat16, or as loaded, got {dtype} after {self.dtype}")
-        torch.empty(0, device=device)  # where there is none, no part has been moved
+        torch.empty(0, device=device)  # fails before anything is moved if there is no such device
         for part in self.parts:
             part.to(device)
         if dtype:
-            _ = self._fingerprint  # cached before the cast changes the weights
+            _ = self._fingerprint  # cache it before the cast changes the weights
             self.dtype = dtype
             self.transformer.to(dtype)
         return self
 
     def compile(self) -> Self:
-        """Draw by torch.compile, on a GPU as CUDA graphs; see ``ConditionalTransformer.compile_decoder``. Then one
-        call at a time: threads need pipelines of their own. Indices become pictures by torch.compile too."""
+        """Compile the transformer's decoding step and the VQ-GAN's decoder; see ``compile_decoder``. Not thread-safe."""
         self.transformer.compile_decoder()
-        self.vqgan.tokenizer.decoder.compile(dynamic=False)
+        self.vqgan.active_model.decoder.compile(dynamic=False)
         return self
 
     @property
     def image_size(self) -> int:
-        """Height and width of the pictures in pixels."""
+        """Height and width of the generated images in pixels."""
         return self.side * self.vqgan.downsampling
 
     @cached_property
     def _fingerprint(self) -> str:
-        parts = {"gpt": self.transformer.network, "vqgan": self.vqgan.tokenizer}
+        parts = {"gpt": self.transformer.eval_model, "vqgan": self.vqgan.active_model}
         return model_folder.fingerprint(
             {f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
         )
 
-    def uniforms(self, seed: int | Sequence[int] | None, rows: int) -> Tensor:
-        """What ``paint`` draws by (B, T), from ``seed``, ``seed + 1``, ...; from a seed for each row; or at random."""
-        return per_sample_uniforms(per_sample_seeds(seed, rows), self.transformer.num_tokens, self.device)
+    def uniforms(self, seed: int | Sequence[int] | None, batch_size: int) -> Tensor:
+        """Return the random numbers (B, T) of ``generate_from_conditions``, see ``per_sample_seeds``."""
+        return per_sample_uniforms(per_sample_seeds(seed, batch_size), self.transformer.num_tokens, self.device)
 
     @torch.no_grad()
-    def paint(
+    def generate_from_conditions(
         self,
         conditions: Tensor,
         uniforms: Tensor,
+        params: SamplingParams,
         *,
-        given: Tensor | None = None,
+        prefix: Tensor | None = None,
         preview: Preview | None = None,
         progress: Progress | None = None,
-        **settings: Any,
     ) -> Tensor:
-        """Conditions (B, E) of the transformer -> images (B, 3, H, W) in [-1, 1], one a row.
+        """Generate one image per condition: (B, E) -> (B, 3, H, W) in [-1, 1].
+
+        Batches are halved when a GPU runs out of memory; finished images are kept.
 
         Args:
-            uniforms: (B, T) in [0, 1), what the indices are drawn by.
-            given: (1, P), the indices that every image begins with.
-            preview: called with the images so far, (B, 3, h, W) in [-1, 1], after each row of indices.
-            progress: called after each row with how many images it adds, a part of each; nothing is decoded for it.
-            settings: of drawing, as of ``ConditionalTransformer.sample``.
+            conditions: conditions of the transformer, (B, E).
+            uniforms: (B, T) uniform random numbers in [0, 1).
+            params: sampling parameters.
+            prefix: (1, P), the first indices of every image.
+            preview: called after each row of indices with the images so far, (B, 3, h, W) in [-1, 1].
+            progress: called after each row of indices with the work done since the last call, in images (a fraction);
+                does not decode.
         """
-        batch = self.batch_size(guided=settings.get("guidance_scale", 1) != 1)
-        settings["watch"] = self._watch(preview, progress) if preview or progress else None
+        batch_size = self.batch_size(guided=params.uses_guidance)
+        callback = self._step_callback(preview, progress) if preview or progress else None
         images: list[Tensor] = []
         done = 0
         while done < len(conditions):
-            rows = slice(done, done + batch)
-            try:
-                images.append(self._paint(conditions[rows], uniforms[rows], given, settings))
-                done += len(images[-1])
-                continue
-            except torch.OutOfMemoryError:  # of a GPU: what is finished stays, the rest goes on in halves
-                if batch == 1:
-                    raise
-            # outside of ``except``, which keeps what did not fit alive (torch's FAQ on out-of-memory)
-            batch = (min(batch, len(conditions) - done) + 1) // 2
-            self.transformer.clear_decoder_cache()
-            torch.cuda.empty_cache()
+            batch = slice(done, done + batch_size)
+            batch_images = self._try_batch(conditions[batch], uniforms[batch], params, prefix, callback)
+            if batch_images is not None:
+                images.append(batch_images)
+                done += len(batch_images)
+            elif batch_size == 1:
+                raise torch.OutOfMemoryError("a single image does not fit into the GPU's memory")
+            else:
+                batch_size = (min(batch_size, len(conditions) - done) + 1) // 2
+                self.transformer.clear_decoder_cache()
+                torch.cuda.empty_cache()
         return torch.cat(images)
 
-    def _paint(self, conditions: Tensor, uniforms: Tensor, given: Tensor | None, settings: dict[str, Any]) -> Tensor:
-        """One batch of ``paint``."""
-        given = None if given is None else given.expand(len(conditions), -1)
-        return self.decode(self.transformer.sample(conditions, uniforms=uniforms, given=given, **settings))
+    def _try_batch(
+        self,
+        conditions: Tensor,
+        uniforms: Tensor,
+        params: SamplingParams,
+        prefix: Tensor | None,
+        callback: StepCallback | None,
+    ) -> Tensor | None:
+        """Return the images of one batch, or None if the GPU runs out of memory.
+
+        The caller recovers outside of the ``except`` block, which would keep the failed tensors alive.
+        """
+        if prefix is not None:
+            prefix = prefix.expand(len(conditions), -1)
+        try:
+            indices = self.transformer.sample(conditions, params, uniforms=uniforms, prefix=prefix, callback=callback)
+            return self.decode(indices)
+        except torch.OutOfMemoryError:
+            return None
 
     def batch_size(self, guided: bool = False) -> int:
-        """How many images are drawn at a time: a power of two, whose keys and values fit into half of what a GPU has
-        free, or into ``CPU_MEMORY``."""
-        device, sizes, most, memory = self.device, self.transformer.h, BATCH, CPU_MEMORY
-        if device.type == "cuda":
-            free = torch.cuda.mem_get_info(device)[0] + self.transformer.decoder_cache_nbytes()
-            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            most, memory = MOST, free // 2
-        row = 2 * sizes.n_layer * sizes.num_tokens * sizes.n_embd * self.dtype.itemsize * (2 if guided else 1)
-        return 1 << (max(1, min(most, memory // row)).bit_length() - 1)
+        """Return the sampling batch size: the largest power of two whose KV cache fits into half of the free GPU memory.
+
+        On a CPU it fits into ``CPU_MEMORY``. Guidance doubles the KV cache.
+        """
+        max_batch_size, memory = DECODE_BATCH_SIZE, CPU_MEMORY
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0] + self.transformer.decoder_cache_nbytes()
+            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            max_batch_size, memory = MAX_GPU_BATCH_SIZE, free // 2
+        config = self.transformer.gpt_config
+        kv_bytes = 2 * config.n_layer * config.num_tokens * config.n_embd * self.dtype.itemsize
+        if guided:
+            kv_bytes *= 2
+        largest = max(1, min(max_batch_size, memory // kv_bytes))
+        return 1 << (largest.bit_length() - 1)
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Indices of whole rows (B, t) -> images (B, 3, h, W) in [-1, 1]."""
-        # CPU kernels round otherwise at other batch sizes
-        alone = self.vqgan.device.type == "cpu" and not self.transformer.compiled
-        batch = 1 if alone else BATCH
-        grids = rearrange(indices, "b (h w) -> b h w", w=self.side).split(batch)
+        """Decode whole rows of indices (B, t) to images (B, 3, h, W) in [-1, 1]."""
+        # CPU kernels are not bit-identical across batch sizes, so images are decoded one at a time there.
+        one_by_one = self.vqgan.device.type == "cpu" and not self.transformer.compiled
+        grids = rearrange(indices, "b (h w) -> b h w", w=self.side)
         with torch.autocast(self.vqgan.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            images = [self._decode(some) for some in grids]
+            images = [self._decode_batch(batch) for batch in grids.split(1 if one_by_one else DECODE_BATCH_SIZE)]
         return torch.cat(images).float().clamp(-1, 1)
 
-    def _decode(self, grid: Tensor) -> Tensor:
-        """Of at most ``BATCH`` grids. Compiled, batches are padded to a power of two, so that few programs are made,
-        and previews run eagerly."""
+    def _decode_batch(self, grids: Tensor) -> Tensor:
+        """Decode at most ``DECODE_BATCH_SIZE`` grids of indices.
+
+        A compiled decoder gets batches padded to a power of two, so that few graphs are compiled; previews of
+        incomplete images run uncompiled.
+        """
         if not self.transformer.compiled:
-            return self.vqgan.decode(grid)
-        missing, whole = 2 ** (len(grid) - 1).bit_length() - len(grid), grid.shape[1] == self.side
-        with torch.compiler.set_stance("default" if whole else "force_eager"):
-            return self.vqgan.decode(F.pad(grid, (0, 0, 0, 0, 0, missing)))[: len(grid)]
+            return self.vqgan.decode(grids)
+        padding = 2 ** (len(grids) - 1).bit_length() - len(grids)
+        is_complete = grids.shape[1] == self.side
+        with torch.compiler.set_stance("default" if is_complete else "force_eager"):
+            return self.vqgan.decode(F.pad(grids, (0, 0, 0, 0, 0, padding)))[: len(grids)]
 
-    def _watch(self, preview: Preview | None, progress: Progress | None) -> Watch:
-        def watch(indices: Tensor) -> None:
-            if indices.shape[1] % self.side == 0:
-                if preview:
-                    preview(self.decode(indices))
-                if progress:
-                    progress(len(indices) / self.side)
+    def _step_callback(self, preview: Preview | None, progress: Progress | None) -> StepCallback:
+        def on_step(indices: Tensor) -> None:
+            if indices.shape[1] % self.side:
+                return
+            if preview:
+                preview(self.decode(indices))
+            if progress:
+                progress(len(indices) / self.side)
 
-        return watch
+        return on_step
 
     @torch.no_grad()
-    def upper_indices(self, picture: Image.Image, keep: float) -> Tensor:
-        """The indices (1, P) of the upper part of a picture, in whole rows."""
-        if not 0 < keep < 1:
-            raise ValueError(f"keep must be in (0, 1), got {keep}")
-        images = from_pil(picture, self.image_size).to(self.vqgan.device)
-        rows = max(round(keep * self.side), 1)
-        return self.vqgan.encode(images)[:, :rows].flatten(1)
+    def upper_indices(self, image: Image.Image, keep_fraction: float) -> Tensor:
+        """Return the indices (1, P) of the upper part of an image, in whole rows."""
+        if not 0 < keep_fraction < 1:
+            raise ValueError(f"keep_fraction must be in (0, 1), got {keep_fraction}")
+        images = from_pil(image, self.image_size).to(self.vqgan.device)
+        num_rows = max(round(keep_fraction * self.side), 1)
+        return self.vqgan.encode(images)[:, :num_rows].flatten(1)

@@ -1,5 +1,8 @@
-"""Ways over the modality gap, between where CLIP puts images, which is all that training sees, and where it puts
-sentences: noise on the condition in training, and a ``EmbeddingProjector`` behind the sentences in sampling."""
+"""Closing CLIP's modality gap: the transformer is trained on image embeddings but sampled with text embeddings.
+
+``EmbeddingProjector`` moves text embeddings towards image embeddings when sampling; noise augmentation in training is in
+models/conditioning.py.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.files import atomic_write, one_line
-
-
-def add_condition_noise(clip_embedding: Tensor, cosine: float) -> Tensor:
-    """Unit vectors at the given expected cosine to ``clip_embedding`` (B, E), by isotropic noise; 1 adds none.
-
-    The way of LAFITE (arXiv:2111.13792) and CapDec (arXiv:2211.00575), whose noise levels agree when they are written
-    as a cosine: cos = 1 / sqrt(1 + r^2) for noise of norm r.
-    """
-    if cosine >= 1:
-        return clip_embedding
-    noise = F.normalize(torch.randn_like(clip_embedding), dim=-1)
-    return F.normalize(clip_embedding + noise * (cosine**-2 - 1) ** 0.5, dim=-1)
 
 
 class EmbeddingProjector(nn.Module):

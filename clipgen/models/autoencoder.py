@@ -1,7 +1,7 @@
-"""The network of VQ-GAN (arXiv:2012.09841): encoder, quantizer, decoder. The first and the last are pyramids of
-residual blocks with attention at chosen resolutions.
+"""The networks of VQ-GAN (arXiv:2012.09841): encoder, quantizer, decoder.
 
-The parameters carry taming-transformers' names, so that published weights fit.
+Encoder and decoder are pyramids of residual blocks with self-attention at chosen resolutions. The parameters carry
+taming-transformers' names, so that published weights load.
 """
 
 from __future__ import annotations
@@ -16,53 +16,54 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipgen.models.quantizers.lookup_free import FSQ, LFQ
-from clipgen.models.quantizers.vector import GumbelQuantizer, QuantizerOutput, VectorQuantizer
-
-QUANTIZERS = ("euclidean", "cosine", "fsq", "lfq", "gumbel")
+from clipgen.models.config import AutoencoderConfig, QuantizerConfig
+from clipgen.models.quantizers import make_quantizer
+from clipgen.models.quantizers.base import QuantizerOutput
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of each position alone: (B, C, h, w) -> (B, C, h, w)."""
+    """Layer norm over the channels of each position: (B, C, h, w) -> (B, C, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def norm(channels: int, local: bool = False) -> nn.Module:
-    return LayerNorm2d(channels, eps=1e-6) if local else nn.GroupNorm(32, channels, eps=1e-6)
+def make_norm(channels: int, eps: float, kernel_size: int = 3) -> nn.Module:
+    """Return a group norm, or for 1 x 1 kernels a layer norm, which does not mix positions."""
+    return LayerNorm2d(channels, eps=1e-6) if kernel_size == 1 else nn.GroupNorm(32, channels, eps=eps)
 
 
-def conv(in_channels: int, out_channels: int, local: bool = False) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 1) if local else nn.Conv2d(in_channels, out_channels, 3, padding=1)
+def make_conv(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Conv2d:
+    """Return a convolution that keeps height and width."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
 
 
 class ResnetBlock(nn.Module):
-    """norm, swish, conv, twice, beside a shortcut: (B, C_in, h, w) -> (B, C_out, h, w).
+    """Residual block, twice (norm, swish, convolution): (B, C_in, h, w) -> (B, C_out, h, w)."""
 
-    A ``local`` block sees one position at a time: its kernels are 1 x 1, its norms are over channels.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, dropout: float, local: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig, kernel_size: int = 3):
         super().__init__()
-        self.norm1, self.conv1 = norm(in_channels, local), conv(in_channels, out_channels, local)
-        self.norm2, self.conv2 = norm(out_channels, local), conv(out_channels, out_channels, local)
-        self.dropout = nn.Dropout(dropout)
+        self.norm1 = make_norm(in_channels, config.norm_eps, kernel_size)
+        self.conv1 = make_conv(in_channels, out_channels, kernel_size)
+        self.norm2 = make_norm(out_channels, config.norm_eps, kernel_size)
+        self.conv2 = make_conv(out_channels, out_channels, kernel_size)
+        self.dropout = nn.Dropout(config.dropout)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return shortcut + h
 
 
 class AttnBlock(nn.Module):
-    """Self-attention of one head over all positions, beside a shortcut: (B, C, h, w) -> (B, C, h, w)."""
+    """Residual single-head self-attention over all positions: (B, C, h, w) -> (B, C, h, w)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, config: AutoencoderConfig):
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = make_norm(channels, config.norm_eps)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,8 +74,10 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width by a strided convolution, padded on the right and below only; without ``with_conv`` by
-    means of four."""
+    """Halve height and width by a strided convolution, or by averages of four pixels if not ``with_conv``.
+
+    The convolution is padded on the right and at the bottom only, as in taming-transformers.
+    """
 
     def __init__(self, channels: int, with_conv: bool = True):
         super().__init__()
@@ -85,7 +88,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then (``with_conv``) a convolution."""
+    """Double height and width by nearest-neighbour interpolation, followed by a convolution if ``with_conv``."""
 
     def __init__(self, channels: int, with_conv: bool = True):
         super().__init__()
@@ -96,242 +99,163 @@ class Upsample(nn.Module):
 
 
 class ResolutionStage(nn.Module):
-    """The blocks of one resolution, then (``down``) or (``up``) a change of it."""
+    """The residual blocks of one resolution, followed by an optional change of resolution.
+
+    Args:
+        channels: channels before the first block and after each block.
+        attention: apply self-attention after each block.
+        config: sizes of the autoencoder.
+        kernel_size: kernel size of the residual blocks.
+        down: halve the resolution at the end.
+        up: double the resolution at the end.
+    """
 
     def __init__(
         self,
         channels: Sequence[int],
         attention: bool,
-        dropout: float,
+        config: AutoencoderConfig,
         *,
-        local: bool = False,
+        kernel_size: int = 3,
         down: bool = False,
         up: bool = False,
-        resamp_with_conv: bool = True,
     ):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b, dropout, local) for a, b in pairwise(channels))
-        self.attn = nn.ModuleList(AttnBlock(c) for c in channels[1:] if attention)
+        self.block = nn.ModuleList(ResnetBlock(a, b, config, kernel_size) for a, b in pairwise(channels))
+        self.attn = nn.ModuleList(AttnBlock(c, config) for c in channels[1:] if attention)
         if down:
-            self.downsample = Downsample(channels[-1], resamp_with_conv)
+            self.downsample = Downsample(channels[-1], config.resamp_with_conv)
         if up:
-            self.upsample = Upsample(channels[-1], resamp_with_conv)
+            self.upsample = Upsample(channels[-1], config.resamp_with_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
-            x = self.attn[i](x) if self.attn else x
+            if self.attn:
+                x = self.attn[i](x)
         if hasattr(self, "downsample"):
-            return self.downsample(x)
-        return self.upsample(x) if hasattr(self, "upsample") else x
+            x = self.downsample(x)
+        if hasattr(self, "upsample"):
+            x = self.upsample(x)
+        return x
 
 
 class MidBlock(nn.Module):
-    """Block, attention, block at the lowest resolution."""
+    """Residual block, self-attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, attention: bool, dropout: float, local: bool = False):
+    def __init__(self, channels: int, config: AutoencoderConfig, kernel_size: int = 3):
         super().__init__()
-        self.block_1, self.block_2 = (ResnetBlock(channels, channels, dropout, local) for _ in range(2))
-        self.attn_1 = AttnBlock(channels) if attention else nn.Identity()
+        self.block_1 = ResnetBlock(channels, channels, config, kernel_size)
+        self.block_2 = ResnetBlock(channels, channels, config, kernel_size)
+        self.attn_1 = AttnBlock(channels, config) if config.mid_attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def checkpointed_forward(part: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    """part(x), whose inner activations are computed again in the backward pass where ``checkpointing``."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(part, x, use_reentrant=False)
-    return part(x)
+def checkpointed_forward(module: nn.Module, x: Tensor, grad_checkpointing: bool) -> Tensor:
+    """Return module(x); with ``grad_checkpointing`` its activations are recomputed in the backward pass."""
+    if grad_checkpointing and torch.is_grad_enabled():
+        return checkpoint(module, x, use_reentrant=False)
+    return module(x)
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) -> features (B, z_channels, H / f, W / f), f = patch_size * 2 ** (len(ch_mult) - 1).
+    """Encode images (B, 3, H, W) as features (B, z_channels, H / f, W / f).
 
-    Args:
-        ch: channels at the first level; ``ch_mult`` multiplies them level by level.
-        num_res_blocks: residual blocks a level.
-        attn_resolutions: resolutions with attention, counted down from ``resolution``.
-        resolution: the nominal height of the images; any size divisible by f is accepted.
-        z_channels: channels of the features.
-        patch_size: pixels are first folded into channels, patch by patch. 1 is VQ-GAN; 2 or 4 spare the costly
-            work at full resolution where a CPU has to do it.
-        mid_attention: attend to all positions in the middle, as VQ-GAN does.
-        resamp_with_conv: change the resolution by convolutions, as all published VQ-GANs do.
-        checkpointing: keep only what enters each level, and compute the rest again in the backward pass: less memory,
-            more time.
-        local: each feature is a function of its own patch alone (1 x 1 kernels, norms over channels; only strided
-            convolutions reach further). Equal patches then get equal indices wherever and beside whatever they stand,
-            which a small transformer learns in a fraction of the steps; putting them together is left to the decoder.
+    With ``encoder_kernel_size`` 1 each feature depends on (almost) its own patch alone: only the strided convolutions
+    reach further. Identical patches then map to identical indices whatever their context, which a small transformer
+    learns in far fewer steps; combining patches is left to the decoder.
     """
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        resolution: int,
-        z_channels: int,
-        patch_size: int = 1,
-        mid_attention: bool = True,
-        resamp_with_conv: bool = True,
-        dropout: float = 0.0,
-        checkpointing: bool = False,
-        local: bool = False,
-    ):
+    def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.checkpointing = checkpointing
-        self.patch = nn.PixelUnshuffle(patch_size)
-        self.conv_in = conv(3 * patch_size**2, ch, local)
-        self.down, before = nn.ModuleList(), ch
-        for i, mult in enumerate(ch_mult):
-            attention = resolution // patch_size // 2**i in attn_resolutions
-            channels = [before] + [ch * mult] * num_res_blocks
-            resampling = dict(down=i < len(ch_mult) - 1, resamp_with_conv=resamp_with_conv)
-            self.down.append(ResolutionStage(channels, attention, dropout, local=local, **resampling))
-            before = channels[-1]
-        self.mid = MidBlock(before, mid_attention, dropout, local)
-        self.norm_out, self.conv_out = norm(before, local), conv(before, z_channels, local)
+        kernel_size = config.encoder_kernel_size
+        self.grad_checkpointing = config.grad_checkpointing
+        self.patch = nn.PixelUnshuffle(config.patch_size)
+        self.conv_in = make_conv(3 * config.patch_size**2, config.ch, kernel_size)
+        self.down = nn.ModuleList()
+        in_channels = config.ch
+        for i, mult in enumerate(config.ch_mult):
+            channels = [in_channels] + [config.ch * mult] * config.num_res_blocks
+            attention = config.resolution // config.patch_size // 2**i in config.attn_resolutions
+            down = i < len(config.ch_mult) - 1
+            self.down.append(ResolutionStage(channels, attention, config, kernel_size=kernel_size, down=down))
+            in_channels = channels[-1]
+        self.mid = MidBlock(in_channels, config, kernel_size)
+        self.norm_out = make_norm(in_channels, config.norm_eps, kernel_size)
+        self.conv_out = make_conv(in_channels, config.z_channels, kernel_size)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_in(self.patch(images))
-        for part in (*self.down, self.mid):
-            x = checkpointed_forward(part, x, self.checkpointing)
+        for module in (*self.down, self.mid):
+            x = checkpointed_forward(module, x, self.grad_checkpointing)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """Features (B, z_channels, h, w) -> images (B, 3, h * f, w * f); the arguments are the encoder's."""
+    """Decode features (B, z_channels, h, w) to images (B, 3, h * f, w * f)."""
 
-    def __init__(
-        self,
-        *,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attn_resolutions: Sequence[int],
-        resolution: int,
-        z_channels: int,
-        patch_size: int = 1,
-        mid_attention: bool = True,
-        resamp_with_conv: bool = True,
-        dropout: float = 0.0,
-        checkpointing: bool = False,
-    ):
+    def __init__(self, config: AutoencoderConfig):
         super().__init__()
-        self.checkpointing = checkpointing
-        before = ch * ch_mult[-1]
-        self.conv_in = nn.Conv2d(z_channels, before, 3, padding=1)
-        self.mid = MidBlock(before, mid_attention, dropout)
-        levels, lowest = [], resolution // patch_size // 2 ** (len(ch_mult) - 1)  # counted up from there
-        for i, mult in reversed(list(enumerate(ch_mult))):
-            attention = lowest * 2 ** (len(ch_mult) - 1 - i) in attn_resolutions
-            channels = [before] + [ch * mult] * (num_res_blocks + 1)
-            levels.append(ResolutionStage(channels, attention, dropout, up=i > 0, resamp_with_conv=resamp_with_conv))
-            before = channels[-1]
-        self.up = nn.ModuleList(reversed(levels))  # up.0 is the highest resolution
-        self.norm_out, self.conv_out = norm(before), nn.Conv2d(before, 3 * patch_size**2, 3, padding=1)
-        self.unpatch = nn.PixelShuffle(patch_size)
+        self.grad_checkpointing = config.grad_checkpointing
+        in_channels = config.ch * config.ch_mult[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, in_channels, 3, padding=1)
+        self.mid = MidBlock(in_channels, config)
+        # Resolutions are counted up from the lowest one, so that odd sizes find the same stages as in the encoder.
+        num_stages = len(config.ch_mult)
+        lowest_resolution = config.resolution // config.patch_size // 2 ** (num_stages - 1)
+        stages = []
+        for i, mult in reversed(list(enumerate(config.ch_mult))):
+            attention = lowest_resolution * 2 ** (num_stages - 1 - i) in config.attn_resolutions
+            channels = [in_channels] + [config.ch * mult] * (config.num_res_blocks + 1)
+            stages.append(ResolutionStage(channels, attention, config, up=i > 0))
+            in_channels = channels[-1]
+        self.up = nn.ModuleList(reversed(stages))  # up.0 is the highest resolution
+        self.norm_out = make_norm(in_channels, config.norm_eps)
+        self.conv_out = nn.Conv2d(in_channels, 3 * config.patch_size**2, 3, padding=1)
+        self.unpatch = nn.PixelShuffle(config.patch_size)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.unpatch(self.conv_out(self.trunk(z)))
+        return self.unpatch(self.conv_out(self.forward_features(z)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: not what torch.compile made of ``trunk``, which holds on to these weights."""
-        return {name: value for name, value in super().__getstate__().items() if name != "trunk"}
+        """Leave out the compiled ``forward_features``, which refers to these weights and not to a copy's."""
+        return {name: value for name, value in super().__getstate__().items() if name != "forward_features"}
 
-    def trunk(self, z: Tensor) -> Tensor:
-        """All but the last layer, which stays apart because the adaptive weight asks for its gradients alone."""
+    def forward_features(self, z: Tensor) -> Tensor:
+        """Apply all but the last layer, which is separate because the adaptive weight needs its gradient alone."""
         x = self.conv_in(z)
-        for part in (self.mid, *reversed(self.up)):
-            x = checkpointed_forward(part, x, self.checkpointing)
+        for module in (self.mid, *reversed(self.up)):
+            x = checkpointed_forward(module, x, self.grad_checkpointing)
         return F.silu(self.norm_out(x))
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adaptive weight of VQ-GAN compares gradients (its Eq. 7)."""
+        """The weight at which the adaptive weight compares gradients (VQ-GAN, Eq. 7)."""
         return self.conv_out.weight
 
 
 class Autoencoder(nn.Module):
-    """Images -> latents -> codes -> images: all of stage 1 that is needed once it is trained.
+    """Encoder, quantizer and decoder: all of stage 1 that is needed after training."""
 
-    Args:
-        quantizer: ``"euclidean"`` (the paper) or ``"cosine"``: ``VectorQuantizer``; ``"fsq"``, ``"lfq"``:
-            ``lookup_free``; ``"gumbel"``: ``GumbelQuantizer``.
-        codebook_size, codebook_dim: K, D. levels: of FSQ, whose product is K and whose number is D.
-        dead_code_reset_after, codebook_ema_decay, kmeans_iters: see ``VectorQuantizer``.
-        norm_eps: of the group norms; HFAiLab/clip-gen's weights want 1e-5.
-        local_encoder: ``local`` of the encoder alone. The rest: see ``Encoder``.
-    """
-
-    def __init__(
-        self,
-        *,
-        quantizer: str,
-        codebook_size: int,
-        codebook_dim: int,
-        levels: Sequence[int] | None = None,
-        dead_code_reset_after: int = 0,
-        codebook_ema_decay: float = 0.0,
-        kmeans_iters: int = 0,
-        z_channels: int,
-        local_encoder: bool = False,
-        norm_eps: float = 1e-6,
-        **sizes: Any,
-    ):
+    def __init__(self, config: AutoencoderConfig, quantizer: QuantizerConfig):
         super().__init__()
-        self.encoder = Encoder(z_channels=z_channels, local=local_encoder, **sizes)
-        self.decoder = Decoder(z_channels=z_channels, **sizes)
-        self.quantize = make_quantizer(
-            quantizer,
-            codebook_size,
-            codebook_dim,
-            levels,
-            dead_code_reset_after=dead_code_reset_after,
-            codebook_ema_decay=codebook_ema_decay,
-            kmeans_iters=kmeans_iters,
-        )
-        self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.eps = norm_eps
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = make_quantizer(quantizer)
+        self.quant_conv = nn.Conv2d(config.z_channels, quantizer.codebook_dim, 1)
+        self.post_quant_conv = nn.Conv2d(quantizer.codebook_dim, config.z_channels, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> latents (B, D, h, w)."""
+        """Encode images (B, 3, H, W) as latents (B, D, h, w)."""
         return self.quant_conv(self.encoder(images))
 
     def decode(self, z_q: Tensor) -> Tensor:
-        """Codes (B, D, h, w) -> images (B, 3, H, W)."""
+        """Decode codes (B, D, h, w) to images (B, 3, H, W)."""
         return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        """Images -> reconstruction, and what the quantizer returned."""
+        """Return the reconstruction, and the output of the quantizer."""
         quantized = self.quantize(self.encode(images))
         return self.decode(quantized.z_q), quantized
-
-
-def make_quantizer(
-    kind: str, codebook_size: int, codebook_dim: int, levels: Sequence[int] | None, **learned: Any
-) -> Any:
-    """The quantizer of a name; ValueError where its sizes do not go together. ``learned``: of ``VectorQuantizer``."""
-    if kind not in QUANTIZERS:
-        raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {kind!r}")
-    if kind in ("euclidean", "cosine"):
-        return VectorQuantizer(codebook_size, codebook_dim, kind, **learned)
-    if used := [f"{name}={value}" for name, value in learned.items() if value]:
-        raise ValueError(f"quantizer {kind!r} does not move its codes: leave out {', '.join(used)}")
-    if kind == "gumbel":
-        return GumbelQuantizer(codebook_size, codebook_dim)
-    if kind == "fsq" and not levels:
-        raise ValueError("levels must be given for quantizer 'fsq', as in [8, 5, 5, 5], got none")
-    made, dim = (FSQ(levels or ()), len(levels or ())) if kind == "fsq" else (LFQ(codebook_dim), codebook_dim)
-    if (codebook_size, codebook_dim) != (made.codebook_size, dim):
-        raise ValueError(
-            f"codebook_size and codebook_dim must be {made.codebook_size} and {dim} for quantizer {kind!r}"
-            f"{f' of levels {list(levels)}' if levels else ''}, got {codebook_size} and {codebook_dim}"
-        )
-    return made

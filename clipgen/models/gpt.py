@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, GPT2Config, GPT2Model
 
+from clipgen.models.config import GPTConfig
+
 
 def causal_attention(
     module: nn.Module,
@@ -20,120 +22,111 @@ def causal_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it, 3 x (B, H, T, D) -> (B, T, H, D), and no mask, which flash attention does
-    not take: transformers' own way builds one under torch.compile, and else waits for the GPU to find it needless."""
+    """Compute causal attention in transformers' interface: 3 x (B, H, T, D) -> (B, T, H, D).
+
+    SDPA with ``is_causal=True`` instead of an explicit mask, so that FlashAttention can be used. transformers' own
+    path builds a mask under torch.compile, and otherwise synchronizes with the GPU to check whether it is needed.
+    """
     causal = query.shape[2] > 1
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal).transpose(1, 2), None
 
 
-AttentionInterface.register("causal", causal_attention)  # no function for masks has this name, so none is made
+# transformers has no mask function of this name, so it builds no mask.
+AttentionInterface.register("causal", causal_attention)
 
 
 class ConditionalGPT2(nn.Module):
-    """Logits of codebook indices given the ones before and a CLIP embedding: p(s_t | s_<t, e).
+    """Predict code indices from the previous ones and a CLIP embedding: logits of p(s_t | s_<t, e).
 
-    The network is transformers' GPT-2. Position 0 holds the linearly projected embedding, position t the index s_t;
-    so position t - 1 scores s_t, and T positions are enough for T indices.
+    The network is transformers' GPT-2. Its input is [condition, s_0, ..., s_{T-2}]; the output at position t is the
+    distribution of s_t, so T positions suffice.
 
     Args:
-        n_layer, n_head, n_embd: GPT-2's own.
-        codebook_size: K. num_tokens: T. clip_dim: E.
-        dropout: on embeddings, attention and residuals.
-        tie_head: share the output matrix with the index embedding, as GPT-2 does. head_bias: add one to the logits.
-        activation: transformers' name; GPT-2's is the default, as one kernel ("gelu_new" is eight).
-        checkpointing: keep no activations inside blocks, compute them again on the way back: less memory, more time.
-        grid_positions: start the learned positions from the row and column that each one scores, instead of GPT-2's
-            noise: what lies above an index is then found from the first step on.
-        null_condition: own a learned condition that stands for "anything", for classifier-free guidance.
+        config: sizes of the network.
+        null_condition: learn a null condition, which classifier-free guidance needs.
     """
 
-    def __init__(
-        self,
-        *,
-        n_layer: int,
-        n_head: int,
-        n_embd: int,
-        codebook_size: int,
-        num_tokens: int,
-        clip_dim: int,
-        dropout: float = 0.0,
-        tie_head: bool = True,
-        head_bias: bool = False,
-        activation: str = "gelu_pytorch_tanh",
-        null_condition: bool = False,
-        grid_positions: bool = False,
-        checkpointing: bool = False,
-    ):
+    def __init__(self, config: GPTConfig, null_condition: bool = False):
         super().__init__()
-        if n_embd % n_head:
-            raise ValueError(f"n_embd must be divisible by n_head, got {n_embd} and {n_head}")
-        self.num_tokens, self.codebook_size = num_tokens, codebook_size
-        self.transformer = GPT2Model(
-            GPT2Config(  # type: ignore[call-arg]
-                vocab_size=codebook_size,
-                n_positions=num_tokens,
-                n_embd=n_embd,
-                n_layer=n_layer,
-                n_head=n_head,
-                resid_pdrop=dropout,
-                embd_pdrop=dropout,
-                attn_pdrop=dropout,
-                activation_function=activation,
-                attn_implementation="causal",
-                use_cache=False,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        )
-        if checkpointing:
-            net: Any = self.transformer  # the second name is that of older transformers
-            enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-        self.clip_proj = nn.Linear(clip_dim, n_embd)
-        self.head = nn.Linear(n_embd, codebook_size, bias=head_bias)
-        if tie_head:
+        self.num_tokens = config.num_tokens
+        self.codebook_size = config.codebook_size
+        self.transformer = GPT2Model(gpt2_config(config))
+        if config.grad_checkpointing:
+            enable_grad_checkpointing(self.transformer)
+        self.clip_proj = nn.Linear(config.clip_dim, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.codebook_size, bias=config.lm_head_bias)
+        if config.tie_embeddings:
             self.head.weight = self.transformer.wte.weight
         else:
             nn.init.normal_(self.head.weight, std=0.02)
-        self.null = nn.Parameter(torch.zeros(n_embd)) if null_condition else None
-        if grid_positions:
-            self.transformer.wpe.weight.data.copy_(0.1 * sinusoids_2d(num_tokens, n_embd))
+        self.null = nn.Parameter(torch.zeros(config.n_embd)) if null_condition else None
+        if config.pos_embed_init == "sincos_2d":
+            self.transformer.wpe.weight.data.copy_(0.1 * sinusoids_2d(config.num_tokens, config.n_embd))
 
     def condition(self, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Embeddings (B, E) -> first tokens (B, n_embd). A unit vector's elements are scaled to unit variance first.
+        """Project CLIP embeddings (B, E), scaled to unit variance, to condition tokens (B, n_embd).
 
-        ``drop`` (B,) bool marks rows that get the null condition instead.
+        ``drop`` (B,) bool marks the samples that get the null condition instead.
         """
         unit_variance = clip_embedding * clip_embedding.shape[-1] ** 0.5
         token = self.clip_proj(unit_variance.to(self.clip_proj.weight.dtype))
         if drop is None:
             return token
         if self.null is None:
-            raise ValueError("this transformer has no null condition: train it with condition_dropout > 0")
+            raise ValueError("this transformer has no null condition: train it with model.conditioning.drop_prob > 0")
         return torch.where(drop[:, None], self.null, token)
 
     def forward(
         self, indices: Tensor, clip_embedding: Tensor, drop: Tensor | None = None, with_loss: bool = False
     ) -> Any:
-        """Teacher-forced logits: (B, T) int64, (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``.
+        """Return teacher-forced logits: (B, T) int64, (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``.
 
-        ``with_loss`` gives (cross-entropy of an index, logits), Eq. 8 a token: compiled together, logits of a large
-        codebook are read fewer times.
+        ``with_loss`` returns (cross-entropy per token (Eq. 8), logits). Computing the loss inside the compiled graph
+        saves memory traffic on the large logits tensor.
         """
-        first = self.condition(clip_embedding, drop)[:, None]  # (B, 1, C)
-        tokens = torch.cat([first, self.transformer.wte(indices[:, :-1])], dim=1)  # (B, T, C)
-        logits = self.head(self.transformer(inputs_embeds=tokens).last_hidden_state)
-        return (F.cross_entropy(logits.flatten(0, 1), indices.flatten()), logits) if with_loss else logits
+        condition_token = self.condition(clip_embedding, drop)[:, None]  # (B, 1, C)
+        inputs = torch.cat([condition_token, self.transformer.wte(indices[:, :-1])], dim=1)  # (B, T, C)
+        logits = self.head(self.transformer(inputs_embeds=inputs).last_hidden_state)
+        if not with_loss:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), indices.flatten()), logits
+
+
+def gpt2_config(config: GPTConfig) -> GPT2Config:
+    """Return the configuration of transformers' GPT-2."""
+    return GPT2Config(  # type: ignore[call-arg]
+        vocab_size=config.codebook_size,
+        n_positions=config.num_tokens,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        activation_function=config.activation,
+        attn_implementation="causal",
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def enable_grad_checkpointing(network: Any) -> None:
+    """Enable gradient checkpointing under the name that this version of transformers uses."""
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def sinusoids_2d(num_tokens: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, (T, width), at wavelengths from 2 pi up to 2 pi times the grid's side."""
+    """Return sines and cosines of row and column, (T, width), at wavelengths from 2 pi to 2 pi x the grid's side."""
     side = math.isqrt(num_tokens)
     if side**2 != num_tokens or width % 4:
         raise ValueError(
-            f"grid_positions needs a square num_tokens and n_embd divisible by 4, got {num_tokens} and {width}"
+            "pos_embed_init=sincos_2d needs a square num_tokens and n_embd divisible by 4, "
+            f"got {num_tokens} and {width}"
         )
     frequency = float(side) ** -torch.linspace(0, 1, width // 4)
-    place = torch.arange(num_tokens)
-    angles = [axis[:, None] * frequency for axis in (place // side, place % side)]  # 2 x (T, width / 4)
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    position = torch.arange(num_tokens)
+    row = (position // side)[:, None] * frequency  # (T, width / 4)
+    column = (position % side)[:, None] * frequency
+    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clipgen.models.gpt import ConditionalGPT2
 from clipgen.processor import instruction_set
-from clipgen.sampling import Step
+from clipgen.sampling import LogitsFn
 
 Product = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
 onednn: Any = torch.ops.mkldnn  # what torch.compile uses on a CPU
@@ -39,7 +39,7 @@ class IncrementalDecoder:
         self.norm, self.head = net.ln_f, self.product(gpt.head.weight.T, gpt.head.bias, rows)
         self.shape = (rows, config.n_head, gpt.num_tokens, config.n_embd // config.n_head)  # of a layer's keys
 
-    def start(self, condition: Tensor) -> Step:
+    def start(self, condition: Tensor) -> LogitsFn:
         """The step for first tokens (B, n_embd), what ``gpt.condition`` returns.
 
         It gives the logits (B, K) of the index at a position, given the one before it (B,), None at position 0.
@@ -160,7 +160,7 @@ class CompiledDecoder(IncrementalDecoder):
         torch._dynamo.config.recompile_limit = max(limit, 64)
         self.program = torch.compile(self.logits, fullgraph=True, dynamic=False)
 
-    def start(self, condition: Tensor) -> Step:
+    def start(self, condition: Tensor) -> LogitsFn:
         """As of ``IncrementalDecoder``."""
         rows = len(condition)
 

@@ -7,10 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RECONSTRUCTIONS = ("l1", "l2")
-ADVERSARIALS = ("hinge", "log")
-CLIP_LOSSES = ("log", "cosine")
-CLIP_LOSS_CODES = ("straight_through", "gumbel", "expected")
+from clipgen.models.config import CLIP_LOSS_ESTIMATORS
 
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
@@ -19,7 +16,7 @@ def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Te
         return F.mse_loss(reconstruction, images)
     if kind == "l1":
         return F.l1_loss(reconstruction, images)
-    raise ValueError(f"reconstruction must be 'l1' or 'l2', got {kind!r}")
+    raise ValueError(f"loss.reconstruction must be 'l1' or 'l2', got {kind!r}")
 
 
 def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str) -> Tensor:
@@ -28,7 +25,7 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str) -> T
         return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
     if kind == "log":
         return (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()) / 2
-    raise ValueError(f"adversarial must be 'hinge' or 'log', got {kind!r}")
+    raise ValueError(f"gan.loss must be 'hinge' or 'log', got {kind!r}")
 
 
 def generator_loss(logits_fake: Tensor, kind: str) -> Tensor:
@@ -37,7 +34,7 @@ def generator_loss(logits_fake: Tensor, kind: str) -> Tensor:
         return -logits_fake.mean()
     if kind == "log":
         return F.softplus(-logits_fake).mean()
-    raise ValueError(f"adversarial must be 'hinge' or 'log', got {kind!r}")
+    raise ValueError(f"gan.loss must be 'hinge' or 'log', got {kind!r}")
 
 
 def adaptive_weight(
@@ -87,7 +84,7 @@ def clip_loss(generated: Tensor, target: Tensor, kind: str = "log") -> Tensor:
         return -((1 + cosine) / 2).clamp(min=1e-6).log().mean()
     if kind == "cosine":
         return (1 - cosine).mean()
-    raise ValueError(f"clip_loss_kind must be 'log' or 'cosine', got {kind!r}")
+    raise ValueError(f"clip_loss.type must be 'log' or 'cosine', got {kind!r}")
 
 
 def differentiable_codes(logits: Tensor, codebook: Tensor, kind: str) -> Tensor:
@@ -97,8 +94,8 @@ def differentiable_codes(logits: Tensor, codebook: Tensor, kind: str) -> Tensor:
     the mean one (arXiv:1308.3432). ``"gumbel"``: a drawn code by the Gumbel-max trick, with the gradient of the mean
     one under the same noise (straight-through Gumbel-softmax at temperature 1, arXiv:1611.01144).
     """
-    if kind not in CLIP_LOSS_CODES:
-        raise ValueError(f"clip_loss_codes must be one of {', '.join(CLIP_LOSS_CODES)}, got {kind!r}")
+    if kind not in CLIP_LOSS_ESTIMATORS:
+        raise ValueError(f"clip_loss.estimator must be one of {', '.join(CLIP_LOSS_ESTIMATORS)}, got {kind!r}")
     if kind == "gumbel":
         noise = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
         logits = logits - noise.exponential_().log()

@@ -66,7 +66,7 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
         raise MissingWeightsError(
             f"the perceptual loss needs the weights {source}, which cannot be loaded ({one_line(error)}): put "
             f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), name the file in "
-            "model.vgg_weights=PATH, or go without by model.perceptual_weight=0"
+            "model.loss.vgg_weights=PATH, or go without by model.loss.perceptual_weight=0"
         ) from error
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 
-from clipgen.cli.config import check_types, make
+from clipgen.cli.config import check_types, make, make_plain
 from clipgen.cli.early_checks import is_encoded
 from clipgen.data.token_cache import class_names, read_manifest
 from clipgen.files import read_json
+from clipgen.models.config import model_settings
 from clipgen.precompute import clip_identity, saved_identity
 from clipgen.run_folder import load_clip
-from clipgen.vqgan import NETWORK, VQGAN
+from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +24,25 @@ logger = logging.getLogger(__name__)
 def build(config: DictConfig) -> pl.LightningModule:
     """The model to train, with the weights that it starts from."""
     if config.stage_name == "vqgan":
-        return make(config.model) if config.start_from is None else start_from(config)
+        return make(config.model) if config.init_from is None else build_from(config)
     model = build_encoded(config) if is_encoded(config) else build_online(config)
-    if config.language_weights is not None and config.resume is None:
-        model.init_from_gpt2(config.language_weights)
+    if config.init_from_gpt2 is not None and config.resume is None:
+        model.init_from_gpt2(config.init_from_gpt2)
     return model
 
 
-def start_from(config: DictConfig) -> pl.LightningModule:
-    """A VQGAN with another's network and weights, to be trained as configured."""
-    source = VQGAN.load(config.start_from)
-    return make(config.model, **{k: source.hparams[k] for k in NETWORK}, kmeans_iters=0).init_from(source)
+def build_from(config: DictConfig) -> pl.LightningModule:
+    """Return a VQGAN with the network and weights of ``init_from``, to be trained as configured."""
+    source = VQGAN.load(config.init_from)
+    model = make_plain(config.model)
+    quantizer = model_settings(source.quantizer_config) | {"kmeans_iters": 0}
+    gan = {name: source.hparams["gan"][name] for name in ("channels", "num_layers")}
+    return make(
+        config.model,
+        autoencoder=model["autoencoder"] | model_settings(source.autoencoder_config),
+        quantizer=model["quantizer"] | quantizer,
+        gan=model["gan"] | gan,
+    ).init_from(source)
 
 
 def build_online(config: DictConfig) -> Any:
@@ -46,12 +55,12 @@ def build_online(config: DictConfig) -> Any:
         "num_tokens": (config.data.image_size // vqgan.downsampling) ** 2,
         "clip_dim": clip.embed_dim,
     }
-    return make(config.model, **left_open(config, sizes)).attach(vqgan, clip)
+    return make(config.model, **left_open(config, sizes)).attach_encoders(vqgan, clip)
 
 
 def warn_of_size(vqgan: VQGAN, image_size: int) -> None:
     """Any size divisible by f works; another than in stage 1 is more often forgotten than wanted."""
-    trained = vqgan.hparams["resolution"]
+    trained = vqgan.autoencoder_config.resolution
     if image_size != trained:
         sizes = [f"{size} ({(size // vqgan.downsampling) ** 2} indices an image)" for size in (trained, image_size)]
         logger.warning("The tokenizer was trained at data.image_size=%s, and is used at %s.", *sizes)
@@ -76,11 +85,11 @@ def build_encoded(config: DictConfig) -> Any:
             "clip.pretrained"
         )
     sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
-    if config.data.condition == "label":
+    if config.data.conditioning == "class":
         return build_labels(config, sizes, class_names(manifest, root))
     model = make(config.model, **left_open(config, sizes))
-    if config.model.clip_loss_weight > 0:
-        model.attach(VQGAN.load(root), load_clip(root))
+    if config.model.clip_loss.weight > 0:
+        model.attach_encoders(VQGAN.load(root), load_clip(root))
     return model
 
 

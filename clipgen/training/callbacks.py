@@ -19,7 +19,7 @@ from clipgen.data.validation_sampler import real_rows
 from clipgen.generation.generator import ImageGenerator
 from clipgen.images import code_frequency_chart, grid, save_png, to_pil
 from clipgen.run_folder import load_clip
-from clipgen.sampling import check_sampling
+from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -38,7 +38,8 @@ class MetricPrinter(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         batch_size = getattr(trainer.train_dataloader, "batch_size", None)
         if trainer.is_global_zero and batch_size:
-            accumulate = max(trainer.accumulate_grad_batches, module.hparams.get("accumulate", 1))
+            config: Any = getattr(module, "optimizer_config", None)
+            accumulate = max(trainer.accumulate_grad_batches, config.grad_accum_steps if config else 1)
             logger.info("%s", describe_step(batch_size, trainer.world_size, accumulate))
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -110,9 +111,8 @@ class ImageLogger(pl.Callback):
         folder: ``pictures`` of a run folder, which has the frozen models where a training from a cache does not.
         num_images: number of pictures in a grid.
         prompts: the sentences of stage 2.
-        temperature, top_k, top_p: see ``sampling.draw``.
-        guidance_scale, guidance_power: see ``ConditionalTransformer.sample``.
         keep: number of grids of each kind that stay in the folder; older ones are deleted.
+        sampling: see ``SamplingParams``.
     """
 
     def __init__(
@@ -120,33 +120,27 @@ class ImageLogger(pl.Callback):
         folder: str | Path,
         num_images: int = 16,
         prompts: Sequence[str] = (),
-        temperature: float = 1.0,
-        top_k: int = 300,
-        top_p: float = 1.0,
-        guidance_scale: float = 1.0,
-        guidance_power: float = 0.0,
         keep: int = 20,
+        **sampling: Any,
     ):
-        check_sampling(temperature, top_k, top_p, guidance_scale, guidance_power)
         for key, value in (("num_images", num_images), ("keep", keep)):
             if value < 1:
                 raise ValueError(f"{key} must be at least 1, got {value}")
-        self.folder, self.num_images, self.prompts, self.keep = Path(folder), num_images, list(prompts), keep
-        self.sampling: dict[str, Any] = dict(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance_scale=guidance_scale,
-            guidance_power=guidance_power,
-        )
+        self.folder = Path(folder)
+        self.num_images = num_images
+        self.prompts = list(prompts)
+        self.keep = keep
+        self.params = SamplingParams(**sampling)
         self.batch: dict[str, Tensor] = {}
         self.frozen: tuple[VQGAN, FrozenCLIP | None] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        scale = self.sampling["guidance_scale"]
-        if isinstance(module, ConditionalTransformer) and scale != 1 and not module.h.condition_dropout:
+        if not self.params.uses_guidance or not isinstance(module, ConditionalTransformer):
+            return
+        if not module.conditioning_config.drop_prob:
             raise ValueError(
-                f"pictures.guidance_scale must be 1 for a model without model.condition_dropout, got {scale}"
+                "image_logger.guidance_scale must be 1 for a model without model.conditioning.drop_prob, "
+                f"got {self.params.guidance_scale}"
             )
 
     def on_validation_batch_end(
@@ -160,7 +154,7 @@ class ImageLogger(pl.Callback):
     ) -> None:
         if batch_idx == 0:
             rows = min(real_rows(trainer, batch_idx, self.num_images), self.num_images)
-            names = ("images", "indices", "clip_embedding")
+            names = ("images", "indices", "condition")
             self.batch = {name: batch[name][:rows] for name in names if name in batch}
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -182,15 +176,15 @@ class ImageLogger(pl.Callback):
         vqgan, clip = self._frozen_models(module)
         if vqgan is None:
             return {}
-        painter = ImageGenerator(vqgan, module)
+        generator = ImageGenerator(vqgan, module)
         if "images" in batch and clip is not None:
             images, conditions = batch["images"], clip.encode_image(batch["images"])
         else:
-            images, conditions = painter.decode(batch["indices"]), batch["clip_embedding"]
-        pairs = torch.stack([images, self._samples(painter, conditions)], dim=1)
+            images, conditions = generator.decode(batch["indices"]), batch["condition"]
+        pairs = torch.stack([images, self._samples(generator, conditions)], dim=1)
         grids = {"from_images": grid(to_pil(pairs.flatten(0, 1)), columns=8)}
         if self.prompts and clip is not None:
-            samples = self._samples(painter, clip.encode_text(self.prompts))
+            samples = self._samples(generator, clip.encode_text(self.prompts))
             grids["from_texts"] = grid(to_pil(samples), captions=self.prompts)
         return grids
 
@@ -200,17 +194,18 @@ class ImageLogger(pl.Callback):
         chart = code_frequency_chart(module.counts, title)
         return {"reconstructions": grid(to_pil(pairs), columns=8), "codebook_usage": chart}
 
-    def _samples(self, painter: ImageGenerator, conditions: Tensor) -> Tensor:
+    def _samples(self, generator: ImageGenerator, conditions: Tensor) -> Tensor:
         """Generate an image for each condition, from the same seeds after each validation."""
-        return painter.paint(conditions, painter.uniforms(0, len(conditions)), **self.sampling)
+        uniforms = generator.uniforms(0, len(conditions))
+        return generator.generate_from_conditions(conditions, uniforms, self.params)
 
     def _frozen_models(self, module: ConditionalTransformer) -> tuple[VQGAN | None, FrozenCLIP | None]:
         """Return the models that the transformer trains with; else those of the run folder, where it has them.
 
         Without the CLIP there are no prompts: for a transformer of classes, and where it cannot be loaded.
         """
-        if module.has_frozen:
-            return module.frozen()
+        if module.has_encoders:
+            return module.encoders()
         root = self.folder.parent
         if self.frozen is None:
             if not (root / "vqgan").is_dir():

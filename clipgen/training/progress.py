@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from clipgen.optim import optimizer_steps
+from clipgen.optim import total_optimizer_steps
 
 logger = logging.getLogger(__name__)
 SHOWN = ("train/loss", "train/discriminator_loss", "train/cross_entropy", "val/loss", "val/cross_entropy")
@@ -84,7 +84,7 @@ class ProgressReport(pl.Callback):
         self.bar = Progress(*columns, console=Console(stderr=True), disable=not bar)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.total = optimizer_steps(trainer, module.hparams.get("accumulate", 1))
+        self.total = steps_to_train(trainer, module)
         self.pace = Pace(trainer.global_step, self.total)
         self.next_line, self.forecast = time.monotonic() + self.every, False
         total = None if math.isinf(self.total) else self.total
@@ -149,7 +149,7 @@ class TotalTime(pl.Callback):
         self.later, self.tell, self.told = later, tell, False
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.pace = Pace(trainer.global_step, optimizer_steps(trainer, module.hparams.get("accumulate", 1)))
+        self.pace = Pace(trainer.global_step, steps_to_train(trainer, module))
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.pace.advance(trainer.global_step, images_in(batch, trainer))
@@ -158,3 +158,10 @@ class TotalTime(pl.Callback):
             left = self.pace.total - self.pace.step
             each = self.pace.seconds_per_step
             self.tell(left * each, (left + self.later) * each)
+
+
+def steps_to_train(trainer: pl.Trainer, module: Any) -> float:
+    """Return the total number of optimizer steps. Under automatic optimization Lightning counts them itself."""
+    config = getattr(module, "optimizer_config", None)
+    manual = not module.automatic_optimization and config is not None
+    return total_optimizer_steps(trainer, config.grad_accum_steps if manual else 1)

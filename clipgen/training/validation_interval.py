@@ -56,4 +56,4 @@ def warn_of_few_images(data: Any) -> None:
 
 def accumulation(config: DictConfig) -> int:
     """Return how many batches make one optimizer step."""
-    return int(config.model.get("accumulate", 1)) * int(config.trainer.accumulate_grad_batches)
+    return int(config.model.optimizer.grad_accum_steps)

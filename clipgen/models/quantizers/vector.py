@@ -1,14 +1,13 @@
-"""Vector quantisation with a learned codebook: latents -> one of K codes, with straight-through gradients.
+"""Vector quantization with a learned codebook (VQ-VAE), the quantizer of the paper.
 
-Every quantizer, here and in ``lookup_free``, is called with latents (B, D, h, w), returns ``QuantizerOutput``, turns indices
-back by ``codes``, and shows all its codes as ``codebook`` (K, D).
+Ours although vector-quantize-pytorch exists: the codebook must match published weights, resume bit for bit, and stay
+identical on all ranks.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,18 +15,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from clipgen.models.config import QuantizerConfig
+from clipgen.models.quantizers.base import QuantizerOutput, code_counts
+
 logger = logging.getLogger(__name__)
 
-LATENTS_PER_CODE = 10  # of k-means
-DISTANCES = 2**26  # distances that k-means holds at a time: 256 MiB
-
-
-class QuantizerOutput(NamedTuple):
-    """What a quantizer returns."""
-
-    z_q: Tensor  # (B, D, h, w), gradients pass straight through to z
-    indices: Tensor  # (B, h, w) int64
-    losses: dict[str, Tensor]  # by name (codebook_loss, commitment_loss, entropy_loss, kl_loss), not yet weighted
+KMEANS_LATENTS_PER_CODE = 10
+MAX_DISTANCES = 2**26  # distances held at a time by k-means: 256 MiB
 
 
 class VectorQuantizer(nn.Module):
@@ -36,20 +30,21 @@ class VectorQuantizer(nn.Module):
     ``z_q = argmin_k ||z - e_k||``, with ``codebook_loss = ||sg[z] - z_q||^2`` and
     ``commitment_loss = ||z - sg[z_q]||^2``, both means over elements; the caller's beta belongs to the second.
 
+    With ``codebook_ema_decay`` above 0 the codes are not trained by a gradient: each batch moves a code by
+    ``1 - codebook_ema_decay`` of the way to the mean of its latents (mini-batch k-means), and there is no
+    ``codebook_loss``. With ``dead_code_reset_after`` above 0 the first training batch initializes the whole codebook.
+
     Args:
         codebook_size: K.
         codebook_dim: D.
-        distance: ``"euclidean"`` (the paper), or ``"cosine"``: latents and codes are compared and handed on at unit
-            length times sqrt(D), the way of ViT-VQGAN (arXiv:2110.04627), whose codes stay alive.
-        dead_code_reset_after: a code that no latent of this many training batches chose is moved onto a latent far
-            from its code; 0 leaves dead codes dead (the paper). The first training batch seeds the whole codebook.
-        kmeans_iters: rounds of k-means in ``kmeans_init_``, which puts the codes where the latents are.
-        codebook_ema_decay: 0 learns the codes by the gradient of ``codebook_loss`` (the paper). Above 0,
-            each batch moves a code by ``1 - codebook_ema_decay`` of the way to the mean of its latents (mini-batch
-            k-means), which follows the encoder faster; then there is no ``codebook_loss``.
+        distance: ``"euclidean"`` (the paper), or ``"cosine"``, which normalizes latents and codes to length sqrt(D)
+            (ViT-VQGAN, arXiv:2110.04627) and keeps more codes in use.
+        dead_code_reset_after: see ``QuantizerConfig``.
+        codebook_ema_decay: see ``QuantizerConfig``.
+        kmeans_iters: see ``QuantizerConfig``.
     """
 
-    idle: Tensor
+    batches_since_use: Tensor
 
     def __init__(
         self,
@@ -61,45 +56,51 @@ class VectorQuantizer(nn.Module):
         kmeans_iters: int = 0,
     ):
         super().__init__()
-        if codebook_size < 2:
-            raise ValueError(f"codebook_size must be at least 2, got {codebook_size}")
-        if distance not in ("euclidean", "cosine"):
-            raise ValueError(f"distance must be 'euclidean' or 'cosine', got {distance!r}")
-        if not 0 <= codebook_ema_decay < 1:
-            raise ValueError(f"codebook_ema_decay must be in [0, 1), got {codebook_ema_decay}")
-        self.codebook_size, self.codebook_dim = codebook_size, codebook_dim
-        self.distance, self.dead_code_reset_after, self.codebook_ema_decay = (
-            distance,
-            dead_code_reset_after,
-            codebook_ema_decay,
-        )
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_dim
+        self.distance = distance
+        self.dead_code_reset_after = dead_code_reset_after
+        self.codebook_ema_decay = codebook_ema_decay
         self.kmeans_iters = kmeans_iters
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         self.embedding.weight.requires_grad_(codebook_ema_decay == 0)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
-        # batches since each code was last chosen; at first all are due, so that the first batch seeds them
-        self.register_buffer("idle", torch.full((codebook_size,), max(dead_code_reset_after, 1) - 1))
+        # All codes start one batch before their reset, so that the first batch initializes them.
+        initial = max(dead_code_reset_after, 1) - 1
+        self.register_buffer("batches_since_use", torch.full((codebook_size,), initial))
+
+    @classmethod
+    def from_config(cls, config: QuantizerConfig) -> VectorQuantizer:
+        """Return the quantizer of type ``"euclidean"`` or ``"cosine"``."""
+        return cls(
+            config.codebook_size,
+            config.codebook_dim,
+            config.type,
+            config.dead_code_reset_after,
+            config.codebook_ema_decay,
+            config.kmeans_iters,
+        )
 
     @property
     def codebook(self) -> Tensor:
-        """The codes as they are handed on, (K, D)."""
+        """All codes as the decoder receives them, (K, D)."""
         return self._scaled(self.embedding.weight)
 
     def _scaled(self, vectors: Tensor) -> Tensor:
-        """Cosine codes live on the sphere of radius sqrt(D): their elements are of unit variance."""
+        """Project cosine codes onto the sphere of radius sqrt(D), where their elements have unit variance."""
         return F.normalize(vectors, dim=-1) * math.sqrt(self.codebook_dim) if self.distance == "cosine" else vectors
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Latents (B, D, h, w) -> codes, indices and losses. Runs in fp32 whatever the autocast."""
+        """Quantize latents (B, D, h, w), in fp32 whatever the autocast."""
         with torch.autocast(z.device.type, enabled=False):
             flat = self._scaled(rearrange(z.float(), "b d h w -> b h w d"))
             indices = self.nearest(flat)
             codes = F.embedding(indices, self.codebook)  # (B, h, w, D)
             if self.training and self.codebook_ema_decay:
-                self.move_(flat.detach().flatten(0, 2), indices.flatten())
+                self.ema_update_(flat.detach().flatten(0, 2), indices.flatten())
             if self.training and self.dead_code_reset_after:
                 error = (flat - codes).detach().square().sum(-1)
-                self.revive_(flat.detach().flatten(0, 2), indices.flatten(), error.flatten())
+                self.reset_dead_codes_(flat.detach().flatten(0, 2), indices.flatten(), error.flatten())
             losses = {"commitment_loss": F.mse_loss(flat, codes.detach())}
             if not self.codebook_ema_decay:
                 losses["codebook_loss"] = F.mse_loss(codes, flat.detach())
@@ -107,47 +108,47 @@ class VectorQuantizer(nn.Module):
             return QuantizerOutput(rearrange(z_q, "b h w d -> b d h w"), indices, losses)
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Index of the nearest code: (..., D) -> (...). ||v - e||^2 without ||v||^2, which no code changes."""
+        """Return the index of the nearest code: (..., D) -> (...). ||v||^2, equal for all codes, is left out."""
         codes = self.codebook.detach().to(vectors.dtype)
         distance = codes.square().sum(1) - 2 * vectors.detach() @ codes.T  # (..., K)
         return distance.argmin(dim=-1)
 
-    def codes(self, indices: Tensor) -> Tensor:
-        """Indices (B, h, w) -> codes (B, D, h, w)."""
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Look up codes: (B, h, w) -> (B, D, h, w)."""
         return rearrange(F.embedding(indices, self.codebook), "b h w d -> b d h w")
 
     @property
     def kmeans_latents(self) -> int:
-        """The number of latents of all ranks that ``kmeans_init_`` should get."""
-        return LATENTS_PER_CODE * self.codebook_size
+        """The number of latents, over all ranks, that ``kmeans_init_`` should get."""
+        return KMEANS_LATENTS_PER_CODE * self.codebook_size
 
     def as_vectors(self, z: Tensor) -> Tensor:
-        """Latents (B, D, h, w) -> what is compared with codes, (B * h * w, D), in fp32."""
+        """Return latents (B, D, h, w) as they are compared with codes, (B * h * w, D) in fp32."""
         return self._scaled(rearrange(z.float(), "b d h w -> (b h w) d"))
 
     @torch.no_grad()
     def kmeans_init_(self, latents: Tensor) -> None:
-        """Put the codes where k-means finds the clusters of latents (N, D) of all ranks, the same on every rank."""
-        latents = gathered(latents)
+        """Initialize the codes by k-means on latents (N, D) of all ranks, identically on all ranks."""
+        latents = gather_rows(latents)
         latents = latents[torch.isfinite(latents).all(dim=1)]
         if not len(latents):
-            raise ValueError("kmeans_iters needs latents of the first batch that are finite, got none")
+            raise ValueError("kmeans_iters needs finite latents in the first batch, got none")
         if len(latents) < self.codebook_size:
-            logger.warning("k-means places %d codes by %d latents alone.", self.codebook_size, len(latents))
-        centres = latents[draw_rows(len(latents), self.codebook_size, latents.device)]
+            logger.warning("k-means initializes %d codes from only %d latents.", self.codebook_size, len(latents))
+        centers = latents[random_rows(len(latents), self.codebook_size, latents.device)]
         for _ in range(self.kmeans_iters):
-            nearest = nearest_rows(latents, centres)
+            nearest = nearest_rows(latents, centers)
             count = code_counts(nearest, self.codebook_size)[:, None]
-            total = torch.zeros_like(centres).index_add_(0, nearest, latents)
-            centres = self._scaled(torch.where(count > 0, total / count.clamp(min=1), centres))
+            total = torch.zeros_like(centers).index_add_(0, nearest, latents)
+            centers = self._scaled(torch.where(count > 0, total / count.clamp(min=1), centers))
         if dist.is_initialized():
-            dist.broadcast(centres, src=0)
-        self.embedding.weight.data.copy_(centres)
-        self.idle.zero_()
+            dist.broadcast(centers, src=0)
+        self.embedding.weight.data.copy_(centers)
+        self.batches_since_use.zero_()
 
     @torch.no_grad()
-    def move_(self, latents: Tensor, indices: Tensor) -> None:
-        """Move each code towards the mean of the latents (N, D) that chose it, over all ranks."""
+    def ema_update_(self, latents: Tensor, indices: Tensor) -> None:
+        """Move each code towards the mean of its latents (N, D) on all ranks."""
         count = code_counts(indices, self.codebook_size)[:, None].to(latents)
         total = torch.zeros_like(self.embedding.weight).index_add_(0, indices, latents)
         if dist.is_initialized():
@@ -157,94 +158,46 @@ class VectorQuantizer(nn.Module):
         self.embedding.weight.lerp_(mean, 1 - self.codebook_ema_decay)
 
     @torch.no_grad()
-    def revive_(self, latents: Tensor, indices: Tensor, error: Tensor) -> None:
-        """Move codes that were idle too long onto latents (N, D) of this batch, the same on every rank.
+    def reset_dead_codes_(self, latents: Tensor, indices: Tensor, error: Tensor) -> None:
+        """Reset codes that have been unused for too long to latents (N, D) of this batch, identically on all ranks.
 
-        Latents are drawn by their squared distance (N,) to the code they got, as k-means++ does: where codes are
-        missing, not where most latents are.
+        Latents are sampled with probability proportional to their squared quantization error (N,), as in k-means++.
         """
         used = code_counts(indices, self.codebook_size)
         if dist.is_initialized():
             dist.all_reduce(used)
-        self.idle.add_(1)[used > 0] = 0
-        dead = self.idle >= self.dead_code_reset_after
-        error = error.nan_to_num(nan=0.0, posinf=0.0)  # multinomial fails on those; their step will be skipped
+        self.batches_since_use.add_(1)[used > 0] = 0
+        dead = self.batches_since_use >= self.dead_code_reset_after
+        # multinomial fails on non-finite errors; a step with such errors is skipped anyway.
+        error = error.nan_to_num(nan=0.0, posinf=0.0)
         chosen = latents[torch.multinomial(error + 1e-12, self.codebook_size, replacement=True)]
         if dist.is_initialized():
             dist.broadcast(chosen, src=0)
         self.embedding.weight.data.copy_(torch.where(dead[:, None], chosen, self.embedding.weight))
-        self.idle[dead] = 0
+        self.batches_since_use[dead] = 0
 
 
-class GumbelQuantizer(nn.Module):
-    """Codes drawn by the Gumbel-softmax of logits that a 1 x 1 convolution gives (arXiv:1611.01144), as in
-    taming-transformers' GumbelVQ; in evaluation the likeliest. Here for its published weights.
-
-    ``kl_loss`` is the divergence of the drawn distribution from the uniform one.
-    """
-
-    def __init__(self, codebook_size: int, codebook_dim: int):
-        super().__init__()
-        self.codebook_size = codebook_size
-        self.proj = nn.Conv2d(codebook_dim, codebook_size, 1)
-        self.embed = nn.Embedding(codebook_size, codebook_dim)
-
-    @property
-    def codebook(self) -> Tensor:
-        """All codes, (K, D)."""
-        return self.embed.weight
-
-    def forward(self, z: Tensor) -> QuantizerOutput:
-        """Latents (B, D, h, w) -> codes, indices and losses. Runs in fp32 whatever the autocast."""
-        with torch.autocast(z.device.type, enabled=False):
-            weight, bias = self.proj.weight.float(), self.proj.bias.float()  # type: ignore[union-attr]
-            logits = F.conv2d(z.float(), weight, bias)  # (B, K, h, w)
-            p = logits.softmax(dim=1)
-            kl = (p * torch.log(p * self.codebook_size + 1e-10)).sum(dim=1).mean()
-            if not self.training:
-                indices = logits.argmax(dim=1)
-                return QuantizerOutput(self.codes(indices), indices, {"kl_loss": kl})
-            one_hot = F.gumbel_softmax(logits, tau=1.0, dim=1, hard=True)
-            z_q = torch.einsum("bkhw,kd->bdhw", one_hot, self.codebook)
-            return QuantizerOutput(z_q, one_hot.argmax(dim=1), {"kl_loss": kl})
-
-    def codes(self, indices: Tensor) -> Tensor:
-        """Indices (B, h, w) -> codes (B, D, h, w)."""
-        return rearrange(self.embed(indices), "b h w d -> b d h w")
-
-
-def gathered(vectors: Tensor) -> Tensor:
-    """Return the rows (N, D) of all ranks, as many of each as the one with the fewest has."""
+def gather_rows(vectors: Tensor) -> Tensor:
+    """Return the rows (N, D) of all ranks, equally many of each rank."""
     if not dist.is_initialized():
         return vectors
-    rows = torch.tensor(len(vectors), device=vectors.device)
-    dist.all_reduce(rows, dist.ReduceOp.MIN)
-    mine = vectors[: int(rows)].contiguous()
-    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, mine)
+    num_rows = torch.tensor(len(vectors), device=vectors.device)
+    dist.all_reduce(num_rows, dist.ReduceOp.MIN)
+    own = vectors[: int(num_rows)].contiguous()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
     return torch.cat(parts)
 
 
-def draw_rows(rows: int, count: int, device: torch.device) -> Tensor:
-    """Draw ``count`` row numbers: different ones where there are enough."""
-    if rows >= count:
-        return torch.randperm(rows, device=device)[:count]
-    return torch.randint(rows, (count,), device=device)
+def random_rows(num_rows: int, count: int, device: torch.device) -> Tensor:
+    """Return ``count`` random row numbers, without repetition if there are enough rows."""
+    if num_rows >= count:
+        return torch.randperm(num_rows, device=device)[:count]
+    return torch.randint(num_rows, (count,), device=device)
 
 
-def nearest_rows(vectors: Tensor, centres: Tensor) -> Tensor:
-    """Index of the centre (K, D) that is nearest to each vector (N, D); a part of the distances at a time."""
-    chunk = max(DISTANCES // len(centres), 1)
-    return torch.cat([torch.cdist(some, centres).argmin(dim=1) for some in vectors.split(chunk)])
-
-
-def code_counts(indices: Tensor, codebook_size: int) -> Tensor:
-    """How often each code was chosen, (K,); torch.bincount would wait for a GPU."""
-    flat = indices.flatten()
-    return flat.new_zeros(codebook_size).index_add_(0, flat, torch.ones_like(flat))
-
-
-def usage_and_perplexity(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """From how often each code was chosen (K,): the part of codes in use, and exp(entropy) of their distribution."""
-    p = chosen.float() / chosen.sum().clamp(min=1)
-    return (chosen > 0).float().mean(), torch.exp(-torch.special.xlogy(p, p).sum())
+def nearest_rows(vectors: Tensor, centers: Tensor) -> Tensor:
+    """Return the index (N,) of the center (K, D) nearest to each vector (N, D), in chunks of bounded memory."""
+    chunk_size = max(MAX_DISTANCES // len(centers), 1)
+    nearest = [torch.cdist(chunk, centers).argmin(dim=1) for chunk in vectors.split(chunk_size)]
+    return torch.cat(nearest)

@@ -1,0 +1,19 @@
+"""Noise on the condition in training, one of the ways to close CLIP's modality gap (see generation/modality_gap.py)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def add_condition_noise(clip_embedding: Tensor, cosine: float) -> Tensor:
+    """Return unit vectors with the given expected cosine to ``clip_embedding`` (B, E); 1 adds no noise.
+
+    Isotropic noise as in LAFITE (arXiv:2111.13792) and CapDec (arXiv:2211.00575), whose noise levels agree when they
+    are written as a cosine: cos = 1 / sqrt(1 + r^2) for noise of norm r.
+    """
+    if cosine >= 1:
+        return clip_embedding
+    noise = F.normalize(torch.randn_like(clip_embedding), dim=-1)
+    return F.normalize(clip_embedding + noise * (cosine**-2 - 1) ** 0.5, dim=-1)
