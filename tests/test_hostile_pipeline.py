@@ -83,7 +83,7 @@ def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new(pipe, other, tmp_
         expected = pipe if number == 0 else other
         assert TextToImage.load(root).fingerprint == expected.fingerprint
         assert TextToImage.load(other.save(root)).fingerprint == other.fingerprint
-        assert entries(root) == entries(first) | {"bridge.safetensors"}
+        assert entries(root) == entries(first) | {"projector.safetensors"}
         assert not list(tmp_path.glob(".*"))
         if not ended:
             break
@@ -228,18 +228,18 @@ def test_the_bundled_pipeline_is_bound():
 )
 def test_a_bridge_that_is_none_is_refused(pipe, tmp_path, shift):
     root = pipe.save(tmp_path / "pipe")
-    save_file({"shift": shift}, root / "bridge.safetensors", {"neighbours": "8", "temperature": "0.01"})
-    with pytest.raises(ValueError, match=r"the bridge .*bridge.safetensors is damaged: shift must"):
+    save_file({"shift": shift}, root / "projector.safetensors", {"neighbors": "8", "temperature": "0.01"})
+    with pytest.raises(ValueError, match=r"the projector .*projector.safetensors is damaged: shift must"):
         TextToImage.load(root)
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"neighbours": "x", "temperature": "1"}, {"neighbours": "8", "temperature": "nan"}]
+    "metadata", [{"neighbors": "x", "temperature": "1"}, {"neighbors": "8", "temperature": "nan"}]
 )
 def test_a_bridges_settings_name_the_file(pipe, tmp_path, metadata):
     root = pipe.save(tmp_path / "pipe")
-    save_file({"shift": torch.zeros(64)}, root / "bridge.safetensors", metadata)
-    with pytest.raises(ValueError, match=r"the bridge .*bridge.safetensors is damaged"):
+    save_file({"shift": torch.zeros(64)}, root / "projector.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"the projector .*projector.safetensors is damaged"):
         TextToImage.load(root)
 
 
@@ -280,7 +280,7 @@ def test_nothing_but_a_pipeline_is_published(pipe, tmp_path, monkeypatch):
     assert set(published) == model | clip | {"clip.json", "README.md"}
 
 
-@pytest.mark.parametrize("link", ["vqgan", "transformer/config.json", "vqgan/model.safetensors", "bridge.safetensors"])
+@pytest.mark.parametrize("link", ["vqgan", "transformer/config.json", "vqgan/model.safetensors", "projector.safetensors"])
 def test_links_out_of_a_pipeline_are_refused(other, tmp_path, link):
     root = other.save(tmp_path / "pipe")
     (root / link).rename(tmp_path / "elsewhere")

@@ -44,15 +44,15 @@ def test_the_mean_shift_brings_the_means_together():
 
 def test_projection_by_hand():
     memory, asked = unit(20), unit(3)
-    for row, found in zip(asked, EmbeddingProjector(memory=memory, neighbours=2, temperature=0.1)(asked)):
+    for row, found in zip(asked, EmbeddingProjector(memory=memory, neighbors=2, temperature=0.1)(asked)):
         first, second = sorted(memory, key=lambda m: -(m @ row).item())[:2]
         a, b = torch.exp(first @ row / 0.1), torch.exp(second @ row / 0.1)
         assert torch.allclose(found, F.normalize((a * first + b * second) / (a + b), dim=0), atol=1e-5)
-    assert torch.allclose(EmbeddingProjector(memory=memory, neighbours=1)(memory), memory, atol=1e-6)
-    assert torch.allclose(EmbeddingProjector(memory=memory, neighbours=99, temperature=1e-4)(memory), memory, atol=1e-6)
+    assert torch.allclose(EmbeddingProjector(memory=memory, neighbors=1)(memory), memory, atol=1e-6)
+    assert torch.allclose(EmbeddingProjector(memory=memory, neighbors=99, temperature=1e-4)(memory), memory, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"neighbours": 0}, {"temperature": 0.0}])
+@pytest.mark.parametrize("wrong", [{"neighbors": 0}, {"temperature": 0.0}])
 def test_settings_that_make_no_sense(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} must be .*, got 0"):
@@ -65,13 +65,13 @@ def test_a_pipeline_draws_behind_its_bridge(pipe, tmp_path):
     bridged = TextToImage(
         pipe.vqgan, pipe.transformer, pipe.clip, EmbeddingProjector(torch.ones(64) / 8, unit(1, 64), 3, 0.5)
     )
-    assert torch.allclose(bridged.embed(PROMPT), bridged.bridge.memory, atol=1e-6)
+    assert torch.allclose(bridged.embed(PROMPT), bridged.projector.memory, atol=1e-6)
     assert not torch.allclose(plain, bridged.embed(PROMPT), atol=0.1) and bridged.fingerprint != fingerprint
     loaded = TextToImage.load(bridged.save(tmp_path / "pipe"))
-    assert loaded.fingerprint == bridged.fingerprint and (loaded.bridge.neighbours, loaded.bridge.temperature) == (
+    assert loaded.fingerprint == bridged.fingerprint and (loaded.projector.neighbors, loaded.projector.temperature) == (
         3,
         0.5,
     )
-    (tmp_path / "pipe/bridge.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"bridge\.safetensors is damaged"):
+    (tmp_path / "pipe/projector.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"projector\.safetensors is damaged"):
         TextToImage.load(tmp_path / "pipe")

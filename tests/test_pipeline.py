@@ -113,8 +113,8 @@ def test_reranking_returns_the_highest_scores(pipe):
 
 
 def test_reranking_asks_for_the_sentence_itself(pipe):
-    """Not for where the bridge moves it: pictures are drawn from there, and compared with what was said."""
-    pipe.bridge = EmbeddingProjector(shift=5 * torch.nn.functional.normalize(torch.randn(64), dim=0))
+    """The projector only affects generation."""
+    pipe.projector = EmbeddingProjector(shift=5 * torch.nn.functional.normalize(torch.randn(64), dim=0))
     images = pipe.generate(pipe.embed(PROMPT).expand(12, -1), 0)
     scores = pipe.clip_scores(images, pipe.clip.encode_text([PROMPT]).expand(12, -1))
     assert torch.allclose(scores, (pipe.clip.encode_image(images) @ pipe.clip.encode_text([PROMPT]).T)[:, 0])
@@ -400,7 +400,7 @@ def test_a_preview_decodes_no_more_at_once(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe), "batch_size", lambda self, guided: 5)
     monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: sizes.append(len(indices)) or decode(indices))
     assert len(pipe(PROMPT, 5, seed=0, preview=lambda images: None)) == 5
-    assert set(sizes) == {1}  # on a CPU, where pictures must not depend on their neighbours
+    assert set(sizes) == {1}  # on a CPU, where pictures must not depend on their neighbors
     monkeypatch.setattr(pipe.transformer, "compiled", True)
     assert pipe.decode(torch.zeros(5, 16, dtype=torch.int64)).shape[0] == 5 and set(sizes) == {1, 2}
 
@@ -432,12 +432,12 @@ def test_an_embedding_is_one_vector(pipe):
 
 def test_another_bridge_is_another_model(pipe, tmp_path):
     plain = pipe(PROMPT, seed=0)[0].info["model"]
-    pipe.bridge = EmbeddingProjector(shift=torch.full((64,), 0.1))
+    pipe.projector = EmbeddingProjector(shift=torch.full((64,), 0.1))
     bridged = pipe(PROMPT, seed=0)[0].info["model"]
     assert bridged != plain and TextToImage.load(pipe.save(tmp_path / "pipe")).fingerprint == bridged
-    pipe.bridge = None
+    pipe.projector = None
     assert pipe(PROMPT, seed=0)[0].info["model"] == plain
-    assert TextToImage.load(pipe.save(tmp_path / "pipe")).bridge is None
+    assert TextToImage.load(pipe.save(tmp_path / "pipe")).projector is None
 
 
 def test_a_card_says_how_a_run_was_trained(pipe, tmp_path):
@@ -468,9 +468,9 @@ def test_the_hub(pipe, monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / name))
-    pipe.bridge = EmbeddingProjector(shift=torch.ones(64))
-    for bridge in (pipe.bridge, None):  # nothing of the first stays where the second is
-        pipe.bridge = bridge
+    pipe.projector = EmbeddingProjector(shift=torch.ones(64))
+    for bridge in (pipe.projector, None):  # nothing of the first stays where the second is
+        pipe.projector = bridge
         assert pipe.push_to_hub("me/shapes") == "https://huggingface.co/me/shapes"
         assert TextToImage.load("hf-hub:me/shapes").fingerprint == pipe.fingerprint
     card = (tmp_path / "me" / "shapes" / "README.md").read_text()

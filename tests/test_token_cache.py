@@ -557,4 +557,4 @@ def test_readmes_python_runs(cache, tmp_path, monkeypatch):
     cache.rename(tmp_path / "encoded")
     monkeypatch.chdir(tmp_path)
     exec(block, {})
-    assert TextToImage.load("bridged").bridge is not None
+    assert TextToImage.load("projected").projector is not None

@@ -208,9 +208,9 @@ def run_label(args: argparse.Namespace) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """All sentences."""
-    from clipgen.generation.prompts import read_sentences
+    from clipgen.generation.prompts import read_prompts
 
-    prompts = [*args.prompt, *(line for file in args.prompts_file for line in read_sentences(file))]
+    prompts = [*args.prompt, *(line for file in args.prompts_file for line in read_prompts(file))]
     if not prompts:
         raise ValueError("there must be something to draw: give --prompt or --prompts-file")
     if not all(prompt.strip() for prompt in prompts):

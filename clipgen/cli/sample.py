@@ -253,9 +253,9 @@ def save_preview(folder: Path) -> Preview:
 
 def read_prompts(args: argparse.Namespace) -> list[Named]:
     """Everything to draw, but interpolations; a picture to complete stands for itself where nothing else does."""
-    from clipgen.generation.prompts import describe, parse_mixture, read_sentences
+    from clipgen.generation.prompts import describe, parse_mixture, read_prompts
 
-    lines = [line for file in args.prompts_file for line in read_sentences(file)]
+    lines = [line for file in args.prompts_file for line in read_prompts(file)]
     mixtures = [parse_mixture(mix) if isinstance(mix, str) else mix for mix in args.mix]
     prompts: list[Named] = [(describe(prompt), prompt) for prompt in (*args.prompt, *lines, *mixtures)]
     images = args.image or [args.complete] * bool(args.complete and not (prompts or args.interpolate))
