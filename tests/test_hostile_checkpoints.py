@@ -368,7 +368,7 @@ def test_malformed_published_checkpoints_name_the_file(tmp_path):
         refused(lambda: ConditionalTransformer.from_hfailab(tmp_path / "vqgan.pt"), "vqgan.pt")
 
 
-def test_malformed_bridges_name_the_file(tmp_path):
+def test_malformed_projectors_name_the_file(tmp_path):
     good = {"neighbors": "8", "temperature": "0.01"}
     for tensors, settings in (
         ({"shift": torch.zeros(4)}, good | {"neighbors": "many"}),
