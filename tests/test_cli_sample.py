@@ -474,3 +474,17 @@ def test_full_disk_leaves_no_partial_image(call, runs, tmp_path, existing):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert result.code == 1 and re.fullmatch(r"clipgen-sample: error: File too large: s/\S+\.png\n", result.stderr)
     assert everything(tmp_path) == before
+
+
+def test_help_begins_with_the_prompts(call):
+    result = call("--help")
+    assert result.code == 0
+    groups = [line for line in result.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert [group.partition(" ")[0].strip(":") for group in groups] == [
+        "prompts",
+        "images",
+        "sampling",
+        "model",
+        "other",
+    ]
+    assert result.stdout.partition(groups[0])[2].split()[0] == "--prompt"
