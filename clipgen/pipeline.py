@@ -208,26 +208,21 @@ class TextToImage(ImageGenerator):
             keep_fraction: fraction of the height of ``outpaint`` that is kept.
             preview: called after each row of indices with the images so far, (B, 3, h, W) in [-1, 1].
             progress: called after each row of indices with the work done since the last call, in images (a fraction).
-            sampling: fields of ``SamplingParams`` by name, which override those of ``params``: temperature, top_k,
-                top_p, guidance_scale, guidance_power.
+            sampling: temperature, top_k, top_p, guidance_scale, guidance_power; they override ``params``.
 
         Returns:
-            PIL images, prompt by prompt; by descending CLIP score if reranked. Their ``info`` holds prompt, seed and
-            sampling parameters.
+            PIL images, prompt by prompt, best first if reranked. Their ``info`` holds prompt, seed and parameters.
         """
         params = resolve_params(params, sampling)
-        prompts = as_prompt_list(prompt)
-        for item in prompts:
-            check_request(item, num_images, rerank_from)
+        prompts = checked_prompts(prompt, num_images, rerank_from)
         seeds = per_sample_seeds(seed, rerank_from or num_images)
         # Prompts are embedded one at a time: a batch differs by floating-point rounding, which changes the images.
         embeddings = torch.cat([self.embed(item) for item in prompts])
-        prefix = self._prefix(outpaint, keep_fraction)
         candidates = self.generate(
             embeddings.repeat_interleave(len(seeds), dim=0),
             seeds * len(prompts),
             params,
-            prefix=prefix,
+            prefix=self._prefix(outpaint, keep_fraction),
             preview=preview,
             progress=progress,
         )
@@ -235,9 +230,7 @@ class TextToImage(ImageGenerator):
         results = []
         for item, images in zip(prompts, candidates.split(len(seeds))):
             order = self._rank(item, images)[:num_images] if rerank_from else list(range(num_images))
-            for i, image in zip(order, to_pil(images[order])):
-                image.info.update(prompt_metadata(item), seed=seeds[i], **metadata)
-                results.append(image)
+            results += with_metadata(images[order], item, [seeds[i] for i in order], metadata)
         return results
 
     def _prefix(self, outpaint: Image.Image | None, keep_fraction: float) -> Tensor | None:
@@ -337,12 +330,31 @@ class TextToImage(ImageGenerator):
         return results
 
 
-def as_prompt_list(prompt: Prompt | Sequence[Prompt]) -> list[Any]:
-    """Return the prompts of a call, which takes one prompt or a list of them."""
+def checked_prompts(
+    prompt: Prompt | Sequence[Prompt],
+    num_images: int,
+    rerank_from: int | None,
+) -> list[Any]:
+    """Return the prompts of a call, which takes one prompt or a list of them; see ``check_request`` for errors."""
     prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
     if not prompts:
         raise ValueError("prompt must hold at least one prompt, got an empty list")
+    for item in prompts:
+        check_request(item, num_images, rerank_from)
     return prompts
+
+
+def with_metadata(
+    images: Tensor,
+    prompt: Prompt,
+    seeds: Sequence[int],
+    metadata: Mapping[str, Any],
+) -> list[Image.Image]:
+    """Convert images (B, 3, H, W) of one prompt to PIL, and record their metadata in ``info``."""
+    results = to_pil(images)
+    for image, seed in zip(results, seeds):
+        image.info.update(prompt_metadata(prompt), seed=seed, **metadata)
+    return results
 
 
 def prompt_metadata(prompt: Prompt) -> dict[str, Any]:

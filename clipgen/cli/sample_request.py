@@ -34,7 +34,7 @@ class NamedPrompt(NamedTuple):
 
 @dataclass
 class SampleRequest:
-    """What ``clipgen-sample`` generates.
+    """The images to generate.
 
     Args:
         prompts: prompts of single images.

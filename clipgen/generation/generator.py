@@ -71,11 +71,13 @@ class ImageGenerator:
             raise ValueError(f"device must be a device, got a dtype: use to(dtype={device})")
         if dtype and dtype not in (self.dtype, torch.bfloat16):
             raise ValueError(f"dtype must be torch.bfloat16, or as loaded, got {dtype} after {self.dtype}")
-        torch.empty(0, device=device)  # fails before anything is moved if there is no such device
+        # Raise an error before any module is moved if the device does not exist.
+        torch.empty(0, device=device)
         for part in self.parts:
             part.to(device)
         if dtype:
-            _ = self._fingerprint  # cache it before the cast changes the weights
+            # Cache the fingerprint before the cast changes the weights.
+            _ = self._fingerprint
             self.dtype = dtype
             self.transformer.to(dtype)
         return self
@@ -192,7 +194,7 @@ class ImageGenerator:
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Decode whole rows of indices (B, t) to images (B, 3, h, W) in [-1, 1]."""
+        """Decode complete rows of indices (B, t) to images (B, 3, h, W) in [-1, 1]."""
         # CPU kernels are not bit-identical across batch sizes, so images are decoded one at a time there.
         one_by_one = self.vqgan.device.type == "cpu" and not self.transformer.compiled
         grids = rearrange(indices, "b (h w) -> b h w", w=self.side)
@@ -228,7 +230,7 @@ class ImageGenerator:
 
     @torch.no_grad()
     def upper_indices(self, image: Image.Image, keep_fraction: float) -> Tensor:
-        """Return the indices (1, P) of the upper part of an image, in whole rows."""
+        """Return the indices (1, P) of the upper part of an image, in complete rows."""
         if not 0 < keep_fraction < 1:
             raise ValueError(f"keep_fraction must be in (0, 1), got {keep_fraction}")
         images = from_pil(image, self.image_size).to(self.vqgan.device)
