@@ -362,6 +362,8 @@ def run_input(name: str, target: Target, seed: int, limits: Limits) -> str | Non
         except MemoryError:
             return "MemoryError: it takes several times the allowed memory"
         except EXPECTED as error:
+            if ran_out_of_memory(error):
+                return f"an allocation failed: {error!s:.300}"
             if "\n" in str(error).strip() or not str(error).strip():
                 return f"{type(error).__name__} is not one sentence: {str(error)[:300]!r}"
         except BaseException as error:
@@ -372,6 +374,15 @@ def run_input(name: str, target: Target, seed: int, limits: Limits) -> str | Non
     if used > limits.seconds:
         return f"took {used:.1f} s"
     return f"took {grown:.0f} MiB" if grown > limits.memory else None
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error was caused by a failed allocation."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def peak_memory() -> float:
