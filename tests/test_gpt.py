@@ -156,17 +156,17 @@ def test_products_of_few_rows(rows, outputs, bias):
     expected = (x.double() @ weight.double() + (offset.double() if bias else 0)).float()
     for laid_out in (weight, weight.T.contiguous().T):  # the tied head is a transposed one
         for decoder in (IncrementalDecoder, CompiledDecoder):
-            found = decoder.product(laid_out, offset, rows)(x)
+            found = decoder.make_linear(laid_out, offset, rows)(x)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    half = IncrementalDecoder.product(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
+    half = IncrementalDecoder.make_linear(weight.bfloat16(), offset.bfloat16() if bias else None, rows)(x.bfloat16())
     torch.testing.assert_close(half.float(), expected, atol=0.3, rtol=0.05)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("kernel", [kv_cache.plain, kv_cache.halves, kv_cache.prepacked])
+@pytest.mark.parametrize("kernel", [kv_cache.addmm_linear, kv_cache.split_linear, kv_cache.prepacked_linear])
 def test_all_kernels_compute_the_product(kernel, rows):
-    if kernel is kv_cache.prepacked and not kv_cache.has_prepacked_kernels():
+    if kernel is kv_cache.prepacked_linear and not kv_cache.has_prepacked_kernels():
         pytest.skip("this build of torch has no prepacked oneDNN kernels")
     weight, bias, x = torch.randn(32, 48), torch.randn(48), torch.randn(rows, 32)
     expected = (x.double() @ weight.double() + bias.double()).float()
@@ -176,18 +176,18 @@ def test_all_kernels_compute_the_product(kernel, rows):
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "avx2", "avx512"),
     [
-        (1, 128, 512, kv_cache.plain, kv_cache.plain),
-        (1, 512, 2048, kv_cache.halves, kv_cache.halves),
-        (1, 512, 2049, kv_cache.prepacked, kv_cache.prepacked),
-        (1, 2048, 512, kv_cache.prepacked, kv_cache.halves),
-        (3, 128, 512, kv_cache.prepacked, kv_cache.prepacked),
+        (1, 128, 512, kv_cache.addmm_linear, kv_cache.addmm_linear),
+        (1, 512, 2048, kv_cache.split_linear, kv_cache.split_linear),
+        (1, 512, 2049, kv_cache.prepacked_linear, kv_cache.prepacked_linear),
+        (1, 2048, 512, kv_cache.prepacked_linear, kv_cache.split_linear),
+        (3, 128, 512, kv_cache.prepacked_linear, kv_cache.prepacked_linear),
     ],
 )
 def test_kernels_follow_from_shape_and_instruction_set(monkeypatch, rows, inputs, outputs, avx2, avx512):
     monkeypatch.setattr(kv_cache, "has_prepacked_kernels", lambda: True)
     for name, expected in (("AVX2", avx2), ("AVX512", avx512)):
         monkeypatch.setattr(kv_cache, "instruction_set", lambda name=name: name)
-        assert kv_cache.cpu_kernel(rows, inputs, outputs) is expected
+        assert kv_cache.choose_cpu_kernel(rows, inputs, outputs) is expected
 
 
 class WrongOperators:
@@ -205,8 +205,8 @@ def test_without_working_operators_the_product_is_the_plain_one(monkeypatch, ope
     monkeypatch.setattr(kv_cache, "onednn", operators)
     try:
         weight, bias, x = torch.randn(32, 48), torch.randn(48), torch.randn(5, 32)
-        assert kv_cache.cpu_kernel(5, 32, 48) is kv_cache.plain
-        assert torch.equal(IncrementalDecoder.product(weight, bias, 5)(x), torch.addmm(bias, x, weight))
+        assert kv_cache.choose_cpu_kernel(5, 32, 48) is kv_cache.addmm_linear
+        assert torch.equal(IncrementalDecoder.make_linear(weight, bias, 5)(x), torch.addmm(bias, x, weight))
     finally:
         kv_cache.has_prepacked_kernels.cache_clear()
 
@@ -221,11 +221,11 @@ def eager_compile(monkeypatch):
 @torch.no_grad()
 def test_programs_of_many_rows_read_the_cache_in_buckets(monkeypatch, eager_compile):
     """And score as the loop that reads only what it has written."""
-    monkeypatch.setattr(kv_cache, "BUCKET", 5)
+    monkeypatch.setattr(kv_cache, "BUCKET_SIZE", 5)
     gpt, lengths, attend = network(), [], F.scaled_dot_product_attention
     record = lambda q, k, v, **options: (lengths.append(k.shape[2]), attend(q, k, v, **options))[1]
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
-    for rows, expected in ((2, [12] * T), (kv_cache.BUCKETS_FROM_ROWS, [5] * 5 + [10] * 5 + [12] * 2)):
+    for rows, expected in ((2, [12] * T), (kv_cache.MIN_BATCH_SIZE_FOR_BUCKETS, [5] * 5 + [10] * 5 + [12] * 2)):
         condition, indices = gpt.condition(embeddings(rows)), torch.randint(K, (rows, T))
         compiled, plain = CompiledDecoder(gpt, rows).start(condition), IncrementalDecoder(gpt, rows).start(condition)
         for position in range(T):
