@@ -368,7 +368,7 @@ def test_what_compile_asks_for(pipe, monkeypatch):
     for rows, guidance in ((3, 1.0), (4, 1.0), (1, 1.0), (3, 2.0)):
         e, settings = pipe.embed(PROMPT).expand(rows, -1), dict(seed=0, guidance_scale=guidance)
         torch.testing.assert_close(compiled.generate(e, **settings), pipe.generate(e, **settings), atol=1e-4, rtol=0)
-    assert [function.__self__.shape[0] for function in made] == [4, 1, 8]
+    assert [function.__self__.cache_shape[0] for function in made] == [4, 1, 8]
     assert pictures == [4, 4, 1, 4]
     hook.remove()
     other = copy.deepcopy(compiled)
