@@ -108,7 +108,7 @@ def test_large_stacks_are_iterated_in_parts(monkeypatch):
     monkeypatch.setattr(muon, "MAX_ELEMENTS", 1)
     parts = muon.orthogonalize(matrices(1), muon.COEFFICIENTS, 5, 1e-7)
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
-    assert muon.stacks(matrices(1)) == [[0], [4], [1], [5], [2], [6], [3], [7]]
+    assert muon.group_by_shape(matrices(1)) == [[0], [4], [1], [5], [2], [6], [3], [7]]
 
 
 def test_singular_values_come_near_one():
@@ -204,7 +204,7 @@ def test_imitated_processors_have_no_bf16_units(monkeypatch):
 def test_bfloat16_without_units_is_refused(monkeypatch):
     monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
     monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
-    with pytest.raises(ValueError, match=r"bfloat16, got cpu with AVX2, .*: give trainer.precision=32-true"):
+    with pytest.raises(ValueError, match=r"bfloat16, got cpu with AVX2, .*: use trainer.precision=32-true"):
         require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
     monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: True)
     require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
@@ -221,7 +221,7 @@ def test_commands_refuse_bfloat16_without_units(call, monkeypatch, command):
         "clipgen-sample": (["--prompt", "a red star", "--dtype", "bfloat16", "--device", "cpu"], "--dtype float32"),
     }[command]
     result = call(command, *arguments)
-    assert result.code == 1 and result.stderr.strip().endswith(f"give {override}"), result.stderr
+    assert result.code == 1 and result.stderr.strip().endswith(f"use {override}"), result.stderr
     assert "must run on a device that multiplies in bfloat16" in result.stderr
 
 

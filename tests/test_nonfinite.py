@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from commands import SHAPES, TRANSFORMER, VQGAN
 from conftest import QUIET, changed, weights_of
-from models import TRANSFORMER_SIZES, VQGAN_SECTIONS, VQGAN_SIZES, make_transformer, nested
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch.utils.data import DataLoader, Dataset
 
 from clipgen.data.shapes import ShapesDataset
@@ -72,7 +72,7 @@ def gan(**arguments) -> Tokenizer:
         dead_code_reset_after=2,
         grad_clip=1.0,
     )
-    return Tokenizer(**nested(VQGAN_SECTIONS, VQGAN_SIZES | more | arguments))
+    return make_vqgan(**VQGAN_SIZES | more | arguments)
 
 
 def transformer(**arguments) -> ConditionalTransformer:
@@ -85,7 +85,7 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str
 
 @pytest.mark.parametrize(
     "make",
-    [gan, lambda: gan(codebook_ema_decay=0.0), lambda: Tokenizer(**VQGAN_SIZES), transformer],
+    [gan, lambda: gan(codebook_ema_decay=0.0), lambda: make_vqgan(**VQGAN_SIZES), transformer],
     ids=["gan", "gan, codes by gradient", "vqgan", "transformer"],
 )
 def test_a_non_finite_step_changes_nothing(make):
@@ -145,7 +145,7 @@ def test_a_training_does_not_end_in_skipped_steps():
 
 
 def test_a_validation_that_is_not_finite_stops_the_training():
-    module = Tokenizer(**VQGAN_SIZES)
+    module = make_vqgan(**VQGAN_SIZES)
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", **QUIET)
     loaders = [DataLoader(Poisoned(1, bad), batch_size=BATCH) for bad in (set(), {0})]
     with pytest.raises(NonFiniteError, match="validation at step 0 has a non-finite val/reconstruction_loss"):
@@ -153,7 +153,7 @@ def test_a_validation_that_is_not_finite_stops_the_training():
 
 
 def test_non_finite_weights_are_never_saved(tmp_path):
-    for module in (Tokenizer(**VQGAN_SIZES), transformer()):
+    for module in (make_vqgan(**VQGAN_SIZES), transformer()):
         module.save(tmp_path / "model")
         before = (tmp_path / "model" / "model.safetensors").read_bytes()
         list(module.parameters())[3].data.view(-1)[0] = float("inf")
@@ -192,7 +192,7 @@ def test_non_finite_weights_are_never_saved(tmp_path):
 )
 def test_nothing_good_is_replaced_by_a_resume_that_overflows(call, arguments, rate):
     """The rate lets the first step ruin the weights."""
-    Tokenizer(**VQGAN_SIZES).save("tokenizer")
+    make_vqgan(**VQGAN_SIZES).save("tokenizer")
     good = call("clipgen-train", *arguments, "output=run")
     assert good.code == 0, good.stderr
     before = contents(Path("run"))
