@@ -201,7 +201,7 @@ def orthogonalize(
 
 
 def group_by_shape(matrices: list[Tensor]) -> list[list[int]]:
-    """Return groups of indices of matrices to iterate together: of one shape, with at most ``MAX_ELEMENTS`` in all."""
+    """Return the indices of matrices to iterate together: of one shape, with at most ``MAX_ELEMENTS`` elements."""
     by_shape: dict[Any, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault(matrix.shape, []).append(i)

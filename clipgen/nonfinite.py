@@ -122,9 +122,7 @@ class StepGuard:
         """Raise NonFiniteError if the last steps of a training were skipped: its weights may already be unusable."""
         skipped = self.read(step)
         if skipped:
-            raise NonFiniteError(
-                f"training ended with {skipped} skipped steps at step {step}, {self._cause()}; {HELP}"
-            )
+            raise NonFiniteError(f"training ended with {skipped} skipped steps at step {step}, {self._cause()}; {HELP}")
 
     def _cause(self) -> str:
         """Return a phrase that names the terms that were non-finite first, and the step."""
@@ -160,7 +158,9 @@ class StopOnNonFinite(pl.Callback):
         # All checkpoint callbacks save through the trainer, so one replacement covers them.
         def save_if_finite(filepath: Any, *args: Any, **kwargs: Any) -> None:
             if self.guard.read(trainer.global_step):
-                logger.warning("%s was not written at step %d, because that step was skipped.", filepath, trainer.global_step)
+                logger.warning(
+                    "%s was not written at step %d, because that step was skipped.", filepath, trainer.global_step
+                )
             else:
                 self.save(filepath, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual loss (arXiv:1801.03924): torchmetrics' network, with VGG-16 weights from a file or torchvision."""
+"""LPIPS, the perceptual loss (arXiv:1801.03924): torchmetrics' network and torchvision's VGG-16 weights."""
 
 from __future__ import annotations
 
