@@ -83,5 +83,7 @@ def test_inconsistent_sizes_are_refused():
 
 
 def test_options_of_a_learned_codebook_are_refused():
-    with pytest.raises(ValueError, match="apply only to .* not to 'lfq'; got dead_code_reset_after=5, kmeans_iters=10"):
+    with pytest.raises(
+        ValueError, match=r"apply only to .* not to 'lfq'; got dead_code_reset_after=5, kmeans_iters=10"
+    ):
         make_vqgan(**VQGAN_SIZES | dict(quantizer_type="lfq", codebook_size=16, codebook_dim=4, kmeans_iters=10))

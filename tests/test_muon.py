@@ -170,7 +170,7 @@ def network() -> nn.Module:
 
 
 def train(module: nn.Module, rank: int, world_size: int) -> dict[str, int]:
-    """Take four steps, each process on its part of the batch; return the number of collective operations of the last."""
+    """Take four steps, each rank on its part of the batch; return the collective operations of the last one."""
     optimizer = Muon([p for p in module.parameters() if p.ndim == 2], **OPTIONS, dtype=torch.float32)
     communication = CommDebugMode()
     for seed in range(4):

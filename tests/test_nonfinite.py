@@ -65,7 +65,7 @@ def train(module, batches: int, bad: set[int], **settings) -> Snapshots:
 
 
 def gan(**arguments) -> Tokenizer:
-    """Return a VQ-GAN with all state that a forward pass changes, and without EMA, which a skipped step still updates."""
+    """Return a VQ-GAN with all state that a forward pass changes, and without EMA, which skipped steps update."""
     more = dict(
         gan_weight=0.8,
         gan_start_step=0,
