@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -119,8 +120,7 @@ class Muon(Optimizer):
             decay = torch.where(self.found_inf > 0, 1.0, decay)
             torch._foreach_mul_(updates, 1 - self.found_inf)
         torch._foreach_mul_(weights, decay)
-        for shape in dict.fromkeys(p.shape for p in parameters):
-            members = [i for i, p in enumerate(parameters) if p.shape == shape]
+        for shape, members in indices_by_shape(parameters).items():
             torch._foreach_add_(
                 [weights[i] for i in members],
                 [updates[i] for i in members],
@@ -200,15 +200,21 @@ def orthogonalize(
     return results
 
 
+def indices_by_shape(tensors: Sequence[Tensor]) -> dict[torch.Size, list[int]]:
+    """Return the indices of the tensors of each shape."""
+    indices: dict[torch.Size, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        indices.setdefault(tensor.shape, []).append(i)
+    return indices
+
+
 def group_by_shape(matrices: list[Tensor]) -> list[list[int]]:
     """Return the indices of matrices to iterate together: of one shape, with at most ``MAX_ELEMENTS`` elements."""
-    by_shape: dict[Any, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        by_shape.setdefault(matrix.shape, []).append(i)
     groups = []
-    for shape, members in by_shape.items():
+    for shape, members in indices_by_shape(matrices).items():
         max_size = max(MAX_ELEMENTS // shape.numel(), 1)
-        groups += [members[start : start + max_size] for start in range(0, len(members), max_size)]
+        for start in range(0, len(members), max_size):
+            groups.append(members[start : start + max_size])
     return groups
 
 
@@ -239,7 +245,7 @@ def orthogonalize_distributed(
 
 
 def owners_of(parameters: Sequence[Tensor], world_size: int) -> list[int]:
-    """Return the rank that orthogonalizes each matrix. Equal shapes are distributed in turn, which balances the work."""
+    """Return the rank that orthogonalizes each matrix. Equal shapes are dealt out in turn, to balance the work."""
     order = sorted(range(len(parameters)), key=lambda i: sorted(parameters[i].shape))
     owners = [0] * len(parameters)
     for position, i in enumerate(order):
@@ -256,7 +262,9 @@ def all_gather_results(matrices: list[Tensor], owners: list[int], results: list[
         results: this rank's own results.
     """
     world_size = dist.get_world_size()
-    counts = [sum(m.numel() for m, owner in zip(matrices, owners) if owner == rank) for rank in range(world_size)]
+    counts = [0] * world_size
+    for matrix, owner in zip(matrices, owners):
+        counts[owner] += matrix.numel()
     sent = matrices[0].new_zeros(max(counts))
     if results:
         sent[: counts[dist.get_rank()]] = torch.cat([result.flatten() for result in results])
@@ -285,38 +293,43 @@ def orthogonalize_rows(
 
     Args:
         parameters: the parameters of the matrices.
-        rows: this rank's rows of each matrix, and so are the results.
+        rows: this rank's rows of each matrix. The results have the same shapes.
         coefficients: coefficients of the Newton-Schulz iteration.
         steps: number of iterations.
         eps: lower bound of the norm that a matrix is divided by.
     """
     mesh = parameters[0].device_mesh
     check_sharding(parameters)
-    world_size, rank = mesh.size(), mesh.get_local_rank()
+    world_size = mesh.size()
     owners = owners_of(parameters, world_size)
-    owned = [[i for i, owner in enumerate(owners) if owner == other] for other in range(world_size)]
-    mine = owned[rank]
-    heights = [[num_rows(parameters[i], other, world_size) for i in mine] for other in range(world_size)]
+    mine = [i for i, owner in enumerate(owners) if owner == mesh.get_local_rank()]
 
     # All ranks send their rows of each matrix to its owner.
-    outgoing = [[rows[i] for i in members] for members in owned]
-    incoming_shapes = [
-        [(height, parameters[i].shape[1]) for height, i in zip(heights[other], mine)] for other in range(world_size)
-    ]
+    outgoing = lists_by_rank(world_size)
+    for tensor, owner in zip(rows, owners):
+        outgoing[owner].append(tensor)
+    incoming_shapes = lists_by_rank(world_size)
+    for i in mine:
+        for sender, height in enumerate(row_counts(parameters[i], world_size)):
+            incoming_shapes[sender].append((height, parameters[i].shape[1]))
     received = exchange(outgoing, incoming_shapes, rows[0], mesh.get_group())
     matrices = [torch.cat(parts) for parts in zip(*received)]
     results = orthogonalize(matrices, coefficients, steps, eps)
 
     # The owner sends the rows of the results back.
-    split = [result.split([heights[other][k] for other in range(world_size)]) for k, result in enumerate(results)]
-    outgoing = [[parts[other] for parts in split] for other in range(world_size)]
-    own_shapes = [[tuple(rows[i].shape) for i in members] for members in owned]
+    own_shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in outgoing]
+    outgoing = lists_by_rank(world_size)
+    for i, result in zip(mine, results):
+        for receiver, part in enumerate(result.split(row_counts(parameters[i], world_size))):
+            outgoing[receiver].append(part)
     returned = exchange(outgoing, own_shapes, rows[0], mesh.get_group())
-    own_results: list[Any] = [None] * len(rows)
-    for members, parts in zip(owned, returned):
-        for i, part in zip(members, parts):
-            own_results[i] = part
-    return own_results
+    remaining = [iter(tensors) for tensors in returned]
+    return [next(remaining[owner]) for owner in owners]
+
+
+def lists_by_rank(world_size: int) -> list[list[Any]]:
+    """Return an empty list for each rank."""
+    return [[] for _ in range(world_size)]
 
 
 def check_sharding(parameters: list[DTensor]) -> None:
@@ -326,11 +339,11 @@ def check_sharding(parameters: list[DTensor]) -> None:
             raise ValueError(f"parameters of Muon must be sharded by rows over one mesh, got {p.placements}")
 
 
-def num_rows(parameter: DTensor, rank: int, world_size: int) -> int:
-    """Return the number of a matrix's rows on a rank, as ``torch.chunk`` divides them."""
-    rows = parameter.shape[0]
-    chunk_size = math.ceil(rows / world_size)
-    return min(max(rows - rank * chunk_size, 0), chunk_size)
+def row_counts(parameter: DTensor, world_size: int) -> list[int]:
+    """Return the number of a matrix's rows on each rank, as ``torch.chunk`` divides them."""
+    num_rows = parameter.shape[0]
+    chunk_size = math.ceil(num_rows / world_size)
+    return [min(max(num_rows - rank * chunk_size, 0), chunk_size) for rank in range(world_size)]
 
 
 def exchange(
@@ -347,10 +360,9 @@ def exchange(
         like: a tensor of the common dtype and device.
         group: process group of the ranks.
     """
-    counts = [[math.prod(shape) for shape in shapes] for shapes in incoming_shapes]
-    received_sizes = [sum(counts_of_rank) for counts_of_rank in counts]
+    received_sizes = [sum(math.prod(shape) for shape in shapes) for shapes in incoming_shapes]
     sent_sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
-    flat = [tensor.flatten() for tensors in outgoing for tensor in tensors]
+    flat = [tensor.flatten() for tensor in chain.from_iterable(outgoing)]
     sent = torch.cat(flat) if flat else like.new_empty(0)
     received = like.new_empty(sum(received_sizes))
     # Sent as bytes, because not every backend supports bfloat16.
@@ -361,8 +373,11 @@ def exchange(
         [like.itemsize * size for size in sent_sizes],
         group=group,
     )
-    incoming = []
-    for part, shapes, counts_of_rank in zip(received.split(received_sizes), incoming_shapes, counts):
-        tensors = part.split(counts_of_rank)
-        incoming.append([tensor.view(shape) for tensor, shape in zip(tensors, shapes)])
+    incoming = lists_by_rank(len(incoming_shapes))
+    start = 0
+    for tensors, shapes in zip(incoming, incoming_shapes):
+        for shape in shapes:
+            size = math.prod(shape)
+            tensors.append(received[start : start + size].view(shape))
+            start += size
     return incoming

@@ -116,19 +116,19 @@ def make_optimizer(
         muon_module: the part of ``module`` whose matrices Muon updates if ``config.name`` is ``"muon"``.
         config: name and settings of the optimizer.
     """
-    learning_rate, weight_decay = config.learning_rate, config.weight_decay
-    groups = weight_decay_groups(module, weight_decay)
+    groups = weight_decay_groups(module, config.weight_decay)
     fused = has_fused_kernels(module.parameters())
-    adamw: dict[str, Any] = dict(lr=learning_rate, betas=tuple(config.betas), fused=fused)
+    adamw: dict[str, Any] = dict(lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
     if config.name == "adamw":
         optimizer: Any = torch.optim.AdamW(groups, **adamw)
         # Otherwise Lightning refuses to clip gradients in mixed precision, even in bf16.
         optimizer._step_supports_amp_scaling = False
         return optimizer  # type: ignore[no-any-return]
     matrices = [p for p in muon_module.parameters() if p.ndim == 2 and p.requires_grad]
+    matrix_ids = {id(p) for p in matrices}
     for group in groups:
-        group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
-    muon = Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+        group["params"] = [p for p in group["params"] if id(p) not in matrix_ids]
+    muon = Muon(matrices, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return OptimizerList(muon, torch.optim.AdamW(groups, **adamw))
 
 

@@ -166,7 +166,8 @@ class ConditionalTransformer(pl.LightningModule):
         return sampling.with_cfg(self._decoder(both).start(both), params.guidance_scales(self.num_tokens))
 
     def _check_shapes(self, clip_embedding: Tensor, uniforms: Tensor | None, prefix: Tensor | None) -> None:
-        batch_size, length = len(clip_embedding), self.num_tokens
+        batch_size = len(clip_embedding)
+        length = self.num_tokens
         if clip_embedding.shape != (batch_size, self.clip_dim) or not batch_size:
             raise ValueError(f"clip_embedding must be (B, {self.clip_dim}), got {tuple(clip_embedding.shape)}")
         if uniforms is not None and uniforms.shape != (batch_size, length):

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Order of the optimizers.
-GENERATOR, DISCRIMINATOR = 0, 1
+GENERATOR = 0
+DISCRIMINATOR = 1
 # Prefixes of the networks that a model folder may hold besides the tokenizer.
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
@@ -187,7 +188,8 @@ class VQGAN(pl.LightningModule):
         adam = partial(torch.optim.Adam, lr=config.learning_rate, betas=betas, fused=fused)
         total_steps = total_optimizer_steps(self.trainer, config.grad_accum_steps)
         start_steps = (0, self.gan_config.start_step)
-        optimizers, schedulers = [], []
+        optimizers = []
+        schedulers = []
         for network, start_step in zip(networks, start_steps):
             optimizer = adam([p for p in network.parameters() if p.requires_grad])
             scheduler = make_lr_scheduler(optimizer, config.schedule, config.warmup_steps, total_steps, start_step)

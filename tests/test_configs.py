@@ -73,7 +73,7 @@ def test_logger_keys_are_constructor_arguments(name):
         assert values(node) <= set(arguments(get_object(node["_target_"]).__init__))
 
 
-# ------------------------------------------------------------------------------------------ keys are arguments or fields
+# ----------------------------------------------------------------------------------------- keys are arguments or fields
 
 
 SECTIONS = {"vqgan": VQGAN_SECTIONS, "transformer": TRANSFORMER_SECTIONS}

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from models import make_vqgan
+from models import VQGAN_SIZES, make_vqgan
 from torch import nn
 from torchvision.models import vgg
 
@@ -175,20 +175,7 @@ def test_lpips_compiles_one_graph(lpips, images):
 
 def test_lpips_is_frozen_without_dropout(lpips, vgg_file, images, fit):
     assert not any(p.requires_grad for p in lpips.parameters())
-    vqgan = make_vqgan(
-        codebook_size=8,
-        codebook_dim=4,
-        ch=32,
-        ch_mult=[1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        resolution=32,
-        z_channels=4,
-        patch_size=4,
-        vgg_weights=str(vgg_file),
-        gan_weight=0.0,
-        perceptual_weight=2.0,
-    )
+    vqgan = make_vqgan(**VQGAN_SIZES | dict(vgg_weights=str(vgg_file), perceptual_weight=2.0))
     trainer = fit(vqgan, 1, batch=2)
     assert not any("lpips" in name or "vgg" in name for name in vqgan.state_dict())
     assert sum(p.numel() for p in vqgan.parameters()) < 1_000_000

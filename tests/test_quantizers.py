@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_vqgan
+from models import VQGAN_SIZES, make_vqgan
 
 from clipgen.models.config import QuantizerConfig
 from clipgen.models.quantizers import QUANTIZERS, GumbelQuantizer, make_quantizer
@@ -61,21 +61,14 @@ def invert_fsq_bound(quantizer: Any, codes: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_all_quantizers_train_within_the_vqgan(name, fit):
     config = CONFIGS[name]
-    vqgan = make_vqgan(
+    quantizer = dict(
         quantizer_type=name,
         codebook_size=config.codebook_size,
         codebook_dim=config.codebook_dim,
         fsq_levels=config.fsq_levels,
-        ch=32,
-        ch_mult=[1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        z_channels=32,
-        patch_size=4,
-        perceptual_weight=0.0,
-        gan_weight=0.0,
-        learning_rate=1e-3,
+        dead_code_reset_after=0,
     )
+    vqgan = make_vqgan(**VQGAN_SIZES | quantizer)
     metrics = fit(vqgan, 3, batch=4).callback_metrics
     assert math.isfinite(metrics["train/loss"])
     images = torch.rand(2, 3, 32, 32) * 2 - 1
