@@ -237,5 +237,6 @@ def test_params_that_are_not_numbers_are_refused(value):
 
 def test_command_line_defaults_match_the_params():
     """The command line repeats them, because --help must not import torch."""
-    add_settings(parser := argparse.ArgumentParser())
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
     assert settings_of(parser.parse_args([])) == asdict(SamplingParams())
