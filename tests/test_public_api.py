@@ -224,7 +224,7 @@ def test_a_cache_in_a_plain_loader(tmp_path, tiny_vqgan, shapes_clip):
     whole = dataset.batch(range(1, 10))
     for name in ("indices", "condition"):
         assert torch.equal(torch.cat([batch[name] for batch in batches]), whole[name])
-    with pytest.raises(TypeError, match=r"list must have a method views\(items, count\)"):
+    with pytest.raises(TypeError, match=r"list must implement clipgen\.data\.source\.ImageSource"):
         encode(tmp_path / "other", ImageDataModule([0] * 10, None, 4), tiny_vqgan, shapes_clip, {})
 
 

@@ -121,7 +121,7 @@ def looks_like_image(start: bytes) -> bool:
     return start.startswith(known) or bitmap or webp or _format_without_decoder(start) is not None
 
 
-def has_ending(name: str) -> bool:
+def has_extension(name: str) -> bool:
     """Return whether a file name ends like `.jpg` or `.txt`; `0001`, `clip.0001` and `photo.jpg?size=2` do not."""
     return re.search(r"\.[A-Za-z][A-Za-z0-9]{0,7}$", name) is not None
 

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgen.data.chunks import pieces, read, runs
+from clipgen.data.chunks import index_ranges, iter_batches
 from clipgen.data.decoding import UnusableImageError, decode_image, upright_size
 from clipgen.data.folder import ImageFolder, find_images
 from clipgen.data.shapes import ShapesDataset
+from clipgen.data.source import ImageSource
 from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.captions import Caption, captions_of
 from clipgen.evaluation.feature_store import Batch
+from clipgen.hashing import hash_files
 from clipgen.images import from_pil
 from clipgen.pipeline import TextToImage
 
@@ -39,7 +41,7 @@ class GeneratedImages:
 
     def __init__(self, draw: Draw, captions: Sequence[str], seed: int, identity: dict[str, Any], batch_size: int = 50):
         self.draw, self.captions, self.seed, self.batch_size = draw, list(captions), seed, batch_size
-        self.pieces = runs(len(self.captions), PIECE)
+        self.pieces = index_ranges(len(self.captions), PIECE)
         digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
         self.identity = identity | {"captions": digest, "seed": seed, "images": len(self.captions)}
 
@@ -89,9 +91,9 @@ class FolderImages:
         self.first_size = self._size(self.files[0])
         self.image_size, self.warned = image_size or min(self.first_size), image_size is not None
         self.captions = [] if captions == () else captions_of(self.root, self.files, captions)
-        self.pieces = runs(len(self.files), PIECE)
+        self.pieces = index_ranges(len(self.files), PIECE)
         said = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
-        content = content_hash([self.root / file for file in self.files])
+        content = hash_files([self.root / file for file in self.files])
         self.identity = {"pictures": content, "captions": said, "image_size": self.image_size}
 
     def read(self, piece: range) -> Iterator[Batch]:
@@ -140,36 +142,17 @@ class RealImages:
     def __init__(self, name: str, image_size: int, batch_size: int = 50, count: int = 10_000, seed: int = 1_000_003):
         self.batch_size = batch_size
         self.dataset: Any = open_dataset(name, image_size, count, seed)
-        self.pieces = pieces(self.dataset, PIECE)
-        if isinstance(self.dataset, ShapesDataset):
-            content = f"shapes {count} {seed}"
-        elif isinstance(self.dataset, ImageShards):
-            content = content_hash([Path(url) for url in self.dataset.urls])
-        else:
-            content = content_hash([self.dataset.root / file for file in self.dataset.files])
-        self.identity = {"pictures": content, "image_size": image_size}
+        self.pieces = self.dataset.split_into_chunks(PIECE)
+        self.identity = {"pictures": self.dataset.content_id(), "image_size": image_size}
 
     def read(self, piece: Any) -> Iterator[Batch]:
-        return ((views[:, 0], []) for views, _ in read(self.dataset, piece, 1, self.batch_size))
+        return ((views[:, 0], []) for views, _ in iter_batches(self.dataset, piece, 1, self.batch_size))
 
 
-def open_dataset(name: str, image_size: int, count: int, seed: int) -> Any:
+def open_dataset(name: str, image_size: int, count: int, seed: int) -> ImageSource:
     """``"shapes"``, a folder, or shards."""
     if name == "shapes":
         return ShapesDataset(count, image_size, seed)
     if Path(name).expanduser().is_dir():
         return ImageFolder(name, image_size, train=False)
     return ImageShards(name, image_size, train=False)
-
-
-def content_hash(paths: Sequence[Path]) -> str:
-    """A hash of files' bytes, in order; of what is no file (a URL), of its name."""
-    digest = hashlib.sha256()
-    for path in paths:
-        if not path.is_file():
-            digest.update(str(path).encode())
-            continue
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:32]
