@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clipgen.models.quantizers.lookup_free import FSQ
+from clipgen.models.quantizers.fsq import FSQ
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_published import CONFIG

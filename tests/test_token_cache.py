@@ -466,7 +466,7 @@ def test_killed_and_started_again(tmp_path, tiny_vqgan):
 
 def labels_of(cache: Path, split: str = "train") -> list[int]:
     data = TokenCacheDataModule(cache, batch_size=1, conditioning="class")
-    batch = data.datasets[split].batch(list(range(len(data.datasets[split]))))
+    batch = getattr(data, split).batch(list(range(len(getattr(data, split)))))
     assert batch["condition"].dtype == torch.float32 and torch.equal(
         batch["condition"].sum(dim=1), torch.ones(len(batch["indices"]))
     )

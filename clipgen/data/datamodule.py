@@ -95,14 +95,19 @@ class ImageDataModule(pl.LightningDataModule):
                 skip_counter.log_summary()
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        return make_loader(dataset, self.batch_size, self.num_workers, **options)
+
+
+def make_loader(dataset: Dataset[Any], batch_size: int, num_workers: int, **options: Any) -> DataLoader[Any]:
+    """Make a loader that keeps its workers between epochs, and pins memory if there is a GPU."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        **options,
+    )
 
 
 def training_images(trainer: Any, count: int, batch_size: int) -> Iterator[Tensor]:

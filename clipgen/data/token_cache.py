@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipgen.checkpoint.model_folder import codebook_rows
+from clipgen.data.datamodule import make_loader
 from clipgen.data.samplers import ResumableSampler, ValidationSampler
 from clipgen.files import atomic_write, one_line, read_json
 
@@ -387,12 +388,10 @@ class TokenCacheDataModule(pl.LightningDataModule):
         self.seed = seed
         self.manifest = read_manifest(self.root)
         num_classes = len(class_names(self.manifest, self.root)) if conditioning == "class" else None
-        self.datasets = {
-            split: self._open_split(split, num_classes) for split in SPLITS if self.manifest["images"][split]
-        }
-        num_train = len(self.datasets["train"])
-        if batch_size < 1 or batch_size > num_train:
-            raise ValueError(f"batch_size must be in [1, {num_train}], got {batch_size}")
+        self.train = self._open_split("train", num_classes)
+        self.val = self._open_split("val", num_classes) if self.manifest["images"]["val"] else None
+        if batch_size < 1 or batch_size > len(self.train):
+            raise ValueError(f"batch_size must be in [1, {len(self.train)}], got {batch_size}")
 
     def _open_split(self, split: str, num_classes: int | None) -> TokenCacheDataset:
         dataset = TokenCacheDataset(self.root / split, num_classes, self.manifest["codebook_size"])
@@ -405,28 +404,19 @@ class TokenCacheDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Make the loader of shuffled, full batches."""
-        dataset = self.datasets["train"]
-        sampler = ResumableSampler.for_trainer(self.trainer, dataset, self.batch_size, self.seed)
-        return self._loader(dataset, sampler=sampler, drop_last=True)
+        sampler = ResumableSampler.for_trainer(self.trainer, self.train, self.batch_size, self.seed)
+        return self._loader(self.train, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Make the loader of all validation images in order; [] if there are none."""
-        if "val" not in self.datasets:
+        if self.val is None:
             return []
-        dataset = self.datasets["val"]
-        return self._loader(dataset, sampler=ValidationSampler.for_trainer(self.trainer, dataset, self.batch_size))
+        sampler = ValidationSampler.for_trainer(self.trainer, self.val, self.batch_size)
+        return self._loader(self.val, sampler=sampler)
 
     def _loader(self, dataset: TokenCacheDataset, **options: Any) -> DataLoader[Any]:
-        collate: Any = no_collate
-        return DataLoader(
-            BatchedDataset(dataset),
-            self.batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        batches = BatchedDataset(dataset)
+        return make_loader(batches, self.batch_size, self.num_workers, collate_fn=no_collate, **options)
 
 
 class BatchedDataset(Dataset[Any]):
