@@ -35,7 +35,7 @@ from clipgen.data.webdataset import ImageShards, shuffled
 from clipgen.evaluation import captions as sentences
 from clipgen.evaluation.sources import FolderImages, RealImages
 from clipgen.files import natural_key, printable
-from clipgen.images import broken, grid, wrap
+from clipgen.visualization import break_word, grid, wrap
 
 ESCAPE = "\x1b]0;owned\x07"
 SETTINGS = dict(temperature=1.0, top_k=1, top_p=1.0, guidance_scale=1.0, guidance_power=0.0)
@@ -563,7 +563,7 @@ def test_a_picture_to_draw_again_may_be_a_bomb(side, tmp_path, call):
 def test_long_captions_take_no_time_and_little_room():
     font = ImageFont.load_default(size=11)
     start = time.perf_counter()
-    assert "".join(broken("a" * 100_000, 128, font)) == "a" * 100_000
+    assert "".join(break_word("a" * 100_000, 128, font)) == "a" * 100_000
     assert " ".join(wrap("ab " * 30_000, 128, font)).split() == ["ab"] * 30_000
     sheet = grid([Image.new("RGB", (8, 8))], captions=["a" * 1_000_000])
     assert time.perf_counter() - start < 20 and sheet.height < 1000

@@ -257,7 +257,7 @@ def test_what_would_be_taken_for_something_else(pipe, tiny_transformer, tiny_vqg
 @pytest.mark.parametrize("stage", ["vqgan", "transformer"])
 @pytest.mark.parametrize(
     ("rows", "got"),
-    [(lambda i: (i, 3), "a list"), (lambda i: i, "a Tensor"), (lambda i: {"pixels": i}, "one of pixels")],
+    [(lambda i: (i, 3), "a list"), (lambda i: i, "a Tensor"), (lambda i: {"pixels": i}, "one with pixels")],
 )
 def test_batches_of_other_libraries(tiny_vqgan, tiny_transformer, shapes_clip, images, stage, rows, got):
     """Such as torchvision's, of (image, label), whose values lie in [0, 1]."""

@@ -277,7 +277,8 @@ class Sheet:
 
     def save(self) -> None:
         """Write the sheet of all."""
-        from clipgen.images import grid, save_png
+        from clipgen.images import save_png
+        from clipgen.visualization import grid
 
         columns = self.columns if self.number > 1 else None
         print(save_png(grid(self.pictures, columns, self.captions), self.output / "grid.png"))

@@ -17,10 +17,11 @@ from torch import Tensor
 from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
 from clipgen.generation.generator import ImageGenerator
-from clipgen.images import code_frequency_chart, grid, save_png, to_pil
+from clipgen.images import save_png, to_pil
 from clipgen.run_folder import load_clip
 from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
+from clipgen.visualization import code_frequency_chart, grid
 from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)
