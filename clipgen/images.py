@@ -18,7 +18,7 @@ from clipgen.files import atomic_write
 
 
 def check_images(images: Tensor) -> None:
-    """Raise ValueError unless these are images (B, 3, H, W) of floats; bytes would be mistaken for nearly white images."""
+    """Raise ValueError unless these are images (B, 3, H, W) of floats; bytes would be taken for nearly white images."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         dtype = str(images.dtype).removeprefix("torch.")
         raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {dtype} of {tuple(images.shape)}")
@@ -28,7 +28,7 @@ def images_from_batch(batch: Any) -> Tensor:
     """Return the images of a batch, which may hold other entries.
 
     Raises:
-        TypeError: the batch is not ``{"images": images}``. Datasets of torchvision return tuples, with values in [0, 1].
+        TypeError: the batch is not ``{"images": images}``. Those of torchvision are tuples, with values in [0, 1].
     """
     if isinstance(batch, Mapping) and "images" in batch:
         return batch["images"]

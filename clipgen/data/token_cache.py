@@ -299,7 +299,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         return {"indices": torch.from_numpy(tokens.astype(np.int64)), "condition": condition}
 
     def embeddings(self, count: int = 10_000) -> Tensor:
-        """Return the conditions (N, E) of about ``count`` evenly spaced images, or of all; for ``EmbeddingProjector``."""
+        """Return the conditions (N, E) of about ``count`` evenly spaced images, for ``EmbeddingProjector``."""
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         return self.batch(range(0, len(self), max(len(self) // count, 1)))["condition"]
