@@ -20,21 +20,21 @@ from models import VQGAN_SIZES, make_vqgan
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from clipgen.cli.evaluate import parser
-from clipgen.cli.evaluate import sentences as asked
+from clipgen.cli.evaluate import captions_from, parser
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
-from clipgen.evaluation import captions as sentences
+from clipgen.evaluation import captions
 from clipgen.evaluation import functional
-from clipgen.evaluation.caps import captioner
+from clipgen.evaluation.caps import load_captioner
 from clipgen.evaluation.feature_store import FeatureStore, collect
 from clipgen.evaluation.features import Features, clean_resize, feature_extractor, source_hash
-from clipgen.evaluation.image_metrics import ImageMetrics, blurred
+from clipgen.evaluation.image_metrics import ImageMetrics
+from clipgen.evaluation.metrics import blurred
 from clipgen.evaluation.report import summary, table
 from clipgen.evaluation.run import evaluate
-from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages, drawing
+from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages, make_generate_fn
 from clipgen.images import save_png, to_pil
 from clipgen.models.lpips import MissingWeightsError
-from clipgen.precompute import vqgan_identity
+from clipgen.run_folder import vqgan_identity
 
 fidelity = pytest.importorskip("torch_fidelity")
 
@@ -288,7 +288,7 @@ def test_images_go_where_the_networks_are(images, shapes_clip):
 
 
 def of(source, measure, folder, **options) -> dict[str, float]:
-    collect(folder, source, measure, measure.identity, **options)
+    collect(folder, source, measure, measure.identity(), **options)
     return summary(FeatureStore(folder))
 
 
@@ -296,22 +296,22 @@ def test_numbers_depend_on_neither_batches_nor_workers_nor_order(two_folders, tm
     features = feature_extractor(f"{__name__}:sixteen_classes")
     measure = ImageMetrics(features, clips={"shapes": shapes_clip}, shapes=True)
     real = RealImages(str(two_folders[1]), 32)
-    first = evaluate(tmp_path / "1", FolderImages(two_folders[0], captions=None), measure, real)
+    first = evaluate(tmp_path / "1", FolderImages(two_folders[0], captions="embedded"), measure, real)
     shuffled = tmp_path / "shuffled"
     shuffled.mkdir()
     for i, file in enumerate(sorted(two_folders[0].iterdir(), key=lambda path: path.name[::-1])):
         (shuffled / f"{i}.png").write_bytes(file.read_bytes())
-    other = FolderImages(shuffled, captions=None, batch_size=7, workers=1)
+    other = FolderImages(shuffled, captions="embedded", batch_size=7, workers=1)
     second = evaluate(tmp_path / "2", other, measure, RealImages(str(two_folders[1]), 32, batch_size=11))
     assert second == pytest.approx(first, rel=1e-6)
     assert {"is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "clip_score shapes"} < set(first)
-    assert first["judge_all"] == 1 and first["fid_0"] > 0.01
+    assert first["shapes_all"] == 1 and first["fid_0"] > 0.01
 
 
 def test_an_inception_score_of_few_images_is_left_out(two_folders, tmp_path, caplog):
     """Splits of one image would make it 1, whatever they show."""
     few = FolderImages(two_folders[0])
-    few.files, few.pieces = few.files[:12], [range(12)]
+    few.files, few.chunks = few.files[:12], [range(12)]
     found = of(few, ImageMetrics(feature_extractor(f"{__name__}:sixteen_classes"), [0]), tmp_path)
     assert "is_mean" not in found and "IS is left out: it needs at least 20 images, got 12" in caplog.text
 
@@ -322,18 +322,18 @@ def test_pictures_of_several_sizes_are_mentioned_once(tmp_path, caplog):
     for image_size, mentioned in ((None, 1), (16, 0)):
         caplog.clear()
         source = FolderImages(tmp_path, image_size, workers=1)
-        assert [images.shape for images, _ in source.read(source.pieces[0])] == [(4, 3, 16, 16)]
+        assert [images.shape for images, _ in source.read(source.chunks[0])] == [(4, 3, 16, 16)]
         found = [record.message.startswith("c.png is 24 x 20, and the first of") for record in caplog.records]
         assert found == [True] * mentioned
     caplog.clear()
     for name in "abcd":
         Image.new("RGB", (24, 20), "red").save(tmp_path / f"{name}.png")  # all alike, if not square
     source = FolderImages(tmp_path, workers=1)
-    assert [images.shape for images, _ in source.read(source.pieces[0])] == [(4, 3, 20, 20)] and not caplog.records
+    assert [images.shape for images, _ in source.read(source.chunks[0])] == [(4, 3, 20, 20)] and not caplog.records
 
 
 def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 6)
+    monkeypatch.setattr("clipgen.evaluation.sources.IMAGES_PER_PART", 6)
     prompts = [str(a) for a in ALL_ATTRIBUTES[:20]]
     measure = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0])
     asked = []
@@ -342,34 +342,34 @@ def test_a_killed_evaluation_goes_on(pipe, tmp_path, monkeypatch):
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append(seeds)
-        return drawing(pipe)(captions, seeds)
+        return make_generate_fn(pipe)(captions, seeds)
 
     source = lambda how: GeneratedImages(how, prompts, 5, {"model": "tiny"}, batch_size=4)
     with pytest.raises(KeyboardInterrupt):
-        collect(tmp_path / "killed", source(draw), measure, measure.identity)
+        collect(tmp_path / "killed", source(draw), measure, measure.identity())
     assert [path.name for path in sorted((tmp_path / "killed").iterdir())] == ["identity.json", "part-000000.npz"]
     done = []
-    collect(tmp_path / "killed", source(drawing(pipe)), measure, measure.identity, advance=done.append)
+    collect(tmp_path / "killed", source(make_generate_fn(pipe)), measure, measure.identity(), advance=done.append)
     assert done[0] == 6 and sum(done) == 20  # what was there counts as done
-    collect(tmp_path / "whole", source(drawing(pipe)), measure, measure.identity)
+    collect(tmp_path / "whole", source(make_generate_fn(pipe)), measure, measure.identity())
     for ours, theirs in zip(FeatureStore(tmp_path / "killed").parts, FeatureStore(tmp_path / "whole").parts):
         with np.load(ours) as a, np.load(theirs) as b:
             assert all(np.array_equal(a[name], b[name]) for name in b.files)
 
 
 def test_processes_share_the_parts(two_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
+    monkeypatch.setattr("clipgen.evaluation.sources.IMAGES_PER_PART", 10)
     measure = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0])
     source = FolderImages(two_folders[0])
-    assert evaluate(tmp_path, source, measure, share=(1, 2)) is None
+    assert evaluate(tmp_path, source, measure, rank=1, world_size=2) is None
     assert len(FeatureStore(tmp_path / "parts").parts) == 1
-    assert evaluate(tmp_path, source, measure, share=(0, 2)) is not None
+    assert evaluate(tmp_path, source, measure, rank=0, world_size=2) is not None
     assert len(FeatureStore(tmp_path / "parts")) == 24
 
 
 def test_whoever_is_last_compares(two_folders, tmp_path, monkeypatch):
     """One process is done with the reference first and with the images last."""
-    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 15)
+    monkeypatch.setattr("clipgen.evaluation.sources.IMAGES_PER_PART", 15)
     monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
     measure, calls = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0]), []
     reference = RealImages(str(two_folders[1]), 32)
@@ -379,11 +379,11 @@ def test_whoever_is_last_compares(two_folders, tmp_path, monkeypatch):
             if not calls:
                 calls.append(piece)
                 assert (
-                    evaluate(tmp_path / "out", FolderImages(two_folders[0]), measure, reference, share=(1, 2)) is None
+                    evaluate(tmp_path / "out", FolderImages(two_folders[0]), measure, reference, rank=1, world_size=2) is None
                 )
             return super().read(piece)
 
-    assert evaluate(tmp_path / "out", Overtaken(two_folders[0]), measure, reference, share=(0, 2)) is not None
+    assert evaluate(tmp_path / "out", Overtaken(two_folders[0]), measure, reference, rank=0, world_size=2) is not None
 
 
 def test_functions_of_the_current_folder(tmp_path, monkeypatch, images):
@@ -391,7 +391,7 @@ def test_functions_of_the_current_folder(tmp_path, monkeypatch, images):
     (tmp_path / "my_captioner.py").write_text("def none(images, captions):\n    return []\n")
     monkeypatch.chdir(tmp_path)
     assert torch.equal(feature_extractor("my_space:means")(images), images.mean((2, 3)))
-    assert captioner("my_captioner:none")(images, []) == []
+    assert load_captioner("my_captioner:none")(images, []) == []
     assert str(tmp_path) not in sys.path
 
 
@@ -430,20 +430,20 @@ def test_a_part_without_images_is_no_obstacle(two_folders, tmp_path):
     expected = evaluate(tmp_path / "a", FolderImages(two_folders[0]), measure, RealImages(str(two_folders[1]), 32))
     shards = RealImages(str(tmp_path / "*.tar"), 32)
     assert evaluate(tmp_path / "b", FolderImages(two_folders[0]), measure, shards) == pytest.approx(expected, rel=1e-6)
-    collect(tmp_path / "c", shards, measure, measure.identity)
+    collect(tmp_path / "c", shards, measure, measure.identity())
     found = FeatureStore(tmp_path / "c")
-    assert len(found) == 30 and {"features_0", "logits"} < found.columns()
+    assert len(found) == 30 and {"features_0", "logits"} < found.column_names()
     collect(
-        tmp_path / "d", GeneratedImages(lambda captions, seeds: torch.empty(0), [], 0, {}), measure, measure.identity
+        tmp_path / "d", GeneratedImages(lambda captions, seeds: torch.empty(0), [], 0, {}), measure, measure.identity()
     )
     with pytest.raises(ValueError, match=r"reference must hold images, got none in .*d$"):
         evaluate(tmp_path / "e", FolderImages(two_folders[0]), measure, FeatureStore(tmp_path / "d"))
 
 
 def test_a_reference_that_is_not_finished_is_refused(two_folders, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipgen.evaluation.sources.PIECE", 10)
+    monkeypatch.setattr("clipgen.evaluation.sources.IMAGES_PER_PART", 10)
     measure = ImageMetrics(feature_extractor(f"{__name__}:some_features"), [0])
-    evaluate(tmp_path, FolderImages(two_folders[1]), measure, share=(0, 2))
+    evaluate(tmp_path, FolderImages(two_folders[1]), measure, rank=0, world_size=2)
     with pytest.raises(ValueError, match=r"reference .*parts is not finished"):
         evaluate(tmp_path / "new", FolderImages(two_folders[0]), measure, FeatureStore(tmp_path / "parts"))
 
@@ -468,7 +468,7 @@ def test_what_fails_before_its_first_part_binds_nobody(two_folders, tmp_path):
     measure = ImageMetrics(shapes=True)
     with pytest.raises(ValueError, match="sentence must read like"):
         evaluate(tmp_path, FolderImages(two_folders[0], captions=[(None, "a cat")] * 24), measure)
-    assert evaluate(tmp_path, FolderImages(two_folders[0], captions=None), measure)["judge_all"] == 1
+    assert evaluate(tmp_path, FolderImages(two_folders[0], captions="embedded"), measure)["shapes_all"] == 1
 
 
 def test_classes_that_a_classifier_recognises(tmp_path):
@@ -507,7 +507,7 @@ def test_a_reference_is_measured_once(two_folders, tmp_path):
 
 def test_reranking_takes_the_nearest_of_the_same_draws(pipe):
     captions = [str(a) for a in ALL_ATTRIBUTES[:3]]
-    best = drawing(pipe, rerank_from=4)(captions, [0, 1, 2])
+    best = make_generate_fn(pipe, rerank_from=4)(captions, [0, 1, 2])
     text = pipe.clip.encode_text(captions)
     for i in range(3):
         four = pipe.generate(text[i : i + 1].expand(4, -1), [4 * i + j for j in range(4)])
@@ -531,10 +531,10 @@ import re, resource, sys
 from pathlib import Path
 import torch
 import torch_fidelity.metric_isc, torch_fidelity.metric_kid
-from clipgen.evaluation.feature_store import Collection
+from clipgen.evaluation.feature_store import FeatureStore
 from clipgen.evaluation.report import summary
 
-folder = Collection(Path(sys.argv[1]))
+folder = FeatureStore(Path(sys.argv[1]))
 torch.set_num_threads(1)
 now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 resource.setrlimit(resource.RLIMIT_DATA, (now + 150_000_000,) * 2)
@@ -569,7 +569,7 @@ def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises(OSError, match="No space left"):
-        FeatureStore(tmp_path).mapped("features_0", tmp_path)
+        FeatureStore(tmp_path).memmap_column("features_0", tmp_path)
     assert sizes == [32]
 
 
@@ -583,10 +583,10 @@ def test_captions_in_every_format(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps({"x/1.png": "a cat"}))
     coco = {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "A bus."}]}
     (tmp_path / "e.json").write_text(json.dumps(coco))
-    read = lambda name: sentences.read_captions(tmp_path / name)
+    read = lambda name: captions.read_captions(tmp_path / name)
     assert read("a.txt") == [(None, "a cat"), (None, "a dog")] and read("b.txt") == [("1.png", "a cat")]
     assert read("c.json") == [(None, "a cat")] and read("d.json") == [("x/1.png", "a cat")]
-    assert read("e.json") == [("7.jpg", "A bus.")] and len(sentences.read_captions("shapes")) == 288
+    assert read("e.json") == [("7.jpg", "A bus.")] and len(captions.read_captions("shapes")) == 288
     for name, content in (("f.json", "{"), ("g.json", '{"annotations": 3}'), ("h.txt", ""), ("i.json", '["a", " "]')):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=name):
@@ -600,9 +600,9 @@ def test_captions_as_windows_and_the_web_write_them(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na\u2028dog\r\n".encode())
     (tmp_path / "b.txt").write_text("1.png\ta cat\ton a mat\n")
     (tmp_path / "c.JSON").write_bytes(b'\xef\xbb\xbf["a cat"]')
-    assert sentences.read_captions(tmp_path / "a.txt") == [(None, "a cat"), (None, "a\u2028dog")]
-    assert sentences.read_captions(tmp_path / "b.txt") == [("1.png", "a cat\ton a mat")]
-    assert sentences.read_captions(tmp_path / "c.JSON") == [(None, "a cat")]
+    assert captions.read_captions(tmp_path / "a.txt") == [(None, "a cat"), (None, "a\u2028dog")]
+    assert captions.read_captions(tmp_path / "b.txt") == [("1.png", "a cat\ton a mat")]
+    assert captions.read_captions(tmp_path / "c.JSON") == [(None, "a cat")]
 
 
 @pytest.mark.parametrize(
@@ -625,7 +625,7 @@ def test_captions_as_windows_and_the_web_write_them(tmp_path):
 def test_what_is_no_sentence_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as error:
-        sentences.read_captions(tmp_path / name)
+        captions.read_captions(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
 
 
@@ -633,22 +633,22 @@ def test_an_empty_text_beside_a_picture_is_no_sentence(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf \n")
     with pytest.raises(ValueError, match=r"a\.png holds none, and no a\.txt beside it does"):
-        FolderImages(tmp_path, captions=None)
+        FolderImages(tmp_path, captions="embedded")
     (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt must be a text in UTF-8"):
-        FolderImages(tmp_path, captions=None)
+        FolderImages(tmp_path, captions="embedded")
 
 
 def test_a_part_of_the_captions_or_all_in_turn():
-    assert sentences.choose(["a", "b"], 5, 0) == ["a", "b", "a", "b", "a"]
-    some = sentences.choose([str(i) for i in range(100)], 10, 1)
-    assert some == sentences.choose([str(i) for i in range(100)], 10, 1) and len(set(some)) == 10
-    assert some == sorted(some, key=int) and some != sentences.choose([str(i) for i in range(100)], 10, 2)
+    assert select(["a", "b"], 5, 0) == ["a", "b", "a", "b", "a"]
+    some = select([str(i) for i in range(100)], 10, 1)
+    assert some == select([str(i) for i in range(100)], 10, 1) and len(set(some)) == 10
+    assert some == sorted(some, key=int) and some != select([str(i) for i in range(100)], 10, 2)
 
 
 def test_captions_of_pictures(two_folders, tmp_path):
     folder = two_folders[0]
-    source = FolderImages(folder, captions=None)
+    source = FolderImages(folder, captions="embedded")
     assert source.captions == [str(a) for a in ShapesDataset(24, seed=1).attributes]
     by_name = [(f"{i:03d}.png", f"caption {i}") for i in reversed(range(24))]
     assert FolderImages(folder, captions=by_name).captions[3] == "caption 3"
@@ -658,7 +658,7 @@ def test_captions_of_pictures(two_folders, tmp_path):
         FolderImages(folder, captions=[(None, "a"), (None, "b")])
     Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
     with pytest.raises(ValueError, match=r"silent\.png holds none"):
-        FolderImages(tmp_path, captions=None)
+        FolderImages(tmp_path, captions="embedded")
 
 
 # ---------------------------------------------------------------------------------------------------------------- CapS
@@ -693,7 +693,7 @@ def test_blips_caption_score_is_the_formula(tmp_path, images):
     model.save_pretrained(tmp_path / "blip")
     size = {"height": 32, "width": 32}
     Processor(BlipImageProcessor(size=size), tokenizer).save_pretrained(tmp_path / "blip")
-    ours = captioner(f"blip:{tmp_path / 'blip'}")(images[:2], ["a red star", "a blue"])
+    ours = load_captioner(f"blip:{tmp_path / 'blip'}")(images[:2], ["a red star", "a blue"])
     pixels = BlipImageProcessor(size=size)(to_pil(images[:2]), return_tensors="pt")["pixel_values"]
     for row, (image, ids) in enumerate(zip(pixels, ([6, 7, 9], [6, 8]))):
         product, before = 1.0, [5]
@@ -703,15 +703,15 @@ def test_blips_caption_score_is_the_formula(tmp_path, images):
             product *= logits.softmax(-1)[word].item()
             before.append(word)
         assert functional.caption_score(ours[row]) == pytest.approx(product ** (1 / len(ids)), rel=1e-4)
-    blip = captioner(f"blip:{tmp_path / 'blip'}")
+    blip = load_captioner(f"blip:{tmp_path / 'blip'}")
     known, unknown, long = blip(images[:1].repeat(3, 1, 1, 1), ["a red", "a zebra", "a " * 40])
     assert len(unknown) == 2 and known[0] == pytest.approx(unknown[0].item(), rel=1e-4) and len(long) == 12 - 2
     with pytest.raises(ValueError, match=r"a caption with a token, got none in '\\x00'"):
         ImageMetrics(captioner=blip)(images[:1], ["\x00"])
-    other = captioner(f"blip:{tmp_path / 'blip'}")
-    identities = [ImageMetrics(captioner=each, captioner_name="blip").identity for each in (blip, other)]
+    other = load_captioner(f"blip:{tmp_path / 'blip'}")
+    identities = [ImageMetrics(captioner=each, captioner_name="blip").identity() for each in (blip, other)]
     torch.nn.init.zeros_(next(other.model.parameters()))
-    assert identities[0] == identities[1] != ImageMetrics(captioner=other, captioner_name="blip").identity
+    assert identities[0] == identities[1] != ImageMetrics(captioner=other, captioner_name="blip").identity()
 
 
 def half_sure(images: Tensor, captions) -> list[Tensor]:
@@ -721,12 +721,12 @@ def half_sure(images: Tensor, captions) -> list[Tensor]:
 
 def test_caption_score_of_a_set(tmp_path, images):
     source = GeneratedImages(lambda captions, seeds: images[: len(seeds)], ["a red", "a blue"], 0, {})
-    measure = ImageMetrics(None, captioner=captioner(f"{__name__}:half_sure"))
-    assert measure.identity["captioner_source"] == source_hash(half_sure) == source_hash(sys.modules[__name__])
+    measure = ImageMetrics(None, captioner=load_captioner(f"{__name__}:half_sure"))
+    assert measure.identity()["captioner_source"] == source_hash(half_sure) == source_hash(sys.modules[__name__])
     found = of(source, measure, tmp_path)
     assert found == {"caps": pytest.approx((0.5 + 0.25) / 2)}
     with pytest.raises(ValueError, match=r"captioner 'blip:/nowhere' cannot be loaded .* go online once"):
-        captioner("blip:/nowhere")
+        load_captioner("blip:/nowhere")
 
 
 # -------------------------------------------------------------------------------------------------------- the command
@@ -749,7 +749,7 @@ def test_the_bundled_model(call, tmp_path):
         "shapes",
         "--reference",
         "shapes",
-        "--judge",
+        "--shapes-eval",
         "--num-images",
         40,
         "--top-p",
@@ -760,7 +760,7 @@ def test_the_bundled_model(call, tmp_path):
     )
     assert done.code == 0, done.stderr
     content = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert content["metrics"]["judge_all"] >= 0.9 and content["metrics"]["clip_score shapes"] > 80
+    assert content["metrics"]["shapes_all"] >= 0.9 and content["metrics"]["clip_score shapes"] > 80
     assert content["protocol"]["images"] == 40 and content["protocol"]["reference"]["images"] == 40
     assert content["protocol"]["features"].startswith("clip:shapes ")
     assert "| FID-0 ↓ (clip:shapes) |" in (tmp_path / "out/row.md").read_text() and "FID-0" in done.stdout
@@ -772,7 +772,7 @@ def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
         two_folders[0],
         "--reference",
         two_folders[1],
-        "--judge",
+        "--shapes-eval",
         "--name",
         "another system",
         "--output",
@@ -781,7 +781,7 @@ def test_a_folder_of_anybodys_pictures(call, two_folders, tmp_path):
     )
     assert done.code == 0, done.stderr
     assert "| another system |" in done.stdout
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["judge_all"] == 1
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["shapes_all"] == 1
 
 
 def test_the_pictures_of_clipgen_sample(call, monkeypatch, capsys, tmp_path):
@@ -803,7 +803,7 @@ def test_the_pictures_of_clipgen_sample(call, monkeypatch, capsys, tmp_path):
     done = call(
         "--images",
         tmp_path / "in",
-        "--judge",
+        "--shapes-eval",
         "--features",
         "none",
         "--clip",
@@ -891,7 +891,7 @@ def test_the_numbers_of_something_else_are_not_written_over(call, two_folders, t
             ("--checkpoint", "shapes", "--captions", "shapes", "--clip", "none", "--features", "none"),
             "nothing to measure",
         ),
-        (("--checkpoint", "shapes", "--classes", "shapes", "--judge"), "sentence must read like"),
+        (("--checkpoint", "shapes", "--classes", "shapes", "--shapes-eval"), "sentence must read like"),
     ],
 )
 def test_one_sentence(call, tmp_path, arguments, message):
@@ -929,7 +929,7 @@ def test_the_sentence_of_a_class(tmp_path):
     args = parser().parse_args(
         ["--images", "x", "--classes", str(tmp_path / "classes.json"), "--template", "{a} {label}"]
     )
-    assert asked(args) == [("1.png", "{a} cat"), ("2.png", "{a} {dog}")]
+    assert captions_from(args) == [("1.png", "{a} cat"), ("2.png", "{a} {dog}")]
 
 
 def test_one_picture_is_too_few(call, tmp_path):

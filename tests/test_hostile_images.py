@@ -634,5 +634,5 @@ def test_a_folders_distance_from_itself_is_zero(tmp_path):
         Image.fromarray(noise).resize((400, 300)).save(tmp_path / f"{number}.jpg")
     sides = []
     for source in (FolderImages(tmp_path, 32), RealImages(str(tmp_path), 32)):
-        sides.append(torch.cat([images for piece in source.pieces for images, _ in source.read(piece)]))
+        sides.append(torch.cat([images for chunk in source.chunks for images, _ in source.read(chunk)]))
     assert torch.equal(*sides)

@@ -280,7 +280,7 @@ def test_other_commands_hold_their_folder(monkeypatch, capsys, tmp_path, name):
     arguments = {
         "encode": ["vqgan=shapes", "output=out", "data.train_size=8", "data.val_size=4", "device=cpu"],
         "sample": ["--prompt", "a large blue ring on a white background", "--output", "out"],
-        "eval": ["--images", "out", "--features", "none", "--judge", "--output", "out"],
+        "eval": ["--images", "out", "--features", "none", "--shapes-eval", "--output", "out"],
     }
     with claimed(tmp_path / "out", LOCK if name == "sample" else f"{LOCK}-0"):
         result = Call(monkeypatch, capsys, f"clipgen-{name}", *arguments[name])

@@ -25,7 +25,7 @@ from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.folder import ImageFolder
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.token_cache import TokenCacheDataset
-from clipgen.evaluation.feature_store import measured
+from clipgen.evaluation.feature_store import measure_batch
 from clipgen.evaluation.features import Features
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
@@ -243,7 +243,7 @@ def test_what_would_be_taken_for_something_else(pipe, tiny_transformer, tiny_vqg
         (lambda: pipe.transformer.encode(torch.zeros(1, 3, 16, 64)), "images must be square"),
         (lambda: pipe.interpolate("", "a red star"), "prompt must not be empty"),
         (
-            lambda: measured(lambda *_: {}, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), []), lambda n: None),
+            lambda: measure_batch(lambda *_: {}, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), []), lambda n: None),
             r"images must be \(B, 3, H, W\) floats in \[-1, 1\], got uint8",
         ),
     ):
