@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from commands import Call
+from commands import TRANSFORMER, Call
 from feature_spaces import shapes_folder
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch import Tensor
@@ -140,3 +140,16 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
 def changed(module: torch.nn.Module, before: dict[str, Tensor]) -> set[str]:
     """Names of what differs from the copy."""
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+@pytest.fixture
+def class_run(call, tiny_vqgan, tmp_path) -> Path:
+    """A run folder of the class-conditional transformer, trained with the commands."""
+    tiny_vqgan.save(tmp_path / "vqgan")
+    arguments = ["data.train_size=64", "data.val_size=16", "device=cpu", "output=cache", "data.labels=true"]
+    result = call("clipgen-encode", "vqgan=vqgan", *arguments)
+    assert result.code == 0, result.stderr
+    conditioning = ["data=cached", "data.root=cache", "data.conditioning=class"]
+    result = call("clipgen-train", *TRANSFORMER, *conditioning, "output=run")
+    assert result.code == 0, result.stderr
+    return tmp_path / "run"

@@ -624,7 +624,7 @@ def test_captions_by_line_meet_pictures_as_people_number_them(tmp_path, caplog):
     source = FolderImages(tmp_path, captions=lines)
     assert dict(zip(source.files, source.captions)) == {f"{n}.png": f"caption {n}" for n in range(12)}
     (warning,) = warnings_of(caplog)
-    assert "line 3 is of 2.png (by letters: 10.png)" in warning
+    assert "line 3 belongs to 2.png (in alphabetical order: 10.png)" in warning
 
 
 def test_a_folders_distance_from_itself_is_zero(tmp_path):
