@@ -41,7 +41,8 @@ from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import Draw, GeneratedImages, RealImages, drawing
 from clipgen.files import atomic_write
 from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
-from clipgen.images import grid, save_png, to_pil
+from clipgen.images import save_png, to_pil
+from clipgen.visualization import grid
 
 # The papers' rates belong to budgets a thousand times ours: here each recipe has the one that suits its optimizer.
 PAPER = [

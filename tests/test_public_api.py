@@ -224,7 +224,7 @@ def test_a_cache_in_a_plain_loader(tmp_path, tiny_vqgan, shapes_clip):
     whole = dataset.batch(range(1, 10))
     for name in ("indices", "condition"):
         assert torch.equal(torch.cat([batch[name] for batch in batches]), whole[name])
-    with pytest.raises(TypeError, match=r"list must have a method views\(items, count\)"):
+    with pytest.raises(TypeError, match=r"list must implement clipgen\.data\.source\.ImageSource"):
         encode(tmp_path / "other", ImageDataModule([0] * 10, None, 4), tiny_vqgan, shapes_clip, {})
 
 
@@ -257,7 +257,7 @@ def test_what_would_be_taken_for_something_else(pipe, tiny_transformer, tiny_vqg
 @pytest.mark.parametrize("stage", ["vqgan", "transformer"])
 @pytest.mark.parametrize(
     ("rows", "got"),
-    [(lambda i: (i, 3), "a list"), (lambda i: i, "a Tensor"), (lambda i: {"pixels": i}, "one of pixels")],
+    [(lambda i: (i, 3), "a list"), (lambda i: i, "a Tensor"), (lambda i: {"pixels": i}, "one with pixels")],
 )
 def test_batches_of_other_libraries(tiny_vqgan, tiny_transformer, shapes_clip, images, stage, rows, got):
     """Such as torchvision's, of (image, label), whose values lie in [0, 1]."""

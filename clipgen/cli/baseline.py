@@ -350,7 +350,8 @@ class ImageOutput:
 
     def save_grid(self) -> None:
         """Write the grid of all images."""
-        from clipgen.images import grid, save_png
+        from clipgen.images import save_png
+        from clipgen.visualization import grid
 
         columns = self.columns if self.num_groups > 1 else None
         print(save_png(grid(self.images, columns, self.captions), self.folder / "grid.png"))

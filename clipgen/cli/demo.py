@@ -186,7 +186,8 @@ def sample_and_judge(pipe: Any, path: Path, seed: int) -> dict[str, float]:
 
     from clipgen.data.shapes import ALL_ATTRIBUTES
     from clipgen.evaluation.shapes_evaluator import accuracy
-    from clipgen.images import grid, save_png, to_pil
+    from clipgen.images import save_png, to_pil
+    from clipgen.visualization import grid
 
     order = torch.randperm(len(ALL_ATTRIBUTES), generator=torch.Generator().manual_seed(seed))[:PROMPTS]
     attributes = [ALL_ATTRIBUTES[i] for i in order]
@@ -201,7 +202,8 @@ def draw_reconstructions(pipe: Any, path: Path) -> None:
     import torch
 
     from clipgen.data.shapes import ShapesDataset
-    from clipgen.images import grid, save_png, to_pil
+    from clipgen.images import save_png, to_pil
+    from clipgen.visualization import grid
 
     images = ShapesDataset(32, seed=123_456).render(range(32))
     with torch.no_grad():

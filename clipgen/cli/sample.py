@@ -161,7 +161,8 @@ def draw(
     args: argparse.Namespace,
 ) -> None:
     """Draw and write every picture, the strips, and the sheet of all pictures."""
-    from clipgen.images import grid, save_png
+    from clipgen.images import save_png
+    from clipgen.visualization import grid
 
     images = len(prompts) * (args.rerank_from or args.num_images) + len(args.interpolate) * strip_length(args)
     with rate_bar("drawing", images * len(sweeps)) as advance:
@@ -202,7 +203,8 @@ def draw_strips(
 ) -> None:
     """Draw and write what lies between two prompts."""
     from clipgen.generation.prompts import describe
-    from clipgen.images import grid, save_png
+    from clipgen.images import save_png
+    from clipgen.visualization import grid
 
     labelled = list(zip(labels_of(sweeps), sweeps))
     for (i, (first, second)), (label, settings) in product(enumerate(args.interpolate), labelled):
@@ -240,7 +242,8 @@ def all_of(
 
 def save_preview(folder: Path) -> Preview:
     """What keeps ``preview.png`` of a folder up to date."""
-    from clipgen.images import grid, save_png, to_pil
+    from clipgen.images import save_png, to_pil
+    from clipgen.visualization import grid
 
     def save(images: Tensor) -> None:
         save_png(grid(to_pil(images)), folder / "preview.png")

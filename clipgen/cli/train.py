@@ -223,12 +223,12 @@ def make_strategy(config: DictConfig) -> Any:
 def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     """What is done beside the steps, in this order."""
     from clipgen.cli.config import make
-    from clipgen.data.samplers import DataPlace
+    from clipgen.data.samplers import DataPositionCallback
     from clipgen.training.callbacks import FinalValidation, MetricPrinter
     from clipgen.training.progress import ProgressReport
     from clipgen.training.resume import OverrideOptimizerSettings, PerStepSeed
 
-    found = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPlace()]
+    found = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPositionCallback()]
     if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
         found.append(make(config.image_logger, folder=output / "pictures"))
     if "metrics" in config:

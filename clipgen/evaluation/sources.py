@@ -13,13 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clipgen.data.chunks import pieces, read, runs
+from clipgen.data.chunks import index_ranges, iter_batches
 from clipgen.data.decoding import UnusableImageError, decode_image, upright_size
 from clipgen.data.folder import ImageFolder, PackedStrings, find_images
 from clipgen.data.shapes import ShapesDataset
+from clipgen.data.source import ImageSource
 from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.captions import Caption, captions_of_files
 from clipgen.evaluation.feature_store import ImageBatch
+from clipgen.hashing import hash_files
 from clipgen.images import from_pil
 from clipgen.pipeline import TextToImage
 from clipgen.sampling import SamplingParams
@@ -53,7 +55,7 @@ class GeneratedImages:
         self.captions = list(captions)
         self.seed = seed
         self.batch_size = batch_size
-        self.chunks = runs(len(self.captions), IMAGES_PER_PART)
+        self.chunks = index_ranges(len(self.captions), IMAGES_PER_PART)
         self.identity = identity | {
             "captions": captions_hash(self.captions),
             "seed": seed,
@@ -126,9 +128,9 @@ class FolderImages:
         self.captions: list[str] = []
         if captions is not None:
             self.captions = captions_of_files(self.root, self.files, None if captions == "embedded" else captions)
-        self.chunks = runs(len(self.files), IMAGES_PER_PART)
+        self.chunks = index_ranges(len(self.files), IMAGES_PER_PART)
         self.identity = {
-            "pictures": content_hash([self.root / file for file in self.files]),
+            "pictures": hash_files(self.root / file for file in self.files),
             "captions": captions_hash(self.captions),
             "image_size": self.image_size,
         }
@@ -200,25 +202,19 @@ class RealImages:
         files: Collection[str] | None = None,
     ):
         self.batch_size = batch_size
-        self.dataset: Any = open_dataset(name, image_size, count, seed)
+        self.dataset = open_dataset(name, image_size, count, seed)
         if files is not None:
             keep_files(self.dataset, files)
-        self.chunks = pieces(self.dataset, IMAGES_PER_PART)
-        if isinstance(self.dataset, ShapesDataset):
-            content = f"shapes {count} {seed}"
-        elif isinstance(self.dataset, ImageShards):
-            content = content_hash([Path(url) for url in self.dataset.urls])
-        else:
-            content = content_hash([self.dataset.root / file for file in self.dataset.files])
-        self.identity = {"pictures": content, "image_size": image_size}
+        self.chunks = list(self.dataset.split_into_chunks(IMAGES_PER_PART))
+        self.identity = {"pictures": self.dataset.content_id(), "image_size": image_size}
 
     def read(self, chunk: Any) -> Iterator[ImageBatch]:
         """Yield the images of a chunk, batch by batch, without captions."""
-        for views, _ in read(self.dataset, chunk, 1, self.batch_size):
+        for views, _ in iter_batches(self.dataset, chunk, 1, self.batch_size):
             yield views[:, 0], []
 
 
-def open_dataset(name: str, image_size: int, count: int, seed: int) -> Any:
+def open_dataset(name: str, image_size: int, count: int, seed: int) -> ImageSource:
     """Open ``"shapes"``, a folder, or shards."""
     if name == "shapes":
         return ShapesDataset(count, image_size, seed)
@@ -227,30 +223,19 @@ def open_dataset(name: str, image_size: int, count: int, seed: int) -> Any:
     return ImageShards(name, image_size, train=False)
 
 
-def keep_files(folder: Any, files: Collection[str]) -> None:
-    """Restrict an ``ImageFolder`` to the given images; ValueError if it lacks one."""
-    missing = sorted(set(files) - set(folder.files))
+def keep_files(dataset: ImageSource, files: Collection[str]) -> None:
+    """Restrict a folder to the given images; ValueError if it lacks one."""
+    if not isinstance(dataset, ImageFolder):
+        raise ValueError(f"files can be selected from a folder only, not from a {type(dataset).__name__}")
+    missing = sorted(set(files) - set(dataset.files))
     if missing:
         raise ValueError(
-            f"the reference {folder.root} must hold the images that the captions name, but lacks {missing[0]}; "
+            f"the reference {dataset.root} must hold the images that the captions name, but lacks {missing[0]}; "
             "--whole-reference uses all of its images instead"
         )
-    folder.files = PackedStrings([file for file in folder.files if file in files])
+    dataset.files = PackedStrings([file for file in dataset.files if file in files])
 
 
 def captions_hash(captions: Sequence[str]) -> str:
     """Return a hash of captions, in order."""
     return hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]
-
-
-def content_hash(paths: Sequence[Path]) -> str:
-    """Return a hash of the bytes of files, in order; of the path itself if it is not a file but a URL."""
-    digest = hashlib.sha256()
-    for path in paths:
-        if not path.is_file():
-            digest.update(str(path).encode())
-            continue
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:32]
