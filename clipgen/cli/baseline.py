@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.console import guarded
 from clipgen.cli.device import default_device
 from clipgen.cli.output_dir import file_name, output_folder
-from clipgen.cli.sampling_args import add_settings, settings_of
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +99,7 @@ def add_search(p: argparse.ArgumentParser) -> None:
     options.add_argument("--batch-size", type=int, default=32, help="images per batch (default: %(default)s)")
     options.add_argument("--save-all", action="store_true", help="write all generated images below OUTPUT/all")
     add_table(p.add_argument_group("tables of the paper"))
-    add_settings(p.add_argument_group("sampling of a class-conditional transformer"), given_only=True)
+    add_sampling_options(p.add_argument_group("sampling of a class-conditional transformer"), given_only=True)
 
 
 def add_table(group: argparse._ArgumentGroup) -> None:
@@ -127,7 +127,7 @@ def add_class(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--checkpoint", required=True, help="run folder of the class-conditional transformer")
     p.add_argument("--num-images", type=int, default=4, help="images per class (default: %(default)s)")
-    add_settings(p.add_argument_group("sampling"), given_only=True)
+    add_sampling_options(p.add_argument_group("sampling"), given_only=True)
 
 
 def add_prompts(p: argparse.ArgumentParser) -> None:
@@ -153,7 +153,7 @@ def run() -> None:
     if args.system != "class":
         args.prompts = read_prompts(args)
     args.device = args.device or default_device()
-    with output_folder(args.output, keep="**/*.png"):
+    with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)
 
 
@@ -263,11 +263,11 @@ def run_class(args: argparse.Namespace) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """Return the prompts of the command line and of the files."""
-    from clipgen.generation.prompts import read_sentences
+    from clipgen.generation import prompts as prompt_files
 
     prompts = list(args.prompt)
     for file in args.prompts_file:
-        prompts += read_sentences(file)
+        prompts += prompt_files.read_prompts(file)
     if not prompts:
         raise ValueError("a prompt is needed: give --prompt or --prompts-file")
     if not all(prompt.strip() for prompt in prompts):
@@ -284,7 +284,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams | None:
     """Return the sampling parameters; None if none was given."""
     from clipgen.sampling import SamplingParams
 
-    options = settings_of(args)
+    options = sampling_options(args)
     return SamplingParams(**options) if options else None
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from clipgen.cli.console import guarded, rate_bar
+from clipgen.cli.console import guarded, progress_bar
 from clipgen.cli.device import default_device, rank_and_world_size
 from clipgen.cli.output_dir import output_folder
 from clipgen.cli.run_lock import LOCK
-from clipgen.cli.sampling_args import add_settings, settings_of
+from clipgen.cli.sampling_args import add_sampling_options, sampling_params
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -92,7 +92,7 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
 def add_sampling(group: argparse._ArgumentGroup) -> None:
     """Add the options of sampling."""
     group.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
-    add_settings(group)
+    add_sampling_options(group)
     group.add_argument(
         "--rerank-from",
         type=int,
@@ -154,7 +154,7 @@ def run() -> None:
 
     check_arguments(args)
     rank, _ = rank_and_world_size()
-    with output_folder(args.output, keep="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
+    with output_folder(args.output, keep_pattern="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
         results = evaluate_reconstructions(args) if args.vqgan else evaluate_images(args)
         if results is None:
             print(f"This process has finished its share; waiting for the others: {args.output}")
@@ -168,9 +168,7 @@ def run() -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError if no evaluation is possible with the arguments."""
-    from clipgen.sampling import SamplingParams
-
-    SamplingParams(**settings_of(args))
+    sampling_params(args)
     check_numbers(args)
     if args.checkpoint and not (args.captions or args.classes):
         raise ValueError("a model needs captions to generate: give --captions or --classes")
@@ -218,7 +216,7 @@ def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
         raise ValueError("there is nothing to measure: give --features, --clip, --captioner or --shapes-eval")
     reference = reference_source(args, image_size, selected)
     rank, world_size = rank_and_world_size()
-    with rate_bar("images", sum(len(chunk) for chunk in source.chunks)) as advance:
+    with progress_bar("images", sum(len(chunk) for chunk in source.chunks)) as advance:
         return evaluate(args.output, source, metrics, reference, advance=advance, rank=rank, world_size=world_size)
 
 
@@ -235,10 +233,9 @@ def generated_source(args: argparse.Namespace, captions: Sequence[Caption]) -> t
     """Return the images that a model generates, and their size."""
     from clipgen.evaluation.sources import GeneratedImages, make_generate_fn
     from clipgen.pipeline import TextToImage
-    from clipgen.sampling import SamplingParams
 
     pipe = TextToImage.load(args.checkpoint).to(args.device or default_device())
-    params = SamplingParams(**settings_of(args))
+    params = sampling_params(args)
     source = GeneratedImages(
         make_generate_fn(pipe, params, args.rerank_from),
         [text for _, text in captions],
@@ -338,7 +335,7 @@ def evaluate_reconstructions(args: argparse.Namespace) -> dict[str, float]:
     }
     require_same_protocol(args.output / METRICS_FILE, protocol)
     trainer = make_trainer(args, metrics)
-    (logged,) = trainer.validate(vqgan, DataLoader(images.dataset, args.batch_size), verbose=False)
+    (logged,) = trainer.validate(vqgan, DataLoader(cast(Any, images.dataset), args.batch_size), verbose=False)
     results = {name.removeprefix("val/"): value for name, value in logged.items()}
     write_results(args.output / METRICS_FILE, results, protocol)
     return results
