@@ -8,11 +8,10 @@ order or on the batches in which the images came.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ import numpy as np
 from torch import Tensor
 
 from clipgen.checkpoint.safe_load import check_archive
-from clipgen.files import atomic_write, one_line, read_json, write_json
+from clipgen.files import atomic_write, one_line
 from clipgen.images import check_images, to_bytes
+from clipgen.resumable_store import ResumableStore
 
 KEY_COLUMN = "key"
 IDENTITY_FILE = "identity.json"
@@ -56,7 +56,7 @@ class FeatureStore:
 
     def read_identity(self) -> dict[str, Any]:
         """Read what identifies the images and what is measured of them."""
-        return read_json(self.folder / IDENTITY_FILE)
+        return ResumableStore(self.folder, IDENTITY_FILE).read_identity()
 
     def is_complete(self) -> bool:
         """Return whether all parts exist."""
@@ -124,45 +124,23 @@ def collect(
         rank: number of this process. Processes share the parts without communication.
         world_size: number of processes.
     """
-    write_identity(folder, identity | source.identity | {"parts": len(source.chunks)})
+    parts = {folder / f"part-{number:06d}.npz": chunk for number, chunk in enumerate(source.chunks)}
+
+    def write(path: Path, chunk: Any) -> None:
+        write_part(path, (measure_batch(measure, batch, advance) for batch in source.read(chunk)))
+
+    def count_existing(path: Path) -> None:
+        advance(len(read_column(path, KEY_COLUMN)))
+
+    store = ResumableStore(folder, IDENTITY_FILE)
+    store.open(identity | source.identity | {"parts": len(parts)})
     try:
-        for number in range(rank, len(source.chunks), world_size):
-            path = folder / f"part-{number:06d}.npz"
-            if path.is_file():
-                advance(len(read_column(path, KEY_COLUMN)))
-            else:
-                batches = source.read(source.chunks[number])
-                write_part(path, (measure_batch(measure, batch, advance) for batch in batches))
+        store.write_missing(parts, write, count_existing, rank=rank, world_size=world_size)
     except BaseException:
         # Without a part there is nothing that other settings could be mixed with.
         if world_size == 1 and not FeatureStore(folder).parts:
-            (folder / IDENTITY_FILE).unlink(missing_ok=True)
+            store.identity_path.unlink(missing_ok=True)
         raise
-
-
-def write_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Write the identity of a new store, or compare it with that of an existing one.
-
-    Raises:
-        ValueError: the folder holds other images, or something else was measured of them.
-    """
-    path = folder / IDENTITY_FILE
-    wanted = json.loads(json.dumps(identity))
-    if path.is_file():
-        require_same_identity(folder, read_json(path), wanted)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
-
-
-def require_same_identity(folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the first difference, if a folder holds other results than the wanted ones."""
-    for key in sorted({*stored, *wanted}):
-        if stored.get(key) != wanted.get(key):
-            got, expected = (str(identity.get(key))[:200] for identity in (stored, wanted))
-            raise ValueError(
-                f"{folder} holds results computed with {key}={got}, not {expected}; choose another output folder"
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------- part files

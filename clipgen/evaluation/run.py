@@ -10,10 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clipgen.evaluation.feature_store import Advance, FeatureStore, Source, collect, require_same_identity
+from clipgen.evaluation.feature_store import Advance, FeatureStore, Source, collect
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.report import summary
 from clipgen.files import read_json, write_json
+from clipgen.resumable_store import require_same_identity
 
 METRICS_FILE = "metrics.json"
 
