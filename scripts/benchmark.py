@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader
 
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
 from clipgen.data.shapes import ShapesDataset
-from clipgen.data.token_cache import Batches, TokenCacheDataset, as_is, record_dtype
+from clipgen.data.token_cache import BatchedDataset, TokenCacheDataset, no_collate, record_dtype
 from clipgen.files import write_json
 from clipgen.models.lpips import build_lpips
 from clipgen.processor import has_bf16_units, instruction_set
@@ -278,9 +278,9 @@ def measure_transformer(
             ):
                 rows[name] = tensor.numpy()
             np.save(Path(folder) / "shard-000000.npy", rows)
-            data: Any = Batches(TokenCacheDataset(folder))
+            data: Any = BatchedDataset(TokenCacheDataset(folder))
             order = torch.randperm(count).tolist()
-            found = fit(transformer, loader(data, batch, sampler=order, collate_fn=as_is), device, precision)  # type: ignore[arg-type]
+            found = fit(transformer, loader(data, batch, sampler=order, collate_fn=no_collate), device, precision)  # type: ignore[arg-type]
     images = batch / found["seconds"]
     row = {"images/s": images, "tokens/s": images * sizes.num_tokens, "GiB": found["GiB"]}
     if device == "cuda":
@@ -343,9 +343,9 @@ def reading_rate() -> float:
     with tempfile.TemporaryDirectory() as folder:
         for i in range(20):
             np.save(Path(folder) / f"shard-{i:06d}.npy", np.ones(10_000, record_dtype(1, 256, 16384, 512)))
-        data: Any = Batches(TokenCacheDataset(folder))
+        data: Any = BatchedDataset(TokenCacheDataset(folder))
         order = torch.randperm(len(data)).tolist()[:100_000]
-        batches = loader(data, 256, sampler=order, collate_fn=as_is)  # type: ignore[arg-type]
+        batches = loader(data, 256, sampler=order, collate_fn=no_collate)  # type: ignore[arg-type]
         read = lambda: [len(batch["indices"]) for batch in batches]
         read()  # brings the files into memory
         return len(order) / seconds(read, "cpu")
