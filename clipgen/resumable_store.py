@@ -69,15 +69,9 @@ class ResumableStore:
     def require_same_identity(self, identity: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first difference, if the store has another identity."""
         stored = self.read_identity()
-        expected = json.loads(json.dumps(identity))
-        for key in sorted({*stored, *expected} - set(self.result_keys)):
-            if stored.get(key) != expected.get(key):
-                stored_value = str(stored.get(key))[:MAX_VALUE_LENGTH]
-                expected_value = str(expected.get(key))[:MAX_VALUE_LENGTH]
-                raise ValueError(
-                    f"{self.folder} holds results computed with {key}={stored_value}, not {expected_value}; "
-                    "choose another output folder"
-                )
+        # A store that is complete also has results, a new identity does not.
+        stored = {key: value for key, value in stored.items() if key not in self.result_keys}
+        require_same_identity(self.folder, stored, identity)
 
     def write_missing(
         self,
@@ -110,3 +104,17 @@ class ResumableStore:
     def add_results(self, identity: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         """Write the identity file again, with results that are known only when all parts exist."""
         write_json(self.identity_path, {**identity, **results})
+
+
+def require_same_identity(folder: Path, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first difference, if the stored identity of a folder differs from another one."""
+    # Tuples become lists, as in the stored file.
+    expected = json.loads(json.dumps(identity))
+    for key in sorted({*stored, *expected}):
+        if stored.get(key) != expected.get(key):
+            stored_value = str(stored.get(key))[:MAX_VALUE_LENGTH]
+            expected_value = str(expected.get(key))[:MAX_VALUE_LENGTH]
+            raise ValueError(
+                f"{folder} holds results computed with {key}={stored_value}, not {expected_value}; "
+                "choose another output folder"
+            )

@@ -180,8 +180,8 @@ def test_postscript_does_not_start_a_program(tmp_path, monkeypatch, call):
     (programs / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    result = call("clipgen-sample", "--from", "eps.png")
-    assert result.code == 1 and "eps.png is no picture of clipgen-sample" in result.stderr
+    result = call("clipgen-sample", "--reproduce", "eps.png")
+    assert result.code == 1 and "eps.png is not an image of clipgen-sample" in result.stderr
     result = call("clipgen-sample", "--image", "eps.png")
     assert result.code == 1 and "eps.png cannot be used as an image: not an image" in result.stderr
     with pytest.raises(ValueError, match=r"eps\.png holds none"):
@@ -234,9 +234,9 @@ def test_named_pipe_does_not_block(tmp_path, call):
     (tmp_path / "a.png").write_bytes(square(1))
     dataset = ImageFolder(tmp_path, 8, train=True)
     assert list(dataset.files) == ["a.png"] and "1 unreadable" in str(dataset.skip_counter)
-    for option in ("--from", "--image", "--complete"):
+    for option in ("--reproduce", "--image", "--outpaint"):
         result = call("clipgen-sample", "--prompt", PROMPT, option, "pipe.png")
-        assert result.code == 1 and "no picture pipe.png" in result.stderr
+        assert result.code == 1 and "there is no image pipe.png" in result.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- color profiles
@@ -488,8 +488,8 @@ def test_escape_sequences_in_names_are_escaped(tmp_path, caplog):
 
 
 def test_errors_and_log_lines_are_printable(capsys):
-    assert console.sentence(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
-    assert console.sentence(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
+    assert console.error_line(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
+    assert console.error_line(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
     record = logging.LogRecord("clipgen", logging.WARNING, "", 0, "key %s\nsecond line", (ESCAPE,), None)
     console.StderrHandler().emit(record)
     assert capsys.readouterr().err == "key \\x1b]0;owned\\x07\nsecond line\n"
@@ -516,7 +516,7 @@ def test_closed_or_full_output_gives_no_traceback(redirect, message):
     assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
 
 
-# ------------------------------------------------------------------------------------------------ clipgen-sample --from
+# ------------------------------------------------------------------------------------------------ clipgen-sample --reproduce
 
 
 @pytest.mark.parametrize(
@@ -533,30 +533,30 @@ def test_closed_or_full_output_gives_no_traceback(redirect, message):
         ({"top_k": "null"}, "top_k must be a whole number, got None"),
         ({"top_k": '"1"'}, "top_k must be a whole number, got '1'"),
         ({"temperature": "1e999"}, "temperature must be finite"),
-        ({"mixture": '{"a": "b"}'}, "mixture must have numbers for weights, got 'b'"),
-        ({"mixture": "[1]"}, "mixture must be 1 to 100 sentences with weights, got a list"),
+        ({"prompt_mix": '{"a": "b"}'}, "prompt_mix must have numbers for weights, got 'b'"),
+        ({"prompt_mix": "[1]"}, "prompt_mix must be 1 to 100 texts with weights, got a list"),
         ({"dtype": ESCAPE}, r"dtype must be one of float32, bfloat16, got '\\x1b"),
     ],
 )
-def test_what_a_picture_says_is_checked(change, message, tmp_path, call):
+def test_reproduce_checks_the_metadata(change, message, tmp_path, call):
     info = PngInfo()
     for key, value in (
         {"prompt": PROMPT, "seed": "0"} | {k: json.dumps(v) for k, v in SETTINGS.items()} | change
     ).items():
         info.add_itxt(key, value)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    result = call("clipgen-sample", "--from", "a.png")
+    result = call("clipgen-sample", "--reproduce", "a.png")
     (line,) = result.stderr.splitlines()
-    assert result.code == 1 and line.startswith("clipgen-sample: error: a.png is no picture of clipgen-sample: ")
+    assert result.code == 1 and line.startswith("clipgen-sample: error: a.png is not an image of clipgen-sample: ")
     assert message.replace("\\[", "[").replace("\\]", "]").replace("\\\\", "\\") in line and line.isprintable()
 
 
 @pytest.mark.parametrize("side", [12_000, 30_000])
-def test_a_picture_to_draw_again_may_be_a_bomb(side, tmp_path, call):
+def test_reproduce_refuses_a_decompression_bomb(side, tmp_path, call):
     bomb = blank_png(side, side, rows=1)
     (tmp_path / "a.png").write_bytes(bomb)
-    result = call("clipgen-sample", "--from", "a.png")
-    assert result.code == 1 and "a.png is no picture of clipgen-sample: too large" in result.stderr
+    result = call("clipgen-sample", "--reproduce", "a.png")
+    assert result.code == 1 and "a.png is not an image of clipgen-sample: too large" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -628,7 +628,7 @@ def test_captions_by_line_meet_pictures_as_people_number_them(tmp_path, caplog):
     source = FolderImages(tmp_path, captions=lines)
     assert dict(zip(source.files, source.captions)) == {f"{n}.png": f"caption {n}" for n in range(12)}
     (warning,) = warnings_of(caplog)
-    assert "line 3 is of 2.png (by letters: 10.png)" in warning
+    assert "line 3 belongs to 2.png (in alphabetical order: 10.png)" in warning
 
 
 def test_a_folders_distance_from_itself_is_zero(tmp_path):
@@ -638,5 +638,5 @@ def test_a_folders_distance_from_itself_is_zero(tmp_path):
         Image.fromarray(noise).resize((400, 300)).save(tmp_path / f"{number}.jpg")
     sides = []
     for source in (FolderImages(tmp_path, 32), RealImages(str(tmp_path), 32)):
-        sides.append(torch.cat([images for piece in source.pieces for images, _ in source.read(piece)]))
+        sides.append(torch.cat([images for chunk in source.chunks for images, _ in source.read(chunk)]))
     assert torch.equal(*sides)
