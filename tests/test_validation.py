@@ -21,7 +21,7 @@ from clipgen.data.webdataset import shard_data
 from clipgen.evaluation.reconstruction import ReconstructionMetrics
 from clipgen.images import to_pil
 from clipgen.models.losses import Averages
-from clipgen.training.callbacks import describe_step
+from clipgen.training.summary import describe_batch
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 16])
@@ -64,7 +64,7 @@ def test_averages_weigh_batches_by_their_rows():
 
 @pytest.mark.parametrize(("devices", "words"), [(1, []), (8, ["8 devices see 8 times", "not scaled", "divide"])])
 def test_the_log_tells_the_effective_batch(devices, words):
-    text = describe_step(32, devices, 2)
+    text = describe_batch(32, devices, 2)
     assert text.startswith(f"{64 * devices} images per optimizer step: data.batch_size=32 per device")
     assert all(word in text for word in words)
 
