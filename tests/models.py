@@ -89,12 +89,12 @@ def find_field(sections: dict[str, tuple[Any, str]], name: str) -> tuple[str, st
 
 def make_vqgan(**flat: Any) -> VQGAN:
     """Return a VQGAN from flat settings."""
-    return make_vqgan(**nested(VQGAN_SECTIONS, flat))
+    return VQGAN(**nested(VQGAN_SECTIONS, flat))
 
 
 def make_transformer(**flat: Any) -> ConditionalTransformer:
     """Return a transformer from flat settings."""
-    return make_transformer(**nested(TRANSFORMER_SECTIONS, flat))
+    return ConditionalTransformer(**nested(TRANSFORMER_SECTIONS, flat))
 
 
 def make_class_transformer(class_names: Sequence[str], **flat: Any) -> ClassConditionalTransformer:
