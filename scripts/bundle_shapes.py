@@ -1,6 +1,6 @@
 """Bundle a finished demo's models with the package, in 16 bits.
 
-clipgen-demo --output demo && python scripts/bundle_shapes.py demo/transformer
+clipgen-demo --output demo && python -m clipgen bundle_shapes demo/transformer
 """
 
 from __future__ import annotations

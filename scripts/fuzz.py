@@ -1,7 +1,7 @@
 """Feed mutated files to every reader of foreign files: each must be read, or refused by one sentence.
 
-    python scripts/fuzz.py --minutes 10
-    python scripts/fuzz.py --target png --seed 7 --inputs 1      # repeat one input
+    python -m clipgen fuzz --minutes 10
+    python -m clipgen fuzz --target png --seed 7 --inputs 1      # repeat one input
 
 Each input follows from its target and its seed alone. A finding is any exception other than ValueError and OSError, a
 message of several lines, more than ``--seconds`` of processor time or ``--memory`` MiB of additional memory. Findings

@@ -1,6 +1,6 @@
 """Train the tiny CLIP that is bundled as "shapes", and measure its zero-shot accuracy on fresh renders.
 
-    python scripts/train_shapes_clip.py
+    python -m clipgen train_shapes_clip
 
 Every batch holds each of the 288 sentences once, so no two pairs of a batch are false negatives of each other.
 """
