@@ -257,8 +257,8 @@ def make_taming(rng: random.Random, folder: Path) -> Path:
     """Write a mutated configuration of taming-transformers beside a file that is not a checkpoint."""
     text = (
         "model:\n  target: taming.models.vqgan.VQModel\n  params:\n    n_embed: 16\n    embed_dim: 8\n    ddconfig:\n"
-        "      ch: 32\n      ch_mult: [1, 2]\n      num_res_blocks: 1\n      attn_resolutions: []\n      resolution: 32\n"
-        "      z_channels: 8\n      double_z: false\n    lossconfig:\n      params:\n        disc_loss: hinge\n"
+        "      ch: 32\n      ch_mult: [1, 2]\n      num_res_blocks: 1\n      attn_resolutions: []\n"
+        "      resolution: 32\n      z_channels: 8\n      double_z: false\n    lossconfig:\n      params:\n        disc_loss: hinge\n"
     )
     lines = text.splitlines()
     for _ in range(rng.choice([1, 2, 3])):

@@ -17,7 +17,11 @@ import clipgen
 PACKAGE = Path(clipgen.__file__).parent
 ROOT = Path(__file__).parents[1]
 CONTRACTS = read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
-LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(None, (sys.argv[1],), no_cache=True))"
+LINT = """
+import sys
+from importlinter.cli import lint_imports
+sys.exit(lint_imports(limit_to_contracts=(sys.argv[1],), no_cache=True))
+"""
 LIBRARY = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "cli")
 
 
