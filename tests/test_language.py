@@ -43,7 +43,7 @@ PHRASES = {
     "say image": r"(?<![/.])\bpictures?\b(?![/.])",
     "say generate or sample": r"\bpaint(s|ed|er|ing)?\b",
     "say start": r"\bwakes? up\b",
-    "say metadata": r"\btold\b",
+    "say given, reported or stated": r"\btold\b",
     "say evaluator": r"\bjudge[ds]?\b",
     "spell as Americans do": (
         rf"colour|\bgrey|\bcentre|neighbour|behaviour|({BRITISH_STEMS})is(e|ed|er|es|ing|ation)s?\b"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -66,6 +67,12 @@ def test_import_does_not_load_torch(tmp_path):
 
 def test_version_is_that_of_the_installed_package():
     assert importlib.metadata.version("clipgen") == clipgen.__version__
+
+
+@pytest.mark.parametrize("name", ["CITATION.cff", "README.md"])
+def test_citation_states_the_version(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert re.findall(r"^\s*version *[:=] *\{?([\d.]+)", text, re.MULTILINE) == [clipgen.__version__]
 
 
 def test_package_declares_its_types():
