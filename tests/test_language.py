@@ -25,7 +25,7 @@ EXCEPTIONS: dict[str, str] = {}
 
 PER_UNITS = "batch|caption|class|code|dimension|epoch|image|layer|panel|pixel|position|process|prompt|rank|row|sample"
 PER_UNITS += "|second|shard|step|token|worker"
-COUNTED = "batches|bytes|captions|codes|crops|epochs|images|indices|numbers|passes|samples|seconds|seeds|steps"
+COUNTED = "batches|bytes|captions|codes|crops|epochs|images|indices|numbers|seconds|seeds|steps"
 COUNTED += "|tensors|times|tokens|values|views|seed|panel|tensor|GB|GiB|MB"
 BRITISH_STEMS = "central|general|initial|maxim|memor|minim|normal|optim|organ|parallel|quant|real|recogn|regular"
 BRITISH_STEMS += "|serial|special|summar|synchron|token|util|visual"
@@ -37,7 +37,7 @@ PHRASES = {
     "say resume or continue": r"\b(go|goes|went|going) on\b",
     "say again, or from the beginning": r"\banew\b",
     "say atomically": r"\bwhole or not at all\b",
-    "say is not a": rf"(?<!there )\b(is|are|was|were) (no(?! ({NO_LONGER}))|none(?! of))\b",
+    "say is not a": rf"(?<!there )\b(is|are|was|were) (no(?! ({NO_LONGER}))|(?-i:none)(?! of))\b",
     "say if or when": r"(?<!stay )(?<!stays )\bwhere (there (is|are)|it is)\b",
     "say per": rf"\b({COUNTED}) an? ({PER_UNITS})\b(?!')",
     "say image": r"(?<![/.])\bpictures?\b(?![/.])",
