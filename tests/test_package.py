@@ -125,8 +125,9 @@ def test_wheel_is_complete(built):
     bundled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipgen/bundled").rglob("*") if path.is_file()}
     assert {"clipgen/configs/train.yaml", "clipgen/configs/stage/vqgan.yaml"} <= configs
     assert "clipgen/bundled/clip/open_clip_model.safetensors" in bundled
-    assert names >= package | configs | bundled | {"clipgen/py.typed"}
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"clipgen"}  # no tests, no scripts
+    scripts = {f"clipgen/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "scripts").rglob("*.py")}
+    assert names >= package | configs | bundled | scripts | {"clipgen/py.typed"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"clipgen"}
     assert next(built.glob("*.whl")).stat().st_size < 12e6
 
 
