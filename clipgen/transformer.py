@@ -17,7 +17,7 @@ from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
 from clipgen.checkpoint.safe_load import below
 from clipgen.clip import FrozenCLIP
-from clipgen.data.validation_sampler import real_rows
+from clipgen.data.samplers import num_real_samples
 from clipgen.images import images_from_batch
 from clipgen.models import losses
 from clipgen.models.conditioning import add_condition_noise
@@ -136,17 +136,18 @@ class ConditionalTransformer(pl.LightningModule):
 
         Args:
             clip_embedding: (B, E), unit norm.
-            params: sampling parameters; or pass them by name (``settings``): temperature, top_k, top_p,
-                guidance_scale, guidance_power, see ``SamplingParams``.
+            params: sampling parameters.
             seed: sample i uses ``seed + i``; or one seed per sample. A sample does not depend on the rest of the batch.
             uniforms: (B, T) uniform random numbers in [0, 1) for inverse-CDF sampling; override ``seed``.
             prefix: the first indices (B, P), which are kept as they are.
             callback: called at every step with all indices so far, (B, t).
+            settings: fields of ``SamplingParams`` by name, which override those of ``params``: temperature, top_k,
+                top_p, guidance_scale, guidance_power.
 
         Returns:
             (B, T) int64.
         """
-        params = params or sampling.SamplingParams(**settings)
+        params = sampling.resolve_params(params, settings)
         self._check_shapes(clip_embedding, uniforms, prefix)
         logits_fn = self._logits_fn(clip_embedding, params)
         if uniforms is None:
@@ -315,7 +316,7 @@ class ConditionalTransformer(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.prepare_batch(batch)
-        num_real = real_rows(self._trainer, batch_idx, len(indices))
+        num_real = num_real_samples(self._trainer, batch_idx, len(indices))
         kept = num_real or len(indices)  # under FSDP all ranks must compute equally often, even on filler batches
         loss, _ = self.eval_model(indices[:kept], clip_embedding[:kept], with_loss=True)
         if num_real:

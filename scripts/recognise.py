@@ -23,7 +23,8 @@ from clipgen import TextToImage
 from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.sources import drawing
 from clipgen.files import atomic_write, write_json
-from clipgen.images import grid, save_png, to_pil
+from clipgen.images import save_png, to_pil
+from clipgen.visualization import grid
 
 
 class Residual(nn.Module):

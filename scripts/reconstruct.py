@@ -13,7 +13,8 @@ import torch
 
 from clipgen import VQGAN
 from clipgen.evaluation.sources import open_dataset
-from clipgen.images import grid, save_png, to_pil
+from clipgen.images import save_png, to_pil
+from clipgen.visualization import grid
 
 
 @torch.no_grad()

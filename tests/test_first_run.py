@@ -21,7 +21,7 @@ from PIL import Image
 
 from clipgen import VQGAN as VQGAN_
 from clipgen.cli.config import composed
-from clipgen.data.count_images import count_shards
+from clipgen.data.webdataset import estimate_images
 from clipgen.training.callbacks import few_tokens, lagging_average
 from clipgen.training.summary import activation_bytes
 from clipgen.training.validation_interval import scale_interval, settle_interval, warn_of_few_images
@@ -92,9 +92,9 @@ def test_the_interval_grows_with_the_validation_images(images, interval):
 def test_images_in_shards_are_estimated_from_the_first(photos, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     make_shards.main(["photos", "--output", "shards", "--shard-size", "10"])
-    count = count_shards(sorted(map(str, Path("shards").glob("train-*.tar"))))
+    count = estimate_images(sorted(map(str, Path("shards").glob("train-*.tar"))))
     assert str(count) == "about 60 in 6 shards (estimated from the first)"
-    assert count_shards(["https://example.org/a.tar"]) is None
+    assert estimate_images(["https://example.org/a.tar"]) is None
 
 
 @pytest.mark.parametrize("images", [0, 1, 49, 50])
@@ -191,6 +191,8 @@ EARLY = {
     "clipgen-sample": "clipgen.cli.sample",
     "clipgen-sample --checkpoint /none ring": "clipgen.cli.sample",
     "clipgen-sample --image /none.png": "clipgen.cli.sample",
+    "clipgen-sample --outpaint /none.png": "clipgen.cli.sample",
+    "clipgen-sample --reproduce /none.png": "clipgen.cli.sample",
     "clipgen-sample --prompts-file /none.txt": "clipgen.cli.sample",
     "clipgen-encode": "clipgen.cli.encode",
     "clipgen-encode vqgn=x": "clipgen.cli.encode",

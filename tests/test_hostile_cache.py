@@ -30,7 +30,7 @@ from clipgen.evaluation import feature_store
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, shapes_clip):
     """A cache of 20 shapes with their classes."""
-    from conftest import VQGAN_SIZES
+    from models import VQGAN_SIZES
 
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("cache") / "cache"
@@ -61,9 +61,9 @@ def change_shard(cache: Path, **columns: object) -> Path:
 
 
 def test_a_whole_cache_opens(cache):
-    data = TokenCacheDataModule(cache, batch_size=4, condition="label")
-    assert data.datasets["train"].batch(range(20))["condition"].shape == (20, 288)
-    assert TokenCacheDataModule(cache, batch_size=4).datasets["train"].batch(range(20))["condition"].isfinite().all()
+    data = TokenCacheDataModule(cache, batch_size=4, conditioning="class")
+    assert data.train.batch(range(20))["condition"].shape == (20, 288)
+    assert TokenCacheDataModule(cache, batch_size=4).train.batch(range(20))["condition"].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_whole_cache_opens(cache):
 )
 def test_wrong_manifests_name_the_file(cache, little, changes):  # noqa: F811
     change_manifest(cache, **changes)
-    refused(lambda: TokenCacheDataModule(cache, batch_size=4, condition="label"), cache)
+    refused(lambda: TokenCacheDataModule(cache, batch_size=4, conditioning="class"), cache)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '"a"', "\x00"])
@@ -131,21 +131,21 @@ def test_a_codebook_without_a_table_is_bounded(cache):
 
 def test_indices_beyond_the_codebook_name_the_shard(cache):
     path = change_shard(cache, indices=16)
-    refused(lambda: TokenCacheDataModule(cache, batch_size=4).datasets["train"].batch(range(20)), path, "got 16")
+    refused(lambda: TokenCacheDataModule(cache, batch_size=4).train.batch(range(20)), path, "got 16")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_embeddings_that_are_not_finite_name_the_shard(cache, value):
     path = change_shard(cache, embedding=value)
-    refused(lambda: TokenCacheDataModule(cache, batch_size=4).datasets["train"].batch(range(20)), path, "finite")
+    refused(lambda: TokenCacheDataModule(cache, batch_size=4).train.batch(range(20)), path, "finite")
     refused(lambda: TokenCacheDataset(cache / "train").embeddings(), path, "finite")
 
 
 @pytest.mark.parametrize("value", [288, 2_147_483_646, -1])
 def test_labels_beyond_the_classes_name_the_shard(cache, value):
     path = change_shard(cache, label=value)
-    data = TokenCacheDataModule(cache, batch_size=4, condition="label")
-    refused(lambda: data.datasets["train"].batch(range(20)), path, f"got {value}")
+    data = TokenCacheDataModule(cache, batch_size=4, conditioning="class")
+    refused(lambda: data.train.batch(range(20)), path, f"got {value}")
 
 
 def header(text: str) -> bytes:

@@ -29,13 +29,13 @@ from clipgen.data import tar_reader as tar_module
 from clipgen.data import webdataset as shards_module
 from clipgen.data.decoding import MAX_PIXELS, MemoryBudget, UnusableImageError, check_header, decode_image
 from clipgen.data.folder import ImageFolder, find_images
-from clipgen.data.parallel import ahead
+from clipgen.data.parallel import parallel_map
 from clipgen.data.tar_reader import Sample
 from clipgen.data.webdataset import ImageShards, shuffled
 from clipgen.evaluation import captions as sentences
 from clipgen.evaluation.sources import FolderImages, RealImages
 from clipgen.files import natural_key, printable
-from clipgen.images import broken, grid, wrap
+from clipgen.visualization import break_word, grid, wrap
 
 ESCAPE = "\x1b]0;owned\x07"
 SETTINGS = dict(temperature=1.0, top_k=1, top_p=1.0, guidance_scale=1.0, guidance_power=0.0)
@@ -180,8 +180,8 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, call):
     (programs / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    result = call("clipgen-sample", "--from", "eps.png")
-    assert result.code == 1 and "eps.png is no picture of clipgen-sample" in result.stderr
+    result = call("clipgen-sample", "--reproduce", "eps.png")
+    assert result.code == 1 and "eps.png is not an image of clipgen-sample" in result.stderr
     result = call("clipgen-sample", "--image", "eps.png")
     assert result.code == 1 and "eps.png cannot be used as an image: not an image" in result.stderr
     with pytest.raises(ValueError, match=r"eps\.png holds none"):
@@ -204,7 +204,7 @@ def test_a_missing_decoder_is_said(name, start, monkeypatch, tmp_path, caplog):
         decode_image(start + bytes(40))
     (tmp_path / "a.jpg").write_bytes(start + bytes(40))
     (tmp_path / "b.png").write_bytes(square(3))
-    assert str(ImageFolder(tmp_path, 8, train=True).tally) == "1 image, 1 skipped: 1 no decoder"
+    assert str(ImageFolder(tmp_path, 8, train=True).skip_counter) == "1 image, 1 skipped: 1 no decoder"
     assert f"a.jpg: no decoder ({name}: " in caplog.text
 
 
@@ -223,8 +223,8 @@ def test_other_endings_and_none_are_used(tmp_path, caplog):
     (tmp_path / "h.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(9))
     dataset = ImageFolder(tmp_path, 8, train=True)
     assert sorted(dataset.files) == sorted(names)
-    assert str(dataset.tally).endswith("2 skipped: 1 not an image, 1 no decoder")
-    assert "LICENSE: not an image (it has no ending)" in caplog.text
+    assert str(dataset.skip_counter).endswith("2 skipped: 1 not an image, 1 no decoder")
+    assert "LICENSE: not an image (the name has no extension)" in caplog.text
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in the file system")
@@ -233,10 +233,10 @@ def test_a_pipe_is_not_waited_for(tmp_path, call):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "a.png").write_bytes(square(1))
     dataset = ImageFolder(tmp_path, 8, train=True)
-    assert list(dataset.files) == ["a.png"] and "1 unreadable" in str(dataset.tally)
-    for option in ("--from", "--image", "--complete"):
+    assert list(dataset.files) == ["a.png"] and "1 unreadable" in str(dataset.skip_counter)
+    for option in ("--reproduce", "--image", "--outpaint"):
         result = call("clipgen-sample", "--prompt", PROMPT, option, "pipe.png")
-        assert result.code == 1 and "no picture pipe.png" in result.stderr
+        assert result.code == 1 and "there is no image pipe.png" in result.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- color profiles
@@ -303,11 +303,11 @@ def test_profiles_of_srgb_and_broken_ones_change_nothing():
 def test_names_with_dots_are_samples_of_their_own(tmp_path):
     files = [(f"clip.{number:04d}.png", square(number)) for number in range(12)]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
-    assert reds(dataset) == list(range(12)) and str(dataset.tally) == "12 images, 0 skipped"
+    assert reds(dataset) == list(range(12)) and str(dataset.skip_counter) == "12 images, 0 skipped"
 
 
 def test_more_dotted_names_than_are_held_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_module, "_GROUP_FILES", 8)
+    monkeypatch.setattr(tar_module, "_MAX_GROUP_FILES", 8)
     files = [
         (f"clip.{n:04d}.{kind}", square(n) if kind == "png" else str(n).encode())
         for n in range(50)
@@ -329,7 +329,7 @@ def test_labels_beside_dotted_names(tmp_path):
     ]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False, labels=True)
     assert [sample["label"] for sample in dataset] == [1, 2, 3] == reds(dataset)
-    assert str(dataset.tally) == "3 images, 1 skipped: 1 without label"
+    assert str(dataset.skip_counter) == "3 images, 1 skipped: 1 without label"
 
 
 def test_what_shares_a_name_is_counted(tmp_path, caplog):
@@ -347,10 +347,12 @@ def test_what_shares_a_name_is_counted(tmp_path, caplog):
     ]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
     assert reds(dataset) == [1, 3, 5, 7, 8, 9]
-    assert str(dataset.tally) == "6 images, 2 skipped: 2 same name"
-    assert "0.jpg: same name (0.png is used)" in caplog.text and "1.png: same name (it is there twice)" in caplog.text
-    assert "2.seg.png is not used: it is taken for a part of 2.png" in caplog.text
-    assert "1 further pictures are parts of these" in caplog.text and "broken" not in caplog.text
+    assert str(dataset.skip_counter) == "6 images, 2 skipped: 2 same name"
+    assert (
+        "0.jpg: same name (0.png is used)" in caplog.text and "1.png: same name (the name occurs twice)" in caplog.text
+    )
+    assert "2.seg.png is not used: it belongs to the sample of 2.png" in caplog.text
+    assert "1 further images belong to the samples of these" in caplog.text and "broken" not in caplog.text
 
 
 def test_members_without_an_ending_and_links_are_used_or_counted(tmp_path):
@@ -362,7 +364,7 @@ def test_members_without_an_ending_and_links_are_used_or_counted(tmp_path):
         link.type, link.linkname = tarfile.LNKTYPE, "b.png"
         tar.addfile(link)
     dataset = ImageShards(str(path), 8, train=False)
-    assert reds(dataset) == [1, 2] and str(dataset.tally) == "2 images, 2 skipped: 1 not an image, 1 unreadable"
+    assert reds(dataset) == [1, 2] and str(dataset.skip_counter) == "2 images, 2 skipped: 1 not an image, 1 unreadable"
 
 
 @pytest.mark.parametrize("kind", ["plain", "gz", "sparse"])
@@ -381,7 +383,7 @@ def test_a_member_that_is_too_large_is_refused_before_it_is_read(kind, tmp_path,
         mode = "w:gz" if kind == "gz" else "w"
         make_tar(path, [("0.png", square(1)), ("bomb.png", bytes(200_000)), ("1.png", square(2))], mode)
     dataset = ImageShards(str(path), 8, train=False)
-    assert reds(dataset) == [1, 2] and str(dataset.tally) == "2 images, 1 skipped: 1 too large"
+    assert reds(dataset) == [1, 2] and str(dataset.skip_counter) == "2 images, 1 skipped: 1 too large"
 
 
 def old_gnu_sparse(tar: tarfile.TarFile, name: str, size: int) -> None:
@@ -429,7 +431,7 @@ def test_every_break_of_a_shard_is_counted(tmp_path):
     for content in (bytes(damaged), whole[: 2 * size], whole[: 2 * size + 100], whole[: 2 * size + 540]):
         path.write_bytes(content)
         dataset = ImageShards(str(path), 8, train=False)
-        assert reds(dataset) == [0, 1] and str(dataset.tally) == "2 images, 1 skipped: 1 broken shard"
+        assert reds(dataset) == [0, 1] and str(dataset.skip_counter) == "2 images, 1 skipped: 1 broken shard"
     path.write_bytes(whole + whole)  # cat a.tar a.tar
     assert reds(ImageShards(str(path), 8, train=False)) == [0, 1, 2, 3] * 2
 
@@ -438,7 +440,7 @@ def test_every_break_of_a_shard_is_counted(tmp_path):
 def test_labels_that_are_none(label, tmp_path):
     files = [("0.png", square(1)), ("0.cls", label), ("1.png", square(2)), ("1.cls", b"1")]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False, labels=True)
-    assert [sample["label"] for sample in dataset] == [1] and "1 without label" in str(dataset.tally)
+    assert [sample["label"] for sample in dataset] == [1] and "1 without label" in str(dataset.skip_counter)
 
 
 def test_shuffling_holds_a_bounded_number_of_bytes(monkeypatch):
@@ -457,7 +459,9 @@ def test_shuffling_holds_a_bounded_number_of_bytes(monkeypatch):
 
 def test_few_large_items_wait_for_threads():
     begun = []
-    results = ahead(lambda item: item, (begun.append(i) or i for i in range(100)), weigh=lambda item: 1 << 29)
+    results = parallel_map(
+        lambda item: item, (begun.append(i) or i for i in range(100)), item_bytes=lambda item: 1 << 29
+    )
     assert next(results) == 0 and len(begun) <= 2
     assert list(results) == list(range(1, 100))
 
@@ -468,7 +472,7 @@ def test_few_large_items_wait_for_threads():
 def test_warnings_of_one_kind_end(tmp_path, caplog):
     files = [(f"{number}.png", b"broken") for number in range(500)] + [("x.png", square(1)), ("y.jpg", b"")]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
-    assert len(list(dataset)) == 1 and str(dataset.tally) == "1 image, 501 skipped: 1 empty, 500 not an image"
+    assert len(list(dataset)) == 1 and str(dataset.skip_counter) == "1 image, 501 skipped: 1 empty, 500 not an image"
     assert len(warnings_of(caplog)) < 30 and "counted, not named" in caplog.text and "y.jpg: empty" in caplog.text
 
 
@@ -484,8 +488,8 @@ def test_escape_sequences_of_names_are_shown_not_obeyed(tmp_path, caplog):
 
 
 def test_errors_and_log_lines_of_commands_are_printable(capsys):
-    assert console.sentence(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
-    assert console.sentence(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
+    assert console.error_line(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
+    assert console.error_line(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
     record = logging.LogRecord("clipgen", logging.WARNING, "", 0, "key %s\nsecond line", (ESCAPE,), None)
     console.StderrHandler().emit(record)
     assert capsys.readouterr().err == "key \\x1b]0;owned\\x07\nsecond line\n"
@@ -512,7 +516,7 @@ def test_an_output_that_nobody_reads_is_no_traceback(redirect, message):
     assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
 
 
-# ------------------------------------------------------------------------------------------------ clipgen-sample --from
+# ------------------------------------------------------------------------------------------------ clipgen-sample --reproduce
 
 
 @pytest.mark.parametrize(
@@ -529,37 +533,37 @@ def test_an_output_that_nobody_reads_is_no_traceback(redirect, message):
         ({"top_k": "null"}, "top_k must be a whole number, got None"),
         ({"top_k": '"1"'}, "top_k must be a whole number, got '1'"),
         ({"temperature": "1e999"}, "temperature must be finite"),
-        ({"mixture": '{"a": "b"}'}, "mixture must have numbers for weights, got 'b'"),
-        ({"mixture": "[1]"}, "mixture must be 1 to 100 sentences with weights, got a list"),
+        ({"prompt_mix": '{"a": "b"}'}, "prompt_mix must have numbers for weights, got 'b'"),
+        ({"prompt_mix": "[1]"}, "prompt_mix must be 1 to 100 texts with weights, got a list"),
         ({"dtype": ESCAPE}, r"dtype must be one of float32, bfloat16, got '\\x1b"),
     ],
 )
-def test_what_a_picture_says_is_checked(change, message, tmp_path, call):
+def test_reproduce_checks_the_metadata(change, message, tmp_path, call):
     info = PngInfo()
     for key, value in (
         {"prompt": PROMPT, "seed": "0"} | {k: json.dumps(v) for k, v in SETTINGS.items()} | change
     ).items():
         info.add_itxt(key, value)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    result = call("clipgen-sample", "--from", "a.png")
+    result = call("clipgen-sample", "--reproduce", "a.png")
     (line,) = result.stderr.splitlines()
-    assert result.code == 1 and line.startswith("clipgen-sample: error: a.png is no picture of clipgen-sample: ")
+    assert result.code == 1 and line.startswith("clipgen-sample: error: a.png is not an image of clipgen-sample: ")
     assert message.replace("\\[", "[").replace("\\]", "]").replace("\\\\", "\\") in line and line.isprintable()
 
 
 @pytest.mark.parametrize("side", [12_000, 30_000])
-def test_a_picture_to_draw_again_may_be_a_bomb(side, tmp_path, call):
+def test_reproduce_refuses_a_decompression_bomb(side, tmp_path, call):
     bomb = blank_png(side, side, rows=1)
     (tmp_path / "a.png").write_bytes(bomb)
-    result = call("clipgen-sample", "--from", "a.png")
-    assert result.code == 1 and "a.png is no picture of clipgen-sample: too large" in result.stderr
+    result = call("clipgen-sample", "--reproduce", "a.png")
+    assert result.code == 1 and "a.png is not an image of clipgen-sample: too large" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
 def test_long_captions_take_no_time_and_little_room():
     font = ImageFont.load_default(size=11)
     start = time.perf_counter()
-    assert "".join(broken("a" * 100_000, 128, font)) == "a" * 100_000
+    assert "".join(break_word("a" * 100_000, 128, font)) == "a" * 100_000
     assert " ".join(wrap("ab " * 30_000, 128, font)).split() == ["ab"] * 30_000
     sheet = grid([Image.new("RGB", (8, 8))], captions=["a" * 1_000_000])
     assert time.perf_counter() - start < 20 and sheet.height < 1000
@@ -581,7 +585,7 @@ def test_a_folder_that_cannot_be_listed_is_counted(tmp_path, caplog, monkeypatch
 
     monkeypatch.setattr(os, "scandir", refuse)
     dataset = ImageFolder(tmp_path, 8, train=True)
-    assert str(dataset.tally) == "1 image, 1 skipped: 1 unreadable"
+    assert str(dataset.skip_counter) == "1 image, 1 skipped: 1 unreadable"
     assert f"skipped {tmp_path / 'b'}: unreadable (the folder cannot be listed: Permission denied)" in caplog.text
     with pytest.raises(PermissionError, match="cannot be listed") as caught:
         find_images(tmp_path)  # an evaluation of a part would be another number
@@ -624,7 +628,7 @@ def test_captions_by_line_meet_pictures_as_people_number_them(tmp_path, caplog):
     source = FolderImages(tmp_path, captions=lines)
     assert dict(zip(source.files, source.captions)) == {f"{n}.png": f"caption {n}" for n in range(12)}
     (warning,) = warnings_of(caplog)
-    assert "line 3 is of 2.png (by letters: 10.png)" in warning
+    assert "line 3 belongs to 2.png (in alphabetical order: 10.png)" in warning
 
 
 def test_a_folders_distance_from_itself_is_zero(tmp_path):
@@ -634,5 +638,5 @@ def test_a_folders_distance_from_itself_is_zero(tmp_path):
         Image.fromarray(noise).resize((400, 300)).save(tmp_path / f"{number}.jpg")
     sides = []
     for source in (FolderImages(tmp_path, 32), RealImages(str(tmp_path), 32)):
-        sides.append(torch.cat([images for piece in source.pieces for images, _ in source.read(piece)]))
+        sides.append(torch.cat([images for chunk in source.chunks for images, _ in source.read(chunk)]))
     assert torch.equal(*sides)

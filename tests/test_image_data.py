@@ -25,7 +25,7 @@ from clipgen.data import webdataset as shards_module
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError, check_header, decode_image
 from clipgen.data.folder import ImageFolder, PackedStrings, find_images, folder_data, split_files
-from clipgen.data.parallel import AHEAD, THREADS, ahead
+from clipgen.data.parallel import MAX_PENDING, NUM_THREADS, parallel_map
 from clipgen.data.tar_reader import Member
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls
@@ -311,23 +311,23 @@ def test_the_folder_of_bad_images(caplog: pytest.LogCaptureFixture) -> None:
 def test_what_the_header_check_misses_is_replaced_and_counted(
     num_workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(folder_module, "_DECODE_UP_TO", 0)
+    monkeypatch.setattr(folder_module, "_MAX_DECODED", 0)
     handler = logging.FileHandler(tmp_path / "log")  # a file also gets what worker processes log
     logging.getLogger("clipgen").addHandler(handler)
     try:
         dataset = ImageFolder(BAD, 16, train=True)
-        assert "truncated.jpg" in dataset.files and str(dataset.tally).startswith("19 images, 3 skipped")
+        assert "truncated.jpg" in dataset.files and str(dataset.skip_counter).startswith("19 images, 3 skipped")
         loader = DataLoader(dataset, 4, shuffle=True, num_workers=num_workers)
         for _ in range(2):
             assert sum(len(batch["images"]) for batch in loader) == 19
     finally:
         logging.getLogger("clipgen").removeHandler(handler)
-    assert str(dataset.tally) == SUMMARY
+    assert str(dataset.skip_counter) == SUMMARY
     assert (tmp_path / "log").read_text().count("truncated.jpg") == 1
 
 
 def test_a_broken_image_gives_way_to_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "_DECODE_UP_TO", 0)
+    monkeypatch.setattr(folder_module, "_MAX_DECODED", 0)
     dataset = ImageFolder(make_folder(tmp_path, 4, bad=(1, 3)), 8, train=False)
     assert [red(sample) for sample in dataset] == [0, 20, 20, 0]
     with pytest.raises(IndexError):
@@ -335,7 +335,7 @@ def test_a_broken_image_gives_way_to_its_neighbour(tmp_path: Path, monkeypatch: 
 
 
 def test_a_folder_that_breaks_altogether_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "_DECODE_UP_TO", 0)
+    monkeypatch.setattr(folder_module, "_MAX_DECODED", 0)
     dataset = ImageFolder(make_folder(tmp_path, 3, bad=(0, 1, 2)), 8, train=True)
     with pytest.raises(ValueError, match="no usable image left: 0 images, 3 skipped: 3 truncated"):
         dataset[0]
@@ -366,7 +366,7 @@ def test_folders_without_usable_images(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(NotADirectoryError, match=r"data=webdataset.*notes.txt"):
         ImageFolder(tmp_path / "notes.txt", 8, train=True)
-    with pytest.raises(ValueError, match=r"must hold \.jpg.*got 1 files of other kinds"):
+    with pytest.raises(ValueError, match=r"must hold \.jpg.*got 1 files of other types"):
         ImageFolder(tmp_path, 8, train=True)
     (tmp_path / "a.jpg").write_bytes(b"")
     (tmp_path / "b.jpg").write_bytes(TRUNCATED)
@@ -433,7 +433,7 @@ def test_mixed_shard(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         assert [sample["images"].shape for sample in dataset] == [(3, 32, 32)] * 4
     assert len(warnings_of(caplog)) == 1 and "0002.jpg: truncated" in warnings_of(caplog)[0]
-    assert str(dataset.tally) == "4 images, 1 skipped: 1 truncated"
+    assert str(dataset.skip_counter) == "4 images, 1 skipped: 1 truncated"
     assert caplog.records[-1].getMessage() == f"{BAD / 'mixed.tar'}: 4 images, 1 skipped: 1 truncated"
 
 
@@ -442,7 +442,7 @@ def test_cut_shard(caplog: pytest.LogCaptureFixture) -> None:
     dataset = ImageShards(str(BAD / "cut.tar"), 32, train=False)
     assert len(list(dataset)) == 3  # 0000, 0001 and 0003; 0002 is truncated, and the cut goes through 0005
     assert "cut.tar: broken shard" in warnings_of(caplog)[-1]
-    assert str(dataset.tally) == "3 images, 2 skipped: 1 truncated, 1 broken shard"
+    assert str(dataset.skip_counter) == "3 images, 2 skipped: 1 truncated, 1 broken shard"
     both = ImageShards([str(BAD / "cut.tar"), str(BAD / "mixed.tar")], 32, train=False)
     assert len(list(both)) == 7
 
@@ -476,7 +476,7 @@ def test_samples_without_image_odd_names_and_labels(tmp_path: Path) -> None:
     labelled = ImageShards(str(path), 8, train=False, labels=True)
     (sample,) = labelled
     assert sample["label"] == 7 and sample["images"].std() > 0
-    assert str(labelled.tally) == "1 image, 1 skipped: 1 without label"
+    assert str(labelled.skip_counter) == "1 image, 1 skipped: 1 without label"
 
 
 def test_urls(tmp_path: Path) -> None:
@@ -522,9 +522,9 @@ def test_shards_without_usable_images_stop_before_training(
 
 
 def test_commands_without_usable_images_stop_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_PATIENCE", 20)
+    monkeypatch.setattr(shards_module, "_MAX_CONSECUTIVE_SKIPS", 20)
     corrupt = make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": b""})
-    with pytest.raises(ValueError, match="20 others on end: 0 images, 2 skipped: 1 truncated, 1 empty"):
+    with pytest.raises(ValueError, match="20 consecutive unusable ones: 0 images, 2 skipped: 1 truncated, 1 empty"):
         next(iter(ImageShards(f"pipe:cat {corrupt}", 8, train=True)))
     no_images = make_tar(tmp_path / "b.tar", {"0.txt": b"x"})
     with pytest.raises(ValueError, match="2 shards without any: 0 images, 1 skipped: 1 broken shard"):
@@ -594,7 +594,7 @@ def test_validation_reads_every_image_once(shards: int, num_workers: int, tmp_pa
     for _ in range(2):
         seen = [red({"images": image}) for batch in loader for image in batch["images"]]
         assert sorted(seen) == list(range(7 * shards))
-        assert str(dataset.tally) == f"{7 * shards} images, 0 skipped"
+        assert str(dataset.skip_counter) == f"{7 * shards} images, 0 skipped"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -619,7 +619,7 @@ def test_a_corrupt_image_is_warned_about_once_in_all_workers(tmp_path: Path) -> 
             pass
     finally:
         logging.getLogger("clipgen").removeHandler(handler)
-    assert "1 skipped: 1 truncated" in str(dataset.tally)
+    assert "1 skipped: 1 truncated" in str(dataset.skip_counter)
     assert 1 <= (tmp_path / "log").read_text().count("skipped") <= 2  # two workers may meet it in the same instant
 
 
@@ -757,7 +757,7 @@ def test_a_resume_goes_past_broken_images_without_decoding(
         decoded.clear()
         return [sample["images"] for sample in islice(dataset, count)]
 
-    monkeypatch.setattr(shards_module, "_STRETCH", stretch)
+    monkeypatch.setattr(shards_module, "_SEGMENT_IMAGES", stretch)
     decoded: list[int] = []
     decode = shards_module.decode_image
     monkeypatch.setattr(shards_module, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
@@ -772,7 +772,7 @@ def test_a_late_resume_reads_little_again(tmp_path: Path, monkeypatch: pytest.Mo
     """However long the run was; and it goes on with the same images."""
     for i in range(3):
         numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
-    monkeypatch.setattr(shards_module, "_STRETCH", 20)
+    monkeypatch.setattr(shards_module, "_SEGMENT_IMAGES", 20)
     read: list[int] = []
     files = shards_module.read_members
     monkeypatch.setattr(shards_module, "read_members", lambda *a, **k: map(tell, files(*a, **k)))
@@ -804,7 +804,7 @@ def test_large_jpegs_are_decoded_at_a_part_of_their_size(size: tuple[int, int], 
 
 
 def test_patience_is_not_lost_on_a_few_corrupt_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards_module, "_PATIENCE", 3)
+    monkeypatch.setattr(shards_module, "_MAX_CONSECUTIVE_SKIPS", 3)
     make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": TRUNCATED, "2.jpg": GOOD})
     assert len(list(islice(ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=0), 20))) == 20
 
@@ -817,11 +817,11 @@ def test_ahead_keeps_the_order_and_does_not_run_off():
         time.sleep(0.02 if item == 0 else 0)
         return 2 * item
 
-    results = ahead(slow_at_first, range(10 * AHEAD))
-    assert next(results) == 0 and len(started) <= AHEAD + 1
-    assert [0, *results] == list(range(0, 20 * AHEAD, 2))
+    results = parallel_map(slow_at_first, range(10 * MAX_PENDING))
+    assert next(results) == 0 and len(started) <= MAX_PENDING + 1
+    assert [0, *results] == list(range(0, 20 * MAX_PENDING, 2))
     with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda item: 1 / item, [1, 0]))
+        list(parallel_map(lambda item: 1 / item, [1, 0]))
 
 
 def test_what_nobody_reads_is_not_begun():
@@ -831,7 +831,7 @@ def test_what_nobody_reads_is_not_begun():
         started.append(item)
         time.sleep(0.05)
 
-    results = ahead(slow, range(100))
+    results = parallel_map(slow, range(100))
     next(results)
     results.close()
-    assert len(started) <= 3 * THREADS < AHEAD * 2
+    assert len(started) <= 3 * NUM_THREADS < MAX_PENDING * 2

@@ -23,7 +23,7 @@ from clipgen.cli.config import composed
 from clipgen.cli.resume_args import check_strategy
 from clipgen.cli.train import make_strategy
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.samplers import DataPlace, ResumableSampler
+from clipgen.data.samplers import DataPositionCallback, ResumableSampler
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
 from clipgen.training.resume import renumber
@@ -663,7 +663,9 @@ def joined(batches: list[list[int]]) -> list[int]:
 def trained_items(folder: Path, steps: int, batch_size: int, rank: int, size: int, ckpt: bool) -> list[list[int]]:
     """Train a rank on 60 items and note those of each of its batches."""
     items = [{"images": torch.tensor(number)} for number in range(60)]
-    trainer = Rank(max_steps=steps, accelerator="cpu", callbacks=[DataPlace()], default_root_dir=folder, **QUIET)
+    trainer = Rank(
+        max_steps=steps, accelerator="cpu", callbacks=[DataPositionCallback()], default_root_dir=folder, **QUIET
+    )
     trainer.rank, trainer.size = rank, size
     module = AllSeen()
     path = folder / "last.ckpt"
@@ -698,7 +700,7 @@ def test_a_place_goes_through_several_batch_sizes(tmp_path):
 def test_a_checkpoint_without_a_place_is_read_as_before(tmp_path):
     trained_items(tmp_path, 3, 5, 0, 1, False)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint.pop("data_place") == {"turn": 0, "items": 15, "batches": 3}
+    assert checkpoint.pop("data_position") == {"epoch": 0, "items": 15, "batches": 3}
     torch.save(checkpoint, tmp_path / "last.ckpt")
     straight = trained_items(tmp_path / "straight", 6, 5, 0, 1, False)
     assert trained_items(tmp_path, 6, 5, 0, 1, True) == straight[3:]

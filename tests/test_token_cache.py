@@ -108,7 +108,7 @@ def test_shapes_have_no_augmentations(encode, tmp_path):
 def test_ranks_share_the_work_and_the_last_one_finishes(encode, cache, tmp_path):
     other = tmp_path / "other"
     assert not encode(other, rank=1, world_size=2)
-    with pytest.raises(ValueError, match="is not finished"):
+    with pytest.raises(ValueError, match="is not complete"):
         read_manifest(other)
     assert encode(other, rank=0, world_size=2)
     assert contents(other) == contents(cache)
@@ -134,7 +134,7 @@ def test_ranks_share_the_work_and_the_last_one_finishes(encode, cache, tmp_path)
         ({"RANK": "5", "WORLD_SIZE": "2"}, None),
     ],
 )
-def test_the_share_of_a_process(monkeypatch, environment, expected):
+def test_rank_and_world_size(monkeypatch, environment, expected):
     for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -142,7 +142,7 @@ def test_the_share_of_a_process(monkeypatch, environment, expected):
     if expected:
         assert rank_and_world_size() == expected
         return
-    with pytest.raises(ValueError, match=r"is none of 2 in a row: leave no gaps"):
+    with pytest.raises(ValueError, match=r"does not fit 2 processes: number them without gaps, such as --array=0-1"):
         rank_and_world_size()
 
 
@@ -226,10 +226,12 @@ def test_what_killed_processes_left_goes(encode, cache, tmp_path):
 
 
 def test_another_source_or_model_does_not_go_into_the_same_cache(encode, cache, data, shapes_clip):
-    with pytest.raises(ValueError, match="holds a cache made with shard_size=16, not 20; give another output"):
+    with pytest.raises(
+        ValueError, match="holds results computed with shard_size=16, not 20; choose another output folder"
+    ):
         encode(cache, shard_size=20)
     torch.manual_seed(5)
-    with pytest.raises(ValueError, match="holds a cache made with vqgan="):
+    with pytest.raises(ValueError, match="holds results computed with vqgan="):
         precompute.encode(cache, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
 
 
@@ -282,7 +284,7 @@ def test_the_data_module(cache):
         TokenCacheDataModule(cache, batch_size=51)
 
 
-def test_embeddings_of_a_bridge(cache):
+def test_embeddings_for_a_projector(cache):
     data = TokenCacheDataset(cache / "train")
     every = data.batch(range(len(data)))["condition"]
     assert torch.equal(data.embeddings(), every) and torch.equal(data.embeddings(len(data) // 3), every[::3])
@@ -414,12 +416,12 @@ def test_a_source_that_changed_is_refused(call, tiny_vqgan, tmp_path):
     assert call("clipgen-encode", *arguments, "output=cache").code == 0
     shutil.copy(tmp_path / "images/3.png", tmp_path / "images/00.png")
     result = call("clipgen-encode", *arguments, "output=cache")
-    assert result.code == 1 and "cache holds a cache made with files=" in result.stderr
+    assert result.code == 1 and "cache holds results computed with files=" in result.stderr
 
 
 def test_a_missing_cache_is_named(call):
     result = call("clipgen-train", *TRANSFORMER, "data=cached", "data.root=none", "output=run")
-    assert result.code == 1 and "no encoded cache in none" in result.stderr and "clipgen-encode" in result.stderr
+    assert result.code == 1 and "no token cache in none" in result.stderr and "clipgen-encode" in result.stderr
 
 
 @pytest.mark.slow
@@ -463,8 +465,8 @@ def test_killed_and_started_again(tmp_path, tiny_vqgan):
 
 
 def labels_of(cache: Path, split: str = "train") -> list[int]:
-    data = TokenCacheDataModule(cache, batch_size=1, condition="label")
-    batch = data.datasets[split].batch(list(range(len(data.datasets[split]))))
+    data = TokenCacheDataModule(cache, batch_size=1, conditioning="class")
+    batch = getattr(data, split).batch(list(range(len(getattr(data, split)))))
     assert batch["condition"].dtype == torch.float32 and torch.equal(
         batch["condition"].sum(dim=1), torch.ones(len(batch["indices"]))
     )
@@ -532,10 +534,10 @@ def test_labels_of_folders(tmp_path, tiny_vqgan, shapes_clip):
 
 
 def test_a_cache_without_labels_says_so(cache):
-    with pytest.raises(ValueError, match=r"holds no labels: make one with `clipgen-encode data\.labels=true`"):
-        TokenCacheDataModule(cache, batch_size=1, condition="label")
-    with pytest.raises(ValueError, match="condition must be 'clip' or 'label', got 'text'"):
-        TokenCacheDataModule(cache, batch_size=1, condition="text")
+    with pytest.raises(ValueError, match=r"holds no labels; make one with `clipgen-encode data\.labels=true`"):
+        TokenCacheDataModule(cache, batch_size=1, conditioning="class")
+    with pytest.raises(ValueError, match="conditioning must be 'clip' or 'class', got 'text'"):
+        TokenCacheDataModule(cache, batch_size=1, conditioning="text")
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.json", '["a cat", "a dog"]'), ("a.txt", "\ufeffa cat\n\n a dog \n")])
@@ -557,4 +559,4 @@ def test_readmes_python_runs(cache, tmp_path, monkeypatch):
     cache.rename(tmp_path / "encoded")
     monkeypatch.chdir(tmp_path)
     exec(block, {})
-    assert TextToImage.load("bridged").bridge is not None
+    assert TextToImage.load("projected").projector is not None

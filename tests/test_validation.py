@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.folder import folder_data
+from clipgen.data.samplers import ValidationSampler, num_real_samples
 from clipgen.data.shapes import ShapesDataset
-from clipgen.data.validation_sampler import ValidationSampler, real_rows
 from clipgen.data.webdataset import shard_data
 from clipgen.evaluation.reconstruction import ReconstructionMetrics
 from clipgen.images import to_pil
@@ -36,7 +36,7 @@ def test_the_ranks_share_the_batches_of_one_process(size, world_size):
         assert len(mine) == sampler.batches and sum(map(len, mine)) == len(sampler)
         lengths.add(len(mine))
         for number, batch in enumerate(mine):
-            if real := batch[: sampler.real_rows(number)]:
+            if real := batch[: sampler.num_real_samples(number)]:
                 batches[number * world_size + rank] = real
     assert [batches[number] for number in sorted(batches)] == list(DataLoader(range(size), 4, collate_fn=list))
     assert len(lengths) == 1
@@ -48,7 +48,7 @@ def test_repetitions_of_torchs_own_sampler_do_not_count():
         loader = DataLoader(range(5), 2, sampler=DistributedSampler(range(5), 2, rank, shuffle=False), collate_fn=list)
         trainer = type("Trainer", (), {"val_dataloaders": loader})
         counted += [
-            item for number, rows in enumerate(loader) for item in rows[: real_rows(trainer, number, len(rows))]
+            item for number, rows in enumerate(loader) for item in rows[: num_real_samples(trainer, number, len(rows))]
         ]
     assert sorted(counted) == list(range(5))
 

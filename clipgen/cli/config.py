@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,17 +16,15 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from clipgen.files import read_yaml
 from clipgen.models.config import GPTConfig
 
 TARGETS = frozenset(
-    {  # all that a configuration may have called
+    # All that a configuration may call, with the data sources of configs/data; see ``allowed_targets``.
+    {
         "clipgen.baselines.class_conditional.ClassConditionalTransformer",
         "clipgen.training.callbacks.ImageLogger",
         "clipgen.clip.FrozenCLIP",
-        "clipgen.data.token_cache.TokenCacheDataModule",
-        "clipgen.data.folder.folder_data",
-        "clipgen.data.shapes.shapes_data",
-        "clipgen.data.webdataset.shard_data",
         "clipgen.evaluation.reconstruction.ReconstructionMetrics",
         "clipgen.training.resume.CSVLogger",
         "clipgen.training.resume.checkpoints",
@@ -116,9 +115,17 @@ def root_cause(error: BaseException) -> BaseException:
 
 def check_targets(node: DictConfig) -> None:
     """Raise ValueError where a configuration would call something else than the parts of a training."""
+    allowed = allowed_targets()
     for place, target in targets(OmegaConf.to_container(node), node._get_full_key("")):
-        if not (isinstance(target, str) and target in TARGETS):
-            raise ValueError(f"{place} must be one of {', '.join(sorted(TARGETS))}, got {target!r}")
+        if not (isinstance(target, str) and target in allowed):
+            raise ValueError(f"{place} must be one of {', '.join(sorted(allowed))}, got {target!r}")
+
+
+@cache
+def allowed_targets() -> frozenset[str]:
+    """Return all that a configuration may call: ``TARGETS``, and the data sources that the bundled YAML files name."""
+    sources = Path(config_dir(), "data").glob("*.yaml")
+    return TARGETS | {read_yaml(path)["_target_"] for path in sources}
 
 
 def targets(value: Any, place: str) -> Iterator[tuple[str, Any]]:

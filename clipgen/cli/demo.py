@@ -64,7 +64,7 @@ def run() -> None:
         from clipgen.cli.output_dir import output_folder
         from clipgen.files import write_json
         from clipgen.pipeline import TextToImage
-    with output_folder(args.output, keep="*/checkpoints/*.ckpt"):
+    with output_folder(args.output, keep_pattern="*/checkpoints/*.ckpt"):
         write_json(args.output / REPORT, {"settings": settings})  # for --resume
         train_stages(stages, args.output, seconds)
     with timed(seconds, "sampling"):
@@ -146,11 +146,11 @@ def plan(output: Path, stages: dict[str, Any]) -> str:
 def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]) -> None:
     """Train the stages that are not finished."""
     from clipgen.cli import train
-    from clipgen.cli.list_runs import folder_of
+    from clipgen.cli.list_runs import finished_model
     from clipgen.training.progress import TotalTime
 
     for name, config in stages.items():
-        if folder_of(output / name, name):
+        if finished_model(output / name, name):
             print(f"Finished before: stage={name}")
             continue
         print(f"Training stage={name} ...", flush=True)
@@ -186,7 +186,8 @@ def sample_and_judge(pipe: Any, path: Path, seed: int) -> dict[str, float]:
 
     from clipgen.data.shapes import ALL_ATTRIBUTES
     from clipgen.evaluation.shapes_evaluator import accuracy
-    from clipgen.images import grid, save_png, to_pil
+    from clipgen.images import save_png, to_pil
+    from clipgen.visualization import grid
 
     order = torch.randperm(len(ALL_ATTRIBUTES), generator=torch.Generator().manual_seed(seed))[:PROMPTS]
     attributes = [ALL_ATTRIBUTES[i] for i in order]
@@ -201,7 +202,8 @@ def draw_reconstructions(pipe: Any, path: Path) -> None:
     import torch
 
     from clipgen.data.shapes import ShapesDataset
-    from clipgen.images import grid, save_png, to_pil
+    from clipgen.images import save_png, to_pil
+    from clipgen.visualization import grid
 
     images = ShapesDataset(32, seed=123_456).render(range(32))
     with torch.no_grad():

@@ -157,7 +157,7 @@ def train(
         return fit(trainer, model, data, ckpt, output, resume_by)
     log_summary(config, trainer, model, data)
     warn_of_few_images(data)
-    with output_folder(output, keep="checkpoints/*.ckpt"):
+    with output_folder(output, keep_pattern="checkpoints/*.ckpt"):
         refuse_other_runs(config)  # one that ended before the folder was locked
         bring_best(ckpt, output)
         prepare(output, config, model)
@@ -223,12 +223,12 @@ def make_strategy(config: DictConfig) -> Any:
 def make_callbacks(config: DictConfig, output: Path) -> list[pl.Callback]:
     """What is done beside the steps, in this order."""
     from clipgen.cli.config import make
-    from clipgen.data.samplers import DataPlace
+    from clipgen.data.samplers import DataPositionCallback
     from clipgen.training.callbacks import FinalValidation, MetricPrinter
     from clipgen.training.progress import ProgressReport
     from clipgen.training.resume import OverrideOptimizerSettings, PerStepSeed
 
-    found = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPlace()]
+    found = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPositionCallback()]
     if config.trainer.strategy != "fsdp":  # one process draws them, which has a part of the weights then
         found.append(make(config.image_logger, folder=output / "pictures"))
     if "metrics" in config:

@@ -15,12 +15,13 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from clipgen.clip import FrozenCLIP
-from clipgen.data.validation_sampler import real_rows
+from clipgen.data.samplers import num_real_samples
 from clipgen.generation.generator import ImageGenerator
-from clipgen.images import code_frequency_chart, grid, save_png, to_pil
+from clipgen.images import save_png, to_pil
 from clipgen.run_folder import load_clip
 from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
+from clipgen.visualization import code_frequency_chart, grid
 from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class ImageLogger(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == 0:
-            rows = min(real_rows(trainer, batch_idx, self.num_images), self.num_images)
+            rows = min(num_real_samples(trainer, batch_idx, self.num_images), self.num_images)
             names = ("images", "indices", "condition")
             self.batch = {name: batch[name][:rows] for name in names if name in batch}
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgen.data.count_images import count_images
+from clipgen.data.source import count_images, skip_counter_of
 from clipgen.training.validation_interval import accumulation
 from clipgen.vqgan import VQGAN
 
@@ -40,7 +40,8 @@ def images(data: Any) -> str:
     train, val = count_images(data.train), count_images(data.val)
     found = f"{train if train else 'a stream of unknown length'} for training"
     held_out = f"{val} held out for validation" if val else "validation reads a stream" if data.val else "no validation"
-    skipped = int((data.train.tally._skipped > 0).sum()) if hasattr(data.train, "tally") else 0
+    skip_counter = skip_counter_of(data.train)
+    skipped = skip_counter.num_skipped if skip_counter else 0
     return f"{found}, {held_out}, {skipped} skipped so far"
 
 

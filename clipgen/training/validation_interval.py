@@ -6,7 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from clipgen.data.count_images import count_images
+from clipgen.data.source import count_images
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

@@ -27,7 +27,7 @@ from benchmarks.timing import (
 )
 from clipgen import VQGAN, ConditionalTransformer
 from clipgen.data.shapes import ShapesDataset
-from clipgen.data.token_cache import Batches, TokenCacheDataset, as_is, record_dtype
+from clipgen.data.token_cache import BatchedDataset, TokenCacheDataset, no_collate, record_dtype
 from clipgen.models.lpips import build_lpips
 
 PEAK_FLOPS = 989e12  # dense bf16 peak of H100 SXM and H200
@@ -163,9 +163,9 @@ def random_cache_loader(folder: Path, transformer: ConditionalTransformer, numbe
 
 def cache_loader(folder: Path, batch: int, number: int) -> DataLoader[Any]:
     """Return a loader of ``number`` records of a cache in random order."""
-    data: Any = Batches(TokenCacheDataset(folder))
+    data: Any = BatchedDataset(TokenCacheDataset(folder))
     order: Any = torch.randperm(len(data)).tolist()[:number]
-    return make_loader(data, batch, sampler=order, collate_fn=as_is)
+    return make_loader(data, batch, sampler=order, collate_fn=no_collate)
 
 
 def training_flops(transformer: ConditionalTransformer) -> float:
