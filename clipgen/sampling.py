@@ -55,7 +55,7 @@ class SamplingParams:
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether the logits without condition are needed, too."""
+        """True if the logits without condition are needed, too."""
         return self.guidance_scale != 1
 
     def guidance_scales(self, length: int) -> list[float]:
