@@ -290,7 +290,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class ConditioningConfig:
-    """How the CLIP embedding is presented in training.
+    """Noise and dropout of the CLIP embedding in training.
 
     Args:
         drop_prob: probability of replacing the condition by a learned null condition, which classifier-free guidance

@@ -17,7 +17,7 @@ class QuantizerOutput(NamedTuple):
 
 
 class Quantizer(Protocol):
-    """What the autoencoder needs of a quantizer. Add a new one in a file of its own and in the table ``QUANTIZERS``."""
+    """Interface of a quantizer. To add one, write a file of its own and an entry of the table ``QUANTIZERS``."""
 
     codebook_size: int
 
