@@ -17,7 +17,7 @@ StepCallback = Callable[[Tensor], None]  # receives all indices so far, (B, t)
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Parameters of sampling code indices; k = 300 and p = 1 are the paper's choice.
+    """Parameters for sampling code indices; k = 300 and p = 1 are the paper's choice.
 
     Args:
         temperature: divides the logits; 0 always takes the most likely code.

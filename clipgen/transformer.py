@@ -301,7 +301,7 @@ class ConditionalTransformer(pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of Eq. 10: cross-entropy per token (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
+        """Return the loss of Eq. 10: mean cross-entropy per token (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
         indices, clip_embedding = self.prepare_batch(batch)
         condition = add_condition_noise(clip_embedding, self.conditioning_config.noise_cosine)
         drop = None

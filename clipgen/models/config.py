@@ -290,7 +290,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class ConditioningConfig:
-    """Noise and dropout of the CLIP embedding in training.
+    """Dropout and noise of the condition in training.
 
     Args:
         drop_prob: probability of replacing the condition by a learned null condition, which classifier-free guidance
