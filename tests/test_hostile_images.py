@@ -32,7 +32,7 @@ from clipgen.data.folder import ImageFolder, find_images
 from clipgen.data.parallel import parallel_map
 from clipgen.data.tar_reader import Sample
 from clipgen.data.webdataset import ImageShards, shuffled
-from clipgen.evaluation import captions as sentences
+from clipgen.evaluation.captions import embedded_caption
 from clipgen.evaluation.sources import FolderImages, RealImages
 from clipgen.files import natural_key, printable
 from clipgen.visualization import break_word, grid, wrap
@@ -184,8 +184,8 @@ def test_postscript_does_not_start_a_program(tmp_path, monkeypatch, call):
     assert result.code == 1 and "eps.png is not an image of clipgen-sample" in result.stderr
     result = call("clipgen-sample", "--image", "eps.png")
     assert result.code == 1 and "eps.png cannot be used as an image: not an image" in result.stderr
-    with pytest.raises(ValueError, match=r"eps\.png holds none"):
-        sentences.own_caption(tmp_path / "eps.png")
+    with pytest.raises(ValueError, match=r"neither .*eps\.png nor a eps\.txt"):
+        embedded_caption(tmp_path / "eps.png")
     assert not (tmp_path / "started").exists()
 
 
@@ -516,7 +516,7 @@ def test_closed_or_full_output_gives_no_traceback(redirect, message):
     assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
 
 
-# ------------------------------------------------------------------------------------------------ clipgen-sample --reproduce
+# ------------------------------------------------------------------------------------------ clipgen-sample --reproduce
 
 
 @pytest.mark.parametrize(

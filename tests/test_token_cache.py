@@ -25,7 +25,6 @@ from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
 from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, class_names, read_manifest
 from clipgen.data.webdataset import read_names, shard_data
 from clipgen.images import to_pil
-from clipgen.pipeline import TextToImage
 
 SOURCE = {"source": {"what": "shapes"}}
 
@@ -557,12 +556,3 @@ def test_invalid_class_names_are_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a.json must hold a .*list of class names"):
         read_names(tmp_path / "a.json")
-
-
-def test_readme_python_runs(cache, tmp_path, monkeypatch):
-    """With a token cache in the folder that it names."""
-    (block,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
-    cache.rename(tmp_path / "encoded")
-    monkeypatch.chdir(tmp_path)
-    exec(block, {})
-    assert TextToImage.load("projected").projector is not None

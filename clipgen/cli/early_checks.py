@@ -65,6 +65,8 @@ def check_sources(data: DictConfig) -> None:
             folder = data.get(key)
             if isinstance(folder, str) and not Path(folder).expanduser().exists():
                 raise FileNotFoundError(f"{key} must be an existing folder of images, got {folder}")
+    if data._target_.endswith("TokenCacheDataModule") and not Path(str(data.root)).expanduser().exists():
+        raise FileNotFoundError(f"no token cache in {data.root}; make one with `clipgen-encode output={data.root}`")
     for key in ("train_urls", "val_urls"):
         urls: Any = data.get(key)
         if urls:
