@@ -105,7 +105,8 @@ def test_yaml_defaults_are_the_dataclass_defaults(stage):
     model = group("stage")[stage]["model"]
     filled_in = {"resolution"} if stage == "vqgan" else {"codebook_size", "num_tokens", "clip_dim"}
     for section, (config_class, _) in SECTIONS[stage].items():
-        node, defaults = (model[section] if section else model), to_plain(config_class())
+        node = model[section] if section else model
+        defaults = to_plain(config_class())
         for key in set(defaults) - filled_in:
             expected = pytest.approx(defaults[key]) if isinstance(defaults[key], float) else defaults[key]
             assert node[key] == expected, f"{section}.{key}"

@@ -297,7 +297,8 @@ def test_logits_depend_only_on_previous_indices():
 
 @torch.no_grad()
 def test_condition_affects_all_positions():
-    gpt, indices = network(), torch.randint(K, (2, T))
+    gpt = network()
+    indices = torch.randint(K, (2, T))
     assert ((gpt(indices, embeddings(2)) - gpt(indices, embeddings(2))).abs().amax(-1) > 1e-3).all()
 
 

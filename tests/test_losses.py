@@ -133,7 +133,8 @@ def test_lpips_matches_its_definition(lpips, vgg_file, published):
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     x, y = ((i - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for i in (a, b))
-    expected, lin = torch.zeros(2), 0
+    expected = torch.zeros(2)
+    lin = 0
     with torch.no_grad():
         for number, layer in enumerate(features):
             x, y = layer(x), layer(y)
@@ -166,7 +167,8 @@ def test_lpips_of_equal_images_is_zero_with_finite_gradient(lpips):
 
 
 def test_lpips_compiles_one_graph(lpips, images):
-    lpips, graphs = copy.deepcopy(lpips), []
+    lpips = copy.deepcopy(lpips)
+    graphs = []
     lpips.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for distance in (lpips(images[:2], other) for other in (-images[:2], images[2:4], images[4:6])):
         assert distance.shape == (2, 1, 1, 1)

@@ -74,15 +74,15 @@ def test_updates_equal_torch_in_bfloat16():
 
 
 def test_torch_checkpoints_can_be_resumed(fp32_reference):
-    straight, theirs = parameters_of(matrices(0)), parameters_of(matrices(0))
-    step(straight, torch.optim.Muon(straight, **OPTIONS), range(1, 7))
+    uninterrupted, theirs = parameters_of(matrices(0)), parameters_of(matrices(0))
+    step(uninterrupted, torch.optim.Muon(uninterrupted, **OPTIONS), range(1, 7))
     first = torch.optim.Muon(theirs, **OPTIONS)
     step(theirs, first, range(1, 4))
     ours = parameters_of([p.data for p in theirs])
     second = Muon(ours, lr=9.0, dtype=torch.float32)
     second.load_state_dict(first.state_dict())
     step(ours, second, range(4, 7))
-    torch.testing.assert_close(ours, straight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, uninterrupted, atol=1e-5, rtol=1e-5)
     assert second.state_dict()["param_groups"] == first.state_dict()["param_groups"]
     assert second.state_dict()["state"].keys() == first.state_dict()["state"].keys()
 

@@ -88,7 +88,8 @@ def test_loss_is_equations_8_to_10(tiny_vqgan, shapes_clip, images):
     logged: dict[str, Tensor] = {}
     loss = transformer.training_step({"images": images}, 0)
     with torch.no_grad():
-        indices, e = tiny_vqgan.encode(images).flatten(1), shapes_clip.encode_image(images)
+        indices = tiny_vqgan.encode(images).flatten(1)
+        e = shapes_clip.encode_image(images)
         logits = transformer(indices, e)
         cross_entropy = -logits.log_softmax(-1).gather(-1, indices[..., None]).mean()
         generated = tiny_vqgan.decode(logits.argmax(-1).view(-1, 4, 4))
@@ -259,7 +260,8 @@ def test_save_and_load_are_bit_identical(tmp_path, tie_embeddings):
     transformer = model(tie_embeddings=tie_embeddings).eval()
     again = ConditionalTransformer.load(transformer.save(tmp_path / "transformer"))
     assert not again.training and dict(again.hparams) == json.loads(json.dumps(transformer.hparams))
-    e, indices = embeddings(2), torch.randint(16, (2, 16))
+    e = embeddings(2)
+    indices = torch.randint(16, (2, 16))
     assert torch.equal(again(indices, e), transformer(indices, e))
     assert torch.equal(again.sample(e, seed=1), transformer.sample(e, seed=1))
     assert (again.gpt.head.weight is again.gpt.transformer.wte.weight) == tie_embeddings

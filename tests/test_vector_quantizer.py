@@ -46,7 +46,8 @@ def test_indices_are_the_nearest_codes(distance):
 
 
 def test_gradient_passes_straight_through():
-    module, weight = quantizer(), torch.randn(2, 8, 3, 3)
+    module = quantizer()
+    weight = torch.randn(2, 8, 3, 3)
     z = torch.randn(2, 8, 3, 3, requires_grad=True)
     (module(z).z_q * weight).sum().backward()
     assert torch.equal(z.grad, weight)
@@ -54,7 +55,8 @@ def test_gradient_passes_straight_through():
 
 
 def test_cosine_codes_have_length_sqrt_d_and_the_gradient_of_the_projection():
-    module, weight = quantizer("cosine"), torch.randn(2, 8, 3, 3)
+    module = quantizer("cosine")
+    weight = torch.randn(2, 8, 3, 3)
     z = torch.randn(2, 8, 3, 3, requires_grad=True)
     z_q = module(z).z_q
     torch.testing.assert_close(z_q.norm(dim=1), torch.full((2, 3, 3), 8**0.5))
@@ -117,7 +119,8 @@ def test_only_codes_unused_for_n_batches_are_reset():
     near = lambda *codes: module.embedding.weight.data[list(codes)].reshape(-1, 2, 1, 1) + 0.1
     reset_codes = []
     for chosen in ([0, 1, 2], [0, 1], [0, 1], [0, 1, 2]):
-        before, z = module.embedding.weight.data.clone(), near(*chosen)
+        before = module.embedding.weight.data.clone()
+        z = near(*chosen)
         module(z)
         moved = (module.embedding.weight.data != before).any(1)
         reset_codes.append(moved.nonzero().flatten().tolist())
