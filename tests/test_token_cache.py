@@ -347,7 +347,7 @@ def test_training_from_a_cache_logs_images(call, encoded, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr("clipgen.training.callbacks.load_clip", refuse)
+    monkeypatch.setattr("clipgen.training.callbacks.image_logger.load_clip", refuse)
     result = call("clipgen-train", *TRANSFORMER, *arguments, "output=alone")
     assert result.code == 0 and [path.name for path in Path("alone/pictures").iterdir()] == names[:1], result.stderr
 

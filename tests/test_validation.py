@@ -20,7 +20,7 @@ from clipgen.data.webdataset import shard_data
 from clipgen.evaluation.reconstruction import ReconstructionMetrics
 from clipgen.images import to_pil
 from clipgen.models.losses import Averages
-from clipgen.training.callbacks import describe_step
+from clipgen.training.summary import describe_batch
 
 
 def test_averages_are_weighted_by_batch_size():
@@ -34,7 +34,7 @@ def test_averages_are_weighted_by_batch_size():
 
 @pytest.mark.parametrize(("devices", "words"), [(1, []), (8, ["8 devices see 8 times", "not scaled", "divide"])])
 def test_log_states_the_effective_batch_size(devices, words):
-    text = describe_step(32, devices, 2)
+    text = describe_batch(32, devices, 2)
     assert text.startswith(f"{64 * devices} images per optimizer step: data.batch_size=32 per device")
     assert all(word in text for word in words)
 
