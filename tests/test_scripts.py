@@ -85,4 +85,5 @@ def test_script_runs_from_any_folder(tmp_path):
 def test_clip_is_trained_for_ten_steps(shards, tmp_path):
     settings = ["--output", "clip", "--steps", "10", "--batch-size", "2"]
     done = run_module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
-    assert done.returncode == 0 and "step 10/10" in done.stdout and "zero-shot accuracy" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout
