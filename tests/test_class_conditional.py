@@ -87,7 +87,7 @@ def test_training_with_the_command(call, class_run):
     assert {"vqgan", "clip.json", "label_transformer", "checkpoints"} <= {path.name for path in class_run.iterdir()}
     model = ClassConditionalGenerator.load(class_run)
     assert model.class_names == [str(attributes) for attributes in ALL_ATTRIBUTES]
-    assert model.transformer.h.condition_cosine == 1  # the recipe's noise bridges images and sentences
+    assert model.transformer.conditioning_config.noise_cosine == 1  # the noise of the recipe is for CLIP embeddings
     images = model.generate(torch.tensor([0, 287]), seed=1)
     assert images.shape == (2, 3, 32, 32)
     torch.testing.assert_close(images[1:], model.generate(torch.tensor([287]), seed=2))
@@ -132,7 +132,7 @@ def test_text_model_is_not_a_class_conditional_run(pipe, tmp_path):
         ("model.clip_loss.weight=0.2", "clip_loss.weight must be 0 with data.conditioning=class, got 0.2"),
         ("model.clip_dim=7", "clip_dim must be 288"),
         ("model.n_layer=x", "model.n_layer must be int, got 'x'"),
-        ("data.conditioning=text", "condition must be 'clip' or 'label', got 'text'"),
+        ("data.conditioning=text", "conditioning must be 'clip' or 'class', got 'text'"),
     ],
 )
 def test_invalid_training_arguments_are_one_line(call, class_run, argument, message):
