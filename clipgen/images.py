@@ -1,17 +1,14 @@
-"""Pictures: tensors to PIL, grids with captions, PNG files with metadata."""
+"""Check image tensors, convert them to and from PIL images, and write PNG files with metadata."""
 
 from __future__ import annotations
 
 import json
-import math
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -19,132 +16,56 @@ from clipgen.data.decoding import to_rgb
 from clipgen.data.transforms import val_transform
 from clipgen.files import atomic_write
 
-CAPTION_LENGTH = 500  # letters that a sheet shows of a caption
-
 
 def check_images(images: Tensor) -> None:
-    """Raise ValueError unless these are images (B, 3, H, W) of floats: bytes would be taken for nearly white ones."""
+    """Raise ValueError unless these are images (B, 3, H, W) of floats; bytes would be taken for nearly white images."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        got = f"{str(images.dtype).removeprefix('torch.')} of {tuple(images.shape)}"
-        raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {got}")
+        dtype = str(images.dtype).removeprefix("torch.")
+        raise ValueError(f"images must be (B, 3, H, W) floats in [-1, 1], got {dtype} of {tuple(images.shape)}")
 
 
 def images_from_batch(batch: Any) -> Tensor:
-    """The images of a batch, which may hold more.
+    """Return the images of a batch, which may hold other entries.
 
     Raises:
-        TypeError: it is no ``{"images": images}``: torchvision's data sets give tuples, and values in [0, 1].
+        TypeError: the batch is not ``{"images": images}``. Those of torchvision are tuples, with values in [0, 1].
     """
     if isinstance(batch, Mapping) and "images" in batch:
         return batch["images"]
-    got = f"one of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+    if isinstance(batch, Mapping):
+        got = f"one with {', '.join(map(str, batch))}"
+    else:
+        got = f"a {type(batch).__name__}"
     raise TypeError(f'a batch must be {{"images": (B, 3, H, W) in [-1, 1]}}, got {got}')
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Images in [-1, 1] -> what a file would hold of them, uint8."""
+    """Convert images in [-1, 1] to uint8, as an image file holds them."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> PIL images."""
+    """Convert images (B, 3, H, W) in [-1, 1] to PIL images."""
     return [Image.fromarray(image) for image in to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def from_pil(picture: Image.Image, size: int | None = None) -> Tensor:
-    """A picture's central square -> (1, 3, size, size) in [-1, 1]; None: as large as it is."""
-    rgb = to_rgb(picture)
+def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
+    """Convert the central square of a PIL image to (1, 3, size, size) in [-1, 1]; None keeps its size."""
+    rgb = to_rgb(image)
     return val_transform(size or min(rgb.size))(rgb)[None]
 
 
-def grid(
-    pictures: Sequence[Image.Image], columns: int | None = None, captions: Sequence[str] | None = None, cell: int = 128
-) -> Image.Image:
-    """Pictures in rows, each enlarged to ``cell`` pixels by whole factors where it is smaller, captions under them."""
-    columns = min(columns or math.ceil(math.sqrt(len(pictures))), len(pictures))
-    captions = [shortened(caption) for caption in captions] if captions else None
-    font = font_for("".join(captions or []))
-    texts = [wrap(caption, cell, font) for caption in captions or [""] * len(pictures)]
-    text_height = 13 * max(len(lines) for lines in texts) + 4 if captions else 0
-    rows, gap = math.ceil(len(pictures) / columns), 6
-    width, height = cell + gap, cell + text_height + gap
-    sheet = Image.new("RGB", (columns * width + gap, rows * height + gap), "white")
-    for i, (picture, lines) in enumerate(zip(pictures, texts)):
-        x, y = gap + (i % columns) * width, gap + (i // columns) * height
-        sheet.paste(enlarged(picture, cell), (x, y))
-        ImageDraw.Draw(sheet).multiline_text((x, y + cell + 2), "\n".join(lines), "black", font, spacing=1)
-    return sheet
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[Any, Any] | None = None) -> Path:
+    """Write a PNG file atomically and return its path.
 
-
-def font_for(text: str) -> Any:
-    """Pillow's own font, which is ASCII only; for other texts matplotlib's DejaVu Sans (Latin, Cyrillic, Greek, Arabic,
-    ..., but no Chinese)."""
-    if text.isascii():
-        return ImageFont.load_default(size=11)
-    found = find_spec("matplotlib")  # importing it would take a while
-    assert found is not None and found.origin is not None
-    return ImageFont.truetype(str(Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"), 10)
-
-
-def enlarged(picture: Image.Image, cell: int) -> Image.Image:
-    """Fit into a square of ``cell`` pixels; small pictures keep their hard pixels."""
-    factor = cell / max(picture.size)
-    resample = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
-    return picture.resize((round(picture.width * factor), round(picture.height * factor)), resample)
-
-
-def shortened(caption: str) -> str:
-    """Cut a caption that would fill the sheet."""
-    return caption if len(caption) <= CAPTION_LENGTH else caption[:CAPTION_LENGTH] + " ..."
-
-
-def wrap(text: str, width: int, font: Any) -> list[str]:
-    """Break a sentence into lines no wider than ``width`` pixels, and words where one is wider."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word[:width]}") <= width and len(word) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines += broken(word, width, font)
-    return lines or [""]
-
-
-def broken(word: str, width: int, font: Any) -> list[str]:
-    """Break a word into pieces no wider than ``width`` pixels, of one letter at least."""
-    pieces, start = [], 0
-    while start < len(word):
-        # A piece has no more letters than pixels: the work grows with the word's length alone.
-        sizes = range(1, min(width, len(word) - start) + 1)
-        fits = bisect_right(sizes, width, key=lambda size: font.getlength(word[start : start + size]))
-        pieces.append(word[start : start + max(fits, 1)])
-        start += max(fits, 1)
-    return pieces
-
-
-def save_png(picture: Image.Image, path: str | Path, metadata: Mapping[Any, Any] | None = None) -> Path:
-    """Write a PNG, whole or not at all; ``metadata`` goes into its text chunks, numbers as JSON."""
+    Args:
+        image: the image.
+        path: file to write.
+        metadata: text chunks; values that are not strings are written as JSON.
+    """
     info = PngInfo()
     for key, value in (metadata or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
     with atomic_write(path) as partial:
-        picture.save(partial, format="PNG", pnginfo=info)
+        image.save(partial, format="PNG", pnginfo=info)
     return Path(path)
-
-
-def code_frequency_chart(counts: Tensor, title: str) -> Image.Image:
-    """How often each code was chosen (K,), most frequent first, as a picture."""
-    import io
-
-    from matplotlib.figure import Figure  # without pyplot, which would keep it
-
-    p = (counts.float() / counts.sum().clamp(min=1)).sort(descending=True).values.cpu().numpy()
-    figure = Figure(figsize=(6, 3), dpi=100, layout="constrained")
-    axis = figure.add_subplot()
-    axis.fill_between(range(len(p)), p, step="mid")
-    axis.axhline(1 / len(p), color="gray", linestyle=":", label="all codes alike")
-    axis.set(
-        title=title, xlabel="code, most frequent first", ylabel="share of indices", xlim=(0, len(p)), ylim=(0, None)
-    )
-    axis.legend()
-    figure.savefig(buffer := io.BytesIO(), format="png")
-    return Image.open(buffer).convert("RGB")

@@ -1,32 +1,59 @@
-"""Running CLIP and VQ-GAN once over a data source, into the cache that ``data.encoded`` reads."""
+"""Precompute the token cache: run CLIP and the VQ-GAN once over all images of a data source."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import clipgen
 from clipgen import clip_folder
 from clipgen.atomic_folder import clear_leftovers
 from clipgen.clip import FrozenCLIP, find_folder
-from clipgen.data.chunks import Batch, pieces, read, source_files
-from clipgen.data.token_cache import MANIFEST, MAX_LABEL, SPLITS, most_classes, open_shard, record_dtype
-from clipgen.files import atomic_write, read_json, write_json
+from clipgen.data.chunks import Batch, iter_batches
+from clipgen.data.source import Chunk, ImageSource, require_source
+from clipgen.data.token_cache import (
+    MANIFEST,
+    MAX_LABEL,
+    RESULT_KEYS,
+    SPLITS,
+    first_record_dtype,
+    max_classes,
+    open_shard,
+    open_split,
+    record_dtype,
+    write_shard,
+)
+from clipgen.resumable_store import ResumableStore
 from clipgen.run_folder import save_frozen, vqgan_identity
 from clipgen.run_folder import saved_identity as saved_identity
 from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Images of one shard of the cache.
+
+    Args:
+        source: source of the images.
+        chunk: the images of the source that belong to the shard.
+        num_views: number of augmentations of each image.
+    """
+
+    source: ImageSource
+    chunk: Chunk
+    num_views: int
 
 
 def encode(
@@ -43,48 +70,48 @@ def encode(
     world_size: int = 1,
     advance: Callable[[int], None] = lambda count: None,
 ) -> bool:
-    """Encode the training and validation images of a data module; what is there already stays.
+    """Encode the images of a data module into a token cache; return False if other processes have shards to finish.
 
-    Each shard is a function of the settings alone and appears whole or not at all: killed at any moment and called
-    again, the cache ends with the same bytes. Processes share the shards by rank and do not talk.
+    Each shard depends only on the settings and is written atomically, so an interrupted run can be restarted and
+    produces identical bytes. Processes share the shards by rank, without communication.
 
     Args:
-        root: folder of the cache. data: ``ImageDataModule``. settings: what identifies the source, for the manifest.
-        augmentations: crops and flips of each training image; 1 is the centre crop. Validation has that alone.
-        shard_size: images in a shard; tar files are taken as they are. batch_size: images at a time.
-        advance: called with a number of images when they are done, found ones included.
-
-    Returns:
-        Whether the cache is whole now; else other processes have not finished.
+        root: folder of the cache.
+        data: an ``ImageDataModule`` whose datasets implement ``ImageSource``.
+        vqgan: computes the indices.
+        clip: computes the embeddings.
+        settings: description of the source, stored in the manifest.
+        augmentations: number of random crops and flips of each training image; 1 takes the center crop, as validation.
+        shard_size: images per shard. A tar file of a webdataset becomes one shard, whatever its size.
+        batch_size: images encoded at a time.
+        rank: number of this process.
+        world_size: number of processes that share the work.
+        advance: called with the number of images done since the last call, including those in existing shards.
 
     Raises:
-        ValueError: the folder holds a cache made with other settings, or the images do not suit the models.
+        ValueError: the folder holds a cache made with other settings, or the models cannot encode the images.
     """
-    root = Path(root)
-    manifest = manifest_of(settings, data, vqgan, clip, augmentations, shard_size)
-    begin(root, manifest, vqgan, clip)
-    every = []
-    for split, dataset, views in (("train", data.train, augmentations), ("val", data.val, 1)):
-        if dataset is None:
-            continue
-        parts = pieces(dataset, shard_size)
-        paths = [root / split / f"shard-{i:06d}.npy" for i in range(len(parts))]
-        for path, part in list(zip(paths, parts))[rank::world_size]:
-            if path.is_file():
-                advance(len(open_shard(path)))
-            else:
-                encode_shard(path, counted(read(dataset, part, views, batch_size), advance), vqgan, clip)
-        every += paths
-    if whole := all(path.is_file() for path in every):  # asked at the end: whoever is last finishes
-        finish(root, manifest)
-    return whole
+    identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
+    store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
+    store.open(identity, lambda: save_frozen(store.folder, vqgan, clip))
+
+    def write(path: Path, plan: ShardPlan) -> None:
+        batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
+        encode_shard(path, report_progress(batches, advance), vqgan, clip)
+
+    def skip(path: Path) -> None:
+        advance(len(open_shard(path)))
+
+    plans = plan_shards(store.folder, data, shard_size, augmentations)
+    store.write_missing(plans, write, skip, rank=rank, world_size=world_size)
+    return finish_if_complete(store, plans, identity)
 
 
-def manifest_of(
+def cache_identity(
     settings: dict[str, Any], data: Any, vqgan: VQGAN, clip: FrozenCLIP, augmentations: int, shard_size: int
 ) -> dict[str, Any]:
-    """What decides the bytes of a cache, and so identifies it."""
-    manifest = settings | {
+    """Return everything that determines the bytes of a cache."""
+    identity = settings | {
         "clipgen": clipgen.__version__,
         "vqgan": vqgan_identity(vqgan),
         "clip": clip_identity(clip.model_name, clip.pretrained),
@@ -93,15 +120,30 @@ def manifest_of(
         "augmentations": augmentations,
         "shard_size": shard_size,
     }
-    if names := [name for dataset in (data.train, data.val) for name in source_files(dataset)]:
-        manifest["files"] = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    if getattr(data.train, "labels", False) and data.train.class_names:
-        manifest["class_names"] = data.train.class_names
-    return manifest
+    train = require_source(data.train)
+    files = list(train.file_names())
+    if data.val is not None:
+        files += require_source(data.val).file_names()
+    if files:
+        identity["files"] = hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    if train.labels and train.class_names:
+        identity["class_names"] = train.class_names
+    return identity
 
 
-def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
-    """The same batches, each told when the next is asked for."""
+def plan_shards(root: Path, data: Any, shard_size: int, augmentations: int) -> dict[Path, ShardPlan]:
+    """Return the shards of both splits: the file of each, and the images that it holds."""
+    plans = {}
+    for split, source, num_views in (("train", data.train, augmentations), ("val", data.val, 1)):
+        if source is None:
+            continue
+        for number, chunk in enumerate(source.split_into_chunks(shard_size)):
+            plans[root / split / f"shard-{number:06d}.npy"] = ShardPlan(source, chunk, num_views)
+    return plans
+
+
+def report_progress(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
+    """Yield the batches, reporting each to ``advance`` once it has been consumed."""
     for batch in batches:
         yield batch
         advance(len(batch[0]))
@@ -109,82 +151,84 @@ def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterato
 
 @torch.inference_mode()
 def encode_shard(path: Path, batches: Iterator[Batch], vqgan: VQGAN, clip: FrozenCLIP) -> None:
-    """Write one shard."""
-    start, rows = time.perf_counter(), []
-    for images, labels in batches:
-        flat = images.flatten(0, 1).to(vqgan.device)
-        indices = vqgan.encode(flat).flatten(1).cpu().numpy()
-        embedding = clip.encode_image(flat).cpu().numpy()
-        labelled = labels[0] is not None
-        check_written(path, indices, embedding, labels if labelled else [], vqgan.codebook_size)
-        kind = record_dtype(images.shape[1], indices.shape[1], vqgan.codebook_size, embedding.shape[1], labelled)
-        row = np.empty(len(images), kind)
-        if labelled:
-            row["label"] = labels
-        row["indices"] = indices.reshape(row["indices"].shape)
-        row["embedding"] = embedding.reshape(row["embedding"].shape)
-        rows.append(row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = np.concatenate(rows) if rows else np.empty(0, record_dtype(1, 1, vqgan.codebook_size, 1))
-    with atomic_write(path) as partial, partial.open("wb") as file:
-        np.save(file, found)
+    """Encode the images of one shard and write it."""
+    start = time.perf_counter()
+    record_batches = [encode_batch(path, images, labels, vqgan, clip) for images, labels in batches]
+    if record_batches:
+        records = np.concatenate(record_batches)
+    else:
+        records = np.empty(0, record_dtype(1, 1, vqgan.codebook_size, 1))
+    write_shard(path, records)
     seconds = time.perf_counter() - start
-    logger.info("%s: %d images, %.0f a second", path, len(found), len(found) / seconds)
+    logger.info("%s: %d images, %.0f img/s", path, len(records), len(records) / seconds)
 
 
-def check_written(path: Path, indices: np.ndarray, embedding: np.ndarray, labels: list[Any], codes: int) -> None:
-    """Raise ValueError, naming the shard, if something cannot be trained on, or does not fit into a record."""
-    if indices.min() < 0 or indices.max() >= codes:
-        raise ValueError(f"indices of {path} must be in [0, {codes}), got {indices.min()} to {indices.max()}")
+def encode_batch(
+    path: Path, images: Tensor, labels: list[int | None], vqgan: VQGAN, clip: FrozenCLIP
+) -> np.ndarray[Any, Any]:
+    """Return the records (B,) of images (B, A, 3, H, W) with A augmentations each.
+
+    Args:
+        path: shard that the records are for, named in errors.
+        images: images in [-1, 1].
+        labels: classes of the B images, or B times None.
+        vqgan: computes the indices.
+        clip: computes the embeddings.
+    """
+    flat_images = images.flatten(0, 1).to(vqgan.device)
+    indices = vqgan.encode(flat_images).flatten(1).cpu().numpy()
+    embedding = clip.encode_image(flat_images).cpu().numpy()
+    has_labels = labels[0] is not None
+    check_encoded(path, indices, embedding, labels if has_labels else [], vqgan.codebook_size)
+    dtype = record_dtype(images.shape[1], indices.shape[1], vqgan.codebook_size, embedding.shape[1], has_labels)
+    records = np.empty(len(images), dtype)
+    records["indices"] = indices.reshape(records["indices"].shape)
+    records["embedding"] = embedding.reshape(records["embedding"].shape)
+    if has_labels:
+        records["label"] = labels
+    return records
+
+
+def check_encoded(
+    path: Path, indices: np.ndarray, embedding: np.ndarray, labels: list[Any], codebook_size: int
+) -> None:
+    """Raise ValueError, naming the shard, if a value cannot be trained on, or does not fit into a record."""
+    if indices.min() < 0 or indices.max() >= codebook_size:
+        raise ValueError(f"indices of {path} must be in [0, {codebook_size}), got {indices.min()} to {indices.max()}")
     if not np.isfinite(embedding.astype("<f2")).all():
-        raise ValueError(f"CLIP embeddings of {path} must be finite, got NaN or infinity: check the CLIP's weights")
+        raise ValueError(
+            f"CLIP embeddings of {path} must be finite, got NaN or infinity; check the weights of the CLIP model"
+        )
     for label in labels:
         if not 0 <= label <= MAX_LABEL:
             raise ValueError(f"labels of {path} must be in [0, {MAX_LABEL}], got {str(label)[:40]}")
 
 
-def begin(root: Path, manifest: dict[str, Any], vqgan: VQGAN, clip: FrozenCLIP) -> None:
-    """Write the manifest and the frozen models, or make sure that those which are there are the same."""
-    path = root / MANIFEST
-    for patience in (1, 2, 4, 8, 0):
-        if path.is_file():
-            return check_cache(root, read_json(path), manifest)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            save_frozen(root, vqgan, clip)
-            return write_json(path, manifest)
-        except OSError as error:  # another process may be writing the same
-            if not patience or error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
-                raise
-            time.sleep(patience)
+def finish_if_complete(store: ResumableStore, plans: Collection[Path], identity: dict[str, Any]) -> bool:
+    """Complete the manifest of a cache if all shards exist; return whether they do."""
+    if not store.is_complete(plans):
+        return False
+    remove_leftovers(store.folder)
+    shards = {split: list(open_split(store.folder / split)) for split in SPLITS}
+    num_images = {split: sum(map(len, shards[split])) for split in SPLITS}
+    if not num_images["train"]:
+        raise ValueError(f"the source of {store.folder} must hold a usable image, got none")
+    dtype = first_record_dtype(shards["train"])
+    assert dtype is not None
+    results = {
+        "num_tokens": dtype["indices"].shape[1],
+        "bytes_per_image": dtype.itemsize,
+        "images": num_images,
+    }
+    if "label" in (dtype.names or ()):
+        all_shards = [*shards["train"], *shards["val"]]
+        results["num_classes"] = count_classes(store.folder, all_shards, identity.get("class_names"))
+    store.add_results(identity, results)
+    return True
 
 
-def check_cache(root: Path, found: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Raise ValueError, naming the first difference, where a cache was made with other settings."""
-    if other := [key for key in manifest if found.get(key) != json.loads(json.dumps(manifest[key]))]:
-        key = other[0]
-        raise ValueError(
-            f"{root} holds a cache made with {key}={found.get(key)}, not {manifest[key]}; give another output"
-        )
-
-
-def finish(root: Path, manifest: dict[str, Any]) -> None:
-    """Complete the manifest with what was found."""
-    clear_away(root)
-    shards = {split: [open_shard(path) for path in sorted((root / split).glob("shard-*.npy"))] for split in SPLITS}
-    images = {split: sum(map(len, found)) for split, found in shards.items()}
-    if not images["train"]:
-        raise ValueError(f"the source of {root} must hold a usable image, got none")
-    kind = next(shard.dtype for shard in shards["train"] if len(shard))
-    found = {"num_tokens": kind["indices"].shape[1], "bytes_per_image": kind.itemsize, "images": images}
-    if "label" in (kind.names or ()):
-        found["num_classes"] = count_classes(root, [*shards["train"], *shards["val"]], manifest.get("class_names"))
-    write_json(root / MANIFEST, manifest | found)
-
-
-def clear_away(root: Path) -> None:
-    """Remove the parts of shards and of the tokenizer that killed processes left: when all shards are there, nobody
-    writes either any more."""
+def remove_leftovers(root: Path) -> None:
+    """Remove the partial files of interrupted processes. Once all shards exist, no process writes any more."""
     for shard in root.glob("*/.shard-*.partial"):
         shard.unlink(missing_ok=True)
     for tokenizer in root.glob(".vqgan-*"):
@@ -194,27 +238,31 @@ def clear_away(root: Path) -> None:
 
 
 def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None) -> int:
-    """How many classes a cache has: as many as there are names, or as its largest label needs."""
-    largest = max(int(shard["label"].max()) for shard in shards if len(shard))
-    most = most_classes(sum(map(len, shards)))
-    if not names and largest >= most:
+    """Return the number of classes of a cache: the number of names, or one more than the largest label."""
+    largest_label = max(int(shard["label"].max()) for shard in shards if len(shard))
+    if names:
+        if largest_label >= len(names):
+            raise ValueError(
+                f"the labels of {root} must be below {len(names)}, the number of class names, got {largest_label}"
+            )
+        return len(names)
+    limit = max_classes(sum(len(shard) for shard in shards))
+    if largest_label >= limit:
         raise ValueError(
-            f"the labels of {root} must be below {most}, got {largest}: number the classes from 0, or name them in "
-            "data.class_names"
+            f"the labels of {root} must be below {limit}, got {largest_label}; number the classes from 0, or name them "
+            "in data.class_names"
         )
-    if names and largest >= len(names):
-        raise ValueError(f"the labels of {root} must be below {len(names)}, the number of class names, got {largest}")
-    return len(names) if names else largest + 1
-
-
-# ----------------------------------------------------------------------------------------------------- which models
+    return largest_label + 1
 
 
 def clip_identity(model_name: str, pretrained: str | None) -> str:
-    """A CLIP's name and tag; for folders and files a hash of the weights."""
-    if folder := find_folder(model_name):
-        files = [clip_folder.weights_file(folder)]  # that which is read, and copied
+    """Return a hash of the weights of a CLIP that is a local file or folder, else its model name and tag."""
+    folder = find_folder(model_name)
+    if folder:
+        weights_file = clip_folder.weights_file(folder)
     else:
-        files = [file for file in [Path(pretrained or "").expanduser()] if file.is_file()]
-    weights = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
-    return hashlib.sha256(weights).hexdigest()[:16] if files else f"{model_name} {pretrained}"
+        weights_file = Path(pretrained or "").expanduser()
+    if not weights_file.is_file():
+        return f"{model_name} {pretrained}"
+    file_digest = hashlib.sha256(weights_file.read_bytes()).digest()
+    return hashlib.sha256(file_digest).hexdigest()[:16]

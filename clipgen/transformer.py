@@ -17,7 +17,7 @@ from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
 from clipgen.checkpoint.safe_load import below
 from clipgen.clip import FrozenCLIP
-from clipgen.data.validation_sampler import real_rows
+from clipgen.data.samplers import num_real_samples
 from clipgen.images import images_from_batch
 from clipgen.models import losses
 from clipgen.models.conditioning import add_condition_noise
@@ -333,7 +333,7 @@ class ConditionalTransformer(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.prepare_batch(batch)
-        num_real = real_rows(self._trainer, batch_idx, len(indices))
+        num_real = num_real_samples(self._trainer, batch_idx, len(indices))
         # Under FSDP all ranks must compute equally often, even on batches that only repeat other samples.
         kept = num_real or len(indices)
         loss, _ = self.eval_model(indices[:kept], clip_embedding[:kept], with_loss=True)

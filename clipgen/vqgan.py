@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
 from clipgen.checkpoint.safe_load import below
-from clipgen.data.initial_batches import training_images
-from clipgen.data.validation_sampler import real_rows
+from clipgen.data.datamodule import training_images
+from clipgen.data.samplers import num_real_samples
 from clipgen.images import check_images, images_from_batch, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
@@ -397,7 +397,7 @@ class VQGAN(pl.LightningModule):
         Images that another rank also validates are left out; None is returned if no image remains.
         """
         images = images_from_batch(batch)
-        images = images[: real_rows(self._trainer, batch_idx, len(images))]
+        images = images[: num_real_samples(self._trainer, batch_idx, len(images))]
         if not len(images):
             return None
         reconstruction, quantized = self.autoencode(images)

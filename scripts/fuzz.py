@@ -1,7 +1,7 @@
 """Feed mutated files to every reader of foreign files: each must be read, or refused by one sentence.
 
-    python scripts/fuzz.py --minutes 10
-    python scripts/fuzz.py --target png --seed 7 --inputs 1      # repeat one input
+    python -m clipgen fuzz --minutes 10
+    python -m clipgen fuzz --target png --seed 7 --inputs 1      # repeat one input
 
 Each input follows from its target and its seed alone. A finding is any exception other than ValueError and OSError, a
 message of several lines, more than ``--seconds`` of processor time or ``--memory`` MiB of additional memory. Findings
@@ -257,8 +257,9 @@ def make_taming(rng: random.Random, folder: Path) -> Path:
     """Write a mutated configuration of taming-transformers beside a file that is not a checkpoint."""
     text = (
         "model:\n  target: taming.models.vqgan.VQModel\n  params:\n    n_embed: 16\n    embed_dim: 8\n    ddconfig:\n"
-        "      ch: 32\n      ch_mult: [1, 2]\n      num_res_blocks: 1\n      attn_resolutions: []\n      resolution: 32\n"
-        "      z_channels: 8\n      double_z: false\n    lossconfig:\n      params:\n        disc_loss: hinge\n"
+        "      ch: 32\n      ch_mult: [1, 2]\n      num_res_blocks: 1\n      attn_resolutions: []\n"
+        "      resolution: 32\n      z_channels: 8\n      double_z: false\n"
+        "    lossconfig:\n      params:\n        disc_loss: hinge\n"
     )
     lines = text.splitlines()
     for _ in range(rng.choice([1, 2, 3])):
@@ -346,7 +347,7 @@ def targets() -> dict[str, Target]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one input may cost: processor seconds, and MiB beyond the memory used before."""
+    """Limits of one input: processor seconds, and MiB beyond the memory used before."""
 
     seconds: float
     memory: float
@@ -356,7 +357,8 @@ def run_input(name: str, target: Target, seed: int, limits: Limits) -> str | Non
     """Return what is wrong with how an input was handled, or None."""
     with tempfile.TemporaryDirectory(prefix="clipgen-fuzz-") as folder:
         path = target.make(random.Random(f"{name} {seed}"), Path(folder))
-        start, memory = time.process_time(), peak_memory()
+        start = time.process_time()
+        memory = peak_memory()
         try:
             target.read(path)
         except MemoryError:
@@ -370,7 +372,8 @@ def run_input(name: str, target: Target, seed: int, limits: Limits) -> str | Non
             if isinstance(error, KeyboardInterrupt):
                 raise
             return f"{type(error).__name__}: {error!s:.300}\n{traceback.format_exc(limit=-6)}"
-        used, grown = time.process_time() - start, peak_memory() - memory
+        used = time.process_time() - start
+        grown = peak_memory() - memory
     if used > limits.seconds:
         return f"took {used:.1f} s"
     return f"took {grown:.0f} MiB" if grown > limits.memory else None
@@ -419,12 +422,15 @@ def main() -> None:
     limit_address_space(args.memory)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    every, limits, counts, findings = targets(), Limits(args.seconds, args.memory), dict[str, int](), []
+    all_targets = targets()
+    limits = Limits(args.seconds, args.memory)
+    counts: dict[str, int] = {}
+    findings: list[tuple[str, int]] = []
     for name, seed in inputs(args):
         counts[name] = counts.get(name, 0) + 1
-        problem = run_input(name, every[name], seed, limits)
+        problem = run_input(name, all_targets[name], seed, limits)
         if problem:
-            findings.append([name, seed])
+            findings.append((name, seed))
             print(f"{name} --seed {seed}: {problem}", flush=True)
             args.output.write_text(json.dumps(findings), "utf-8")
     print(", ".join(f"{name} {count}" for name, count in counts.items()))

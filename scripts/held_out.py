@@ -1,9 +1,9 @@
-"""How often a model draws what it never saw: sentences of the pairs of a shape and a colour that training left out.
+"""Measure how often a model generates combinations of shape and color that were left out of its training.
 
     clipgen-demo --output held_out data.held_out=0.1
     python scripts/held_out.py held_out/transformer --fraction 0.1
 
-The rest of the sentences, drawn once each, stands beside it.
+The table also has the other prompts, each sampled once.
 """
 
 from __future__ import annotations
@@ -18,40 +18,51 @@ from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, held_out_attributes
 from clipgen.evaluation.shapes_evaluator import ATTRIBUTES, accuracy
 from clipgen.files import write_json
 
-NAMES = ("all", *ATTRIBUTES)
+COLUMNS = ("all", *ATTRIBUTES)
 
 
-def row(name: str, images: Tensor, wanted: list[Attributes]) -> dict[str, float]:
-    """Judge pictures; print it as a row of the table."""
-    found = accuracy(images, wanted)
-    print(f"| {name} | {len(wanted)} | {' | '.join(f'{found[key]:.1%}' for key in NAMES)} |")
-    return found
+def print_row(name: str, images: Tensor, expected: list[Attributes]) -> dict[str, float]:
+    """Evaluate images, print them as a row of the table, and return the accuracies."""
+    results = accuracy(images, expected)
+    print(f"| {name} | {len(expected)} | {' | '.join(f'{results[column]:.1%}' for column in COLUMNS)} |")
+    return results
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", help="run folder of stage 2")
+    p.add_argument("--fraction", type=float, default=0.1, help="data.held_out of the training (default: %(default)s)")
+    p.add_argument("--draws", type=int, default=20, help="images per held-out prompt (default: %(default)s)")
+    p.add_argument("--top-p", type=float, default=0.8, help="see clipgen-sample (default: %(default)s)")
+    p.add_argument("--guidance-scale", type=float, default=1.0, help="see clipgen-sample (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
+    p.add_argument("--output", type=Path, help="JSON file to write")
+    return p
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", help="a run folder of stage 2")
-    p.add_argument("--fraction", type=float, default=0.1, help="data.held_out of its training")
-    p.add_argument("--draws", type=int, default=20, help="pictures of each sentence")
-    p.add_argument("--top-p", type=float, default=0.8)
-    p.add_argument("--guidance-scale", type=float, default=1.0)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--output", type=Path, help="JSON to write")
-    args = p.parse_args()
-    pipe, hidden = TextToImage.load(args.checkpoint), held_out_attributes(args.fraction)
-    parts = {"held out": hidden, "seen": [a for a in ALL_ATTRIBUTES if a not in set(hidden)]}
-    settings = {"top_p": args.top_p, "guidance_scale": args.guidance_scale}
-    found = {}
-    print(f"| sentences | pictures | {' | '.join(NAMES)} |\n|{'---|' * 7}")
-    for name, attributes in parts.items():
-        wanted = [a for a in attributes for _ in range(args.draws if name == "held out" else 1)]
-        images = pipe.generate(pipe.encode_text([str(a) for a in wanted]), args.seed, **settings)
-        found[name] = row(name, images, wanted)
-        for pair in sorted({(a.color, a.shape) for a in hidden}) * (name == "held out"):
-            rows = [i for i, a in enumerate(wanted) if (a.color, a.shape) == pair]
-            found[" ".join(pair)] = row(" ".join(pair), images[rows], [wanted[i] for i in rows])
+    """Evaluate held-out prompts, each of their pairs, and the other prompts."""
+    args = parser().parse_args()
+    pipe = TextToImage.load(args.checkpoint)
+    held_out = held_out_attributes(args.fraction)
+    seen = [attributes for attributes in ALL_ATTRIBUTES if attributes not in set(held_out)]
+    sampling = {"top_p": args.top_p, "guidance_scale": args.guidance_scale}
+
+    def generate(expected: list[Attributes]) -> Tensor:
+        return pipe.generate(pipe.encode_text([str(attributes) for attributes in expected]), args.seed, **sampling)
+
+    print(f"| prompts | images | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
+    repeated = [attributes for attributes in held_out for _ in range(args.draws)]
+    images = generate(repeated)
+    results = {"held out": print_row("held out", images, repeated)}
+    for color, shape in sorted({(attributes.color, attributes.shape) for attributes in held_out}):
+        indices = [i for i, attributes in enumerate(repeated) if (attributes.color, attributes.shape) == (color, shape)]
+        name = f"{color} {shape}"
+        results[name] = print_row(name, images[indices], [repeated[i] for i in indices])
+    results["seen"] = print_row("seen", generate(seen), seen)
     if args.output:
-        write_json(args.output, {"fraction": args.fraction, **settings, **found})
+        write_json(args.output, {"fraction": args.fraction, **sampling, **results})
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python scripts/make_shards.py ~/photos --output data/photos --image-size 288
     python scripts/make_shards.py CIFAR10 --output data/cifar10
 
-writes train-000000.tar, ... and val-000000.tar, ... of JPEG files, in random order that is the same every time. Of a
-folder, a share is held out for validation, the same images that `data=folder` would hold out. A torchvision dataset
-brings its own test split, and labels: `.cls` files, and their names in classes.json. Unusable files are skipped, with
-a warning each. The shards appear when all of them are written; the same input gives the same bytes.
+writes train-000000.tar, ... and val-000000.tar, ... of JPEG files, in a random order that depends only on the input. A
+fraction of a folder is held out for validation, the same images that `data=folder` would hold out. A torchvision
+dataset has its own test split, and labels: these become `.cls` files, and their names classes.json. Unusable files are
+skipped with a warning. Shards are moved to the output folder when all of them are complete, and the same input gives
+the same bytes.
 """
 
 from __future__ import annotations
@@ -41,19 +42,22 @@ from clipgen.hashing import unit_hash
 logger = logging.getLogger("make_shards")
 
 Samples = Iterator[dict[str, bytes]]
+BATCH_SIZE = 256  # files encoded at a time
+MAX_JPEG_SIDE = 65_500  # pixels, a limit of the format
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the command line, and end with one sentence if it cannot be done."""
+    """Write the shards; exit with an error of one line if that is impossible."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse(argv)
     try:
         require_new(args.output)
-        if Path(args.source).expanduser().is_dir():
-            parts, classes = from_folder(Path(args.source).expanduser(), args), None
+        folder = Path(args.source).expanduser()
+        if folder.is_dir():
+            splits, class_names = from_folder(folder, args), None
         else:
-            parts, classes = from_torchvision(args.source, args)
-        write(parts, classes, args.output, args.shard_size)
+            splits, class_names = from_torchvision(args.source, args)
+        write(splits, class_names, args.output, args.shard_size)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         sys.exit(f"make_shards: {error}")
 
@@ -61,13 +65,15 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a folder of images, or the name of a torchvision dataset such as CIFAR10")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--shard-size", type=int, default=1000, help="images in a shard (default: 1000)")
-    parser.add_argument("--val-fraction", type=float, default=0.02, help="share of a folder held out (default: 0.02)")
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default: 95)")
-    parser.add_argument("--image-size", type=int, help="shrink larger images to this short side (default: keep)")
-    parser.add_argument("--root", type=Path, default="data", help="where torchvision downloads to (default: data)")
+    parser.add_argument("source", help="folder of images, or name of a torchvision dataset such as CIFAR10")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write the shards to")
+    parser.add_argument("--shard-size", type=int, default=1000, help="images per shard (default: %(default)s)")
+    parser.add_argument("--val-fraction", type=float, default=0.02, help="fraction held out (default: %(default)s)")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, help="short side to which larger images are resized (default: keep)")
+    parser.add_argument(
+        "--root", type=Path, default="data", help="folder for torchvision downloads (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.shard_size < 1:
         parser.error(f"--shard-size must be at least 1, got {args.shard_size}")
@@ -88,10 +94,11 @@ def require_new(output: Path) -> None:
 
 
 def from_folder(root: Path, args: argparse.Namespace) -> dict[str, Samples]:
-    """Encode the usable images of a folder, split by the hash that `data=folder` splits by."""
-    tally = SkipCounter(str(root))
-    train, val = split_files(scan_folder(root, tally), args.val_fraction)
-    encode = partial(encode_file, tally, partial(to_jpeg, image_size=args.image_size, quality=args.quality))
+    """Encode the usable images of a folder, split as `data=folder` does."""
+    skip_counter = SkipCounter(str(root))
+    train, val = split_files(scan_folder(root, skip_counter), args.val_fraction)
+    to_bytes = partial(to_jpeg, image_size=args.image_size, quality=args.quality)
+    encode = partial(encode_file, skip_counter, to_bytes)
     return {"train": encode_files(root, train, encode), "val": encode_files(root, val, encode)}
 
 
@@ -99,29 +106,32 @@ def encode_files(root: Path, files: list[str], encode: Callable[[Path], bytes | 
     """Encode files in threads, in an order that mixes the sub-folders."""
     paths = [root / file for file in sorted(files, key=unit_hash)]
     with ThreadPool() as pool:
-        for start in range(0, len(paths), 256):  # not all at once, or they would wait in memory for the disk
-            for jpeg in pool.map(encode, paths[start : start + 256]):
+        # In batches, because results that are not written yet stay in memory.
+        for start in range(0, len(paths), BATCH_SIZE):
+            for jpeg in pool.map(encode, paths[start : start + BATCH_SIZE]):
                 if jpeg:
                     yield {"jpg": jpeg}
 
 
-def encode_file(tally: SkipCounter, encode: Callable[[Image.Image], bytes], path: Path) -> bytes | None:
-    """Decode and encode one file; None if it is unusable."""
+def encode_file(skip_counter: SkipCounter, encode: Callable[[Image.Image], bytes], path: Path) -> bytes | None:
+    """Decode and encode one file; return None if it is unusable."""
     try:
         return encode(decode_image(path))
     except UnusableImageError as error:
-        tally.skip(str(path), error)
+        skip_counter.skip(str(path), error)
         return None
 
 
 def to_jpeg(image: Image.Image, image_size: int | None, quality: int) -> bytes:
-    """Encode an RGB picture without chroma subsampling, shrunk to the short side `image_size` if it is larger."""
+    """Encode an RGB image without chroma subsampling, resized to the short side `image_size` if it is larger."""
     if image_size and min(image.size) > image_size:
         image = ImageOps.cover(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    if max(image.size) > 65_500:
-        raise UnusableImageError("too large", f"{image.width} x {image.height}, and JPEG ends at 65500 pixels a side")
+    if max(image.size) > MAX_JPEG_SIDE:
+        detail = f"{image.width} x {image.height}, but a JPEG has at most {MAX_JPEG_SIDE} pixels per side"
+        raise UnusableImageError("too large", detail)
     buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")  # pixels alone: no place, no camera
+    # Only the pixels are written, without metadata such as location and camera.
+    image.save(buffer, "JPEG", quality=quality, subsampling=0, comment=b"")
     return buffer.getvalue()
 
 
@@ -130,64 +140,70 @@ def from_torchvision(name: str, args: argparse.Namespace) -> tuple[dict[str, Sam
     make = getattr(torchvision.datasets, name, None)
     if not inspect.isclass(make) or name.startswith("_"):
         raise ValueError(f"SOURCE must be an existing folder or the name of a torchvision dataset, got {name}")
-    splits = {part: load_split(make, args.root, part) for part in ("train", "val")}
-    encode = partial(to_jpeg, image_size=args.image_size, quality=args.quality)
-    parts = {part: encode_split(dataset, encode) for part, dataset in splits.items() if dataset is not None}
-    return parts, getattr(splits["train"], "classes", None)
+    to_bytes = partial(to_jpeg, image_size=args.image_size, quality=args.quality)
+    train = load_split(make, args.root, is_train=True)
+    val = load_split(make, args.root, is_train=False)
+    splits = {"train": encode_split(train, to_bytes)}
+    if val is not None:
+        splits["val"] = encode_split(val, to_bytes)
+    return splits, getattr(train, "classes", None)
 
 
-def load_split(make: Callable[..., Any], root: Path, part: str) -> Any:
-    """Make the training or test split of a torchvision dataset; None if it is not divided and the test is asked for."""
-    accepted = inspect.signature(make).parameters
-    options = {key: value for key, value in {"root": root, "download": True}.items() if key in accepted}
-    if "train" in accepted:
-        return make(train=part == "train", **options)
-    if part == "train":
-        return make(**options)  # where there is a `split`, training is its default
-    if "split" not in accepted:
+def load_split(make: Callable[..., Any], root: Path, is_train: bool) -> Any:
+    """Load the training or test split of a torchvision dataset; return None if it has no test split."""
+    parameters = inspect.signature(make).parameters
+    options = {name: value for name, value in {"root": root, "download": True}.items() if name in parameters}
+    if "train" in parameters:
+        return make(train=is_train, **options)
+    if is_train:
+        # The default of `split`, if there is one, is the training split.
+        return make(**options)
+    if "split" not in parameters:
         return None
     try:
         return make(split="test", **options)
-    except ValueError:  # some call it so
+    except ValueError:
+        # Some datasets call it "val".
         return make(split="val", **options)
 
 
 def encode_split(dataset: Any, encode: Callable[[Image.Image], bytes]) -> Samples:
-    """Encode (picture, label) pairs in random order; labels that are no whole numbers are left out."""
+    """Encode (image, label) pairs in random order; labels that are not whole numbers are left out."""
     for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist():
         image, label = dataset[index][:2]
         if not isinstance(image, Image.Image):
-            raise TypeError(f"SOURCE must be a dataset of pictures, got one of {type(image).__name__}")
+            raise TypeError(f"SOURCE must be a dataset of PIL images, got one of {type(image).__name__}")
         sample = {"jpg": encode(to_rgb(image))}
         with suppress(TypeError):
             sample["cls"] = str(operator.index(label)).encode()
         yield sample
 
 
-def write(parts: dict[str, Samples], classes: list[str] | None, output: Path, shard_size: int) -> None:
-    """Write all shards under another name, and move them to the output folder when they are complete."""
+def write(splits: dict[str, Samples], class_names: list[str] | None, output: Path, shard_size: int) -> None:
+    """Write all shards to a temporary folder, and move them to the output folder when they are complete."""
     output.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
-        for part, samples in parts.items():
-            written = write_shards(samples, f"{folder}/{part}", shard_size)
-            if part == "train" and not written:
+        for split, samples in splits.items():
+            num_written = write_shards(samples, f"{folder}/{split}", shard_size)
+            if split == "train" and not num_written:
                 raise ValueError("SOURCE must hold usable training images, got none")
-            logger.info("%s: %d images", part, written)
-        if classes is not None:
-            Path(folder, "classes.json").write_text(json.dumps(list(classes)) + "\n")
+            logger.info("%s: %d images", split, num_written)
+        if class_names is not None:
+            Path(folder, "classes.json").write_text(json.dumps(list(class_names)) + "\n")
         for path in sorted(Path(folder).iterdir()):
             os.replace(path, output / path.name)
 
 
 def write_shards(samples: Samples, prefix: str, shard_size: int) -> int:
-    """Write PREFIX-000000.tar and so on, and return how many samples they hold."""
-    written = 0
-    for shard, numbered in groupby(enumerate(samples), lambda pair: pair[0] // shard_size):
+    """Write PREFIX-000000.tar and so on, and return the number of samples."""
+    num_written = 0
+    # Samples are numbered, and grouped by the number of their shard as they come.
+    for shard, numbered_samples in groupby(enumerate(samples), lambda pair: pair[0] // shard_size):
         with wds.TarWriter(f"{prefix}-{shard:06d}.tar", encoder=False, mtime=0) as tar:
-            for number, sample in numbered:
+            for number, sample in numbered_samples:
                 tar.write({"__key__": f"{number:08d}", **sample})
-                written = number + 1
-    return written
+                num_written += 1
+    return num_written
 
 
 if __name__ == "__main__":

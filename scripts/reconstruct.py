@@ -1,6 +1,6 @@
-"""Photographs beside what a tokenizer makes of them.
+"""Write a grid of photos beside a tokenizer's reconstructions of them, and print their PSNR.
 
-python scripts/reconstruct.py --checkpoint outputs/vqgan/RUN --images photos.tar --image-size 256 --output grid.png
+python scripts/reconstruct.py --vqgan outputs/vqgan/RUN --images photos.tar --image-size 256 --output grid.png
 """
 
 from __future__ import annotations
@@ -10,30 +10,48 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from clipgen import VQGAN
 from clipgen.evaluation.sources import open_dataset
-from clipgen.images import grid, save_png, to_pil
+from clipgen.images import save_png, to_pil
+from clipgen.visualization import grid
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--vqgan", required=True, help="tokenizer: stage-1 run, checkpoint or model folder, or shapes")
+    p.add_argument("--images", required=True, help="folder, shards as for data=webdataset, or shapes")
+    p.add_argument(
+        "--image-size",
+        type=int,
+        default=256,
+        help="size of the central squares in pixels, divisible by the tokenizer's f (default: %(default)s)",
+    )
+    p.add_argument("--count", type=int, default=8, help="number of images (default: %(default)s)")
+    p.add_argument("--columns", type=int, default=4, help="pairs per row (default: %(default)s)")
+    p.add_argument("--output", type=Path, default=Path("reconstructions.png"), help="PNG file (default: %(default)s)")
+    return p
+
+
+def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
+    """Return the PSNR (B,) of images (B, 3, H, W) in [-1, 1], in dB."""
+    return 10 * (4 / (reconstruction - images).square().mean(dim=(1, 2, 3))).log10()
 
 
 @torch.no_grad()
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", required=True, help="stage-1 run, checkpoint or model folder, or shapes")
-    p.add_argument("--images", required=True, help="folder, shards as for data=webdataset, or shapes")
-    p.add_argument("--image-size", type=int, default=256, help="of the central squares, divisible by the tokenizer's f")
-    p.add_argument("--count", type=int, default=8)
-    p.add_argument("--columns", type=int, default=4, help="pairs in a row")
-    p.add_argument("--output", type=Path, default=Path("reconstructions.png"))
-    args = p.parse_args()
-    vqgan, photos = VQGAN.load(args.checkpoint), open_dataset(args.images, args.image_size, args.count, seed=0)
-    samples = islice(iter(photos), args.count)
-    images = torch.stack([sample["images"] for sample in samples])
+    """Reconstruct the first images of a dataset."""
+    args = parser().parse_args()
+    vqgan = VQGAN.load(args.vqgan)
+    dataset = open_dataset(args.images, args.image_size, args.count, seed=0)
+    images = torch.stack([sample["images"] for sample in islice(iter(dataset), args.count)])
     reconstruction = torch.cat([vqgan(image[None]) for image in images]).clamp(-1, 1)
-    psnr = 10 * (4 / (reconstruction - images).square().mean(dim=(1, 2, 3))).log10()
     pairs = torch.stack([images, reconstruction], dim=1).flatten(0, 1)
     print(save_png(grid(to_pil(pairs), columns=2 * args.columns, cell=args.image_size), args.output))
-    print(f"PSNR {psnr.mean():.2f} dB over {len(images)} images of {args.image_size} x {args.image_size}")
+    mean = psnr(images, reconstruction).mean()
+    print(f"PSNR {mean:.2f} dB over {len(images)} images of {args.image_size} x {args.image_size}")
 
 
 if __name__ == "__main__":

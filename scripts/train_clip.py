@@ -1,9 +1,9 @@
-"""Train a small open_clip model on labelled shards, as a stand-in for a pretrained CLIP where none can be had.
+"""Train a small open_clip model on labeled shards, in place of a pretrained CLIP if none is available.
 
     python -m clipgen train_clip --data data/cifar10 --output runs/cifar10-clip
 
-The labels become sentences ("a photo of a cat"); the generator trained later never sees them. The folder that is
-written is open_clip's own ("local-dir:"), plus vocabulary.json, and is used as ``clip.model_name=runs/cifar10-clip``.
+The labels become captions ("a photo of a cat"); the text-to-image model that is trained later does not see them. The
+folder has open_clip's layout ("local-dir:") plus vocabulary.json. Use it as ``clip.model_name=runs/cifar10-clip``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from clipgen.data.webdataset import ImageShards
 from clipgen.files import atomic_write, write_json
 
 CONTEXT_LENGTH = 16
+MAX_LOGIT_SCALE = 4.6052  # CLIP's bound: a temperature of at least 0.01
 CIFAR_CLIP = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 48, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32, "patch_size": None},
@@ -35,10 +36,23 @@ CIFAR_CLIP = {
 
 
 def write_config(
-    folder: Path, model_cfg: dict, captions: Sequence[str], mean: Sequence[float], std: Sequence[float]
+    folder: Path,
+    model_cfg: dict[str, Any],
+    captions: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> None:
-    """Write open_clip_config.json and vocabulary.json for a model that knows the captions' words."""
+    """Write open_clip_config.json and vocabulary.json.
+
+    Args:
+        folder: folder of the model.
+        model_cfg: architecture in open_clip's layout.
+        captions: texts whose words the model knows.
+        mean: mean of the pixels, for normalization.
+        std: standard deviation of the pixels.
+    """
     words = sorted({word for caption in captions for word in caption.lower().split()})
+    # The tokenizer adds three special tokens.
     text_cfg = {**model_cfg["text_cfg"], "vocab_size": len(words) + 3}
     config = {
         "model_cfg": {**model_cfg, "text_cfg": text_cfg},
@@ -50,16 +64,21 @@ def write_config(
 
 
 def contrastive_loss(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    """InfoNCE both ways (Eq. 2 of CLIP-GEN) between images (B, E) and all captions (C, E); labels (B,) pair them.
+    """Return the InfoNCE loss in both directions (Eq. 2 of CLIP-GEN) of images (B, E) and all captions (C, E).
 
-    Captions that have no image in the batch are negatives of every image; several images of one caption are all
-    its positives.
+    Captions without an image in the batch are negatives of every image; all images of a caption are its positives.
+
+    Args:
+        image: image embeddings, (B, E).
+        text: caption embeddings, (C, E).
+        labels: caption of each image, (B,).
+        scale: inverse temperature.
     """
     logits = scale * image @ text.T  # (B, C)
     positive = F.one_hot(labels, len(text)).T.float()  # (C, B)
     present = positive.sum(1) > 0
-    to_image = (logits.T.log_softmax(dim=1) * positive).sum(1)[present] / positive.sum(1)[present]
-    return (F.cross_entropy(logits, labels) - to_image.mean()) / 2
+    text_to_image = (logits.T.log_softmax(dim=1) * positive).sum(1)[present] / positive.sum(1)[present]
+    return (F.cross_entropy(logits, labels) - text_to_image.mean()) / 2
 
 
 def train(
@@ -70,95 +89,130 @@ def train(
     learning_rate: float,
     seed: int,
 ) -> nn.Module:
-    """Train the CLIP of ``folder`` on ``steps`` batches of (images in [-1, 1], caption index); weights in fp16."""
+    """Train the CLIP of a folder and write its weights there, in fp16.
+
+    Args:
+        folder: folder with the files of ``write_config``.
+        captions: all captions.
+        batches: endless batches of (images in [-1, 1], caption indices).
+        steps: number of steps.
+        learning_rate: peak learning rate.
+        seed: seed of the initialization.
+    """
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).train()
     tokens = WordTokenizer(json.loads((folder / VOCABULARY_FILE).read_text()), CONTEXT_LENGTH)(captions)
-    mean, std = (torch.tensor(getattr(model.visual, f"image_{k}")).view(3, 1, 1) for k in ("mean", "std"))
-    size = open_clip.transformer.to_2tuple(model.visual.image_size)[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = one_cycle(optimizer, learning_rate, steps, warmup=0.1)
     start = time.time()
     for step, (images, labels) in zip(range(1, steps + 1), batches):
-        pixels = F.interpolate((images + 1) / 2, size, mode="bicubic", antialias=True)
-        image = model.encode_image((pixels - mean) / std, normalize=True)
+        image = model.encode_image(preprocess(model, images), normalize=True)
         loss = contrastive_loss(image, model.encode_text(tokens, normalize=True), labels, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        model.logit_scale.data.clamp_(max=4.6052)  # CLIP's own bound: a temperature of at least 0.01
+        model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
     save(model, folder)
     return model
 
 
+def preprocess(model: Any, images: Tensor) -> Tensor:
+    """Resize and normalize images (B, 3, H, W) in [-1, 1] for a model."""
+    size = open_clip.transformer.to_2tuple(model.visual.image_size)[0]
+    pixels = F.interpolate((images + 1) / 2, size, mode="bicubic", antialias=True)
+    mean = torch.tensor(model.visual.image_mean).view(3, 1, 1)
+    std = torch.tensor(model.visual.image_std).view(3, 1, 1)
+    return (pixels - mean) / std
+
+
 def one_cycle(optimizer: torch.optim.Optimizer, learning_rate: float, steps: int, warmup: float) -> Any:
-    """Return torch's one-cycle schedule, whose ``warmup`` fraction has at least two steps and whose length at least
-    four: torch divides by zero where a phase has a single step."""
+    """Return torch's one-cycle schedule over at least four steps, two of them warm-up.
+
+    With fewer steps torch divides by zero.
+
+    Args:
+        optimizer: the optimizer.
+        learning_rate: peak learning rate.
+        steps: number of steps.
+        warmup: fraction of the steps with a rising learning rate.
+    """
     steps = max(steps, 4)
     pct_start = max(warmup, 2 / steps)
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=pct_start)
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write the weights in half precision."""
-    state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    """Write the weights in fp16."""
+    state = {}
+    for name, value in model.state_dict().items():
+        state[name] = value.half().contiguous() if value.is_floating_point() else value
     with atomic_write(folder / "open_clip_model.safetensors") as partial:
         save_file(state, partial)
 
 
 def augmented(images: Tensor, shift: int = 4) -> Tensor:
-    """Move each image by up to ``shift`` pixels, its border mirrored."""
+    """Shift each image by up to ``shift`` pixels in both directions; the border is mirrored."""
     height, width = images.shape[-2:]
     padded = F.pad(images, [shift] * 4, mode="reflect")
     corners = torch.randint(2 * shift + 1, (len(images), 2)).tolist()
     return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, corners)])
 
 
-def labelled_batches(urls: str, image_size: int, batch_size: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Endless augmented batches of (images, labels) from shards."""
-    data = ImageShards(urls, image_size, train=True, shuffle=5000, labels=True, seed=seed)
-    for batch in torch.utils.data.DataLoader(data, batch_size=batch_size):
+def labeled_batches(urls: str, image_size: int, batch_size: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield endless augmented batches of (images, labels) from shards."""
+    dataset = ImageShards(urls, image_size, train=True, shuffle=5000, labels=True, seed=seed)
+    for batch in torch.utils.data.DataLoader(dataset, batch_size=batch_size):
         yield augmented(batch["images"]), batch["label"]
 
 
 @torch.no_grad()
-def zero_shot_accuracy(folder: Path, captions: Sequence[str], urls: str, image_size: int) -> float:
-    """Part of the validation images whose own caption is the nearest."""
+def caption_accuracy(folder: Path, captions: Sequence[str], urls: str, image_size: int) -> float:
+    """Return the fraction of the images whose own caption is the nearest of all captions.
+
+    This is not a zero-shot accuracy: the model was trained on these captions.
+    """
     clip = FrozenCLIP(str(folder))
-    text, right, total = clip.encode_text(captions), 0, 0
-    data = ImageShards(urls, image_size, train=False, labels=True)
-    for batch in torch.utils.data.DataLoader(data, batch_size=250):
-        right += int(((clip.encode_image(batch["images"]) @ text.T).argmax(1) == batch["label"]).sum())
-        total += len(batch["label"])
-    return right / total
+    text = clip.encode_text(captions)
+    dataset = ImageShards(urls, image_size, train=False, labels=True)
+    correct = []
+    for batch in torch.utils.data.DataLoader(dataset, batch_size=250):
+        nearest = (clip.encode_image(batch["images"]) @ text.T).argmax(dim=1)
+        correct.append(nearest == batch["label"])
+    return torch.cat(correct).double().mean().item()
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
+    p.add_argument("--output", type=Path, required=True, help="folder of the model")
+    p.add_argument("--template", default="a photo of a {label}", help="caption of a class (default: %(default)s)")
+    p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
+    p.add_argument("--batch-size", type=int, default=96, help="images per step (default: %(default)s)")
+    p.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of initialization and data (default: %(default)s)")
+    return p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--template", default="a photo of a {label}")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels of the shards' images")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    """Write the configuration, train, and print the accuracy."""
+    args = parser().parse_args()
     if args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
+        parser().error(f"--steps must be at least 1, got {args.steps}")
     classes = args.data / "classes.json"
     if not classes.is_file():
-        sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labelled data")
+        sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
     captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
-    write_config(args.output, CIFAR_CLIP, captions, (0.5,) * 3, (0.25,) * 3)
-    batches = labelled_batches(str(args.data / "train-*.tar"), args.image_size, args.batch_size, args.seed)
+    write_config(args.output, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
+    batches = labeled_batches(str(args.data / "train-*.tar"), args.image_size, args.batch_size, args.seed)
     train(args.output, captions, batches, args.steps, args.learning_rate, args.seed)
-    score = zero_shot_accuracy(args.output, captions, str(args.data / "val-*.tar"), args.image_size)
-    print(f"zero-shot accuracy on the validation shards: {score:.4f}")
+    accuracy = caption_accuracy(args.output, captions, str(args.data / "val-*.tar"), args.image_size)
+    print(f"validation images whose own caption is the nearest: {accuracy:.4f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from commands import Call
+from commands import TRANSFORMER, Call
+from feature_spaces import shapes_folder
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -79,6 +80,39 @@ def pipe(tiny_vqgan: VQGAN, tiny_transformer: ConditionalTransformer, shapes_cli
     return TextToImage(tiny_vqgan, tiny_transformer, shapes_clip)
 
 
+@pytest.fixture(scope="session")
+def two_folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of 24 and 30 PNGs of shapes, with their captions in the metadata."""
+    base = tmp_path_factory.mktemp("images")
+    return shapes_folder(base / "a", 24, 1), shapes_folder(base / "b", 30, 2)
+
+
+@pytest.fixture
+def reference_cache(tmp_path_factory, monkeypatch) -> None:
+    """Keep the features of references in a temporary folder."""
+    monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory) -> Path:
+    """The weights of a randomly initialized Inception, saved in the published layout."""
+    from torch_fidelity import feature_extractor_inceptionv3 as published
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    # The constructor downloads and loads the published weights; here it does neither.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "load_state_dict_from_url", lambda *args, **kwargs: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda self, state, *args, **kwargs: None)
+        network = published.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            # With the default initialization the features of so deep a network vanish.
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), path)
+    return path
+
+
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """Return a function that calls a command, by name and arguments, in an empty folder."""
@@ -107,3 +141,16 @@ def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
 def changed(module: torch.nn.Module, before: dict[str, Tensor]) -> set[str]:
     """Return the names of tensors that differ from a copy of the state dict."""
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+@pytest.fixture
+def class_run(call, tiny_vqgan, tmp_path) -> Path:
+    """A run folder of the class-conditional transformer, trained with the commands."""
+    tiny_vqgan.save(tmp_path / "vqgan")
+    arguments = ["data.train_size=64", "data.val_size=16", "device=cpu", "output=cache", "data.labels=true"]
+    result = call("clipgen-encode", "vqgan=vqgan", *arguments)
+    assert result.code == 0, result.stderr
+    conditioning = ["data=cached", "data.root=cache", "data.conditioning=class"]
+    result = call("clipgen-train", *TRANSFORMER, *conditioning, "output=run")
+    assert result.code == 0, result.stderr
+    return tmp_path / "run"

@@ -22,7 +22,7 @@ from clipgen.data.webdataset import shard_data
 from clipgen.models.config import AutoencoderConfig, GPTConfig, QuantizerConfig, is_training_only, to_plain
 from clipgen.run_folder import identity
 from clipgen.sampling import SamplingParams
-from clipgen.training import callbacks, resume
+from clipgen.training import callbacks
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -130,7 +130,7 @@ def test_other_keys_are_arguments():
     assert values(config.image_logger) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder", "sampling"} | {
         field.name for field in fields(SamplingParams)
     }
-    assert values(config.checkpoint) == set(arguments(resume.checkpoints)) - {"folder", "monitor"}
+    assert values(config.checkpoint) == set(arguments(callbacks.checkpoint_callbacks)) - {"folder", "monitor"}
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
 
 

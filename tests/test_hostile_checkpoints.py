@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clipgen.models.quantizers.lookup_free import FSQ
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_published import CONFIG
 
 from clipgen.checkpoint import gpt2, model_folder, safe_load, taming
 from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.models.quantizers.fsq import FSQ
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN

@@ -26,7 +26,7 @@ from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.folder import ImageFolder
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.token_cache import TokenCacheDataset
-from clipgen.evaluation.feature_store import measured
+from clipgen.evaluation.feature_store import measure_batch
 from clipgen.evaluation.features import Features
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
@@ -279,7 +279,7 @@ def test_token_cache_works_in_a_plain_loader(tmp_path, tiny_vqgan, shapes_clip):
     expected = dataset.batch(range(1, 10))
     for name in ("indices", "condition"):
         assert torch.equal(torch.cat([batch[name] for batch in batches]), expected[name])
-    with pytest.raises(TypeError, match=r"list must have a method views\(items, count\)"):
+    with pytest.raises(TypeError, match=r"list must implement clipgen\.data\.source\.ImageSource"):
         encode(tmp_path / "other", ImageDataModule([0] * 10, None, 4), tiny_vqgan, shapes_clip, {})
 
 
@@ -298,7 +298,7 @@ def test_wrong_input_types_raise(pipe, tiny_transformer, tiny_vqgan, images):
         (lambda: pipe.transformer.encode(torch.zeros(1, 3, 16, 64)), "images must be square"),
         (lambda: pipe.interpolate("", "a red star"), "prompt must not be empty"),
         (
-            lambda: measured(lambda *_: {}, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), []), lambda n: None),
+            lambda: measure_batch(lambda *_: {}, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), []), lambda n: None),
             r"images must be \(B, 3, H, W\) floats in \[-1, 1\], got uint8",
         ),
     ):
@@ -312,7 +312,7 @@ def test_wrong_input_types_raise(pipe, tiny_transformer, tiny_vqgan, images):
 @pytest.mark.parametrize("stage", ["vqgan", "transformer"])
 @pytest.mark.parametrize(
     ("rows", "got"),
-    [(lambda i: (i, 3), "a list"), (lambda i: i, "a Tensor"), (lambda i: {"pixels": i}, "one of pixels")],
+    [(lambda i: (i, 3), "a list"), (lambda i: i, "a Tensor"), (lambda i: {"pixels": i}, "one with pixels")],
 )
 def test_batches_of_other_libraries_raise(tiny_vqgan, tiny_transformer, shapes_clip, images, stage, rows, got):
     """Such as (image, label) pairs of torchvision, whose values lie in [0, 1]."""

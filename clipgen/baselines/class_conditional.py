@@ -1,7 +1,7 @@
-"""The label-conditioned transformer: stage 2 with an image's class in the place of its CLIP embedding.
+"""The class-conditional transformer: stage 2 conditioned on an image's class instead of its CLIP embedding.
 
-The row "VQGAN + label conditioned Transformer" of CLIP-GEN's Table 3 (after arXiv:2012.09841): it knows the classes of
-its training images, and no other words.
+This is the row "VQGAN + label conditioned Transformer" of CLIP-GEN's Table 3 (after arXiv:2012.09841). It knows the
+classes of its training images, and no other words.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from clipgen.vqgan import VQGAN
 class ClassConditionalTransformer(ConditionalTransformer):
     """``ConditionalTransformer`` whose condition is a one-hot class (B, num_classes).
 
-    Trained by ``clipgen-train stage=transformer data=cached data.conditioning=class``. Its files are no
-    ``ConditionalTransformer``'s: what draws from sentences refuses them.
+    Trained by ``clipgen-train stage=transformer data=cached data.conditioning=class``. It is saved under its own model
+    name, so that text-to-image code refuses to load it.
 
     Args:
-        class_names: the classes, in order; ``clip_dim`` is their number. All else is ``ConditionalTransformer``'s.
+        class_names: names of the classes, in order; their number is ``clip_dim``.
+        arguments: all other arguments of ``ConditionalTransformer``.
 
     Raises:
         ValueError: an argument needs CLIP embeddings.
     """
 
     def __init__(self, *, class_names: Sequence[str], **arguments: Any):
-        classes = len(class_names)
+        num_classes = len(class_names)
         clip_loss = as_config(ClipLossConfig, arguments.get("clip_loss"))
         if clip_loss.weight > 0:
             raise ValueError(
@@ -47,64 +48,77 @@ class ClassConditionalTransformer(ConditionalTransformer):
         conditioning = as_config(ConditioningConfig, arguments.get("conditioning"))
         if conditioning.noise_cosine < 1:
             raise ValueError(f"conditioning.noise_cosine must be 1 for classes, got {conditioning.noise_cosine}")
-        if arguments.setdefault("clip_dim", classes) != classes:
-            raise ValueError(f"clip_dim must be {classes}, the number of classes, got {arguments['clip_dim']}")
+        if arguments.setdefault("clip_dim", num_classes) != num_classes:
+            raise ValueError(f"clip_dim must be {num_classes}, the number of classes, got {arguments['clip_dim']}")
         super().__init__(**arguments)
-        self.hparams["class_names"] = self.class_names = list(class_names)
+        self.class_names = list(class_names)
+        self.hparams["class_names"] = self.class_names
 
     def one_hot(self, class_indices: Tensor) -> Tensor:
-        """Classes (B,) int64 -> conditions (B, num_classes)."""
+        """Return the conditions (B, num_classes) of classes (B,) int64."""
         if class_indices.min() < 0 or class_indices.max() >= self.clip_dim:
             raise ValueError(f"class_indices must be in [0, {self.clip_dim}), got {class_indices.tolist()}")
         return F.one_hot(class_indices.to(self.device), self.clip_dim).float()
 
 
 class ClassConditionalGenerator(ImageGenerator):
-    """Pictures of classes: a tokenizer and the transformer that knows the classes of its images.
+    """Images of classes, by a VQ-GAN and a class-conditional transformer.
 
-    As a generator it turns standard normal noise (B, noise_dim = num_tokens) and classes (B,) into images.
+    As a ``Generator`` it maps standard normal noise (B, noise_dim = num_tokens) and classes (B,) to images.
 
     Args:
-        settings: of drawing, as of ``ConditionalTransformer.sample``.
+        vqgan: the tokenizer.
+        transformer: the transformer.
+        params: sampling parameters.
     """
 
     transformer: ClassConditionalTransformer
 
-    def __init__(self, vqgan: VQGAN, transformer: ClassConditionalTransformer, **settings: Any):
+    def __init__(self, vqgan: VQGAN, transformer: ClassConditionalTransformer, params: SamplingParams | None = None):
         if vqgan.codebook_size != transformer.codebook_size:
             raise ValueError(f"codebook_size must be {vqgan.codebook_size}, got {transformer.codebook_size}")
         super().__init__(vqgan, transformer)
-        self.params = SamplingParams(**settings)
-        self.noise_dim, self.class_names = transformer.num_tokens, transformer.class_names
+        self.params = params or SamplingParams()
+        self.noise_dim = transformer.num_tokens
+        self.class_names = transformer.class_names
 
     @classmethod
-    def load(cls, path: str | Path, **settings: Any) -> ClassConditionalGenerator:
-        """Load a run folder of ``clipgen-train stage=transformer data=cached data.conditioning=class``, or a checkpoint
-        inside one."""
-        transformer, vqgan = ClassConditionalTransformer.load(path), VQGAN.load(run_folder(path))
+    def load(cls, path: str | Path, params: SamplingParams | None = None) -> ClassConditionalGenerator:
+        """Load a run folder, or a checkpoint inside one, of a training with ``data.conditioning=class``."""
+        transformer = ClassConditionalTransformer.load(path)
+        vqgan = VQGAN.load(run_folder(path))
         check_bound(model_folder.find(model_folder.located(path), "ClassConditionalTransformer"), vqgan)
-        return cls(vqgan, transformer, **settings)
+        return cls(vqgan, transformer, params)
 
-    def find(self, label: str | int) -> int:
-        """The index of a class, given by name or number.
+    def class_index(self, name_or_number: str | int) -> int:
+        """Return the index of a class.
 
         Raises:
             ValueError: there is no such class.
         """
-        if str(label) in self.class_names:
-            return self.class_names.index(str(label))
-        if str(label).isdecimal() and int(label) < len(self.class_names):
-            return int(label)
-        some = ", ".join(self.class_names[:10]) + ", ..." * (len(self.class_names) > 10)
-        raise ValueError(f"label must be below {len(self.class_names)} or one of {some}; got {label!r}")
+        text = str(name_or_number)
+        if text in self.class_names:
+            return self.class_names.index(text)
+        if text.isdecimal() and int(text) < len(self.class_names):
+            return int(text)
+        examples = ", ".join(self.class_names[:10])
+        if len(self.class_names) > 10:
+            examples += ", ..."
+        raise ValueError(f"class must be below {len(self.class_names)} or one of {examples}; got {name_or_number!r}")
 
-    def draw(self, class_indices: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of classes (B,) int64; row i draws from ``seed + i``, or from its own seed."""
+    def generate(self, class_indices: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+        """Generate images (B, 3, H, W) in [-1, 1] of classes (B,) int64.
+
+        Args:
+            class_indices: the classes.
+            seed: image i uses ``seed + i``; or one seed per image.
+        """
         one_hot = self.transformer.one_hot(class_indices)
         return self.generate_from_conditions(one_hot, self.uniforms(seed, len(one_hot)), self.params)
 
     def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor:
-        """Images of classes (B,) that follow from noise (B, noise_dim): each number's normal CDF draws an index."""
+        """Generate images of classes (B,) from noise (B, noise_dim), whose normal CDF gives the uniform numbers."""
+        # The CDF rounds to 1 for large values, but uniform numbers must be below 1.
         below_one = 1 - torch.finfo(torch.float32).eps
         uniforms = torch.special.ndtr(noise.float()).clamp(0, below_one)
         one_hot = self.transformer.one_hot(class_indices)

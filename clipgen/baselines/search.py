@@ -1,13 +1,13 @@
-"""Searching a class-conditional generator with CLIP: Algorithm 1 of "CLIP-guided Zero-Shot Text-to-Image Generation"
+"""Search of a class-conditional generator by CLIP: Algorithm 1 of "CLIP-guided Zero-Shot Text-to-Image Generation"
 (Du, Yin, Gu), and the numbers of its Tables 1 and 2 and Figure 2.
 
-The k classes whose names CLIP finds nearest to the prompt are kept; pictures of them are drawn at random, and the one
-that CLIP finds nearest is the answer.
+The k classes whose names have the highest CLIP similarity to the prompt are kept. Images of random classes among them
+are generated from random noise, and the image with the highest CLIP score is the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,53 +18,72 @@ from clipgen.baselines.generators import Generator
 from clipgen.clip import FrozenCLIP
 from clipgen.hashing import hashed_seed
 
-TEMPLATE = "An image of {label}"  # the paper's
-KS = (1, 10, 20, 50, 100, 1000)  # the paper's
-SEEDS = (42, 43, 44)  # the paper's
-TEXTS = 256  # sentences encoded at a time
+PAPER_TEMPLATE = "An image of {label}"
+PAPER_KS = (1, 10, 20, 50, 100, 1000)
+PAPER_SEEDS = (42, 43, 44)
+TEXT_BATCH_SIZE = 256
 
 
 class SearchResult(NamedTuple):
-    """What a search found."""
+    """The result of a search.
 
-    image: Tensor  # (3, H, W) in [-1, 1]: the best
-    score: float  # its cosine with the prompt
+    Args:
+        image: the best image, (3, H, W) in [-1, 1].
+        score: its cosine similarity with the prompt.
+        class_index: its class.
+        curve: best score after b = 1, 2, ... images, (num_images,).
+        images: all images (num_images, 3, H, W), if they were asked for.
+    """
+
+    image: Tensor
+    score: float
     class_index: int
-    curve: Tensor  # (num_images,): the best score after b = 1, 2, ... images
-    images: Tensor | None  # all of them (num_images, 3, H, W), where they were to be kept
+    curve: Tensor
+    images: Tensor | None
 
 
 def encode_labels(clip: FrozenCLIP, class_names: Sequence[str], template: str | None = None) -> Tensor:
-    """CLIP embeddings of the classes' names in a template, (num_classes, E).
+    """Return the CLIP embeddings of class names in a template, (num_classes, E).
 
     Args:
-        template: with {label} in it; None: the paper's, or for a CLIP of few words that lacks its words the bare names.
+        clip: the CLIP model.
+        class_names: names of the classes.
+        template: text with {label} in it. None: the paper's template; only the names, if a CLIP with a small
+            vocabulary does not know the words of the template.
 
     Raises:
-        ValueError: the template has no place for the name.
+        ValueError: the template has no {label}.
     """
     if template is None:
-        known = getattr(getattr(clip, "tokenizer", None), "index", None)  # of a WordTokenizer
-        words = TEMPLATE.lower().split()[:-1]
-        template = TEMPLATE if known is None or all(word in known for word in words) else "{label}"
+        template = PAPER_TEMPLATE if knows_template(clip) else "{label}"
     if "{label}" not in template:
         raise ValueError(f"template must hold {{label}}, got {template!r}")
     texts = [template.replace("{label}", name) for name in class_names]
-    return torch.cat([clip.encode_text(texts[i : i + TEXTS]) for i in range(0, len(texts), TEXTS)])
+    batches = [texts[start : start + TEXT_BATCH_SIZE] for start in range(0, len(texts), TEXT_BATCH_SIZE)]
+    return torch.cat([clip.encode_text(batch) for batch in batches])
 
 
-def top_labels(labels: Tensor, clip_embedding: Tensor, k: int) -> Tensor:
-    """The k classes nearest to a prompt, (k,), nearest first: the set Y of the paper.
+def knows_template(clip: FrozenCLIP) -> bool:
+    """Return whether a CLIP knows the words of the paper's template; only a ``WordTokenizer`` may not."""
+    vocabulary = getattr(getattr(clip, "tokenizer", None), "index", None)
+    words = PAPER_TEMPLATE.lower().split()[:-1]
+    return vocabulary is None or all(word in vocabulary for word in words)
+
+
+def top_labels(label_embeddings: Tensor, clip_embedding: Tensor, k: int) -> Tensor:
+    """Return the k classes nearest to a prompt, (k,), nearest first: the set Y of the paper.
 
     Args:
-        labels: (num_classes, E), of ``encode_labels``. clip_embedding: the prompt's, (E,).
+        label_embeddings: (num_classes, E), see ``encode_labels``.
+        clip_embedding: embedding of the prompt, (E,).
+        k: number of classes.
 
     Raises:
         ValueError: k is not in [1, num_classes].
     """
-    if not 1 <= k <= len(labels):
-        raise ValueError(f"k must be in [1, {len(labels)}], the number of classes, got {k}")
-    return (labels @ clip_embedding).argsort(descending=True, stable=True)[:k].cpu()
+    if not 1 <= k <= len(label_embeddings):
+        raise ValueError(f"k must be in [1, {len(label_embeddings)}], the number of classes, got {k}")
+    return (label_embeddings @ clip_embedding).argsort(descending=True, stable=True)[:k].cpu()
 
 
 def search(
@@ -76,16 +95,24 @@ def search(
     seed: int = 0,
     *,
     batch_size: int = 32,
-    labels: Tensor | None = None,
-    keep: bool = False,
+    label_embeddings: Tensor | None = None,
+    return_images: bool = False,
 ) -> SearchResult:
-    """Algorithm 1: draw ``num_images`` (b_max) images of the top-k classes, keep the nearest to the prompt.
+    """Run Algorithm 1: generate images of the top-k classes and return the one with the highest CLIP score.
 
-    Image b follows from seed, prompt and b alone: from no other image, and not from the batch size; with all classes
-    as k it is plain random search. (The paper's MAXCLIP begins at 0, so that it may find nothing; ours at -2.)
+    Image b is a function of seed, prompt and b only, whatever the batch size. If k is the number of classes, this is
+    plain random search. The paper's MAXCLIP starts at 0, so that a search may return nothing; here it starts at -2.
 
     Args:
-        k: classes to draw from. labels: of ``encode_labels``, where they are at hand. keep: return all images too.
+        generator: the generator.
+        clip: the CLIP model.
+        prompt: the text.
+        k: number of classes to sample from.
+        num_images: number of images, b_max in the paper.
+        seed: seed of classes and noise.
+        batch_size: images per batch.
+        label_embeddings: embeddings of the class names, see ``encode_labels``; None: computed here.
+        return_images: return all images, too.
 
     Raises:
         ValueError: an argument is out of range.
@@ -95,70 +122,96 @@ def search(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     target = clip.encode_text([prompt])[0]
-    labels = encode_labels(clip, generator.class_names) if labels is None else labels
-    chosen = top_labels(labels, target, k).sort().values  # in their own order: k = all is then a plain random draw
-    noise, classes = draws(generator.noise_dim, chosen, num_images, f"{seed} {prompt}")
-    scores, parts, best, score = [], [], None, -2.0
-    for rows in torch.arange(num_images).split(batch_size):
-        images = generator(noise[rows].to(generator.device), classes[rows].to(generator.device))
+    if label_embeddings is None:
+        label_embeddings = encode_labels(clip, generator.class_names)
+    # Sorted by index, so that a search with all classes samples the same ones whatever CLIP's ranking.
+    candidates = top_labels(label_embeddings, target, k).sort().values
+    noise, classes = sample_inputs(generator.noise_dim, candidates, num_images, f"{seed} {prompt}")
+    best_image = torch.empty(0)
+    best_score = -2.0
+    scores: list[Tensor] = []
+    kept: list[Tensor] = []
+    for images in generate_batches(generator, noise, classes, batch_size):
         with torch.no_grad():
-            found = (clip.encode_image(images.to(clip.device)) @ target).cpu()
-        scores.append(found)
-        if found.max() > score:
-            score, best = found.max().item(), images[found.argmax()].cpu()
-        if keep:
-            parts.append(images.cpu())
-    curve = torch.cat(scores).cummax(dim=0).values
-    assert best is not None
+            batch_scores = (clip.encode_image(images.to(clip.device)) @ target).cpu()
+        scores.append(batch_scores)
+        if batch_scores.max() > best_score:
+            best_score = batch_scores.max().item()
+            best_image = images[batch_scores.argmax()].cpu()
+        if return_images:
+            kept.append(images.cpu())
+    all_scores = torch.cat(scores)
     return SearchResult(
-        best, score, int(classes[torch.cat(scores).argmax()]), curve, torch.cat(parts) if keep else None
+        image=best_image,
+        score=best_score,
+        class_index=int(classes[all_scores.argmax()]),
+        curve=all_scores.cummax(dim=0).values,
+        images=torch.cat(kept) if return_images else None,
     )
 
 
-def draws(noise_dim: int, chosen: Tensor, count: int, key: str) -> tuple[Tensor, Tensor]:
-    """z ~ N(0, I) (count, noise_dim) and y ~ Uniform(chosen) (count,), each pair from a seed of its own."""
-    noise, classes = torch.empty(count, noise_dim), torch.empty(count, dtype=torch.int64)
+def generate_batches(generator: Generator, noise: Tensor, classes: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Yield the generator's images, batch by batch."""
+    for noise_batch, class_batch in zip(noise.split(batch_size), classes.split(batch_size)):
+        yield generator(noise_batch.to(generator.device), class_batch.to(generator.device))
+
+
+def sample_inputs(noise_dim: int, candidates: Tensor, count: int, key: str) -> tuple[Tensor, Tensor]:
+    """Sample z ~ N(0, I) (count, noise_dim) and y ~ Uniform(candidates) (count,), each pair from its own seed."""
+    noise = torch.empty(count, noise_dim)
+    classes = torch.empty(count, dtype=torch.int64)
     for b in range(count):
         generator = torch.Generator().manual_seed(hashed_seed(f"{key} {b}"))
-        classes[b] = chosen[int(torch.rand((), generator=generator, dtype=torch.float64) * len(chosen))]
+        uniform = torch.rand((), generator=generator, dtype=torch.float64)
+        classes[b] = candidates[int(uniform * len(candidates))]
         noise[b] = torch.randn(noise_dim, generator=generator)
     return noise, classes
 
 
-def images_needed(curve: Tensor, threshold: float) -> int | None:
-    """How many images it takes until the best score (num_images,) is above a threshold; None: more than there are."""
-    above = (curve > threshold).nonzero()
-    return int(above[0]) + 1 if len(above) else None
+# -------------------------------------------------------------------------------------------------------------- tables
 
 
 @dataclass(frozen=True)
-class Row:
-    """One k of the paper's Tables 1 and 2; a value a seed, of which the paper gives mean and standard deviation."""
+class SearchRow:
+    """One k of the paper's Tables 1 and 2, with one value per seed; the paper gives mean and standard deviation.
+
+    Args:
+        k: number of classes to sample from.
+        best: best score after all images, mean over prompts.
+        needed: number of images until the mean of the best scores exceeds the threshold; None: more than generated.
+        curve: best score after b images, mean over prompts and seeds, (num_images,): Figure 2.
+    """
 
     k: int
-    best: list[float]  # best score after all images, mean over prompts
-    needed: list[int | None]  # images until the mean of the best scores passes the threshold; None: more than drawn
-    curve: Tensor  # (num_images,): Figure 2, mean over prompts and seeds
+    best: list[float]
+    needed: list[int | None]
+    curve: Tensor
 
     @property
     def best_mean_std(self) -> tuple[float, float]:
-        """Mean and (sample) standard deviation over seeds."""
+        """Mean and sample standard deviation over seeds."""
         return mean_std(self.best)
 
     @property
     def needed_mean_std(self) -> tuple[float, float] | None:
-        """Mean and standard deviation over seeds; None where a seed did not get there."""
-        there = [count for count in self.needed if count is not None]
-        return mean_std(there) if there and len(there) == len(self.needed) else None
+        """Mean and sample standard deviation over seeds; None if the threshold was not reached with every seed."""
+        counts = [count for count in self.needed if count is not None]
+        return mean_std(counts) if counts and len(counts) == len(self.needed) else None
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; of one value 0."""
-    found = torch.tensor(values, dtype=torch.float64)
-    return found.mean().item(), found.std().item() if len(values) > 1 else 0.0
+    """Return mean and sample standard deviation, 0 for a single value."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return tensor.mean().item(), tensor.std().item() if len(values) > 1 else 0.0
 
 
-Watch = Callable[[int, int, int, SearchResult], None]  # (k, seed, number of the prompt, what was found)
+def images_needed(curve: Tensor, threshold: float) -> int | None:
+    """Return how many images it takes until the best score (num_images,) exceeds a threshold; None if it does not."""
+    above = (curve > threshold).nonzero()
+    return int(above[0]) + 1 if len(above) else None
+
+
+SearchCallback = Callable[[int, int, int, SearchResult], None]  # k, seed, number of the prompt, result
 
 
 def search_table(
@@ -167,41 +220,63 @@ def search_table(
     prompts: Sequence[str],
     threshold: float | None = None,
     *,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] = PAPER_KS,
     num_images: int = 100,
-    seeds: Sequence[int] = SEEDS,
+    seeds: Sequence[int] = PAPER_SEEDS,
     batch_size: int = 32,
     template: str | None = None,
-    keep: bool = False,
-    watch: Watch | None = None,
-) -> list[Row]:
-    """Tables 1 (but for FID) and 2 and Figure 2: every prompt searched with every k and seed.
+    return_images: bool = False,
+    callback: SearchCallback | None = None,
+) -> list[SearchRow]:
+    """Search every prompt with every k and seed: Table 1 without FID, Table 2 and Figure 2.
 
     Args:
-        threshold: mean CLIP score of real images and their captions, see ``real_score``; None: images are not counted.
-        ks: numbers of classes; those above the number of classes stand for all of them.
-        watch: called with each search; ``keep`` hands it all images, of which FID is computed elsewhere.
+        generator: the generator.
+        clip: the CLIP model.
+        prompts: the texts.
+        threshold: mean CLIP score of real images and their captions, see ``real_score``. None: images are not counted.
+        ks: numbers of classes; larger ones than the number of classes are replaced by it.
+        num_images: images per search.
+        seeds: seeds, over which the paper averages.
+        batch_size: images per batch.
+        template: template of the class names, see ``encode_labels``.
+        return_images: let the callback receive all images, for example to compute FID.
+        callback: called after each search.
     """
     if not prompts:
-        raise ValueError("prompts must hold at least one, got none")
-    labels, rows = encode_labels(clip, generator.class_names, template), []
+        raise ValueError("prompts must hold at least one prompt, got none")
+    label_embeddings = encode_labels(clip, generator.class_names, template)
+    rows = []
     for k in sorted({min(k, len(generator.class_names)) for k in ks}):
         curves = torch.empty(len(seeds), len(prompts), num_images)
-        for i, seed in enumerate(seeds):
-            for j, prompt in enumerate(prompts):
-                found = search(
-                    generator, clip, prompt, k, num_images, seed, batch_size=batch_size, labels=labels, keep=keep
+        for seed_number, seed in enumerate(seeds):
+            for prompt_number, prompt in enumerate(prompts):
+                result = search(
+                    generator,
+                    clip,
+                    prompt,
+                    k,
+                    num_images,
+                    seed,
+                    batch_size=batch_size,
+                    label_embeddings=label_embeddings,
+                    return_images=return_images,
                 )
-                curves[i, j] = found.curve
-                if watch:
-                    watch(k, seed, j, found)
-        means = curves.double().mean(dim=1)  # over prompts
-        needed = [None if threshold is None else images_needed(curve, threshold) for curve in means]
-        rows.append(Row(k, means[:, -1].tolist(), needed, means.mean(dim=0)))
+                curves[seed_number, prompt_number] = result.curve
+                if callback:
+                    callback(k, seed, prompt_number, result)
+        rows.append(make_row(k, curves, threshold))
     return rows
 
 
+def make_row(k: int, curves: Tensor, threshold: float | None) -> SearchRow:
+    """Return the row of a k from the curves of all searches, (seeds, prompts, num_images)."""
+    mean_curves = curves.double().mean(dim=1)
+    needed = [None if threshold is None else images_needed(curve, threshold) for curve in mean_curves]
+    return SearchRow(k, mean_curves[:, -1].tolist(), needed, mean_curves.mean(dim=0))
+
+
 @torch.no_grad()
-def real_score(clip: FrozenCLIP, images: Tensor, texts: Sequence[str]) -> float:
-    """Mean cosine of images (B, 3, H, W) and their captions: the threshold of Table 2."""
-    return (clip.encode_image(images) * clip.encode_text(texts)).sum(dim=-1).mean().item()
+def real_score(clip: FrozenCLIP, images: Tensor, captions: Sequence[str]) -> float:
+    """Return the mean cosine similarity of images (B, 3, H, W) and their captions: the threshold of Table 2."""
+    return (clip.encode_image(images) * clip.encode_text(captions)).sum(dim=-1).mean().item()

@@ -1,8 +1,8 @@
-"""``clipgen-baseline``: the systems that the papers compare with, at work on a sentence or a class.
+"""``clipgen-baseline``: generate images of a prompt or a class with the systems that the papers compare with.
 
 clipgen-baseline vqgan-clip --prompt "a large blue ring on a white background"
 clipgen-baseline search --generator RUN --prompt "a small red star on a black background" --k 10
-clipgen-baseline label --checkpoint RUN --label dog
+clipgen-baseline class --checkpoint RUN --class dog
 """
 
 from __future__ import annotations
@@ -22,99 +22,135 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from clipgen import VQGAN, FrozenCLIP
-    from clipgen.baselines.search import Row, SearchResult
+    from clipgen.baselines.search import SearchResult, SearchRow
+    from clipgen.sampling import SamplingParams
 
-OPENAI = ("ViT-B-32-quickgelu", "openai")  # the papers' CLIP
+PAPER_CLIP = "ViT-B-32-quickgelu:openai"
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     guarded("clipgen-baseline", run)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Nothing heavy is imported before it is read."""
+    """Return the argument parser. No module that imports torch is imported before the arguments are parsed."""
     raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("clipgen-baseline", description=__doc__, formatter_class=raw)
+    p = argparse.ArgumentParser("clipgen-baseline", description=__doc__.replace("``", ""), formatter_class=raw)
     systems = p.add_subparsers(dest="system", required=True)
-    add_vqgan_clip(systems.add_parser("vqgan-clip", help="optimise a tokenizer's latents against CLIP"))
-    add_search(
-        systems.add_parser("search", help="draw from the classes nearest to the sentence, keep what CLIP finds best")
-    )
-    add_label(systems.add_parser("label", help="pictures of classes, by the label-conditioned transformer"))
+    add_vqgan_clip(systems.add_parser("vqgan-clip", help="optimize a tokenizer's latents until they match the prompt"))
+    add_search(systems.add_parser("search", help="generate images of the classes nearest to the prompt, keep the best"))
+    add_class(systems.add_parser("class", help="generate images of classes with the class-conditional transformer"))
     for system in systems.choices.values():
-        system.add_argument("--output", type=Path, default=Path("baseline"), help="folder (default: %(default)s)")
-        system.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-        system.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
+        group = system.add_argument_group("output and hardware")
+        group.add_argument("--output", type=Path, default=Path("baseline"), help="output folder (default: %(default)s)")
+        group.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
+        group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")
     return p
 
 
 def add_vqgan_clip(p: argparse.ArgumentParser) -> None:
-    """The options of ``run_vqgan_clip``."""
+    """Add the options of ``run_vqgan_clip``."""
     p.set_defaults(run=run_vqgan_clip)
-    p.add_argument(
+    add_prompts(p)
+    models = p.add_argument_group("models")
+    models.add_argument(
         "--checkpoint",
         default="shapes",
-        help="of clipgen-sample, for its tokenizer and CLIP (default: the bundled shapes model)",
+        help="text-to-image model whose tokenizer and CLIP are used (default: the bundled shapes model)",
     )
-    p.add_argument("--vqgan", help="another tokenizer: a run folder, checkpoint or model folder of stage 1")
-    p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=300, help="of Adam (default: %(default)s)")
-    p.add_argument("--learning-rate", type=float, default=0.1, help="(default: %(default)s)")
-    p.add_argument("--cutouts", type=int, default=32, help="augmented views a step (default: %(default)s)")
-    p.add_argument("--image-size", type=int, help="pixels (default: as the tokenizer was trained)")
-    p.add_argument("--batch-size", type=int, default=1, help="pictures at a time (default: %(default)s)")
-    add_prompts(p)
+    models.add_argument("--vqgan", help="another tokenizer: stage-1 run folder, checkpoint or model folder")
+    add_clip(models, "that of --checkpoint")
+    optimization = p.add_argument_group("optimization")
+    optimization.add_argument("--num-images", type=int, default=4, help="images per prompt (default: %(default)s)")
+    optimization.add_argument("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
+    optimization.add_argument(
+        "--learning-rate", type=float, default=0.1, help="learning rate of Adam (default: %(default)s)"
+    )
+    optimization.add_argument("--cutouts", type=int, default=32, help="augmented views per step (default: %(default)s)")
+    optimization.add_argument("--image-size", type=int, help="size in pixels (default: the tokenizer's resolution)")
+    optimization.add_argument("--batch-size", type=int, default=1, help="images per batch (default: %(default)s)")
 
 
 def add_search(p: argparse.ArgumentParser) -> None:
-    """The options of ``run_search``."""
+    """Add the options of ``run_search``."""
     p.set_defaults(run=run_search)
-    p.add_argument(
+    add_prompts(p)
+    models = p.add_argument_group("models")
+    models.add_argument(
         "--generator",
         required=True,
-        help="run of the label-conditioned transformer, biggan-deep-256, "
-        "TorchScript file or module:function that is called with (noise, class_indices)",
+        help="run folder of the class-conditional transformer, biggan-deep-256, TorchScript file, or module:function "
+        "that is called with (noise, class_indices)",
     )
-    p.add_argument("--noise-dim", type=int, help="of a generator that does not say it itself")
-    p.add_argument("--class-names", help="of such a generator: .json list, text file with a name a line, or imagenet")
-    p.add_argument("--k", type=int, default=10, help="classes to draw from (default: %(default)s)")
-    p.add_argument("--template", help='how CLIP is asked about a class (default: "An image of {label}", the paper\'s)')
-    p.add_argument("--num-images", type=int, default=100, help="pictures to draw, b_max (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=32, help="pictures at a time (default: %(default)s)")
-    p.add_argument("--table", action="store_true", help="all k of the paper with --seeds: tables instead of pictures")
-    p.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44], help="of --table (default: the paper's)")
-    p.add_argument("--threshold", type=float, help="of --table: mean CLIP score of real images, to count images to")
-    p.add_argument("--keep-all", action="store_true", help="write every picture drawn, below OUTPUT/all")
-    add_prompts(p)
-    add_sampling_options(p.add_argument_group("drawing, by our transformer"), given_only=True)
+    models.add_argument("--noise-dim", type=int, help="noise dimension, if the generator has no noise_dim attribute")
+    models.add_argument(
+        "--class-names",
+        help="class names, if the generator has no class_names attribute: .json list, text file with one name per "
+        "line, or imagenet",
+    )
+    add_clip(models, "that of the run folder, else the papers' ViT-B/32")
+    options = p.add_argument_group("search")
+    options.add_argument("--k", type=int, default=10, help="number of classes to sample from (default: %(default)s)")
+    options.add_argument(
+        "--template", help='text for the CLIP embedding of a class (default: "An image of {label}", as in the paper)'
+    )
+    options.add_argument("--num-images", type=int, default=100, help="images per prompt, b_max (default: %(default)s)")
+    options.add_argument("--batch-size", type=int, default=32, help="images per batch (default: %(default)s)")
+    options.add_argument("--save-all", action="store_true", help="write all generated images below OUTPUT/all")
+    add_table(p.add_argument_group("tables of the paper"))
+    add_sampling_options(p.add_argument_group("sampling of a class-conditional transformer"), given_only=True)
 
 
-def add_label(p: argparse.ArgumentParser) -> None:
-    """The options of ``run_label``."""
-    p.set_defaults(run=run_label)
-    p.add_argument("--checkpoint", required=True, help="its run folder")
-    p.add_argument("--label", action="append", required=True, help="a class's name or number; several times")
-    p.add_argument("--num-images", type=int, default=4, help="pictures a class (default: %(default)s)")
-    add_sampling_options(p, given_only=True)
+def add_table(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the paper's tables."""
+    group.add_argument("--table", action="store_true", help="search with all k of the paper; print tables, no images")
+    group.add_argument(
+        "--seeds", type=int, nargs="+", default=[42, 43, 44], help="seeds of --table (default: the paper's)"
+    )
+    group.add_argument(
+        "--threshold",
+        type=float,
+        help="CLIP score that 'images needed' counts to in --table (usually the mean score of real images)",
+    )
+
+
+def add_class(p: argparse.ArgumentParser) -> None:
+    """Add the options of ``run_class``."""
+    p.set_defaults(run=run_class)
+    p.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        required=True,
+        help="name or number of a class; may be repeated",
+    )
+    p.add_argument("--checkpoint", required=True, help="run folder of the class-conditional transformer")
+    p.add_argument("--num-images", type=int, default=4, help="images per class (default: %(default)s)")
+    add_sampling_options(p.add_argument_group("sampling"), given_only=True)
 
 
 def add_prompts(p: argparse.ArgumentParser) -> None:
-    """What is asked for in sentences, and of which CLIP."""
-    p.add_argument("--prompt", action="append", default=[], help="a sentence; several times")
-    p.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
-    p.add_argument("--clip", help="another CLIP: a bundled name, a folder or an open_clip model")
-    p.add_argument("--clip-pretrained", help="weights of the open_clip model")
+    """Add the options that name the prompts."""
+    p.add_argument("--prompt", action="append", default=[], help="prompt; may be repeated")
+    p.add_argument("--prompts-file", type=Path, action="append", default=[], help="text file with one prompt per line")
+
+
+def add_clip(group: argparse._ArgumentGroup, default: str) -> None:
+    """Add the option that names the CLIP."""
+    group.add_argument(
+        "--clip", help=f"CLIP as MODEL[:TAG]: bundled name, folder or open_clip model (default: {default})"
+    )
 
 
 def run() -> None:
-    """Check what can be checked, then let the system work."""
+    """Check the arguments and run the system."""
     args = parser().parse_args()
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
-    if args.system != "label":
+    if args.system != "class":
         args.prompts = read_prompts(args)
     args.device = args.device or default_device()
     with output_folder(args.output, keep_pattern="**/*.png"):
@@ -122,53 +158,50 @@ def run() -> None:
 
 
 def run_vqgan_clip(args: argparse.Namespace) -> None:
-    """Every picture from random codes of its own."""
-    import torch
-
+    """Optimize images for each prompt."""
+    from clipgen.baselines.search import real_score
     from clipgen.baselines.vqgan_clip import vqgan_clip
 
-    vqgan, clip = load_pair(args)
-    options: dict[str, Any] = {
-        name: getattr(args, name) for name in ("steps", "learning_rate", "cutouts", "image_size", "batch_size")
+    vqgan, clip = load_vqgan_and_clip(args)
+    settings: dict[str, Any] = {
+        "steps": args.steps,
+        "learning_rate": args.learning_rate,
+        "cutouts": args.cutouts,
     }
-    sheet = Sheet(args, {"steps": args.steps, "learning_rate": args.learning_rate, "cutouts": args.cutouts})
+    output = ImageOutput(args, settings)
     for prompt in args.prompts:
-        target, start = clip.encode_text([prompt]), time.perf_counter()
-        images = vqgan_clip(vqgan, clip, target.expand(args.num_images, -1), seed=args.seed, **options)
+        start = time.perf_counter()
+        images = vqgan_clip(
+            vqgan,
+            clip,
+            clip.encode_text([prompt]).expand(args.num_images, -1),
+            image_size=args.image_size,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            **settings,
+        )
         seconds = (time.perf_counter() - start) / args.num_images
-        with torch.no_grad():
-            scores = (clip.encode_image(images) @ target[0]).tolist()
-        sheet.add(images, [prompt] * len(images), seeds(args), [{"prompt": prompt, "clip_score": s} for s in scores])
-        print(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}, {seconds:.1f} s an image")
-    sheet.save()
+        scores = [real_score(clip, image[None], [prompt]) for image in images]
+        metadata = [{"prompt": prompt, "clip_score": score} for score in scores]
+        output.add(images, prompt, image_seeds(args), metadata)
+        print(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}, {seconds:.1f} s per image")
+    output.save_grid()
 
 
 def run_search(args: argparse.Namespace) -> None:
-    """The best picture of each prompt, or the paper's tables over all prompts."""
-    from clipgen.baselines.generators import load_generator, names_of
-    from clipgen.baselines.search import encode_labels, search, search_table
+    """Search the best image of each prompt, or compute the paper's tables over all prompts."""
+    from clipgen.baselines.generators import load_generator, read_class_names
+    from clipgen.baselines.search import encode_labels, search
 
-    names = names_of(args.class_names) if args.class_names else None
-    generator = load_generator(args.generator, args.noise_dim, names, args.device, **sampling_options(args))
-    clip = load_clip_of(args)
+    class_names = read_class_names(args.class_names) if args.class_names else None
+    generator = load_generator(args.generator, args.noise_dim, class_names, args.device, sampling_params(args))
+    clip = load_search_clip(args)
     if args.table:
-        rows = search_table(
-            generator,
-            clip,
-            args.prompts,
-            args.threshold,
-            num_images=args.num_images,
-            seeds=args.seeds,
-            batch_size=args.batch_size,
-            template=args.template,
-            keep=args.keep_all,
-            watch=lambda k, seed, number, found: keep_all(args, found, f"k{k}/seed{seed}/{number:05d}"),
-        )
-        return write_table(rows, args)
-    sheet = Sheet(args, {"k": args.k, "num_images": args.num_images})
-    labels = encode_labels(clip, generator.class_names, args.template)
+        return run_search_table(args, generator, clip)
+    output = ImageOutput(args, {"k": args.k, "num_images": args.num_images})
+    label_embeddings = encode_labels(clip, generator.class_names, args.template)
     for number, prompt in enumerate(args.prompts):
-        found = search(
+        result = search(
             generator,
             clip,
             prompt,
@@ -176,146 +209,194 @@ def run_search(args: argparse.Namespace) -> None:
             args.num_images,
             args.seed,
             batch_size=args.batch_size,
-            labels=labels,
-            keep=args.keep_all,
+            label_embeddings=label_embeddings,
+            return_images=args.save_all,
         )
-        keep_all(args, found, f"{number:05d}")
-        name = generator.class_names[found.class_index]
-        info = {"prompt": prompt, "clip_score": found.score, "label": name, "curve": found.curve.tolist()}
-        sheet.add(found.image[None], [prompt], [args.seed], [info])
-        print(f"{prompt}: CLIP score {found.score:.4f}, of class {name!r}")
-    sheet.save()
+        save_all(args, result, f"{number:05d}")
+        name = generator.class_names[result.class_index]
+        metadata = {"prompt": prompt, "clip_score": result.score, "label": name, "curve": result.curve.tolist()}
+        output.add(result.image[None], prompt, [args.seed], [metadata])
+        print(f"{prompt}: CLIP score {result.score:.4f}, class {name!r}")
+    output.save_grid()
 
 
-def run_label(args: argparse.Namespace) -> None:
-    """Pictures of classes."""
+def run_search_table(args: argparse.Namespace, generator: Any, clip: FrozenCLIP) -> None:
+    """Search with every k of the paper, and write its tables."""
+    from clipgen.baselines.search import search_table
+
+    def callback(k: int, seed: int, number: int, result: SearchResult) -> None:
+        save_all(args, result, f"k{k}/seed{seed}/{number:05d}")
+
+    rows = search_table(
+        generator,
+        clip,
+        args.prompts,
+        args.threshold,
+        num_images=args.num_images,
+        seeds=args.seeds,
+        batch_size=args.batch_size,
+        template=args.template,
+        return_images=args.save_all,
+        callback=callback,
+    )
+    write_table(rows, args)
+
+
+def run_class(args: argparse.Namespace) -> None:
+    """Generate images of each class."""
     import torch
 
     from clipgen.baselines.class_conditional import ClassConditionalGenerator
 
-    model = ClassConditionalGenerator.load(args.checkpoint, **sampling_options(args)).to(args.device)
-    classes = [model.find(label) for label in args.label]
-    sheet = Sheet(args, asdict(model.params))
-    for index in classes:
-        images = model.draw(torch.full((args.num_images,), index), args.seed)
-        name = model.class_names[index]
-        sheet.add(images, [name] * len(images), seeds(args), [{"label": name, "class_index": index}] * len(images))
-    sheet.save()
+    generator = ClassConditionalGenerator.load(args.checkpoint, sampling_params(args)).to(args.device)
+    indices = [generator.class_index(name) for name in args.classes]
+    output = ImageOutput(args, asdict(generator.params))
+    for index in indices:
+        images = generator.generate(torch.full((args.num_images,), index), args.seed)
+        name = generator.class_names[index]
+        output.add(images, name, image_seeds(args), [{"label": name, "class_index": index}] * len(images))
+    output.save_grid()
 
 
-# ------------------------------------------------------------------------------------------------------- what is asked
+# --------------------------------------------------------------------------------------------------------------- input
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """All sentences."""
-    from clipgen.generation.prompts import read_prompts
+    """Return the prompts of the command line and of the files."""
+    from clipgen.generation import prompts as prompt_files
 
-    prompts = [*args.prompt, *(line for file in args.prompts_file for line in read_prompts(file))]
+    prompts = list(args.prompt)
+    for file in args.prompts_file:
+        prompts += prompt_files.read_prompts(file)
     if not prompts:
-        raise ValueError("there must be something to draw: give --prompt or --prompts-file")
+        raise ValueError("a prompt is needed: give --prompt or --prompts-file")
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("prompt must not be empty, got ''")
     return prompts
 
 
-def seeds(args: argparse.Namespace) -> list[int]:
-    """Picture i draws from seed + i."""
+def image_seeds(args: argparse.Namespace) -> list[int]:
+    """Return the seed of each image of a prompt."""
     return [args.seed + i for i in range(args.num_images)]
 
 
-def load_pair(args: argparse.Namespace) -> tuple[VQGAN, FrozenCLIP]:
-    """Tokenizer and CLIP of VQGAN-CLIP."""
+def sampling_params(args: argparse.Namespace) -> SamplingParams | None:
+    """Return the sampling parameters; None if none was given."""
+    from clipgen.sampling import SamplingParams
+
+    options = sampling_options(args)
+    return SamplingParams(**options) if options else None
+
+
+def load_vqgan_and_clip(args: argparse.Namespace) -> tuple[VQGAN, FrozenCLIP]:
+    """Load the tokenizer and CLIP of VQGAN-CLIP; the model of ``--checkpoint`` only if it is needed."""
     from clipgen import VQGAN, FrozenCLIP, TextToImage
 
-    if args.vqgan and args.clip:
-        vqgan, clip = VQGAN.load(args.vqgan), FrozenCLIP(args.clip, args.clip_pretrained)
-    else:
-        pipe = TextToImage.load(args.checkpoint)
-        vqgan = VQGAN.load(args.vqgan) if args.vqgan else pipe.vqgan
-        clip = FrozenCLIP(args.clip, args.clip_pretrained) if args.clip else pipe.clip
+    pipe = None if args.vqgan and args.clip else TextToImage.load(args.checkpoint)
+    vqgan = VQGAN.load(args.vqgan) if args.vqgan or pipe is None else pipe.vqgan
+    clip = FrozenCLIP.named(args.clip) if args.clip or pipe is None else pipe.clip
     return vqgan.to(args.device), clip.to(args.device)
 
 
-def load_clip_of(args: argparse.Namespace) -> FrozenCLIP:
-    """The CLIP that was named; else the one that a run of ours was made with; else the papers'."""
+def load_search_clip(args: argparse.Namespace) -> FrozenCLIP:
+    """Load the CLIP of ``--clip``, else that of the generator's run folder, else the papers'."""
     from clipgen import FrozenCLIP
+    from clipgen.baselines.generators import is_run
     from clipgen.run_folder import load_clip, run_folder
 
     if args.clip:
-        return FrozenCLIP(args.clip, args.clip_pretrained).to(args.device)
-    path = Path(args.generator).expanduser()
-    ours = path.is_dir() or path.suffix == ".ckpt"
-    return (load_clip(run_folder(path)) if ours else FrozenCLIP(*OPENAI)).to(args.device)
+        clip = FrozenCLIP.named(args.clip)
+    elif is_run(args.generator):
+        clip = load_clip(run_folder(Path(args.generator).expanduser()))
+    else:
+        clip = FrozenCLIP.named(PAPER_CLIP)
+    return clip.to(args.device)
 
 
-# ----------------------------------------------------------------------------------------------------- what is written
+# -------------------------------------------------------------------------------------------------------------- output
 
 
-class Sheet:
-    """The pictures of a call: each as a PNG that says what made it, and all in ``grid.png``."""
+class ImageOutput:
+    """The images of a command: one PNG each, whose metadata says how it was made, and all of them in ``grid.png``."""
 
     def __init__(self, args: argparse.Namespace, settings: dict[str, Any]):
         import clipgen
 
-        self.output, self.number = args.output, 0
+        self.folder = args.output
         self.columns = args.num_images if args.system != "search" else None
-        self.common = {"baseline": args.system, **settings, "clipgen": clipgen.__version__}
-        self.pictures: list[Any] = []
+        self.metadata = {"baseline": args.system, **settings, "clipgen": clipgen.__version__}
+        self.num_groups = 0
+        self.images: list[Any] = []
         self.captions: list[str] = []
 
-    def add(self, images: Tensor, captions: list[str], seeds: list[int], infos: list[dict[str, Any]]) -> None:
-        """Write the pictures of one prompt or class."""
+    def add(self, images: Tensor, caption: str, seeds: list[int], metadata: list[dict[str, Any]]) -> None:
+        """Write the images (B, 3, H, W) of one prompt or class.
+
+        Args:
+            images: the images.
+            caption: the prompt or class.
+            seeds: seed of each image.
+            metadata: metadata of each image.
+        """
         from clipgen.images import save_png, to_pil
 
-        for picture, caption, seed, info in zip(to_pil(images), captions, seeds, infos):
-            name = file_name(f"{self.number:02d}", caption, str(seed))
-            print(save_png(picture, self.output / name, {"seed": seed, **info, **self.common}))
-            self.pictures.append(picture)
-            shown = f" ({info['clip_score']:.3f})" if "clip_score" in info else ""
-            self.captions.append(caption + shown)
-        self.number += 1
+        for image, seed, own_metadata in zip(to_pil(images), seeds, metadata):
+            path = self.folder / file_name(f"{self.num_groups:02d}", caption, str(seed))
+            print(save_png(image, path, {"seed": seed, **own_metadata, **self.metadata}))
+            score = own_metadata.get("clip_score")
+            self.images.append(image)
+            self.captions.append(caption if score is None else f"{caption} ({score:.3f})")
+        self.num_groups += 1
 
-    def save(self) -> None:
-        """Write the sheet of all."""
-        from clipgen.images import grid, save_png
+    def save_grid(self) -> None:
+        """Write the grid of all images."""
+        from clipgen.images import save_png
+        from clipgen.visualization import grid
 
-        columns = self.columns if self.number > 1 else None
-        print(save_png(grid(self.pictures, columns, self.captions), self.output / "grid.png"))
+        columns = self.columns if self.num_groups > 1 else None
+        print(save_png(grid(self.images, columns, self.captions), self.folder / "grid.png"))
 
 
-def keep_all(args: argparse.Namespace, found: SearchResult, name: str) -> None:
-    """Write every picture of a search, where they were kept."""
+def save_all(args: argparse.Namespace, result: SearchResult, name: str) -> None:
+    """Write all images of a search, if they were kept."""
     from clipgen.images import save_png, to_pil
 
-    if found.images is None:
+    if result.images is None:
         return
     folder = args.output / "all" / name
     folder.mkdir(parents=True, exist_ok=True)
-    for b, picture in enumerate(to_pil(found.images)):
-        save_png(picture, folder / f"{b:04d}.png")
+    for number, image in enumerate(to_pil(result.images)):
+        save_png(image, folder / f"{number:04d}.png")
 
 
-def write_table(rows: list[Row], args: argparse.Namespace) -> None:
-    """Print Tables 1 and 2 and write them, with the curves of Figure 2, to ``search.json``."""
+def write_table(rows: list[SearchRow], args: argparse.Namespace) -> None:
+    """Print Tables 1 and 2, and write them with the curves of Figure 2 to ``search.json``."""
     from clipgen.files import write_json
 
     print(f"{'k':>5}  best CLIP score    images needed")
     for row in rows:
-        needed = row.needed_mean_std
-        more = "-" if args.threshold is None else f"> {args.num_images}"
-        count = f"{needed[0]:.2f} ± {needed[1]:.2f}" if needed else more
-        mean, deviation = row.best_mean_std
-        print(f"{row.k:5d}  {mean:.4f} ± {deviation:.4f}  {count}")
+        mean, std = row.best_mean_std
+        print(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
     report = {
         "generator": args.generator,
         "prompts": len(args.prompts),
         "num_images": args.num_images,
         "seeds": args.seeds,
         "threshold": args.threshold,
-        "rows": [{"k": r.k, "best": r.best, "needed": r.needed, "curve": r.curve.tolist()} for r in rows],
+        "rows": [{"k": row.k, "best": row.best, "needed": row.needed, "curve": row.curve.tolist()} for row in rows],
     }
     write_json(args.output / "search.json", report)
     print(args.output / "search.json")
+
+
+def format_needed(row: SearchRow, args: argparse.Namespace) -> str:
+    """Return the number of images needed as text."""
+    if args.threshold is None:
+        return "-"
+    if row.needed_mean_std is None:
+        return f"> {args.num_images}"
+    mean, std = row.needed_mean_std
+    return f"{mean:.2f} ± {std:.2f}"
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from clipgen.cli.output_dir import file_name
 from clipgen.cli.sample_request import SampleRequest
 from clipgen.generation.generator import Preview
 from clipgen.generation.prompts import describe
-from clipgen.images import grid, save_png, to_pil
+from clipgen.images import save_png, to_pil
 from clipgen.pipeline import TextToImage
 from clipgen.sampling import SamplingParams
+from clipgen.visualization import grid
 
 # A grid of more images does not open in most viewers, and takes gigabytes of memory.
 MAX_GRID_IMAGES = 1000

@@ -1,39 +1,39 @@
-"""A data set in pieces that can be read alone, in any order and by any process."""
+"""Split datasets into chunks that processes can read independently, and read chunks in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipgen.data.webdataset import ImageShards
+from clipgen.data.source import Chunk, ImageSource
 
-Batch = tuple[Tensor, list["int | None"]]  # images (B, A, 3, H, W), classes
+Batch = tuple[Tensor, list["int | None"]]  # images (B, A, 3, H, W) with A augmentations, classes
 
 
-def runs(count: int, size: int) -> list[range]:
-    """0, 1, ..., count - 1 in runs of ``size``."""
+def index_ranges(count: int, size: int) -> list[range]:
+    """Split the indices 0, 1, ..., count - 1 into ranges of ``size``; the last one may be shorter."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def pieces(dataset: Any, size: int) -> list[Any]:
-    """The tar files of a stream; runs of ``size`` items of anything else."""
-    return dataset.urls if isinstance(dataset, ImageShards) else runs(len(dataset), size)
+def iter_batches(source: ImageSource, chunk: Chunk, num_views: int, batch_size: int) -> Iterator[Batch]:
+    """Yield batches of the usable images of a chunk, in order.
 
+    Args:
+        source: source of the images.
+        chunk: one of ``source.split_into_chunks(...)``.
+        num_views: augmentations of each image.
+        batch_size: crops per batch, at least those of one image.
 
-def read(dataset: Any, piece: Any, views: int, batch_size: int) -> Iterator[Batch]:
-    """Batches (B, A, 3, H, W) of the usable images of a piece, in order, with their B classes where there are some."""
-    if not hasattr(dataset, "views"):
-        raise TypeError(f"{type(dataset).__name__} must have a method views(items, count), as ImageFolder has")
-    images = dataset.views(piece, views)
-    while batch := list(islice(images, max(batch_size // views, 1))):
-        pictures, labels = zip(*batch)
-        yield torch.stack(pictures), list(labels)
-
-
-def source_files(dataset: Any) -> list[str]:
-    """The files that a data set reads, in order: pieces are numbered by them."""
-    return [*getattr(dataset, "files", ()), *getattr(dataset, "urls", ())]
+    Yields:
+        Images (B, num_views, 3, H, W) in [-1, 1], and their B classes or B times None.
+    """
+    images_per_batch = max(batch_size // num_views, 1)
+    images = source.augmented_views(chunk, num_views)
+    while True:
+        batch = list(islice(images, images_per_batch))
+        if not batch:
+            return
+        yield torch.stack([views for views, _ in batch]), [label for _, label in batch]

@@ -1,29 +1,34 @@
-"""Two datasets as the data of a Lightning run."""
+"""Load two datasets as the training and validation data of a Lightning run."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from clipgen.data.samplers import ResumableSampler, batches_done
-from clipgen.data.validation_sampler import ValidationSampler
+from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done
+from clipgen.data.source import ResumableStream, skip_counter_of, supports_epoch_index
 
 
 class ImageDataModule(pl.LightningDataModule):
     """Batches {"images": (B, 3, H, W) in [-1, 1]} from a training and a validation dataset, map-style or iterable.
 
-    Training batches are shuffled and full. The order of a map-style dataset follows from `seed` and step alone, so a
-    run that is stopped anywhere and resumed sees what it would have seen.
+    Training batches are shuffled and full. The order of a map-style dataset is a function of `seed` and step alone, so
+    a resumed run gets the same batches as an uninterrupted one. The datasets are usually `ImageSource`s, but training
+    and validation accept any torch dataset with such samples.
 
     Args:
-        train: training dataset. If it is iterable it shuffles and splits itself between ranks and workers.
+        train: training dataset. If it is iterable, it shuffles and splits itself between ranks and workers.
         val: validation dataset, or None.
-        batch_size: images in a batch, on each device.
-        num_workers: processes that load data; 0 loads in the main process.
-        seed: of the order and of the random crops.
+        batch_size: images per batch on each device.
+        num_workers: number of processes that load data; 0 loads in the main process.
+        seed: seed of the order and of the random crops.
 
     Raises:
         ValueError: an argument is out of range, or there are too few training images for one batch.
@@ -38,46 +43,95 @@ class ImageDataModule(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.train, self.val = train, val
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        if not isinstance(train, IterableDataset) and len(train) < batch_size:  # type: ignore[arg-type]
-            raise ValueError(f"batch_size must be at most {len(train)}, the training images, got {batch_size}")  # type: ignore[arg-type]
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        if not isinstance(train, IterableDataset):
+            num_images = len(train)  # type: ignore[arg-type]
+            if num_images < batch_size:
+                raise ValueError(f"batch_size must be at most {num_images}, the training images, got {batch_size}")
+        self.train = train
+        self.val = val
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Make the loader of shuffled, full batches; without end if the dataset is."""
+        """Make the loader of shuffled, full batches; it is endless if the dataset is."""
+        sampler = None
+        if isinstance(self.train, IterableDataset):
+            self._resume_stream()
+        else:
+            sampler = ResumableSampler.for_trainer(self.trainer, self.train, self.batch_size, self.seed)
         rank = self.trainer.global_rank if self.trainer else 0
-        stream = isinstance(self.train, IterableDataset)
-        sampler = None if stream else ResumableSampler.for_trainer(self.trainer, self.train, self.batch_size, self.seed)
-        if stream and self.trainer and hasattr(self.train, "resume"):
-            done, limit = batches_done(self.trainer), self.trainer.limit_train_batches
-            epoch, batches = divmod(done, limit) if isinstance(limit, int) else (0, done)  # streams have no other end
-            self.train.resume(epoch, batches, self.batch_size)
         generator = torch.Generator().manual_seed(self.seed + rank)
         return self._loader(self.train, sampler=sampler, drop_last=True, generator=generator)
 
+    def _resume_stream(self) -> None:
+        """Move a stream to where the run stands."""
+        if not self.trainer or not isinstance(self.train, ResumableStream):
+            return
+        done = batches_done(self.trainer)
+        # Streams are endless, so only limit_train_batches ends an epoch.
+        limit = self.trainer.limit_train_batches
+        epoch, batches = divmod(done, limit) if isinstance(limit, int) else (0, done)
+        self.train.resume(epoch, batches, self.batch_size)
+
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Make the loader of all validation images in order, or none at all."""
+        """Make the loader of all validation images in order; [] if there are none."""
         if self.val is None:
             return []
-        if isinstance(self.val, IterableDataset):  # it splits itself between ranks
+        # A stream splits itself between ranks.
+        if isinstance(self.val, IterableDataset):
             return self._loader(self.val)
         return self._loader(self.val, sampler=ValidationSampler.for_trainer(self.trainer, self.val, self.batch_size))
 
     def teardown(self, stage: str) -> None:
-        """Let the datasets that count skipped images log the counts."""
+        """Log how many images were used and skipped."""
         for dataset in (self.train, self.val):
-            if tally := getattr(dataset, "tally", None):
-                tally.summary()
+            skip_counter = skip_counter_of(dataset)
+            if skip_counter:
+                skip_counter.log_summary()
 
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        return make_loader(dataset, self.batch_size, self.num_workers, **options)
+
+
+def make_loader(dataset: Dataset[Any], batch_size: int, num_workers: int, **options: Any) -> DataLoader[Any]:
+    """Make a loader that keeps its workers between epochs, and pins memory if there is a GPU."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        **options,
+    )
+
+
+def training_images(trainer: Any, count: int, batch_size: int) -> Iterator[Tensor]:
+    """Yield batches of about ``count`` training images, different ones on every rank, or as many as there are.
+
+    They are read in this process and in another order than in training, whose order and position do not change. Used
+    to initialize a model before training starts.
+    """
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    if dataset is None or count <= 0:
+        return
+    if isinstance(dataset, IterableDataset):
+        # The copy keeps the position of the stream as it is.
+        samples: Iterator[Any] = iter(copy.copy(dataset))
+    else:
+        samples = _random_samples(dataset, trainer.global_rank, trainer.world_size)
+    samples = islice(samples, count)
+    while batch := list(islice(samples, batch_size)):
+        yield torch.stack([sample["images"] for sample in batch])
+
+
+def _random_samples(dataset: Any, rank: int, world_size: int) -> Iterator[Any]:
+    """Yield the samples of this rank in random order."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    has_epochs = supports_epoch_index(dataset)
+    for item in order[rank::world_size].tolist():
+        yield dataset[(0, item) if has_epochs else item]

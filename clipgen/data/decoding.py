@@ -1,4 +1,4 @@
-"""Photos as they come, decoded."""
+"""Decode image files from any source to upright sRGB images, with bounded memory."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError, features
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-# Pictures that a folder may hold and that no decoder of ours reads: they are counted, and their format is named.
+# Image formats without a decoder here: such files are counted as skipped, and their format is named.
 UNREADABLE_EXTENSIONS = (".heic", ".heif", ".jxl", ".jp2")
-# The formats are told by content. Naming them keeps out those that run other programs, such as EPS.
+# Pillow detects formats by content. Listing them excludes those that run other programs, such as EPS.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-# Medium-format cameras reach 102 megapixels. JPEGs count at the size that they are decoded at.
+# Medium-format cameras reach 102 megapixels. The size of a JPEG is the one that it is decoded at.
 MAX_PIXELS = 120_000_000
-# Pictures that threads decode at the same time share this much memory; a larger one is decoded alone.
+# Memory of the images that threads decode at the same time; a larger image is decoded alone.
 _DECODING_BYTES = 1 << 29
-# Conversions work on bands of so many pixels, so that they need no second copy of a large picture.
+# Conversions work on bands of so many pixels, so that they need no second copy of a large image.
 _BAND_PIXELS = 1 << 22
-_MAX_PROFILE_BYTES = 4 << 20  # printers' profiles have 0.5 to 3 MB
-_WITHOUT_DECODER = {
+# The profiles of printers have 0.5 to 3 MB.
+_MAX_PROFILE_BYTES = 4 << 20
+# Number of bytes that suffice to recognize a format.
+_SIGNATURE_BYTES = 32
+# Bytes 4 to 12 of formats without a decoder.
+_SIGNATURES_WITHOUT_DECODER = {
     "AVIF": ("ftypavif", "ftypavis"),
     "HEIC": ("ftypheic", "ftypheix", "ftyphevc", "ftypmif1", "ftypmsf1"),
     "JPEG XL": ("JXL ",),
     "JPEG 2000": ("jP  ",),
-}  # what stands at the fifth byte
+}
 
 
 class UnusableImageError(ValueError):
     """An image that training has to skip.
 
     Attributes:
-        reason: "truncated", "empty", "not an image", "too large" or another of the few words that summaries count by.
+        reason: "truncated", "empty", "not an image", "too large" or another of the reasons that `SkipCounter` counts.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -49,19 +53,20 @@ class UnusableImageError(ValueError):
 
 
 def decode_image(source: Path | bytes, image_size: int | None = None) -> Image.Image:
-    """Decode an image file, or its bytes, to an upright sRGB picture.
+    """Decode an image file, or its bytes, to an upright sRGB image.
 
-    EXIF orientation and the color profile are applied, transparency is laid on white, 16-bit grey is scaled to 8 bits,
-    and of an animation the first frame is taken. What the file contains decides its type, not its name.
+    EXIF orientation and the color profile are applied, transparent pixels are blended with white, 16-bit gray is scaled
+    to 8 bits, and animations are reduced to their first frame. The format is determined by content, not by name.
 
     Args:
         source: path or content of a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.
-        image_size: what the picture will be reduced to. A JPEG of four times that and more is then decoded at a half,
-            quarter or eighth of its size, still at twice what is wanted: 12 megapixels in a third of the time.
+        image_size: size to which the image will be resized. A JPEG of at least four times this size is then decoded at
+            a half, quarter or eighth of its size, but at least twice `image_size`: 12 megapixels take a third of the
+            time.
 
     Raises:
-        UnusableImageError: the source is empty, truncated, corrupt, no image at all, of a format without a decoder here, or
-            larger than `MAX_PIXELS` pixels, which its header tells.
+        UnusableImageError: the source is empty, truncated, corrupt, not an image, or of a format without a decoder,
+            or it has more than `MAX_PIXELS` pixels according to its header.
     """
     with _opened(source) as image:
         if image_size:
@@ -69,44 +74,48 @@ def decode_image(source: Path | bytes, image_size: int | None = None) -> Image.I
         check_pixels(image)
         with _memory.reserved(_bytes_needed(image)):
             image.load()
-            with suppress(Exception):  # the pixels are turned first; then it may stumble over other tags: no loss
+            # Pixels are rotated first; an error in other tags after that does not matter.
+            with suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
 
 
 def check_header(source: Path | bytes) -> None:
-    """Raise what `decode_image` would, as far as the first bytes tell: empty, not an image, too large."""
+    """Raise the errors of `decode_image` that the first bytes reveal: empty, not an image, too large."""
     with _opened(source) as image:
         image.draft(None, (1, 1))
         check_pixels(image)
 
 
 def upright_size(path: Path) -> tuple[int, int]:
-    """Return width and height of an image file as its EXIF orientation turns it, without decoding it."""
+    """Return width and height of an image file after its EXIF orientation is applied, without decoding it."""
     with _opened(path) as image:
-        turned = False
-        with suppress(Exception):  # broken tags, as in `decode_image`
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return (image.height, image.width) if turned else image.size
+        is_rotated = False
+        # Broken tags are ignored, as in `decode_image`.
+        with suppress(Exception):
+            is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if is_rotated else image.size
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Raise UnusableImageError unless an image that is not decoded yet has at most `MAX_PIXELS` pixels."""
-    if (pixels := image.width * image.height) > MAX_PIXELS:
+    """Raise UnusableImageError if an image that is not decoded yet has more than `MAX_PIXELS` pixels."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
         raise UnusableImageError("too large", f"{image.width} x {image.height} pixels are {pixels}, above {MAX_PIXELS}")
 
 
 def png_text(path: Path) -> dict[str, str]:
-    """Return the text chunks of a PNG file; a file of another kind has none.
+    """Return the text chunks of a PNG file; {} for a file of another format.
 
     Raises:
-        UnusableImageError: the file is not a regular file, breaks off, or is too large.
+        UnusableImageError: the file is not a regular file, truncated, or too large.
     """
     try:
         with _opened(path, ("PNG",)) as image:
             check_pixels(image)
             with _memory.reserved(_bytes_needed(image)):
-                return dict(getattr(image, "text", {}))  # reads to the end of the file, as texts may stand there
+                # This reads to the end of the file, where texts may be.
+                return dict(getattr(image, "text", {}))
     except UnusableImageError as error:
         if error.reason in ("not an image", "no decoder"):
             return {}
@@ -114,32 +123,38 @@ def png_text(path: Path) -> dict[str, str]:
 
 
 def looks_like_image(start: bytes) -> bool:
-    """Return whether a file that begins with these bytes (32 are enough) claims to be an image."""
-    known = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\xff\x0a")
-    bitmap = start[:2] == b"BM" and start[6:10] == bytes(4)
-    webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
-    return start.startswith(known) or bitmap or webp or _format_without_decoder(start) is not None
+    """Return whether a file that begins with these bytes (32 suffice) has the signature of an image."""
+    signatures = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"\xff\x0a")
+    is_bitmap = start[:2] == b"BM" and start[6:10] == bytes(4)
+    is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
+    return start.startswith(signatures) or is_bitmap or is_webp or _format_without_decoder(start) is not None
 
 
-def has_ending(name: str) -> bool:
-    """Return whether a file name ends like `.jpg` or `.txt`; `0001`, `clip.0001` and `photo.jpg?size=2` do not."""
+def has_extension(name: str) -> bool:
+    """Return whether a file name has an extension like `.jpg`; `0001`, `clip.0001` and `photo.jpg?size=2` have none."""
     return re.search(r"\.[A-Za-z][A-Za-z0-9]{0,7}$", name) is not None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any Pillow mode to sRGB: its color profile is applied, transparency is laid on white, 16-bit
-    and float grey is scaled to 8 bits."""
+    """Convert an image of any Pillow mode to sRGB.
+
+    Its color profile is applied, transparent pixels are blended with white, and 16-bit and float gray is scaled to 8
+    bits.
+    """
     profile = image.info.get("icc_profile")
     if image.mode == "RGB" and not profile and not image.has_transparency_data:
         return image
-    white = _white_level(image) if image.mode.startswith(("I", "F")) else 0.0
+    is_high_depth = image.mode.startswith(("I", "F"))
+    white = _white_level(image) if is_high_depth else 0.0
     result = Image.new("RGB", image.size)
     for top, band in _bands(image):
-        result.paste(_grey(band, white) if white else _colors(band, profile), (0, top))
+        rgb = _scale_gray(band, white) if is_high_depth else _convert_colors(band, profile)
+        result.paste(rgb, (0, top))
     return result
 
 
-def _colors(image: Image.Image, profile: bytes | None) -> Image.Image:
+def _convert_colors(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert an image with 8 bits per channel to sRGB on white."""
     transparent = image.has_transparency_data
     if image.mode == "LA":
         source = image.getchannel("L")
@@ -161,7 +176,7 @@ def _colors(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _to_srgb(profile: bytes, mode: str) -> Any:
-    """Return the transform from an embedded color profile to sRGB; None where it changes nothing or is unusable."""
+    """Return the transform from an embedded color profile to sRGB; None if it changes nothing or is unusable."""
     if len(profile) > _MAX_PROFILE_BYTES:
         return None
     try:
@@ -174,9 +189,9 @@ def _to_srgb(profile: bytes, mode: str) -> Any:
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
     assert changed is not None
-    # Most profiles are sRGB's own, and rounding would move its colors by a level.
-    furthest = max(high for _, high in ImageChops.difference(colors, changed).getextrema())  # type: ignore[misc]
-    return transform if furthest > 2 else None
+    # Most profiles are sRGB itself; applying them would only add rounding errors.
+    largest_change = max(high for _, high in ImageChops.difference(colors, changed).getextrema())  # type: ignore[misc]
+    return transform if largest_change > 2 else None
 
 
 @cache
@@ -186,13 +201,13 @@ def _srgb() -> Any:
 
 @cache
 def _color_cube() -> Image.Image:
-    """Return an image of 9 x 9 x 9 colors that are evenly spread."""
+    """Return an image of 9 x 9 x 9 evenly spaced colors."""
     steps = np.linspace(0, 255, 9).round().astype(np.uint8)
     return Image.fromarray(np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3))
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yield the first row and the pixels of horizontal bands."""
+    """Yield horizontal bands, each with the number of its first row."""
     rows = max(_BAND_PIXELS // image.width, 1)
     if rows >= image.height:
         yield 0, image
@@ -202,16 +217,19 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 
 def _white_level(image: Image.Image) -> float:
-    highest = max(float(_grey_values(band).max()) for _, band in _bands(image))
-    return max(1.0 if image.mode == "F" else 65535.0, highest)
+    """Return the gray value that becomes white: the nominal maximum, or the largest value if that is higher."""
+    largest = max(float(_gray_values(band).max()) for _, band in _bands(image))
+    nominal = 1.0 if image.mode == "F" else 65535.0
+    return max(nominal, largest)
 
 
-def _grey(image: Image.Image, white: float) -> Image.Image:
-    values = _grey_values(image)  # Pillow's own conversion clips above 255
-    return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+def _scale_gray(image: Image.Image, white: float) -> Image.Image:
+    """Scale gray values to 8 bits; Pillow's own conversion would clip them at 255."""
+    values = _gray_values(image) / white * 255
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
-def _grey_values(image: Image.Image) -> np.ndarray:
+def _gray_values(image: Image.Image) -> np.ndarray:
     return np.nan_to_num(np.asarray(image, dtype=np.float32))
 
 
@@ -220,11 +238,9 @@ def _grey_values(image: Image.Image) -> np.ndarray:
 
 @contextmanager
 def _opened(source: Path | bytes, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """Open an image without decoding it; errors inside the `with` become UnusableImageError."""
     try:
-        if isinstance(source, bytes):
-            size = len(source)
-        else:
-            size = _regular_size(source)
+        size = len(source) if isinstance(source, bytes) else _regular_file_size(source)
         if not size:
             raise UnusableImageError("empty")
         file = BytesIO(source) if isinstance(source, bytes) else source
@@ -234,17 +250,19 @@ def _opened(source: Path | bytes, formats: tuple[str, ...] | None = None) -> Ite
         raise
     except UnidentifiedImageError as error:
         raise _unidentified(source) from error
-    except Exception as error:  # Pillow's decoders raise nearly everything when the data is bad
+    except Exception as error:
+        # Pillow's decoders raise almost any exception for bad data.
         raise _unusable(error) from error
 
 
 @cache
 def _formats() -> tuple[str, ...]:
+    """Return the formats that this installation of Pillow can decode."""
     return (*_FORMATS, "AVIF") if features.check("avif") else _FORMATS
 
 
-def _regular_size(path: Path) -> int:
-    """Return the bytes of a file; opening a pipe or a device could wait for ever."""
+def _regular_file_size(path: Path) -> int:
+    """Return the size of a file in bytes; refuse pipes and devices, which could block forever."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise UnusableImageError("unreadable", "not a regular file")
@@ -252,30 +270,35 @@ def _regular_size(path: Path) -> int:
 
 
 def _unidentified(source: Path | bytes) -> UnusableImageError:
-    start = source[:32] if isinstance(source, bytes) else read_start(source)
-    if (name := _format_without_decoder(start)) is None:
+    start = source[:_SIGNATURE_BYTES] if isinstance(source, bytes) else read_start(source)
+    name = _format_without_decoder(start)
+    if name is None:
         return UnusableImageError("not an image")
-    way = 'pip install "pillow>=11.3"' if name == "AVIF" else "convert it to JPEG or PNG"
-    return UnusableImageError("no decoder", f"{name}: {way}")
+    remedy = 'pip install "pillow>=11.3"' if name == "AVIF" else "convert it to JPEG or PNG"
+    return UnusableImageError("no decoder", f"{name}: {remedy}")
 
 
 def read_start(path: Path) -> bytes:
-    """Return the first 32 bytes of a regular file; none of anything else."""
+    """Return the first 32 bytes of a regular file; b"" for anything else."""
     with suppress(OSError):
         if path.is_file():
             with path.open("rb") as file:
-                return file.read(32)
+                return file.read(_SIGNATURE_BYTES)
     return b""
 
 
 def _format_without_decoder(start: bytes) -> str | None:
     if start.startswith(b"\xff\x0a"):
         return "JPEG XL"
-    mark = start[4:12].decode("latin-1")
-    return next((name for name, marks in _WITHOUT_DECODER.items() if mark.startswith(marks)), None)
+    signature = start[4:12].decode("latin-1")
+    for name, signatures in _SIGNATURES_WITHOUT_DECODER.items():
+        if signature.startswith(signatures):
+            return name
+    return None
 
 
 def _unusable(error: Exception) -> UnusableImageError:
+    """Return the reason for an error of a decoder."""
     if isinstance(error, Image.DecompressionBombError):
         return UnusableImageError("too large", str(error))
     if isinstance(error, MemoryError):
@@ -289,23 +312,26 @@ def _unusable(error: Exception) -> UnusableImageError:
 
 
 def _bytes_needed(image: Image.Image) -> int:
-    """Return what decoding an image and converting it to RGB takes at most."""
+    """Return an upper bound of the memory for decoding an image and converting it to RGB."""
     if image.mode in ("1", "L", "P"):
-        decoded = 1
+        decoded_bytes = 1
+    elif image.mode.startswith("I;16"):
+        decoded_bytes = 2
     else:
-        decoded = 2 if image.mode.startswith("I;16") else 4
-    converted = 0 if image.mode == "RGB" else 4
-    return image.width * image.height * (decoded + converted)
+        decoded_bytes = 4
+    converted_bytes = 0 if image.mode == "RGB" else 4
+    return image.width * image.height * (decoded_bytes + converted_bytes)
 
 
 class MemoryBudget:
-    """Memory that the threads of a process share: one waits while what the others hold leaves no room for it.
+    """Memory that the threads of a process share: a thread waits while the others hold too much.
 
-    A request above the limit is granted when nobody else holds memory, so no request waits for ever.
+    A request above the limit is granted when no other thread holds memory, so no request waits forever.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.held = limit, 0
+        self.limit = limit
+        self.held = 0
         self.changed = threading.Condition()
 
     @contextmanager
@@ -325,11 +351,11 @@ class MemoryBudget:
 _memory = MemoryBudget(_DECODING_BYTES)
 
 
-def _new_memory() -> None:
-    """Begin with an empty budget in a forked process, which does not have the threads that held it."""
+def _reset_memory() -> None:
+    """Reset the budget in a forked process, which does not have the threads that held memory."""
     global _memory
     _memory = MemoryBudget(_DECODING_BYTES)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_memory)
+    os.register_at_fork(after_in_child=_reset_memory)

@@ -1,4 +1,4 @@
-"""Any folder of images as a map-style dataset."""
+"""Use any folder of images as a map-style dataset."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipgen.data.chunks import index_ranges
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import (
     EXTENSIONS,
@@ -24,49 +25,52 @@ from clipgen.data.decoding import (
     UnusableImageError,
     check_header,
     decode_image,
-    has_ending,
+    has_extension,
     looks_like_image,
     read_start,
 )
-from clipgen.data.parallel import ahead
+from clipgen.data.parallel import parallel_map
 from clipgen.data.skip_counter import SkipCounter
+from clipgen.data.source import ImageCount, Views
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.files import natural_key
-from clipgen.hashing import hashed_seed, unit_hash
+from clipgen.hashing import hash_files, hashed_seed, unit_hash
 
 logger = logging.getLogger(__name__)
 
 # Decoding this many photos of a megapixel takes about a minute on eight cores.
-_DECODE_UP_TO = 5_000
+_MAX_DECODED = 5_000
+_NUM_THREADS = 16
 
 
 class ImageFolder(Dataset[dict[str, Tensor]]):
     """All usable images below a folder, sorted by path; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
-    Item `i` of pass `p` is asked for as `(p, i)`: its crop and flip follow from the seed, the pass and the item alone.
-    A plain `i`, as any DataLoader asks, is drawn anew every time.
+
+    Index `(epoch, i)` selects image `i`, whose crop and flip depend only on the seed, the epoch and the image. A plain
+    index `i`, as any DataLoader uses it, gives a new random crop every time.
 
     Construction checks every file. Up to 5000 files are decoded, so that unusable ones are all known before training;
-    of larger folders only the headers are read, which finds empty files, other content and decompression bombs. What
-    turns out broken later is warned about once and replaced by the next usable image.
+    of larger folders only the headers are read, which detects empty files, other content and decompression bombs. A
+    file that turns out to be broken later is warned about once and replaced by the next usable image.
 
     Args:
-        root: folder, searched with its sub-folders; hidden files and files that are not named like images are ignored.
-            A file without an ending is an image if its first bytes say so.
-        image_size: side of the square images.
-        train: random crop and flip, and the training side of the split; else centre crop and the validation side.
+        root: folder, searched with its sub-folders. Hidden files and files that are not named like images are ignored.
+            A file without an extension is an image if its first bytes say so.
+        image_size: height and width of the images in pixels.
+        train: random crop and flip, and the training side of the split; else center crop and the validation side.
         flip: mirror half of the training images.
-        val_fraction: share of the images held out for validation, in [0, 1). Each image's side follows from a hash of
-            its path, so adding files does not move others. At 0 there is no split: either side is the whole folder.
-        seed: of crops and flips.
-        labels: give a cache the class of each image too, which is the sub-folder of `root` that it lies in.
-        class_names: the sub-folders in the order of their classes; None: sorted, numbers by their value (2 before 10).
+        val_fraction: fraction of the images held out for validation, in [0, 1). Each image's side of the split depends
+            on a hash of its path, so adding files does not move others. At 0 both sides are the whole folder.
+        seed: seed of crops and flips.
+        labels: return the class of each image from `augmented_views`: the sub-folder of `root` that contains it.
+        class_names: sub-folders in the order of their classes. None sorts them, numbers by value (2 before 10).
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is no folder.
-        ValueError: an argument is out of range, nothing in the folder is usable, or an image lies in no class.
+        FileNotFoundError, NotADirectoryError: `root` is not a folder.
+        ValueError: an argument is out of range, nothing in the folder is usable, or an image belongs to no class.
     """
 
-    counts_passes = True
+    supports_epoch_index = True
 
     def __init__(
         self,
@@ -83,184 +87,242 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         self.seed = seed
         self.image_size = image_size
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
-        self.tally = SkipCounter(str(root))
-        usable = scan_folder(self.root, self.tally)
+        self.skip_counter = SkipCounter(str(root))
+        usable_files = scan_folder(self.root, self.skip_counter)
         self.labels = labels
-        known = set(class_names or [_class(file) for file in usable]) - {""}
-        self.class_names = class_names or sorted(known, key=natural_key)
-        if labels and (stray := [file for file in usable if _class(file) not in known]):
-            which = "one of the training classes" if class_names else "its class"
-            raise ValueError(f"labels needs each image of {root} in a folder named after {which}, got {stray[0]}")
-        rest, self._held_out = map(PackedStrings, split_files(usable, val_fraction))
-        self.files = self._held_out if len(self._held_out) and not train else rest
+        folders = {_class_folder(file) for file in usable_files} - {""}
+        self.class_names = class_names or sorted(folders, key=natural_key)
+        if labels:
+            self._check_classes(usable_files, "one of the training classes" if class_names else "its class")
+        train_files, val_files = split_files(usable_files, val_fraction)
+        self._held_out = PackedStrings(val_files)
+        self.files = self._held_out if val_files and not train else PackedStrings(train_files)
+
+    def _check_classes(self, files: list[str], wanted: str) -> None:
+        """Raise ValueError unless each file is in the folder of a class."""
+        folders = set(self.class_names)
+        for file in files:
+            if _class_folder(file) not in folders:
+                raise ValueError(f"labels needs each image of {self.root} in a folder named after {wanted}, got {file}")
 
     def held_out(self) -> ImageFolder:
-        """Return the validation side of the split, without a second scan; both sides keep one common count."""
+        """Return the validation side of the split without scanning again; both sides share one skip counter."""
         other = copy.copy(self)
-        other.files, other.transform = self._held_out, val_transform(self.image_size)
+        other.files = self._held_out
+        other.transform = val_transform(self.image_size)
         return other
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
-        turn, item = index if isinstance(index, tuple) else (0, index)
-        start = range(len(self))[item]  # raises IndexError, which ends a plain for loop
-        generator = self._generator(turn, item) if isinstance(index, tuple) else None
+        generator = None
+        if isinstance(index, tuple):
+            epoch, index = index
+            generator = self._generator(epoch, index)
+        # Indexing a range raises IndexError past the end, which ends a plain for loop.
+        start = range(len(self))[index]
         for step in range(len(self)):
             path = self.root / self.files[(start + step) % len(self)]
             try:
                 return {"images": self.transform(decode_image(path, image_size=self.image_size), generator)}
             except UnusableImageError as error:
-                if self.tally.skip(str(path), error):
-                    self.tally.use(-1)
-        raise ValueError(f"{self.root} has no usable image left: {self.tally}")
+                if self.skip_counter.skip(str(path), error):
+                    self.skip_counter.use(-1)
+        raise ValueError(f"{self.root} has no usable image left: {self.skip_counter}")
 
-    def views(self, items: Sequence[int], count: int) -> Iterator[tuple[Tensor, int | None]]:
-        """``count`` crops of each usable image among ``items``, (count, 3, H, W), and its class where ``labels``;
-        1: the centre crop."""
-        crop = self.transform if count > 1 else val_transform(self.image_size)
+    def split_into_chunks(self, size: int) -> list[range]:
+        """Return ranges of item indices."""
+        return index_ranges(len(self), size)
 
-        def load(item: int) -> tuple[Tensor, int | None] | None:
+    def augmented_views(self, chunk: Sequence[int], num_views: int) -> Iterator[Views]:
+        """Yield `num_views` crops (num_views, 3, H, W) of each usable image, and its class; see `ImageSource`."""
+        crop = self.transform if num_views > 1 else val_transform(self.image_size)
+
+        def load(item: int) -> Views | None:
+            path = self.root / self.files[item]
             try:
-                image = decode_image(self.root / self.files[item], image_size=self.image_size)
+                image = decode_image(path, image_size=self.image_size)
             except UnusableImageError as error:
-                self.tally.skip(str(self.root / self.files[item]), error)
+                self.skip_counter.skip(str(path), error)
                 return None
-            label = self.class_names.index(_class(self.files[item])) if self.labels else None
-            return torch.stack([crop(image, self._generator(turn, item)) for turn in range(count)]), label
+            crops = [crop(image, self._generator(view, item)) for view in range(num_views)]
+            return torch.stack(crops), self._label(item)
 
-        return filter(None, ahead(load, items))
+        return filter(None, parallel_map(load, chunk))
 
-    def _generator(self, turn: int, item: int) -> torch.Generator:
-        return torch.Generator().manual_seed(hashed_seed(f"{self.seed} {turn} {item}"))
+    def file_names(self) -> Sequence[str]:
+        """Return the paths of the images relative to the folder."""
+        return list(self.files)
+
+    def content_id(self) -> str:
+        """Return a hash of the bytes of all images."""
+        return hash_files(self.root / file for file in self.files)
+
+    def count_images(self) -> ImageCount:
+        """Return the number of images."""
+        return ImageCount(len(self))
+
+    def _label(self, item: int) -> int | None:
+        return self.class_names.index(_class_folder(self.files[item])) if self.labels else None
+
+    def _generator(self, epoch: int, item: int) -> torch.Generator:
+        return torch.Generator().manual_seed(hashed_seed(f"{self.seed} {epoch} {item}"))
 
 
-class PackedStrings:
-    """Texts by number, in two blocks of memory: of a list each worker would come to copy every text (a gigabyte for
-    eight workers and a million names), since reading one counts a reference in it."""
+class PackedStrings(Sequence[str]):
+    """A list of strings stored in two arrays.
 
-    def __init__(self, texts: Sequence[str]):
-        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
-        self.content, self.ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
+    Reading a Python list changes reference counts, so forked workers would gradually copy all of it (about 1 GB for 8
+    workers and a million names).
+    """
+
+    def __init__(self, strings: Sequence[str]):
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        self.content = b"".join(encoded)
+        self.ends = np.cumsum([0, *map(len, encoded)])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, item: int) -> str:
-        place = range(len(self))[item]  # raises IndexError, which ends a plain for loop
-        return self.content[self.ends[place] : self.ends[place + 1]].decode("utf-8", "surrogateescape")
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]
+        # Indexing a range raises IndexError past the end, which ends a plain for loop.
+        index = range(len(self))[index]
+        return self.content[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogateescape")
 
 
 @dataclass
-class Listing:
-    """The files below a folder, as POSIX paths relative to it.
+class FolderListing:
+    """Files below a folder, as POSIX paths relative to it.
 
     Args:
-        images: files that are named like images, or begin like one and have no ending; sorted.
-        strays: files without an ending that are not images.
-        unreadable: folders that cannot be listed, each with the reason.
-        others: number of files of other kinds.
+        images: files that are named like images, or have no extension and begin like an image; not sorted.
+        no_extension: files without an extension that are not images.
+        unreadable_folders: folders that cannot be listed, each with the reason.
+        num_others: number of files of other types.
     """
 
     images: list[str] = field(default_factory=list)
-    strays: list[str] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    others: int = 0
+    no_extension: list[str] = field(default_factory=list)
+    unreadable_folders: dict[str, str] = field(default_factory=dict)
+    num_others: int = 0
 
     def add(self, root: Path, file: str, name: str) -> None:
-        """Sort a file into the kinds."""
+        """Add a file to the list of its type.
+
+        Args:
+            root: the folder that is listed.
+            file: path relative to ``root``.
+            name: last part of the path.
+        """
         if name.lower().endswith((*EXTENSIONS, *UNREADABLE_EXTENSIONS)):
             self.images.append(file)
-        elif has_ending(name):
-            self.others += 1
+        elif has_extension(name):
+            self.num_others += 1
         elif looks_like_image(read_start(root / file)):
             self.images.append(file)
         else:
-            self.strays.append(file)
+            self.no_extension.append(file)
+
+    def sorted_images(self, root: Path) -> list[str]:
+        """Return the images in order.
+
+        Raises:
+            ValueError: there are no images.
+        """
+        if not self.images:
+            got = f"{self.num_others + len(self.no_extension)} files of other types"
+            if self.unreadable_folders:
+                got += f" and {len(self.unreadable_folders)} folders that cannot be listed"
+            raise ValueError(f"{root} must hold {', '.join(EXTENSIONS)} files, got {got}")
+        return sorted(self.images)
 
 
-def scan_folder(root: Path, tally: SkipCounter) -> list[str]:
+def scan_folder(root: Path, skip_counter: SkipCounter) -> list[str]:
     """Check all images below `root` and return the usable ones, relative to it and sorted; count the others.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is no folder.
+        FileNotFoundError, NotADirectoryError: `root` is not a folder.
         ValueError: nothing in it is usable.
     """
     listing = list_files(root)
-    for folder, reason in listing.unreadable.items():
-        tally.skip(str(root / folder), UnusableImageError("unreadable", f"the folder cannot be listed: {reason}"))
-    for file in listing.strays:
-        tally.skip(str(root / file), UnusableImageError("not an image", "it has no ending"))
-    candidates = _images_of(root, listing)
-    check = decode_image if len(candidates) <= _DECODE_UP_TO else check_header
-    with ThreadPool(16) as pool:
-        problems = pool.map(partial(_problem, check, root), candidates, chunksize=16)
+    for folder, reason in listing.unreadable_folders.items():
+        error = UnusableImageError("unreadable", f"the folder cannot be listed: {reason}")
+        skip_counter.skip(str(root / folder), error)
+    for file in listing.no_extension:
+        skip_counter.skip(str(root / file), UnusableImageError("not an image", "the name has no extension"))
+    usable = _usable_images(root, listing.sorted_images(root), skip_counter)
+    skip_counter.use(len(usable))
+    if not usable:
+        raise ValueError(f"{root} must hold a usable image, got {skip_counter}")
+    skip_counter.log_summary()
+    return usable
+
+
+def _usable_images(root: Path, candidates: list[str], skip_counter: SkipCounter) -> list[str]:
+    """Check files in parallel; return the usable ones and count the others, in order."""
+    check = decode_image if len(candidates) <= _MAX_DECODED else check_header
+    with ThreadPool(_NUM_THREADS) as pool:
+        problems = pool.map(partial(_find_problem, check, root), candidates, chunksize=16)
+    usable = []
     for file, problem in zip(candidates, problems, strict=True):
         if problem:
-            tally.skip(str(root / file), problem)
-    usable = [file for file, problem in zip(candidates, problems, strict=True) if not problem]
-    tally.use(len(usable))
-    if not usable:
-        raise ValueError(f"{root} must hold a usable image, got {tally}")
-    tally.summary()
+            skip_counter.skip(str(root / file), problem)
+        else:
+            usable.append(file)
     return usable
 
 
 def find_images(root: Path) -> list[str]:
-    """List the images below `root`, as sorted POSIX paths relative to it; see `Listing`.
+    """List the images below `root`, as sorted POSIX paths relative to it; see `FolderListing`.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is no folder.
+        FileNotFoundError, NotADirectoryError: `root` is not a folder.
         PermissionError: a folder cannot be listed.
-        ValueError: there are none.
+        ValueError: there are no images.
     """
     listing = list_files(root)
-    for folder, reason in listing.unreadable.items():
+    for folder, reason in listing.unreadable_folders.items():
         raise PermissionError(errno.EACCES, f"the folder cannot be listed ({reason})", str(root / folder))
-    return _images_of(root, listing)
+    return listing.sorted_images(root)
 
 
-def _images_of(root: Path, listing: Listing) -> list[str]:
-    if not listing.images:
-        others = f"{listing.others + len(listing.strays)} files of other kinds"
-        closed = f" and {len(listing.unreadable)} folders that cannot be listed" if listing.unreadable else ""
-        raise ValueError(f"{root} must hold {', '.join(EXTENSIONS)} files, got {others}{closed}")
-    return sorted(listing.images)
-
-
-def list_files(root: Path) -> Listing:
-    """List the files below `root`, but for hidden ones.
+def list_files(root: Path) -> FolderListing:
+    """List the files below `root`, except hidden ones.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is no folder.
+        FileNotFoundError, NotADirectoryError: `root` is not a folder.
     """
     if not root.exists():
         raise FileNotFoundError(f"root must be an existing folder of images, got {root}")
     if not root.is_dir():
         raise NotADirectoryError(f"root must be a folder of images (for tar shards: data=webdataset), got {root}")
-    listing, visited = Listing(), set()
+    listing = FolderListing()
+    visited = set()
 
-    def unreadable(error: OSError) -> None:
-        listing.unreadable[os.path.relpath(error.filename, root)] = error.strerror or str(error)
+    def on_error(error: OSError) -> None:
+        listing.unreadable_folders[os.path.relpath(error.filename, root)] = error.strerror or str(error)
 
-    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        # Sorted, and each folder once: links may lead in circles, and then the first name counts.
+    for folder, folders, names in os.walk(root, onerror=on_error, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if os.path.realpath(folder) in visited:
+        # Links may lead in circles, so each folder is visited only once, under its first name.
+        real_path = os.path.realpath(folder)
+        if real_path in visited:
             folders.clear()
             continue
-        visited.add(os.path.realpath(folder))
-        inside = f"{Path(folder).relative_to(root).as_posix()}/".removeprefix("./")  # a Path for each file takes long
+        visited.add(real_path)
+        # Strings are joined, because making a Path for each file is slow.
+        prefix = f"{Path(folder).relative_to(root).as_posix()}/".removeprefix("./")
         for name in names:
             if not name.startswith("."):
-                listing.add(root, inside + name, name)
+                listing.add(root, prefix + name, name)
     return listing
 
 
 def split_files(files: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """Split into (training, validation) by a hash of each name; with `val_fraction` above 0 neither side is empty. No
-    seed has a part in it: what one run trained on, no other run may validate on.
+    """Split into (training, validation) by a hash of each name; with `val_fraction` above 0 neither side is empty.
+
+    The split is independent of the seed, so no run validates on images another run trained on.
 
     Raises:
         ValueError: `val_fraction` is not in [0, 1), or there is only one file to split.
@@ -271,9 +333,10 @@ def split_files(files: list[str], val_fraction: float) -> tuple[list[str], list[
         return files, []
     if len(files) < 2:
         raise ValueError(f"val_fraction must be 0 when there is a single usable image, got {val_fraction}")
-    position = {file: unit_hash(file) for file in files}
-    count = sum(place < val_fraction for place in position.values())
-    held_out = set(sorted(files, key=position.__getitem__)[: min(max(count, 1), len(files) - 1)])
+    hashes = {file: unit_hash(file) for file in files}
+    count = sum(value < val_fraction for value in hashes.values())
+    count = min(max(count, 1), len(files) - 1)
+    held_out = set(sorted(files, key=hashes.__getitem__)[:count])
     return [file for file in files if file not in held_out], [file for file in files if file in held_out]
 
 
@@ -288,15 +351,16 @@ def folder_data(
     seed: int = 0,
     labels: bool = False,
 ) -> ImageDataModule:
-    """Make the data of a run from a folder of images; arguments as in `ImageFolder` and `ImageDataModule`.
+    """Make the data module of `data=folder`; arguments as in `ImageFolder` and `ImageDataModule`.
 
-    Validation images come from `val_root` where it is given, else `val_fraction` of the images is held out of
-    training; with neither, there is no validation.
+    Validation images come from `val_root` if it is set. Else `val_fraction` of the images is held out of training, and
+    at 0 there is no validation.
     """
+    val: ImageFolder | None
     if val_root is not None:
         train = ImageFolder(root, image_size, train=True, flip=flip, seed=seed, labels=labels)
-        names = train.class_names if labels else None
-        val: ImageFolder | None = ImageFolder(val_root, image_size, train=False, labels=labels, class_names=names)
+        class_names = train.class_names if labels else None
+        val = ImageFolder(val_root, image_size, train=False, labels=labels, class_names=class_names)
     else:
         train = ImageFolder(
             root, image_size, train=True, flip=flip, val_fraction=val_fraction, seed=seed, labels=labels
@@ -307,12 +371,12 @@ def folder_data(
     return ImageDataModule(train, val, batch_size, num_workers, seed=seed)
 
 
-def _class(file: str) -> str:
-    """The first folder of a relative path, "" where it has none."""
+def _class_folder(file: str) -> str:
+    """Return the first folder of a relative path, or "" if it has none."""
     return file.split("/")[0] if "/" in file else ""
 
 
-def _problem(check: Callable[[Path], object], root: Path, file: str) -> UnusableImageError | None:
+def _find_problem(check: Callable[[Path], object], root: Path, file: str) -> UnusableImageError | None:
     try:
         check(root / file)
     except UnusableImageError as error:

@@ -1,4 +1,4 @@
-"""Decoding in threads, in order, not far ahead of who reads."""
+"""Ordered parallel map over threads with bounded prefetch."""
 
 from __future__ import annotations
 
@@ -8,35 +8,43 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-THREADS = min(os.cpu_count() or 1, 16)
-AHEAD = 2 * THREADS  # results that wait at most: ten views of a photo are 8 MB
-_AHEAD_BYTES = 1 << 29  # of items that wait
+NUM_THREADS = min(os.cpu_count() or 1, 16)
+# Ten views of a photo are 8 MB, so results must not pile up.
+MAX_PENDING = 2 * NUM_THREADS
+MAX_PENDING_BYTES = 1 << 29
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(
+def parallel_map(
     function: Callable[[Item], Result],
     items: Iterable[Item],
-    weigh: Callable[[Item], int] = lambda item: 0,
+    item_bytes: Callable[[Item], int] = lambda item: 0,
 ) -> Iterator[Result]:
-    """``function`` of each item, in order; Pillow and torch leave other threads alone while they work.
+    """Yield ``function(item)`` for each item, in order, computed in threads.
+
+    Threads suffice for decoding images, because Pillow and torch release the interpreter lock while they work.
 
     Args:
-        weigh: bytes of an item; of large ones fewer wait.
+        function: called in a thread.
+        items: read as results are taken, at most ``MAX_PENDING`` items or ``MAX_PENDING_BYTES`` ahead.
+        item_bytes: memory that an item takes.
     """
-    waiting: deque[tuple[Future[Result], int]] = deque()
-    held = 0
-    pool = ThreadPoolExecutor(THREADS)
+    pending: deque[tuple[Future[Result], int]] = deque()
+    pending_bytes = 0
+    pool = ThreadPoolExecutor(NUM_THREADS)
     try:
         for item in items:
-            waiting.append((pool.submit(function, item), weigh(item)))
-            held += waiting[-1][1]
-            while waiting and (len(waiting) > AHEAD or held > _AHEAD_BYTES):
-                future, size = waiting.popleft()
-                held -= size
+            size = item_bytes(item)
+            pending.append((pool.submit(function, item), size))
+            pending_bytes += size
+            while pending and (len(pending) > MAX_PENDING or pending_bytes > MAX_PENDING_BYTES):
+                future, size = pending.popleft()
+                pending_bytes -= size
                 yield future.result()
-        while waiting:
-            yield waiting.popleft()[0].result()
+        while pending:
+            yield pending.popleft()[0].result()
     finally:
-        pool.shutdown(cancel_futures=True)  # what nobody will read is not begun
+        # The consumer may stop early: do not start what will not be read.
+        pool.shutdown(cancel_futures=True)

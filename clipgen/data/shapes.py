@@ -1,8 +1,8 @@
-"""The embedded data set: antialiased coloured shapes, each with the sentence that describes it.
+"""Generate a dataset of antialiased colored shapes, each with the sentence that describes it.
 
-6 shapes x 8 colours x 2 sizes x 3 backgrounds = 288 sentences; the position moves by up to four pixels each way and the
-radius by up to one, so no two images are alike. Everything is drawn on the fly from signed distances, and the same seed
-draws the same images.
+6 shapes x 8 colors x 2 sizes x 3 backgrounds = 288 sentences. The position varies by four pixels in each direction and
+the radius by one, so images of the same sentence differ. Images are rendered on the fly from signed distances, and the
+same seed gives the same images.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipgen.data.chunks import index_ranges
 from clipgen.data.datamodule import ImageDataModule
+from clipgen.data.source import ImageCount, Views
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLORS = {
@@ -30,14 +32,16 @@ COLORS = {
     "cyan": (50, 205, 225),
     "pink": (250, 130, 200),
 }
-RADII = {"small": (7.5, 8.5), "large": (11.0, 12.0)}  # from, to: pixels of a 32-pixel image
+# Range of the radius and shifts to the right and down, in pixels of a 32-pixel image.
+RADII = {"small": (7.5, 8.5), "large": (11.0, 12.0)}
+SHIFTS = (-4, 0, 4)
+REFERENCE_SIZE = 32
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
-SHIFTS = (-4, 0, 4)  # pixels of a 32-pixel image, to the right and down
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a sentence says about an image."""
+    """Attributes of an image, as its sentence states them."""
 
     size: str
     color: str
@@ -49,38 +53,41 @@ class Attributes:
 
 
 ALL_ATTRIBUTES = tuple(Attributes(*names) for names in itertools.product(RADII, COLORS, SHAPES, BACKGROUNDS))
+CLASS_INDEX = {attributes: index for index, attributes in enumerate(ALL_ATTRIBUTES)}
 
 
 def held_out_attributes(fraction: float) -> tuple[Attributes, ...]:
-    """What ``data.held_out`` keeps from training: all sentences of some of the 48 pairs of a shape and a colour.
+    """Return the attributes that ``data.held_out`` excludes from training: all sentences of some shape-color pairs.
 
-    The pairs follow from the fraction alone. They lie on diagonals of the shuffled table of shapes and colours, so that
-    every shape and every colour is missing as seldom as can be; a larger fraction holds out those of a smaller, too.
+    The pairs depend only on the fraction of the 48 pairs. They lie on diagonals of the shuffled table of shapes and
+    colors, so that all shapes and all colors are missing about equally often. A larger fraction includes the pairs of a
+    smaller one.
 
     Raises:
-        ValueError: the fraction is not in [0, 1), or so large that nothing is left.
+        ValueError: the fraction is not in [0, 1), or so large that no pair is left.
     """
-    pairs = len(SHAPES) * len(COLORS)
-    if not 0 <= fraction < 1 or round(fraction * pairs) == pairs:
-        raise ValueError(f"held_out must be in [0, 1) and leave one of the {pairs} pairs, got {fraction}")
+    num_pairs = len(SHAPES) * len(COLORS)
+    num_held_out = round(fraction * num_pairs)
+    if not 0 <= fraction < 1 or num_held_out == num_pairs:
+        raise ValueError(f"held_out must be in [0, 1) and leave one of the {num_pairs} pairs, got {fraction}")
     generator = torch.Generator().manual_seed(0)
-    shapes, colors = (
-        [list(names)[i] for i in torch.randperm(len(names), generator=generator)] for names in (SHAPES, COLORS)
-    )
-    diagonals = itertools.product(range(len(colors)), range(len(shapes)))
-    order = [(shapes[i], colors[(i + shift) % len(colors)]) for shift, i in diagonals]
-    chosen = set(order[: round(fraction * pairs)])
-    return tuple(a for a in ALL_ATTRIBUTES if (a.shape, a.color) in chosen)
+    shapes = [SHAPES[i] for i in torch.randperm(len(SHAPES), generator=generator)]
+    colors = [list(COLORS)[i] for i in torch.randperm(len(COLORS), generator=generator)]
+    pairs = []
+    for shift in range(len(colors)):
+        for i, shape in enumerate(shapes):
+            pairs.append((shape, colors[(i + shift) % len(colors)]))
+    held_out = set(pairs[:num_held_out])
+    return tuple(attributes for attributes in ALL_ATTRIBUTES if (attributes.shape, attributes.color) in held_out)
 
 
 def parse(sentence: str) -> Attributes:
-    """Read the attributes back from a sentence of the set; inverse of ``str(attributes)``.
+    """Parse a sentence of the dataset; inverse of ``str(attributes)``.
 
     Raises:
         ValueError: the sentence is not one of the 288.
     """
-    words = sentence.lower().rstrip(".").split()
-    match words:
+    match sentence.lower().rstrip(".").split():
         case ["a", size, color, shape, "on", "a", background, "background"]:
             attributes = Attributes(size, color, shape, background)
             if attributes in ALL_ATTRIBUTES:
@@ -89,52 +96,64 @@ def parse(sentence: str) -> Attributes:
 
 
 def rgb(colors: Sequence[tuple[int, int, int]]) -> Tensor:
-    """8-bit colours -> (N, 3) in [-1, 1]."""
+    """Convert 8-bit colors to (N, 3) in [-1, 1]."""
     return torch.tensor(colors, dtype=torch.float32) / 127.5 - 1
 
 
-def polygon(corners: int, inner: float = 1.0, turn: float = 0.0) -> Tensor:
-    """Vertices (N, 2) of a regular polygon in the unit circle; ``inner`` < 1 pulls every second one in (a star)."""
+def polygon(corners: int, inner_radius: float = 1.0, rotation: float = 0.0) -> Tensor:
+    """Return the vertices (N, 2) of a regular polygon in the unit circle.
+
+    Args:
+        corners: number of vertices.
+        inner_radius: radius of every second vertex; below 1 the polygon is a star.
+        rotation: angle in radians.
+    """
     steps = torch.arange(corners)
-    angle = steps * (2 * math.pi / corners) + turn - math.pi / 2
-    radius = torch.where(steps % 2 == 0, 1.0, inner)
+    angle = steps * (2 * math.pi / corners) + rotation - math.pi / 2
+    radius = torch.where(steps % 2 == 0, 1.0, inner_radius)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
 
 
-def plus(width: float) -> Tensor:
-    """Vertices (12, 2) of an upright cross whose arms are ``2 * width`` wide."""
-    quarter = torch.tensor([[width, -1.0], [width, -width], [1.0, -width]])
-    turns = [
-        torch.tensor([[math.cos(a), math.sin(a)], [-math.sin(a), math.cos(a)]]) for a in torch.arange(4) * math.pi / 2
-    ]
-    return torch.cat([quarter @ turn for turn in turns])
+def plus(half_width: float) -> Tensor:
+    """Return the vertices (12, 2) of an upright cross whose arms are ``2 * half_width`` wide."""
+    quarter = torch.tensor([[half_width, -1.0], [half_width, -half_width], [1.0, -half_width]])
+    quarters = []
+    for angle in torch.arange(4) * math.pi / 2:
+        rotation = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        quarters.append(quarter @ rotation)
+    return torch.cat(quarters)
 
 
 POLYGONS = {
-    "square": polygon(4, turn=math.pi / 4),
+    "square": polygon(4, rotation=math.pi / 4),
     "triangle": polygon(3),
-    "star": polygon(10, inner=0.42),
+    "star": polygon(10, inner_radius=0.42),
     "cross": plus(0.34),
 }
 
 
 def polygon_distance(points: Tensor, vertices: Tensor) -> Tensor:
-    """Signed distance to a polygon, negative inside: (..., 2), (N, 2) -> (...). Inigo Quilez' ``sdPolygon``."""
-    distance = torch.full(points.shape[:-1], math.inf)
+    """Return the signed distance to a polygon, negative inside: (..., 2), (N, 2) -> (...). Inigo Quilez' ``sdPolygon``.
+
+    The distance is that to the nearest edge. A point is inside if a ray from it crosses an odd number of edges.
+    """
+    squared_distance = torch.full(points.shape[:-1], math.inf)
     sign = torch.ones(points.shape[:-1])
     for a, b in zip(vertices, vertices.roll(1, 0)):
-        edge, to_point = b - a, points - a
+        edge = b - a
+        to_point = points - a
         along = (to_point @ edge / edge.dot(edge)).clamp(0, 1)
-        distance = torch.minimum(distance, (to_point - along[..., None] * edge).square().sum(-1))
-        left = edge[0] * to_point[..., 1] > edge[1] * to_point[..., 0]
-        above_a, below_b = points[..., 1] >= a[1], points[..., 1] < b[1]
-        crossing = (above_a & below_b & left) | ~(above_a | below_b | left)
-        sign = torch.where(crossing, -sign, sign)
-    return sign * distance.sqrt()
+        squared_distance = torch.minimum(squared_distance, (to_point - along[..., None] * edge).square().sum(-1))
+        is_left = edge[0] * to_point[..., 1] > edge[1] * to_point[..., 0]
+        above_a = points[..., 1] >= a[1]
+        below_b = points[..., 1] < b[1]
+        crosses = (above_a & below_b & is_left) | ~(above_a | below_b | is_left)
+        sign = torch.where(crosses, -sign, sign)
+    return sign * squared_distance.sqrt()
 
 
 def signed_distance(shape: str, points: Tensor) -> Tensor:
-    """Signed distance of points (..., 2) to a shape of radius 1 around the origin, negative inside."""
+    """Return the signed distance of points (..., 2) to a shape of radius 1 around the origin, negative inside."""
     if shape == "circle":
         return points.norm(dim=-1) - 1
     if shape == "ring":
@@ -143,13 +162,16 @@ def signed_distance(shape: str, points: Tensor) -> Tensor:
 
 
 def silhouettes(shape: str, radius: Tensor, center: Tensor, image_size: int) -> Tensor:
-    """Antialiased masks of one shape.
+    """Render antialiased masks of one shape.
 
     Args:
-        radius: (B,) in pixels. center: (B, 2) as (x, y) in pixels from the image's centre.
+        shape: one of ``SHAPES``.
+        radius: (B,) in pixels.
+        center: (B, 2) as (x, y) in pixels from the center of the image.
+        image_size: height and width in pixels.
 
     Returns:
-        (B, image_size, image_size) in [0, 1], the part of each pixel that the shape covers.
+        (B, image_size, image_size) in [0, 1], the fraction of each pixel that the shape covers.
     """
     axis = torch.arange(image_size) - (image_size - 1) / 2
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=-1)  # (H, W, 2) as (x, y)
@@ -157,25 +179,26 @@ def silhouettes(shape: str, radius: Tensor, center: Tensor, image_size: int) -> 
     return (0.5 - signed_distance(shape, points) * radius[:, None, None]).clamp(0, 1)
 
 
-class ShapesDataset(Dataset):
-    """Coloured shapes, drawn when they are asked for.
-
-    Sample ``i`` is ``{"images": (3, H, W) in [-1, 1], "texts": sentence}``. Attributes are drawn uniformly, or given.
+class ShapesDataset(Dataset[dict[str, Any]]):
+    """Colored shapes, rendered on access. Sample ``i`` is ``{"images": (3, H, W) in [-1, 1], "texts": sentence}``.
 
     Args:
         length: number of images.
         image_size: height and width in pixels.
-        seed: draws attributes, positions and radii; another seed gives other images.
-        attributes: the ``Attributes`` of each image in turn (repeated to ``length``) instead of random ones.
-        labels: give a cache the class of each image too, the place of its attributes among ``ALL_ATTRIBUTES``.
-        held_out: part of the pairs of a shape and a colour that are not among the random ones; see
-            ``held_out_attributes``.
+        seed: seed of attributes, positions and radii.
+        attributes: attributes of the images, repeated to ``length``; None samples them uniformly.
+        labels: return the class of each image from ``augmented_views``, the index of its attributes in
+            ``ALL_ATTRIBUTES``.
+        held_out: fraction of the shape-color pairs that are not sampled; see ``held_out_attributes``.
     """
+
+    # Generated images cannot be unusable.
+    skip_counter = None
 
     def __init__(
         self,
         length: int,
-        image_size: int = 32,
+        image_size: int = REFERENCE_SIZE,
         seed: int = 0,
         attributes: Sequence[Attributes] | None = None,
         labels: bool = False,
@@ -183,16 +206,20 @@ class ShapesDataset(Dataset):
     ):
         if length < 1:
             raise ValueError(f"length must be at least 1, got {length}")
-        self.image_size, self.labels = image_size, labels
+        self.image_size = image_size
+        self.seed = seed
+        self.labels = labels
         self.class_names = [str(attributes) for attributes in ALL_ATTRIBUTES]
+        # One generator for everything, in this order: the images of a seed must not change.
         generator = torch.Generator().manual_seed(seed)
-        hidden = set(held_out_attributes(held_out))
-        pool = attributes or [a for a in ALL_ATTRIBUTES if a not in hidden]
-        choices = torch.randint(len(pool), (length,), generator=generator).tolist()
-        self.attributes = [pool[c if attributes is None else i % len(pool)] for i, c in enumerate(choices)]
-        scale = image_size / 32
-        low, high = torch.tensor([RADII[a.size] for a in self.attributes]).T
-        self.radii = (low + (high - low) * torch.rand(length, generator=generator)) * scale
+        sampled = sample_attributes(length, held_out, generator)
+        if attributes is None:
+            self.attributes = sampled
+        else:
+            self.attributes = [attributes[i % len(attributes)] for i in range(length)]
+        scale = image_size / REFERENCE_SIZE
+        smallest, largest = torch.tensor([RADII[attributes.size] for attributes in self.attributes]).T
+        self.radii = (smallest + (largest - smallest) * torch.rand(length, generator=generator)) * scale
         self.centers = torch.tensor(SHIFTS)[torch.randint(len(SHIFTS), (length, 2), generator=generator)] * scale
 
     def __len__(self) -> int:
@@ -201,34 +228,62 @@ class ShapesDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:  # DataLoader asks for whole batches here
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Return many samples; DataLoader calls this with the indices of a batch."""
         images = self.render(indices)
         return [{"images": image, "texts": str(self.attributes[i])} for image, i in zip(images, indices)]
 
-    def views(self, items: Sequence[int], count: int) -> Iterator[tuple[Tensor, int | None]]:
-        """The images at ``items`` one by one, as (1, 3, H, W), and their class where ``labels``; shapes have no other
-        crops than what they are."""
-        if count != 1:
-            raise ValueError(f"augmentations must be 1 for shapes, got {count}; ask for more images by data.train_size")
-        place = {attributes: i for i, attributes in enumerate(ALL_ATTRIBUTES)}
-        return ((self.render([item]), place[self.attributes[item]] if self.labels else None) for item in items)
+    def split_into_chunks(self, size: int) -> list[range]:
+        """Return ranges of item indices."""
+        return index_ranges(len(self), size)
+
+    def augmented_views(self, chunk: Sequence[int], num_views: int) -> Iterator[Views]:
+        """Yield each image as (1, 3, H, W), and its class; shapes have no other crops, so ``num_views`` must be 1."""
+        if num_views != 1:
+            raise ValueError(
+                f"augmentations must be 1 for shapes, got {num_views}; set data.train_size for more images"
+            )
+        for item in chunk:
+            label = CLASS_INDEX[self.attributes[item]] if self.labels else None
+            yield self.render([item]), label
+
+    def file_names(self) -> list[str]:
+        """Return []: nothing is read."""
+        return []
+
+    def content_id(self) -> str:
+        """Return the number of images and the seed."""
+        return f"shapes {len(self)} {self.seed}"
+
+    def count_images(self) -> ImageCount:
+        """Return the number of images."""
+        return ImageCount(len(self))
 
     def render(self, indices: Sequence[int]) -> Tensor:
-        """Draw the images at ``indices``: (B, 3, H, W) in [-1, 1]."""
-        chosen = [self.attributes[i] for i in indices]
-        foreground = rgb([COLORS[a.color] for a in chosen])[:, :, None, None]
-        background = rgb([BACKGROUNDS[a.background] for a in chosen])[:, :, None, None]
-        mask = self._masks(indices, [a.shape for a in chosen])[:, None]
+        """Render the images at ``indices``: (B, 3, H, W) in [-1, 1]."""
+        attributes = [self.attributes[i] for i in indices]
+        foreground = rgb([COLORS[a.color] for a in attributes])[:, :, None, None]
+        background = rgb([BACKGROUNDS[a.background] for a in attributes])[:, :, None, None]
+        mask = self._masks(indices, [a.shape for a in attributes])[:, None]
         return background + mask * (foreground - background)
 
     def _masks(self, indices: Sequence[int], shapes: list[str]) -> Tensor:
+        """Render the masks (B, H, W) of images with the given shapes, all images of one shape at a time."""
         masks = torch.empty(len(indices), self.image_size, self.image_size)
-        where = torch.as_tensor(indices)
+        items = torch.as_tensor(indices)
         for shape in set(shapes):
-            rows = torch.tensor([s == shape for s in shapes])
-            picked = where[rows]
-            masks[rows] = silhouettes(shape, self.radii[picked], self.centers[picked], self.image_size)
+            has_shape = torch.tensor([name == shape for name in shapes])
+            radii = self.radii[items[has_shape]]
+            centers = self.centers[items[has_shape]]
+            masks[has_shape] = silhouettes(shape, radii, centers, self.image_size)
         return masks
+
+
+def sample_attributes(length: int, held_out: float, generator: torch.Generator) -> list[Attributes]:
+    """Sample attributes uniformly, without the held-out pairs."""
+    excluded = set(held_out_attributes(held_out))
+    pool = [attributes for attributes in ALL_ATTRIBUTES if attributes not in excluded]
+    return [pool[choice] for choice in torch.randint(len(pool), (length,), generator=generator)]
 
 
 def shapes_data(
@@ -241,10 +296,9 @@ def shapes_data(
     labels: bool = False,
     held_out: float = 0.0,
 ) -> ImageDataModule:
-    """The data module of ``data=shapes``: training and validation images from different seeds.
+    """Make the data module of ``data=shapes``: training and validation images from different seeds.
 
-    Args:
-        held_out: part of the 48 pairs of a shape and a colour that neither shows; see ``held_out_attributes``.
+    Arguments as in ``ShapesDataset`` and ``ImageDataModule``. ``held_out`` pairs occur in neither split.
     """
     train = ShapesDataset(train_size, image_size, seed=2 * seed, labels=labels, held_out=held_out)
     val = ShapesDataset(val_size, image_size, seed=2 * seed + 1, labels=labels, held_out=held_out)

@@ -1,4 +1,4 @@
-"""The files of a tar shard, and the samples that their names make of them."""
+"""Read the files of a tar shard, and group them into samples by their names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from clipgen.data.decoding import EXTENSIONS, UNREADABLE_EXTENSIONS, UnusableImageError, has_ending, looks_like_image
+from clipgen.data.decoding import (
+    EXTENSIONS,
+    UNREADABLE_EXTENSIONS,
+    UnusableImageError,
+    has_extension,
+    looks_like_image,
+)
 from clipgen.data.skip_counter import SkipCounter
 
-# A larger file is refused before it is read: two megabytes of a compressed or sparse one may stand for gigabytes.
+# Larger files are refused before they are read: two megabytes of a compressed or sparse file may expand to gigabytes.
 MAX_MEMBER_BYTES = 1 << 28
-# So much of files whose names begin alike is held at once, to find out which belong together.
-_GROUP_FILES = 64
-_GROUP_BYTES = 1 << 28
-_HEADER_BYTES = 1 << 20  # of an extended header, which holds names
-_LABEL = ".cls"
-_LABEL_BYTES = 1024
+# Limits of the group of files with the same base name that is held in memory to find out which belong together.
+_MAX_GROUP_FILES = 64
+_MAX_GROUP_BYTES = 1 << 28
+# Limit of an extended header, which holds long names.
+_MAX_HEADER_BYTES = 1 << 20
+_LABEL_EXTENSION = ".cls"
+_MAX_LABEL_BYTES = 1024
 _EXTENDED_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -31,13 +38,13 @@ _EXTENDED_HEADERS = (
 
 @dataclass
 class Sample:
-    """A picture of a shard, with its class.
+    """An image of a shard, with its class.
 
     Args:
         url: the shard.
-        name: path of the picture inside the shard.
-        image: its bytes.
-        label: content of its `.cls` file; None where there is none.
+        name: path of the image inside the shard.
+        image: bytes of the image file.
+        label: content of its `.cls` file, or None.
     """
 
     url: str
@@ -48,182 +55,224 @@ class Sample:
 
 @dataclass
 class Member:
-    """A file of a shard that is of use: a picture or a label.
+    """An image or label file of a shard.
 
     Args:
         name: path inside the shard.
-        base: the path up to the first dot of its last part, which webdataset groups by.
-        stem: the path without its ending.
-        label: whether it holds a label.
+        base: path up to the first dot of the file name, by which webdataset groups files.
+        stem: path without the extension.
+        is_label: whether the file holds a label.
+        data: content of the file.
     """
 
     name: str
     base: str
     stem: str
-    label: bool
+    is_label: bool
     data: bytes = b""
 
 
-def read_members(stream: IO[bytes], url: str, tally: SkipCounter) -> Iterator[Member]:
-    """Read the pictures and labels of a shard in order, compressed or not; count the pictures that are refused.
+def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iterator[Member]:
+    """Read the images and labels of a shard in order, compressed or not; count the images that are refused.
 
     Raises:
-        tarfile.TarError, OSError, EOFError: the shard is broken; what came before has been yielded.
+        tarfile.TarError, OSError, EOFError: the shard is damaged; the files before the damage have been yielded.
     """
     with _Archive.open(fileobj=stream, mode="r|*") as archive:
         while (info := archive.next()) is not None:
             try:
-                member = _useful(info)
-                if member is None:
-                    continue
-                member.data = _content(archive, info, member.label)
-                if not has_ending(member.name) and not looks_like_image(member.data[:32]):
-                    raise UnusableImageError("not an image", "it has no ending")
+                member = _read_member(archive, info)
             except UnusableImageError as error:
-                tally.skip(f"{url}: {info.name}", error)
+                skip_counter.skip(f"{url}: {info.name}", error)
                 continue
-            yield member
+            if member is not None:
+                yield member
 
 
-def group_samples(members: Iterable[Member], url: str, tally: SkipCounter) -> Iterator[Sample]:
-    """Make samples of the members of a shard; count the pictures that belong to another one's sample.
+def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Member | None:
+    """Return an image or a label; None for any other file.
 
-    As in webdataset's shards, neighbors whose names are the same up to the first dot may belong together: `0.cls` is
-    the label of `0.jpg`, and `0.seg.png` a part of the same sample. Pictures that numbers tell apart (`clip.0001.png`,
-    `clip.0002.png`), and those of which none is named by the base alone, are samples of their own.
+    Raises:
+        UnusableImageError: the file is refused.
+    """
+    member = _member_of(info)
+    if member is None:
+        return None
+    member.data = _read_content(archive, info, _MAX_LABEL_BYTES if member.is_label else MAX_MEMBER_BYTES)
+    if not has_extension(member.name) and not looks_like_image(member.data[:32]):
+        raise UnusableImageError("not an image", "the name has no extension")
+    return member
+
+
+def _member_of(info: tarfile.TarInfo) -> Member | None:
+    """Return the member without its data; None for a file that is neither an image nor a label.
+
+    Raises:
+        UnusableImageError: the file is an image that is not stored as a plain file.
+    """
+    folder, slash, file_name = info.name.rpartition("/")
+    # webdataset reserves names like __meta__.
+    is_reserved = re.match(r"__[^/]*__($|/)", info.name)
+    if info.isdir() or file_name.startswith(".") or is_reserved:
+        return None
+    extension = Path(file_name).suffix.lower() if has_extension(file_name) else ""
+    if extension not in (*EXTENSIONS, *UNREADABLE_EXTENSIONS, _LABEL_EXTENSION, ""):
+        return None
+    if not info.isreg():
+        raise UnusableImageError("unreadable", "a link or a device inside a tar file")
+    stem = folder + slash + file_name[: len(file_name) - len(extension)]
+    base = folder + slash + file_name.split(".", 1)[0]
+    return Member(info.name, base, stem, is_label=extension == _LABEL_EXTENSION)
+
+
+def _read_content(archive: tarfile.TarFile, info: tarfile.TarInfo, max_bytes: int) -> bytes:
+    """Read a file of a shard.
+
+    Raises:
+        UnusableImageError: the file is sparse or too large.
+    """
+    if info.issparse():
+        raise UnusableImageError("too large", "a sparse file inside a tar file")
+    if info.size > max_bytes:
+        raise UnusableImageError("too large", f"{info.size} bytes inside a tar file, above {max_bytes}")
+    file = archive.extractfile(info)
+    assert file is not None  # because it is a plain file
+    return file.read()
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def group_samples(members: Iterable[Member], url: str, skip_counter: SkipCounter) -> Iterator[Sample]:
+    """Group the members of a shard into samples; count the images that belong to the sample of another image.
+
+    As in webdataset, consecutive files whose names are equal up to the first dot may belong together: `0.cls` is the
+    label of `0.jpg`, and `0.seg.png` a part of the same sample. Images that differ by a number (`clip.0001.png`,
+    `clip.0002.png`), and groups in which no image is named by the base alone, are samples of their own.
     """
     group: list[Member] = []
     for member in members:
         if group and member.base != group[0].base:
-            yield from _split(group, url, tally)
+            yield from _split_group(group, url, skip_counter)
             group = []
         elif _is_large(group):
-            complete = [other for other in group if other.stem != member.stem] or group
-            yield from _split(complete, url, tally)
-            group = [] if complete is group else [other for other in group if other.stem == member.stem]
+            # The files of the current stem may be incomplete, so they stay in memory if there are others.
+            complete = [other for other in group if other.stem != member.stem]
+            incomplete = [other for other in group if other.stem == member.stem]
+            if complete:
+                yield from _split_group(complete, url, skip_counter)
+                group = incomplete
+            else:
+                yield from _split_group(group, url, skip_counter)
+                group = []
         group.append(member)
-    yield from _split(group, url, tally)
+    yield from _split_group(group, url, skip_counter)
 
 
-def _split(group: list[Member], url: str, tally: SkipCounter) -> Iterator[Sample]:
-    """Make samples of the members of one base."""
-    labels = {member.stem: member.data for member in group if member.label}
-    pictures = [member for member in group if not member.label]
-    chosen: dict[str, Member] = {}
-    for picture in sorted(pictures, key=lambda each: each.name.lower().endswith(UNREADABLE_EXTENSIONS)):
-        used = chosen.setdefault(picture.stem, picture)
-        if used is not picture:
-            detail = "it is there twice" if used.name == picture.name else f"{used.name} is used"
-            # The name alone would be that of the picture which is used.
-            tally.skip(f"{url}: second {picture.name}", UnusableImageError("same name", detail))
-    for picture in pictures:
-        if chosen[picture.stem] is not picture:
+def _split_group(group: list[Member], url: str, skip_counter: SkipCounter) -> Iterator[Sample]:
+    """Yield the samples of members with the same base."""
+    labels = {member.stem: member.data for member in group if member.is_label}
+    images = [member for member in group if not member.is_label]
+    image_of_stem = _choose_images(images, url, skip_counter)
+    for image in images:
+        if image_of_stem[image.stem] is not image:
             continue
-        main = chosen.get(picture.base)
-        if main not in (None, picture) and not _numbered(picture):
-            tally.set_aside(f"{url}: {picture.name}", main.name)  # type: ignore[union-attr]
+        main_image = image_of_stem.get(image.base)
+        if main_image is None or main_image is image or _is_numbered(image):
+            label = labels.get(image.stem, labels.get(image.base))
+            yield Sample(url, image.name, image.data, label)
         else:
-            yield Sample(url, picture.name, picture.data, labels.get(picture.stem, labels.get(picture.base)))
+            skip_counter.set_aside(f"{url}: {image.name}", main_image.name)
+
+
+def _choose_images(images: list[Member], url: str, skip_counter: SkipCounter) -> dict[str, Member]:
+    """Choose one image per stem, preferably of a format that can be decoded; count the others."""
+    chosen: dict[str, Member] = {}
+    for image in sorted(images, key=lambda member: member.name.lower().endswith(UNREADABLE_EXTENSIONS)):
+        used = chosen.setdefault(image.stem, image)
+        if used is not image:
+            detail = "the name occurs twice" if used.name == image.name else f"{used.name} is used"
+            # The name alone could be that of the image that is used.
+            skip_counter.skip(f"{url}: second {image.name}", UnusableImageError("same name", detail))
+    return chosen
 
 
 def _is_large(group: list[Member]) -> bool:
-    return len(group) >= _GROUP_FILES or sum(len(member.data) for member in group) > _GROUP_BYTES
+    return len(group) >= _MAX_GROUP_FILES or sum(len(member.data) for member in group) > _MAX_GROUP_BYTES
 
 
-def _numbered(member: Member) -> bool:
-    """Return whether a number follows the base: `clip.0001.png`, but not `0.seg.png`."""
+def _is_numbered(member: Member) -> bool:
+    """Return whether a number follows the base, as in `clip.0001.png`, but not in `0.seg.png`."""
     return any(part[:1].isdigit() for part in member.stem[len(member.base) :].split("."))
 
 
-def _useful(info: tarfile.TarInfo) -> Member | None:
-    """Return the member without its data; None of what is no picture and no label.
-
-    Raises:
-        UnusableImageError: it is a picture that is not stored as a plain file.
-    """
-    folder, slash, last = info.name.rpartition("/")
-    if info.isdir() or last.startswith(".") or re.match(r"__[^/]*__($|/)", info.name):
-        return None
-    ending = Path(last).suffix.lower() if has_ending(last) else ""
-    if ending not in (*EXTENSIONS, *UNREADABLE_EXTENSIONS, _LABEL, ""):
-        return None
-    if not info.isreg():
-        raise UnusableImageError("unreadable", "a link or a device inside a tar file")
-    stem = folder + slash + last[: len(last) - len(ending)]
-    base = folder + slash + last.split(".", 1)[0]
-    return Member(info.name, base, stem, ending == _LABEL)
+# ------------------------------------------------------------------------------------------------------------ archives
 
 
-def _content(archive: tarfile.TarFile, info: tarfile.TarInfo, label: bool) -> bytes:
-    """Read a member, or raise UnusableImageError where it is sparse or too large."""
-    limit = _LABEL_BYTES if label else MAX_MEMBER_BYTES
-    if info.issparse():
-        raise UnusableImageError("too large", "a sparse file inside a tar file")
-    if info.size > limit:
-        raise UnusableImageError("too large", f"{info.size} bytes inside a tar file, above {limit}")
-    file = archive.extractfile(info)
-    assert file is not None  # as it is a plain file
-    return file.read()
-
-
-class _Info(tarfile.TarInfo):
-    """A member whose headers are bounded; tarfile reads extended ones, and the maps of sparse files, whole."""
+class _BoundedTarInfo(tarfile.TarInfo):
+    """Header of a member with bounded memory; tarfile reads extended headers and maps of sparse files of any size."""
 
     sparse: Any
 
     def _proc_member(self, archive: Any) -> Any:
-        if self.type in _EXTENDED_HEADERS and self.size > _HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {self.size} bytes, above {_HEADER_BYTES}")
+        if self.type in _EXTENDED_HEADERS and self.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes, above {_MAX_HEADER_BYTES}")
         return super()._proc_member(archive)  # type: ignore[misc]
 
     def _proc_sparse(self, archive: Any) -> Any:
-        _, extended, _ = self._sparse_structs  # type: ignore[attr-defined]
-        while extended:
+        _, is_extended, _ = self._sparse_structs  # type: ignore[attr-defined]
+        while is_extended:
             block = archive.fileobj.read(tarfile.BLOCKSIZE)
-            extended = len(block) == tarfile.BLOCKSIZE and bool(block[504])
-        self.sparse = []  # never read
+            is_extended = len(block) == tarfile.BLOCKSIZE and bool(block[504])
+        # The content of sparse files is never read, so their maps are not kept.
+        self.sparse = []
         self.offset_data = archive.fileobj.tell()
         archive.offset = self.offset_data + self._block(self.size)  # type: ignore[attr-defined]
         return self
 
-    def _proc_gnusparse_10(self, following: Any, pax_headers: Any, archive: Any) -> None:
-        following.sparse = []
+    def _proc_gnusparse_10(self, next_info: Any, pax_headers: Any, archive: Any) -> None:
+        next_info.sparse = []
 
 
 class _Archive(tarfile.TarFile):
-    """A tar file that is read in order, and tells of every break, where tarfile takes a damaged header for the end.
+    """A tar file that is read in order and raises an error at any damage.
 
-    A tar file that was appended to another one by `cat` is read, too.
+    tarfile takes a damaged header for the end of the file. Tar files that were concatenated by `cat` are read, too.
     """
 
-    tarinfo = _Info
+    tarinfo = _BoundedTarInfo
     exhausted = False
 
     def next(self) -> tarfile.TarInfo | None:
         """Return the next member; None at the end."""
         if self.exhausted:
             return None
-        following = getattr(self, "firstmember", None) or self._following()
+        info = getattr(self, "firstmember", None) or self._read_header()
         self.firstmember = None
-        self.exhausted = following is None
-        return following
+        self.exhausted = info is None
+        return info
 
-    def _following(self) -> tarfile.TarInfo | None:
+    def _read_header(self) -> tarfile.TarInfo | None:
+        self._skip_content()
+        end_marked = False
+        while True:
+            try:
+                return self.tarinfo.fromtarfile(self)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+                # An empty block marks the end, but another tar file may follow.
+                self.offset += tarfile.BLOCKSIZE
+                end_marked = True
+            except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+                if end_marked:
+                    return None
+                raise tarfile.ReadError("the file has no end-of-archive marker") from None
+            except tarfile.HeaderError as error:
+                raise tarfile.ReadError(f"damaged header: {error}") from error
+
+    def _skip_content(self) -> None:
+        """Move to the next header."""
         file: Any = self.fileobj
         if self.offset != file.tell():
             file.seek(self.offset - 1)
             if not file.read(1):
                 raise tarfile.ReadError("unexpected end of data")
-        ended = False
-        while True:
-            try:
-                return self.tarinfo.fromtarfile(self)
-            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-                self.offset += tarfile.BLOCKSIZE
-                ended = True
-            except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-                if ended:
-                    return None
-                raise tarfile.ReadError("it ends without the mark of its end") from None
-            except tarfile.HeaderError as error:
-                raise tarfile.ReadError(f"damaged header: {error}") from error

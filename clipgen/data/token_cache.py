@@ -1,14 +1,16 @@
-"""The encoded cache: what stage 2 learns from, computed once. Indices and CLIP embeddings in memory-mapped shards.
+"""The token cache: code indices and CLIP embeddings of all images, computed once, in memory-mapped shards.
 
-A split's folder holds ``shard-000000.npy``, ... and nothing else; each is an array of records, one an image:
-``indices`` (A, T) of the smallest unsigned type that holds them, and ``embedding`` (A, E) in fp16, for A augmentations;
-where the source has classes and was asked for them, also ``label``.
-The folder above holds ``manifest.json``, and the frozen models as a run folder does.
+The folder of a cache holds ``manifest.json``, the frozen models as a run folder does, and a folder per split, ``train``
+and ``val``. A split's folder holds only ``shard-000000.npy``, ... Each shard is an array of records, one per image:
+
+- ``indices``: (A, T), of the smallest unsigned type that holds them, for A augmentations of T tokens;
+- ``embedding``: (A, E) in fp16;
+- ``label``: the class of the image, if the source has classes and they were requested.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,52 +23,64 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipgen.checkpoint.model_folder import codebook_rows
-from clipgen.data.samplers import ResumableSampler
-from clipgen.data.validation_sampler import ValidationSampler
-from clipgen.files import one_line, read_json
+from clipgen.data.datamodule import make_loader
+from clipgen.data.samplers import ResumableSampler, ValidationSampler
+from clipgen.files import atomic_write, one_line, read_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
-SIZES = ("codebook_size", "num_tokens", "clip_dim")
-MAX_MANIFEST = 2**25  # bytes
-MAX_CLASSES = 2**16  # without names, if there are not as many images
-MAX_CODES = 2**20  # of a tokenizer without a table of codes
-MAX_LABEL = 2**31 - 1  # of a record
+# Keys of the manifest that are known only when all shards exist.
+RESULT_KEYS = ("num_tokens", "bytes_per_image", "images", "num_classes")
+SIZE_KEYS = ("codebook_size", "num_tokens", "clip_dim")
+MAX_MANIFEST_BYTES = 2**25
+# Largest number of classes without names, unless there are more images.
+MAX_UNNAMED_CLASSES = 2**16
+# Largest codebook of a tokenizer whose weights contain no table of codes.
+MAX_IMPLICIT_CODEBOOK = 2**20
+MAX_LABEL = 2**31 - 1
 
 
 def record_dtype(
     augmentations: int, num_tokens: int, codebook_size: int, clip_dim: int, labels: bool = False
 ) -> np.dtype:
-    """The type of one image's record."""
+    """Return the type of one image's record."""
     fields: list[Any] = [
-        ("indices", index_type(codebook_size), (augmentations, num_tokens)),
+        ("indices", index_dtype(codebook_size), (augmentations, num_tokens)),
         ("embedding", "<f2", (augmentations, clip_dim)),
     ]
-    return np.dtype(fields + [("label", "<i4")] * labels)
+    if labels:
+        fields.append(("label", "<i4"))
+    return np.dtype(fields)
 
 
-def index_type(codebook_size: int) -> np.dtype:
+def index_dtype(codebook_size: int) -> np.dtype:
     """Return the smallest type that holds every index."""
     return np.dtype("<u2" if codebook_size <= 2**16 else "<u4")
 
 
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
 def read_manifest(root: str | Path) -> dict[str, Any]:
-    """What ``clipgen-encode`` wrote about a cache.
+    """Read the manifest of a complete cache.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is not finished.
+        FileNotFoundError: there is no cache.
+        ValueError: the cache is not complete, or its manifest is damaged.
     """
     path = Path(root).expanduser() / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"no encoded cache in {root}: there is no {MANIFEST}; `clipgen-encode output={root}`")
-    if path.stat().st_size > MAX_MANIFEST:
-        raise ValueError(f"{path} is damaged: a manifest must have at most {MAX_MANIFEST} bytes")
+        raise FileNotFoundError(
+            f"no token cache in {root}: there is no {MANIFEST}; make one with `clipgen-encode output={root}`"
+        )
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{path} is damaged: a manifest must have at most {MAX_MANIFEST_BYTES} bytes")
     try:
         manifest = read_json(path)
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: it is nested too deeply") from error
     if "images" not in manifest:
-        raise ValueError(f"the encoded cache {root} is not finished; the same clipgen-encode command goes on with it")
+        raise ValueError(f"the token cache {root} is not complete; run the same clipgen-encode command to resume it")
     check_manifest(manifest, path)
     check_records(manifest, path)
     return manifest
@@ -75,267 +89,348 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
 def check_manifest(manifest: dict[str, Any], path: Path) -> None:
     """Raise ValueError unless a manifest holds the types and sizes that ``clipgen-encode`` writes."""
     images = manifest["images"]
-    if not isinstance(images, dict) or not all(is_count(images.get(split), 0) for split in SPLITS):
+    if not isinstance(images, dict) or not all(is_whole_number(images.get(split), 0) for split in SPLITS):
         raise ValueError(f"{path} is damaged: images must be the numbers of {' and '.join(SPLITS)}, got {images!r:.60}")
     if images["train"] < 1:
-        raise ValueError(f"{path} is damaged: images must have at least one of train, got {images['train']}")
-    for name in SIZES:
-        if not is_count(manifest.get(name), 1):
-            value = manifest.get(name)
-            raise ValueError(f"{path} is damaged: {name} must be a whole number of at least 1, got {value!r:.60}")
+        raise ValueError(f"{path} is damaged: the number of train images must be at least 1, got {images['train']}")
+    for name in SIZE_KEYS:
+        size = manifest.get(name)
+        if not is_whole_number(size, 1):
+            raise ValueError(f"{path} is damaged: {name} must be a whole number of at least 1, got {size!r:.60}")
     for name in ("vqgan", "clip"):
-        if not isinstance(manifest.get(name), str):
-            raise ValueError(f"{path} is damaged: {name} must be a text, got {manifest.get(name)!r:.60}")
+        identity = manifest.get(name)
+        if not isinstance(identity, str):
+            raise ValueError(f"{path} is damaged: {name} must be a string, got {identity!r:.60}")
     check_classes(manifest, path)
 
 
 def check_classes(manifest: dict[str, Any], path: Path) -> None:
-    """Raise ValueError unless the classes of a manifest, where it has some, are as many as they can be."""
-    names, number = manifest.get("class_names"), manifest.get("num_classes")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"{path} is damaged: class_names must be a list of texts, got {names!r:.60}")
-    if number is None:
+    """Raise ValueError unless the number and the names of the classes in a manifest are possible."""
+    names = manifest.get("class_names")
+    is_list_of_strings = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if names is not None and not is_list_of_strings:
+        raise ValueError(f"{path} is damaged: class_names must be a list of strings, got {names!r:.60}")
+    num_classes = manifest.get("num_classes")
+    if num_classes is None:
         return
-    most = len(names) if names else most_classes(sum(manifest["images"][split] for split in SPLITS))
-    if not is_count(number, 1) or number > most:
-        raise ValueError(f"{path} is damaged: num_classes must be in [1, {most}], got {number!r:.60}")
+    limit = len(names) if names else max_classes(sum(manifest["images"][split] for split in SPLITS))
+    if not is_whole_number(num_classes, 1) or num_classes > limit:
+        raise ValueError(f"{path} is damaged: num_classes must be in [1, {limit}], got {num_classes!r:.60}")
 
 
-def most_classes(images: int) -> int:
-    """Return how many classes without names a cache of so many images may have."""
-    return max(images, MAX_CLASSES)
+def max_classes(num_images: int) -> int:
+    """Return the largest number of classes without names that a cache of this many images may have."""
+    return max(num_images, MAX_UNNAMED_CLASSES)
 
 
-def is_count(value: Any, least: int) -> bool:
-    """Return True for a whole number of at least ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_whole_number(value: Any, minimum: int) -> bool:
+    """Return whether a value is a whole number of at least ``minimum``."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def check_records(manifest: dict[str, Any], path: Path) -> None:
-    """Raise ValueError unless the sizes of a manifest are those of the first records and of the tokenizer beside it."""
-    shards = (open_shard(shard) for shard in sorted((path.parent / "train").glob("shard-*.npy")))
-    dtype = next((shard.dtype for shard in shards if len(shard)), None)
-    rows, size = codebook_rows(path.parent / "vqgan"), manifest["codebook_size"]
+    """Raise ValueError unless the sizes of a manifest match the first records and the tokenizer beside it."""
+    codebook_size = manifest["codebook_size"]
+    dtype = first_record_dtype(open_split(path.parent / "train"))
     if dtype is not None:
         for name, field in (("num_tokens", "indices"), ("clip_dim", "embedding")):
-            held = dtype[field].shape[1]
-            if manifest[name] != held:
-                raise ValueError(f"{path} is damaged: {name} must be {held}, as in the shards, got {manifest[name]}")
-        if dtype["indices"].base != index_type(size):
-            raise ValueError(f"{path} is damaged: codebook_size must fit {dtype['indices'].base}, got {size}")
-    if rows is not None and size != rows:
-        raise ValueError(f"{path} is damaged: codebook_size must be {rows}, as in the tokenizer, got {size}")
-    if size > max(rows or 0, MAX_CODES):
-        raise ValueError(f"{path} is damaged: codebook_size must be at most {MAX_CODES}, got {size}")
+            size = dtype[field].shape[1]
+            if manifest[name] != size:
+                raise ValueError(f"{path} is damaged: {name} must be {size}, as in the shards, got {manifest[name]}")
+        stored_dtype = dtype["indices"].base
+        if stored_dtype != index_dtype(codebook_size):
+            raise ValueError(f"{path} is damaged: codebook_size must fit {stored_dtype}, got {codebook_size}")
+    rows = codebook_rows(path.parent / "vqgan")
+    if rows is not None and codebook_size != rows:
+        raise ValueError(f"{path} is damaged: codebook_size must be {rows}, as in the tokenizer, got {codebook_size}")
+    if codebook_size > max(rows or 0, MAX_IMPLICIT_CODEBOOK):
+        raise ValueError(
+            f"{path} is damaged: codebook_size must be at most {MAX_IMPLICIT_CODEBOOK}, got {codebook_size}"
+        )
+
+
+def first_record_dtype(shards: Iterable[np.ndarray]) -> np.dtype | None:
+    """Return the type of the records of the first shard with images, or None if there is none."""
+    for shard in shards:
+        # An empty shard was written without knowing the sizes of the others.
+        if len(shard):
+            return shard.dtype
+    return None
+
+
+def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
+    """Return the names of the classes of a cache; their numbers if the source had no names.
+
+    Raises:
+        ValueError: the cache holds no classes.
+    """
+    if "num_classes" not in manifest:
+        raise ValueError(f"the token cache {root} holds no labels; make one with `clipgen-encode data.labels=true`")
+    return manifest.get("class_names") or [str(number) for number in range(manifest["num_classes"])]
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def write_shard(path: Path, records: np.ndarray) -> None:
+    """Write records (N,) atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial, partial.open("wb") as file:
+        np.save(file, records)
+
+
+def open_split(folder: Path) -> Iterator[np.ndarray]:
+    """Memory-map the shards of a split, in order."""
+    return map(open_shard, shard_files(folder))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the files of the shards of a split, in order."""
+    return sorted(folder.glob("shard-*.npy"))
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """The memory map of a shard's records; ValueError with its name where it is damaged."""
+    """Memory-map the records (N,) of a shard, read-only.
+
+    Raises:
+        ValueError: the shard is damaged; the message names it.
+    """
     try:
-        found: Any = np.load(path, mmap_mode="r") if path.is_file() else None
-        check_shard(found)
+        array: Any = np.load(path, mmap_mode="r") if path.is_file() else None
+        check_shard(array)
     except OSError:
         raise
-    except Exception as error:  # a damaged header raises anything from TokenError to OverflowError
-        raise ValueError(
-            f"{path} is damaged ({one_line(error)}): delete it, and clipgen-encode makes it again"
-        ) from error
-    # numpy's map keeps the file open, torch's does not: of hundreds of shards a process could not open the rest
-    content = torch.from_file(str(path), size=found.offset + found.nbytes, dtype=torch.uint8).numpy()
-    records: np.ndarray = content[found.offset :].view(found.dtype)
+    except Exception as error:
+        # A damaged header raises anything from TokenError to OverflowError.
+        raise damaged_shard(path, one_line(error)) from error
+    # numpy's memory map keeps the file open, and a process may not open hundreds of files; torch's map does not.
+    content = torch.from_file(str(path), size=array.offset + array.nbytes, dtype=torch.uint8).numpy()
+    records: np.ndarray = content[array.offset :].view(array.dtype)
     records.flags.writeable = False
     return records
 
 
-def check_shard(shard: Any) -> None:
-    """Raise ValueError unless an array consists of records as ``record_dtype`` makes them."""
-    if not isinstance(shard, np.memmap) or shard.ndim != 1:
-        raise ValueError("it holds no row of records")
-    fields = shard.dtype.fields or {}
-    kinds = {name: (field[0].base.str, len(field[0].shape)) for name, field in fields.items()}
-    label = {"label": ("<i4", 0)} if "label" in kinds else {}
-    if kinds not in [{"indices": (kind, 2), "embedding": ("<f2", 2)} | label for kind in ("<u2", "<u4")]:
-        raise ValueError(f"its records must hold indices and embedding, got {shard.dtype!s:.100}")
-    if not all(shard.dtype[name].shape[0] for name in ("indices", "embedding")):
+def damaged_shard(path: Path, reason: str) -> ValueError:
+    """Return the error for a shard that cannot be used."""
+    return ValueError(f"{path} is damaged ({reason}); delete it and run clipgen-encode again")
+
+
+def check_shard(array: Any) -> None:
+    """Raise ValueError unless an array consists of records as ``record_dtype`` describes them."""
+    if not isinstance(array, np.memmap) or array.ndim != 1:
+        raise ValueError("it holds no list of records")
+    fields = array.dtype.fields or {}
+    layout = {name: (field[0].base.str, len(field[0].shape)) for name, field in fields.items()}
+    label = {"label": ("<i4", 0)} if "label" in layout else {}
+    if layout not in [{"indices": (dtype, 2), "embedding": ("<f2", 2)} | label for dtype in ("<u2", "<u4")]:
+        raise ValueError(f"its records must hold indices and embedding, got {array.dtype!s:.100}")
+    if not all(array.dtype[name].shape[0] for name in ("indices", "embedding")):
         raise ValueError("its records hold no augmentation")
 
 
-def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
-    """The classes of a cache's images by name; by number where the source knew no names.
-
-    Raises:
-        ValueError: it was made without classes.
-    """
-    if "num_classes" not in manifest:
-        raise ValueError(f"the encoded cache {root} holds no labels: make one with `clipgen-encode data.labels=true`")
-    return manifest.get("class_names") or [str(number) for number in range(manifest["num_classes"])]
+# ------------------------------------------------------------------------------------------------------------- dataset
 
 
 class TokenCacheDataset(Dataset[dict[str, Tensor]]):
-    """A split of a cache, by random access: ``{"indices": (T,) int64, "condition": (E,) unit norm}``.
+    """One split of a cache: ``{"indices": (T,) int64, "condition": (E,) unit norm}``.
 
-    Item ``i`` of pass ``p`` through the data is asked for as ``(p, i)``, as ``TokenCacheDataModule`` does: passes take the
-    augmentations in turn, each image beginning at another one. A plain ``i`` is of the first pass.
+    Index ``(epoch, i)`` selects the augmentation of image ``i`` for that epoch, cycling from a per-image offset; a
+    plain ``i`` means epoch 0.
 
     Args:
-        num_classes: if given, ``condition`` is the one-hot class (num_classes,) instead.
+        folder: folder of the split.
+        num_classes: if set, ``condition`` is the one-hot class (num_classes,) instead of the CLIP embedding.
         codebook_size: bound of the indices; None does not check them.
+
+    Raises:
+        FileNotFoundError: the folder holds no images.
+        ValueError: a shard is damaged, or differs in type from the others.
     """
 
-    counts_passes = True
+    supports_epoch_index = True
 
     def __init__(self, folder: str | Path, num_classes: int | None = None, codebook_size: int | None = None):
-        lengths: dict[Path, int] = {}
+        self.num_classes = num_classes
+        self.codebook_size = codebook_size
+        self.files: list[Path] = []
+        lengths = []
         dtype: np.dtype | None = None
-        for file in sorted(Path(folder).glob("shard-*.npy")):
+        for file in shard_files(Path(folder)):
             shard = open_shard(file)
-            if not len(shard):  # one without images knows no sizes
+            # An empty shard was written without knowing the sizes of the others.
+            if not len(shard):
                 continue
-            lengths[file] = len(shard)
             dtype = dtype or shard.dtype
             if shard.dtype != dtype:
                 raise ValueError(f"{file} must hold records of {dtype}, as the other shards, got {shard.dtype}")
-        if not lengths:
-            raise FileNotFoundError(f"no shards of an encoded cache in {folder}")
-        self.files = list(lengths)
-        self.ends = np.cumsum(list(lengths.values()))
-        self.num_classes, self.codebook_size = num_classes, codebook_size
+            self.files.append(file)
+            lengths.append(len(shard))
+        if not self.files:
+            raise FileNotFoundError(f"no shards of a token cache in {folder}")
+        self.ends = np.cumsum(lengths)
+        self.starts = self.ends - lengths
 
     @cached_property
     def shards(self) -> list[np.ndarray]:
         """The memory maps, opened in the process that reads them."""
         return [open_shard(file) for file in self.files]
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker opens its own
-        return {key: value for key, value in self.__dict__.items() if key != "shards"}
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the memory maps, so that each worker opens its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "shards"}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.batch([index]).items()}
+        return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[Any]) -> list[dict[str, Tensor]]:  # DataLoader asks for whole batches here
-        found = self.batch(indices)
-        return [{name: value[row] for name, value in found.items()} for row in range(len(indices))]
+    def __getitems__(self, indices: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """Return many samples; DataLoader calls this with the indices of a batch."""
+        batch = self.batch(indices)
+        return [{name: values[i] for name, values in batch.items()} for i in range(len(indices))]
 
     def batch(self, indices: Sequence[Any]) -> dict[str, Tensor]:
-        """Many items at once: ``{"indices": (B, T), "condition": (B, E)}``."""
-        asked = np.asarray(indices)
-        turn, item = asked.T if asked.ndim == 2 else (0, asked)
-        if outside := [int(i) for i in (item.min(), item.max()) if not 0 <= i < len(self)]:
-            raise IndexError(f"index must be in [0, {len(self)}), got {outside[0]}")
-        shard = np.searchsorted(self.ends, item, side="right")
-        row = item - np.where(shard > 0, self.ends[shard - 1], 0)
-        first = self.shards[0]
-        view = (turn + item) % first.dtype["indices"].shape[0]
-        condition = "embedding" if self.num_classes is None else "label"
-        found = {}
-        for name in ("indices", condition):
-            kind = first.dtype[name]
-            found[name] = np.empty((len(item), *kind.shape[1:]), kind.base)
-            for number in np.unique(shard):
-                here = shard == number
-                place = (row[here], view[here]) if kind.shape else row[here]
-                found[name][here] = self.shards[number][name][place]
-        self._check(found, shard)
-        return {
-            "indices": torch.from_numpy(found["indices"].astype(np.int64)),
-            "condition": self._condition(torch.from_numpy(found[condition])),
-        }
+        """Return a batch: ``{"indices": (B, T), "condition": (B, E)}``."""
+        epochs, items = split_epochs(indices)
+        shard_numbers, rows = self._locate(items)
+        views = (epochs + items) % self.shards[0].dtype["indices"].shape[0]
+        tokens = self._gather("indices", shard_numbers, rows, views)
+        self._check_range("indices", tokens, self.codebook_size, shard_numbers)
+        if self.num_classes is None:
+            embeddings = self._gather("embedding", shard_numbers, rows, views)
+            self._check_finite(embeddings, shard_numbers)
+            # fp16 rounds the norm, too.
+            condition = F.normalize(torch.from_numpy(embeddings).float(), dim=-1)
+        else:
+            labels = self._gather("label", shard_numbers, rows, views)
+            self._check_range("label", labels, self.num_classes, shard_numbers)
+            condition = F.one_hot(torch.from_numpy(labels).long(), self.num_classes).float()
+        return {"indices": torch.from_numpy(tokens.astype(np.int64)), "condition": condition}
 
     def embeddings(self, count: int = 10_000) -> Tensor:
-        """What images are conditioned on, (N, E): all of them, or about ``count``, evenly spread; for a ``EmbeddingProjector``."""
+        """Return the conditions (N, E) of about ``count`` evenly spaced images, for ``EmbeddingProjector``."""
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        found: Tensor = self.batch(range(0, len(self), max(len(self) // count, 1)))["condition"]
-        return found
+        return self.batch(range(0, len(self), max(len(self) // count, 1)))["condition"]
 
-    def _check(self, found: dict[str, np.ndarray], shard: np.ndarray) -> None:
-        """Raise ValueError, naming the shard, if a record holds what no model can be trained on."""
-        for name, bound in (("indices", self.codebook_size), ("label", self.num_classes)):
-            if bound is None or name not in found:
-                continue
-            wrong = (found[name] < 0) | (found[name] >= bound)
-            if wrong.any():
-                value = found[name][wrong][0]
-                self._refuse(shard, wrong, f"{name} must be in [0, {bound}), got {value}")
-        if "embedding" in found:
-            wrong = ~np.isfinite(found["embedding"])
-            if wrong.any():
-                self._refuse(shard, wrong, "embeddings must be finite, got NaN or infinity")
+    def _locate(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard number and the row in the shard of each item, both (B,)."""
+        for item in (items.min(), items.max()):
+            if not 0 <= item < len(self):
+                raise IndexError(f"index must be in [0, {len(self)}), got {item}")
+        shard_numbers = np.searchsorted(self.ends, items, side="right")
+        return shard_numbers, items - self.starts[shard_numbers]
 
-    def _refuse(self, shard: np.ndarray, wrong: np.ndarray, reason: str) -> None:
-        row = int(np.argwhere(wrong)[0][0])
-        file = self.files[shard[row]]
-        raise ValueError(f"{file} is damaged ({reason}): delete it, and clipgen-encode makes it again")
+    def _gather(self, field: str, shard_numbers: np.ndarray, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Read one field of many records: (B, ...). Fields with an augmentation axis are indexed by ``views``."""
+        dtype = self.shards[0].dtype[field]
+        values = np.empty((len(rows), *dtype.shape[1:]), dtype.base)
+        for number in np.unique(shard_numbers):
+            in_shard = shard_numbers == number
+            shard_values = self.shards[number][field]
+            if dtype.shape:
+                values[in_shard] = shard_values[rows[in_shard], views[in_shard]]
+            else:
+                values[in_shard] = shard_values[rows[in_shard]]
+        return values
 
-    def _condition(self, found: Tensor) -> Tensor:
-        if self.num_classes is None:
-            return F.normalize(found.float(), dim=-1)  # fp16 rounds the length too
-        return F.one_hot(found.long(), self.num_classes).float()
+    def _check_range(self, name: str, values: np.ndarray, limit: int | None, shard_numbers: np.ndarray) -> None:
+        """Raise ValueError, naming the shard, unless all values are in [0, limit)."""
+        if limit is None:
+            return
+        is_wrong = (values < 0) | (values >= limit)
+        if is_wrong.any():
+            reason = f"{name} must be in [0, {limit}), got {values[is_wrong][0]}"
+            raise damaged_shard(self._file_of_first(is_wrong, shard_numbers), reason)
+
+    def _check_finite(self, embeddings: np.ndarray, shard_numbers: np.ndarray) -> None:
+        """Raise ValueError, naming the shard, unless all embeddings are finite."""
+        is_wrong = ~np.isfinite(embeddings)
+        if is_wrong.any():
+            reason = "embeddings must be finite, got NaN or infinity"
+            raise damaged_shard(self._file_of_first(is_wrong, shard_numbers), reason)
+
+    def _file_of_first(self, is_wrong: np.ndarray, shard_numbers: np.ndarray) -> Path:
+        """Return the shard of the first sample with a wrong value."""
+        sample = int(np.argwhere(is_wrong)[0][0])
+        return self.files[shard_numbers[sample]]
+
+
+def split_epochs(indices: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices ``(epoch, item)`` into epochs (B,) and items (B,); plain items are those of epoch 0."""
+    array = np.asarray(indices)
+    if array.ndim == 2:
+        return array[:, 0], array[:, 1]
+    return np.zeros_like(array), array
 
 
 class TokenCacheDataModule(pl.LightningDataModule):
-    """The data of ``data=cached``: batches of ``TokenCacheDataset.batch``.
+    """The data module of ``data=cached``: batches of ``TokenCacheDataset.batch``.
 
     Args:
-        root: the cache, as ``clipgen-encode`` leaves it.
-        batch_size: images in a batch, on each device. num_workers: processes that read; 0 reads in the main one.
-        seed: of the order.
-        conditioning: what ``condition`` of a batch is. ``"clip"``: the images' CLIP embeddings; ``"class"``: their
-            one-hot classes (B, num_classes).
+        root: folder of the cache, as written by ``clipgen-encode``.
+        batch_size: images per batch on each device.
+        num_workers: number of processes that read; 0 reads in the main process.
+        seed: seed of the order.
+        conditioning: what ``condition`` of a batch is. ``"clip"``: the CLIP embeddings of the images (B, E);
+            ``"class"``: their one-hot classes (B, num_classes).
 
     Raises:
-        ValueError: an argument is out of range, or a cache without classes is asked for them.
+        FileNotFoundError: there is no cache.
+        ValueError: an argument is out of range, or the cache is damaged, not complete or without classes.
     """
 
     def __init__(
-        self, root: str | Path, batch_size: int, num_workers: int = 0, seed: int = 0, conditioning: str = "clip"
+        self,
+        root: str | Path,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        conditioning: str = "clip",
     ):
         super().__init__()
-        self.root, self.batch_size, self.num_workers, self.seed = Path(root).expanduser(), batch_size, num_workers, seed
-        self.manifest = read_manifest(self.root)
         if conditioning not in ("clip", "class"):
             raise ValueError(f"conditioning must be 'clip' or 'class', got {conditioning!r}")
-        classes = len(class_names(self.manifest, self.root)) if conditioning == "class" else None
-        splits = [name for name in SPLITS if self.manifest["images"][name]]
-        codes = self.manifest["codebook_size"]
-        self.datasets = {name: TokenCacheDataset(self.root / name, classes, codes) for name in splits}
-        for name, dataset in self.datasets.items():
-            if len(dataset) != (count := self.manifest["images"][name]):
-                raise ValueError(
-                    f"{self.root / name} must hold {count} images, as the manifest says, got {len(dataset)}"
-                )
-        if batch_size < 1 or batch_size > len(self.datasets["train"]):
-            raise ValueError(f"batch_size must be in [1, {len(self.datasets['train'])}], got {batch_size}")
+        self.root = Path(root).expanduser()
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.manifest = read_manifest(self.root)
+        num_classes = len(class_names(self.manifest, self.root)) if conditioning == "class" else None
+        self.train = self._open_split("train", num_classes)
+        self.val = self._open_split("val", num_classes) if self.manifest["images"]["val"] else None
+        if batch_size < 1 or batch_size > len(self.train):
+            raise ValueError(f"batch_size must be in [1, {len(self.train)}], got {batch_size}")
+
+    def _open_split(self, split: str, num_classes: int | None) -> TokenCacheDataset:
+        dataset = TokenCacheDataset(self.root / split, num_classes, self.manifest["codebook_size"])
+        expected = self.manifest["images"][split]
+        if len(dataset) != expected:
+            raise ValueError(
+                f"{self.root / split} must hold {expected} images, as the manifest says, got {len(dataset)}"
+            )
+        return dataset
 
     def train_dataloader(self) -> DataLoader[Any]:
-        dataset = self.datasets["train"]
-        order = ResumableSampler.for_trainer(self.trainer, dataset, self.batch_size, self.seed)
-        return self._loader(dataset, sampler=order, drop_last=True)
+        """Make the loader of shuffled, full batches."""
+        sampler = ResumableSampler.for_trainer(self.trainer, self.train, self.batch_size, self.seed)
+        return self._loader(self.train, sampler=sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        if "val" not in self.datasets:
+        """Make the loader of all validation images in order; [] if there are none."""
+        if self.val is None:
             return []
-        dataset = self.datasets["val"]
-        return self._loader(dataset, sampler=ValidationSampler.for_trainer(self.trainer, dataset, self.batch_size))
+        sampler = ValidationSampler.for_trainer(self.trainer, self.val, self.batch_size)
+        return self._loader(self.val, sampler=sampler)
 
     def _loader(self, dataset: TokenCacheDataset, **options: Any) -> DataLoader[Any]:
-        collate: Any = as_is
-        return DataLoader(
-            Batches(dataset),
-            self.batch_size,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        batches = BatchedDataset(dataset)
+        return make_loader(batches, self.batch_size, self.num_workers, collate_fn=no_collate, **options)
 
 
-class Batches(Dataset[Any]):
-    """A split in whole batches, which need no collation."""
+class BatchedDataset(Dataset[Any]):
+    """A split of a cache that returns whole batches to a DataLoader, which is much faster than collating samples."""
 
     def __init__(self, dataset: TokenCacheDataset):
         self.dataset = dataset
@@ -344,9 +439,10 @@ class Batches(Dataset[Any]):
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[Any]) -> dict[str, Tensor]:
+        """Return a batch."""
         return self.dataset.batch(indices)
 
 
-def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``Batches`` are whole: there is nothing to collate."""
+def no_collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch of a ``BatchedDataset`` as it is."""
     return batch

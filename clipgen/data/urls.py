@@ -1,4 +1,4 @@
-"""Which shards a user means: paths, URLs and commands, with braces and globs."""
+"""Expand the names of shards: paths, URLs and commands, with braces and globs."""
 
 from __future__ import annotations
 
@@ -10,34 +10,44 @@ from braceexpand import braceexpand
 
 
 def expand_urls(urls: str | list[str]) -> list[str]:
-    """List the shards that `urls` stands for; see `ImageShards` of `data.shards`.
+    """List the shards that `urls` stands for; see `ImageShards`.
 
     Raises:
         FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
         ValueError: no shard is named, or braces do not match.
     """
-    parts = urls if isinstance(urls, list) else [urls]
-    if isinstance(urls, str) and not urls.startswith("pipe:") and not os.path.exists(urls):
-        parts = list(braceexpand("{" + urls + ",}", escape=False))  # splits at the commas that stand outside braces
-    shards = [shard for part in parts if part.strip() for shard in _expand(part.strip())]
+    patterns = urls if isinstance(urls, list) else _split_at_commas(urls)
+    shards = []
+    for pattern in patterns:
+        if pattern.strip():
+            shards += _expand_pattern(pattern.strip())
     if not shards:
         raise ValueError(f"urls must name at least one shard, got {urls!r}")
     return shards
 
 
-def _expand(url: str) -> list[str]:
-    url = os.path.expanduser(url)
-    if os.path.exists(url):  # also where the name has braces in it
-        return [url]
+def _split_at_commas(urls: str) -> list[str]:
+    """Split at the commas outside of braces; a command or an existing file is not split."""
+    if urls.startswith("pipe:") or os.path.exists(urls):
+        return [urls]
+    # In another pair of braces, the commas outside of the inner braces are alternatives.
+    return list(braceexpand("{" + urls + ",}", escape=False))
+
+
+def _expand_pattern(pattern: str) -> list[str]:
+    pattern = os.path.expanduser(pattern)
+    # The name of an existing file may contain braces.
+    if os.path.exists(pattern):
+        return [pattern]
     shards = []
-    for pattern in braceexpand(url, escape=False):
-        matches = [pattern] if is_remote(pattern) else sorted(glob.glob(pattern, recursive=True))
+    for alternative in braceexpand(pattern, escape=False):
+        matches = [alternative] if is_remote(alternative) else sorted(glob.glob(alternative, recursive=True))
         if not matches:
-            raise FileNotFoundError(f"urls must name existing shards, got {pattern}")
+            raise FileNotFoundError(f"urls must name existing shards, got {alternative}")
         shards += matches
     return shards
 
 
 def is_remote(url: str) -> bool:
-    """Whether it is a URL or a command, and no file."""
+    """Return whether this is a URL or a command, not a file."""
     return bool(re.match("[a-z][a-z0-9+.-]+:", url)) and not os.path.exists(url)

@@ -1,4 +1,4 @@
-"""Webdataset shards, tar files of images, as an iterable dataset."""
+"""Use webdataset shards, tar files of images, as an iterable dataset."""
 
 from __future__ import annotations
 
@@ -20,45 +20,48 @@ from webdataset.gopen import gopen
 from webdataset.utils import pytorch_worker_info
 
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.decoding import UnusableImageError, decode_image
-from clipgen.data.parallel import ahead
+from clipgen.data.decoding import EXTENSIONS, UnusableImageError, decode_image
+from clipgen.data.parallel import parallel_map
 from clipgen.data.skip_counter import SkipCounter
+from clipgen.data.source import ImageCount, Views
 from clipgen.data.tar_reader import Member, Sample, group_samples, read_members
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
 from clipgen.files import read_text
-from clipgen.hashing import hashed_seed
+from clipgen.hashing import hash_files, hashed_seed
 
-# This many unusable images in a row mean that the source is wrong.
-_PATIENCE = 1_000
-# After so many images a worker's stream begins anew: a resume late in a training reads no more than these again.
-_STRETCH = 100_000
-# The buffer that training shuffles in holds no more than this, however large the images are.
+# So many consecutive unusable images mean that the source is wrong.
+_MAX_CONSECUTIVE_SKIPS = 1_000
+# Each worker's stream is reseeded after so many images, which bounds what must be read again on resume.
+_SEGMENT_IMAGES = 100_000
+# Limit of the shuffle buffer, however large the images are.
 _SHUFFLE_BYTES = 1 << 29
+# The shuffle buffer starts to yield when it holds so many samples.
+_SHUFFLE_START = 100
 
 
 class ImageShards(IterableDataset[dict[str, Any]]):
     """Stream of the images in tar shards; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
 
-    Training draws a shard at random, with replacement, reads it, and goes on without end; each rank and worker has
-    its own random order, so that nobody runs dry before the others. Validation reads every image once, split between
-    ranks and workers by shard where there are enough of them, else by image.
+    Training chooses shards at random, with replacement, and never ends. Each rank and worker has its own random order,
+    so that none runs out of images before the others. Validation reads every image once; the images are split between
+    ranks and workers by shard if there are enough shards, else by image.
 
-    Construction looks at local shards: each must be a tar file, and one of them must hold a usable image. What is
-    broken is skipped, warned about once and counted: a corrupt image, whose place in training the next one takes, or
-    the rest of a shard that breaks off. Training raises ValueError when no shard holds an image, or when 1000 images on
-    end are unusable.
+    Construction checks local shards: each must be a tar file, and one of them must hold a usable image. Broken content
+    is skipped, warned about once and counted: a corrupt image, which the next one replaces in training, or the rest of
+    a shard after the position at which it is damaged. Training raises ValueError if no shard holds an image, or if 1000
+    consecutive images are unusable.
 
     Args:
         urls: paths, http(s) URLs and `pipe:` commands, with braces (`train-{000000..000009}.tar`); paths also with
             `*`, `?`, `[...]`. A list, or one string separated by commas; a string that is one command is not separated.
-        image_size: side of the square images.
-        train: endless and shuffled, with random crop and flip; else every image once, with centre crop.
+        image_size: height and width of the images in pixels.
+        train: endless and shuffled, with random crop and flip; else every image once, with center crop.
         flip: mirror half of the training images.
-        shuffle: size of the buffer, of undecoded images, that training shuffles in.
-        labels: add "label", the integer in the sample's `.cls` file; a sample without one is then unusable.
-        seed: of the choice of shards and of the shuffling.
-        class_names: what the labels stand for, where it is known.
+        shuffle: size of the training's shuffle buffer, in undecoded images.
+        labels: add "label", the integer in the sample's `.cls` file; a sample without a label is then unusable.
+        seed: seed of the choice of shards, of the shuffling and of the crops.
+        class_names: names of the classes, if they are known.
 
     Raises:
         FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
@@ -78,131 +81,209 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     ) -> None:
         if shuffle < 0:
             raise ValueError(f"shuffle must be at least 0, got {shuffle}")
-        self.image_size, self.train, self.shuffle, self.labels, self.seed = image_size, train, shuffle, labels, seed
+        self.image_size = image_size
+        self.train = train
+        self.shuffle = shuffle
+        self.labels = labels
+        self.seed = seed
+        self.class_names = class_names
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
-        self.tally = SkipCounter(urls if isinstance(urls, str) else ", ".join(urls))
-        self.urls, self.class_names = expand_urls(urls), class_names
+        self.skip_counter = SkipCounter(urls if isinstance(urls, str) else ", ".join(urls))
+        self.urls = expand_urls(urls)
         self._epoch = 0
-        self._had = (0, 0)  # batches of this epoch before a resume, and images in a batch
-        self._check()
+        # Set by a resume: batches of this epoch that the run has had already, and their size.
+        self._batches_done = 0
+        self._batch_size = 0
+        self._check_shards()
 
-    def _check(self) -> None:
+    def _check_shards(self) -> None:
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
-        local = [url for url in self.urls if not is_remote(url)]
-        for url in local:
+        local_urls = [url for url in self.urls if not is_remote(url)]
+        for url in local_urls:
             if not tarfile.is_tarfile(url):
-                raise ValueError(f"{url} must be a tar file, got {os.path.getsize(url)} bytes that are none")
-        samples = chain.from_iterable(map(self._read, local))
-        if len(local) == len(self.urls) and not any(map(self._decode, samples)):
-            raise ValueError(f"{self.tally.name} must hold a usable image, got {self.tally}")
-        self.tally.restart()
+                raise ValueError(f"{url} must be a tar file, got {os.path.getsize(url)} bytes of another type")
+        samples = chain.from_iterable(map(self._read_shard, local_urls))
+        all_local = len(local_urls) == len(self.urls)
+        if all_local and not any(map(self._decode, samples)):
+            raise ValueError(f"{self.skip_counter.name} must hold a usable image, got {self.skip_counter}")
+        self.skip_counter.restart()
 
     def resume(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Let training begin where a run stood: of its shards some are read again, and nothing is decoded."""
-        self._epoch, self._had = epoch, (batches, batch_size)
+        """Start the next iteration after `batches` batches of an epoch.
+
+        Some shards are read again for this, but no images are decoded.
+        """
+        self._epoch = epoch
+        self._batches_done = batches
+        self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._train() if self.train else self._validate()
+        return self._training_samples() if self.train else self._validation_samples()
 
-    def views(self, url: str, count: int) -> Iterator[tuple[Tensor, int | None]]:
-        """``count`` crops of each usable image of one shard, in order, (count, 3, H, W), 1: the centre crop; and its
-        class where ``labels``."""
-        crop = self.transform if count > 1 else val_transform(self.image_size)
+    # ---------------------------------------------------------------------------------------------- as an ImageSource
 
-        def load(numbered: tuple[int, Sample]) -> tuple[Tensor, int | None] | None:
-            number, sample = numbered
-            if (decoded := self._decode(sample)) is None:
+    def split_into_chunks(self, size: int) -> list[str]:
+        """Return the shards; `size` has no effect."""
+        return self.urls
+
+    def augmented_views(self, chunk: str, num_views: int) -> Iterator[Views]:
+        """Yield `num_views` crops (num_views, 3, H, W) of each usable image, and its class; see `ImageSource`."""
+        crop = self.transform if num_views > 1 else val_transform(self.image_size)
+        shard_name = os.path.basename(chunk)
+
+        def load(numbered_sample: tuple[int, Sample]) -> Views | None:
+            number, sample = numbered_sample
+            decoded = self._decode(sample)
+            if decoded is None:
                 return None
-            seeds = [f"{self.seed} {os.path.basename(url)} {turn} {number}" for turn in range(count)]
-            generators = [torch.Generator().manual_seed(hashed_seed(seed)) for seed in seeds]
-            return torch.stack([crop(decoded[0], generator) for generator in generators]), decoded[1]
+            image, label = decoded
+            crops: list[Tensor] = []
+            for view in range(num_views):
+                seed = hashed_seed(f"{self.seed} {shard_name} {view} {number}")
+                crops.append(crop(image, torch.Generator().manual_seed(seed)))
+            return torch.stack(crops), label
 
-        return filter(None, ahead(load, enumerate(self._read(url)), weigh=lambda numbered: len(numbered[1].image)))
+        def image_bytes(numbered_sample: tuple[int, Sample]) -> int:
+            return len(numbered_sample[1].image)
 
-    def _train(self) -> Iterator[dict[str, Any]]:
-        rank, _, worker, workers = pytorch_worker_info()
+        return filter(None, parallel_map(load, enumerate(self._read_shard(chunk)), image_bytes))
+
+    def file_names(self) -> list[str]:
+        """Return the URLs of the shards."""
+        return self.urls
+
+    def content_id(self) -> str:
+        """Return a hash of the bytes of all shards."""
+        return hash_files(map(Path, self.urls))
+
+    def count_images(self) -> ImageCount | None:
+        """Return an estimate from the first shard; None if it is not a local file."""
+        return estimate_images(self.urls)
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def _training_samples(self) -> Iterator[dict[str, Any]]:
+        """Return the endless stream of this rank and worker, from where the run stands."""
+        rank, _, worker, num_workers = pytorch_worker_info()
         info = get_worker_info()
-        base = info.seed - worker if info else 0  # a new one for every iterator, also where workers start afresh
-        (batches, batch_size), self._had = self._had, (0, 0)
-        turn = (worker + batches) % workers  # workers take turns, batch by batch: a resume goes on with the next one's
-        name = f"{self.seed} {rank} {turn} {self._epoch} {base}"
+        # Differs between iterators, also if workers are started again for each epoch.
+        base_seed = info.seed - worker if info else 0
+        # Workers deliver batches in turn, and worker 0 delivers the first batch after a resume. So it continues the
+        # stream of the worker whose turn it would have been, and so on.
+        stream_worker = (worker + self._batches_done) % num_workers
+        # Stream i has delivered the batches i, i + num_workers, i + 2 num_workers, ...
+        batches_of_stream = len(range(stream_worker, self._batches_done, num_workers))
+        name = f"{self.seed} {rank} {stream_worker} {self._epoch} {base_seed}"
+        start = batches_of_stream * self._batch_size
         self._epoch += 1
-        return self._stretches(name, len(range(turn, batches, workers)) * batch_size)
+        self._batches_done = 0
+        return self._stream(name, start)
 
-    def _stretches(self, name: str, begin: int) -> Iterator[dict[str, Any]]:
-        """The stream of a name from its n-th crop on."""
-        first, had = divmod(begin, _STRETCH)
-        for number in count(first):
-            yield from islice(self._crops(random.Random(f"{name} {number}"), had), _STRETCH - had)
-            had = 0
+    def _stream(self, name: str, start: int) -> Iterator[dict[str, Any]]:
+        """Yield the samples of a stream from number `start` on.
 
-    def _crops(self, rng: random.Random, begin: int) -> Iterator[dict[str, Any]]:
-        """A stretch from its n-th crop on. An unusable image leaves its crop to the next usable one, so that a resume
-        need not decode what it passes by."""
-        stream = shuffled(self._resample(rng), self.shuffle, rng)
-        seeds: list[int] = []  # of the crops that the next usable image gives
-        for sample, seed in islice(((sample, rng.getrandbits(48)) for sample in stream), begin, None):
-            seeds.append(seed)
-            if decoded := self._decode(sample):
-                yield from (self._sample(*decoded, torch.Generator().manual_seed(seed)) for seed in seeds)
-                seeds.clear()
-            elif len(seeds) == _PATIENCE:
+        A stream is a sequence of segments of `_SEGMENT_IMAGES` samples, each with its own seed, so that only the
+        segment in which a resumed run stands has to be read again.
+        """
+        first_segment, offset = divmod(start, _SEGMENT_IMAGES)
+        for segment in count(first_segment):
+            samples = self._segment(random.Random(f"{name} {segment}"), offset)
+            yield from islice(samples, _SEGMENT_IMAGES - offset)
+            offset = 0
+
+    def _segment(self, rng: random.Random, offset: int) -> Iterator[dict[str, Any]]:
+        """Yield the samples of an endless segment from number `offset` on.
+
+        Every file of the shards, usable or not, gives one sample: an unusable image is replaced by another crop of the
+        next usable one. So the number of a sample is known without decoding, and a resume decodes nothing that it
+        skips.
+        """
+        # Each file gets its crop's seed, also the skipped ones: the random state must not depend on the offset.
+        seeded = ((sample, rng.getrandbits(48)) for sample in shuffled(self._random_samples(rng), self.shuffle, rng))
+        pending_seeds: list[int] = []
+        for sample, seed in islice(seeded, offset, None):
+            pending_seeds.append(seed)
+            decoded = self._decode(sample)
+            if decoded:
+                for crop_seed in pending_seeds:
+                    yield self._make_sample(*decoded, torch.Generator().manual_seed(crop_seed))
+                pending_seeds.clear()
+            elif len(pending_seeds) == _MAX_CONSECUTIVE_SKIPS:
                 raise ValueError(
-                    f"{self.tally.name} must hold usable images, got {_PATIENCE} others on end: {self.tally}"
+                    f"{self.skip_counter.name} must hold usable images, got {_MAX_CONSECUTIVE_SKIPS} consecutive "
+                    f"unusable ones: {self.skip_counter}"
                 )
 
-    def _resample(self, rng: random.Random) -> Iterator[Sample]:
-        barren: set[str] = set()
-        while len(barren) < len(set(self.urls)):
+    def _random_samples(self, rng: random.Random) -> Iterator[Sample]:
+        """Yield the samples of shards that are chosen at random, without end."""
+        empty_shards: set[str] = set()
+        num_shards = len(set(self.urls))
+        while len(empty_shards) < num_shards:
             url = rng.choice(self.urls)
-            barren.add(url)
-            for sample in self._read(url):
-                barren.discard(url)
+            empty_shards.add(url)
+            for sample in self._read_shard(url):
+                empty_shards.discard(url)
                 yield sample
-        raise ValueError(f"{self.tally.name} must hold images, got {len(self.urls)} shards without any: {self.tally}")
+        raise ValueError(
+            f"{self.skip_counter.name} must hold images, got {len(self.urls)} shards without any: {self.skip_counter}"
+        )
 
-    def _validate(self) -> Iterator[dict[str, Any]]:
+    # ----------------------------------------------------------------------------------------------------- validation
+
+    def _validation_samples(self) -> Iterator[dict[str, Any]]:
         rank, world_size, worker, num_workers = pytorch_worker_info()
-        part, parts = rank * num_workers + worker, world_size * num_workers
-        by_shard = len(self.urls) >= parts
-        samples = chain.from_iterable(map(self._read, self.urls[part::parts] if by_shard else self.urls))
-        self.tally.restart()
-        mine = samples if by_shard else islice(samples, part, None, parts)
-        yield from (self._sample(*decoded) for decoded in map(self._decode, mine) if decoded)
-        if get_worker_info() is None:  # else only the main process knows when the last worker has finished
-            self.tally.summary()
+        self.skip_counter.restart()
+        for sample in self._share_of_samples(rank * num_workers + worker, world_size * num_workers):
+            decoded = self._decode(sample)
+            if decoded:
+                yield self._make_sample(*decoded)
+        # With workers, only the main process knows when the last one has finished.
+        if get_worker_info() is None:
+            self.skip_counter.log_summary()
 
-    def _read(self, url: str) -> Iterator[Sample]:
-        return group_samples(self._members(url), url, self.tally)
+    def _share_of_samples(self, reader: int, num_readers: int) -> Iterator[Sample]:
+        """Return the samples of one of several readers: whole shards if there are enough, else every n-th sample."""
+        if len(self.urls) >= num_readers:
+            return chain.from_iterable(map(self._read_shard, self.urls[reader::num_readers]))
+        all_samples = chain.from_iterable(map(self._read_shard, self.urls))
+        return islice(all_samples, reader, None, num_readers)
+
+    # -------------------------------------------------------------------------------------------------------- reading
+
+    def _read_shard(self, url: str) -> Iterator[Sample]:
+        return group_samples(self._members(url), url, self.skip_counter)
 
     def _members(self, url: str) -> Iterator[Member]:
+        """Yield the files of a shard; what follows damage is counted and skipped."""
         stream = None
         try:
             stream = gopen(url) if is_remote(url) else open(url, "rb")  # noqa: SIM115, closed below
-            yield from read_members(stream, url, self.tally)
-        except Exception as error:  # whatever went wrong, the files before it are good and the other shards may be
-            self._broken(url, error)
+            yield from read_members(stream, url, self.skip_counter)
+        except Exception as error:
+            # Anything can go wrong; the files before it are good, and the other shards may be.
+            reason = str(error) or type(error).__name__
+            self.skip_counter.skip(url, UnusableImageError("broken shard", f"what came before is used; {reason}"))
         finally:
-            with suppress(OSError):  # a command whose output is not read to the end fails
+            # Closing a command whose output was not read to the end fails.
+            with suppress(OSError):
                 if stream:
                     stream.close()
 
-    def _broken(self, url: str, error: Exception) -> None:
-        reason = str(error) or type(error).__name__
-        self.tally.skip(url, UnusableImageError("broken shard", f"what came before is used; {reason}"))
-
     def _decode(self, sample: Sample) -> tuple[Image.Image, int | None] | None:
-        """Return the picture, and its class with ``labels``; None if it is unusable, which is counted."""
+        """Return the image, and its class with `labels`; None if it is unusable, which is counted."""
         try:
             image = decode_image(sample.image, image_size=self.image_size)
-            return image, _label(sample) if self.labels else None
+            return image, parse_label(sample) if self.labels else None
         except UnusableImageError as error:
-            self.tally.skip(f"{sample.url}: {sample.name}", error)
+            self.skip_counter.skip(f"{sample.url}: {sample.name}", error)
             return None
 
-    def _sample(self, image: Image.Image, label: int | None, generator: Any = None) -> dict[str, Any]:
-        self.tally.use()
-        return {"images": self.transform(image, generator)} | ({} if label is None else {"label": label})
+    def _make_sample(self, image: Image.Image, label: int | None, generator: Any = None) -> dict[str, Any]:
+        self.skip_counter.use()
+        sample: dict[str, Any] = {"images": self.transform(image, generator)}
+        if label is not None:
+            sample["label"] = label
+        return sample
 
 
 def shard_data(
@@ -217,9 +298,9 @@ def shard_data(
     labels: bool = False,
     class_names: str | None = None,
 ) -> ImageDataModule:
-    """Make the data of a run from shards; arguments as in `ImageShards` and `ImageDataModule`. `val_urls` may be None.
+    """Make the data module of `data=webdataset`; arguments as in `ImageShards` and `ImageDataModule`.
 
-    `class_names` is a file that `read_names` reads: what the numbers in the `.cls` files stand for.
+    `val_urls` may be None. `class_names` is a file for `read_names`: the names of the numbers in the `.cls` files.
     """
     names = read_names(class_names) if class_names else None
     train = ImageShards(
@@ -230,15 +311,17 @@ def shard_data(
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Names of classes from a file: a JSON list, or a name a line.
+    """Read the names of classes from a file: a JSON list, or one name per line.
 
     Raises:
         ValueError: the file holds neither.
     """
     text = read_text(Path(path).expanduser())
     try:
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        names = json.loads(text) if str(path).endswith(".json") else lines
+        if str(path).endswith(".json"):
+            names = json.loads(text)
+        else:
+            names = [line.strip() for line in text.splitlines() if line.strip()]
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold a JSON list of class names: {error}") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -246,35 +329,60 @@ def read_names(path: str | Path) -> list[str]:
     return names
 
 
+def estimate_images(urls: list[str]) -> ImageCount | None:
+    """Estimate the number of images in shards from the first one; None if it is not a local file."""
+    if not urls or is_remote(urls[0]):
+        return None
+    samples = set()
+    # A damaged shard counts as far as it can be read.
+    with suppress(OSError, tarfile.TarError), tarfile.open(urls[0]) as shard:
+        for member in shard:
+            if member.name.lower().endswith(EXTENSIONS):
+                samples.add(member.name.rpartition("/")[2].partition(".")[0])
+    return ImageCount(len(samples) * len(urls), len(urls))
+
+
 def shuffled(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterator[Sample]:
-    """Shuffle samples in a buffer of ``size``, and of at most 512 MB. It begins to yield when it holds 100 of them."""
+    """Shuffle samples in a buffer of `size` samples, and of at most 512 MB.
+
+    As webdataset's shuffle, it starts to yield when it holds 100 samples, and reads two per yielded sample until the
+    buffer is full.
+    """
     buffer: list[Sample] = []
-    held = 0
+    buffer_bytes = 0
     for sample in samples:
         buffer.append(sample)
-        held += len(sample.image)
-        if len(buffer) < size and held < _SHUFFLE_BYTES and (second := next(samples, None)):
-            buffer.append(second)
-            held += len(second.image)
-        while len(buffer) >= min(100, size) or held >= _SHUFFLE_BYTES:
-            chosen = _pick(buffer, rng)
-            held -= len(chosen.image)
+        buffer_bytes += len(sample.image)
+        if len(buffer) < size and buffer_bytes < _SHUFFLE_BYTES:
+            second = next(samples, None)
+            if second:
+                buffer.append(second)
+                buffer_bytes += len(second.image)
+        while len(buffer) >= min(_SHUFFLE_START, size) or buffer_bytes >= _SHUFFLE_BYTES:
+            chosen = _pop_random(buffer, rng)
+            buffer_bytes -= len(chosen.image)
             yield chosen
-            if held < _SHUFFLE_BYTES:
+            if buffer_bytes < _SHUFFLE_BYTES:
                 break
     while buffer:
-        yield _pick(buffer, rng)
+        yield _pop_random(buffer, rng)
 
 
-def _pick(buffer: list[Sample], rng: random.Random) -> Sample:
-    """Take out a random sample; the last one takes its place."""
-    place = rng.randint(0, len(buffer) - 1)
-    chosen, buffer[place] = buffer[place], buffer[-1]
+def _pop_random(buffer: list[Sample], rng: random.Random) -> Sample:
+    """Remove and return a random sample; the last one takes its place."""
+    index = rng.randint(0, len(buffer) - 1)
+    chosen = buffer[index]
+    buffer[index] = buffer[-1]
     buffer.pop()
     return chosen
 
 
-def _label(sample: Sample) -> int:
+def parse_label(sample: Sample) -> int:
+    """Return the class of a sample.
+
+    Raises:
+        UnusableImageError: the sample has no `.cls` file, or it does not hold a class number.
+    """
     if sample.label is None:
         raise UnusableImageError("without label", f"there is no {Path(sample.name).stem}.cls")
     try:

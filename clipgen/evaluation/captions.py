@@ -1,4 +1,4 @@
-"""The sentences of an evaluation: which pictures are asked for, or what the pictures of a folder should show."""
+"""The captions of an evaluation: what is generated, or what the images of a folder should show."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,119 +15,168 @@ from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.files import natural_key, read_text
 
 logger = logging.getLogger(__name__)
-LONGEST = 1 << 20  # bytes of a text file beside a picture
-Caption = tuple[str | None, str]  # of which file, where that is known; and the sentence
+MAX_SIDECAR_BYTES = 1 << 20  # of a text file beside an image
+
+
+class Caption(NamedTuple):
+    """A caption, and the image file that it describes, if known."""
+
+    file: str | None
+    text: str
 
 
 def read_captions(source: str | Path) -> list[Caption]:
-    """Read sentences.
+    """Read captions.
 
     Args:
-        source: ``"shapes"``, all 288 of the embedded data; a text file, a sentence a line, or a file name, a tab and a
-            sentence; JSON: a list of sentences, ``{"file": "sentence"}``, or COCO's captions.
+        source: ``"shapes"`` for all 288 of the built-in data; a text file with one caption per line, or a file name, a
+            tab and a caption; JSON: a list of captions, ``{"file": "caption"}``, or COCO's captions.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or nothing in it.
+        FileNotFoundError: the file does not exist.
+        ValueError: it does not hold captions.
     """
     if source == "shapes":
-        return [(None, str(attributes)) for attributes in ALL_ATTRIBUTES]
+        return [Caption(None, str(attributes)) for attributes in ALL_ATTRIBUTES]
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"captions must be 'shapes' or an existing file, got {path}")
     text = read_text(path)
     try:
-        found = from_json(json.loads(text)) if path.suffix.lower() == ".json" else from_lines(text)
+        captions = parse_json(json.loads(text)) if path.suffix.lower() == ".json" else parse_lines(text)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
-    if not found or not all(caption.strip() for _, caption in found):
-        raise ValueError(f"captions must be sentences, got {'an empty one' if found else 'none'} in {path}")
-    return found
+    if not captions:
+        raise ValueError(f"captions must be sentences, got none in {path}")
+    if not all(caption.text.strip() for caption in captions):
+        raise ValueError(f"captions must be sentences, got an empty one in {path}")
+    return captions
 
 
-def from_lines(text: str) -> list[Caption]:
-    """A sentence a line, each with a file name and a tab before it or all without."""
-    rows = [line.partition("\t") for line in text.split("\n") if line.strip()]
-    if len({tab for _, tab, _ in rows}) > 1:
+def read_classes(source: str | Path) -> list[Caption]:
+    """Read class names: ``"imagenet"``, or any source of ``read_captions``."""
+    if source == "imagenet":
+        return [Caption(None, name) for name in imagenet_class_names()]
+    return read_captions(source)
+
+
+def imagenet_class_names() -> list[str]:
+    """Return the 1000 class names of ILSVRC-2012 in CLIP's wording, in the order of the classes."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return list(IMAGENET_CLASSNAMES)
+
+
+def parse_lines(text: str) -> list[Caption]:
+    """Parse one caption per line, all with a file name and a tab before them or all without."""
+    lines = [line.partition("\t") for line in text.split("\n") if line.strip()]
+    with_file = [bool(tab) for _, tab, _ in lines]
+    if all(with_file):
+        return [Caption(file.strip(), caption.strip()) for file, _, caption in lines]
+    if any(with_file):
         raise ValueError("a file name and a tab must stand before every sentence, or before none")
-    return [(name.strip(), caption.strip()) if tab else (None, name.strip()) for name, tab, caption in rows]
+    return [Caption(None, caption.strip()) for caption, _, _ in lines]
 
 
-def from_json(content: Any) -> list[Caption]:
-    """A list, a mapping, or COCO's layout."""
+def parse_json(content: Any) -> list[Caption]:
+    """Parse a list, a mapping, or COCO's layout."""
     if isinstance(content, list):
-        found: list[tuple[str | None, Any]] = [(None, caption) for caption in content]
+        captions = [Caption(None, text) for text in content]
     elif not isinstance(content, dict):
         raise ValueError(f"it must hold a list, a mapping or COCO's layout, got {content!r:.60}")
     elif "annotations" in content:
         files = {image["id"]: image["file_name"] for image in content["images"]}
-        found = [(files[row["image_id"]], row["caption"]) for row in content["annotations"]]
+        captions = [Caption(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
     else:
-        found = list(content.items())
-    if other := [caption for _, caption in found if not isinstance(caption, str)]:
-        raise ValueError(f"each sentence must be a text, got {other[0]!r:.60}")
-    return found
+        captions = [Caption(file, text) for file, text in content.items()]
+    for caption in captions:
+        if not isinstance(caption.text, str):
+            raise ValueError(f"each sentence must be a text, got {caption.text!r:.60}")
+    return captions
 
 
-def choose(captions: Sequence[str], count: int, seed: int) -> list[str]:
-    """``count`` sentences: all in turn where there are fewer, else a random part, in the order of the file."""
+def select_captions(captions: Sequence[Caption], count: int, seed: int) -> list[Caption]:
+    """Return ``count`` captions in the order of the file: a random subset, or all in turn if there are fewer."""
     if count >= len(captions):
         return [captions[i % len(captions)] for i in range(count)]
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]
-    return [captions[i] for i in order.sort().values.tolist()]
+    subset = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]
+    return [captions[i] for i in subset.sort().values.tolist()]
 
 
-def captions_of(root: Path, files: Sequence[str], captions: Sequence[Caption] | None) -> list[str]:
-    """Return the sentence of each picture of a folder.
+# ------------------------------------------------------------------------------------------------- captions of a folder
+
+
+def captions_of_files(root: Path, files: Sequence[str], captions: Sequence[Caption] | None) -> list[str]:
+    """Return the caption of each image of a folder.
 
     Args:
-        captions: sentences by file name, else one for each picture, in the order in which people number files (2.png
-            before 10.png). None: what the pictures themselves hold (``clipgen-sample`` writes it into them), or text
-            files of the same name beside them.
+        root: the folder.
+        files: the images, as paths below the folder.
+        captions: captions by file name, of which the first of each file is taken; or one per image, in the natural
+            order of the file names (2.png before 10.png). None: the prompt in the metadata of each image, as
+            ``clipgen-sample`` writes it, or a text file of the same name beside it.
 
     Raises:
-        ValueError: a picture has no sentence, or there are more or fewer sentences than pictures.
+        ValueError: an image has no caption, or the numbers of captions and images differ.
     """
     if captions is None:
-        return [own_caption(root / file) for file in files]
-    if any(name is None for name, _ in captions):
-        return captions_by_line(root, files, [caption for _, caption in captions])
-    first = {str(name): caption for name, caption in reversed(captions)}
-    if missing := [file for file in files if file not in first]:
-        raise ValueError(f"captions must name every picture of {root}, got none for {missing[0]}")
-    return [first[file] for file in files]
+        return [embedded_caption(root / file) for file in files]
+    if any(file is None for file, _ in captions):
+        return captions_by_line(root, files, [text for _, text in captions])
+    by_file: dict[str, str] = {}
+    for file, text in captions:
+        by_file.setdefault(str(file), text)
+    missing = [file for file in files if file not in by_file]
+    if missing:
+        raise ValueError(f"captions must name every image of {root}, got none for {missing[0]}")
+    return [by_file[file] for file in files]
 
 
 def captions_by_line(root: Path, files: Sequence[str], captions: Sequence[str]) -> list[str]:
-    """Return the sentence of each picture, where sentences stand in the natural order of the pictures' names."""
+    """Return the caption of each image, if captions are in the natural order of the images' names."""
     if len(captions) != len(files):
-        raise ValueError(f"captions must be one a picture, got {len(captions)} for {len(files)} pictures in {root}")
-    ordered = sorted(files, key=natural_key)
-    if ordered != sorted(files):
-        place = next(i for i, (file, other) in enumerate(zip(ordered, sorted(files))) if file != other)
-        logger.warning(
-            "captions by line meet the pictures of %s as people number them: line %d is of %s (by letters: %s); "
-            "a file name and a tab before each sentence settle it",
-            root,
-            place + 1,
-            ordered[place],
-            sorted(files)[place],
-        )
-    of_file = dict(zip(ordered, captions))
-    return [of_file[file] for file in files]
+        raise ValueError(f"captions must be one per image, got {len(captions)} for {len(files)} images in {root}")
+    natural_order = sorted(files, key=natural_key)
+    warn_of_other_order(root, natural_order, sorted(files))
+    by_file = dict(zip(natural_order, captions))
+    return [by_file[file] for file in files]
 
 
-def own_caption(path: Path) -> str:
-    """Return what a picture, or a text file beside it, says that it shows."""
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        if (size := beside.stat().st_size) > LONGEST:
-            raise ValueError(f"{beside} must be a sentence, got {size} bytes")
-        prompt = read_text(beside).strip()
-    else:
-        try:
-            prompt = png_text(path).get("prompt", "")
-        except UnusableImageError as error:
-            raise ValueError(f"{path} cannot be used as an image: {error}") from error
-    if not prompt:
-        raise ValueError(f"captions are needed: {path} holds none, and no {beside.name} beside it does")
-    return str(prompt)
+def warn_of_other_order(root: Path, natural: Sequence[str], alphabetical: Sequence[str]) -> None:
+    """Log the first line whose image would differ in alphabetical order."""
+    for number, (file, other) in enumerate(zip(natural, alphabetical), start=1):
+        if file != other:
+            logger.warning(
+                "captions by line follow the natural order of the images of %s: line %d belongs to %s (in alphabetical "
+                "order: %s); write a file name and a tab before each caption to be sure",
+                root,
+                number,
+                file,
+                other,
+            )
+            return
+
+
+def embedded_caption(path: Path) -> str:
+    """Return the caption in a text file beside an image, or the prompt in its PNG metadata."""
+    sidecar = path.with_suffix(".txt")
+    caption = read_sidecar(sidecar) if sidecar.is_file() else read_prompt(path)
+    if not caption:
+        raise ValueError(f"captions are needed: neither {path} nor a {sidecar.name} beside it holds one")
+    return caption
+
+
+def read_sidecar(path: Path) -> str:
+    """Read a caption from a text file."""
+    size = path.stat().st_size
+    if size > MAX_SIDECAR_BYTES:
+        raise ValueError(f"{path} must be a sentence, got {size} bytes")
+    return read_text(path).strip()
+
+
+def read_prompt(path: Path) -> str:
+    """Read the prompt from the metadata of a PNG; empty if it has none."""
+    try:
+        return str(png_text(path).get("prompt", ""))
+    except UnusableImageError as error:
+        raise ValueError(f"{path} cannot be used as an image: {error}") from error

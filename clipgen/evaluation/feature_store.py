@@ -1,17 +1,17 @@
-"""What was measured of a set of images, part by part on disk, so that a killed evaluation goes on where it was.
+"""On-disk store of per-image features and scores, written in parts so that an interrupted evaluation can resume.
 
-A folder holds ``identity.json``, which says of what and how, and ``part-000000.npz``, ... with a row an image. Rows are
-read in the order of a hash of the images' pixels: no number depends on the order or the batches in which they came.
+A folder holds ``identity.json``, which identifies the images and what is measured of them, and ``part-000000.npz``, ...
+with one row per image. Rows are read in the order of a hash of the images' pixels, so that no result depends on the
+order or on the batches in which the images came.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,150 +21,146 @@ import numpy as np
 from torch import Tensor
 
 from clipgen.checkpoint.safe_load import check_archive
-from clipgen.files import atomic_write, one_line, read_json, write_json
+from clipgen.files import atomic_write, one_line
 from clipgen.images import check_images, to_bytes
+from clipgen.resumable_store import ResumableStore
 
-KEY = "key"
-IDENTITY = "identity.json"
-Columns = dict[str, np.ndarray]
-Measuring = Callable[[Tensor, list[str]], Columns]  # images and captions -> a row an image
-Advance = Callable[[int], None]
-Batch = tuple[Tensor, list[str]]  # images (B, 3, H, W) in [-1, 1], and their captions
+KEY_COLUMN = "key"
+IDENTITY_FILE = "identity.json"
+Columns = dict[str, np.ndarray]  # name -> (B, ...), one row per image
+MeasureFn = Callable[[Tensor, list[str]], Columns]  # images and captions -> one row per image
+Advance = Callable[[int], None]  # receives a number of finished images
+ImageBatch = tuple[Tensor, list[str]]  # images (B, 3, H, W) in [-1, 1], and their captions
 
 
 class Source(Protocol):
-    """Images in pieces, each of which can be read alone."""
+    """Images in chunks, each of which can be read independently."""
 
     identity: dict[str, Any]
-    pieces: list[Any]
+    chunks: list[Any]
 
-    def read(self, piece: Any) -> Iterator[Batch]:
-        """The images of a piece, batch by batch."""
+    def read(self, chunk: Any) -> Iterator[ImageBatch]:
+        """Yield the images of a chunk, batch by batch."""
 
 
 @dataclass
 class FeatureStore:
-    """The folder of a measured set of images."""
+    """The folder in which a set of images was measured."""
 
     folder: Path
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What was measured, and how."""
-        return read_json(self.folder / IDENTITY)
-
-    @property
     def parts(self) -> list[Path]:
-        """The files, in order."""
+        """The part files that exist, in order."""
         return sorted(self.folder.glob("part-*.npz"))
 
-    def each(self, column: str) -> Iterator[np.ndarray]:
-        """A column part by part, in no order of meaning; parts without images have none."""
+    def read_identity(self) -> dict[str, Any]:
+        """Read what identifies the images and what is measured of them."""
+        return ResumableStore(self.folder, IDENTITY_FILE).read_identity()
+
+    def is_complete(self) -> bool:
+        """Return whether all parts exist."""
+        return len(self.parts) == self.read_identity().get("parts")
+
+    def column_names(self) -> set[str]:
+        """Return the names of the columns of all parts."""
+        names: set[str] = set()
         for path in self.parts:
-            if len(read_column(path, KEY)):
-                yield read_column(path, column)
+            names |= read_column_names(path)
+        return names
+
+    def iter_column(self, name: str) -> Iterator[np.ndarray]:
+        """Yield a column part by part, in an arbitrary order of rows. Parts without images are skipped."""
+        for path in self.parts:
+            if len(read_column(path, KEY_COLUMN)):
+                yield read_column(path, name)
 
     def column(self, name: str) -> np.ndarray:
-        """A whole column, in the order of the images' hashes."""
-        return np.concatenate(list(self.each(name)))[self.order]
+        """Return a column in the order of the images' hashes."""
+        return np.concatenate(list(self.iter_column(name)))[self.sort_order()]
 
-    def mapped(self, name: str, scratch: Path) -> np.ndarray:
-        """The same in a file without a name, on the disk of a folder: however many images, they need no memory."""
-        places, start = np.argsort(self.order), 0
-        shape, dtype = (len(places), *(first := next(self.each(name))).shape[1:]), first.dtype
-        with tempfile.TemporaryFile(dir=scratch if os.access(scratch, os.W_OK) else None) as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and the end of the process later
-                os.posix_fallocate(file.fileno(), 0, dtype.itemsize * math.prod(shape))
-            found = np.memmap(file, dtype, "w+", shape=shape)
-        for part in self.each(name):
-            found[places[start : start + len(part)]] = part
+    def memmap_column(self, name: str, scratch: Path) -> np.ndarray:
+        """Return what ``column`` does, memory-mapped from a temporary file, for sets that are larger than memory.
+
+        Args:
+            name: name of the column.
+            scratch: folder on the disk that takes the temporary file, which has no name.
+        """
+        destination = np.argsort(self.sort_order())
+        first_part = next(self.iter_column(name))
+        rows = create_memmap((len(destination), *first_part.shape[1:]), first_part.dtype, scratch)
+        start = 0
+        for part in self.iter_column(name):
+            rows[destination[start : start + len(part)]] = part
             start += len(part)
-        return found
+        return rows
 
-    @property
-    def order(self) -> np.ndarray:
-        """Which row comes first, second, ... by its hash."""
-        return np.argsort(np.concatenate(list(self.each(KEY))), kind="stable")
-
-    def columns(self) -> set[str]:
-        """What was measured."""
-        return set().union(*map(columns_of, self.parts))
-
-    @property
-    def complete(self) -> bool:
-        """Whether all parts are there."""
-        return len(self.parts) == self.identity.get("parts")
+    def sort_order(self) -> np.ndarray:
+        """Return the row numbers, sorted by the hash of the image; reads the keys of all parts."""
+        return np.argsort(np.concatenate(list(self.iter_column(KEY_COLUMN))), kind="stable")
 
     def __len__(self) -> int:
-        return sum(len(keys) for keys in self.each(KEY))
+        return sum(len(keys) for keys in self.iter_column(KEY_COLUMN))
 
 
 def collect(
     folder: Path,
     source: Source,
-    measure: Measuring,
+    measure: MeasureFn,
     identity: dict[str, Any],
     advance: Advance = lambda count: None,
-    share: tuple[int, int] = (0, 1),
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
-    """Measure a source's images; parts that are there already stay.
+    """Measure the images of a source; parts that exist are kept.
 
     Args:
-        identity: of what is measured; with the source's own it must be that of the parts in the folder.
-        advance: called with a number of images when they are done, found ones included.
-        share: (rank, world size): processes share the parts and do not talk; whoever is last finds it ``complete``.
+        folder: folder of the store.
+        source: the images.
+        measure: function that returns the columns of a batch.
+        identity: what is measured; together with the source's own it must equal that of the folder.
+        advance: called with the number of images when they are done, including those that were done before.
+        rank: number of this process. Processes share the parts without communication.
+        world_size: number of processes.
     """
-    begin(folder, identity | source.identity | {"parts": len(source.pieces)})
-    paths = [folder / f"part-{number:06d}.npz" for number in range(len(source.pieces))]
+    parts = {folder / f"part-{number:06d}.npz": chunk for number, chunk in enumerate(source.chunks)}
+
+    def write(path: Path, chunk: Any) -> None:
+        write_part(path, (measure_batch(measure, batch, advance) for batch in source.read(chunk)))
+
+    def count_existing(path: Path) -> None:
+        advance(len(read_column(path, KEY_COLUMN)))
+
+    store = ResumableStore(folder, IDENTITY_FILE)
+    store.open(identity | source.identity | {"parts": len(parts)})
     try:
-        for path, piece in list(zip(paths, source.pieces))[share[0] :: share[1]]:
-            if path.is_file():
-                advance(len(read_column(path, KEY)))
-            else:
-                write_part(path, (measured(measure, batch, advance) for batch in source.read(piece)))
+        store.write_missing(parts, write, count_existing, rank=rank, world_size=world_size)
     except BaseException:
-        if share[1] == 1 and not FeatureStore(folder).parts:  # nothing that other settings could be mixed with
-            (folder / IDENTITY).unlink(missing_ok=True)
+        # Without a part there is nothing that other settings could be mixed with.
+        if world_size == 1 and not FeatureStore(folder).parts:
+            store.identity_path.unlink(missing_ok=True)
         raise
 
 
-def begin(folder: Path, identity: dict[str, Any]) -> None:
-    """Write the identity, or make sure that the one which is there is the same.
-
-    Raises:
-        ValueError: the folder's parts are of another set of images, or were measured otherwise.
-    """
-    path, wanted = folder / IDENTITY, json.loads(json.dumps(identity))
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
-        return
-    check_same(folder, read_json(path), wanted)
+# ---------------------------------------------------------------------------------------------------------- part files
 
 
-def check_same(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the first difference, where a folder holds another measurement than the wanted one."""
-    for key in sorted({*found, *wanted}):
-        got, asked = (str(each.get(key))[:200] for each in (found, wanted))
-        if found.get(key) != wanted.get(key):
-            raise ValueError(f"{folder} was measured with {key}={got}, not {asked}: name another")
-
-
-def columns_of(path: Path) -> set[str]:
-    """The names of a part's columns."""
-    with damage_named(path), open_part(path) as part:
+def read_column_names(path: Path) -> set[str]:
+    """Return the names of a part's columns."""
+    with damage_errors(path), open_part(path) as part:
         return set(part.files)
 
 
 def read_column(path: Path, name: str) -> np.ndarray:
-    """One column of a part."""
-    with damage_named(path), open_part(path) as part:
+    """Read one column of a part."""
+    with damage_errors(path), open_part(path) as part:
         column: np.ndarray = part[name]
         return column
 
 
 def open_part(path: Path) -> Any:
-    """Open a part, whose columns must be as large as they say: ``write_part`` compresses nothing."""
+    """Open a part and check that no column claims more bytes than it has: ``write_part`` does not compress."""
     check_archive(path)
     part = np.load(path)
     for record in part.zip.infolist():
@@ -178,44 +174,64 @@ def check_size(file: Any, size: int) -> None:
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
-    if math.prod(shape) * dtype.itemsize > size:
-        raise ValueError(f"a column claims {math.prod(shape) * dtype.itemsize} bytes of {size}")
+    claimed = math.prod(shape) * dtype.itemsize
+    if claimed > size:
+        raise ValueError(f"a column claims {claimed} bytes of {size}")
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Raise ValueError with the way out where a part cannot be read."""
+def damage_errors(path: Path) -> Iterator[None]:
+    """Raise a ValueError that names the file and what to do if a part cannot be read."""
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # damaged bytes raise anything
-        raise ValueError(f"{path} is damaged ({one_line(error)}): delete it, and it is measured again") from error
+    # Damaged bytes raise exceptions of any type.
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({one_line(error)}): delete it, and it will be measured again") from error
 
 
-def measured(measure: Measuring, batch: Batch, advance: Advance) -> Columns:
-    """A batch's rows, with the keys of its images."""
+def measure_batch(measure: MeasureFn, batch: ImageBatch, advance: Advance) -> Columns:
+    """Return the columns of a batch, with the keys of its images. Images are rounded to 8 bits, as in a file."""
     images, captions = batch
     check_images(images)
-    if not images.isfinite().all():
-        bad = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
-        about = f" of {captions[bad]!r}" if captions else ""
-        raise ValueError(f"images must be finite, got NaN or infinity in an image{about}")
+    require_finite(images, captions)
     pixels = to_bytes(images)
-    columns = measure(pixels.float() / 127.5 - 1, captions) | {KEY: keys(pixels)}
+    columns = measure(pixels.float() / 127.5 - 1, captions)
+    columns[KEY_COLUMN] = pixel_hashes(pixels)
     advance(len(images))
     return columns
 
 
-def keys(pixels: Tensor) -> np.ndarray:
-    """A hash (B,) of each image's bytes."""
+def require_finite(images: Tensor, captions: list[str]) -> None:
+    """Raise ValueError, with the caption, if an image holds NaN or infinity."""
+    finite = images.flatten(1).isfinite().all(dim=1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        caption = f" of {captions[first]!r}" if captions else ""
+        raise ValueError(f"images must be finite, got NaN or infinity in an image{caption}")
+
+
+def pixel_hashes(pixels: Tensor) -> np.ndarray:
+    """Return a hash (B,) of the bytes of each image."""
     digests = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest() for image in pixels.cpu()]
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def write_part(path: Path, batches: Iterable[Columns]) -> None:
-    """Write a part, whole or not at all."""
-    found = list(batches)
-    columns = {name: np.concatenate([batch[name] for batch in found]) for name in (found[0] if found else ())}
+    """Write a part atomically."""
+    batches = list(batches)
+    columns = {KEY_COLUMN: np.empty(0, np.uint64)}
+    if batches:
+        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     with atomic_write(path) as partial, partial.open("wb") as file:
-        np.savez(file, **(columns or {KEY: np.empty(0, np.uint64)}))  # type: ignore[arg-type]
+        np.savez(file, **columns)  # type: ignore[arg-type]
+
+
+def create_memmap(shape: tuple[int, ...], dtype: np.dtype, scratch: Path) -> np.ndarray:
+    """Return an array in a temporary file below ``scratch``, or in the system's folder if that is read-only."""
+    with tempfile.TemporaryFile(dir=scratch if os.access(scratch, os.W_OK) else None) as file:
+        # Reserve the space: a full disk is an error here, but ends the process when a page is written later.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, dtype.itemsize * math.prod(shape))
+        return np.memmap(file, dtype, "w+", shape=shape)

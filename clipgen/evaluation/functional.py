@@ -1,53 +1,54 @@
-"""The papers' metrics of sets of images, as functions of features: torch-fidelity's where its memory has a bound."""
+"""Metrics of sets of images as functions of their features; computed by torch-fidelity where its memory is bounded."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-KID_SUBSET = 1000  # images in each of torch-fidelity's 100 subsets; all of them where there are fewer
-NEIGHBOURS = 3  # of precision and recall
-IS_SPLITS = 10  # of IS
-BLOCK = 1000  # images on either side whose distances are held at a time
+KID_SUBSET = 1000  # images per subset of KID; torch-fidelity takes 100 subsets
+NEIGHBORS = 3  # nearest neighbors of precision and recall
+IS_SPLITS = 10  # splits of the Inception score
+BLOCK_SIZE = 1000  # images per side whose distances are held in memory at a time
 Moments = tuple[np.ndarray, np.ndarray]  # mean (F,), covariance (F, F)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """FID (arXiv:1706.08500): ||m - m'||^2 + tr(C + C' - 2 (C C')^(1/2)).
+    """Return the Frechet distance (FID, arXiv:1706.08500): ||m - m'||^2 + tr(C + C' - 2 (C C')^(1/2)).
 
-    The trace of the root is the sum of the roots of the eigenvalues of C^(1/2) C' C^(1/2), which is symmetric: that is
-    stabler, and on 2048 features ten times faster, than the general root.
+    The trace of the root is the sum of the square roots of the eigenvalues of C^(1/2) C' C^(1/2), which is symmetric.
+    This is more stable than the root of a general matrix, and ten times faster for 2048 features.
     """
-    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    mean_a, cov_a = a
+    mean_b, cov_b = b
     values, vectors = np.linalg.eigh(cov_a)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    product = np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)
-    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(product).sum()
+    root_a = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+    eigenvalues = np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(min=0)
+    distance = ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum()
     return max(float(distance), 0.0)
 
 
 def kernel_distance(generated: Tensor, reference: Tensor) -> tuple[float, float]:
-    """KID (arXiv:1801.01401) of features (N, F), (M, F): mean and standard deviation over 100 subsets.
+    """Return the kernel distance (KID, arXiv:1801.01401) of features (N, F), (M, F): mean and deviation over subsets.
 
-    Unbiased, so that it may be below 0. With no more than 1000 images on a side that side is whole in every subset, as
-    in clean-fid: the deviation then tells of the other side alone, and is 0 where both are whole.
+    The estimate is unbiased and can be negative. A side of at most 1000 images is used completely in every subset, as
+    in clean-fid: the deviation then reflects the other side only, and is 0 if both are used completely.
     """
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     size = min(KID_SUBSET, len(generated), len(reference))
-    found = kid_features_to_metric(generated, reference, kid_subset_size=size, verbose=False)
-    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+    results = kid_features_to_metric(generated, reference, kid_subset_size=size, verbose=False)
+    return results["kernel_inception_distance_mean"], results["kernel_inception_distance_std"]
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:
-    """IS (arXiv:1606.03498) of logits (N, C): mean and standard deviation over 10 splits.
+    """Return the Inception score (IS, arXiv:1606.03498) of logits (N, C): mean and standard deviation over 10 splits.
 
-    The splits are torch-fidelity's, but one at a time, so that logits may lie on a disk.
+    The splits are torch-fidelity's, but evaluated one at a time, so that the logits may be memory-mapped.
 
     Raises:
         ValueError: a split would be a single image, whose score is 1 whatever it shows.
@@ -58,49 +59,57 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
         raise ValueError(f"an Inception score needs at least {2 * IS_SPLITS} images, got {len(logits)}")
     order = np.random.RandomState(2020).permutation(len(logits))
     edges = [len(logits) * i // IS_SPLITS for i in range(IS_SPLITS + 1)]
-    splits = (logits[order[a:b]] for a, b in itertools.pairwise(edges))
-    scores = [isc_features_to_metric(split, splits=1, shuffle=False)["inception_score_mean"] for split in splits]
+    scores = []
+    for start, stop in itertools.pairwise(edges):
+        split = logits[order[start:stop]]
+        scores.append(isc_features_to_metric(split, splits=1, shuffle=False)["inception_score_mean"])
     return float(np.mean(scores)), float(np.std(scores))
 
 
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Improved precision and recall (arXiv:1904.06991) of features (N, F), (M, F), with 3 neighbours.
+    """Return improved precision and recall (arXiv:1904.06991) of features (N, F), (M, F), with 3 neighbors.
 
-    Equal to torch-fidelity's, which concatenates all distances of a block of images; here memory has a bound.
+    The values equal torch-fidelity's, which holds all distances of a block of images in memory.
 
     Raises:
-        ValueError: a set has no more images than neighbours.
+        ValueError: a set has no more images than neighbors.
     """
-    if (few := min(len(generated), len(reference))) <= NEIGHBOURS:
-        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on either side, got {few}")
-    return _share_inside(generated, reference), _share_inside(reference, generated)
+    smaller = min(len(generated), len(reference))
+    if smaller <= NEIGHBORS:
+        raise ValueError(f"precision and recall need more than {NEIGHBORS} images on either side, got {smaller}")
+    return _covered_fraction(generated, reference), _covered_fraction(reference, generated)
 
 
-def _share_inside(points: Tensor, centres: Tensor) -> float:
-    """The part of points that lie in the ball of a centre, which reaches to its third neighbour among the centres."""
-    radii, inside = _radii(centres), torch.zeros(len(points), dtype=torch.bool)
-    for some, found in zip(points.split(BLOCK), inside.split(BLOCK)):
-        for others, reach in zip(centres.split(BLOCK), radii.split(BLOCK)):
-            found |= (torch.cdist(some, others) <= reach).any(dim=1)
-    return inside.double().mean().item()
+def _covered_fraction(points: Tensor, centers: Tensor) -> float:
+    """Return the fraction of points inside a ball around a center that reaches to the center's third neighbor."""
+    radii = _neighbor_radii(centers)
+    covered = []
+    for point_block in points.split(BLOCK_SIZE):
+        inside = torch.zeros(len(point_block), dtype=torch.bool)
+        for center_block, radius_block in zip(centers.split(BLOCK_SIZE), radii.split(BLOCK_SIZE)):
+            inside |= (torch.cdist(point_block, center_block) <= radius_block).any(dim=1)
+        covered.append(inside)
+    return torch.cat(covered).double().mean().item()
 
 
-def _radii(centres: Tensor) -> Tensor:
-    """The distance (M,) of each centre from its third neighbour; the nearest of all is itself."""
-    radii = centres.new_empty(len(centres))
-    for some, found in zip(centres.split(BLOCK), radii.split(BLOCK)):
-        nearest = some.new_full((len(some), NEIGHBOURS + 1), torch.inf)
-        for others in centres.split(BLOCK):
-            nearest = torch.cat([nearest, torch.cdist(some, others)], dim=1).topk(NEIGHBOURS + 1, largest=False).values
-        found.copy_(nearest[:, -1])
-    return radii
+def _neighbor_radii(centers: Tensor) -> Tensor:
+    """Return the distance (M,) from each center to its third neighbor."""
+    radii = []
+    for block in centers.split(BLOCK_SIZE):
+        # One more than the neighbors, because the nearest of all is the center itself.
+        nearest = block.new_full((len(block), NEIGHBORS + 1), torch.inf)
+        for others in centers.split(BLOCK_SIZE):
+            candidates = torch.cat([nearest, torch.cdist(block, others)], dim=1)
+            nearest = candidates.topk(NEIGHBORS + 1, largest=False).values
+        radii.append(nearest[:, -1])
+    return torch.cat(radii)
 
 
 def caption_score(log_probabilities: Tensor) -> float:
-    """CapS of CogView (arXiv:2105.13290): the geometric mean of a caption's token probabilities (L,).
+    """Return CogView's CapS (arXiv:2105.13290): the geometric mean of the probabilities of a caption's tokens (L,).
 
     Raises:
-        ValueError: there is no token.
+        ValueError: the caption has no token.
     """
     if not len(log_probabilities):
         raise ValueError("CapS needs a caption with a token, got none")
@@ -108,17 +117,26 @@ def caption_score(log_probabilities: Tensor) -> float:
 
 
 def moments(parts: Iterable[np.ndarray]) -> Moments:
-    """Mean and unbiased covariance of features that come part by part, (n, F) each; in 64 bits, in constant memory.
+    """Return mean and unbiased covariance, in float64 and constant memory, of features in parts (n, F).
 
     Raises:
         ValueError: there are fewer than two rows.
     """
-    count, shift, total, outer = 0, np.zeros(0), np.zeros(0), np.zeros(0)
-    for part in filter(len, parts):
-        if not count:  # products of small differences keep their digits
-            shift, total, outer = part.mean(0, dtype=np.float64), np.zeros(part.shape[1]), np.zeros(part.shape[1:] * 2)
-        centred = part - shift
-        count, total, outer = count + len(part), total + centred.sum(0), outer + centred.T @ centred
+    nonempty: Iterator[np.ndarray] = filter(len, iter(parts))
+    first = next(nonempty, None)
+    if first is None:
+        raise ValueError("a Frechet distance needs at least two images on either side, got 0")
+    # Features are centered near zero before they are multiplied, or large means would cancel the digits.
+    shift = first.mean(axis=0, dtype=np.float64)
+    count = 0
+    total = np.zeros(first.shape[1])
+    outer = np.zeros((first.shape[1], first.shape[1]))
+    for part in itertools.chain([first], nonempty):
+        centered = part - shift
+        count += len(part)
+        total += centered.sum(axis=0)
+        outer += centered.T @ centered
     if count < 2:
         raise ValueError(f"a Frechet distance needs at least two images on either side, got {count}")
-    return shift + total / count, (outer - np.outer(total, total) / count) / (count - 1)
+    covariance = (outer - np.outer(total, total) / count) / (count - 1)
+    return shift + total / count, covariance

@@ -1,4 +1,4 @@
-"""How good a tokenizer's reconstructions are, over a whole validation set."""
+"""Quality of a tokenizer's reconstructions over a complete validation set."""
 
 from __future__ import annotations
 
@@ -16,33 +16,39 @@ from clipgen.models.lpips import load_lpips
 
 
 class ReconstructionMetrics(pl.Callback):
-    """Logs ``val/ssim``, and where asked ``val/lpips`` and ``val/rfid``, after each validation of stage 1.
+    """Log ``val/ssim``, and optionally ``val/lpips`` and ``val/rfid``, after each validation of stage 1.
 
-    PSNR, codebook usage, perplexity and dead codes are always there: ``VQGAN`` logs them itself.
+    PSNR, codebook usage, perplexity and dead codes are logged by ``VQGAN`` itself.
 
     Args:
-        ssim: structural similarity (Wang et al. 2004), data range [0, 1].
-        lpips: of VGG-16, where the training does not have it in its loss already. vgg_weights: see ``VQGAN``.
-        fid_features: the space of rFID, the Frechet distance (arXiv:1706.08500) between the features of all validation
-            images and those of their reconstructions; see ``feature_extractor``. None: no rFID.
+        ssim: log the structural similarity (Wang et al. 2004), with data range [0, 1].
+        lpips: log LPIPS with VGG-16, if it is not already a loss of the training.
+        vgg_weights: weights of VGG-16, see ``VQGAN``.
+        fid_features: feature space of rFID, the Frechet distance (arXiv:1706.08500) between all validation images and
+            their reconstructions; see ``feature_extractor``. None disables rFID.
     """
 
     def __init__(
-        self, ssim: bool = True, lpips: bool = False, vgg_weights: str | None = None, fid_features: str | None = None
+        self,
+        ssim: bool = True,
+        lpips: bool = False,
+        vgg_weights: str | None = None,
+        fid_features: str | None = None,
     ):
         self.lpips = load_lpips(vgg_weights) if lpips else None
-        self.averages = Averages()  # of LPIPS
+        self.lpips_average = Averages()
         self.metrics: dict[str, Metric] = {}
+        self.feature_identity: str | None = None
         if ssim:
             self.metrics["ssim"] = StructuralSimilarityIndexMeasure(data_range=1.0)
-        self.features: str | None = None  # the identity of their space
         if fid_features:
             extractor = feature_extractor(fid_features)
-            self.features = extractor.identity
+            self.feature_identity = extractor.identity
             self.metrics["rfid"] = FrechetInceptionDistance(feature=extractor)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.averages.reset()
+        """Reset all metrics."""
+        self.lpips_average.reset()
         for metric in self.metrics.values():
             metric.to(module.device).reset()
 
@@ -55,11 +61,12 @@ class ReconstructionMetrics(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is not None:  # of the rows that count, which are the first
+        """Add a batch. ``outputs`` are the reconstructions of its first images; the rest of the batch is padding."""
+        if outputs is not None:
             self.update(batch["images"][: len(outputs)], outputs)
 
     def update(self, images: Tensor, reconstruction: Tensor) -> None:
-        """Take in a batch of images and their reconstructions, both in [-1, 1]."""
+        """Add a batch of images and their reconstructions, both in [-1, 1]."""
         if "ssim" in self.metrics:
             self.metrics["ssim"].update((reconstruction + 1) / 2, (images + 1) / 2)
         if "rfid" in self.metrics:
@@ -67,10 +74,11 @@ class ReconstructionMetrics(pl.Callback):
             self.metrics["rfid"].update(reconstruction, real=False)
         if self.lpips is not None:
             distance = self.lpips.to(images.device)(images, reconstruction).mean()
-            self.averages.add({"val/lpips": distance}, len(images))
+            self.lpips_average.add({"val/lpips": distance}, len(images))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        module.log_dict(self.averages.compute())
+        """Log the results."""
+        module.log_dict(self.lpips_average.compute())
         if not trainer.sanity_checking:
             for name, metric in self.metrics.items():
                 module.log(f"val/{name}", metric.compute())

@@ -1,100 +1,90 @@
-"""The numbers that follow from measured sets of images, and their table."""
+"""The results of a measured set of images, and tables of results."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-import torch
-
-from clipgen.evaluation import functional, shapes_evaluator
 from clipgen.evaluation.feature_store import FeatureStore
+from clipgen.evaluation.metrics import METRICS
 
 logger = logging.getLogger(__name__)
-LABELS = {
-    "is_mean": "IS ↑",
-    "fid_0": "FID-0 ↓",
-    "fid_1": "FID-1 ↓",
-    "fid_2": "FID-2 ↓",
-    "kid_mean": "KID ↓",
-    "precision": "precision ↑",
-    "recall": "recall ↑",
-    "caps": "CapS ↑",
-    "judge_all": "judge: all ↑",
-    "accuracy": "recognised ↑",
+ENOUGH_IMAGES = 2048  # features of Inception: with fewer images their covariance is singular
+RECONSTRUCTION_LABELS = {
     "psnr": "PSNR ↑",
     "ssim": "SSIM ↑",
     "lpips": "LPIPS ↓",
     "rfid": "rFID ↓",
-    "codebook_usage": "codes in use ↑",
+    "codebook_usage": "codebook usage ↑",
 }
-BY_FEATURES = ("is_mean", "fid_0", "fid_1", "fid_2", "kid_mean", "precision", "recall", "rfid")
+Results = Mapping[str, float]
 
 
 def summary(images: FeatureStore, reference: FeatureStore | None = None) -> dict[str, float]:
-    """All metrics that the measured columns allow.
+    """Return the results of all metrics whose columns were measured.
 
     Args:
-        images: the set to judge. reference: what its distribution is compared with; None leaves FID, KID, precision
-            and recall out.
+        images: the set to evaluate.
+        reference: the set that its distribution is compared with. None omits FID, KID, precision and recall.
 
     Raises:
         ValueError: a set is too small.
     """
-    columns, found = images.columns(), {}
-    if "logits" in columns and len(images) < 2 * functional.IS_SPLITS:
-        logger.warning("IS is left out: it needs at least %d images, got %d", 2 * functional.IS_SPLITS, len(images))
-    elif "logits" in columns:
-        logits = torch.from_numpy(images.mapped("logits", images.folder))
-        found["is_mean"], found["is_std"] = functional.inception_score(logits)
     if reference is not None:
-        found |= distances(images, reference)
-    for name in sorted(columns):
-        if name.startswith("clip "):
-            found[f"clip_score {name.removeprefix('clip ')}"] = 100 * images.column(name).astype(np.float64).mean()
-    found |= {name: images.column(name).mean() for name in ("accuracy", "caps") if name in columns}
-    if "judge" in columns:
-        right = images.column("judge").mean(0)
-        found |= {f"judge_{name}": value for name, value in zip(("all", *shapes_evaluator.ATTRIBUTES), right)}
-    return {name: float(value) for name, value in found.items()}
+        check_reference(images, reference)
+    results: dict[str, float] = {}
+    for metric in METRICS:
+        results |= metric.reduce(images, reference)
+    return {name: float(value) for name, value in results.items()}
 
 
-def distances(images: FeatureStore, reference: FeatureStore) -> dict[str, float]:
-    """FID at every blur; KID, precision and recall without one."""
+def check_reference(images: FeatureStore, reference: FeatureStore) -> None:
+    """Raise ValueError if the reference is empty; log a warning if either set is small."""
     if not len(reference):
         raise ValueError(f"the reference must hold images, got none in {reference.folder}")
-    if (count := min(len(images), len(reference))) < 2048:
-        logger.warning("%d images are few: FID, KID, precision and recall of so few say little.", count)
-    found = {}
-    for name in sorted(images.columns() & reference.columns()):
-        if name.startswith("features_"):
-            both = functional.moments(images.each(name)), functional.moments(reference.each(name))
-            found[f"fid_{name.removeprefix('features_')}"] = functional.frechet_distance(*both)
-    if "features_0" in images.columns():
-        pair = [torch.from_numpy(side.mapped("features_0", images.folder)) for side in (images, reference)]
-        found["kid_mean"], found["kid_std"] = functional.kernel_distance(*pair)
-        found["precision"], found["recall"] = functional.precision_recall(*pair)
-    return found
+    smaller = min(len(images), len(reference))
+    if smaller < ENOUGH_IMAGES:
+        logger.warning(
+            "Only %d images: FID, KID, precision and recall are unreliable below %d.", smaller, ENOUGH_IMAGES
+        )
 
 
-def table(rows: Sequence[tuple[str, Mapping[str, float]]], features: str = "", captioner: str = "") -> str:
-    """A Markdown table of systems and their metrics; a dash where one was not measured.
+def table(rows: Sequence[tuple[str, Results]], features: str = "", captioner: str = "") -> str:
+    """Return a Markdown table of systems and their results, with a dash for a result that is missing.
 
     Args:
-        features, captioner: named in the columns that depend on them.
+        rows: name and results of each system.
+        features: name of the feature space, for the headings of the metrics that depend on it.
+        captioner: name of the captioner, for the heading of CapS.
     """
-    by = dict.fromkeys(BY_FEATURES, features) | {"caps": captioner}
-    names = [name for name in dict.fromkeys(n for _, found in rows for n in found) if not name.endswith("_std")]
-    heads = [LABELS.get(name, name.replace("_", " ")) + (f" ({by[name]})" if by.get(name) else "") for name in names]
-    lines = [["system", *heads], ["---"] * (len(names) + 1)]
-    lines += [[system.replace("|", "\\|"), *(cell(found, name) for name in names)] for system, found in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    labels = column_labels({"features": features, "captioner": captioner, "": ""})
+    # A dictionary instead of a set, because it keeps the order.
+    names = list(dict.fromkeys(name for _, results in rows for name in results if not name.endswith("_std")))
+    lines = [
+        ["system", *(labels.get(name, name.replace("_", " ")) for name in names)],
+        ["---"] * (len(names) + 1),
+    ]
+    for system, results in rows:
+        lines.append([system.replace("|", "\\|"), *(format_result(results, name) for name in names)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def cell(found: Mapping[str, float], name: str) -> str:
-    """A number with four digits, and its spread where it is known."""
-    if name not in found:
+def column_labels(network_names: Mapping[str, str]) -> dict[str, str]:
+    """Return the heading of each result, followed by the name of the network that it depends on, if given."""
+    labels = {}
+    for metric in METRICS:
+        name = network_names[metric.network]
+        for result, label in metric.labels.items():
+            labels[result] = f"{label} ({name})" if name else label
+    labels |= RECONSTRUCTION_LABELS
+    if network_names["features"]:
+        labels["rfid"] += f" ({network_names['features']})"
+    return labels
+
+
+def format_result(results: Results, name: str) -> str:
+    """Return a number with four digits, and its standard deviation if it is known."""
+    if name not in results:
         return "-"
-    spread = found.get(name.replace("_mean", "") + "_std")
-    return f"{found[name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+    std = results.get(name.replace("_mean", "") + "_std")
+    return f"{results[name]:.4g}" + ("" if std is None else f" ± {std:.2g}")

@@ -1,4 +1,4 @@
-"""One evaluation from images to numbers: measure, compare, write."""
+"""A complete evaluation: measure the images, compare them with the reference, write the results."""
 
 from __future__ import annotations
 
@@ -10,89 +10,106 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clipgen.evaluation.feature_store import Advance, FeatureStore, Source, check_same, collect
+from clipgen.evaluation.feature_store import Advance, FeatureStore, Source, collect
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.report import summary
 from clipgen.files import read_json, write_json
+from clipgen.resumable_store import require_same_identity
 
-METRICS = "metrics.json"
+METRICS_FILE = "metrics.json"
 
 
 def evaluate(
     output: str | Path,
     source: Source,
-    measure: ImageMetrics,
+    metrics: ImageMetrics,
     reference: Source | FeatureStore | None = None,
     *,
     advance: Advance = lambda count: None,
-    share: tuple[int, int] = (0, 1),
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, float] | None:
-    """Measure a source's images, compare them with the reference's, and write ``metrics.json``.
+    """Measure the images of a source, compare them with the reference's, and write ``metrics.json``.
 
-    Killed at any moment and called again it goes on. A reference of images is measured once for each content and
-    feature space, and kept in ``reference_folder``; or it is a collection that was measured before.
+    An interrupted evaluation can be called again and resumes.
 
     Args:
-        advance: called with a number of images when they are done. share: (rank, world size) of processes that measure
-            together.
+        output: folder of the results.
+        source: the images.
+        metrics: what is measured.
+        reference: real images, which are measured once per content and feature space and kept in
+            ``reference_folder``; or a store that was measured before.
+        advance: called with the number of images when they are done.
+        rank: number of this process; processes share the images without communication.
+        world_size: number of processes.
 
     Returns:
-        The metrics; None where other processes have not finished their share.
+        The results; None if other processes have not finished their share.
     """
-    theirs = measured_reference(reference, measure.for_reference(), share)
+    reference_store = measure_reference(reference, metrics.for_reference(), rank, world_size)
     images = FeatureStore(Path(output) / "parts")
-    collect(images.folder, source, measure, measure.identity, advance, share)
-    if not (images.complete and (theirs is None or theirs.complete)):  # asked at the end: whoever is last goes on
+    collect(images.folder, source, metrics, metrics.identity(), advance, rank=rank, world_size=world_size)
+    # Both are checked at the end, so that the process that finishes last computes the results.
+    if not images.is_complete() or not (reference_store is None or reference_store.is_complete()):
         return None
-    found = summary(images, theirs)
-    protocol = {"images": len(images)} | images.identity
-    if theirs is not None:
-        protocol["reference"] = {"images": len(theirs)} | theirs.identity
-    write(Path(output) / METRICS, found, protocol)
-    return found
+    results = summary(images, reference_store)
+    protocol = {"images": len(images)} | images.read_identity()
+    if reference_store is not None:
+        protocol["reference"] = {"images": len(reference_store)} | reference_store.read_identity()
+    write_results(Path(output) / METRICS_FILE, results, protocol)
+    return results
 
 
-def measured_reference(
-    reference: Source | FeatureStore | None, measure: ImageMetrics, share: tuple[int, int]
+def measure_reference(
+    reference: Source | FeatureStore | None, metrics: ImageMetrics, rank: int, world_size: int
 ) -> FeatureStore | None:
-    """The reference as a collection, measured as far as this process's share goes."""
+    """Measure this process's share of a reference and return its store."""
     if reference is None:
         return None
-    if measure.features and not measure.features.identity:  # another space's numbers would be found in the cache
-        raise ValueError("features must have an identity where they are compared: Features(function, 'a name')")
+    # Without an identity, the cache could return the features of another space.
+    if metrics.features and not metrics.features.identity:
+        raise ValueError("features must have an identity to be compared: Features(function, 'a name')")
     if isinstance(reference, FeatureStore):
-        check_space(reference, measure)
+        require_same_features(reference, metrics)
         return reference
-    found = FeatureStore(reference_folder(measure.identity | reference.identity | {"parts": len(reference.pieces)}))
-    collect(found.folder, reference, measure, measure.identity, share=share)
-    return found
+    identity = metrics.identity()
+    folder = reference_folder(identity | reference.identity | {"parts": len(reference.chunks)})
+    collect(folder, reference, metrics, identity, rank=rank, world_size=world_size)
+    return FeatureStore(folder)
 
 
-def check_space(reference: FeatureStore, measure: ImageMetrics) -> None:
-    """Raise ValueError where a reference is not finished, or measured in another space than images are to be."""
-    if not reference.complete:
+def require_same_features(reference: FeatureStore, metrics: ImageMetrics) -> None:
+    """Raise ValueError if a reference is incomplete, or was measured in another feature space."""
+    if not reference.is_complete():
         raise ValueError(f"the reference {reference.folder} is not finished: finish its evaluation first")
-    for key, wanted in measure.space.items():
-        if (got := reference.identity.get(key)) != wanted:
-            raise ValueError(f"the reference {reference.folder} was measured with {key}={got}, not {wanted}")
+    stored = reference.read_identity()
+    for key, wanted in metrics.feature_config.items():
+        if stored.get(key) != wanted:
+            raise ValueError(
+                f"the reference {reference.folder} was measured with {key}={stored.get(key)}, not {wanted}"
+            )
 
 
 def reference_folder(identity: Mapping[str, Any]) -> Path:
-    """Where a reference's features are kept: below ``$CLIPGEN_CACHE``, or ``~/.cache/clipgen``."""
+    """Return the folder of a reference's features, below ``$CLIPGEN_CACHE`` or ``~/.cache/clipgen``."""
     base = Path(os.environ.get("CLIPGEN_CACHE", "~/.cache/clipgen")).expanduser()
-    return base / "features" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return base / "features" / digest[:32]
 
 
-def refuse_other(path: Path, protocol: Mapping[str, Any]) -> None:
-    """Raise ValueError where ``path`` holds the numbers of another protocol, as far as this one says: they would be
-    lost."""
+def require_same_protocol(path: Path, protocol: Mapping[str, Any]) -> None:
+    """Raise ValueError if a results file holds the results of another protocol, which would be overwritten.
+
+    Args:
+        path: the results file; it need not exist.
+        protocol: the part of the protocol that is compared.
+    """
     if path.is_file():
-        found = read_json(path).get("protocol", {})
-        check_same(path.parent, {key: found.get(key) for key in protocol}, protocol)
+        stored = read_json(path).get("protocol", {})
+        require_same_identity(path.parent, {key: stored.get(key) for key in protocol}, protocol)
 
 
-def write(path: Path, found: Mapping[str, float], protocol: Mapping[str, Any]) -> None:
-    """The numbers, and all that must be known to compare them with others."""
+def write_results(path: Path, results: Mapping[str, float], protocol: Mapping[str, Any]) -> None:
+    """Write the results and all that must be known to compare them with others."""
     versions = {name: version(name) for name in ("clipgen", "torch", "pillow")}
-    content = {"metrics": dict(found), "protocol": dict(protocol), "versions": versions}
-    write_json(path, content)
+    write_json(path, {"metrics": dict(results), "protocol": dict(protocol), "versions": versions})

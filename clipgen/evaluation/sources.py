@@ -1,129 +1,176 @@
-"""Where the images of an evaluation come from: a system that draws, a folder of pictures, a data set."""
+"""Sources of the images of an evaluation: a text-to-image system, a folder of images, a dataset."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clipgen.data.chunks import pieces, read, runs
+from clipgen.data.chunks import index_ranges, iter_batches
 from clipgen.data.decoding import UnusableImageError, decode_image, upright_size
-from clipgen.data.folder import ImageFolder, find_images
+from clipgen.data.folder import ImageFolder, PackedStrings, find_images
 from clipgen.data.shapes import ShapesDataset
+from clipgen.data.source import ImageSource
 from clipgen.data.webdataset import ImageShards
-from clipgen.evaluation.captions import Caption, captions_of
-from clipgen.evaluation.feature_store import Batch
+from clipgen.evaluation.captions import Caption, captions_of_files
+from clipgen.evaluation.feature_store import ImageBatch
+from clipgen.hashing import hash_files
 from clipgen.images import from_pil
 from clipgen.pipeline import TextToImage
+from clipgen.sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
-PIECE = 500  # images in a part: what a kill can lose
-SHEETS = ("grid.png", "preview.png")  # what clipgen-sample writes beside its pictures
-Draw = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> images (B, 3, H, W) in [-1, 1]
+IMAGES_PER_PART = 500  # lost at most when an evaluation is interrupted
+GRID_FILES = ("grid.png", "preview.png")  # written by clipgen-sample beside its images
+GenerateFn = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> images (B, 3, H, W) in [-1, 1]
 
 
 class GeneratedImages:
-    """Images that a system draws, one a caption, each from its own seed.
+    """Images that a system generates, one per caption, each from its own seed.
 
     Args:
-        draw: captions and seeds -> images. identity: tells the system and its settings from others.
-        batch_size: images asked for at once.
+        generate: function from captions and seeds to images.
+        captions: one per image.
+        seed: image i uses ``seed + i``.
+        identity: distinguishes the system and its settings from others.
+        batch_size: images that are requested at a time.
     """
 
-    def __init__(self, draw: Draw, captions: Sequence[str], seed: int, identity: dict[str, Any], batch_size: int = 50):
-        self.draw, self.captions, self.seed, self.batch_size = draw, list(captions), seed, batch_size
-        self.pieces = runs(len(self.captions), PIECE)
-        digest = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
-        self.identity = identity | {"captions": digest, "seed": seed, "images": len(self.captions)}
+    def __init__(
+        self,
+        generate: GenerateFn,
+        captions: Sequence[str],
+        seed: int,
+        identity: dict[str, Any],
+        batch_size: int = 50,
+    ):
+        self.generate = generate
+        self.captions = list(captions)
+        self.seed = seed
+        self.batch_size = batch_size
+        self.chunks = index_ranges(len(self.captions), IMAGES_PER_PART)
+        self.identity = identity | {
+            "captions": captions_hash(self.captions),
+            "seed": seed,
+            "images": len(self.captions),
+        }
 
-    def read(self, piece: range) -> Iterator[Batch]:
-        for start in range(piece.start, piece.stop, self.batch_size):
-            numbers = range(start, min(start + self.batch_size, piece.stop))
+    def read(self, chunk: range) -> Iterator[ImageBatch]:
+        """Generate the images of a chunk, batch by batch."""
+        for start in range(chunk.start, chunk.stop, self.batch_size):
+            numbers = range(start, min(start + self.batch_size, chunk.stop))
             captions = [self.captions[i] for i in numbers]
-            yield self.draw(captions, [self.seed + i for i in numbers]), captions
+            yield self.generate(captions, [self.seed + i for i in numbers]), captions
 
 
-def drawing(pipe: TextToImage, rerank_from: int = 1, **settings: Any) -> Draw:
-    """How a pipeline draws; of ``rerank_from`` images a caption it hands over what its CLIP finds nearest."""
+def make_generate_fn(pipe: TextToImage, params: SamplingParams | None = None, rerank_from: int = 1) -> GenerateFn:
+    """Return the function that generates a pipeline's images.
 
-    def draw(captions: list[str], seeds: list[int]) -> Tensor:
+    Args:
+        pipe: the pipeline.
+        params: sampling parameters.
+        rerank_from: number of candidates per caption, of which the one with the highest CLIP score is returned.
+    """
+
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
         embeddings = pipe.encode_text(captions).repeat_interleave(rerank_from, dim=0)
-        each = [seed * rerank_from + i for seed in seeds for i in range(rerank_from)]
-        images = pipe.generate(embeddings, each, **settings)
+        candidate_seeds = [seed * rerank_from + i for seed in seeds for i in range(rerank_from)]
+        candidates = pipe.generate(embeddings, candidate_seeds, params)
         if rerank_from == 1:
-            return images
-        sought = pipe.clip.encode_text(captions).repeat_interleave(rerank_from, dim=0)
-        best = pipe.clip_scores(images, sought).view(-1, rerank_from).argmax(dim=1)
-        return images[best + rerank_from * torch.arange(len(seeds), device=best.device)]
+            return candidates
+        # The scores use CLIP's own embeddings, the conditions may have been moved towards images.
+        text = pipe.clip.encode_text(captions).repeat_interleave(rerank_from, dim=0)
+        best = pipe.clip_scores(candidates, text).view(-1, rerank_from).argmax(dim=1)
+        return candidates[best + rerank_from * torch.arange(len(seeds), device=best.device)]
 
-    return draw
+    return generate
 
 
 class FolderImages:
-    """The pictures of a folder, whoever drew them: central squares, resized where they are not ``image_size`` already.
+    """The images of a folder, of any system: central squares, resized to ``image_size`` if they have another size.
 
     Args:
-        image_size: None: as the first picture. captions: see ``captions_of``; ``()``: none are needed.
-        workers: threads that decode.
+        root: the folder.
+        image_size: height and width in pixels. None: the short side of the first image.
+        captions: captions of the images, see ``captions_of_files``; ``"embedded"``: the captions in the images or in
+            text files beside them. None: no captions.
+        batch_size: images per batch.
+        workers: number of decoding threads.
+
+    Raises:
+        ValueError: the folder holds no image, or captions are missing.
     """
 
     def __init__(
         self,
         root: str | Path,
         image_size: int | None = None,
-        captions: Sequence[Caption] | None = (),
+        captions: Sequence[Caption] | Literal["embedded"] | None = None,
         batch_size: int = 50,
         workers: int = 4,
     ):
-        self.root, self.batch_size, self.workers = Path(root).expanduser(), batch_size, workers
-        self.files = [file for file in find_images(self.root) if Path(file).name not in SHEETS]
+        self.root = Path(root).expanduser()
+        self.batch_size = batch_size
+        self.workers = workers
+        self.files = [file for file in find_images(self.root) if Path(file).name not in GRID_FILES]
         if not self.files:
-            raise ValueError(f"{root} must hold pictures, got none but sheets of them")
-        self.first_size = self._size(self.files[0])
-        self.image_size, self.warned = image_size or min(self.first_size), image_size is not None
-        self.captions = [] if captions == () else captions_of(self.root, self.files, captions)
-        self.pieces = runs(len(self.files), PIECE)
-        said = hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
-        content = content_hash([self.root / file for file in self.files])
-        self.identity = {"pictures": content, "captions": said, "image_size": self.image_size}
+            raise ValueError(f"{root} must hold images, got only grids of images")
+        self.first_size = self._read_size(self.files[0])
+        self.image_size = image_size or min(self.first_size)
+        self.sizes_may_differ = image_size is not None
+        self.captions: list[str] = []
+        if captions is not None:
+            self.captions = captions_of_files(self.root, self.files, None if captions == "embedded" else captions)
+        self.chunks = index_ranges(len(self.files), IMAGES_PER_PART)
+        self.identity = {
+            "pictures": hash_files(self.root / file for file in self.files),
+            "captions": captions_hash(self.captions),
+            "image_size": self.image_size,
+        }
 
-    def read(self, piece: range) -> Iterator[Batch]:
+    def read(self, chunk: range) -> Iterator[ImageBatch]:
+        """Yield the images of a chunk with their captions, batch by batch."""
         with ThreadPool(self.workers) as pool:
-            for start in range(piece.start, piece.stop, self.batch_size):
-                rows = slice(start, min(start + self.batch_size, piece.stop))
-                yield torch.cat(pool.map(self._load, self.files[rows])), self.captions[rows]
+            for start in range(chunk.start, chunk.stop, self.batch_size):
+                batch = slice(start, min(start + self.batch_size, chunk.stop))
+                yield torch.cat(pool.map(self._load, self.files[batch])), self.captions[batch]
 
     def _load(self, file: str) -> Tensor:
-        if not self.warned and (size := self._size(file)) != self.first_size:
-            self.warned = True
+        """Load an image. It is decoded as in ``RealImages``, so that a folder's distance from itself is 0."""
+        if not self.sizes_may_differ:
+            self._check_size(file)
+        with self._path_in_errors(file):
+            image = decode_image(self.root / file, image_size=self.image_size)
+        return from_pil(image, self.image_size)
+
+    def _check_size(self, file: str) -> None:
+        """Log a warning, once, if the size of an image differs from that of the first one."""
+        size = self._read_size(file)
+        if size != self.first_size:
+            self.sizes_may_differ = True
             logger.warning(
-                "%s is %d x %d, and the first of %s %d x %d: the central squares of all are resized to %d x "
-                "%d; --image-size names another",
+                "%s is %d x %d, but the first image of %s is %d x %d: the central squares of all images are resized to "
+                "%d pixels; choose another size by --image-size",
                 file,
                 *size,
                 self.root,
                 *self.first_size,
                 self.image_size,
-                self.image_size,
             )
-        with self._named(file):
-            # Decoded as the images of ``RealImages`` are, so that a folder's distance from itself is 0.
-            picture = decode_image(self.root / file, image_size=self.image_size)
-        return from_pil(picture, self.image_size)
 
-    def _size(self, file: str) -> tuple[int, int]:
-        with self._named(file):
+    def _read_size(self, file: str) -> tuple[int, int]:
+        with self._path_in_errors(file):
             return upright_size(self.root / file)
 
     @contextmanager
-    def _named(self, file: str) -> Iterator[None]:
+    def _path_in_errors(self, file: str) -> Iterator[None]:
         try:
             yield
         except UnusableImageError as error:
@@ -131,30 +178,44 @@ class FolderImages:
 
 
 class RealImages:
-    """The usable images of a data set, centre-cropped: what others are compared with.
+    """The usable images of a dataset, center-cropped, as a reference.
 
     Args:
-        name: a folder, tar shards (globs, braces) or ``"shapes"``. count, seed: of shapes, which are drawn.
+        name: a folder, tar shards (globs, braces) or ``"shapes"``.
+        image_size: height and width in pixels.
+        batch_size: images per batch.
+        count: number of images of shapes, which are rendered.
+        seed: seed of shapes.
+        files: the images of a folder to use, as paths below it. None: all.
+
+    Raises:
+        ValueError: ``files`` names an image that the folder does not hold.
     """
 
-    def __init__(self, name: str, image_size: int, batch_size: int = 50, count: int = 10_000, seed: int = 1_000_003):
+    def __init__(
+        self,
+        name: str,
+        image_size: int,
+        batch_size: int = 50,
+        count: int = 10_000,
+        seed: int = 1_000_003,
+        files: Collection[str] | None = None,
+    ):
         self.batch_size = batch_size
-        self.dataset: Any = open_dataset(name, image_size, count, seed)
-        self.pieces = pieces(self.dataset, PIECE)
-        if isinstance(self.dataset, ShapesDataset):
-            content = f"shapes {count} {seed}"
-        elif isinstance(self.dataset, ImageShards):
-            content = content_hash([Path(url) for url in self.dataset.urls])
-        else:
-            content = content_hash([self.dataset.root / file for file in self.dataset.files])
-        self.identity = {"pictures": content, "image_size": image_size}
+        self.dataset = open_dataset(name, image_size, count, seed)
+        if files is not None:
+            keep_files(self.dataset, files)
+        self.chunks = list(self.dataset.split_into_chunks(IMAGES_PER_PART))
+        self.identity = {"pictures": self.dataset.content_id(), "image_size": image_size}
 
-    def read(self, piece: Any) -> Iterator[Batch]:
-        return ((views[:, 0], []) for views, _ in read(self.dataset, piece, 1, self.batch_size))
+    def read(self, chunk: Any) -> Iterator[ImageBatch]:
+        """Yield the images of a chunk, batch by batch, without captions."""
+        for views, _ in iter_batches(self.dataset, chunk, 1, self.batch_size):
+            yield views[:, 0], []
 
 
-def open_dataset(name: str, image_size: int, count: int, seed: int) -> Any:
-    """``"shapes"``, a folder, or shards."""
+def open_dataset(name: str, image_size: int, count: int, seed: int) -> ImageSource:
+    """Open ``"shapes"``, a folder, or shards."""
     if name == "shapes":
         return ShapesDataset(count, image_size, seed)
     if Path(name).expanduser().is_dir():
@@ -162,14 +223,19 @@ def open_dataset(name: str, image_size: int, count: int, seed: int) -> Any:
     return ImageShards(name, image_size, train=False)
 
 
-def content_hash(paths: Sequence[Path]) -> str:
-    """A hash of files' bytes, in order; of what is no file (a URL), of its name."""
-    digest = hashlib.sha256()
-    for path in paths:
-        if not path.is_file():
-            digest.update(str(path).encode())
-            continue
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:32]
+def keep_files(dataset: ImageSource, files: Collection[str]) -> None:
+    """Restrict a folder to the given images; ValueError if it lacks one."""
+    if not isinstance(dataset, ImageFolder):
+        raise ValueError(f"files can be selected from a folder only, not from a {type(dataset).__name__}")
+    missing = sorted(set(files) - set(dataset.files))
+    if missing:
+        raise ValueError(
+            f"the reference {dataset.root} must hold the images that the captions name, but lacks {missing[0]}; "
+            "--whole-reference uses all of its images instead"
+        )
+    dataset.files = PackedStrings([file for file in dataset.files if file in files])
+
+
+def captions_hash(captions: Sequence[str]) -> str:
+    """Return a hash of captions, in order."""
+    return hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]

@@ -93,7 +93,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width by nearest-neighbour interpolation, followed by a convolution if ``with_conv``."""
+    """Double height and width by nearest-neighbor interpolation, followed by a convolution if ``with_conv``."""
 
     def __init__(self, channels: int, with_conv: bool = True):
         super().__init__()

@@ -1,0 +1,128 @@
+"""Draw grids of images with captions, and charts."""
+
+from __future__ import annotations
+
+import io
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MAX_CAPTION_LENGTH = 500  # characters
+GAP = 6  # pixels between the cells of a grid, and around it
+LINE_HEIGHT = 13  # pixels of a line of a caption
+FONT_SIZE = 11
+# matplotlib's font is wider than Pillow's.
+UNICODE_FONT_SIZE = 10
+
+
+def grid(
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    captions: Sequence[str] | None = None,
+    cell: int = 128,
+) -> Image.Image:
+    """Tile images into a grid, row by row, with captions below them.
+
+    Args:
+        images: images of any size. Each is resized to fit into a cell.
+        columns: number of columns; None makes the grid square.
+        captions: one caption per image, wrapped to the width of a cell.
+        cell: width and height of a cell in pixels.
+    """
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    rows = math.ceil(len(images) / columns)
+    texts = [shorten(caption) for caption in captions or [""] * len(images)]
+    font = font_for("".join(texts))
+    wrapped_texts = [wrap(text, cell, font) for text in texts]
+    text_height = LINE_HEIGHT * max(len(lines) for lines in wrapped_texts) + 4 if captions else 0
+    step_x = cell + GAP
+    step_y = cell + text_height + GAP
+    sheet = Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, lines) in enumerate(zip(images, wrapped_texts)):
+        x = GAP + (i % columns) * step_x
+        y = GAP + (i // columns) * step_y
+        sheet.paste(fit(image, cell), (x, y))
+        draw.multiline_text((x, y + cell + 2), "\n".join(lines), "black", font, spacing=1)
+    return sheet
+
+
+def font_for(text: str) -> Any:
+    """Return a font that has all letters of a text.
+
+    Pillow's font is ASCII only. For other texts it is matplotlib's DejaVu Sans, which covers Latin, Cyrillic, Greek and
+    Arabic, but not Chinese.
+    """
+    if text.isascii():
+        return ImageFont.load_default(size=FONT_SIZE)
+    # Locating matplotlib is much faster than importing it.
+    matplotlib = find_spec("matplotlib")
+    assert matplotlib is not None and matplotlib.origin is not None
+    file = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), UNICODE_FONT_SIZE)
+
+
+def fit(image: Image.Image, cell: int) -> Image.Image:
+    """Resize an image to fit into a square of ``cell`` pixels; enlarged images keep sharp pixels."""
+    factor = cell / max(image.size)
+    resample = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+    return image.resize((round(image.width * factor), round(image.height * factor)), resample)
+
+
+def shorten(caption: str) -> str:
+    """Cut a caption to ``MAX_CAPTION_LENGTH`` characters."""
+    return caption if len(caption) <= MAX_CAPTION_LENGTH else caption[:MAX_CAPTION_LENGTH] + " ..."
+
+
+def wrap(text: str, width: int, font: Any) -> list[str]:
+    """Break a text into lines of at most ``width`` pixels; words that are wider are broken, too."""
+    lines: list[str] = []
+    for word in text.split():
+        # A word longer than `width` characters is certainly too wide, and measuring a very long word takes long.
+        fits = bool(lines) and len(word) <= width and font.getlength(f"{lines[-1]} {word}") <= width
+        if fits:
+            lines[-1] += f" {word}"
+        else:
+            lines += break_word(word, width, font)
+    return lines or [""]
+
+
+def break_word(word: str, width: int, font: Any) -> list[str]:
+    """Break a word into parts of at most ``width`` pixels, and of at least one letter."""
+    parts = []
+    start = 0
+    while start < len(word):
+        # A part has at most as many letters as pixels, so the time is linear in the length of the word.
+        lengths = range(1, min(width, len(word) - start) + 1)
+        num_fitting = bisect_right(lengths, width, key=lambda length: font.getlength(word[start : start + length]))
+        part = word[start : start + max(num_fitting, 1)]
+        parts.append(part)
+        start += len(part)
+    return parts
+
+
+def code_frequency_chart(counts: Tensor, title: str) -> Image.Image:
+    """Plot the relative frequency of each code, most frequent first: counts (K,) -> image."""
+    # Without pyplot, which would keep the figure alive.
+    from matplotlib.figure import Figure
+
+    frequencies = (counts.float() / counts.sum().clamp(min=1)).sort(descending=True).values.cpu().numpy()
+    figure = Figure(figsize=(6, 3), dpi=100, layout="constrained")
+    axis = figure.add_subplot()
+    axis.fill_between(range(len(frequencies)), frequencies, step="mid")
+    axis.axhline(1 / len(frequencies), color="gray", linestyle=":", label="uniform")
+    axis.set_title(title)
+    axis.set_xlabel("code, most frequent first")
+    axis.set_ylabel("fraction of indices")
+    axis.set_xlim(0, len(frequencies))
+    axis.set_ylim(0, None)
+    axis.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

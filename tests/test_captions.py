@@ -1,0 +1,79 @@
+"""Captions in every format, and their selection."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from clipgen.evaluation.captions import Caption, read_captions, read_classes, select_captions
+
+
+def test_captions_in_every_format(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n\n a dog \n")
+    (tmp_path / "b.txt").write_text("1.png\ta cat\n")
+    (tmp_path / "c.json").write_text(json.dumps(["a cat"]))
+    (tmp_path / "d.json").write_text(json.dumps({"x/1.png": "a cat"}))
+    coco = {"images": [{"id": 7, "file_name": "7.jpg"}], "annotations": [{"image_id": 7, "caption": "A bus."}]}
+    (tmp_path / "e.json").write_text(json.dumps(coco))
+    read = lambda name: read_captions(tmp_path / name)
+    assert read("a.txt") == [(None, "a cat"), (None, "a dog")] and read("b.txt") == [("1.png", "a cat")]
+    assert read("c.json") == [(None, "a cat")] and read("d.json") == [("x/1.png", "a cat")]
+    assert read("e.json") == [("7.jpg", "A bus.")] and len(read_captions("shapes")) == 288
+    for name, content in (("f.json", "{"), ("g.json", '{"annotations": 3}'), ("h.txt", ""), ("i.json", '["a", " "]')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=name):
+            read(name)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
+        read("nothing.txt")
+
+
+def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
+    """A byte order mark, CRLF, line separators within a sentence, and tabs within one after a file's name."""
+    (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na\u2028dog\r\n".encode())
+    (tmp_path / "b.txt").write_text("1.png\ta cat\ton a mat\n")
+    (tmp_path / "c.JSON").write_bytes(b'\xef\xbb\xbf["a cat"]')
+    assert read_captions(tmp_path / "a.txt") == [(None, "a cat"), (None, "a\u2028dog")]
+    assert read_captions(tmp_path / "b.txt") == [("1.png", "a cat\ton a mat")]
+    assert read_captions(tmp_path / "c.JSON") == [(None, "a cat")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "1.png\ta cat\na dog\n", "must stand before every sentence, or before none"),
+        ("a.txt", "1.png\ta cat\n2.png\t\n", "an empty one"),
+        ("a.json", '[{"caption": "a cat"}]', "each sentence must be a text, got {'caption': 'a cat'}"),
+        ("a.json", '{"1.png": ["a cat", "a pet"]}', "each sentence must be a text"),
+        ("a.json", "[null]", "got None"),
+        (
+            "a.json",
+            '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "caption": 3}]}',
+            "got 3",
+        ),
+        ("a.json", '"a cat"', "a list, a mapping or COCO's layout"),
+        ("a.json", "{}", "got none in"),
+    ],
+)
+def test_files_without_captions_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_captions(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_selection_is_a_subset_or_all_in_turn():
+    few = [Caption(None, "a"), Caption(None, "b")]
+    assert [text for _, text in select_captions(few, 5, 0)] == ["a", "b", "a", "b", "a"]
+    many = [Caption(f"{i}.png", str(i)) for i in range(100)]
+    selected = select_captions(many, 10, 1)
+    assert selected == select_captions(many, 10, 1)
+    assert len(set(selected)) == 10
+    assert selected == sorted(selected, key=lambda caption: int(caption.text))
+    assert selected != select_captions(many, 10, 2)
+
+
+def test_classes_of_imagenet_are_known():
+    classes = read_classes("imagenet")
+    assert len(classes) == 1000
+    assert classes[0] == (None, "tench")

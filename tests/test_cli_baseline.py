@@ -1,0 +1,112 @@
+"""The command clipgen-baseline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import everything
+from PIL import Image
+
+from clipgen.data.shapes import ALL_ATTRIBUTES
+
+
+def test_vqgan_clip(call, tmp_path):
+    prompt = "a large blue ring on a white background"
+    result = call(
+        "clipgen-baseline",
+        "vqgan-clip",
+        "--prompt",
+        prompt,
+        "--steps",
+        2,
+        "--cutouts",
+        2,
+        "--num-images",
+        2,
+        "--seed",
+        4,
+        "--device",
+        "cpu",
+    )
+    assert result.code == 0 and "CLIP score" in result.stdout, result.stderr
+    name = "00_a-large-blue-ring-on-a-white-background_{}.png"
+    assert {path.name for path in (tmp_path / "baseline").iterdir()} == {name.format(4), name.format(5), "grid.png"}
+    picture = Image.open(tmp_path / "baseline" / name.format(5))
+    picture.load()
+    assert picture.text["prompt"] == prompt and picture.text["baseline"] == "vqgan-clip" and picture.text["seed"] == "5"
+    assert -1 <= float(picture.text["clip_score"]) <= 1 and picture.text["steps"] == "2"
+
+
+def test_class_and_search(call, class_run):
+    name = str(ALL_ATTRIBUTES[3])
+    result = call(
+        "clipgen-baseline",
+        "class",
+        "--checkpoint",
+        "run",
+        "--class",
+        name,
+        "--class",
+        7,
+        "--num-images",
+        2,
+        "--output",
+        "labels",
+        "--device",
+        "cpu",
+        "--guidance-power",
+        1,
+    )
+    assert result.code == 0 and len(list(Path("labels").glob("0*.png"))) == 4, result.stderr
+    told = Image.open(next(Path("labels").glob("0*.png")))
+    told.load()
+    assert told.text["guidance_power"] == "1.0" and told.text["top_k"] == "300"
+    options = [
+        "--generator",
+        "run",
+        "--prompt",
+        name,
+        "--prompt",
+        "a small red star on a black background",
+        "--num-images",
+        5,
+        "--device",
+        "cpu",
+    ]
+    result = call("clipgen-baseline", "search", *options, "--k", 3, "--output", "found", "--save-all")
+    assert result.code == 0 and len(list(Path("found").glob("0*.png"))) == 2, result.stderr
+    assert len(list(Path("found/all").rglob("*.png"))) == 10
+    picture = Image.open(next(Path("found").glob("01_*.png")))
+    picture.load()
+    curve = json.loads(picture.text["curve"])
+    assert len(curve) == 5 and curve[-1] == pytest.approx(float(picture.text["clip_score"]))
+
+    result = call("clipgen-baseline", "search", *options, "--table", "--seeds", 1, 2, "--threshold", 2, "--output", "t")
+    assert result.code == 0 and "> 5" in result.stdout, result.stderr
+    report = json.loads(Path("t/search.json").read_text())
+    assert [row["k"] for row in report["rows"]] == [1, 10, 20, 50, 100, 288]
+    assert all(len(row["best"]) == 2 and row["needed"] == [None, None] for row in report["rows"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vqgan-clip"], "a prompt is needed: give --prompt or --prompts-file"),
+        (["vqgan-clip", "--prompt", " "], "prompt must not be empty"),
+        (["vqgan-clip", "--prompt", "x", "--steps", "-1"], "steps must be at least 0, got -1"),
+        (["vqgan-clip", "--prompt", "x", "--num-images", "0"], "num_images must be at least 1, got 0"),
+        (["vqgan-clip", "--prompt", "x", "--checkpoint", "none"], "no ConditionalTransformer checkpoint: none"),
+        (["search", "--prompt", "x", "--generator", "none"], "generator must be a run folder"),
+        (["search", "--prompt", "x", "--generator", "none.pt"], "no TorchScript file none.pt"),
+        (
+            ["class", "--class", "x", "--checkpoint", "none"],
+            "no ClassConditionalTransformer checkpoint: none does not exist",
+        ),
+    ],
+)
+def test_errors_are_one_line(call, tmp_path, arguments, message):
+    result = call("clipgen-baseline", *arguments)
+    assert result.code == 1 and result.stderr.startswith(f"clipgen-baseline: error: {message}"), result.stderr
+    assert result.stderr.count("\n") == 1 and everything(tmp_path) == set()

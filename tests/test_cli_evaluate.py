@@ -1,0 +1,260 @@
+"""The command clipgen-eval."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from commands import Call
+from models import VQGAN_SIZES, make_vqgan
+from PIL import Image
+
+from clipgen.cli.evaluate import captions_from, parser
+from clipgen.evaluation.features import feature_extractor
+from clipgen.evaluation.sources import FolderImages
+from clipgen.models.lpips import MissingWeightsError
+from clipgen.run_folder import vqgan_identity
+
+pytest.importorskip("torch_fidelity")
+pytestmark = pytest.mark.usefixtures("reference_cache")
+
+
+OFFLINE = ("--features", "clip:shapes", "--clip", "shapes", "--device", "cpu")
+
+
+@pytest.fixture
+def call(call):
+    return partial(call, "clipgen-eval")
+
+
+@pytest.mark.slow
+def test_bundled_model(call, tmp_path):
+    done = call(
+        "--checkpoint",
+        "shapes",
+        "--captions",
+        "shapes",
+        "--reference",
+        "shapes",
+        "--shapes-eval",
+        "--num-images",
+        40,
+        "--top-p",
+        0.8,
+        "--output",
+        tmp_path / "out",
+        *OFFLINE,
+    )
+    assert done.code == 0, done.stderr
+    content = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert content["metrics"]["shapes_all"] >= 0.9 and content["metrics"]["clip_score shapes"] > 80
+    assert content["protocol"]["images"] == 40 and content["protocol"]["reference"]["images"] == 40
+    assert content["protocol"]["features"].startswith("clip:shapes ")
+    assert "| FID-0 ↓ (clip:shapes) |" in (tmp_path / "out/row.md").read_text() and "FID-0" in done.stdout
+
+
+def test_folder_of_images(call, two_folders, tmp_path):
+    done = call(
+        "--images",
+        two_folders[0],
+        "--reference",
+        two_folders[1],
+        "--shapes-eval",
+        "--name",
+        "another system",
+        "--output",
+        tmp_path / "out",
+        *OFFLINE,
+    )
+    assert done.code == 0, done.stderr
+    assert "| another system |" in done.stdout
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["shapes_all"] == 1
+
+
+def test_images_of_clipgen_sample_carry_their_captions(call, monkeypatch, capsys, tmp_path):
+    """With the sentences that stand in them, and without the sheet beside them."""
+    drawn = Call(
+        monkeypatch,
+        capsys,
+        "clipgen-sample",
+        "--checkpoint",
+        "shapes",
+        "--prompt",
+        "a large red star on a white background",
+        "--num-images",
+        3,
+        "--output",
+        tmp_path / "in",
+    )
+    assert drawn.code == 0 and (tmp_path / "in/grid.png").is_file()
+    done = call(
+        "--images",
+        tmp_path / "in",
+        "--shapes-eval",
+        "--features",
+        "none",
+        "--clip",
+        "shapes",
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "out",
+    )
+    assert done.code == 0, done.stderr
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]["images"] == 3
+
+
+def test_tokenizer_metrics(call, two_folders, tiny_vqgan, tmp_path):
+    tiny_vqgan.save(tmp_path / "vqgan")
+    done = call(
+        "--vqgan",
+        tmp_path / "vqgan",
+        "--reference",
+        two_folders[0],
+        "--output",
+        tmp_path / "out",
+        "--batch-size",
+        7,
+        *OFFLINE,
+    )
+    assert done.code == 0, done.stderr
+    content = json.loads((tmp_path / "out/metrics.json").read_text())
+    found, protocol = content["metrics"], content["protocol"]
+    assert protocol["vqgan"] == vqgan_identity(tiny_vqgan)
+    assert protocol["features"] == feature_extractor("clip:shapes").identity
+    images = torch.cat([batch for batch, _ in FolderImages(two_folders[0]).read(range(24))])
+    with torch.no_grad():
+        error = (tiny_vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4
+    assert found["psnr"] == pytest.approx(-10 * error.log10().mean().item(), rel=1e-4)
+    assert {"ssim", "rfid", "codebook_usage"} < set(found)
+
+
+def test_lpips_is_omitted_without_vgg_weights(call, two_folders, tmp_path, monkeypatch):
+    def missing(weights):
+        raise MissingWeightsError("nowhere")
+
+    for module in ("clipgen.evaluation.reconstruction", "clipgen.vqgan"):
+        monkeypatch.setattr(f"{module}.load_lpips", missing)
+    make_vqgan(**VQGAN_SIZES | {"perceptual_weight": 1.0}).save(tmp_path / "vqgan")
+    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    assert done.code == 0 and "LPIPS is omitted" in done.stderr
+    assert not {"lpips", "perceptual_loss"} & set(json.loads((tmp_path / "out/metrics.json").read_text())["metrics"])
+
+
+def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny_vqgan, tmp_path):
+    tiny_vqgan.save(tmp_path / "vqgan")
+    tokenizer = ("--vqgan", tmp_path / "vqgan", "--output", tmp_path / "out", *OFFLINE)
+    pictures = ("--images", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    assert call(*tokenizer, "--reference", two_folders[0]).code == 0
+    before = (tmp_path / "out/metrics.json").read_text()
+    assert call(*tokenizer, "--reference", two_folders[0]).code == 0  # the same again
+    for arguments, what in (((*tokenizer, "--reference", two_folders[1]), "reference"), (pictures, "vqgan")):
+        done = call(*arguments)
+        assert done.code == 1 and f"out holds results computed with {what}=" in done.stderr, done.stderr
+        assert (tmp_path / "out/metrics.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--checkpoint", "shapes"), "give --captions or --classes"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--num-images", 1), "num_images must be at least 2, got 1"),
+        (("--checkpoint", "shapes", "--captions", "nowhere.txt"), "existing file, got nowhere.txt"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--top-p", 1.3), "top_p must be in (0, 1], got 1.3"),
+        (
+            ("--checkpoint", "shapes", "--captions", "shapes", "--captioner", "blip:/nowhere"),
+            "captioner 'blip:/nowhere'",
+        ),
+        (("--checkpoint", "shapes", "--classes", "shapes", "--template", "A photo"), "template must contain {label}"),
+        (("--images", "nowhere"), "root must be an existing folder"),
+        (("--vqgan", "nowhere"), "give --reference"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--blur", -1), "blur must be radii of at least 0, got -1"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--image-size", 0), "image_size must be at least 1, got 0"),
+        (
+            ("--checkpoint", "shapes", "--captions", "shapes", "--reference", "shapes", "--features", "none"),
+            "in a feature space",
+        ),
+        (
+            ("--checkpoint", "shapes", "--captions", "shapes", "--clip", "none", "--features", "none"),
+            "nothing to measure",
+        ),
+        (("--checkpoint", "shapes", "--classes", "shapes", "--shapes-eval"), "sentence must read like"),
+    ],
+)
+def test_errors_are_one_line(call, tmp_path, arguments, message):
+    defaults = [part for pair in zip(OFFLINE[::2], OFFLINE[1::2]) if pair[0] not in arguments for part in pair]
+    done = call(*arguments, "--output", "out", *defaults)
+    assert done.code == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_that_change_no_result_are_not_refused(call, two_folders, tmp_path):
+    """The order of the radii, the size of batches, the name, the reference; another radius is."""
+    arguments = (
+        "--images",
+        two_folders[0],
+        "--output",
+        tmp_path / "out",
+        "--features",
+        "clip:shapes",
+        "--clip",
+        "none",
+        "--device",
+        "cpu",
+    )
+    reference = ("--reference", two_folders[1])
+    assert call(*arguments, *reference, "--blur", 0, 1).code == 0
+    first = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert call(*arguments, *reference, "--blur", 1, 0, 1, "--batch-size", 7, "--name", "x").code == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == first
+    done = call(*arguments, *reference, "--blur", 0)
+    assert done.code == 1 and "computed with radii=[0, 1], not [0]; choose another output folder" in done.stderr
+
+
+def test_template_of_the_classes(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps({"1.png": "cat", "2.png": "{dog}"}))
+    args = parser().parse_args(
+        ["--images", "x", "--classes", str(tmp_path / "classes.json"), "--template", "{a} {label}"]
+    )
+    assert captions_from(args) == [("1.png", "{a} cat"), ("2.png", "{a} {dog}")]
+
+
+def test_single_image_is_refused(call, tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "one/a.png")
+    done = call(
+        "--images",
+        tmp_path / "one",
+        "--reference",
+        tmp_path / "one",
+        "--clip",
+        "none",
+        "--features",
+        "clip:shapes",
+        "--output",
+        tmp_path / "out",
+    )
+    assert done.code == 1 and "at least two images on either side, got 1" in done.stderr
+
+
+@pytest.mark.parametrize(("options", "count"), [((), 6), (("--whole-reference",), 30)])
+def test_reference_holds_the_images_of_the_selected_captions(call, two_folders, tmp_path, options, count):
+    """As in the papers: of a folder with more images, those that the selected captions describe."""
+    text = "a large red star on a white background"
+    captions = {f"{number:03d}.png": text for number in range(12)}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    done = call(
+        *("--checkpoint", "shapes", "--captions", tmp_path / "captions.json", "--num-images", 6),
+        *("--reference", two_folders[1], "--output", tmp_path / "out", *options, *OFFLINE),
+    )
+    assert done.code == 0, done.stderr
+    protocol = json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]
+    assert protocol["images"] == 6
+    assert protocol["reference"]["images"] == count
+
+
+def test_classes_may_be_those_of_imagenet():
+    args = parser().parse_args(["--images", "x", "--classes", "imagenet"])
+    assert captions_from(args)[0] == (None, "A photo of a tench.")

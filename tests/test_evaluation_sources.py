@@ -1,0 +1,61 @@
+"""Sources of images: a pipeline, and a folder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
+from clipgen.evaluation.sources import FolderImages, make_generate_fn
+
+
+def test_different_image_sizes_are_warned_about_once(tmp_path, caplog):
+    for name, size in (("a", (16, 16)), ("b", (16, 16)), ("c", (24, 20)), ("d", (20, 24))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    for image_size, mentioned in ((None, 1), (16, 0)):
+        caplog.clear()
+        source = FolderImages(tmp_path, image_size, workers=1)
+        assert [images.shape for images, _ in source.read(source.chunks[0])] == [(4, 3, 16, 16)]
+        found = [record.message.startswith("c.png is 24 x 20, but the first image of") for record in caplog.records]
+        assert found == [True] * mentioned
+    caplog.clear()
+    for name in "abcd":
+        Image.new("RGB", (24, 20), "red").save(tmp_path / f"{name}.png")  # all alike, if not square
+    source = FolderImages(tmp_path, workers=1)
+    assert [images.shape for images, _ in source.read(source.chunks[0])] == [(4, 3, 20, 20)] and not caplog.records
+
+
+def test_reranking_takes_the_best_of_the_same_samples(pipe):
+    captions = [str(a) for a in ALL_ATTRIBUTES[:3]]
+    best = make_generate_fn(pipe, rerank_from=4)(captions, [0, 1, 2])
+    text = pipe.clip.encode_text(captions)
+    for i in range(3):
+        four = pipe.generate(text[i : i + 1].expand(4, -1), [4 * i + j for j in range(4)])
+        scores = pipe.clip.encode_image(four) @ text[i]
+        assert torch.allclose(best[i], four[scores.argmax()], atol=1e-5)
+
+
+def test_captions_of_a_folder(two_folders, tmp_path):
+    folder = two_folders[0]
+    source = FolderImages(folder, captions="embedded")
+    assert source.captions == [str(a) for a in ShapesDataset(24, seed=1).attributes]
+    by_name = [(f"{i:03d}.png", f"caption {i}") for i in reversed(range(24))]
+    assert FolderImages(folder, captions=by_name).captions[3] == "caption 3"
+    with pytest.raises(ValueError, match=r"none for 000\.png"):
+        FolderImages(folder, captions=by_name[:5])
+    with pytest.raises(ValueError, match="one per image, got 2 for 24 images"):
+        FolderImages(folder, captions=[(None, "a"), (None, "b")])
+    Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
+    with pytest.raises(ValueError, match=r"neither .*silent\.png nor a silent\.txt beside it"):
+        FolderImages(tmp_path, captions="embedded")
+
+
+def test_empty_sidecar_file_is_not_a_caption(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf \n")
+    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt beside it holds one"):
+        FolderImages(tmp_path, captions="embedded")
+    (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt must be a text in UTF-8"):
+        FolderImages(tmp_path, captions="embedded")

@@ -1,0 +1,134 @@
+"""Generators of others: TorchScript, functions, BigGAN."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipgen.baselines.generators import ExternalGenerator, load_generator, read_class_names
+from clipgen.sampling import SamplingParams
+
+NAMES = ["red", "green", "blue"]
+
+
+class GrayImages(nn.Module):
+    """A picture of one grey, by its class; scripted in the tests."""
+
+    def forward(self, noise: Tensor, class_indices: Tensor) -> Tensor:
+        grey = class_indices.to(noise.dtype) / 4 - 1 + 0.0 * noise.sum(dim=1)
+        return grey[:, None, None, None].expand(-1, 3, 8, 8)
+
+
+def test_torchscript_generator(tmp_path):
+    path = str(tmp_path / "plain.pt")
+    torch.jit.save(torch.jit.script(GrayImages()), path)
+    generator = load_generator(path, noise_dim=2, class_names=NAMES)
+    images = generator(torch.randn(3, 2), torch.tensor([0, 1, 2]))
+    assert images.shape == (3, 3, 8, 8) and images[:, 0, 0, 0].tolist() == [-1, -0.75, -0.5]
+    assert (generator.noise_dim, generator.class_names, generator.device.type) == (2, NAMES, "cpu")
+    with pytest.raises(ValueError, match=r"plain.pt has no attribute noise_dim and class_names; pass it explicitly"):
+        load_generator(path)
+    with pytest.raises(ValueError, match=r"plain.pt failed on noise \(3, 2\) and class_indices \(4,\): "):
+        generator(torch.randn(3, 2), torch.zeros(4, dtype=torch.int64))
+    Path(path).write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"plain.pt is not a TorchScript file"):
+        load_generator(path, 2, NAMES)
+    with pytest.raises(FileNotFoundError, match=r"no TorchScript file .*other.pt"):
+        load_generator(str(tmp_path / "other.pt"), 2, NAMES)
+
+
+def test_functions_are_imported_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_gan.py").write_text(
+        "import torch\ndef draw(noise, class_indices):\n    return torch.zeros(len(noise), 3, 4, 4)\n"
+        "draw.noise_dim, draw.class_names = 7, ['a', 'b']\nnumber = 3\n"
+    )
+    generator = load_generator("my_gan:draw")
+    assert (generator.noise_dim, generator.class_names) == (7, ["a", "b"])
+    assert load_generator("my_gan:draw", class_names=["c"]).class_names == ["c"]  # what is given comes first
+    for source, message in (
+        ("my_gan:number", "must be callable, got a int"),
+        ("my_gan:none", "my_gan:none cannot be imported"),
+        ("no_such_gan:draw", "no_such_gan:draw cannot be imported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_generator(source)
+    with pytest.raises(FileNotFoundError, match=r"generator must be a run folder, .* got my_gan, which does not exist"):
+        load_generator("my_gan")
+    with pytest.raises(ValueError, match="sampling parameters apply to a run folder only"):
+        load_generator("my_gan:draw", params=SamplingParams(top_k=3))
+
+
+def test_biggan_matches_its_package(tmp_path):
+    """A small one with random weights, as the package itself saves and builds it."""
+    package = pytest.importorskip("pytorch_pretrained_biggan", reason="needs pip install 'clipgen[biggan]'")
+    config = package.BigGANConfig(
+        z_dim=16,
+        class_embed_dim=16,
+        channel_width=8,
+        num_classes=10,
+        output_dim=64,
+        layers=[(True, 16, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)],
+        attention_layer_position=2,
+    )
+    model = package.BigGAN(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    for _ in range(3):  # in training mode: spectral norms are found step by step
+        model(torch.randn(4, 16), torch.eye(10)[:4], 1.0)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(config.to_json_string())
+    generator = load_generator(f"biggan:{tmp_path}", class_names=[str(i) for i in range(10)])
+    noise, classes = torch.randn(3, 16), torch.tensor([1, 9, 1])
+    with torch.no_grad():
+        expected = model.eval()(noise, torch.eye(10)[classes], 1.0)
+    assert generator.noise_dim == 16 and expected.shape == (3, 3, 64, 64) and expected.std() > 0.01
+    torch.testing.assert_close(generator(noise, classes), expected)
+    with pytest.raises(ValueError, match="has no attribute class_names"):  # it is none of the thousand classes
+        load_generator(f"biggan:{tmp_path}")
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(
+        ValueError, match=r"the weights of BigGAN .* cannot be loaded; with its config.json and pytorch_mod"
+    ):
+        load_generator(f"biggan:{tmp_path}")
+
+
+def test_biggan_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_pretrained_biggan", None)
+    with pytest.raises(ImportError, match=r"BigGAN needs pip install 'clipgen\[biggan\]'"):
+        load_generator("biggan-deep-256")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 3, 4), r"must return images \(2, 3, H, W\), got \(2, 3, 4\)"),
+        (torch.zeros(2, 1, 4, 4), r"must return images \(2, 3, H, W\), got \(2, 1, 4, 4\)"),
+        (torch.zeros(1, 3, 4, 4), r"must return images \(2, 3, H, W\), got \(1, 3, 4, 4\)"),
+        ([1, 2], r"must return images \(2, 3, H, W\), got list"),
+        (torch.full((2, 3, 4, 4), math.nan), r"must return images in \[-1, 1\], got NaN or infinite pixels"),
+        (torch.full((2, 3, 4, 4), 255.0), r"must return images in \[-1, 1\], got pixels from 255 to 255"),
+    ],
+)
+def test_outputs_that_are_not_images_are_refused(images, message):
+    with pytest.raises(ValueError, match="mine " + message):
+        ExternalGenerator(lambda noise, classes: images, "mine", 4, NAMES)(
+            torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)
+        )
+
+
+def test_rounding_outside_the_range_is_clamped():
+    images = ExternalGenerator(lambda noise, classes: torch.full((1, 3, 2, 2), 1.01), "mine", 4, NAMES)(
+        torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
+    )
+    assert torch.equal(images, torch.ones(1, 3, 2, 2))
+
+
+def test_class_names_of_imagenet():
+    names = read_class_names("imagenet")
+    assert len(names) == 1000 and names[0] == "tench" and names[207].lower() == "golden retriever"

@@ -1,0 +1,63 @@
+"""Conversion of image tensors to PIL images, and PNG files with metadata."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipgen.images import save_png, to_pil
+
+
+def solid(color: str) -> Image.Image:
+    return Image.new("RGB", (4, 4), color)
+
+
+def test_every_8_bit_value_survives():
+    levels = torch.arange(256).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    image = to_pil(levels / 127.5 - 1)[0]
+    assert image.mode == "RGB" and image.size == (16, 16)
+    assert np.array_equal(np.asarray(image), levels[0].permute(1, 2, 0).numpy())
+
+
+def test_channels_keep_their_order_and_values_are_clamped():
+    images = torch.zeros(2, 3, 2, 5)
+    images[0, 0] = 1.0
+    images[0, 1] = -1.0
+    images[0, 2] = 9.0
+    images[1] = -9.0
+    first, second = to_pil(images.requires_grad_())
+    assert first.size == (5, 2) and first.getpixel((4, 1)) == (255, 0, 255)
+    assert second.getpixel((0, 0)) == (0, 0, 0)
+    assert to_pil(torch.ones(1, 3, 2, 2).bfloat16())[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_png_metadata_is_read_back(tmp_path):
+    prompt = 'ein großer blauer Ring, 画像 "quoted"\nand a second line'
+    metadata = dict(prompt=prompt, seed=7, top_p=0.9, rerank_from=None)
+    path = save_png(solid("red"), tmp_path / "ring.png", metadata)
+    image = Image.open(path)
+    assert image.getpixel((0, 0)) == (255, 0, 0) and image.text["prompt"] == prompt
+    assert [json.loads(image.text[name]) for name in ("seed", "top_p", "rerank_from")] == [7, 0.9, None]
+    assert [file.name for file in tmp_path.iterdir()] == ["ring.png"]
+
+
+def test_png_without_metadata_has_no_text_chunks(tmp_path):
+    assert Image.open(save_png(solid("red"), str(tmp_path / "x.png"))).text == {}
+
+
+def test_a_failed_write_keeps_the_old_image(tmp_path, monkeypatch):
+    path = save_png(solid("red"), tmp_path / "x.png")
+
+    def fail_halfway(self, target, **_):
+        target.write_bytes(b"\x89PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail_halfway)
+    with pytest.raises(OSError, match="No space left"):
+        save_png(solid("green"), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
+    assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
