@@ -124,7 +124,7 @@ def test_results_of_different_features_are_not_mixed(two_folders, tmp_path):
     evaluate(tmp_path, FolderImages(two_folders[0]), ours)
     with pytest.raises(ValueError, match=r"computed with features=.*patch_means .*, not .*sixteen_classes"):
         evaluate(tmp_path, FolderImages(two_folders[0]), other)
-    with pytest.raises(ValueError, match="computed with pictures="):
+    with pytest.raises(ValueError, match="computed with content="):
         evaluate(tmp_path, FolderImages(two_folders[1]), ours)
 
 

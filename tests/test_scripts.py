@@ -84,4 +84,6 @@ def test_a_script_runs_from_any_folder(tmp_path):
 def test_a_clip_is_trained_for_ten_steps(shards, tmp_path):
     settings = ["--output", "clip", "--steps", "10", "--batch-size", "2"]
     done = module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
-    assert done.returncode == 0 and "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout, done.stderr
+    assert done.returncode == 0 and "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout, (
+        done.stderr
+    )
