@@ -11,9 +11,9 @@ from clipgen.evaluation.shapes_evaluator import UNKNOWN, accuracy, evaluate_shap
 
 def test_evaluator_reads_fresh_renders():
     data = ShapesDataset(2000, seed=424_242)
-    found = accuracy(data.render(range(2000)), data.attributes)
-    assert set(found) == {"shape", "color", "size", "background", "all"}
-    assert min(found.values()) >= 0.99 and found["all"] == min(found.values())
+    results = accuracy(data.render(range(2000)), data.attributes)
+    assert set(results) == {"shape", "color", "size", "background", "all"}
+    assert min(results.values()) >= 0.99 and results["all"] == min(results.values())
 
 
 def test_evaluator_tolerates_noise_and_rounding():
@@ -39,8 +39,8 @@ def test_evaluator_rejects_wrong_attributes():
         Attributes(a.size, a.color, "star" if a.shape != "star" else "ring", a.background)
         for a in ShapesDataset(300, seed=13).attributes
     ]
-    found = accuracy(images, wrong)
-    assert found["shape"] < 0.02 and found["color"] > 0.98
+    results = accuracy(images, wrong)
+    assert results["shape"] < 0.02 and results["color"] > 0.98
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 32, 32), torch.rand(3, 32, 32) * 2 - 1, torch.ones(3, 32, 32)])
