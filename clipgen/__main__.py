@@ -1,4 +1,4 @@
-"""``python -m clipgen NAME ...``: run one of the scripts of the project, from any folder."""
+"""Run a script of the project from any folder: ``python -m clipgen SCRIPT ...``."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 
 
 def scripts_dir() -> Path:
-    """Return the folder of the scripts: inside the package in a wheel, beside it in a checkout or editable install."""
+    """Return the folder of the scripts: inside the package in a wheel, else beside it in the repository."""
     package = Path(__file__).resolve().parent
-    inside = package / "scripts"
-    return inside if inside.is_dir() else package.parent / "scripts"
+    packaged = package / "scripts"
+    return packaged if packaged.is_dir() else package.parent / "scripts"
 
 
 def main() -> None:
-    """Run the script that the first argument names, with the others."""
+    """Run the script named by the first argument with the remaining arguments."""
     folder = scripts_dir()
     names = sorted(file.stem for file in folder.glob("*.py"))
     if len(sys.argv) < 2 or sys.argv[1] not in names:
-        sys.exit(f"usage: python -m clipgen SCRIPT ..., with a SCRIPT of {', '.join(names)}; SCRIPT --help tells more")
+        sys.exit(f"usage: python -m clipgen SCRIPT ...; SCRIPT is one of {', '.join(names)}; see also SCRIPT --help")
     sys.argv = [str(folder / f"{sys.argv[1]}.py"), *sys.argv[2:]]
-    sys.path.insert(0, str(folder))  # scripts import from one another
+    sys.path.insert(0, str(folder))  # scripts import from each other
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

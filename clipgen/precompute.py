@@ -6,7 +6,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from clipgen.data.token_cache import (
     MAX_LABEL,
     RESULT_KEYS,
     SPLITS,
+    first_record_dtype,
     max_classes,
     open_shard,
+    open_split,
     record_dtype,
     write_shard,
 )
@@ -68,7 +70,7 @@ def encode(
     world_size: int = 1,
     advance: Callable[[int], None] = lambda count: None,
 ) -> bool:
-    """Encode the training and validation images of a data module into a token cache.
+    """Encode the images of a data module into a token cache; return False if other processes have shards to finish.
 
     Each shard depends only on the settings and is written atomically, so an interrupted run can be restarted and
     produces identical bytes. Processes share the shards by rank, without communication.
@@ -79,27 +81,19 @@ def encode(
         vqgan: computes the indices.
         clip: computes the embeddings.
         settings: description of the source, stored in the manifest.
-        augmentations: number of random crops and flips of each training image; 1 takes the center crop. Validation
-            images are always center-cropped.
+        augmentations: number of random crops and flips of each training image; 1 takes the center crop, as validation.
         shard_size: images per shard. A tar file of a webdataset becomes one shard, whatever its size.
         batch_size: images encoded at a time.
         rank: number of this process.
         world_size: number of processes that share the work.
         advance: called with the number of images done since the last call, including those in existing shards.
 
-    Returns:
-        True if the cache is complete, False if other processes have not finished their shards.
-
     Raises:
         ValueError: the folder holds a cache made with other settings, or the models cannot encode the images.
     """
-    root = Path(root)
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
-    store = ResumableStore(root, MANIFEST, RESULT_KEYS)
-    store.open(identity, lambda: save_frozen(root, vqgan, clip))
-    plans = plan_shards(root / "train", data.train, shard_size, augmentations)
-    if data.val is not None:
-        plans |= plan_shards(root / "val", data.val, shard_size, num_views=1)
+    store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
+    store.open(identity, lambda: save_frozen(store.folder, vqgan, clip))
 
     def write(path: Path, plan: ShardPlan) -> None:
         batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
@@ -108,11 +102,9 @@ def encode(
     def skip(path: Path) -> None:
         advance(len(open_shard(path)))
 
+    plans = plan_shards(store.folder, data, shard_size, augmentations)
     store.write_missing(plans, write, skip, rank=rank, world_size=world_size)
-    is_complete = store.is_complete(plans)
-    if is_complete:
-        finish(store, identity)
-    return is_complete
+    return finish_if_complete(store, plans, identity)
 
 
 def cache_identity(
@@ -139,12 +131,15 @@ def cache_identity(
     return identity
 
 
-def plan_shards(folder: Path, source: ImageSource, shard_size: int, num_views: int) -> dict[Path, ShardPlan]:
-    """Return the shards of one split: the file of each, and the images that it holds."""
-    chunks = source.split_into_chunks(shard_size)
-    return {
-        folder / f"shard-{number:06d}.npy": ShardPlan(source, chunk, num_views) for number, chunk in enumerate(chunks)
-    }
+def plan_shards(root: Path, data: Any, shard_size: int, augmentations: int) -> dict[Path, ShardPlan]:
+    """Return the shards of both splits: the file of each, and the images that it holds."""
+    plans = {}
+    for split, source, num_views in (("train", data.train, augmentations), ("val", data.val, 1)):
+        if source is None:
+            continue
+        for number, chunk in enumerate(source.split_into_chunks(shard_size)):
+            plans[root / split / f"shard-{number:06d}.npy"] = ShardPlan(source, chunk, num_views)
+    return plans
 
 
 def report_progress(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
@@ -209,15 +204,17 @@ def check_encoded(
             raise ValueError(f"labels of {path} must be in [0, {MAX_LABEL}], got {str(label)[:40]}")
 
 
-def finish(store: ResumableStore, identity: dict[str, Any]) -> None:
-    """Complete the manifest of a cache whose shards all exist."""
-    root = store.folder
-    remove_leftovers(root)
-    shards = {split: [open_shard(path) for path in sorted((root / split).glob("shard-*.npy"))] for split in SPLITS}
-    num_images = {split: sum(len(shard) for shard in shards[split]) for split in SPLITS}
+def finish_if_complete(store: ResumableStore, plans: Collection[Path], identity: dict[str, Any]) -> bool:
+    """Complete the manifest of a cache if all shards exist; return whether they do."""
+    if not store.is_complete(plans):
+        return False
+    remove_leftovers(store.folder)
+    shards = {split: list(open_split(store.folder / split)) for split in SPLITS}
+    num_images = {split: sum(map(len, shards[split])) for split in SPLITS}
     if not num_images["train"]:
-        raise ValueError(f"the source of {root} must hold a usable image, got none")
-    dtype = next(shard.dtype for shard in shards["train"] if len(shard))
+        raise ValueError(f"the source of {store.folder} must hold a usable image, got none")
+    dtype = first_record_dtype(shards["train"])
+    assert dtype is not None
     results = {
         "num_tokens": dtype["indices"].shape[1],
         "bytes_per_image": dtype.itemsize,
@@ -225,8 +222,9 @@ def finish(store: ResumableStore, identity: dict[str, Any]) -> None:
     }
     if "label" in (dtype.names or ()):
         all_shards = [*shards["train"], *shards["val"]]
-        results["num_classes"] = count_classes(root, all_shards, identity.get("class_names"))
+        results["num_classes"] = count_classes(store.folder, all_shards, identity.get("class_names"))
     store.add_results(identity, results)
+    return True
 
 
 def remove_leftovers(root: Path) -> None:

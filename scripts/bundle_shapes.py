@@ -1,6 +1,6 @@
-"""Bundle a finished demo's models with the package, in 16 bits.
+"""Copy the models of a finished demo into the package, in half precision.
 
-clipgen-demo --output demo && python scripts/bundle_shapes.py demo/transformer
+Example: ``clipgen-demo --output demo && python -m clipgen bundle_shapes demo/transformer``
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Train the tiny CLIP that is bundled as "shapes", and measure its zero-shot accuracy on fresh renders.
+"""Train the tiny CLIP that is bundled as "shapes", and measure its zero-shot accuracy on new renders.
 
-    python scripts/train_shapes_clip.py
+    python -m clipgen train_shapes_clip
 
-Every batch holds each of the 288 sentences once, so no two pairs of a batch are false negatives of each other.
+Every batch contains each of the 288 captions once, so no two pairs of a batch are false negatives of each other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CAPTIONS = [str(attributes) for attributes in ALL_ATTRIBUTES]
 
 
 def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of one fresh render a sentence, with a little noise on the pixels."""
+    """Yield batches without end: one new render per caption, with a little noise on the pixels, and the labels."""
     labels = torch.arange(len(ALL_ATTRIBUTES))
     while True:
         seed += 1
@@ -37,7 +37,7 @@ def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def zero_shot_accuracy(folder: Path, images: int, seed: int) -> tuple[float, float]:
-    """Part of fresh renders whose nearest sentence is their own, and the mean cosine of matched pairs."""
+    """Return the fraction of new renders whose nearest caption is their own, and the mean cosine of matched pairs."""
     clip = FrozenCLIP(str(folder))
     data = ShapesDataset(images, seed=seed)
     similarity = clip.encode_image(data.render(range(images))) @ clip.encode_text(CAPTIONS).T
@@ -56,7 +56,7 @@ def main() -> None:
     write_config(args.output, SHAPES_CLIP, CAPTIONS, (0.5,) * 3, (0.5,) * 3)
     train(args.output, CAPTIONS, batches(args.seed * 1_000_000), args.steps, args.learning_rate, args.seed)
     score, matched = zero_shot_accuracy(args.output, images=2000, seed=12_345)
-    print(f"zero-shot accuracy, all attributes, 2000 fresh renders: {score:.4f}  matched cosine: {matched:.3f}")
+    print(f"zero-shot accuracy, all attributes, 2000 new renders: {score:.4f}  matched cosine: {matched:.3f}")
 
 
 if __name__ == "__main__":

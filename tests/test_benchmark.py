@@ -1,4 +1,4 @@
-"""scripts/benchmark.py: that each part runs, at the smallest sizes."""
+"""scripts/benchmark.py: each part runs, at the smallest sizes."""
 
 from __future__ import annotations
 
@@ -11,63 +11,85 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
+from benchmarks import training
+from benchmarks.models import VARIANTS, merge, settings_of
+from benchmarks.timing import describe_machine
 
 from clipgen.data.token_cache import record_dtype
 from clipgen.processor import instruction_set
 
+TINY = ["--n-layer", 1, "--n-embd", 8, "--codebook-size", 16, "--num-tokens", 4]
+
 
 @pytest.mark.parametrize("source", ["images", "cache"])
 def test_stage_2_is_measured(source):
-    row = benchmark.measure_transformer("demo", source, "clip_loss+every_4+quarter", 2, 4, "cpu", "shapes")
+    row = training.measure_transformer("demo", source, "clip_loss+every_4+quarter", 2, 4, "cpu", "shapes")
     assert row["tokens/s"] == pytest.approx(64 * row["images/s"]) and row["images/s"] > 0
 
 
-def test_muon_is_a_variant_of_stage_2_alone():
-    assert "muon" in benchmark.options_of("transformer") and "muon" not in benchmark.options_of("vqgan")
-    row = benchmark.measure_transformer("demo", "cache", "muon", 2, 4, "cpu", "shapes")
+def test_muon_is_a_variant_of_stage_2_only():
+    assert "muon" in VARIANTS["transformer"] and "muon" not in VARIANTS["vqgan"]
+    row = training.measure_transformer("demo", "cache", "muon", 2, 4, "cpu", "shapes")
     assert row["images/s"] > 0
 
 
-def test_the_processor_is_named():
-    text = benchmark.machine("cpu")
+def test_variants_are_combined_in_nested_settings():
+    size = {"optimizer": {"betas": [0.5, 0.9]}, "n_layer": 1}
+    settings, precision = settings_of("transformer", size, "bf16+ema+muon")
+    assert settings == {"optimizer": {"betas": [0.5, 0.9], "ema_decay": 0.999, "name": "muon"}, "n_layer": 1}
+    assert precision == "bf16-mixed"
+    assert size == {"optimizer": {"betas": [0.5, 0.9]}, "n_layer": 1}
+    assert merge({}, {"gan": {"weight": 0.0}}) == {"gan": {"weight": 0.0}}
+
+
+def test_machine_description_names_the_processor():
+    text = describe_machine("cpu")
     assert f"CPU {instruction_set()} with" in text and f"{torch.get_num_threads()} threads" in text
     assert f"torch {torch.__version__} (BLAS " in text
 
 
 @pytest.mark.skipif("AVX" not in instruction_set(), reason="only x86 processors imitate AVX2")
 def test_avx2_is_imitated(tmp_path):
-    """In a process of its own, since libraries read the environment when they are loaded."""
-    sizes = ["--n-layer", 1, "--n-head", 1, "--n-embd", 8, "--codebook-size", 16, "--num-tokens", 4, "--batches", 1]
-    arguments = ["sample", "--steps", 1, *sizes, "--isa", "avx2", "--output", tmp_path / "found.json"]
+    """A process of its own is needed, since libraries read the environment when they are loaded."""
+    output = tmp_path / "results.json"
+    arguments = ["sample", "--steps", 1, "--n-head", 1, *TINY, "--batches", 1, "--isa", "avx2", "--output", output]
     command = [sys.executable, benchmark.__file__, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(Path(benchmark.__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "CPU AVX2 without bfloat16 units" in json.loads((tmp_path / "found.json").read_text())["machine"]
+    assert "CPU AVX2 without bfloat16 units" in json.loads(output.read_text())["machine"]
 
 
 def test_reading_a_cache_is_measured(monkeypatch):
-    monkeypatch.setattr(benchmark, "record_dtype", lambda *_: record_dtype(1, 1, 16384, 1))  # of 2.4 MB
-    assert benchmark.reading_rate() > 0
+    monkeypatch.setattr(training, "record_dtype", lambda *_: record_dtype(1, 1, 16384, 1))  # 2.4 MB in all
+    assert training.reading_rate() > 0
 
 
 def test_stage_1_is_measured():
-    row = benchmark.measure_vqgan("cifar", "ema+lecam", 2, 1, "cpu", perceptual=False)
+    row = training.measure_vqgan("cifar", "ema+lecam", 2, 1, "cpu", perceptual=False)
     assert all(value > 0 for value in row.values())
 
 
-def test_drawing_is_measured(tmp_path, monkeypatch):
-    sizes = ["--n-layer", 1, "--n-head", 2, "--n-embd", 8, "--codebook-size", 16, "--num-tokens", 4, "--batches", 1, 3]
-    files = ["--output", tmp_path / "found.json", "--plot", tmp_path / "growth.png"]
-    arguments = ["benchmark.py", "sample", "--steps", 1, *sizes, *files]
+def test_sampling_is_measured_and_plotted(tmp_path, monkeypatch):
+    files = ["--output", tmp_path / "results.json", "--plot", tmp_path / "growth.png"]
+    arguments = ["benchmark.py", "sample", "--steps", 1, "--n-head", 2, *TINY, "--batches", 1, 3, *files]
     monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
     benchmark.main()
-    assert set(json.loads((tmp_path / "found.json").read_text())["rows"]) == {"T 4, batch 1", "T 4, batch 3"}
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert set(rows) == {"T 4, batch 1", "T 4, batch 3"}
     assert (tmp_path / "growth.png").is_file()
 
 
+def test_reranking_is_measured(tmp_path, monkeypatch):
+    output = tmp_path / "results.json"
+    arguments = ["benchmark.py", "rerank", "--steps", 1, "--batches", 2, "--output", output]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    benchmark.main()
+    assert json.loads(output.read_text())["rows"]["2 candidates"]["reranking, s"] > 0
+
+
 @pytest.mark.parametrize(("part", "variant"), [("vqgan", "clip_loss"), ("transformer", "ema+channels_last")])
-def test_options_of_another_part_are_refused(part, variant, monkeypatch, capsys):
+def test_variants_of_another_part_are_refused(part, variant, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", part, "--variants", "plain", variant])
     with pytest.raises(SystemExit):
         benchmark.main()

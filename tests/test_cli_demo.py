@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipgen import VQGAN, ConditionalTransformer
 from clipgen.cli import demo
-from clipgen.training.progress import TotalTime
+from clipgen.training.callbacks.progress import TimeForecast
 
 TINY = ["trainer.max_steps=2", "trainer.val_check_interval=1", "data.train_size=64", "data.val_size=64"]
 
@@ -55,7 +55,7 @@ def test_demo(call, tmp_path):
         (["stage=vqgan"], "overrides must leave stage, output and vqgan to the demo, got stage=vqgan"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--resume"], "no demo to resume in demo: there is no demo/report.json"),
-        (["--resume", "--steps", "9"], "resume continues a demo with its own settings"),
+        (["--resume", "--steps", "9"], "--resume uses the settings of the interrupted demo"),
         (["output=x"], "overrides must leave stage, output and vqgan"),
         (["model.n_layer=1"], "there is no key model.n_layer"),  # of stage 2 alone: said before stage 1 is trained
         (["trainer.max_steps=many"], "trainer.max_steps must be int, got 'many'"),
@@ -80,7 +80,7 @@ def test_a_stopped_demo_is_resumed_as_its_message_says(call, monkeypatch, caplog
     caplog.clear()
     done = call("--resume", "--output", "my demo")
     assert done.code == 0, done.stderr
-    assert ("Finished before: stage=vqgan" in done.stdout) == (again == "transformer")
+    assert ("stage=vqgan is already trained" in done.stdout) == (again == "transformer")
     report = json.loads((tmp_path / "my demo" / "report.json").read_text())
     assert report["settings"]["seed"] == 3 and report["settings"]["overrides"] == TINY and "accuracy" in report
     assert {path.name for path in tmp_path.iterdir()} == {"my demo"}
@@ -91,19 +91,19 @@ def test_another_demo_leaves_the_first(tmp_path, monkeypatch, capsys):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "report.json").write_text("{}")
     args = demo.parser().parse_args([])
-    demo.settle(args)
+    demo.choose_settings(args)
     assert args.output == Path("demo-2")
-    assert "demo holds a demo that was stopped: clipgen-demo --resume continues it" in capsys.readouterr().out
+    assert "demo contains an interrupted demo: clipgen-demo --resume resumes it" in capsys.readouterr().out
 
 
 def test_steps_keep_the_proportion_of_the_stages():
-    found = demo.configs(Path("demo"), 0, 360, [])
+    found = demo.compose_stages(Path("demo"), 0, 360, [])
     assert [config.trainer.max_steps for config in found.values()] == [360, 160]
 
 
 @pytest.mark.parametrize(("seconds", "slow"), [(100, False), (700, True)])
 def test_slow_machines_are_told_what_to_do(capsys, seconds, slow):
-    demo.tell_time(seconds / 4, seconds)
+    demo.print_forecast(seconds / 4, seconds)
     out = capsys.readouterr().out
     assert f"About 0:{seconds // 60:02d}:{seconds % 60} left" in out
     assert ("--steps 360" in out and "clipgen-sample" in out) == slow
@@ -111,5 +111,5 @@ def test_slow_machines_are_told_what_to_do(capsys, seconds, slow):
 
 def test_the_time_left_counts_later_stages(fit, tiny_vqgan):
     told = []
-    fit(tiny_vqgan, 25, TotalTime(later=50, tell=lambda stage, total: told.append(total / stage)))
+    fit(tiny_vqgan, 25, TimeForecast(later_steps=50, report=lambda stage, total: told.append(total / stage)))
     assert told == [pytest.approx((5 + 50) / 5)]

@@ -488,3 +488,18 @@ def test_help_begins_with_the_prompts(call):
         "other",
     ]
     assert result.stdout.partition(groups[0])[2].split()[0] == "--prompt"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"keep_fraction": 1.0}, r"keep_fraction must be in \(0, 1\), got 1.0"),
+    ],
+)
+def test_reproduce_names_the_file_with_invalid_settings(call, tmp_path, change, message):
+    settings = dict(seed=0, temperature=1.0, top_k=1, top_p=1.0, guidance_scale=1.0, guidance_power=0.0)
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": PROMPT, **settings, **change})
+    result = call("--reproduce", "a.png", "--checkpoint", "shapes")
+    assert result.code == 1
+    assert re.fullmatch(f"clipgen-sample: error: a.png is not an image of clipgen-sample: {message}\n", result.stderr)

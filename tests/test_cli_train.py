@@ -30,8 +30,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
-from clipgen.training.progress import ProgressReport
-from clipgen.training.resume import AtomicCheckpointIO
+from clipgen.cli.progress_bar import ProgressBar
+from clipgen.training.callbacks import AtomicCheckpointIO, ProgressReport
 
 
 @pytest.fixture(scope="session")
@@ -67,9 +67,8 @@ def test_run_folders(runs):
 def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog):
     """To read a number, a GPU is waited for."""
     caplog.set_level(logging.INFO)
-    fit(tiny_vqgan, 5, ProgressReport(bar=False, every=0.0), log_every_n_steps=2)
-    first, *lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.training.progress"]
-    assert re.fullmatch(r"VQGAN, 0\.\d M parameters to train, on cpu", first)
+    fit(tiny_vqgan, 5, ProgressReport(interval=0.0), log_every_n_steps=2)
+    lines = [record.getMessage() for record in caplog.records if record.name.endswith("callbacks.progress")]
     assert [line.split(",")[0] for line in lines] == [f"step {step} of 5" for step in range(1, 6)]
     assert all(re.search(r", \S+ it/s, \S+ img/s, ETA \d+:\d\d:\d\d  ", line) for line in lines)
     losses = [re.search(r"ETA \S+  (.*)", line)[1] for line in lines]
@@ -77,14 +76,14 @@ def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog
 
 
 def test_a_bar_counts_the_steps_of_all_epochs(fit, tiny_vqgan):
-    report = ProgressReport(bar=True)
+    report = ProgressBar()
     fit(tiny_vqgan, 5, report, limit_train_batches=2)
     (task,) = report.bar.tasks
     assert (task.completed, task.total, task.description) == (5, 5, "training") and not report.bar.live.is_started
 
 
 def test_a_bar_ends_where_training_does(fit, tiny_vqgan, monkeypatch):
-    report = ProgressReport(bar=True)
+    report = ProgressBar()
 
     def interrupted(*_):
         raise KeyboardInterrupt  # no signal: a shell's background jobs ignore it
@@ -101,7 +100,7 @@ def test_configuration_and_versions_are_written_resolved(runs):
         config = yaml.safe_load(text)
         assert "${" not in text and config["stage_name"] == stage and config["data"]["train_size"] == 64
         assert json.loads((run / "versions.json").read_text()).keys() >= {"python", "clipgen", "torch", "transformers"}
-    assert yaml.safe_load((runs[0] / "config.yaml").read_text())["model"]["codebook_size"] == 16
+    assert yaml.safe_load((runs[0] / "config.yaml").read_text())["model"]["quantizer"]["codebook_size"] == 16
 
 
 def test_picture_grids(runs):
@@ -152,7 +151,7 @@ def test_another_run_is_not_written_over(call, runs, tmp_path, gone):
     shutil.rmtree(tmp_path / "run" / gone)
     before = (tmp_path / "run" / "config.yaml").read_text()
     result = call(*VQGAN, *SHAPES, "output=run", "seed=5")
-    assert result.code == 1 and "output must not hold another run, got run: resume=run goes on" in result.stderr
+    assert result.code == 1 and "output already contains a run: run. Use resume=run to resume it" in result.stderr
     assert (tmp_path / "run" / "config.yaml").read_text() == before
     if gone == "vqgan":
         adversary = ["model.gan.weight=0.8", "model.gan.start_step=1", "model.gan.channels=8", "model.gan.num_layers=1"]
@@ -253,7 +252,7 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
         interrupt_at(patch, Tokenizer, method, when)  # the first validation step is the sanity check's
         stopped = call(*VQGAN, *SHAPES, "output=run")
     assert (stopped.code, stopped.stderr) == (130, "")
-    assert f"Stopped at step {step}; clipgen-train resume=run goes on" in caplog.text
+    assert f"Stopped at step {step}; clipgen-train resume=run continues" in caplog.text
     assert steps_of(tmp_path / "run") == step and not (tmp_path / "run" / "vqgan").exists()
     assert signal.getsignal(signal.SIGINT) == handler  # what comes after training can be interrupted as before
 
@@ -277,7 +276,10 @@ def test_resume_alone_is_enough(call, monkeypatch, tmp_path):
         assert done.code == 0 and steps_of(tmp_path / "o'run") == steps, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"o'run"}
     less = call(r"resume='o\'run/checkpoints/last.ckpt'", "trainer.max_steps=2")
-    assert less.code == 1 and "trainer.max_steps must be at least 5, where o'run/checkpoints/last.ckpt" in less.stderr
+    assert (
+        less.code == 1
+        and "trainer.max_steps must be at least 5, the step of o'run/checkpoints/last.ckpt" in less.stderr
+    )
     assert "must name a .ckpt" in call("resume=nowhere", *VQGAN).stderr
 
 
@@ -376,10 +378,10 @@ ERRORS = {
     "output as a number": ([*VQGAN, "output=1_2"], "output must be a path, got 12: put quotes around it"),
     "no output": ([*VQGAN, "output=null"], "output must be a path, got None"),
     "resume as a number": ([*VQGAN, "resume=123"], "resume must be a path, got 123"),
-    "umlauts": ([*VQGAN, "output=Bücher"], "arguments must be KEY=VALUE, with quotes"),
-    "odd value": ([*VQGAN, "output=a=b"], "arguments must be KEY=VALUE, with quotes"),
+    "umlauts": ([*VQGAN, "output=Bücher"], "output=Bücher cannot be read: put quotes around the value, 'output=\"Bü"),
+    "equals sign": ([*VQGAN, "output=a=b"], "output=a=b cannot be read: put quotes around the value, 'output=\"a=b\"'"),
     "unknown experiment": (["stage=vqgan", "experiment=x"], "experiment must be one of cifar10, coco, .*, got x"),
-    "unknown data": (["stage=vqgan", "data=x"], "data must be one of encoded, folder, shapes, webdataset, got x"),
+    "unknown data": (["stage=vqgan", "data=x"], "data must be one of cached, folder, shapes, webdataset, got x"),
     "unknown logger": (["stage=vqgan", "logger=x"], "logger must be one of .*tensorboard.*, got x"),
     "unknown key": ([*VQGAN, "model.chh=1"], r"there is no key model\.chh; .* --cfg job"),
     "unknown top key": ([*VQGAN, "modle.ch=1"], r"there is no key modle\.ch"),
@@ -444,7 +446,7 @@ ERRORS = {
         "init_from_gpt2 must name a GPT-2",
     ),
     "a size of the other stage": (["stage=vqgan", "model_size=gpt2-small"], "there is no key|n_layer"),
-    "unknown size": (["stage=transformer", "size=x"], "size must be one of gpt2-large, .*, got x"),
+    "unknown size": (["stage=transformer", "model_size=x"], "model_size must be one of gpt2-large, .*, got x"),
     "fsdp in stage 1": ([*VQGAN, *SHAPES, "trainer.strategy=fsdp"], "trainer.strategy must not be fsdp in stage=vqgan"),
     "fsdp with validation streams": (
         [
@@ -577,7 +579,7 @@ def test_help(call):
 
 def test_all_keys_are_shown(call, tmp_path):
     shown = call("stage=vqgan", "--cfg", "job")
-    assert shown.code == 0 and {"model", "data", "trainer", "pictures"} <= yaml.safe_load(shown.stdout).keys()
+    assert shown.code == 0 and {"model", "data", "trainer", "image_logger"} <= yaml.safe_load(shown.stdout).keys()
     assert everything(tmp_path) == set()
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +17,16 @@ import pytest
 import torch
 import yaml
 from commands import TRANSFORMER, VQGAN
-from models import make_transformer
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
+from omegaconf import OmegaConf
 from PIL import Image
 
-from clipgen import VQGAN as VQGAN_
 from clipgen.cli.config import composed
 from clipgen.data.webdataset import estimate_images
-from clipgen.training.callbacks import few_tokens, lagging_average
+from clipgen.training.callbacks.metric_printer import explain_dead_codes, explain_ema
+from clipgen.training.config import TrainingConfig
 from clipgen.training.summary import activation_bytes
-from clipgen.training.validation_interval import scale_interval, settle_interval, warn_of_few_images
+from clipgen.training.validation_interval import scale_interval, set_default_interval, warn_of_few_images
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_a_fraction_of_an_epoch_is_validated(call, photos, tmp_path):
 
 
 def test_the_last_grids_are_kept(call, photos, tmp_path):
-    assert call(*VQGAN, *FOLDER, *SMALL, "trainer.val_check_interval=1", "pictures.keep=2").code == 0
+    assert call(*VQGAN, *FOLDER, *SMALL, "trainer.val_check_interval=1", "image_logger.keep=2").code == 0
     assert grids(tmp_path) == ["reconstructions_0000003.png", "reconstructions_0000004.png"]
 
 
@@ -83,10 +85,12 @@ def test_the_last_grids_are_kept(call, photos, tmp_path):
 def test_the_interval_grows_with_the_validation_images(images, interval):
     """So that at most a tenth of the batches are for validation; in modern on shards, too, which have no end."""
     config = composed("stage=vqgan", "experiment=modern", "data=webdataset", "data.train_urls=a", "data.val_urls=b")
-    assert settle_interval(config) and config.trainer.check_val_every_n_epoch is None
+    settings = TrainingConfig.from_dict(OmegaConf.to_container(config, resolve=True))
+    assert set_default_interval(settings) and settings.trainer["check_val_every_n_epoch"] is None
     trainer = SimpleNamespace(world_size=1)
-    scale_interval(config, trainer, SimpleNamespace(val=range(images) if images else None))
-    assert trainer.val_check_interval == config.trainer.val_check_interval == interval
+    data = SimpleNamespace(val=range(images) if images else None, batch_size=settings.data["batch_size"])
+    scale_interval(settings, trainer, data)
+    assert trainer.val_check_interval == settings.trainer["val_check_interval"] == interval
 
 
 def test_images_in_shards_are_estimated_from_the_first(photos, monkeypatch, tmp_path):
@@ -104,16 +108,16 @@ def test_few_validation_images_are_warned_about(caplog, images):
 
 
 def test_ema_weights_and_dead_codes_are_explained_where_they_appear(tiny_vqgan):
-    tiny_vqgan.hparams["ema_decay"] = 0.99
-    assert "look worse than the training loss until about step 300" in lagging_average(
+    tiny_vqgan.optimizer_config = replace(tiny_vqgan.optimizer_config, ema_decay=0.99)
+    assert "look worse than the training loss until about step 300" in explain_ema(
         SimpleNamespace(global_step=5), tiny_vqgan
     )
-    assert lagging_average(SimpleNamespace(global_step=300), tiny_vqgan) == ""
-    assert few_tokens(tiny_vqgan) == ""
+    assert explain_ema(SimpleNamespace(global_step=300), tiny_vqgan) == ""
+    assert explain_dead_codes(tiny_vqgan) == ""
     tiny_vqgan.counts[3] = 15
-    assert "their 15 tokens cannot use more than 15 of the 16 codes" in few_tokens(tiny_vqgan)
+    assert "their 15 tokens cannot use more than 15 of the 16 codes" in explain_dead_codes(tiny_vqgan)
     tiny_vqgan.counts[3] = 16
-    assert few_tokens(tiny_vqgan) == ""
+    assert explain_dead_codes(tiny_vqgan) == ""
 
 
 # ------------------------------------------------------------------------------------------- before the first step
@@ -125,13 +129,13 @@ def test_a_run_says_what_it_is_about_to_do(call, photos, caplog):
     assert call(*OPEN, *FOLDER, *SMALL, "model.optimizer.grad_accum_steps=2").code == 0
     for line in (
         "Images:     59 for training, 1 held out for validation, 1 skipped so far",
-        "Batch:      8 images per step (4 per batch x 2 batches accumulated)",
-        "Tokens:     4 x 4 = 16 per image of 32 x 32 pixels, of 16 codes",
+        "Batch:      8 images per optimizer step: data.batch_size=4 per device x 2 accumulated batches",
+        "Tokens:     4 x 4 = 16 per image of 32 x 32 pixels, from a codebook of 16",
         "Length:     4 steps, each image about 0.542 times; validation every 2000 batches",
     ):
         assert line in caplog.text
-    assert re.search(r"Parameters: 0\.\d M to train", caplog.text)
-    assert re.search(r"Memory:     about \S+ GiB on each device, estimated: weights, .* activations", caplog.text)
+    assert re.search(r"Parameters: 0\.\d M to train, on cpu", caplog.text)
+    assert re.search(r"Memory:     about \S+ GiB per device \(estimated\): weights, .* activations", caplog.text)
     assert "Validation has 1 image:" in caplog.text
 
 
@@ -144,7 +148,7 @@ def test_expected_activations_are_what_autograd_keeps(tiny_vqgan, images, checkp
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    vqgan = VQGAN_(**{**tiny_vqgan.hparams, "checkpointing": checkpointing}).train()
+    vqgan = make_vqgan(**VQGAN_SIZES, grad_checkpointing=checkpointing).train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         reconstruction = vqgan.autoencode(images)[0]
     weights = {p.untyped_storage().data_ptr() for p in vqgan.parameters()}
@@ -154,7 +158,7 @@ def test_expected_activations_are_what_autograd_keeps(tiny_vqgan, images, checkp
 
 
 def test_expected_activations_grow_with_the_layers(tiny_transformer):
-    deeper = make_transformer(**{**tiny_transformer.hparams, "n_layer": 4})
+    deeper = make_transformer(**{**TRANSFORMER_SIZES, "n_layer": 4})
     more = activation_bytes(deeper) - activation_bytes(tiny_transformer)
     tokens, width = tiny_transformer.num_tokens, tiny_transformer.hparams["n_embd"]
     assert 2 * 12 * tokens * width * 4 < more < 2 * 40 * tokens * width * 4  # arXiv:2205.05198: 34 per token and width

@@ -1,4 +1,4 @@
-"""Other people's token caches and measured parts: what they claim is compared with what they hold."""
+"""Untrusted token caches and feature stores: what they claim is compared with what they hold."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from clipgen.evaluation import feature_store
 
 @pytest.fixture(scope="module")
 def encoded(tmp_path_factory, shapes_clip):
-    """A cache of 20 shapes with their classes."""
+    """A token cache of 20 shapes with their classes."""
     from models import VQGAN_SIZES
 
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def change_manifest(cache: Path, **changes: object) -> None:
 
 
 def change_shard(cache: Path, **columns: object) -> Path:
-    """Write values into the second shard's third record."""
+    """Write values into the third record of the second shard."""
     path = cache / "train" / "shard-000001.npy"
     records = np.load(path)
     for name, value in columns.items():
@@ -60,7 +60,7 @@ def change_shard(cache: Path, **columns: object) -> Path:
     return path
 
 
-def test_a_whole_cache_opens(cache):
+def test_intact_cache_opens(cache):
     data = TokenCacheDataModule(cache, batch_size=4, conditioning="class")
     assert data.train.batch(range(20))["condition"].shape == (20, 288)
     assert TokenCacheDataModule(cache, batch_size=4).train.batch(range(20))["condition"].isfinite().all()
@@ -107,18 +107,18 @@ def test_wrong_manifests_name_the_file(cache, little, changes):  # noqa: F811
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '"a"', "\x00"])
-def test_manifests_that_are_no_manifest_name_the_file(cache, content):
+def test_manifests_that_are_not_json_objects_name_the_file(cache, content):
     (cache / "manifest.json").write_text(content)
     refused(lambda: read_manifest(cache), cache / "manifest.json")
 
 
-def test_classes_without_names_may_be_more_than_the_images(cache):
-    """Ten images of ImageNet may be of class 999."""
+def test_more_unnamed_classes_than_images_are_allowed(cache):
+    """Ten images of ImageNet may include one of class 999."""
     change_manifest(cache, class_names=..., num_classes=1000)
     assert len(class_names(read_manifest(cache), cache)) == 1000
 
 
-def test_a_codebook_without_a_table_is_bounded(cache):
+def test_codebook_size_without_a_table_of_codes_is_bounded(cache):
     weights = cache / "vqgan" / "model.safetensors"
     save_file({k: v for k, v in load_file(weights).items() if k != "quantize.embedding.weight"}, weights)
     for path in cache.glob("*/shard-*.npy"):
@@ -129,7 +129,7 @@ def test_a_codebook_without_a_table_is_bounded(cache):
     refused(lambda: read_manifest(cache), cache / "manifest.json", "codebook_size must be at most")
 
 
-def test_indices_beyond_the_codebook_name_the_shard(cache):
+def test_indices_outside_the_codebook_name_the_shard(cache):
     path = change_shard(cache, indices=16)
     refused(lambda: TokenCacheDataModule(cache, batch_size=4).train.batch(range(20)), path, "got 16")
 
@@ -142,7 +142,7 @@ def test_embeddings_that_are_not_finite_name_the_shard(cache, value):
 
 
 @pytest.mark.parametrize("value", [288, 2_147_483_646, -1])
-def test_labels_beyond_the_classes_name_the_shard(cache, value):
+def test_labels_outside_the_classes_name_the_shard(cache, value):
     path = change_shard(cache, label=value)
     data = TokenCacheDataModule(cache, batch_size=4, conditioning="class")
     refused(lambda: data.train.batch(range(20)), path, f"got {value}")
@@ -179,7 +179,7 @@ def test_damaged_shards_name_the_file(cache, content):
         refused(load, path)
 
 
-def test_shards_of_other_arrays_name_the_file(cache):
+def test_shards_with_other_arrays_name_the_file(cache):
     path = cache / "train" / "shard-000000.npy"
     np.savez(path.with_suffix(""), a=np.zeros(3))
     path.with_suffix(".npz").rename(path)
@@ -197,13 +197,13 @@ def test_shards_of_other_arrays_name_the_file(cache):
         refused(lambda: open_shard(path), path)
 
 
-def test_shards_of_two_kinds_name_the_file(cache):
+def test_shards_of_different_types_name_the_file(cache):
     path = cache / "train" / "shard-000001.npy"
     np.save(path, np.zeros(10, record_dtype(1, 16, 16, 32, True)))
     refused(lambda: TokenCacheDataset(cache / "train"), path)
 
 
-def test_a_pipe_in_the_place_of_a_shard_does_not_hang(cache):
+def test_named_pipe_instead_of_a_shard_does_not_block(cache):
     import os
 
     path = cache / "train" / "shard-000000.npy"
@@ -220,7 +220,7 @@ def batches(labels: list[int]):
 
 
 @pytest.mark.parametrize("label", [10**30, 2**31, -1])
-def test_labels_that_no_record_holds_name_the_shard(tmp_path, tiny_vqgan, shapes_clip, label):
+def test_labels_that_do_not_fit_a_record_name_the_shard(tmp_path, tiny_vqgan, shapes_clip, label):
     path = tmp_path / "shard-000000.npy"
     refused(lambda: precompute.encode_shard(path, batches([1, label]), tiny_vqgan, shapes_clip), path, "labels")
     assert not path.exists()
@@ -233,13 +233,13 @@ def test_embeddings_that_are_not_finite_are_not_written(tmp_path, tiny_vqgan, sh
     assert not path.exists()
 
 
-def test_a_single_large_label_does_not_make_two_billion_classes(tmp_path, little):  # noqa: F811
+def test_single_large_label_does_not_create_two_billion_classes(tmp_path, little):  # noqa: F811
     shard = np.zeros(3, record_dtype(1, 16, 16, 64, True))
     shard["label"] = [0, 1, 2_147_483_646]
     refused(lambda: precompute.count_classes(tmp_path, [shard], None), tmp_path, "2147483646")
 
 
-# ------------------------------------------------------------------------------------------------------ measured parts
+# ------------------------------------------------------------------------------------------------------ feature stores
 
 
 def test_compressed_parts_are_refused_before_they_are_read(tmp_path, little):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Strangers' pictures, folders and shards: nothing hangs, fills memory, starts a program or disappears uncounted."""
+"""Untrusted images, folders and shards do not hang, exhaust memory, start programs or disappear uncounted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from clipgen.data.folder import ImageFolder, find_images
 from clipgen.data.parallel import parallel_map
 from clipgen.data.tar_reader import Sample
 from clipgen.data.webdataset import ImageShards, shuffled
-from clipgen.evaluation import captions as sentences
+from clipgen.evaluation.captions import embedded_caption
 from clipgen.evaluation.sources import FolderImages, RealImages
 from clipgen.files import natural_key, printable
 from clipgen.visualization import break_word, grid, wrap
@@ -52,7 +52,7 @@ def square(value: int, kind: str = "PNG") -> bytes:
 
 
 def blank_png(width: int, height: int, color_type: int = 0, rows: int | None = None) -> bytes:
-    """A PNG of zeros, whose size in memory is a thousand times that of the file."""
+    """Make a PNG of zeros, which takes a thousand times the size of the file in memory."""
     channels = {0: 1, 2: 3, 6: 4}[color_type]
     packer, row = zlib.compressobj(9), bytes(1 + channels * width)
     data = b"".join(packer.compress(row) for _ in range(rows or height)) + packer.flush()
@@ -74,7 +74,7 @@ def make_tar(path: Path, files: list[tuple[str, bytes]], mode: str = "w") -> Pat
 
 
 def reds(dataset: ImageShards) -> list[int]:
-    """The red values by which images are recognized."""
+    """Return the red values by which images are recognized."""
     return [round((float(sample["images"][0].mean()) + 1) * 127.5) for sample in dataset]
 
 
@@ -86,7 +86,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def peak_of(program: str, *arguments: object) -> tuple[int, str]:
-    """Run Python in a process of its own -> (megabytes that its peak grew by, what it printed)."""
+    """Run Python code in a new process; return by how many megabytes its peak memory grew, and its output."""
     pytest.importorskip("resource")
     code = (
         "import resource, sys\nfrom pathlib import Path\nimport clipgen.data.folder, clipgen.data.webdataset\n"
@@ -99,9 +99,9 @@ def peak_of(program: str, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
-def test_many_large_grey_pictures_are_not_decoded_at_the_same_time(tmp_path):
-    """Each thread would hold 440 MB, of a file of 90 kB."""
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes only on Linux")
+def test_large_images_are_not_decoded_at_the_same_time(tmp_path):
+    """Each thread would need 440 MB for a file of 90 kB."""
     (tmp_path / "a.png").write_bytes(blank_png(9400, 9400))
     program = (
         "from multiprocessing.pool import ThreadPool\nfrom clipgen.data.decoding import check_header, decode_image\n"
@@ -112,8 +112,8 @@ def test_many_large_grey_pictures_are_not_decoded_at_the_same_time(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
-def test_a_large_transparent_picture_is_converted_in_bands(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes only on Linux")
+def test_large_transparent_image_is_converted_in_bands(tmp_path):
     (tmp_path / "a.png").write_bytes(blank_png(5000, 5000, color_type=6))
     grown, _ = peak_of(
         "from clipgen.data.decoding import decode_image\ndecode_image(Path(sys.argv[1]))", tmp_path / "a.png"
@@ -122,7 +122,7 @@ def test_a_large_transparent_picture_is_converted_in_bands(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "CMYK", "I;16", "F"])
-def test_bands_change_no_pixel(mode, monkeypatch):
+def test_conversion_in_bands_changes_no_pixel(mode, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
     image = Image.fromarray(noise, "RGBA")
     image = Image.fromarray(noise[..., 0].astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
@@ -131,8 +131,8 @@ def test_bands_change_no_pixel(mode, monkeypatch):
     assert np.array_equal(whole, images_module.to_rgb(image)) and whole.mode == "RGB"
 
 
-def test_pictures_above_our_limit_are_refused_by_their_header():
-    """Pillow refuses 179 megapixels and more, which would take 700 MB."""
+def test_images_above_the_size_limit_are_refused_by_their_header():
+    """Pillow's own limit is 179 megapixels, which take 700 MB."""
     side = int(MAX_PIXELS**0.5) + 1
     bomb = blank_png(side, side, rows=1)
     for check in (check_header, decode_image):
@@ -141,7 +141,7 @@ def test_pictures_above_our_limit_are_refused_by_their_header():
         assert caught.value.reason == "too large"
 
 
-def test_a_large_jpeg_counts_at_the_size_that_it_is_decoded_at(monkeypatch):
+def test_size_limit_of_a_jpeg_applies_to_the_decoded_size(monkeypatch):
     monkeypatch.setattr(images_module, "MAX_PIXELS", 10_000)
     photo = encoded(Image.new("RGB", (640, 480)), "JPEG")
     check_header(photo)
@@ -150,7 +150,7 @@ def test_a_large_jpeg_counts_at_the_size_that_it_is_decoded_at(monkeypatch):
         decode_image(photo)
 
 
-def test_the_budget_of_memory_lets_one_large_request_through_alone():
+def test_memory_budget_grants_a_large_request_alone():
     budget, most, running = MemoryBudget(100), [], []
 
     def work(size: int) -> None:
@@ -172,8 +172,8 @@ def test_the_budget_of_memory_lets_one_large_request_through_alone():
 # ------------------------------------------------------------------------------------------------------------ formats
 
 
-def test_postscript_starts_no_program(tmp_path, monkeypatch, call):
-    """Neither as a picture to vary nor as one to draw again, nor where captions are looked for."""
+def test_postscript_does_not_start_a_program(tmp_path, monkeypatch, call):
+    """Whether the image is a prompt, is to be reproduced, or is searched for its caption."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
@@ -184,8 +184,8 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, call):
     assert result.code == 1 and "eps.png is not an image of clipgen-sample" in result.stderr
     result = call("clipgen-sample", "--image", "eps.png")
     assert result.code == 1 and "eps.png cannot be used as an image: not an image" in result.stderr
-    with pytest.raises(ValueError, match=r"eps\.png holds none"):
-        sentences.own_caption(tmp_path / "eps.png")
+    with pytest.raises(ValueError, match=r"neither .*eps\.png nor a eps\.txt"):
+        embedded_caption(tmp_path / "eps.png")
     assert not (tmp_path / "started").exists()
 
 
@@ -198,7 +198,7 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, call):
         ("JPEG 2000", b"\0\0\0\x0cjP  \r\n"),
     ],
 )
-def test_a_missing_decoder_is_said(name, start, monkeypatch, tmp_path, caplog):
+def test_missing_decoder_is_named(name, start, monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(images_module, "_formats", lambda: images_module._FORMATS)
     with pytest.raises(UnusableImageError, match=rf"no decoder \({name}: "):
         decode_image(start + bytes(40))
@@ -208,7 +208,7 @@ def test_a_missing_decoder_is_said(name, start, monkeypatch, tmp_path, caplog):
     assert f"a.jpg: no decoder ({name}: " in caplog.text
 
 
-def test_other_endings_and_none_are_used(tmp_path, caplog):
+def test_unusual_and_missing_extensions_are_used(tmp_path, caplog):
     names = ["a.jfif", "b.jpe", "c.JPG", "d", "clip.0001", "sub/e.jpg?size=2"]
     (tmp_path / "sub").mkdir()
     for name in names:
@@ -227,8 +227,8 @@ def test_other_endings_and_none_are_used(tmp_path, caplog):
     assert "LICENSE: not an image (the name has no extension)" in caplog.text
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in the file system")
-def test_a_pipe_is_not_waited_for(tmp_path, call):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_named_pipe_does_not_block(tmp_path, call):
     os.mkfifo(tmp_path / "pipe.png")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "a.png").write_bytes(square(1))
@@ -243,7 +243,7 @@ def test_a_pipe_is_not_waited_for(tmp_path, call):
 
 
 def adobe_rgb() -> bytes:
-    """The profile of Adobe RGB (1998), by its primaries and its exponent."""
+    """Make the profile of Adobe RGB (1998) from its primaries and its exponent."""
 
     def fixed(*values: float) -> bytes:
         return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
@@ -275,10 +275,10 @@ def test_adobe_rgb_becomes_srgb(kind):
     photo = encoded(Image.new("RGB", (16, 16), (200, 60, 60)), kind, icc_profile=adobe_rgb(), **options)
     decoded = decode_image(photo)
     assert np.abs(np.subtract(decoded.getpixel((8, 8)), (231, 57, 57))).max() <= 1
-    assert "icc_profile" not in decoded.info  # nobody applies it a second time
+    assert "icc_profile" not in decoded.info  # it must not be applied again
 
 
-def test_profiles_meet_transparency_and_palettes():
+def test_profiles_apply_to_transparent_and_palette_images():
     image = Image.new("RGBA", (4, 4), (200, 60, 60, 255))
     image.putpixel((0, 0), (200, 60, 60, 0))
     decoded = decode_image(encoded(image, icc_profile=adobe_rgb()))
@@ -287,26 +287,26 @@ def test_profiles_meet_transparency_and_palettes():
     assert decode_image(encoded(palette, icc_profile=adobe_rgb())).getpixel((2, 2)) == (231, 57, 57)
 
 
-def test_profiles_of_srgb_and_broken_ones_change_nothing():
+def test_srgb_and_broken_profiles_change_nothing():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     for profile in (srgb, b"no profile", adobe_rgb()[:200], bytes(5 << 20)):
         tiff = encoded(Image.fromarray(pixels), "TIFF", icc_profile=profile)
         assert np.array_equal(decode_image(tiff), pixels)
-    grey = encoded(Image.new("L", (4, 4), 60), icc_profile=srgb)
-    assert decode_image(grey).getpixel((0, 0)) == (60, 60, 60)
+    gray = encoded(Image.new("L", (4, 4), 60), icc_profile=srgb)
+    assert decode_image(gray).getpixel((0, 0)) == (60, 60, 60)
 
 
 # -------------------------------------------------------------------------------------------------------------- shards
 
 
-def test_names_with_dots_are_samples_of_their_own(tmp_path):
+def test_numbered_names_with_dots_are_separate_samples(tmp_path):
     files = [(f"clip.{number:04d}.png", square(number)) for number in range(12)]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
     assert reds(dataset) == list(range(12)) and str(dataset.skip_counter) == "12 images, 0 skipped"
 
 
-def test_more_dotted_names_than_are_held_at_once(tmp_path, monkeypatch):
+def test_more_numbered_names_than_fit_into_a_group(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_module, "_MAX_GROUP_FILES", 8)
     files = [
         (f"clip.{n:04d}.{kind}", square(n) if kind == "png" else str(n).encode())
@@ -317,7 +317,7 @@ def test_more_dotted_names_than_are_held_at_once(tmp_path, monkeypatch):
     assert [sample["label"] for sample in dataset] == list(range(50)) == reds(dataset)
 
 
-def test_labels_beside_dotted_names(tmp_path):
+def test_labels_of_names_with_dots(tmp_path):
     files = [
         ("clip.0001.cls", b"1"),
         ("clip.0001.png", square(1)),
@@ -332,7 +332,7 @@ def test_labels_beside_dotted_names(tmp_path):
     assert str(dataset.skip_counter) == "3 images, 1 skipped: 1 without label"
 
 
-def test_what_shares_a_name_is_counted(tmp_path, caplog):
+def test_images_with_the_same_name_are_counted(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     files = [
         ("0.png", square(1)),
@@ -355,7 +355,7 @@ def test_what_shares_a_name_is_counted(tmp_path, caplog):
     assert "1 further images belong to the samples of these" in caplog.text and "broken" not in caplog.text
 
 
-def test_members_without_an_ending_and_links_are_used_or_counted(tmp_path):
+def test_members_without_extension_and_links_are_used_or_counted(tmp_path):
     path = make_tar(
         tmp_path / "a.tar", [("0001", square(1)), ("LICENSE", b"text"), ("b.png", square(2)), ("c.txt", b"")]
     )
@@ -368,7 +368,7 @@ def test_members_without_an_ending_and_links_are_used_or_counted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "gz", "sparse"])
-def test_a_member_that_is_too_large_is_refused_before_it_is_read(kind, tmp_path, monkeypatch):
+def test_too_large_member_is_refused_before_reading(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(tar_module, "MAX_MEMBER_BYTES", 100_000)
     path = tmp_path / "a.tar"
     if kind == "sparse":
@@ -387,7 +387,7 @@ def test_a_member_that_is_too_large_is_refused_before_it_is_read(kind, tmp_path,
 
 
 def old_gnu_sparse(tar: tarfile.TarFile, name: str, size: int) -> None:
-    """Append a sparse file of a size that holds one block."""
+    """Append a sparse file of a given size that stores one block."""
     header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
     header[124:136], header[156:157] = b"%011o\0" % 512, tarfile.GNUTYPE_SPARSE
     header[386:398], header[398:410] = b"%011o\0" % 0, b"%011o\0" % 512
@@ -398,9 +398,9 @@ def old_gnu_sparse(tar: tarfile.TarFile, name: str, size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes only on Linux")
 def test_compressed_shards_do_not_fill_memory(tmp_path):
-    """A megabyte stands for 272, as a member or as a header."""
+    """One compressed megabyte expands to 272, as a member or as a header."""
     info, big = tarfile.TarInfo("bomb.png"), 17 << 24
     info.size = big
     header = tarfile.TarInfo("x")
@@ -421,13 +421,13 @@ def test_compressed_shards_do_not_fill_memory(tmp_path):
     assert printed.startswith("1 1\n") and grown < 200
 
 
-def test_every_break_of_a_shard_is_counted(tmp_path):
+def test_any_damage_of_a_shard_is_counted(tmp_path):
     path = make_tar(tmp_path / "a.tar", [(f"{number}.png", square(number)) for number in range(4)])
     whole = path.read_bytes()
     size = 512 + (len(square(0)) + 511) // 512 * 512
     assert reds(ImageShards(str(path), 8, train=False)) == [0, 1, 2, 3]
     damaged = bytearray(whole)
-    damaged[2 * size + 10] ^= 255  # in the header of the third file: tarfile takes it for the end
+    damaged[2 * size + 10] ^= 255  # in the third header, which tarfile would take for the end
     for content in (bytes(damaged), whole[: 2 * size], whole[: 2 * size + 100], whole[: 2 * size + 540]):
         path.write_bytes(content)
         dataset = ImageShards(str(path), 8, train=False)
@@ -437,13 +437,13 @@ def test_every_break_of_a_shard_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize("label", [b"9" * 30, b"-1", b"x", b"", b"2147483648", b"1" * 5000])
-def test_labels_that_are_none(label, tmp_path):
+def test_invalid_labels_are_counted(label, tmp_path):
     files = [("0.png", square(1)), ("0.cls", label), ("1.png", square(2)), ("1.cls", b"1")]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False, labels=True)
     assert [sample["label"] for sample in dataset] == [1] and "1 without label" in str(dataset.skip_counter)
 
 
-def test_shuffling_holds_a_bounded_number_of_bytes(monkeypatch):
+def test_shuffle_buffer_is_bounded_in_bytes(monkeypatch):
     import random
 
     samples = [Sample("a.tar", f"{number}.png", bytes(10), None) for number in range(500)]
@@ -457,26 +457,26 @@ def test_shuffling_holds_a_bounded_number_of_bytes(monkeypatch):
     assert number == 500
 
 
-def test_few_large_items_wait_for_threads():
-    begun = []
+def test_parallel_map_bounds_the_bytes_of_pending_items():
+    started = []
     results = parallel_map(
-        lambda item: item, (begun.append(i) or i for i in range(100)), item_bytes=lambda item: 1 << 29
+        lambda item: item, (started.append(i) or i for i in range(100)), item_bytes=lambda item: 1 << 29
     )
-    assert next(results) == 0 and len(begun) <= 2
+    assert next(results) == 0 and len(started) <= 2
     assert list(results) == list(range(1, 100))
 
 
 # ----------------------------------------------------------------------------------------------------------- messages
 
 
-def test_warnings_of_one_kind_end(tmp_path, caplog):
+def test_warnings_per_reason_are_limited(tmp_path, caplog):
     files = [(f"{number}.png", b"broken") for number in range(500)] + [("x.png", square(1)), ("y.jpg", b"")]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
     assert len(list(dataset)) == 1 and str(dataset.skip_counter) == "1 image, 501 skipped: 1 empty, 500 not an image"
     assert len(warnings_of(caplog)) < 30 and "counted, not named" in caplog.text and "y.jpg: empty" in caplog.text
 
 
-def test_escape_sequences_of_names_are_shown_not_obeyed(tmp_path, caplog):
+def test_escape_sequences_in_names_are_escaped(tmp_path, caplog):
     path = make_tar(tmp_path / "a.tar", [(f"{ESCAPE}.png", b"x"), ("0.png", square(1)), ("new\nline.png", b"x")])
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / f"{ESCAPE}.png").write_bytes(b"x")
@@ -487,7 +487,7 @@ def test_escape_sequences_of_names_are_shown_not_obeyed(tmp_path, caplog):
     assert all(message.isprintable() for message in caplog.messages) and r"\x1b]0;owned\x07.png" in caplog.text
 
 
-def test_errors_and_log_lines_of_commands_are_printable(capsys):
+def test_errors_and_log_lines_are_printable(capsys):
     assert console.error_line(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
     assert console.error_line(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
     record = logging.LogRecord("clipgen", logging.WARNING, "", 0, "key %s\nsecond line", (ESCAPE,), None)
@@ -503,20 +503,20 @@ def say_in_a_process(code: str, redirect: str, **environment: str) -> subprocess
     return subprocess.run(["sh", "-c", command], env=variables, capture_output=True)
 
 
-def test_any_letter_is_printed_on_a_terminal_of_few():
+def test_letters_that_a_terminal_lacks_are_escaped():
     done = say_in_a_process("['ж', 'b']", "", PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
     assert done.returncode == 0 and done.stdout == b"\\u0436\nb\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and sh")
 @pytest.mark.parametrize(("redirect", "message"), [(">&-", b""), (">/dev/full", b"No space left"), ("| head -1", b"")])
-def test_an_output_that_nobody_reads_is_no_traceback(redirect, message):
+def test_closed_or_full_output_gives_no_traceback(redirect, message):
     done = say_in_a_process("range(100000)", redirect)
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
     assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
 
 
-# ------------------------------------------------------------------------------------------------ clipgen-sample --reproduce
+# ------------------------------------------------------------------------------------------ clipgen-sample --reproduce
 
 
 @pytest.mark.parametrize(
@@ -560,7 +560,7 @@ def test_reproduce_refuses_a_decompression_bomb(side, tmp_path, call):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_long_captions_take_no_time_and_little_room():
+def test_long_captions_are_drawn_quickly_and_cut():
     font = ImageFont.load_default(size=11)
     start = time.perf_counter()
     assert "".join(break_word("a" * 100_000, 128, font)) == "a" * 100_000
@@ -572,7 +572,7 @@ def test_long_captions_take_no_time_and_little_room():
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_a_folder_that_cannot_be_listed_is_counted(tmp_path, caplog, monkeypatch):
+def test_unreadable_folder_is_counted(tmp_path, caplog, monkeypatch):
     for name in ("a/0.png", "b/1.png"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(square(1))
@@ -588,24 +588,24 @@ def test_a_folder_that_cannot_be_listed_is_counted(tmp_path, caplog, monkeypatch
     assert str(dataset.skip_counter) == "1 image, 1 skipped: 1 unreadable"
     assert f"skipped {tmp_path / 'b'}: unreadable (the folder cannot be listed: Permission denied)" in caplog.text
     with pytest.raises(PermissionError, match="cannot be listed") as caught:
-        find_images(tmp_path)  # an evaluation of a part would be another number
+        find_images(tmp_path)  # an evaluation of the rest would give another result
     assert caught.value.filename == str(tmp_path / "b")
 
 
-def test_classes_that_are_numbers_stand_in_their_order(tmp_path):
+def test_numeric_class_names_are_sorted_by_value(tmp_path):
     for name in ("0", "1", "2", "10"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(square(1))
     assert ImageFolder(tmp_path, 8, train=True, labels=True).class_names == ["0", "1", "2", "10"]
 
 
-def test_natural_order():
+def test_natural_key_sorts_numbers_by_value():
     ordered = ["0.png", "1.png", "2.png", "9.png", "010.png", "11.png", "a/2/1.png", "a/10/1.png", "b_2_3", "b_2_12"]
     assert sorted(sorted(ordered), key=natural_key) == ordered
     assert natural_key("9" * 5000) > natural_key("8" * 5000) > natural_key("9" * 4999)
 
 
-def test_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip):
+def test_file_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip):
     from clipgen.data.folder import folder_data
     from clipgen.precompute import encode
 
@@ -613,7 +613,7 @@ def test_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip):
         for name in (b"a\xe9.png", b"b.png"):
             Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(square(1))
     except OSError:
-        pytest.skip("this file system takes no such names")
+        pytest.skip("this file system refuses such names")
     data = folder_data(tmp_path, 32, batch_size=1, val_fraction=0)
     assert encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
 

@@ -21,12 +21,12 @@ import yaml
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
-from clipgen.cli import run_lock
+from clipgen import run_lock
 from clipgen.cli.config import make
 from clipgen.cli.console import guarded
-from clipgen.cli.resume_args import run_arguments, with_the_runs
-from clipgen.cli.run_lock import LOCK, hold_lock
-from clipgen.training.resume import AtomicCheckpointIO, BestCheckpoint
+from clipgen.cli.resume_args import add_run_arguments, run_arguments
+from clipgen.run_lock import LOCK, hold_lock
+from clipgen.training.callbacks import AtomicCheckpointIO, BestCheckpoint
 
 ARGUMENTS = [*VQGAN, *SHAPES, "logger=none", "image_logger.num_images=1", "trainer.max_steps=2"]
 
@@ -155,8 +155,8 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_could_run_code_is_not_taken_over_from_a_run(tmp_path, text):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(["stage=vqgan", text]))
-    with pytest.raises(ValueError, match=r"arguments\.yaml (must hold plain settings only|is damaged)"):
-        with_the_runs([f"resume='{tmp_path}'"])
+    with pytest.raises(ValueError, match=r"arguments\.yaml (must contain plain settings only|is damaged)"):
+        add_run_arguments([f"resume='{tmp_path}'"])
 
 
 def test_what_could_run_code_is_refused_before_anything_is_done(call, run, tmp_path):
@@ -170,14 +170,14 @@ def test_what_could_run_code_is_refused_before_anything_is_done(call, run, tmp_p
 def test_what_is_given_on_the_command_line_need_not_be_plain_in_the_file(tmp_path):
     url = "data.train_urls='pipe:cat a.tar'"
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(["stage=vqgan", "data=webdataset", url]))
-    assert with_the_runs([f"resume='{tmp_path}'", url])[:2] == ["stage=vqgan", "data=webdataset"]
+    assert add_run_arguments([f"resume='{tmp_path}'", url])[:2] == ["stage=vqgan", "data=webdataset"]
 
 
 PLAIN = [
     "stage=transformer",
     "experiment=coco",
     "data=webdataset",
-    "tokenizer=null",
+    "quantizer=null",
     "model_size=gpt2-small",
     "logger=csv",
     "data.train_urls='a-{000..010}.tar'",
@@ -329,7 +329,7 @@ def test_one_of_many_claims_a_folder(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom clipgen.cli.run_lock import hold_lock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom clipgen.run_lock import hold_lock\n"
         "with hold_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Photos as they come: decoding, folders, tar shards, and the loaders made of them."""
+"""Image data: decoding, transforms, folders, tar shards, and the loaders made of them."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ UNUSABLE = {
 SUMMARY = "18 images, 4 skipped: 1 truncated, 1 empty, 1 not an image, 1 too large"
 
 
-def picture(width: int = 20, height: int = 16, seed: int = 0) -> Image.Image:
+def random_image(width: int = 20, height: int = 16, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+def encoded(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
-GOOD = encoded(picture(200, 160))
+GOOD = encoded(random_image(200, 160))
 TRUNCATED = GOOD[: len(GOOD) // 2]
 
 
@@ -99,7 +99,7 @@ def make_tar(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def numbered_tar(path: Path, values: range) -> Path:
-    """A shard whose images are recognised by their red value."""
+    """Make a shard whose images are recognized by their red value."""
     files = {f"{v:03d}.png": encoded(Image.new("RGB", (8, 8), (v, 0, 0)), "PNG") for v in values}
     return make_tar(path, files)
 
@@ -108,13 +108,13 @@ def red(sample: dict[str, torch.Tensor]) -> int:
     return round((float(sample["images"][0].mean()) + 1) * 127.5)
 
 
-# Decoding
+# ------------------------------------------------------------------------------------------------------------- decoding
 
 
-def test_orientation_is_applied_even_when_other_tags_are_broken() -> None:
+def test_orientation_is_applied_despite_other_broken_tags() -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010E], exif[0x0131] = 6, "description", "software"
-    data = bytearray(encoded(picture(20, 16), exif=exif))
+    data = bytearray(encoded(random_image(20, 16), exif=exif))
     assert decode_image(bytes(data)).size == (16, 20)
     start = data.index(b"Exif")
     sizes = set()
@@ -127,38 +127,38 @@ def test_orientation_is_applied_even_when_other_tags_are_broken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("format", "options"),
     [("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})],
 )
-def test_lossless_formats_keep_their_pixels(kind: str, options: dict[str, object]) -> None:
-    image = picture()
-    assert np.array_equal(decode_image(encoded(image, kind, **options)), image)
+def test_lossless_formats_keep_their_pixels(format: str, options: dict[str, object]) -> None:
+    image = random_image()
+    assert np.array_equal(decode_image(encoded(image, format, **options)), image)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "int32", "float32"])
-def test_deep_grey_is_scaled_not_clipped(dtype: str) -> None:
+def test_high_depth_gray_is_scaled_not_clipped(dtype: str) -> None:
     top = 1.0 if dtype == "float32" else 65535
     ramp = (np.linspace(0, 1, 256) * top).reshape(16, 16).astype(dtype)
-    grey = np.asarray(decode_image(encoded(Image.fromarray(ramp), "TIFF")))[..., 0].ravel()
-    assert np.abs(grey.astype(int) - np.arange(256)).max() <= 1
+    gray = np.asarray(decode_image(encoded(Image.fromarray(ramp), "TIFF")))[..., 0].ravel()
+    assert np.abs(gray.astype(int) - np.arange(256)).max() <= 1
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     image.putpixel((0, 0), (255, 0, 0, 255))
-    for kind, source in (("PNG", image), ("PNG", image.convert("LA")), ("GIF", image)):
-        decoded = decode_image(encoded(source, kind))
+    for format, source in (("PNG", image), ("PNG", image.convert("LA")), ("GIF", image)):
+        decoded = decode_image(encoded(source, format))
         assert decoded.mode == "RGB" and decoded.getpixel((3, 3)) == (255, 255, 255)
     assert decode_image(encoded(image, "PNG")).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_cmyk_keeps_its_colour() -> None:
-    colour = decode_image(encoded(Image.new("RGB", (16, 16), (200, 40, 90)).convert("CMYK"))).getpixel((8, 8))
-    assert np.abs(np.subtract(colour, (200, 40, 90))).max() < 6
+def test_cmyk_keeps_its_color() -> None:
+    color = decode_image(encoded(Image.new("RGB", (16, 16), (200, 40, 90)).convert("CMYK"))).getpixel((8, 8))
+    assert np.abs(np.subtract(color, (200, 40, 90))).max() < 6
 
 
-def test_the_first_frame_of_an_animation() -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+def test_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(data).getpixel((4, 4)) == (255, 0, 0)
 
@@ -172,7 +172,7 @@ def test_the_first_frame_of_an_animation() -> None:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
-def test_unusable_bytes(data: bytes, reason: str, tmp_path: Path) -> None:
+def test_unusable_content_is_refused_with_its_reason(data: bytes, reason: str, tmp_path: Path) -> None:
     with pytest.raises(UnusableImageError) as caught:
         decode_image(data)
     assert caught.value.reason == reason
@@ -187,17 +187,17 @@ def test_a_missing_file_is_unreadable(tmp_path: Path) -> None:
         decode_image(tmp_path / "gone.jpg")
 
 
-def test_the_size_is_judged_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_is_checked_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     check_header(TRUNCATED)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 16 // 2 - 1)  # Pillow refuses above twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20 * 16 // 2 - 1)  # Pillow refuses more than twice this
     with pytest.raises(UnusableImageError, match="320 pixels") as caught:
-        check_header(encoded(picture(20, 16), "PNG"))
+        check_header(encoded(random_image(20, 16), "PNG"))
     assert caught.value.reason == "too large"
 
 
 @needs_bad
 @pytest.mark.parametrize("name", USABLE)
-def test_usable_photo(name: str) -> None:
+def test_usable_photos_decode_and_transform(name: str) -> None:
     image = decode_image(BAD / name)
     assert image.mode == "RGB"
     for transform in (train_transform(32), val_transform(32)):
@@ -208,19 +208,19 @@ def test_usable_photo(name: str) -> None:
 
 @needs_bad
 @pytest.mark.parametrize(("name", "reason"), UNUSABLE.items())
-def test_unusable_photo(name: str, reason: str) -> None:
+def test_unusable_photos_are_refused_with_their_reason(name: str, reason: str) -> None:
     with pytest.raises(UnusableImageError) as caught:
         decode_image(BAD / name)
     assert caught.value.reason == reason
 
 
 @needs_bad
-def test_photos_look_right() -> None:
+def test_decoded_photos_have_the_right_size_and_color() -> None:
     assert decode_image(BAD / "exif_rotated.jpg").size == (160, 200)
     assert decode_image(BAD / "animated.gif").size == (64, 64)
     assert decode_image(BAD / "one_pixel.png").size == (1, 1)
-    grey = np.asarray(decode_image(BAD / "gray16.png"))
-    assert 20 < grey.mean() < 235 and (grey == 255).mean() < 0.2  # Pillow's own conversion is white all over
+    gray = np.asarray(decode_image(BAD / "gray16.png"))
+    assert 20 < gray.mean() < 235 and (gray == 255).mean() < 0.2  # Pillow's own conversion is white everywhere
     alpha = Image.open(BAD / "alpha.png").getchannel("A")
     clear = np.asarray(alpha) == 0
     assert clear.any() and (np.asarray(decode_image(BAD / "alpha.png"))[clear] == 255).all()
@@ -228,12 +228,12 @@ def test_photos_look_right() -> None:
         check_header(BAD / "bomb.png")
 
 
-# Transforms
+# ----------------------------------------------------------------------------------------------------------- transforms
 
 
 @pytest.mark.parametrize("size", [(90, 60), (60, 90), (60, 60), (31, 30), (30, 37)])
-def test_val_transform_is_resize_then_centre_crop(size: tuple[int, int]) -> None:
-    image = picture(*size)
+def test_val_transform_equals_resize_then_center_crop(size: tuple[int, int]) -> None:
+    image = random_image(*size)
     resized = image.resize((size[0] * 30 // min(size), size[1] * 30 // min(size)), Image.Resampling.BICUBIC)
     left, top = (resized.width - 29) // 2, (resized.height - 29) // 2
     expected = np.asarray(resized.crop((left, top, left + 30, top + 30)), dtype=int)
@@ -242,7 +242,7 @@ def test_val_transform_is_resize_then_centre_crop(size: tuple[int, int]) -> None
 
 
 def test_an_image_of_the_right_size_is_not_resampled() -> None:
-    image = picture(47, 32)
+    image = random_image(47, 32)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
     windows = [pixels[:, :, i : i + 32] for i in range(16)]
     places = set()
@@ -253,7 +253,7 @@ def test_an_image_of_the_right_size_is_not_resampled() -> None:
     assert places == set(range(16))
 
 
-def test_train_transform_draws_crop_and_flip_from_the_global_generator() -> None:
+def test_train_transform_uses_the_global_generator() -> None:
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (32, 1, 3)))
     transform = train_transform(32)
     torch.manual_seed(0)
@@ -261,14 +261,14 @@ def test_train_transform_draws_crop_and_flip_from_the_global_generator() -> None
     torch.manual_seed(0)
     assert all(torch.equal(a, transform(ramp)) for a in first)
     starts = [float(images[0, 0].min()) for images in first]
-    assert min(starts) < -0.8 and max(starts) > 0.6  # the crop goes from end to end
+    assert min(starts) < -0.8 and max(starts) > 0.6  # crops reach both ends
     flipped = sum(bool(images[0, 0, 0] > images[0, 0, -1]) for images in first)
     assert 15 < flipped < 45
     assert not any(t[0, 0, 0] > t[0, 0, -1] for t in (train_transform(32, flip=False)(ramp) for _ in range(20)))
 
 
 @pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (2, 3)])
-def test_extreme_shapes_are_cropped_before_they_are_enlarged(
+def test_extreme_aspect_ratios_are_cropped_before_enlarging(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
@@ -290,11 +290,11 @@ def test_image_size_is_checked(make) -> None:
         make(0)
 
 
-# Folders
+# -------------------------------------------------------------------------------------------------------------- folders
 
 
 @needs_bad
-def test_the_folder_of_bad_images(caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_of_bad_images_uses_the_usable_ones(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     dataset = ImageFolder(BAD, 32, train=True)
     assert list(dataset.files) == USABLE
@@ -308,11 +308,11 @@ def test_the_folder_of_bad_images(caplog: pytest.LogCaptureFixture) -> None:
 
 @needs_bad
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_what_the_header_check_misses_is_replaced_and_counted(
+def test_images_broken_after_their_header_are_replaced_and_counted(
     num_workers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(folder_module, "_MAX_DECODED", 0)
-    handler = logging.FileHandler(tmp_path / "log")  # a file also gets what worker processes log
+    handler = logging.FileHandler(tmp_path / "log")  # a file also receives the messages of worker processes
     logging.getLogger("clipgen").addHandler(handler)
     try:
         dataset = ImageFolder(BAD, 16, train=True)
@@ -326,7 +326,7 @@ def test_what_the_header_check_misses_is_replaced_and_counted(
     assert (tmp_path / "log").read_text().count("truncated.jpg") == 1
 
 
-def test_a_broken_image_gives_way_to_its_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_image_is_replaced_by_the_next_usable_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_module, "_MAX_DECODED", 0)
     dataset = ImageFolder(make_folder(tmp_path, 4, bad=(1, 3)), 8, train=False)
     assert [red(sample) for sample in dataset] == [0, 20, 20, 0]
@@ -334,14 +334,14 @@ def test_a_broken_image_gives_way_to_its_neighbour(tmp_path: Path, monkeypatch: 
         dataset[4]
 
 
-def test_a_folder_that_breaks_altogether_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_any_decodable_image_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_module, "_MAX_DECODED", 0)
     dataset = ImageFolder(make_folder(tmp_path, 3, bad=(0, 1, 2)), 8, train=True)
     with pytest.raises(ValueError, match="no usable image left: 0 images, 3 skipped: 3 truncated"):
         dataset[0]
 
 
-def test_candidates_hidden_files_and_links(tmp_path: Path) -> None:
+def test_find_images_skips_hidden_files_and_follows_links_once(tmp_path: Path) -> None:
     for name in ("b/2.JPG", "b/.hidden.jpg", ".secret/3.jpg", "a.Png", "notes.txt", "c/4.tiff", "jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
@@ -349,8 +349,8 @@ def test_candidates_hidden_files_and_links(tmp_path: Path) -> None:
     assert find_images(tmp_path) == ["a.Png", "b/2.JPG", "c/4.tiff"]
 
 
-def test_names_are_kept_in_few_objects(tmp_path: Path) -> None:
-    """Of many, worker processes copy each one that they read."""
+def test_packed_strings_behave_like_a_list(tmp_path: Path) -> None:
+    """Reading a list of many strings would copy them to every worker process."""
     odd = ["a/1.jpg", "", "日本/☃.png", "\udcff.jpg", "x" * 300]
     names = PackedStrings(odd)
     assert [*names] == odd and names[-2] == odd[-2] and "" in names and len(names) == 5 and not len(PackedStrings([]))
@@ -360,7 +360,7 @@ def test_names_are_kept_in_few_objects(tmp_path: Path) -> None:
     assert isinstance(ImageFolder(tmp_path, 8, train=True).files, PackedStrings)
 
 
-def test_folders_without_usable_images(tmp_path: Path) -> None:
+def test_folders_without_usable_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"existing folder of images, got .*nowhere"):
         ImageFolder(tmp_path / "nowhere", 8, train=True)
     (tmp_path / "notes.txt").write_text("x")
@@ -385,28 +385,28 @@ def test_split_is_stable_when_files_are_added() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 10])
 @pytest.mark.parametrize("val_fraction", [0.001, 0.999])
-def test_neither_side_of_a_split_is_empty(count: int, val_fraction: float) -> None:
+def test_no_side_of_a_split_is_empty(count: int, val_fraction: float) -> None:
     train, val = split_files([f"{i}.jpg" for i in range(count)], val_fraction)
     assert train and val and len(train) + len(val) == count
 
 
-def test_split_arguments() -> None:
+def test_split_fraction_is_checked() -> None:
     with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1.5"):
         split_files(["a", "b"], 1.5)
     with pytest.raises(ValueError, match=r"val_fraction must be 0 when there is a single usable image, got 0.1"):
         split_files(["a"], 0.1)
 
 
-def test_both_sides_of_a_folder(tmp_path: Path) -> None:
+def test_split_is_independent_of_the_seed(tmp_path: Path) -> None:
     make_folder(tmp_path, 20)
-    # of two runs, too: what one trained on, the other does not validate on
+    # So a run does not validate on images that a run with another seed trained on.
     sides = [ImageFolder(tmp_path, 8, train=seed == 3, val_fraction=0.3, seed=seed) for seed in (3, 4)]
     assert set(sides[0].files).isdisjoint(sides[1].files) and len(sides[0]) + len(sides[1]) == 20
     assert [*sides[0].held_out().files] == [*sides[1].files]
-    assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # a folder of its own for validation
+    assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # without a split, the whole folder
 
 
-def test_folder_data_warns_once_and_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_data_scans_once_and_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     data = folder_data(make_folder(tmp_path / "a", 12, bad=(5,)), 8, batch_size=4, val_fraction=0.2)
     data.teardown("fit")
@@ -419,7 +419,7 @@ def test_folder_data_warns_once_and_splits(tmp_path: Path, caplog: pytest.LogCap
     assert folder_data(tmp_path / "a", 8, batch_size=4, val_fraction=0.0).val is None
 
 
-# Shards
+# --------------------------------------------------------------------------------------------------------------- shards
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -427,7 +427,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @needs_bad
-def test_mixed_shard(caplog: pytest.LogCaptureFixture) -> None:
+def test_corrupt_image_in_a_shard_is_skipped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     dataset = ImageShards(str(BAD / "mixed.tar"), 32, train=False)
     for _ in range(2):
@@ -438,9 +438,9 @@ def test_mixed_shard(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @needs_bad
-def test_cut_shard(caplog: pytest.LogCaptureFixture) -> None:
+def test_truncated_shard_is_used_up_to_the_damage(caplog: pytest.LogCaptureFixture) -> None:
     dataset = ImageShards(str(BAD / "cut.tar"), 32, train=False)
-    assert len(list(dataset)) == 3  # 0000, 0001 and 0003; 0002 is truncated, and the cut goes through 0005
+    assert len(list(dataset)) == 3  # 0000, 0001 and 0003; 0002 is truncated, and 0005 is cut off
     assert "cut.tar: broken shard" in warnings_of(caplog)[-1]
     assert str(dataset.skip_counter) == "3 images, 2 skipped: 1 truncated, 1 broken shard"
     both = ImageShards([str(BAD / "cut.tar"), str(BAD / "mixed.tar")], 32, train=False)
@@ -448,19 +448,19 @@ def test_cut_shard(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @needs_bad
-def test_not_a_tar() -> None:
+def test_file_that_is_not_a_tar_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not_a.tar must be a tar file"):
         ImageShards([str(BAD / "mixed.tar"), str(BAD / "not_a.tar")], 32, train=True)
 
 
-def test_the_last_sample_before_a_cut_is_used(tmp_path: Path) -> None:
+def test_last_sample_before_a_truncation_is_used(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "a.tar", {"0.jpg": GOOD, "1.jpg": GOOD, "2.jpg": GOOD})
     size = 512 + (len(GOOD) + 511) // 512 * 512
     path.write_bytes(path.read_bytes()[: 2 * size + 600])
     assert len(list(ImageShards(str(path), 8, train=False))) == 2
 
 
-def test_samples_without_image_odd_names_and_labels(tmp_path: Path) -> None:
+def test_samples_are_grouped_by_name_and_labels_are_read(tmp_path: Path) -> None:
     path = make_tar(
         tmp_path / "a.tar",
         {
@@ -473,13 +473,13 @@ def test_samples_without_image_odd_names_and_labels(tmp_path: Path) -> None:
         },
     )
     assert [set(sample) for sample in ImageShards(str(path), 8, train=False)] == [{"images"}] * 2
-    labelled = ImageShards(str(path), 8, train=False, labels=True)
-    (sample,) = labelled
+    labeled = ImageShards(str(path), 8, train=False, labels=True)
+    (sample,) = labeled
     assert sample["label"] == 7 and sample["images"].std() > 0
-    assert str(labelled.skip_counter) == "1 image, 1 skipped: 1 without label"
+    assert str(labeled.skip_counter) == "1 image, 1 skipped: 1 without label"
 
 
-def test_urls(tmp_path: Path) -> None:
+def test_urls_expand_braces_globs_and_lists(tmp_path: Path) -> None:
     paths = [str(numbered_tar(tmp_path / f"t-{i:02d}.tar", range(i, i + 1))) for i in range(4)]
     prefix = f"{tmp_path}/t-"
     assert expand_urls(prefix + "{00..03}.tar") == paths
@@ -497,13 +497,13 @@ def test_urls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["none-*.tar", "none.tar", "a-{0..1}.tar"])
-def test_shards_that_do_not_exist(pattern: str, tmp_path: Path) -> None:
+def test_missing_shards_are_refused(pattern: str, tmp_path: Path) -> None:
     numbered_tar(tmp_path / "a-0.tar", range(1))
     with pytest.raises(FileNotFoundError, match=r"none|a-1.tar"):
         ImageShards(f"{tmp_path}/{pattern}", 8, train=True)
 
 
-def test_shard_arguments(tmp_path: Path) -> None:
+def test_shard_arguments_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="urls must name at least one shard, got ''"):
         ImageShards("", 8, train=True)
     path = str(numbered_tar(tmp_path / "a.tar", range(1)))
@@ -513,7 +513,7 @@ def test_shard_arguments(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("files", [{}, {"0.txt": b"x"}, {"0.jpg": TRUNCATED, "1.jpg": b""}])
 @pytest.mark.parametrize("train", [True, False])
-def test_shards_without_usable_images_stop_before_training(
+def test_local_shards_without_usable_images_are_refused_at_construction(
     files: dict[str, bytes], train: bool, tmp_path: Path
 ) -> None:
     path = make_tar(tmp_path / "a.tar", files)
@@ -521,7 +521,7 @@ def test_shards_without_usable_images_stop_before_training(
         ImageShards(str(path), 8, train=train)
 
 
-def test_commands_without_usable_images_stop_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_shards_without_usable_images_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "_MAX_CONSECUTIVE_SKIPS", 20)
     corrupt = make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": b""})
     with pytest.raises(ValueError, match="20 consecutive unusable ones: 0 images, 2 skipped: 1 truncated, 1 empty"):
@@ -531,12 +531,12 @@ def test_commands_without_usable_images_stop_in_training(tmp_path: Path, monkeyp
         next(iter(ImageShards([f"pipe:cat {no_images}", "pipe:false"], 8, train=True)))
 
 
-def test_a_command_is_read_like_a_file(tmp_path: Path) -> None:
+def test_pipe_command_is_read_like_a_file(tmp_path: Path) -> None:
     path = numbered_tar(tmp_path / "a.tar", range(5))
     assert [red(sample) for sample in ImageShards(f"pipe:cat {path}", 8, train=False)] == list(range(5))
 
 
-def test_training_goes_on_without_end_and_reaches_every_image(tmp_path: Path) -> None:
+def test_training_stream_is_endless_and_reaches_every_image(tmp_path: Path) -> None:
     for i in range(3):
         numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
     dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=10)
@@ -545,7 +545,7 @@ def test_training_goes_on_without_end_and_reaches_every_image(tmp_path: Path) ->
     assert seen[:30] != sorted(seen[:30])
 
 
-def test_training_streams_are_seeded_and_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_streams_depend_on_seed_rank_and_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(4):
         numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
 
@@ -563,7 +563,7 @@ def test_training_streams_are_seeded_and_differ(tmp_path: Path, monkeypatch: pyt
     assert first != second
 
 
-def test_training_workers_have_streams_of_their_own(tmp_path: Path) -> None:
+def test_each_training_worker_has_its_own_reproducible_stream(tmp_path: Path) -> None:
     numbered_tar(tmp_path / "a.tar", range(50))
 
     def epochs() -> list[list[int]]:
@@ -576,7 +576,7 @@ def test_training_workers_have_streams_of_their_own(tmp_path: Path) -> None:
     assert epochs() == [first, second]
 
 
-def test_workers_that_start_afresh_do_not_repeat_their_stream(tmp_path: Path) -> None:
+def test_restarted_workers_do_not_repeat_their_stream(tmp_path: Path) -> None:
     numbered_tar(tmp_path / "a.tar", range(50))
     dataset = ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=50, flip=False)
     loader = DataLoader(dataset, 10, num_workers=1, generator=torch.Generator().manual_seed(0))
@@ -609,7 +609,7 @@ def test_validation_is_split_between_ranks(shards: int, tmp_path: Path, monkeypa
     assert sorted(seen[0] + seen[1]) == list(range(7 * shards)) and seen[0] and seen[1]
 
 
-def test_a_corrupt_image_is_warned_about_once_in_all_workers(tmp_path: Path) -> None:
+def test_corrupt_image_is_warned_about_once_across_workers(tmp_path: Path) -> None:
     make_tar(tmp_path / "a.tar", {"0.jpg": GOOD, "1.jpg": TRUNCATED, "2.jpg": GOOD})
     handler = logging.FileHandler(tmp_path / "log")
     logging.getLogger("clipgen").addHandler(handler)
@@ -620,11 +620,11 @@ def test_a_corrupt_image_is_warned_about_once_in_all_workers(tmp_path: Path) -> 
     finally:
         logging.getLogger("clipgen").removeHandler(handler)
     assert "1 skipped: 1 truncated" in str(dataset.skip_counter)
-    assert 1 <= (tmp_path / "log").read_text().count("skipped") <= 2  # two workers may meet it in the same instant
+    assert 1 <= (tmp_path / "log").read_text().count("skipped") <= 2  # two workers may read it at the same time
 
 
 @needs_cifar
-def test_cifar_shards() -> None:
+def test_cifar10_shards_load_with_labels() -> None:
     train = ImageShards(str(CIFAR10 / "train-{000000..000009}.tar"), 32, train=True)
     assert len(train.urls) == 10
     batch = next(iter(DataLoader(train, 8)))
@@ -634,11 +634,11 @@ def test_cifar_shards() -> None:
     assert batch["label"].unique().tolist() == list(range(10))
 
 
-# The data module and its configuration
+# -------------------------------------------------------------------------------- the data module and its configuration
 
 
 class Probe(pl.LightningModule):
-    """Takes down what it is given."""
+    """Records the images of its batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -664,30 +664,30 @@ def fit(data: ImageDataModule, checkpoint: Path | None = None, **options: object
     return probe, trainer
 
 
-def test_training_runs_on_a_folder_and_resumes_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_on_a_folder_resumes_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_folder(tmp_path / "photos", 11, bad=(3,))
 
     def data() -> ImageDataModule:
         return folder_data(tmp_path / "photos", 8, batch_size=4, val_fraction=0.1, flip=False, seed=1)
 
-    whole, _ = fit(data(), max_epochs=3)
-    assert len(whole.seen) == 6 and all(len(batch) == 4 for batch in whole.seen)
-    assert whole.seen[:2] != whole.seen[2:4]
-    assert whole.validated == 3
+    uninterrupted, _ = fit(data(), max_epochs=3)
+    assert len(uninterrupted.seen) == 6 and all(len(batch) == 4 for batch in uninterrupted.seen)
+    assert uninterrupted.seen[:2] != uninterrupted.seen[2:4]
+    assert uninterrupted.validated == 3
     half, trainer = fit(data(), max_epochs=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     rest, _ = fit(data(), tmp_path / "half.ckpt", max_epochs=3)
-    assert half.seen + rest.seen == whole.seen
+    assert half.seen + rest.seen == uninterrupted.seen
 
 
-def test_overfitting_sees_the_same_batch_again(tmp_path: Path) -> None:
+def test_overfit_batches_repeats_the_same_batch(tmp_path: Path) -> None:
     probe, _ = fit(
         folder_data(make_folder(tmp_path, 9), 8, batch_size=4, val_fraction=0), overfit_batches=1, max_epochs=3
     )
     assert len(set(probe.seen)) == 1
 
 
-def test_training_runs_on_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_on_shards_logs_skipped_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     numbered_tar(tmp_path / "train.tar", range(10))
     make_tar(tmp_path / "val.tar", {"0.jpg": GOOD, "1.jpg": TRUNCATED})
@@ -698,7 +698,7 @@ def test_training_runs_on_shards(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert any(message.startswith(f"{tmp_path}/train.tar: ") for message in caplog.messages)
 
 
-def test_module_arguments() -> None:
+def test_data_module_arguments_are_checked() -> None:
     dataset = TensorDataset(torch.zeros(6, 3, 8, 8))
     for options, message in [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -713,7 +713,7 @@ def test_module_arguments() -> None:
     assert ImageDataModule(dataset, None, batch_size=4).val_dataloader() == []
 
 
-def test_batched_fetching_is_left_to_the_dataset() -> None:
+def test_loader_fetches_whole_batches_from_the_dataset() -> None:
     class Batched(TensorDataset):
         calls: ClassVar[list[list[int]]] = []
 
@@ -727,7 +727,7 @@ def test_batched_fetching_is_left_to_the_dataset() -> None:
 
 
 @pytest.mark.parametrize("name", ["folder", "webdataset"])
-def test_configuration_makes_the_data(name: str, tmp_path: Path) -> None:
+def test_bundled_configs_make_the_data_module(name: str, tmp_path: Path) -> None:
     make_folder(tmp_path, 20)
     numbered_tar(tmp_path / "a.tar", range(4))
     config = OmegaConf.create({"seed": 5, "data": OmegaConf.load(ROOT / "configs" / "data" / f"{name}.yaml")})
@@ -739,11 +739,11 @@ def test_configuration_makes_the_data(name: str, tmp_path: Path) -> None:
     assert next(iter(data.train))["images"].shape == (3, 256, 256)
 
 
-@pytest.mark.parametrize("stretch", [100, 7])
-def test_a_resume_goes_past_broken_images_without_decoding(
-    stretch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("segment_images", [100, 7])
+def test_resumed_stream_is_identical_and_decodes_nothing_it_skips(
+    segment_images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From each place on, the stream is the one of a run that was not stopped, also between broken images."""
+    """From any position on, also between broken images, the stream equals that of an uninterrupted run."""
     files = {
         f"{i}.png": (b"" if i in (1, 2, 6) else encoded(Image.new("RGB", (9, 9), (10 * i, 0, 0)), "PNG"))
         for i in range(8)
@@ -751,25 +751,25 @@ def test_a_resume_goes_past_broken_images_without_decoding(
     make_tar(tmp_path / "a.tar", files)
     make_tar(tmp_path / "b.tar", {"9.jpg": TRUNCATED, "8.png": encoded(Image.new("RGB", (9, 9), (90, 0, 0)), "PNG")})
 
-    def stream(begin: int, count: int) -> list[torch.Tensor]:
+    def stream(start: int, count: int) -> list[torch.Tensor]:
         dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=3)
-        dataset.resume(0, begin, 1)
+        dataset.resume(0, start, 1)
         decoded.clear()
         return [sample["images"] for sample in islice(dataset, count)]
 
-    monkeypatch.setattr(shards_module, "_SEGMENT_IMAGES", stretch)
+    monkeypatch.setattr(shards_module, "_SEGMENT_IMAGES", segment_images)
     decoded: list[int] = []
     decode = shards_module.decode_image
     monkeypatch.setattr(shards_module, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
     whole = stream(0, 60)
     assert len({image.mean().item() for image in whole}) == 6
-    for begin in range(30):
-        assert all(map(torch.equal, stream(begin, 10), whole[begin:]))
+    for start in range(30):
+        assert all(map(torch.equal, stream(start, 10), whole[start:]))
     assert len(stream(59, 1)) == 1 and len(decoded) < 10
 
 
-def test_a_late_resume_reads_little_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However long the run was; and it goes on with the same images."""
+def test_late_resume_rereads_at_most_one_segment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the run was; and the stream continues with the same images."""
     for i in range(3):
         numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
     monkeypatch.setattr(shards_module, "_SEGMENT_IMAGES", 20)
@@ -781,35 +781,35 @@ def test_a_late_resume_reads_little_again(tmp_path: Path, monkeypatch: pytest.Mo
         read.append(1)
         return file
 
-    def stream(begin: int, count: int) -> list[int]:
+    def stream(start: int, count: int) -> list[int]:
         dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=5)
-        dataset.resume(0, begin, 1)
+        dataset.resume(0, start, 1)
         read.clear()
         return [red(sample) for sample in islice(dataset, count)]
 
     whole = stream(0, 250)
-    assert all(stream(begin, 30) == whole[begin : begin + 30] for begin in (0, 1, 19, 20, 21, 139))
-    assert len({tuple(whole[begin : begin + 20]) for begin in range(0, 240, 20)}) == 12
+    assert all(stream(start, 30) == whole[start : start + 30] for start in (0, 1, 19, 20, 21, 139))
+    assert len({tuple(whole[start : start + 20]) for start in range(0, 240, 20)}) == 12
     assert stream(239, 1) == [whole[239]] and len(read) < 40
 
 
 @pytest.mark.parametrize(("size", "decoded"), [((2000, 1040), (1000, 520)), ((1023, 1200), (1023, 1200))])
-def test_large_jpegs_are_decoded_at_a_part_of_their_size(size: tuple[int, int], decoded: tuple[int, int]) -> None:
+def test_large_jpegs_are_decoded_at_reduced_size(size: tuple[int, int], decoded: tuple[int, int]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (26, 50, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC), "JPEG")
-    picture = decode_image(data, image_size=256)
-    assert picture.size == decoded and decode_image(data).size == size
+    reduced = decode_image(data, image_size=256)
+    assert reduced.size == decoded and decode_image(data).size == size
     crop = val_transform(256)
-    assert (crop(picture) - crop(decode_image(data))).abs().mul(127.5).max() < 5  # levels of 256
+    assert (crop(reduced) - crop(decode_image(data))).abs().mul(127.5).max() < 5  # levels of 256
 
 
-def test_patience_is_not_lost_on_a_few_corrupt_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consecutive_skips_are_reset_by_a_usable_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards_module, "_MAX_CONSECUTIVE_SKIPS", 3)
     make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": TRUNCATED, "2.jpg": GOOD})
     assert len(list(islice(ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=0), 20))) == 20
 
 
-def test_ahead_keeps_the_order_and_does_not_run_off():
+def test_parallel_map_keeps_the_order_and_bounds_prefetch():
     started = []
 
     def slow_at_first(item: int) -> int:
@@ -824,7 +824,7 @@ def test_ahead_keeps_the_order_and_does_not_run_off():
         list(parallel_map(lambda item: 1 / item, [1, 0]))
 
 
-def test_what_nobody_reads_is_not_begun():
+def test_parallel_map_stops_when_its_results_are_not_read():
     started = []
 
     def slow(item: int) -> None:

@@ -1,4 +1,4 @@
-"""scripts/make_shards.py: from a folder or a torchvision dataset to tar shards."""
+"""scripts/make_shards.py: write a folder or a torchvision dataset as tar shards."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 class Digits:
-    """Like a torchvision dataset with two parts; the pictures are grey, as in MNIST."""
+    """Imitation of a torchvision dataset with two splits; its images are gray, as in MNIST."""
 
     classes = ("zero", "one", "two")
 
@@ -62,7 +62,9 @@ class Digits:
         return Image.new("L", (8, 8), index * 30), index % 3
 
 
-def test_folder(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_becomes_numbered_shards_with_a_split(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     run(photos, "--output", tmp_path / "out", "--shard-size", 4, "--val-fraction", 0.25)
     data = folder_data(photos, 8, batch_size=1, val_fraction=0.25)
@@ -75,7 +77,7 @@ def test_folder(photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert f"{photos}: 12 images, 1 skipped: 1 empty" in caplog.messages
 
 
-def test_the_split_is_that_of_the_folder_and_the_order_is_mixed(photos: Path, tmp_path: Path) -> None:
+def test_split_equals_that_of_data_folder_and_the_order_is_random(photos: Path, tmp_path: Path) -> None:
     run(photos, "--output", tmp_path / "out", "--val-fraction", 0.25)
 
     def reds(dataset: object) -> list[int]:
@@ -87,7 +89,7 @@ def test_the_split_is_that_of_the_folder_and_the_order_is_mixed(photos: Path, tm
     assert sorted(reds(ImageShards(f"{tmp_path}/out/val-*.tar", 8, train=False))) == sorted(reds(data.val))
 
 
-def test_the_same_input_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+def test_same_input_gives_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     for out in ("a", "b"):
         run(photos, "--output", tmp_path / out, "--shard-size", 5)
     assert names(tmp_path / "a") == names(tmp_path / "b")
@@ -95,7 +97,7 @@ def test_the_same_input_gives_the_same_bytes(photos: Path, tmp_path: Path) -> No
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_existing_shards_are_kept(photos: Path, tmp_path: Path) -> None:
+def test_existing_shards_are_not_overwritten(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train-000007.tar").write_bytes(b"precious")
     with pytest.raises(SystemExit, match=r"without shards, got .*out with train-000007.tar"):
@@ -103,7 +105,7 @@ def test_existing_shards_are_kept(photos: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "out") == ["train-000007.tar"]
 
 
-def test_nothing_is_left_when_it_breaks(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_run_leaves_no_files(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         assert any((tmp_path / "out").glob(".unfinished-*/train-*.tar"))
         raise OSError("disk full")
@@ -114,7 +116,7 @@ def test_nothing_is_left_when_it_breaks(photos: Path, tmp_path: Path, monkeypatc
     assert names(tmp_path / "out") == []
 
 
-def test_image_size_and_quality(tmp_path: Path) -> None:
+def test_images_are_resized_and_stripped_of_metadata(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     exif = Image.Exif()
@@ -134,7 +136,7 @@ def test_image_size_and_quality(tmp_path: Path) -> None:
     assert sizes[50] < sizes[95]
 
 
-def test_torchvision_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_dataset_keeps_splits_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets, "Digits", Digits, raising=False)
     run("Digits", "--output", tmp_path / "out", "--shard-size", 4, "--root", tmp_path / "download")
     out = tmp_path / "out"
@@ -159,12 +161,12 @@ def test_torchvision_dataset_without_a_test_split(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("source", ["Nope", "/no/such/folder", "__name__"])
-def test_unknown_source(source: str, tmp_path: Path) -> None:
+def test_unknown_source_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"^make_shards: SOURCE must be an existing folder or .*, got {source}$"):
         run(source, "--output", tmp_path / "out")
 
 
-def test_folder_without_images(tmp_path: Path) -> None:
+def test_folder_without_usable_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
     with pytest.raises(SystemExit, match=r"^make_shards: .*in must hold a usable image, got 0 images, 1 skipped"):
@@ -173,14 +175,14 @@ def test_folder_without_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("option", [("--quality", 0), ("--shard-size", 0), ("--val-fraction", 1), ("--image-size", 0)])
-def test_arguments(option: tuple[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_option_ranges_are_checked(option: tuple[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path, "--output", tmp_path / "out", *option)
     assert f"{option[0]} must be" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not BAD.exists(), reason=f"{BAD} is absent; set CLIPGEN_SHARED")
-def test_the_folder_of_bad_images(tmp_path: Path) -> None:
+def test_folder_of_bad_images_keeps_the_usable_ones(tmp_path: Path) -> None:
     run(BAD, "--output", tmp_path / "out", "--val-fraction", 0.2)
     files = [name for shard in names(tmp_path / "out") for name in contents(tmp_path / "out" / shard)]
     assert len(files) == 18

@@ -1,9 +1,8 @@
-"""Muon, against torch.optim.Muon, and on several processes against one."""
+"""Muon, compared with torch.optim.Muon, and two processes compared with one."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from clipgen import muon, processor
-from clipgen.cli.config import composed
-from clipgen.cli.train import make_trainer, settle_precision
+from clipgen import muon
 from clipgen.muon import Muon
-from clipgen.optim import has_fused_kernels, make_optimizer
-from clipgen.processor import has_bf16_units, require_bf16_units
 
-# GPT-2's: wide, square, wide, tall; twice
+# Shapes as in two blocks of GPT-2: wide, square, wide, tall.
 SHAPES = [(16, 48), (16, 16), (16, 64), (64, 16)] * 2
 OPTIONS: dict[str, Any] = dict(lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
 
@@ -36,7 +31,7 @@ def matrices(seed: int) -> list[Tensor]:
 
 
 def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, seeds: range) -> None:
-    """Step once per seed, along gradients that the seed makes."""
+    """Take one step per seed, with random gradients of that seed."""
     for seed in seeds:
         for parameter, gradient in zip(parameters, matrices(seed)):
             parameter.grad = gradient
@@ -49,7 +44,7 @@ def parameters_of(tensors: list[Tensor]) -> list[nn.Parameter]:
 
 @pytest.fixture
 def fp32_reference(monkeypatch):
-    """Let torch.optim.Muon iterate in float32."""
+    """Make torch.optim.Muon iterate in float32."""
     source = inspect.getsource(reference._zeropower_via_newtonschulz)
     assert "grad.bfloat16()" in source
     names: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
@@ -59,7 +54,7 @@ def fp32_reference(monkeypatch):
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust_lr_fn", [None, "original", "match_rms_adamw"])
-def test_updates_equal_those_of_torch_in_float32(fp32_reference, nesterov, adjust_lr_fn):
+def test_updates_equal_torch_in_float32(fp32_reference, nesterov, adjust_lr_fn):
     options = OPTIONS | dict(nesterov=nesterov, adjust_lr_fn=adjust_lr_fn)
     theirs, ours = parameters_of(matrices(0)), parameters_of(matrices(0))
     step(theirs, torch.optim.Muon(theirs, **options), range(1, 5))
@@ -69,8 +64,8 @@ def test_updates_equal_those_of_torch_in_float32(fp32_reference, nesterov, adjus
         assert (a - before).norm() > 0.01 * before.norm()
 
 
-def test_updates_equal_those_of_torch_in_bfloat16():
-    """Within the rounding of a bfloat16 iteration."""
+def test_updates_equal_torch_in_bfloat16():
+    """Equal up to the rounding of a bfloat16 iteration."""
     theirs, ours = parameters_of(matrices(0)), parameters_of(matrices(0))
     step(theirs, torch.optim.Muon(theirs, **OPTIONS), range(1, 3))
     step(ours, Muon(ours, **OPTIONS, dtype=torch.bfloat16), range(1, 3))
@@ -78,23 +73,28 @@ def test_updates_equal_those_of_torch_in_bfloat16():
         assert (a - b).norm() < 0.02 * (b - before).norm()
 
 
-def test_checkpoints_of_torch_are_resumed(fp32_reference):
-    straight, theirs = parameters_of(matrices(0)), parameters_of(matrices(0))
-    step(straight, torch.optim.Muon(straight, **OPTIONS), range(1, 7))
+def test_torch_checkpoints_can_be_resumed(fp32_reference):
+    uninterrupted, theirs = parameters_of(matrices(0)), parameters_of(matrices(0))
+    step(uninterrupted, torch.optim.Muon(uninterrupted, **OPTIONS), range(1, 7))
     first = torch.optim.Muon(theirs, **OPTIONS)
     step(theirs, first, range(1, 4))
     ours = parameters_of([p.data for p in theirs])
     second = Muon(ours, lr=9.0, dtype=torch.float32)
     second.load_state_dict(first.state_dict())
     step(ours, second, range(4, 7))
-    torch.testing.assert_close(ours, straight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, uninterrupted, atol=1e-5, rtol=1e-5)
     assert second.state_dict()["param_groups"] == first.state_dict()["param_groups"]
     assert second.state_dict()["state"].keys() == first.state_dict()["state"].keys()
 
 
-def test_matrices_of_one_shape_are_iterated_together(monkeypatch):
-    shapes, iterate = [], muon.newton_schulz
-    record = lambda x, *options: (shapes.append(tuple(x.shape)), iterate(x, *options))[1]
+def test_matrices_of_equal_shape_are_iterated_together(monkeypatch):
+    shapes = []
+    iterate = muon.newton_schulz
+
+    def record(x, *options):
+        shapes.append(tuple(x.shape))
+        return iterate(x, *options)
+
     monkeypatch.setattr(muon, "newton_schulz", record)
     muon.iteration.cache_clear()
     parameters = parameters_of(matrices(0))
@@ -103,22 +103,22 @@ def test_matrices_of_one_shape_are_iterated_together(monkeypatch):
     assert shapes == [(2, 16, 48), (2, 16, 16), (4, 16, 64)]
 
 
-def test_large_stacks_are_iterated_in_parts(monkeypatch):
-    whole = muon.orthogonalize(matrices(1), muon.COEFFICIENTS, 5, 1e-7)
+def test_large_stacks_are_split(monkeypatch):
+    expected = muon.orthogonalize(matrices(1), muon.COEFFICIENTS, 5, 1e-7)
     monkeypatch.setattr(muon, "MAX_ELEMENTS", 1)
     parts = muon.orthogonalize(matrices(1), muon.COEFFICIENTS, 5, 1e-7)
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
-    assert muon.stacks(matrices(1)) == [[0], [4], [1], [5], [2], [6], [3], [7]]
+    torch.testing.assert_close(parts, expected, atol=1e-5, rtol=1e-5)
+    assert muon.group_by_shape(matrices(1)) == [[0], [4], [1], [5], [2], [6], [3], [7]]
 
 
-def test_singular_values_come_near_one():
-    oblong = [matrix for matrix in matrices(1) if matrix.shape != (16, 16)]  # squares have some near zero
-    for result in muon.orthogonalize(oblong, muon.COEFFICIENTS, 5, 1e-7):
+def test_singular_values_become_about_one():
+    not_square = [matrix for matrix in matrices(1) if matrix.shape != (16, 16)]  # square matrices have some near 0
+    for result in muon.orthogonalize(not_square, muon.COEFFICIENTS, 5, 1e-7):
         values = torch.linalg.svdvals(result)
         assert values.min() > 0.5 and values.max() < 1.3
 
 
-def test_parameters_without_gradient_stay():
+def test_parameters_without_gradient_are_unchanged():
     used, unused = parameters_of([torch.ones(2, 3), torch.ones(2, 3)])
     used.grad = torch.randn(2, 3)
     optimizer = Muon([used, unused])
@@ -127,7 +127,33 @@ def test_parameters_without_gradient_stay():
     assert not torch.equal(used.data, torch.ones(2, 3))
 
 
-def test_vectors_are_refused():
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_step_with_found_inf_changes_nothing(nesterov):
+    parameters = parameters_of(matrices(0))
+    optimizer = Muon(parameters, **OPTIONS, nesterov=nesterov, dtype=torch.float32)
+    step(parameters, optimizer, range(1, 3))
+    weights = [p.detach().clone() for p in parameters]
+    momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in parameters]
+
+    optimizer.found_inf = torch.ones(())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.step()
+    for parameter, weight, buffer in zip(parameters, weights, momentum):
+        assert torch.equal(parameter, weight)
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], buffer)
+
+
+def test_step_without_found_inf_is_bit_identical():
+    ours, expected = parameters_of(matrices(0)), parameters_of(matrices(0))
+    step(expected, Muon(expected, **OPTIONS, dtype=torch.float32), range(1, 4))
+    optimizer = Muon(ours, **OPTIONS, dtype=torch.float32)
+    optimizer.found_inf = torch.zeros(())
+    step(ours, optimizer, range(1, 4))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+
+
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match=r"parameters of Muon must be matrices, got shape \(3,\)"):
         Muon([nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match="adjust_lr_fn must be one of original, match_rms_adamw, got 'other'"):
@@ -138,13 +164,13 @@ def test_vectors_are_refused():
 
 
 def network() -> nn.Module:
-    """Make one with matrices of which two processes cannot have equally many, nor equally many rows."""
+    """Return a network whose matrices, and their rows, cannot be divided evenly between two processes."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 5))
 
 
 def train(module: nn.Module, rank: int, world_size: int) -> dict[str, int]:
-    """Take four steps, each process on its part of a batch; return the collective operations of the last update."""
+    """Take four steps, each rank on its part of the batch; return the collective operations of the last one."""
     optimizer = Muon([p for p in module.parameters() if p.ndim == 2], **OPTIONS, dtype=torch.float32)
     communication = CommDebugMode()
     for seed in range(4):
@@ -172,8 +198,8 @@ def on_two_processes(rank: int, folder: str, strategy: str) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "collectives"), [("ddp", 1), ("fsdp", 2)])
-def test_two_processes_step_as_one_does(tmp_path, strategy, collectives):
-    """They share the work, and exchange the results at once: under FSDP2 the rows go there and back."""
+def test_two_processes_match_one(tmp_path, strategy, collectives):
+    """Results are exchanged in one collective operation; under FSDP2 rows are sent in another one before."""
     mp.spawn(on_two_processes, (str(tmp_path), strategy), nprocs=2)
     (first, counts), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     module = network()
@@ -182,88 +208,3 @@ def test_two_processes_step_as_one_does(tmp_path, strategy, collectives):
     for name, tensor in module.state_dict().items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-4)
-
-
-# ----------------------------------------------------------------------------------------------------- the processor
-
-
-def test_the_iteration_runs_in_the_dtype_of_the_processor(monkeypatch):
-    for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(muon, "has_bf16_units", lambda device, has_units=has_units: has_units)
-        assert muon.native_dtype(torch.device("cpu")) == dtype
-
-
-def test_imitated_processors_have_no_bf16_units(monkeypatch):
-    monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
-    assert not has_bf16_units("cpu") and not has_bf16_units("mps")
-    monkeypatch.undo()
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    assert not has_bf16_units("cpu")
-
-
-def test_bfloat16_without_units_is_refused(monkeypatch):
-    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
-    monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
-    with pytest.raises(ValueError, match=r"bfloat16, got cpu with AVX2, .*: give trainer.precision=32-true"):
-        require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
-    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: True)
-    require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
-
-
-@pytest.mark.parametrize("command", ["clipgen-train", "clipgen-sample"])
-def test_commands_refuse_bfloat16_without_units(call, monkeypatch, command):
-    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
-    arguments, override = {
-        "clipgen-train": (
-            ["stage=vqgan", "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "output=run"],
-            "trainer.precision=32-true",
-        ),
-        "clipgen-sample": (["--prompt", "a red star", "--dtype", "bfloat16", "--device", "cpu"], "--dtype float32"),
-    }[command]
-    result = call(command, *arguments)
-    assert result.code == 1 and result.stderr.strip().endswith(f"give {override}"), result.stderr
-    assert "must run on a device that multiplies in bfloat16" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["trainer.accelerator=cuda"], ["high"]),
-        (["trainer.accelerator=cuda", "matmul_precision=highest"], ["highest"]),
-        (["trainer.accelerator=cpu"], []),
-    ],
-)
-def test_gpus_train_in_tf32_unless_asked_not_to(monkeypatch, overrides, expected):
-    seen = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
-    settle_precision(composed("stage=vqgan", *overrides))
-    assert seen == expected
-
-
-def test_other_matmul_precisions_are_refused():
-    with pytest.raises(ValueError, match="matmul_precision must be one of highest, high, got 'low'"):
-        settle_precision(composed("stage=vqgan", "matmul_precision=low"))
-
-
-@pytest.mark.parametrize(("stage", "strategy"), [("vqgan", "ddp_find_unused_parameters_true"), ("transformer", "ddp")])
-@pytest.mark.parametrize(
-    "asked", [["trainer.devices=2"], ["trainer.num_nodes=2"], ["trainer.devices=2", "trainer.strategy=ddp"]]
-)
-def test_only_stage_1_looks_for_unused_parameters(monkeypatch, tmp_path, stage, strategy, asked):
-    """Until gan_start_step the discriminator has no gradients."""
-    config = composed(f"stage={stage}", *asked, "logger=none")
-    seen = {}
-    monkeypatch.setattr("clipgen.cli.config.make", lambda node, **options: seen.update(options))
-    monkeypatch.setattr("clipgen.cli.train.make_callbacks", lambda *_: [])
-    make_trainer(config, tmp_path)
-    assert seen["strategy"] == strategy
-
-
-def test_optimizers_are_fused_only_where_torch_has_the_kernels():
-    module = nn.Linear(2, 2)
-    assert has_fused_kernels(module.parameters())
-    assert not has_fused_kernels(nn.Linear(2, 2, device="meta").parameters())
-    for kind in ("adamw", "muon"):
-        groups = make_optimizer(module, module, kind, 1e-3, (0.9, 0.99), 0.0).param_groups
-        assert all(group["fused"] for group in groups if "fused" in group)
-    assert math.isclose(muon.adjusted_lr(1.0, None, (8, 2)), 2.0)

@@ -1,9 +1,10 @@
-"""What is installed: light to import, typed, complete, and at home in any folder."""
+"""The installed package: quick to import, typed, complete, and usable from any folder."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -31,15 +32,15 @@ HEAVY = {
 
 
 def loaded_by(code: str, cwd: Path) -> set[str]:
-    """The top-level modules that a fresh interpreter holds after running the code."""
+    """Return the top-level modules that a fresh interpreter has loaded after running the code."""
     script = f"import sys\n{code}\nprint('loaded', *{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", script], cwd=cwd, capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize("command_line", ["sample", "demo", "train", "baseline"])
-def test_help_is_light(tmp_path, command_line):
-    """--help loads neither torch nor what stands on it; only clipgen-train's needs to know where the YAML lies."""
+def test_help_does_not_load_torch(tmp_path, command_line):
+    """Only the help of clipgen-train may load Hydra, which finds the YAML files."""
     code = (
         f"from clipgen.cli.{command_line} import main\n"
         f"sys.argv = ['clipgen-{command_line}', '--help']\n"
@@ -50,7 +51,7 @@ def test_help_is_light(tmp_path, command_line):
     assert "clipgen" in loaded and not loaded & (HEAVY - allowed)
 
 
-def test_a_wrong_key_is_told_before_anything_heavy_is_loaded(tmp_path):
+def test_unknown_key_is_reported_before_torch_is_loaded(tmp_path):
     code = (
         "from clipgen.cli.train import main\n"
         "sys.argv = ['clipgen-train', 'stage=vqgan', 'model.chh=1']\n"
@@ -59,28 +60,34 @@ def test_a_wrong_key_is_told_before_anything_heavy_is_loaded(tmp_path):
     assert not loaded_by(code, tmp_path) & {"torch", "transformers", "open_clip", "pytorch_lightning"}
 
 
-def test_importing_the_package_is_light(tmp_path):
+def test_import_does_not_load_torch(tmp_path):
     assert not loaded_by("import clipgen; clipgen.__version__; dir(clipgen)", tmp_path) & HEAVY
     assert {"torch", "open_clip"} <= loaded_by("import clipgen; clipgen.FrozenCLIP", tmp_path)
 
 
-def test_the_version_is_the_installed_one():
+def test_version_is_that_of_the_installed_package():
     assert importlib.metadata.version("clipgen") == clipgen.__version__
 
 
-def test_typed():
-    """PEP 561: without this file nobody's type checker looks at our hints."""
+@pytest.mark.parametrize("name", ["CITATION.cff", "README.md"])
+def test_citation_states_the_version(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert re.findall(r"^\s*version *[:=] *\{?([\d.]+)", text, re.MULTILINE) == [clipgen.__version__]
+
+
+def test_package_declares_its_types():
+    """Without this file (PEP 561) the type checkers of other projects ignore our annotations."""
     assert (Path(clipgen.__file__).parent / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("name", ["clipgen-train", "clipgen-sample", "clipgen-demo"])
-def test_commands_are_installed_and_work_elsewhere(tmp_path, name):
+def test_installed_commands_run_in_any_folder(tmp_path, name):
     done = command(name, "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and name in done.stdout
     assert everything(tmp_path) == set()
 
 
-def test_the_configuration_is_found_elsewhere(tmp_path):
+def test_configuration_is_found_from_any_folder(tmp_path):
     done = command("clipgen-train", "stage=transformer", "experiment=coco", "--cfg", "job", cwd=tmp_path)
     assert done.returncode == 0 and "n_embd: 1024" in done.stdout
     assert everything(tmp_path) == set()
@@ -91,7 +98,7 @@ def test_the_configuration_is_found_elsewhere(tmp_path):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with wheel and sdist."""
+    """Build wheel and sdist, and return their folder."""
     pytest.importorskip("build", reason="needs the package build: pip install 'clipgen[test]'")
     pytest.importorskip("hatchling", reason="without hatchling here, building would need the network")
     folder = tmp_path_factory.mktemp("dist")
@@ -102,6 +109,7 @@ def built(tmp_path_factory) -> Path:
 
 
 def names_in(built: Path, kind: str) -> set[str]:
+    """Return the names of the files in the wheel or the sdist."""
     if kind == "wheel":
         return set(zipfile.ZipFile(next(built.glob("*.whl"))).namelist())
     with tarfile.open(next(built.glob("*.tar.gz"))) as tar:
@@ -109,32 +117,35 @@ def names_in(built: Path, kind: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_wheel(built):
-    """Made by way of the sdist, which is therefore complete."""
+def test_wheel_is_complete(built):
+    """The wheel is built from the sdist, so this checks the sdist as well."""
     names = names_in(built, "wheel")
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipgen").rglob("*.py")}
     configs = {f"clipgen/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     bundled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipgen/bundled").rglob("*") if path.is_file()}
     assert {"clipgen/configs/train.yaml", "clipgen/configs/stage/vqgan.yaml"} <= configs
     assert "clipgen/bundled/clip/open_clip_model.safetensors" in bundled
-    assert names >= package | configs | bundled | {"clipgen/py.typed"}
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"clipgen"}  # no tests, no scripts
+    scripts = {f"clipgen/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "scripts").rglob("*.py")}
+    assert names >= package | configs | bundled | scripts | {"clipgen/py.typed"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"clipgen"}
     assert next(built.glob("*.whl")).stat().st_size < 12e6
 
 
 @pytest.mark.slow
-def test_sdist(built):
+def test_sdist_has_documentation_and_tests(built):
     names = names_in(built, "sdist")
     assert names >= {"pyproject.toml", "README.md", "LICENSE", "configs/train.yaml", "clipgen/py.typed"}
     assert names >= {"scripts/make_shards.py", "tests/conftest.py", "clipgen/bundled/clip/open_clip_model.safetensors"}
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / ".github").rglob("*.*") if path.suffix != ".yml"}
+    assert names >= {"CITATION.cff", ".github/docs/index.md", ".github/pictures/demo.png"} | pages
     assert not [name for name in names if name.startswith(("runs", "outputs", "data", ".venv"))]
 
 
 @pytest.mark.slow
-def test_the_wheel_finds_its_configuration(built, tmp_path):
-    """Unpacked, without the repository beside it."""
+def test_wheel_finds_its_configuration(built, tmp_path):
+    """The wheel is unpacked, without the repository beside it."""
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
-    code = "import clipgen.cli.config as c; print(c.config_dir()); print(c.composed('stage=vqgan').model.ndf)"
+    code = "import clipgen.cli.config as c; print(c.config_dir()); print(c.composed('stage=vqgan').model.gan.channels)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "clipgen" / "configs"), "64"], done.stderr

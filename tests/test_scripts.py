@@ -1,4 +1,4 @@
-"""The scripts that the documentation uses: from any folder, with few steps, and with nothing reused in silence."""
+"""The scripts that the documentation uses: they run from any folder, and reuse only what fits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train_clip import one_cycle
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
-    """Two classes in shards, with their names."""
+    """Return a folder of shards with two classes and their names."""
     (tmp_path / "shards").mkdir()
     for split, number in (("train", 16), ("val", 4)):
         with wds.TarWriter(str(tmp_path / "shards" / f"{split}-000000.tar")) as writer:
@@ -30,7 +30,7 @@ def shards(tmp_path) -> Path:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 11, 1500])
 @pytest.mark.parametrize("warmup", [0.1, 0.2])
-def test_the_learning_rate_cycles_in_any_number_of_steps(steps, warmup):
+def test_learning_rate_follows_one_cycle_for_any_number_of_steps(steps, warmup):
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     schedule = one_cycle(optimizer, 1.0, steps, warmup)
     rates = []
@@ -42,14 +42,14 @@ def test_the_learning_rate_cycles_in_any_number_of_steps(steps, warmup):
     assert steps < 3 or max(rates) > 0.5
 
 
-def test_ten_steps_are_as_torch_has_them_where_it_can():
+def test_one_cycle_equals_that_of_torch():
     optimizers = [torch.optim.AdamW([torch.zeros(1, requires_grad=True)]) for _ in range(2)]
     ours = one_cycle(optimizers[0], 1.0, 100, 0.1)
     torchs = torch.optim.lr_scheduler.OneCycleLR(optimizers[1], 1.0, total_steps=100, pct_start=0.1)
     assert ours.state_dict() == torchs.state_dict()
 
 
-def test_a_classifier_of_other_steps_or_data_is_not_reused(shards, tmp_path, capsys):
+def test_classifier_of_other_steps_or_data_is_not_reused(shards, tmp_path, capsys):
     file = tmp_path / "classifier.pt"
     first = load_or_train(file, shards, 2, 32, 1)
     again = load_or_train(file, shards, 2, 32, 1)
@@ -65,25 +65,25 @@ def test_a_classifier_of_other_steps_or_data_is_not_reused(shards, tmp_path, cap
         load_or_train(file, shards, 2, 32, 1)
 
 
-def module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m clipgen`` with arguments."""
     return subprocess.run([sys.executable, "-m", "clipgen", *arguments], cwd=cwd, capture_output=True, text=True)
 
 
-def test_scripts_are_listed_as_a_module(tmp_path):
-    done = module(cwd=tmp_path)
+def test_module_without_arguments_lists_the_scripts(tmp_path):
+    done = run_module(cwd=tmp_path)
     assert done.returncode == 1 and "make_shards" in done.stderr and "train_clip" in done.stderr
 
 
-def test_a_script_runs_from_any_folder(tmp_path):
-    """One that imports another; its help needs no data."""
-    done = module("recognise", "--help", cwd=tmp_path)
+def test_script_runs_from_any_folder(tmp_path):
+    """This script imports another one; its help needs no data."""
+    done = run_module("recognise", "--help", cwd=tmp_path)
     assert done.returncode == 0 and "usage: recognise.py" in done.stdout, done.stderr
 
 
 @pytest.mark.slow
-def test_a_clip_is_trained_for_ten_steps(shards, tmp_path):
+def test_clip_is_trained_for_ten_steps(shards, tmp_path):
     settings = ["--output", "clip", "--steps", "10", "--batch-size", "2"]
-    done = module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
-    assert done.returncode == 0 and "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout, (
-        done.stderr
-    )
+    done = run_module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout

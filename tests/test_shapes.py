@@ -1,4 +1,4 @@
-"""The embedded data set and its judge."""
+"""The shapes dataset."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from clipgen.data.shapes import (
 from clipgen.evaluation.shapes_evaluator import evaluate_shapes
 
 
-def test_enough_to_say():
+def test_vocabulary_size():
     assert len(SHAPES) >= 6 and len(COLORS) >= 8 and len(RADII) >= 2 and len(BACKGROUNDS) >= 3
     sentences = {str(attributes) for attributes in ALL_ATTRIBUTES}
     assert len(sentences) == len(ALL_ATTRIBUTES) == len(SHAPES) * len(COLORS) * len(RADII) * len(BACKGROUNDS)
 
 
-def test_sentences_parse_back():
+def test_parse_inverts_str():
     assert str(Attributes("large", "blue", "ring", "white")) == "a large blue ring on a white background"
     assert all(parse(str(attributes)) == attributes for attributes in ALL_ATTRIBUTES)
     assert parse("A small Red star on a black background.") == Attributes("small", "red", "star", "black")
 
 
 @pytest.mark.parametrize("what", ["", "cat", "large blue cat", "blue large ring", "blue ring", "nice large blue ring"])
-def test_other_sentences_do_not_parse(what):
+def test_other_sentences_are_refused(what):
     sentence = f"a {what} on a white background" if what else ""
     with pytest.raises(ValueError, match="sentence must read like 'a small red circle on a white background'"):
         parse(sentence)
 
 
-def test_samples():
+def test_sample_shapes_and_ranges():
     sample = ShapesDataset(4, image_size=48)[1]
     assert sample["images"].shape == (3, 48, 48) and sample["images"].dtype == torch.float32
     assert sample["images"].min() >= -1 and sample["images"].max() <= 1
@@ -55,7 +55,7 @@ def test_samples():
     assert batch["images"].shape == (3, 3, 32, 32) and len(batch["texts"]) == 3
 
 
-def test_the_same_seed_draws_the_same_images_and_another_others():
+def test_images_depend_only_on_the_seed():
     draw = lambda seed: ShapesDataset(64, seed=seed).render(range(64))
     assert torch.equal(draw(3), draw(3))
     torch.rand(5)
@@ -67,14 +67,13 @@ def test_the_same_seed_draws_the_same_images_and_another_others():
     assert torch.equal(torch.stack([data[i]["images"] for i in range(64)]), draw(3))  # one by one as in a batch
 
 
-def test_a_sentence_has_many_images():
-    """Place and radius vary below the words."""
+def test_images_of_a_sentence_vary_in_position_and_radius():
     images = ShapesDataset(200, seed=1, attributes=ALL_ATTRIBUTES[:1]).render(range(200))
     assert len(images.flatten(1).unique(dim=0)) > 40
 
 
 @pytest.mark.parametrize(("fraction", "pairs"), [(0.0, 0), (0.1, 5), (0.25, 12), (0.5, 24)])
-def test_held_out_pairs_are_never_shown(fraction, pairs):
+def test_held_out_pairs_occur_in_no_split(fraction, pairs):
     hidden = held_out_attributes(fraction)
     assert hidden == held_out_attributes(fraction) and len(hidden) == 6 * pairs  # 2 sizes x 3 backgrounds
     assert len({(a.shape, a.color) for a in hidden}) == pairs
@@ -83,21 +82,21 @@ def test_held_out_pairs_are_never_shown(fraction, pairs):
     for part in (data.train, data.val):
         shown = set(part.attributes)
         assert not shown & set(hidden) and len(shown) > 0.9 * (288 - len(hidden))
-        for names, attribute in ((SHAPES, "shape"), (COLORS, "color")):  # each is there, with others
+        for names, attribute in ((SHAPES, "shape"), (COLORS, "color")):  # each occurs, in other pairs
             assert {getattr(a, attribute) for a in shown} == set(names)
-    for attribute, names in (("shape", SHAPES), ("color", COLORS)):  # and missing as seldom as can be
+    for attribute, names in (("shape", SHAPES), ("color", COLORS)):  # and the missing ones are evenly distributed
         missing = [len({(a.shape, a.color) for a in hidden if getattr(a, attribute) == name}) for name in names]
         assert max(missing) <= -(-pairs // 6)
 
 
-def test_without_held_out_pairs_the_images_are_what_they_were():
-    """Seed 0's first sentences, from before there was the argument."""
+def test_images_of_seed_0_have_not_changed():
+    """The first sentences of seed 0, from before ``held_out`` was added."""
     first = ["a small blue triangle on a black background", "a large yellow star on a white background"]
     assert [str(a) for a in ShapesDataset(2).attributes] == first
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 0.999])
-def test_a_senseless_part_is_refused(fraction):
+def test_held_out_fraction_is_checked(fraction):
     with pytest.raises(
         ValueError, match=rf"held_out must be in \[0, 1\) and leave one of the 48 pairs, got {fraction}"
     ):
@@ -121,7 +120,7 @@ def test_attributes_are_uniform():
             assert part == pytest.approx(1 / len(known), abs=0.03), value
 
 
-def test_given_attributes_take_turns():
+def test_explicit_attributes_are_repeated():
     chosen = [parse("a small red star on a black background"), parse("a large pink ring on a gray background")]
     data = ShapesDataset(5, attributes=chosen)
     assert data.attributes == [chosen[i % 2] for i in range(5)]
@@ -129,14 +128,14 @@ def test_given_attributes_take_turns():
 
 
 def supersampled(inside, image_size: int, times: int = 16) -> Tensor:
-    """How much of each pixel a shape covers, by counting a fine grid of points; ``inside(x, y)`` -> bool."""
+    """Return the fraction of each pixel that a shape covers, counted on a fine grid; ``inside(x, y)`` -> bool."""
     axis = (torch.arange(image_size * times) + 0.5) / times - image_size / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     return inside(x, y).float().view(image_size, times, image_size, times).mean((1, 3))
 
 
 def test_edges_are_antialiased():
-    """Against counted coverage: a disc, and a square off the pixel grid."""
+    """Compared with the counted coverage of a disc and of a square that is not aligned with the pixels."""
     center = torch.tensor([[1.3, -2.6]])
     circle = silhouettes("circle", torch.tensor([9.4]), center, 32)[0]
     expected = supersampled(lambda x, y: (x - 1.3) ** 2 + (y + 2.6) ** 2 < 9.4**2, 32)
@@ -150,8 +149,8 @@ def test_edges_are_antialiased():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_shapes_have_their_areas(shape):
-    """In units of radius squared, from school geometry; and all of them fit into the image."""
+def test_shape_areas_match_geometry(shape):
+    """In units of the squared radius; and no shape touches the border."""
     star = 10 * 0.5 * 0.42 * math.sin(math.pi / 5)
     area = {
         "circle": math.pi,
@@ -173,7 +172,7 @@ def test_shapes_stay_inside_the_image(shape):
     centers = torch.tensor([(0, 0), *itertools.product((min(SHIFTS), max(SHIFTS)), repeat=2)]).float()
     masks = silhouettes(shape, torch.full((len(centers),), largest), centers, 32)
     areas = masks.sum((1, 2))
-    assert (areas - areas[0]).abs().max() < 1.0  # of 1024 pixels: nothing is cut off at the border
+    assert (areas - areas[0]).abs().max() < 1.0  # of 1024 pixels: nothing is cut off
 
 
 def test_sizes_scale_with_the_image():
@@ -182,6 +181,6 @@ def test_sizes_scale_with_the_image():
     assert (small - shrunk).abs().mean() < 0.03
 
 
-def test_a_data_set_needs_an_image():
+def test_length_is_checked():
     with pytest.raises(ValueError, match="length must be at least 1, got 0"):
         ShapesDataset(0)

@@ -1,4 +1,4 @@
-"""The encoded cache: what it holds, that it survives being killed, and that training from it is training."""
+"""The token cache: its content, interruption and resume, and training from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
 from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, class_names, read_manifest
 from clipgen.data.webdataset import read_names, shard_data
 from clipgen.images import to_pil
-from clipgen.pipeline import TextToImage
 
 SOURCE = {"source": {"what": "shapes"}}
 
@@ -53,7 +52,7 @@ def cache(encode, tmp_path) -> Path:
 
 
 @torch.no_grad()
-def test_it_holds_what_the_models_say(cache, data, tiny_vqgan, shapes_clip):
+def test_cache_holds_the_models_outputs(cache, data, tiny_vqgan, shapes_clip):
     dataset = TokenCacheDataset(cache / "train")
     assert len(dataset) == 50 and len(dataset.files) == 4
     images = data.train.render(range(50))
@@ -71,41 +70,41 @@ def test_it_holds_what_the_models_say(cache, data, tiny_vqgan, shapes_clip):
 
 
 @pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="this system does not list open files")
-def test_shards_that_are_read_do_not_stay_open(cache):
-    """A process may open 1024 files, and a cache of as many tar files has as many shards."""
+def test_open_shards_hold_no_file_descriptors(cache):
+    """A process may open about 1024 files, and a cache of 1024 tar files has as many shards."""
     before, dataset = os.listdir("/dev/fd"), TokenCacheDataset(cache / "train")
     assert len(dataset.batch(range(50))["indices"]) == 50
     assert len(os.listdir("/dev/fd")) == len(before)
     assert not dataset.shards[0].flags.writeable
 
 
-def test_folders_with_broken_images_and_augmentations(shared, tmp_path, tiny_vqgan, shapes_clip):
+def test_augmentations_cycle_by_epoch_and_broken_images_are_left_out(shared, tmp_path, tiny_vqgan, shapes_clip):
     data = folder_data(shared / "data" / "bad_images", 32, batch_size=2, val_fraction=0)
     assert precompute.encode(tmp_path / "a", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5)
     dataset = TokenCacheDataset(tmp_path / "a" / "train")
-    assert len(dataset) == len(data.train)  # those that can be used
-    views = torch.stack([dataset[(turn, 0)]["indices"] for turn in range(4)])
-    assert torch.equal(views[0], views[3]) and not torch.equal(views[0], views[1])  # in turn
+    assert len(dataset) == len(data.train)  # the usable images
+    views = torch.stack([dataset[(epoch, 0)]["indices"] for epoch in range(4)])
+    assert torch.equal(views[0], views[3]) and not torch.equal(views[0], views[1])
     assert precompute.encode(tmp_path / "b", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_one_augmentation_is_the_centre_crop(tmp_path, tiny_vqgan, shapes_clip):
+def test_one_augmentation_is_the_center_crop(tmp_path, tiny_vqgan, shapes_clip):
     (tmp_path / "images").mkdir()
     Image.effect_noise((64, 32), 90).convert("RGB").save(tmp_path / "images" / "wide.png")
     data = folder_data(tmp_path / "images", 32, batch_size=1, val_fraction=0)
     precompute.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
-    centre = folder_data(tmp_path / "images", 32, batch_size=1, val_root=tmp_path / "images").val[0]["images"]
+    center = folder_data(tmp_path / "images", 32, batch_size=1, val_root=tmp_path / "images").val[0]["images"]
     found = TokenCacheDataset(tmp_path / "cache" / "train")[0]["indices"]
-    assert torch.equal(found, tiny_vqgan.encode(centre[None]).flatten())
+    assert torch.equal(found, tiny_vqgan.encode(center[None]).flatten())
 
 
-def test_shapes_have_no_augmentations(encode, tmp_path):
+def test_augmentations_of_shapes_are_refused(encode, tmp_path):
     with pytest.raises(ValueError, match="augmentations must be 1 for shapes, got 2"):
         encode(tmp_path / "cache", augmentations=2)
 
 
-def test_ranks_share_the_work_and_the_last_one_finishes(encode, cache, tmp_path):
+def test_ranks_share_the_shards_and_the_last_one_completes_the_cache(encode, cache, tmp_path):
     other = tmp_path / "other"
     assert not encode(other, rank=1, world_size=2)
     with pytest.raises(ValueError, match="is not complete"):
@@ -134,7 +133,7 @@ def test_ranks_share_the_work_and_the_last_one_finishes(encode, cache, tmp_path)
         ({"RANK": "5", "WORLD_SIZE": "2"}, None),
     ],
 )
-def test_rank_and_world_size(monkeypatch, environment, expected):
+def test_rank_and_world_size_from_the_environment(monkeypatch, environment, expected):
     for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -146,8 +145,8 @@ def test_rank_and_world_size(monkeypatch, environment, expected):
         rank_and_world_size()
 
 
-def test_whoever_is_last_finishes(encode, cache, tmp_path, monkeypatch):
-    """One process is done with the training images first and with the validation images last."""
+def test_process_that_is_overtaken_completes_the_cache(encode, cache, tmp_path, monkeypatch):
+    """The other process finishes its shards while this one writes its last."""
     original, calls = precompute.encode_shard, []
 
     def overtaken(path, *arguments):
@@ -161,8 +160,8 @@ def test_whoever_is_last_finishes(encode, cache, tmp_path, monkeypatch):
     assert calls and contents(tmp_path / "other") == contents(cache)
 
 
-def test_processes_that_begin_together(encode, cache, tmp_path, monkeypatch):
-    """The other one has made the folder in the middle of what this one does."""
+def test_processes_that_start_together_write_one_cache(encode, cache, tmp_path, monkeypatch):
+    """The other process creates the cache while this one does."""
     original, calls = precompute.save_frozen, []
 
     def overtaken(root, *arguments):
@@ -177,13 +176,13 @@ def test_processes_that_begin_together(encode, cache, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("setting", ["shard_size=0", "augmentations=1.5", "batch_size=abc"])
-def test_settings_are_checked_before_the_work(call, setting):
+def test_settings_are_checked_before_encoding(call, setting):
     done = call("clipgen-encode", "vqgan=nowhere", "output=cache", setting)
     assert done.code == 1 and f"{setting.split('=')[0]} must be a whole number of at least 1, got" in done.stderr
 
 
 @pytest.mark.parametrize(("local", "expected"), [(None, "cuda:0"), ("0", "cuda:0"), ("3", "cuda:3"), ("5", "cuda:1")])
-def test_each_process_has_a_gpu_of_its_own(monkeypatch, local, expected):
+def test_each_process_has_its_own_gpu(monkeypatch, local, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
@@ -194,14 +193,14 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, local, expected):
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])
-def test_a_shard_that_breaks_off_is_done_again(encode, cache, tmp_path, monkeypatch, after):
-    """Stopped in the middle of a shard: what was whole stays, the rest follows, byte for byte the same."""
+def test_interrupted_encoding_resumes_to_identical_bytes(encode, cache, tmp_path, monkeypatch, after):
+    """Complete shards are kept, and the others are written with the same bytes."""
     whole, count = precompute.encode_shard, []
 
     def broken(path, batches, *models):
         count.append(path)
         if len(count) == after:
-            batches = iter([next(batches), None])  # the second batch is none
+            batches = iter([next(batches), None])  # the second batch is not a batch
         whole(path, batches, *models)
 
     with monkeypatch.context() as patch:
@@ -215,7 +214,7 @@ def test_a_shard_that_breaks_off_is_done_again(encode, cache, tmp_path, monkeypa
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())  # not written again
 
 
-def test_what_killed_processes_left_goes(encode, cache, tmp_path):
+def test_leftovers_of_interrupted_processes_are_removed(encode, cache, tmp_path):
     other = tmp_path / "other"
     assert not encode(other, rank=1, world_size=2)
     for left in ("train/.shard-000000.npy.123.partial", ".vqgan-ab12/folder/model.safetensors"):
@@ -225,7 +224,7 @@ def test_what_killed_processes_left_goes(encode, cache, tmp_path):
     assert contents(other) == contents(cache)
 
 
-def test_another_source_or_model_does_not_go_into_the_same_cache(encode, cache, data, shapes_clip):
+def test_cache_of_other_settings_or_models_is_not_extended(encode, cache, data, shapes_clip):
     with pytest.raises(
         ValueError, match="holds results computed with shard_size=16, not 20; choose another output folder"
     ):
@@ -235,8 +234,8 @@ def test_another_source_or_model_does_not_go_into_the_same_cache(encode, cache, 
         precompute.encode(cache, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
 
 
-def test_identities(tmp_path, tiny_vqgan, fit):
-    """One for each set of weights, whatever file holds them."""
+def test_model_identity_depends_only_on_the_weights(tmp_path, tiny_vqgan, fit):
+    """Whichever file holds them."""
     mine = precompute.vqgan_identity(tiny_vqgan)
     assert precompute.saved_identity(tiny_vqgan.save(tmp_path / "folder", training=True)) == mine
     averaged = make_vqgan(**VQGAN_SIZES, ema_decay=0.5)
@@ -247,8 +246,8 @@ def test_identities(tmp_path, tiny_vqgan, fit):
     assert re.fullmatch("[0-9a-f]{16}", precompute.clip_identity("shapes", None))
 
 
-def test_identities_tell_apart_what_the_weights_do_not():
-    """Two orders of the same levels: the same weights, other indices."""
+def test_model_identity_includes_arguments_that_weights_do_not_show():
+    """Two orders of the same FSQ levels have the same weights, but other indices."""
     first = make_vqgan(
         **VQGAN_SIZES
         | dict(quantizer_type="fsq", codebook_size=96, codebook_dim=3, fsq_levels=[3, 8, 4], dead_code_reset_after=0)
@@ -262,7 +261,7 @@ def test_identities_tell_apart_what_the_weights_do_not():
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
-def test_a_clip_is_known_by_its_weights_not_by_its_place(tmp_path, name):
+def test_clip_identity_depends_on_weights_not_on_the_path(tmp_path, name):
     found = []
     for place, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / place).mkdir()
@@ -272,7 +271,7 @@ def test_a_clip_is_known_by_its_weights_not_by_its_place(tmp_path, name):
     assert found[0] == found[1] != found[2]
 
 
-def test_the_data_module(cache):
+def test_data_module_loads_full_batches(cache):
     module = TokenCacheDataModule(cache, batch_size=16)
     batches = list(module.train_dataloader())
     assert len(batches) == len(module.train_dataloader()) == 3
@@ -284,13 +283,14 @@ def test_the_data_module(cache):
         TokenCacheDataModule(cache, batch_size=51)
 
 
-def test_embeddings_for_a_projector(cache):
+def test_embeddings_are_evenly_spaced(cache):
     data = TokenCacheDataset(cache / "train")
-    every = data.batch(range(len(data)))["condition"]
-    assert torch.equal(data.embeddings(), every) and torch.equal(data.embeddings(len(data) // 3), every[::3])
+    conditions = data.batch(range(len(data)))["condition"]
+    assert torch.equal(data.embeddings(), conditions)
+    assert torch.equal(data.embeddings(len(data) // 3), conditions[::3])
 
 
-def test_large_codebooks_take_four_bytes():
+def test_index_type_depends_on_the_codebook_size():
     assert precompute.record_dtype(1, 4, 2**16, 2)["indices"].base == np.uint16
     assert precompute.record_dtype(1, 4, 2**16 + 1, 2)["indices"].base == np.uint32
 
@@ -316,7 +316,12 @@ def test_training_from_a_cache_needs_neither_model(call, encoded, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("clipgen.clip.FrozenCLIP.__init__", refuse)
         patch.setattr("clipgen.vqgan.VQGAN.__init__", refuse)
-        arguments = ["data=cached", f"data.root={encoded}", "output=run", "trainer.limit_val_batches=0"]  # no pictures
+        arguments = [
+            "data=cached",
+            f"data.root={encoded}",
+            "output=run",
+            "trainer.limit_val_batches=0",
+        ]  # logs no images
         result = call("clipgen-train", *TRANSFORMER, *arguments)
     assert result.code == 0, result.stderr
     result = call(
@@ -331,8 +336,8 @@ def test_training_from_a_cache_needs_neither_model(call, encoded, monkeypatch):
     assert result.code == 0 and Path("samples/grid.png").is_file(), result.stderr
 
 
-def test_training_from_a_cache_draws_pictures(call, encoded, monkeypatch):
-    """Of the validation embeddings and of the prompts; of those alone where the CLIP cannot be loaded."""
+def test_training_from_a_cache_logs_images(call, encoded, monkeypatch):
+    """From validation embeddings and prompts; only the former if the CLIP model cannot be loaded."""
     prompts = "image_logger.prompts=[a large red star on a white background]"
     arguments = ["data=cached", f"data.root={encoded}", prompts, "trainer.max_steps=2"]
     result = call("clipgen-train", *TRANSFORMER, *arguments, "output=run")
@@ -342,18 +347,18 @@ def test_training_from_a_cache_draws_pictures(call, encoded, monkeypatch):
     def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr("clipgen.training.callbacks.load_clip", refuse)
+    monkeypatch.setattr("clipgen.training.callbacks.image_logger.load_clip", refuse)
     result = call("clipgen-train", *TRANSFORMER, *arguments, "output=alone")
     assert result.code == 0 and [path.name for path in Path("alone/pictures").iterdir()] == names[:1], result.stderr
 
 
-def test_the_clip_loss_loads_them(call, encoded):
+def test_clip_loss_loads_the_models_of_the_cache(call, encoded):
     arguments = ["data=cached", f"data.root={encoded}", "output=run", "model.clip_loss.weight=0.2"]
     result = call("clipgen-train", *TRANSFORMER, *arguments, "trainer.max_steps=2")
     assert result.code == 0, result.stderr
 
 
-def test_a_cache_of_other_models_is_refused(call, encoded, tmp_path):
+def test_cache_of_other_models_is_refused(call, encoded, tmp_path):
     torch.manual_seed(3)
     make_vqgan(**VQGAN_SIZES).save(tmp_path / "other")
     for argument, message in (
@@ -372,15 +377,15 @@ def test_a_cache_of_other_models_is_refused(call, encoded, tmp_path):
         (["vqgan=vqgan", "output=x", "no.key=1"], "there is no key no.key"),
     ],
 )
-def test_clear_errors(call, tiny_vqgan, tmp_path, arguments, message):
+def test_command_errors_are_one_line(call, tiny_vqgan, tmp_path, arguments, message):
     tiny_vqgan.save(tmp_path / "vqgan")
     result = call("clipgen-encode", *arguments)
     assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     assert not (tmp_path / "x").exists()
 
 
-def test_a_damaged_cache_is_refused(call, encoded, tmp_path):
-    """Where its tokenizer, a shard or a part of one is gone, or the manifest's end."""
+def test_damaged_cache_is_refused(call, encoded, tmp_path):
+    """Without its tokenizer or a shard, or with a truncated shard or manifest."""
     whole = contents(encoded)
 
     def cut(name: str, size: int) -> None:
@@ -405,8 +410,8 @@ def test_a_damaged_cache_is_refused(call, encoded, tmp_path):
             (encoded / name).write_bytes(data)
 
 
-def test_a_source_that_changed_is_refused(call, tiny_vqgan, tmp_path):
-    """Its shards are numbered by its files: others would stand for them."""
+def test_changed_source_is_refused(call, tiny_vqgan, tmp_path):
+    """Shards are numbered by the files of the source, so others would be mistaken for them."""
     tiny_vqgan.save(tmp_path / "vqgan")
     (tmp_path / "images").mkdir()
     for index, image in enumerate(to_pil(ShapesDataset(10, seed=4).render(range(10)))):
@@ -419,14 +424,14 @@ def test_a_source_that_changed_is_refused(call, tiny_vqgan, tmp_path):
     assert result.code == 1 and "cache holds results computed with files=" in result.stderr
 
 
-def test_a_missing_cache_is_named(call):
+def test_missing_cache_is_named(call):
     result = call("clipgen-train", *TRANSFORMER, "data=cached", "data.root=none", "output=run")
     assert result.code == 1 and "no token cache in none" in result.stderr and "clipgen-encode" in result.stderr
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(tmp_path, tiny_vqgan):
-    """SIGKILL at moments of its own choosing, until it is through."""
+def test_killed_encoding_resumes_to_identical_bytes(tmp_path, tiny_vqgan):
+    """After SIGKILL at several moments."""
     import subprocess
     import sys
 
@@ -475,14 +480,14 @@ def labels_of(cache: Path, split: str = "train") -> list[int]:
 
 def test_labels_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
     data = shapes_data(train_size=50, val_size=10, image_size=32, batch_size=8, labels=True)
-    assert precompute.encode(tmp_path / "labelled", data, tiny_vqgan, shapes_clip, {}, shard_size=16)
+    assert precompute.encode(tmp_path / "labeled", data, tiny_vqgan, shapes_clip, {}, shard_size=16)
     expected = [ALL_ATTRIBUTES.index(attributes) for attributes in data.train.attributes]
-    assert labels_of(tmp_path / "labelled") == expected
-    manifest = read_manifest(tmp_path / "labelled")
+    assert labels_of(tmp_path / "labeled") == expected
+    manifest = read_manifest(tmp_path / "labeled")
     assert manifest["num_classes"] == 288 and manifest["class_names"][expected[7]] == data.train[7]["texts"]
     assert manifest["bytes_per_image"] == 16 * 2 + 64 * 2 + 4
-    plain, labelled = (TokenCacheDataset(root / "train")[(0, 33)] for root in (cache, tmp_path / "labelled"))
-    assert all(torch.equal(plain[name], labelled[name]) for name in plain)  # all else is the same
+    plain, labeled = (TokenCacheDataset(root / "train")[(0, 33)] for root in (cache, tmp_path / "labeled"))
+    assert all(torch.equal(plain[name], labeled[name]) for name in plain)
     assert "num_classes" not in read_manifest(cache) and np.load(cache / "train/shard-000000.npy").dtype.names == (
         "indices",
         "embedding",
@@ -490,7 +495,7 @@ def test_labels_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
 
 
 def test_labels_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
-    """Of two shards, the first of which holds nothing that can be used."""
+    """Of two shards, the first of which holds no usable image."""
     make_tar(tmp_path / "0.tar", {"0.png": b"broken", "0.cls": b"1"})
     make_tar(
         tmp_path / "1.tar",
@@ -498,7 +503,7 @@ def test_labels_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
     )
     data = shard_data(f"{tmp_path}/*.tar", None, 32, batch_size=1, labels=True)
     assert precompute.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
-    assert labels_of(tmp_path / "cache") == [4, 2]  # those without a class cannot be used
+    assert labels_of(tmp_path / "cache") == [4, 2]  # images without a class are skipped
     manifest = read_manifest(tmp_path / "cache")
     assert manifest["num_classes"] == 5 and class_names(manifest, "cache") == ["0", "1", "2", "3", "4"]
 
@@ -508,8 +513,8 @@ def test_labels_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
         precompute.encode(tmp_path / "named", named, tiny_vqgan, shapes_clip, {})
 
 
-def test_a_first_shard_without_images(tmp_path, tiny_vqgan, shapes_clip):
-    """It knows no sizes; reading the cache took them from it."""
+def test_first_shard_may_be_empty(tmp_path, tiny_vqgan, shapes_clip):
+    """It is written without the sizes of the others, which readers must not take from it."""
     make_tar(tmp_path / "0.tar", {"0.png": b"broken"})
     make_tar(tmp_path / "1.tar", {"0.jpg": GOOD, "1.jpg": GOOD})
     data = shard_data(f"{tmp_path}/*.tar", None, 32, batch_size=1)
@@ -533,7 +538,7 @@ def test_labels_of_folders(tmp_path, tiny_vqgan, shapes_clip):
         folder_data(tmp_path / "train" / "cat", 32, 1, val_fraction=0, labels=True)
 
 
-def test_a_cache_without_labels_says_so(cache):
+def test_classes_of_a_cache_without_labels_are_refused(cache):
     with pytest.raises(ValueError, match=r"holds no labels; make one with `clipgen-encode data\.labels=true`"):
         TokenCacheDataModule(cache, batch_size=1, conditioning="class")
     with pytest.raises(ValueError, match="conditioning must be 'clip' or 'class', got 'text'"):
@@ -541,22 +546,13 @@ def test_a_cache_without_labels_says_so(cache):
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.json", '["a cat", "a dog"]'), ("a.txt", "\ufeffa cat\n\n a dog \n")])
-def test_names_of_classes(tmp_path, name, text):
+def test_class_names_are_read_from_json_and_text(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     assert read_names(tmp_path / name) == ["a cat", "a dog"]
 
 
 @pytest.mark.parametrize("text", ["{}", "[1, 2]", "[]", "[", ""])
-def test_names_that_are_none(tmp_path, text):
+def test_invalid_class_names_are_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a.json must hold a .*list of class names"):
         read_names(tmp_path / "a.json")
-
-
-def test_readmes_python_runs(cache, tmp_path, monkeypatch):
-    """With a cache in the place that it names."""
-    (block,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
-    cache.rename(tmp_path / "encoded")
-    monkeypatch.chdir(tmp_path)
-    exec(block, {})
-    assert TextToImage.load("projected").projector is not None

@@ -1,4 +1,4 @@
-"""Validation counts every item once, on any number of processes."""
+"""Validation logs the same metrics on any number of processes."""
 
 from __future__ import annotations
 
@@ -11,49 +11,19 @@ from conftest import QUIET
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from test_image_data import encoded, make_tar
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.folder import folder_data
-from clipgen.data.samplers import ValidationSampler, num_real_samples
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.webdataset import shard_data
 from clipgen.evaluation.reconstruction import ReconstructionMetrics
 from clipgen.images import to_pil
 from clipgen.models.losses import Averages
-from clipgen.training.callbacks import describe_step
+from clipgen.training.summary import describe_batch
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 16])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_the_ranks_share_the_batches_of_one_process(size, world_size):
-    """With as many batches on each, of which every row counts once."""
-    batches: dict[int, list[int]] = {}
-    lengths = set()
-    for rank in range(world_size):
-        sampler = ValidationSampler(range(size), 4, rank, world_size)
-        mine = list(DataLoader(range(size), 4, sampler=sampler, collate_fn=list))
-        assert len(mine) == sampler.batches and sum(map(len, mine)) == len(sampler)
-        lengths.add(len(mine))
-        for number, batch in enumerate(mine):
-            if real := batch[: sampler.num_real_samples(number)]:
-                batches[number * world_size + rank] = real
-    assert [batches[number] for number in sorted(batches)] == list(DataLoader(range(size), 4, collate_fn=list))
-    assert len(lengths) == 1
-
-
-def test_repetitions_of_torchs_own_sampler_do_not_count():
-    counted = []
-    for rank in range(2):
-        loader = DataLoader(range(5), 2, sampler=DistributedSampler(range(5), 2, rank, shuffle=False), collate_fn=list)
-        trainer = type("Trainer", (), {"val_dataloaders": loader})
-        counted += [
-            item for number, rows in enumerate(loader) for item in rows[: num_real_samples(trainer, number, len(rows))]
-        ]
-    assert sorted(counted) == list(range(5))
-
-
-def test_averages_weigh_batches_by_their_rows():
+def test_averages_are_weighted_by_batch_size():
     averages = Averages()
     averages.add({"a": torch.tensor(1.0), "b": torch.tensor(5.0)}, 1)
     averages.add({"a": torch.tensor(4.0)}, 2)
@@ -63,8 +33,8 @@ def test_averages_weigh_batches_by_their_rows():
 
 
 @pytest.mark.parametrize(("devices", "words"), [(1, []), (8, ["8 devices see 8 times", "not scaled", "divide"])])
-def test_the_log_tells_the_effective_batch(devices, words):
-    text = describe_step(32, devices, 2)
+def test_log_states_the_effective_batch_size(devices, words):
+    text = describe_batch(32, devices, 2)
     assert text.startswith(f"{64 * devices} images per optimizer step: data.batch_size=32 per device")
     assert all(word in text for word in words)
 
@@ -73,7 +43,7 @@ def test_the_log_tells_the_effective_batch(devices, words):
 
 
 class Cached(Dataset):
-    """What a cache holds, for training and for validation."""
+    """Samples like those of a token cache."""
 
     def __init__(self, size: int) -> None:
         generator = torch.Generator().manual_seed(size)
@@ -91,7 +61,7 @@ def features(images: torch.Tensor) -> torch.Tensor:
 
 
 def data(kind: str, folder: Path, count: int) -> pl.LightningDataModule:
-    """``count`` images for validation."""
+    """Make the data of a run with ``count`` validation images."""
     if kind == "cache":
         return ImageDataModule(Cached(8), Cached(count), batch_size=2)
     pictures = to_pil(ShapesDataset(count, image_size=32, seed=2).render(range(count)))
@@ -111,7 +81,7 @@ def data(kind: str, folder: Path, count: int) -> pl.LightningDataModule:
 
 
 def metrics(kind: str, folder: Path, count: int, devices: int) -> dict[str, float]:
-    """What a training logs in validation, of weights that do not move."""
+    """Return the validation metrics of a run whose weights do not change."""
     torch.manual_seed(0)
     callbacks: list[pl.Callback] = []
     if kind == "cache":
@@ -138,8 +108,8 @@ def metrics(kind: str, folder: Path, count: int, devices: int) -> dict[str, floa
 @pytest.mark.parametrize(
     ("kind", "count"), [("folder", 3), ("folder", 1), ("folder", 5), ("shards", 4), ("shards", 1), ("cache", 3)]
 )
-def test_two_processes_validate_like_one(tmp_path, kind, count):
-    """Also where one of them has fewer batches, or none."""
+def test_two_processes_give_the_validation_metrics_of_one(tmp_path, kind, count):
+    """Also if one of them has fewer batches, or none."""
     one, two = (metrics(kind, tmp_path / str(devices), count, devices) for devices in (1, 2))
     assert len(one) >= (1 if kind == "cache" else 7)
     assert two == pytest.approx(one, rel=1e-4)

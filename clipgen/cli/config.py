@@ -1,193 +1,132 @@
-"""Hydra, in one place: where the YAML lives, how it is composed, how objects are made from it, what its errors mean."""
+"""Compose configurations with Hydra, and translate its errors into plain sentences."""
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
-from functools import cache
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from clipgen.files import read_yaml
-from clipgen.models.config import GPTConfig
+from clipgen.training import factory
+from clipgen.training.factory import config_dir as config_dir
+from clipgen.training.factory import fits as fits
+from clipgen.training.factory import plain as plain
 
-TARGETS = frozenset(
-    # All that a configuration may call, with the data sources of configs/data; see ``allowed_targets``.
-    {
-        "clipgen.baselines.class_conditional.ClassConditionalTransformer",
-        "clipgen.training.callbacks.ImageLogger",
-        "clipgen.clip.FrozenCLIP",
-        "clipgen.evaluation.reconstruction.ReconstructionMetrics",
-        "clipgen.training.resume.CSVLogger",
-        "clipgen.training.resume.checkpoints",
-        "clipgen.transformer.ConditionalTransformer",
-        "clipgen.vqgan.VQGAN",
-        "pytorch_lightning.Trainer",
-        "pytorch_lightning.loggers.CometLogger",
-        "pytorch_lightning.loggers.MLFlowLogger",
-        "pytorch_lightning.loggers.NeptuneLogger",
-        "pytorch_lightning.loggers.TensorBoardLogger",
-        "pytorch_lightning.loggers.WandbLogger",
-    }
-)
-MESSAGES = (  # what Hydra says -> what we say
+# Pattern of an error of Hydra -> our message
+MESSAGES = (
     (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
     (r".*Could not find '(\w+)/(.*)' Available options in '\1':,? (.*)", r"\1 must be one of \3, got \2"),
     (r".*Could not find '(\w+)/(.*)'", r"\1 must be an existing group option, got \2"),
-    (r"Error parsing override '(.*)' missing EQUAL.*", r"arguments must be KEY=VALUE, got \1"),
-    (r"Error parsing override '(.*?)' (.*) See https.*", r"\1 cannot be read: \2; put quotes around the value"),
     (r"Could not override '(.*?)'\..*", r"there is no key \1; clipgen-train stage=vqgan --cfg job shows all keys"),
-    (
-        r".*(mismatched|extraneous|token|LexerNoViableAlt).* See https.*",
-        r"arguments must be KEY=VALUE, with quotes around odd values",
-    ),
-    (r"Ambiguous value for argument '(.*?)'.*", r"\1 has several values: a list is written [a,b], a sweep --multirun"),
+    (r"Ambiguous value for argument '(.*?)'.*", r"\1 has several values: write a list as [a,b], or use --multirun"),
     (r".*interpolation '\$\{experiment\}_\$\{stage\}'.*", r"--multirun cannot sweep over stage or experiment"),
 )
-
-
-def config_dir() -> str:
-    """The folder of the YAML files: inside the package in a wheel, beside it in a checkout or editable install."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return str(inside if inside.is_dir() else package.parent / "configs")
+# KEY=VALUE with a key as Hydra accepts it, such as ++data.root or data@package
+ASSIGNMENT = re.compile(r"([+~]{0,2}[\w./@:-]+)=(.*)", re.DOTALL)
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
-    """What ``clipgen-train`` (or the command of another ``name``) would run with these overrides."""
+    """Return the configuration of ``clipgen-train``, or of the command of another ``name``, with overrides."""
+    arguments = readable_arguments(list(overrides))
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
-            return compose(name, overrides=list(overrides))
+            return compose(name, overrides=arguments)
     except HydraException as error:
         raise ValueError(explain(error)) from error
 
 
-def make(node: DictConfig, **arguments: Any) -> Any:
-    """Call a node's ``_target_`` with its values as plain Python ones, which keeps checkpoints free of OmegaConf.
-
-    Raises:
-        TypeError: a value is not of the kind that the signature names.
-        ValueError: the node, or a value in it, has a target that is not in ``TARGETS``.
-    """
-    check_targets(node)
-    check_types(node, arguments)
-    try:
-        return instantiate(node, _convert_="all", **arguments)
-    except InstantiationException as error:
-        raise root_cause(error) from error
+def make(node: DictConfig, **overrides: Any) -> Any:
+    """Make the object that a node of a configuration describes; see ``clipgen.training.factory.make``."""
+    return factory.make(to_plain(node), node._get_full_key(None) or "", **overrides)
 
 
-def make_plain(node: DictConfig) -> dict[str, Any]:
-    """Return a resolved node as plain Python dicts and lists."""
+def to_plain(node: DictConfig) -> dict[str, Any]:
+    """Return a node as plain Python dictionaries and lists, with its interpolations resolved."""
     values: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     return values
 
 
 def as_yaml(config: DictConfig) -> str:
-    """The resolved configuration, for the run folder."""
+    """Return a configuration as YAML, with its interpolations resolved."""
     return OmegaConf.to_yaml(config, resolve=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------------- arguments
+
+
+def readable_arguments(arguments: list[str]) -> list[str]:
+    """Return command-line arguments in a form that Hydra's grammar can parse.
+
+    A value that begins with ``~/`` is put in quotes, because shells leave it alone after ``KEY=`` and Hydra cannot
+    parse it. Options such as ``--multirun`` are returned unchanged.
+
+    Raises:
+        ValueError: an argument cannot be parsed; the message contains the argument with quotes that help.
+    """
+    return [argument if argument.startswith("-") else readable(argument) for argument in arguments]
+
+
+def readable(argument: str) -> str:
+    """Return an argument that Hydra's grammar can parse, or raise ValueError with one that it could."""
+    if can_parse(argument):
+        return argument
+    match = ASSIGNMENT.fullmatch(argument)
+    if match is None:
+        raise ValueError(f"arguments must be KEY=VALUE, got {argument}")
+    quoted = f"{match[1]}={quote(match[2])}"
+    if match[2] == "~" or match[2].startswith("~/"):
+        return quoted
+    raise ValueError(f"{argument} cannot be read: put quotes around the value, {shlex.quote(quoted)}")
+
+
+def can_parse(argument: str) -> bool:
+    """Return True if Hydra's grammar can parse an argument."""
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return False
+    return True
+
+
+def quote(value: str) -> str:
+    """Return a string in the quotes of Hydra's grammar."""
+    for mark in ('"', "'"):
+        if mark not in value and not value.endswith("\\"):
+            return f"{mark}{value}{mark}"
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def expand_home(config: DictConfig) -> None:
+    """Replace ``~`` at the start of every path in a configuration by the home directory."""
+    for node, key, value in list(strings(config)):
+        if value == "~" or value.startswith("~/"):
+            node[key] = str(Path(value).expanduser())
+
+
+def strings(node: Any) -> Iterator[tuple[Any, Any, str]]:
+    """Yield the container, the key and the value of every string in nested dictionaries and lists."""
+    keys = range(len(node)) if OmegaConf.is_list(node) else list(node)
+    for key in keys:
+        if OmegaConf.is_missing(node, key):
+            continue
+        value = node[key]
+        if OmegaConf.is_config(value):
+            yield from strings(value)
+        elif isinstance(value, str):
+            yield node, key, value
 
 
 def explain(error: BaseException) -> str:
-    """Hydra's message in one sentence."""
+    """Return the message of an error of Hydra in one sentence."""
     text = " ".join(str(error).replace("\n\t", ", ").split()).split(" Config search path")[0]
-    for pattern, ours in MESSAGES:
+    for pattern, message in MESSAGES:
         if re.fullmatch(pattern, text):
-            return re.sub(pattern, ours, text)
+            return re.sub(pattern, message, text)
     return text
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """What a constructor raised, without Hydra's wrapping."""
-    return root_cause(error.__cause__) if isinstance(error, InstantiationException) and error.__cause__ else error
-
-
-def check_targets(node: DictConfig) -> None:
-    """Raise ValueError where a configuration would call something else than the parts of a training."""
-    allowed = allowed_targets()
-    for place, target in targets(OmegaConf.to_container(node), node._get_full_key("")):
-        if not (isinstance(target, str) and target in allowed):
-            raise ValueError(f"{place} must be one of {', '.join(sorted(allowed))}, got {target!r}")
-
-
-@cache
-def allowed_targets() -> frozenset[str]:
-    """Return all that a configuration may call: ``TARGETS``, and the data sources that the bundled YAML files name."""
-    sources = Path(config_dir(), "data").glob("*.yaml")
-    return TARGETS | {read_yaml(path)["_target_"] for path in sources}
-
-
-def targets(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Yield the place and the value of every ``_target_`` in nested dictionaries and lists."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        for key, child in value.items():
-            name = f"{place}.{key}".strip(".")
-            if key == "_target_":
-                yield name, child
-            yield from targets(child, name)
-
-
-def check_types(node: DictConfig, given: dict[str, Any]) -> None:
-    """Raise TypeError for the first value in YAML that does not fit the signature; ``given`` replaces such values."""
-    target = get_object(node["_target_"])
-    try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:  # a library that imports a name for its type checker only
-        return
-    if "network" in hints:  # ``**network`` stands for the fields of GPTConfig
-        hints |= get_type_hints(GPTConfig)
-    values: Any = OmegaConf.to_container(node, resolve=True)
-    checked = {key: value for key, value in values.items() if key not in given}
-    where = node._get_full_key(None)
-    check_values(checked, hints, f"{where}." if where else "")
-
-
-def check_values(values: dict[str, Any], hints: dict[str, Any], where: str) -> None:
-    """Raise TypeError for the first value that does not fit its type; a section is checked by its dataclass."""
-    for key, value in values.items():
-        section = next((kind for kind in get_args(hints.get(key)) if is_dataclass(kind)), None)
-        if section and isinstance(value, dict):
-            check_values(value, get_type_hints(section), f"{where}{key}.")
-        elif key in hints and not fits(value, hints[key]):
-            raise TypeError(f"{where}{key} must be {plain(hints[key])}, got {value!r}")
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from YAML is of a type; a whole number is a float too, and true is no number."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, origin or kind)
-
-
-def plain(kind: Any) -> str:
-    """A type for people: ``int or None``, ``list of int``."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(plain(argument) for argument in arguments)
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        return f"list of {plain(arguments[0])}"
-    return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))

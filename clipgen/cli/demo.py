@@ -1,4 +1,4 @@
-"""``clipgen-demo``: both stages from scratch on shapes, pictures of 200 sentences, and a judge's verdict."""
+"""The command ``clipgen-demo``: train both stages on shapes, and check generated images of 200 prompts."""
 
 from __future__ import annotations
 
@@ -15,173 +15,216 @@ from typing import Any
 from clipgen.cli.console import guarded
 from clipgen.cli.list_runs import free_folder
 
-START = time.perf_counter()
-PROMPTS = 200
+START_TIME = time.perf_counter()
+DESCRIPTION = (
+    "Train a tokenizer and a transformer on images of shapes from scratch, generate images of 200 prompts, and count "
+    "how many of them show what the prompt says."
+)
+NUM_PROMPTS = 200
 REPORT = "report.json"
-SHARES = {"vqgan": 1.0, "transformer": 4 / 9}  # of --steps
-STEP_COST = 2.5  # a step of stage 2 in steps of stage 1; 1.7 to 3.2 were measured, by the kind of processor
-LONG, SHORT = 600, 360  # seconds after which --steps is named, and with how many
-EXAMPLE = "a large blue ring on a white background"
-SAMPLING = {"temperature": 1.0, "top_k": 300, "top_p": 0.8}  # of the paper's values for p, the surer
+DEFAULT_OUTPUT = Path("demo")
+# Training steps of each stage as a fraction of --steps
+STEP_FRACTIONS = {"vqgan": 1.0, "transformer": 4 / 9}
+# Duration of a step of stage 2 in steps of stage 1; 1.7 to 3.2 were measured, depending on the processor
+STEP_COST = 2.5
+# If the demo takes more than this many seconds, it suggests --steps with this number
+MAX_SECONDS = 600
+FEWER_STEPS = 360
+EXAMPLE_PROMPT = "a large blue ring on a white background"
+# The lower of the paper's two values for top_p, which is more accurate
+SAMPLING = {"temperature": 1.0, "top_k": 300, "top_p": 0.8}
+# Losses that are plotted, without train/ or val/
+PLOTTED_LOSSES = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     guarded("clipgen-demo", run)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser("clipgen-demo", description=__doc__)
-    p.add_argument(
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser("clipgen-demo", description=DESCRIPTION)
+    parser.add_argument(
         "--output",
         type=Path,
-        default=Path("demo"),
-        help="folder for pictures and report; if it holds another demo, FOLDER-2, FOLDER-3, ... (default: %(default)s)",
+        default=DEFAULT_OUTPUT,
+        help="folder for images and report; FOLDER-2, FOLDER-3, ... if it contains another demo (default: %(default)s)",
     )
-    p.add_argument("--resume", action="store_true", help="continue the demo in --output that was stopped")
-    p.add_argument(
+    parser.add_argument("--resume", action="store_true", help="resume the interrupted demo in --output")
+    parser.add_argument(
         "--steps",
         type=int,
-        help="training steps of the tokenizer, of which the transformer takes 4/9: "
-        "fewer are faster and less accurate (default: 1800)",
+        help="training steps of the tokenizer; the transformer takes 4/9 of them. "
+        "Fewer are faster and less accurate (default: 1800)",
     )
-    p.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
-    p.add_argument(
-        "overrides", nargs="*", help="configuration of both stages, as for clipgen-train: model.learning_rate=1e-3"
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        help="settings of both stages, as for clipgen-train, such as model.optimizer.learning_rate=1e-3",
     )
-    return p
+    return parser
 
 
 def run() -> None:
-    """Train, sample, judge, report."""
+    """Train, generate, evaluate and report."""
     args = parser().parse_intermixed_args()
     seconds: dict[str, float] = {}
-    settings = settle(args)
-    stages = configs(args.output, args.seed, args.steps, args.overrides)
-    print(plan(args.output, stages), flush=True)
+    settings = choose_settings(args)
+    stages = compose_stages(args.output, args.seed, args.steps, args.overrides)
+    print(describe_plan(args.output, stages), flush=True)
     with timed(seconds, "imports"):
-        from clipgen.cli.output_dir import output_folder
         from clipgen.files import write_json
+        from clipgen.output_folder import output_folder
         from clipgen.pipeline import TextToImage
     with output_folder(args.output, keep_pattern="*/checkpoints/*.ckpt"):
-        write_json(args.output / REPORT, {"settings": settings})  # for --resume
+        # --resume reads the settings from the report
+        write_json(args.output / REPORT, {"settings": settings})
         train_stages(stages, args.output, seconds)
     with timed(seconds, "sampling"):
         pipe = TextToImage.load(args.output / "transformer")
-        accuracy = sample_and_judge(pipe, args.output / "grid.png", args.seed)
+        accuracy = generate_and_evaluate(pipe, args.output / "grid.png", args.seed)
     with timed(seconds, "plots"):
-        draw_reconstructions(pipe, args.output / "reconstructions.png")
-        draw_losses([args.output / stage / "metrics.csv" for stage in stages], args.output / "losses.png")
-    seconds["total"] = time.perf_counter() - START
-    report(args.output, accuracy, seconds, settings)
+        save_reconstructions(pipe, args.output / "reconstructions.png")
+        plot_losses([args.output / stage / "metrics.csv" for stage in stages], args.output / "losses.png")
+    seconds["total"] = time.perf_counter() - START_TIME
+    write_report(args.output, accuracy, seconds, settings)
+    print_results(args.output, accuracy, seconds)
 
 
-def settle(args: argparse.Namespace) -> dict[str, Any]:
-    """Choose the folder, and take the settings of a demo that is resumed; return them for the report.
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Choose the folder, and read the settings of a demo that is resumed; return them for the report.
 
     Raises:
         FileNotFoundError: there is no demo to resume.
-        ValueError: steps are out of range, or a resumed demo is given settings of its own.
+        ValueError: the steps are out of range, or a resumed demo is given settings of its own.
     """
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"steps must be at least 1, got {args.steps}")
+    args.output = args.output.expanduser()
     if args.resume:
-        if args.overrides or args.steps is not None:
-            raise ValueError("resume continues a demo with its own settings: leave out --steps and overrides")
-        path = args.output / REPORT
-        if not path.is_file():
-            raise FileNotFoundError(f"no demo to resume in {args.output}: there is no {path}")
-        found = json.loads(path.read_text("utf-8"))["settings"]
-        args.seed, args.steps, args.overrides = found["seed"], found.get("steps"), found["overrides"]
+        read_settings(args)
     else:
-        asked, args.output = args.output, free_folder(args.output, REPORT)
-        if asked != args.output and not (asked / "grid.png").is_file():
-            print(f"{asked} holds a demo that was stopped: {resume_command(asked)} continues it")
+        choose_folder(args)
     return {
         "seed": args.seed,
         "steps": args.steps,
         "overrides": args.overrides,
-        "prompts": PROMPTS,
+        "prompts": NUM_PROMPTS,
         "sampling": SAMPLING,
     }
 
 
+def read_settings(args: argparse.Namespace) -> None:
+    """Take the settings of the demo that is resumed from its report."""
+    if args.overrides or args.steps is not None:
+        raise ValueError("--resume uses the settings of the interrupted demo: leave out --steps and overrides")
+    path = args.output / REPORT
+    if not path.is_file():
+        raise FileNotFoundError(f"no demo to resume in {args.output}: there is no {path}")
+    settings = json.loads(path.read_text("utf-8"))["settings"]
+    args.seed = settings["seed"]
+    args.steps = settings.get("steps")
+    args.overrides = settings["overrides"]
+
+
+def choose_folder(args: argparse.Namespace) -> None:
+    """Choose a folder without another demo, and say how to resume one that was interrupted."""
+    requested = args.output
+    args.output = free_folder(requested, REPORT)
+    if args.output != requested and not (requested / "grid.png").is_file():
+        print(f"{requested} contains an interrupted demo: {resume_command(requested)} resumes it")
+
+
 def resume_command(output: Path) -> str:
-    """Return the command that continues a demo."""
-    return "clipgen-demo --resume" + (f" --output {shlex.quote(str(output))}" if output != Path("demo") else "")
+    """Return the command that resumes a demo."""
+    option = "" if output == DEFAULT_OUTPUT else f" --output {shlex.quote(str(output))}"
+    return f"clipgen-demo --resume{option}"
 
 
-def configs(output: Path, seed: int, steps: int | None, overrides: list[str]) -> dict[str, Any]:
-    """The configuration of each stage, composed before the first begins."""
+def compose_stages(output: Path, seed: int, steps: int | None, overrides: list[str]) -> dict[str, Any]:
+    """Return the configuration of each stage, so that errors appear before the first one is trained."""
     from clipgen.cli.config import composed
 
     for override in overrides:
         if override.split("=")[0] in ("stage", "output", "vqgan"):
             raise ValueError(f"overrides must leave stage, output and vqgan to the demo, got {override}")
     stages = {}
-    for stage, share in SHARES.items():
-        fewer = [] if steps is None else [f"trainer.max_steps={max(round(steps * share), 1)}"]
-        settings = [f"stage={stage}", "experiment=shapes", "logger=csv", f"seed={seed}", *fewer, *overrides]
-        config = stages[stage] = composed(*settings)
+    for stage, fraction in STEP_FRACTIONS.items():
+        max_steps = [] if steps is None else [f"trainer.max_steps={max(round(steps * fraction), 1)}"]
+        defaults = [f"stage={stage}", "experiment=shapes", "logger=csv", f"seed={seed}"]
+        config = composed(*defaults, *max_steps, *overrides)
         if not isinstance(config.trainer.max_steps, int):
             raise TypeError(f"trainer.max_steps must be int, got {config.trainer.max_steps!r}")
-        config.output = str(output / stage)  # not as overrides: Hydra's grammar breaks on some paths
+        # not as an override, because Hydra's grammar does not accept all paths
+        config.output = str(output / stage)
         if (output / stage / "checkpoints" / "last.ckpt").is_file():
             config.resume = config.output
+        stages[stage] = config
     stages["transformer"].vqgan = str(output / "vqgan")
     return stages
 
 
-def plan(output: Path, stages: dict[str, Any]) -> str:
+def describe_plan(output: Path, stages: dict[str, Any]) -> str:
     """Return what the demo is going to do."""
-    vqgan, transformer = (config.trainer.max_steps for config in stages.values())
     return (
-        f"clipgen-demo trains a tokenizer ({vqgan} steps) and a transformer ({transformer} steps) on images of shapes, "
-        f"then draws {PROMPTS} sentences and judges the images. All files go to {output}/. It takes 4 to 6 minutes on "
-        "two CPU cores at the default steps; the time left is shown after some steps. Ctrl-C saves and stops."
+        f"clipgen-demo trains a tokenizer ({stages['vqgan'].trainer.max_steps} steps) and a transformer "
+        f"({stages['transformer'].trainer.max_steps} steps) on images of shapes, then generates an image of each of "
+        f"{NUM_PROMPTS} prompts and checks them. All files go to {output}/. With the default steps it takes 4 to 6 "
+        "minutes on two CPU cores; the time left is shown after the first steps. Ctrl-C saves a checkpoint and stops."
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]) -> None:
     """Train the stages that are not finished."""
     from clipgen.cli import train
     from clipgen.cli.list_runs import finished_model
-    from clipgen.training.progress import TotalTime
+    from clipgen.training.callbacks.progress import TimeForecast
 
-    for name, config in stages.items():
-        if finished_model(output / name, name):
-            print(f"Finished before: stage={name}")
+    for stage, config in stages.items():
+        if finished_model(output / stage, stage):
+            print(f"stage={stage} is already trained")
             continue
-        print(f"Training stage={name} ...", flush=True)
-        later = stages["transformer"].trainer.max_steps * STEP_COST if name == "vqgan" else 0
-        with timed(seconds, name):
-            train.train(config, callbacks=[TotalTime(later, tell_time)], resume_by=resume_command(output))
+        print(f"Training stage={stage} ...", flush=True)
+        later_steps = stages["transformer"].trainer.max_steps * STEP_COST if stage == "vqgan" else 0
+        forecast = TimeForecast(later_steps, print_forecast)
+        with timed(seconds, stage):
+            train.train(config, callbacks=[forecast], resume_command=resume_command(output))
 
 
-def tell_time(stage: float, total: float) -> None:
-    """Print the time left in this stage and in all, and what to do where it is long."""
-    from clipgen.training.progress import duration
+def print_forecast(stage_seconds: float, total_seconds: float) -> None:
+    """Print the time left in this stage and in all, and what to do if it is long."""
+    from clipgen.training.callbacks.progress import duration
 
-    print(f"About {duration(total)} left, {duration(stage)} of it in this stage", flush=True)
-    if total > LONG:
+    print(f"About {duration(total_seconds)} left, {duration(stage_seconds)} of it in this stage", flush=True)
+    if total_seconds > MAX_SECONDS:
         print(
-            f"This machine is slow for the demo: --steps {SHORT} would take a fifth of the time, with less accurate "
-            f'images; without training, clipgen-sample "{EXAMPLE}" draws from the bundled model',
+            f"The demo is slow on this machine: --steps {FEWER_STEPS} would take a fifth of the time, with less "
+            f'accurate images. Without training, clipgen-sample "{EXAMPLE_PROMPT}" uses the bundled model',
             flush=True,
         )
 
 
 @contextmanager
 def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Note how long a part took."""
+    """Measure the duration of a part of the demo."""
     start = time.perf_counter()
     yield
     seconds[part] = time.perf_counter() - start
 
 
-def sample_and_judge(pipe: Any, path: Path, seed: int) -> dict[str, float]:
-    """Draw one picture for each of 200 sentences and read them back."""
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def generate_and_evaluate(pipe: Any, path: Path, seed: int) -> dict[str, float]:
+    """Generate an image of each prompt, save them as a grid, and return the accuracy of each attribute."""
     import torch
 
     from clipgen.data.shapes import ALL_ATTRIBUTES
@@ -189,16 +232,16 @@ def sample_and_judge(pipe: Any, path: Path, seed: int) -> dict[str, float]:
     from clipgen.images import save_png, to_pil
     from clipgen.visualization import grid
 
-    order = torch.randperm(len(ALL_ATTRIBUTES), generator=torch.Generator().manual_seed(seed))[:PROMPTS]
-    attributes = [ALL_ATTRIBUTES[i] for i in order]
+    order = torch.randperm(len(ALL_ATTRIBUTES), generator=torch.Generator().manual_seed(seed))
+    attributes = [ALL_ATTRIBUTES[i] for i in order[:NUM_PROMPTS]]
     prompts = [str(a) for a in attributes]
     images = pipe.generate(pipe.clip.encode_text(prompts), seed, **SAMPLING)
     save_png(grid(to_pil(images), columns=20, captions=prompts, cell=96), path)
     return accuracy(images, attributes)
 
 
-def draw_reconstructions(pipe: Any, path: Path) -> None:
-    """Fresh renders beside what the tokenizer makes of them."""
+def save_reconstructions(pipe: Any, path: Path) -> None:
+    """Save new images beside their reconstructions by the tokenizer."""
     import torch
 
     from clipgen.data.shapes import ShapesDataset
@@ -211,43 +254,58 @@ def draw_reconstructions(pipe: Any, path: Path) -> None:
     save_png(grid(to_pil(pairs), columns=16, cell=96), path)
 
 
-def draw_losses(files: list[Path], path: Path) -> None:
-    """Training and validation curves of both stages."""
+def plot_losses(files: list[Path], path: Path) -> None:
+    """Plot the training and validation losses of both stages."""
     from matplotlib.figure import Figure
 
     from clipgen.files import atomic_write
 
-    columns = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
     figure = Figure(figsize=(5 * len(files), 3.5), layout="constrained")
     for axis, file in zip(figure.subplots(1, len(files)), files):
-        with file.open() as lines:
-            rows = list(csv.DictReader(lines))
-        for name in (f"{split}/{column}" for column in columns[file.parent.name] for split in ("train", "val")):
-            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+        stage = file.parent.name
+        for name, points in read_losses(file, stage).items():
             axis.plot(*zip(*points), label=name, marker="o" if name.startswith("val") else None)
-        axis.set(title=f"stage={file.parent.name}", xlabel="step", yscale="log")
+        axis.set(title=f"stage={stage}", xlabel="step", yscale="log")
         axis.legend()
     with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110, format="png")
 
 
-def report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], settings: dict[str, Any]) -> None:
-    """Write report.json and print a short table."""
+def read_losses(file: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
+    """Return the steps and values of the plotted losses in a ``metrics.csv``, by name."""
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    losses = {}
+    for name in PLOTTED_LOSSES[stage]:
+        for split in ("train", "val"):
+            key = f"{split}/{name}"
+            losses[key] = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+    return losses
+
+
+def write_report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], settings: dict[str, Any]) -> None:
+    """Write ``report.json``."""
     from clipgen.files import read_json, write_json
 
-    content = {
+    report = {
         "accuracy": accuracy,
-        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        "seconds": {part: round(value, 1) for part, value in seconds.items()},
         "versions": read_json(output / "transformer" / "versions.json"),
         "settings": settings,
     }
-    write_json(output / REPORT, content)
-    print(f"\n{PROMPTS} sentences, none seen in training; part of the pictures that the judge finds right:")
+    write_json(output / REPORT, report)
+
+
+def print_results(output: Path, accuracy: dict[str, float], seconds: dict[str, float]) -> None:
+    """Print the accuracy as a table, the durations and what to do next."""
+    print(f"\nOf {NUM_PROMPTS} prompts, none of them seen in training, the images that show what the prompt says:")
     for name, value in accuracy.items():
         print(f"  {name:<11} {value:6.1%}")
     print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
-    print(f"Look at {output}/grid.png, reconstructions.png, losses.png; then try")
-    print(f'  clipgen-sample --checkpoint {shlex.quote(str(output))}/transformer --prompt "{EXAMPLE}" --top-p 0.8')
+    print(f"See {output}/grid.png, reconstructions.png and losses.png; then try")
+    print(
+        f'  clipgen-sample --checkpoint {shlex.quote(str(output))}/transformer --prompt "{EXAMPLE_PROMPT}" --top-p 0.8'
+    )
 
 
 if __name__ == "__main__":

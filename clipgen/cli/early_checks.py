@@ -1,5 +1,4 @@
-"""What a configuration leaves open, and what is wrong with it, as far as that can be known without torch: errors are
-shown within a second or two."""
+"""Fill in and check a configuration as far as possible without torch, so that errors appear within a second or two."""
 
 from __future__ import annotations
 
@@ -9,62 +8,80 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from clipgen.cli.config import expand_home
 from clipgen.cli.list_runs import OUTPUTS, newest_run
-from clipgen.cli.resume_args import run_of
+from clipgen.cli.resume_args import find_run
 from clipgen.data.urls import expand_urls
+from clipgen.training.config import reads_token_cache
 
 logger = logging.getLogger(__name__)
-STAGE_1 = "`clipgen-train stage=vqgan` makes one"
+PATH_KEYS = ("output", "resume", "vqgan")
+# Keys of ``data`` that apply to a token cache; the experiment may have set those of images
+TOKEN_CACHE_KEYS = ("_target_", "root", "batch_size", "num_workers", "seed", "conditioning")
 
 
-def settle(config: DictConfig) -> None:
+def complete(config: DictConfig) -> None:
     """Fill in what follows from the rest of the configuration, and refuse what cannot be trained.
 
     Raises:
         ValueError, TypeError: a value is missing or is not a path.
-        FileNotFoundError: a file or folder that is named does not exist, or there is no tokenizer yet.
+        FileNotFoundError: a named file or folder does not exist, or there is no tokenizer yet.
     """
-    if is_encoded(config):
-        settle_encoded(config)
+    if reads_token_cache(config.data):
+        complete_for_cache(config)
     elif config.stage_name == "transformer" and OmegaConf.is_missing(config, "vqgan"):
         config.vqgan = own_tokenizer(config.resume) or newest_tokenizer()
-    if missing := OmegaConf.missing_keys(config):
-        names = ", ".join(sorted(missing))
-        raise ValueError(f"stage={config.stage_name} needs a value for {names}: give {min(missing)}=...")
+    require_values(config, f"stage={config.stage_name}")
     OmegaConf.resolve(config)
-    for key in ("output", "resume", "vqgan"):  # YAML's numbers, null and lists
-        value = config.get(key)
-        if not isinstance(value, str) and (key == "output" or value is not None):
-            raise TypeError(f"{key} must be a path, got {value!r}: put quotes around it, {key}=\\'...\\'")
+    expand_home(config)
+    for key in PATH_KEYS:
+        check_path(key, config.get(key))
     check_sources(config.data)
     check_tokenizer(config.get("vqgan"))
 
 
+def require_values(config: DictConfig, command: str) -> None:
+    """Raise ValueError if keys without a default have no value."""
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise ValueError(f"{command} needs a value for {names}: give {min(missing)}=...")
+
+
+def check_path(key: str, value: Any) -> None:
+    """Raise TypeError if YAML has parsed a path as a number, a list or null."""
+    if isinstance(value, str) or (value is None and key != "output"):
+        return
+    raise TypeError(f"{key} must be a path, got {value!r}: put quotes around it, {key}=\\'...\\'")
+
+
 def own_tokenizer(resume: Any) -> str | None:
-    """Return the run to resume if it holds a copy of the tokenizer that it began with."""
-    run = run_of(Path(resume).expanduser()) if isinstance(resume, str) else None
+    """Return the run to resume if it contains a copy of its tokenizer."""
+    run = find_run(Path(resume).expanduser()) if isinstance(resume, str) else None
     return str(run) if run and (run / "vqgan" / "config.json").is_file() else None
 
 
 def newest_tokenizer() -> str:
-    """Return the stage-1 run below ``outputs/`` that finished last, and say which it is."""
+    """Return the stage-1 run below ``outputs/`` that finished last, and log which it is."""
     run = newest_run(OUTPUTS, "vqgan")
     if run is None:
         raise FileNotFoundError(
             "stage=transformer needs a tokenizer: give vqgan=RUN, or train one by `clipgen-train stage=vqgan` "
             f"(there is no finished one below {OUTPUTS}/)"
         )
-    logger.info("Tokenizer: %s, the newest finished one below %s/; vqgan=RUN takes another", run, OUTPUTS)
+    logger.info("Tokenizer: %s, the newest finished one below %s/; give vqgan=RUN for another", run, OUTPUTS)
     return run
 
 
 def check_sources(data: DictConfig) -> None:
-    """Raise FileNotFoundError for a folder or a shard that does not exist."""
+    """Raise FileNotFoundError if an image folder or a shard does not exist."""
     if data._target_.endswith("folder_data"):
         for key in ("root", "val_root"):
             folder = data.get(key)
             if isinstance(folder, str) and not Path(folder).expanduser().exists():
                 raise FileNotFoundError(f"{key} must be an existing folder of images, got {folder}")
+    if data._target_.endswith("TokenCacheDataModule") and not Path(str(data.root)).expanduser().exists():
+        raise FileNotFoundError(f"no token cache in {data.root}; make one with `clipgen-encode output={data.root}`")
     for key in ("train_urls", "val_urls"):
         urls: Any = data.get(key)
         if urls:
@@ -72,21 +89,18 @@ def check_sources(data: DictConfig) -> None:
 
 
 def check_tokenizer(vqgan: str | None) -> None:
-    """Raise FileNotFoundError if nothing is where the tokenizer should be."""
-    if vqgan and vqgan != "shapes" and not vqgan.startswith("hf-hub:") and not Path(vqgan).expanduser().exists():
-        raise FileNotFoundError(f"no VQGAN checkpoint: {vqgan} does not exist; {STAGE_1}")
+    """Raise FileNotFoundError if the file or folder of the tokenizer does not exist."""
+    if not vqgan or vqgan == "shapes" or vqgan.startswith("hf-hub:"):
+        return
+    if not Path(vqgan).expanduser().exists():
+        raise FileNotFoundError(f"no VQGAN checkpoint: {vqgan} does not exist; `clipgen-train stage=vqgan` makes one")
 
 
-def is_encoded(config: DictConfig) -> bool:
-    """Return whether training reads a cache."""
-    return bool(config.data._target_.endswith("TokenCacheDataModule"))
-
-
-def settle_encoded(config: DictConfig) -> None:
-    """A cache holds its tokenizer, and knows its source: the experiment's own do not apply."""
+def complete_for_cache(config: DictConfig) -> None:
+    """Take the tokenizer and the data settings from the token cache instead of from the experiment."""
     if OmegaConf.is_missing(config, "vqgan"):
         config.vqgan = config.data.root
-    keys = ("_target_", "root", "batch_size", "num_workers", "seed", "conditioning")
-    config.data = OmegaConf.masked_copy(config.data, keys)  # type: ignore[arg-type]
+    config.data = OmegaConf.masked_copy(config.data, TOKEN_CACHE_KEYS)  # type: ignore[arg-type]
     if config.data.conditioning == "class":
-        config.model.conditioning.noise_cosine = 1.0  # noise closes the modality gap, which classes do not have
+        # noise bridges the modality gap between image and text embeddings, which classes do not have
+        config.model.conditioning.noise_cosine = 1.0

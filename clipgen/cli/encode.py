@@ -1,10 +1,10 @@
-"""``clipgen-encode vqgan=RUN output=FOLDER``: CLIP and VQ-GAN once over a data source, for ``data=cached``."""
+"""The command ``clipgen-encode``: run VQ-GAN and CLIP once over a data source, for ``data=cached``."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.console import guarded, progress_bar
 
@@ -13,82 +13,75 @@ if TYPE_CHECKING:
 
 HELP = """usage: clipgen-encode vqgan=RUN output=FOLDER [experiment=NAME] [data=NAME] [key=value ...]
 
-Run the tokenizer and CLIP once over the images; then train on what they say:
+Write a token cache: the VQ-GAN indices and CLIP embeddings of all images. Train from it with
   clipgen-train stage=transformer data=cached data.root=FOLDER
 
-Killed and started again it goes on, to the same bytes. Under torchrun or in a SLURM array, processes share the work.
+An interrupted run can be restarted and produces identical bytes. Processes of torchrun or of a SLURM
+array share the work.
 
-often needed:
-  augmentations=10          crops and flips of each training image (default: 1, the centre crop)
-  data.labels=true          each image's class too, for data.conditioning=class in training
-  device=cuda               default: the fastest there is
-  data.root=/photos         any key that  clipgen-encode --cfg job  shows"""
+what to encode:
+  vqgan=RUN                 the tokenizer: a run folder, checkpoint or model folder of stage 1
+  experiment=NAME           preset of data and CLIP, as in the training of the tokenizer
+  data.root=FOLDER          your images, with data=folder or experiment=modern
+  data.labels=true          store the class of each image, for data.conditioning=class in training
+  augmentations=10          crops and flips of each training image (default: 1, the center crop)
+
+where and how:
+  output=FOLDER             folder of the cache
+  device=cuda               device to use (default: CUDA if available, else MPS, else CPU)
+  any other key             see  clipgen-encode --cfg job"""
+# Settings of a data source that do not change the content of the cache
+IRRELEVANT_SETTINGS = ("batch_size", "num_workers", "shuffle")
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     guarded("clipgen-encode", run)
 
 
 def run() -> None:
-    """Compose the configuration of the arguments, encode."""
+    """Compose the configuration of the command line, and encode."""
     if {"-h", "--help"} & set(sys.argv):
         print(HELP)
         return
     from clipgen.cli.config import as_yaml, composed
 
-    arguments = sys.argv[1:]
-    if show := "--cfg" in arguments:
-        arguments = [a for a in arguments if a not in ("--cfg", "job")]
-    config = composed(*arguments, name="encode")
-    if show:
+    overrides = [argument for argument in sys.argv[1:] if argument not in ("--cfg", "job")]
+    config = composed(*overrides, name="encode")
+    if "--cfg" in sys.argv:
         print(as_yaml(config))
         return
     encode(config)
 
 
 def encode(config: DictConfig) -> None:
-    """Encode as configured."""
-    from omegaconf import OmegaConf
-
-    from clipgen.cli.early_checks import check_sources, check_tokenizer
-
-    if missing := OmegaConf.missing_keys(config):
-        raise ValueError(f"clipgen-encode needs a value for {', '.join(sorted(missing))}: give {min(missing)}=...")
-    OmegaConf.resolve(config)
-    for key in ("augmentations", "shard_size", "batch_size"):
-        if not isinstance(value := config[key], int) or value < 1:
-            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
-    check_tokenizer(str(config.vqgan))
-    check_sources(config.data)
+    """Write the token cache that a configuration describes."""
+    complete(config)
+    # torch is imported only now, after the checks that do not need it
     from clipgen import VQGAN, precompute
     from clipgen.cli.config import make
     from clipgen.cli.device import default_device, rank_and_world_size
-    from clipgen.cli.output_dir import output_folder
-    from clipgen.cli.run_lock import LOCK
-    from clipgen.data.webdataset import ImageShards
-    from clipgen.training.build import warn_of_size
+    from clipgen.output_folder import output_folder
+    from clipgen.run_lock import LOCK
+    from clipgen.training.model_builder import warn_of_image_size
 
-    vqgan, clip = VQGAN.load(config.vqgan), make(config.clip)
-    warn_of_size(vqgan, config.data.image_size)
-    data = make(config.data, batch_size=1)  # its own batches are for training
+    vqgan = VQGAN.load(config.vqgan)
+    clip = make(config.clip)
+    warn_of_image_size(vqgan, config.data.image_size)
+    # the batch size of the data module is for training
+    data = make(config.data, batch_size=1)
     for model in (vqgan, clip):
         model.to(config.device or default_device())
-    source = OmegaConf.to_container(config.data)
-    assert isinstance(source, dict)
-    leave_out = ("batch_size", "num_workers", "shuffle")  # they change no byte of the cache
-    settings = {"source": {k: v for k, v in source.items() if k not in leave_out}}
     rank, world_size = rank_and_world_size()
-    share = None if isinstance(data.train, ImageShards) else (len(data.train) + len(data.val or ())) / world_size
-    # processes of several ranks share a cache, two of one rank would do the same work
+    # processes with different ranks share a cache; two with the same rank would do the same work
     lock = output_folder(Path(config.output), keep_pattern="*", lock=f"{LOCK}-{rank}")
-    with lock, progress_bar("encoding", share) as advance:
-        whole = precompute.encode(
+    with lock, progress_bar("encoding", images_per_process(data, world_size)) as advance:
+        finished = precompute.encode(
             config.output,
             data,
             vqgan,
             clip,
-            settings,
+            {"source": source_settings(config)},
             augmentations=config.augmentations,
             shard_size=config.shard_size,
             batch_size=config.batch_size,
@@ -96,7 +89,44 @@ def encode(config: DictConfig) -> None:
             world_size=world_size,
             advance=advance,
         )
-    print(f"{'Finished' if whole else 'This part is finished, others are not'}: {Path(config.output)}")
+    status = "Finished" if finished else "This process has finished its part, other processes have not"
+    print(f"{status}: {Path(config.output)}")
+
+
+def complete(config: DictConfig) -> None:
+    """Resolve a configuration and check it as far as possible without torch."""
+    from omegaconf import OmegaConf
+
+    from clipgen.cli.config import expand_home
+    from clipgen.cli.early_checks import check_path, check_sources, check_tokenizer, require_values
+
+    require_values(config, "clipgen-encode")
+    OmegaConf.resolve(config)
+    expand_home(config)
+    for key in ("augmentations", "shard_size", "batch_size"):
+        value = config[key]
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
+    for key in ("output", "vqgan"):
+        check_path(key, config[key])
+    check_tokenizer(config.vqgan)
+    check_sources(config.data)
+
+
+def source_settings(config: DictConfig) -> dict[str, Any]:
+    """Return the settings of the data source that determine the content of the cache."""
+    from clipgen.cli.config import to_plain
+
+    return {key: value for key, value in to_plain(config.data).items() if key not in IRRELEVANT_SETTINGS}
+
+
+def images_per_process(data: Any, world_size: int) -> float | None:
+    """Return the number of images that each process encodes, or None if it is not known."""
+    from torch.utils.data import IterableDataset
+
+    if isinstance(data.train, IterableDataset):
+        return None
+    return (len(data.train) + len(data.val or ())) / world_size
 
 
 if __name__ == "__main__":

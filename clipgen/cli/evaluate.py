@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from clipgen.cli.console import guarded, progress_bar
 from clipgen.cli.device import default_device, rank_and_world_size
 from clipgen.cli.output_dir import output_folder
-from clipgen.cli.run_lock import LOCK
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
+from clipgen.run_lock import LOCK
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

@@ -65,7 +65,7 @@ def decode_image(source: Path | bytes, image_size: int | None = None) -> Image.I
             time.
 
     Raises:
-        UnusableImageError: the source is empty, truncated, corrupt, not an image, or of a format without a decoder here,
+        UnusableImageError: the source is empty, truncated, corrupt, not an image, or of a format without a decoder,
             or it has more than `MAX_PIXELS` pixels according to its header.
     """
     with _opened(source) as image:

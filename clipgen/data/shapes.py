@@ -283,8 +283,7 @@ def sample_attributes(length: int, held_out: float, generator: torch.Generator) 
     """Sample attributes uniformly, without the held-out pairs."""
     excluded = set(held_out_attributes(held_out))
     pool = [attributes for attributes in ALL_ATTRIBUTES if attributes not in excluded]
-    choices = torch.randint(len(pool), (length,), generator=generator).tolist()
-    return [pool[choice] for choice in choices]
+    return [pool[choice] for choice in torch.randint(len(pool), (length,), generator=generator)]
 
 
 def shapes_data(

@@ -159,10 +159,12 @@ def group_samples(members: Iterable[Member], url: str, skip_counter: SkipCounter
             # The files of the current stem may be incomplete, so they stay in memory if there are others.
             complete = [other for other in group if other.stem != member.stem]
             incomplete = [other for other in group if other.stem == member.stem]
-            if not complete:
-                complete, incomplete = incomplete, []
-            yield from _split_group(complete, url, skip_counter)
-            group = incomplete
+            if complete:
+                yield from _split_group(complete, url, skip_counter)
+                group = incomplete
+            else:
+                yield from _split_group(group, url, skip_counter)
+                group = []
         group.append(member)
     yield from _split_group(group, url, skip_counter)
 

@@ -10,7 +10,7 @@ and ``val``. A split's folder holds only ``shard-000000.npy``, ... Each shard is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def is_whole_number(value: Any, minimum: int) -> bool:
 def check_records(manifest: dict[str, Any], path: Path) -> None:
     """Raise ValueError unless the sizes of a manifest match the first records and the tokenizer beside it."""
     codebook_size = manifest["codebook_size"]
-    dtype = first_record_dtype(path.parent / "train")
+    dtype = first_record_dtype(open_split(path.parent / "train"))
     if dtype is not None:
         for name, field in (("num_tokens", "indices"), ("clip_dim", "embedding")):
             size = dtype[field].shape[1]
@@ -149,10 +149,10 @@ def check_records(manifest: dict[str, Any], path: Path) -> None:
         )
 
 
-def first_record_dtype(folder: Path) -> np.dtype | None:
-    """Return the type of the records of a split, or None if it holds no images."""
-    for path in sorted(folder.glob("shard-*.npy")):
-        shard = open_shard(path)
+def first_record_dtype(shards: Iterable[np.ndarray]) -> np.dtype | None:
+    """Return the type of the records of the first shard with images, or None if there is none."""
+    for shard in shards:
+        # An empty shard was written without knowing the sizes of the others.
         if len(shard):
             return shard.dtype
     return None
@@ -177,6 +177,16 @@ def write_shard(path: Path, records: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.save(file, records)
+
+
+def open_split(folder: Path) -> Iterator[np.ndarray]:
+    """Memory-map the shards of a split, in order."""
+    return map(open_shard, shard_files(folder))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Return the files of the shards of a split, in order."""
+    return sorted(folder.glob("shard-*.npy"))
 
 
 def open_shard(path: Path) -> np.ndarray:
@@ -245,7 +255,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         self.files: list[Path] = []
         lengths = []
         dtype: np.dtype | None = None
-        for file in sorted(Path(folder).glob("shard-*.npy")):
+        for file in shard_files(Path(folder)):
             shard = open_shard(file)
             # An empty shard was written without knowing the sizes of the others.
             if not len(shard):

@@ -34,10 +34,9 @@ def _transform(
     image: Image.Image,
     generator: torch.Generator | None = None,
 ) -> Tensor:
+    x = y = flip_uniform = 0.5
     if random_crop:
         x, y, flip_uniform = torch.rand(3, generator=generator).tolist()
-    else:
-        x, y, flip_uniform = 0.5, 0.5, 1.0
     square = _resize_and_crop(image, image_size, x, y)
     if flip and flip_uniform < 0.5:
         square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

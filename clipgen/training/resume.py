@@ -1,262 +1,108 @@
-"""What makes a resumed run the uninterrupted one: checkpoints, signals, seeds, settings, the table of losses."""
+"""Resume a run: find its checkpoint, check that it fits, and protect the runs in other folders."""
 
 from __future__ import annotations
 
-import csv
-import os
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
-from torch.distributed.tensor import DTensor
 
+from clipgen.checkpoint.model_folder import FOLDERS, check_model
+from clipgen.checkpoint.safe_load import read_checkpoint
 from clipgen.files import atomic_write
-from clipgen.hashing import hashed_seed
+from clipgen.training.callbacks.checkpointing import has_model_order
 
 
-def checkpoints(folder: str | Path, monitor: str, every_n_steps: int) -> list[pl.Callback]:
-    """``last.ckpt`` every n steps and wherever else it is wanted; ``best.ckpt`` by the lowest ``monitor``."""
-    if every_n_steps < 1:
-        raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
-    last = LastCheckpoint(Path(folder) / "last.ckpt", every_n_steps)
-    return [last, ResumeValidation(), ParameterOrder(), BestCheckpoint(folder, monitor)]
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Write ``best.ckpt`` whenever ``monitor`` is lower than ever before.
-
-    A checkpoint holds the best score and no path: the best model is ``best.ckpt`` of this run's own folder, wherever
-    that was moved to, and no file that the checkpoint of somebody else names.
-    """
-
-    def __init__(self, folder: str | Path, monitor: str):
-        super().__init__(folder, "best", monitor, enable_version_counter=False, auto_insert_metric_name=False)
-        self.path = Path(folder) / "best.ckpt"
-
-    @property
-    def state_key(self) -> str:
-        """Return the key of Lightning's own class, under which older checkpoints hold the score."""
-        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"monitor": self.monitor, "best_model_score": self.best_model_score}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        score: Any = state_dict.get("best_model_score")
-        known = isinstance(score, torch.Tensor) and score.numel() == 1 and bool(score.isfinite().all())
-        # without the file the score belongs to a model that this run does not have
-        if known and self.path.is_file():
-            path = self.format_checkpoint_name({})
-            self.best_model_path = self.kth_best_model_path = path
-            self.best_model_score = self.kth_value = score.reshape(())
-            self.best_k_models = {path: score.reshape(())}
-
-
-class ParameterOrder(pl.Callback):
-    """Number the parameters in optimizer states as the model does, which is what FSDP expects when it loads them.
-
-    An optimizer numbers them in the order of its groups. Loading on one device or under DDP goes by position alone.
-    """
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            return  # FSDP has numbered them
-        numbers = {id(parameter): number for number, parameter in enumerate(module.parameters())}
-        for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
-            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            renumber(state, {old: numbers[id(parameter)] for old, parameter in enumerate(own)})
-
-
-def renumber(state: dict[str, Any], numbers: Mapping[int, int]) -> None:
-    """Replace each parameter's number n in an optimizer's state by ``numbers[n]``."""
-    state["state"] = {numbers[old]: value for old, value in state["state"].items()}
-    groups = state["param_groups"]
-    state["param_groups"] = [{**group, "params": [numbers[old] for old in group["params"]]} for group in groups]
-
-
-def numbered_as_the_model(state: dict[str, Any], module: pl.LightningModule) -> bool:
-    """Return True if the moments in an optimizer's state have the shapes of the parameters of the same number."""
-    shapes = [parameter.shape for parameter in module.parameters()]
-    return all(
-        isinstance(number, int) and number < len(shapes) and moment.shape in (shapes[number], torch.Size())
-        for number, moments in state["state"].items()
-        for moment in moments.values()
-        if isinstance(moment, torch.Tensor)
-    )
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all, beside the old one until then: Lightning writes them in /tmp first,
-    and where that is another disk the last step is a copy that can break off.
+def find_checkpoint(resume: str | None, model: pl.LightningModule, max_steps: int) -> str | None:
+    """Return the checkpoint to resume, or None for a new run.
 
     Args:
-        folder: the only one in which checkpoints may be removed; None: nowhere.
+        resume: a ``.ckpt`` file, or a run folder with ``checkpoints/last.ckpt``.
+        model: the model to train.
+        max_steps: the step at which training ends; -1 for no limit.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the checkpoint is of another model, or beyond ``max_steps``.
     """
-
-    def __init__(self, folder: Path | None = None):
-        super().__init__()
-        self.folder = folder
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove a plain ``.ckpt`` file that lies directly in ``folder``; leave alone whatever else is named."""
-        path = Path(path)
-        inside = self.folder is not None and path.parent.resolve() == self.folder.resolve()
-        if inside and path.suffix == ".ckpt" and path.is_file() and not path.is_symlink():
-            path.unlink()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.partial"):  # by a process that was killed in the middle
-            left.unlink(missing_ok=True)
-        with atomic_write(path) as partial, partial.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's own complaint hides what the system said
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    if resume is None:
+        return None
+    path = Path(resume).expanduser()
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
+    checkpoint = read_checkpoint(path)
+    check_model(checkpoint.get("clipgen_model"), type(model).__name__, path)
+    check_same_network(checkpoint, model, path)
+    step = checkpoint["global_step"]
+    if 0 <= max_steps < step:
+        raise ValueError(f"trainer.max_steps must be at least {step}, the step of {path}, got {max_steps}")
+    return str(path)
 
 
-class LastCheckpoint(pl.Callback):
-    """Writes ``last.ckpt`` every n steps, before each validation, and on Ctrl-C, SIGTERM or SIGHUP (a terminal that is
-    closed) while ``listening``: then training stops, after the step or in the validation. A second Ctrl-C or SIGTERM
-    stops at once. Under SLURM, SIGUSR1 (``--signal=SIGUSR1@120``) saves and stops likewise and sets ``requeue``."""
-
-    def __init__(self, path: Path, every_n_steps: int):
-        self.path, self.every_n_steps, self.asked, self.steps = path, every_n_steps, False, -1
-        self.requeue = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals, and give them back: what comes after training is interrupted in the ordinary way."""
-        before = {number: signal.signal(number, self._ask) for number in stopping_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        # a terminal that is closed may send SIGHUP twice
-        if self.asked and number in (signal.SIGINT, signal.SIGTERM):
-            raise KeyboardInterrupt
-        self.asked = True
-        self.requeue = self.requeue or number == getattr(signal, "SIGUSR1", None)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.steps = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.steps:  # a step may have several batches: their gradients would be lost
-            return
-        # all processes stop at the same step
-        self.asked = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if self.asked:  # Lightning logs the step later, and will not come to that
-            trainer._logger_connector.update_train_step_metrics()
-        if self.asked or trainer.global_step % self.every_n_steps == 0 or validation_due(trainer):
-            trainer.save_checkpoint(self.path, weights_only=False)
-        self._stop()
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step != self.steps:
-            self._stop()
-
-    def _stop(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
+def check_same_network(checkpoint: dict[str, Any], model: pl.LightningModule, path: Path) -> None:
+    """Raise ValueError unless a checkpoint has the network and the kind of optimizer of a model."""
+    settings = checkpoint["hyper_parameters"]
+    saved = settings["optimizer"].get("name")
+    configured = model.hparams["optimizer"].get("name")
+    if saved != configured:
+        raise ValueError(f"model.optimizer.name must be {saved}, as in the checkpoint {path}, got {configured}")
+    if shapes(checkpoint["state_dict"]) != shapes(model.state_dict()):
+        different = [f"model.{key}={value}" for key, value in settings.items() if model.hparams.get(key) != value]
+        raise ValueError(f"resume must name a checkpoint of the same model, got {path} with {', '.join(different)}")
 
 
-def stopping_signals() -> list[signal.Signals]:
-    """List the signals after which training saves and stops; SIGHUP not where nohup lets it be ignored."""
-    found = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-        found.append(hangup)
-    if "SLURM_JOB_ID" in os.environ and hasattr(signal, "SIGUSR1"):
-        found.append(signal.SIGUSR1)
-    return found
+def shapes(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the shapes of the tensors in a state dict."""
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
-def validation_due(trainer: pl.Trainer) -> bool:
-    """Whether a validation belongs to the place where training stands."""
-    fetcher = trainer.fit_loop._data_fetcher
-    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+def check_strategy(checkpoint: str | None, model: pl.LightningModule, strategy: Any) -> None:
+    """Raise ValueError if FSDP would assign the optimizer's state in a checkpoint to the wrong parameters."""
+    if checkpoint is None or strategy != "fsdp":
+        return
+    states = read_checkpoint(checkpoint)["optimizer_states"]
+    if not all(has_model_order(state, model) for state in states):
+        raise ValueError(
+            f"trainer.strategy must not be fsdp for {checkpoint}, which an older version wrote on one device or under "
+            "DDP: resume it once without fsdp, and the new checkpoint can be resumed with any strategy"
+        )
 
 
-class ResumeValidation(pl.Callback):
-    """Runs a validation that was due at a checkpoint and then cut off by a stop: on resuming, Lightning takes it for
-    done, and ``best.ckpt`` could be another."""
-
-    def __init__(self) -> None:
-        self.validated, self.owed = -1, False  # batches at the last validation; whether the resumed checkpoint owes one
-
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.validated = trainer.fit_loop.epoch_loop.total_batch_idx
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        at = trainer.fit_loop.epoch_loop.total_batch_idx
-        checkpoint["validation_owed"] = validation_due(trainer) and at != self.validated
-
-    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.owed = checkpoint.get("validation_owed", False)
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if self.owed:
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            trainer.validating, loop.restarting, self.owed = True, False, False
-            loop.run()
-            trainer.training = True
+def refuse_other_runs(output: str | Path, resume: str | None) -> None:
+    """Raise FileExistsError if the run folder contains a run that is not being resumed, and would be overwritten."""
+    # the first process may already have started to write
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return
+    output = Path(output)
+    resumed = Path(resume).expanduser().resolve() if resume else None
+    if resumed and output.resolve() in (resumed, *resumed.parents):
+        return
+    if contains_run(output):
+        raise FileExistsError(
+            f"output already contains a run: {output}. Use resume={output} to resume it, or choose another output"
+        )
 
 
-class CSVLogger(pl.loggers.CSVLogger):
-    """Lightning's, which would begin ``metrics.csv`` anew: the rows of a resumed run stay, up to where it goes on."""
-
-    def __init__(self, save_dir: str, name: str = "", version: str = ""):
-        super().__init__(save_dir, name, version)
-        file = Path(self.log_dir) / "metrics.csv"
-        self.before = list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        rows = [{k: v for k, v in row.items() if v} for row in self.before if int(row["step"]) < (step or 0)]
-        self.experiment.metrics += rows
-        self.before = []
-        super().log_metrics(metrics, step)
+def contains_run(output: Path) -> bool:
+    """Return True if a folder contains a model or a checkpoint of a training."""
+    # stage 2 copies its tokenizer before it trains, with the name of the CLIP beside it
+    copied = {"vqgan"} if (output / "clip.json").is_file() else set()
+    has_model = any((output / name).is_dir() for name in {*FOLDERS.values()} - copied)
+    return has_model or any(output.glob("checkpoints/*.ckpt"))
 
 
-class PerStepSeed(pl.Callback):
-    """Makes what a step draws (dropout, noise) a function of seed, step and rank: a resumed run draws the same."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        place = f"{self.seed} {trainer.fit_loop.epoch_loop.total_batch_idx} {trainer.global_rank}"
-        torch.manual_seed(hashed_seed(place))
-
-
-class OverrideOptimizerSettings(pl.Callback):
-    """Lets a resumed run train at the learning rate, betas and weight decay that it is given: those of its checkpoint,
-    which Lightning brings back with the optimizers, would be used in silence."""
-
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:  # optimizers are as configured
-        self.given = [list(map(dict, optimizer.param_groups)) for optimizer in trainer.optimizers]
-        self.rates = [list(config.scheduler.base_lrs) for config in trainer.lr_scheduler_configs]
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:  # the checkpoint's
-        for optimizer, given in zip(trainer.optimizers, self.given):
-            for group, settings in zip(optimizer.param_groups, given):
-                group.update(settings)
-        for config, rates in zip(trainer.lr_scheduler_configs, self.rates):
-            schedule: Any = config.scheduler
-            schedule.base_lrs = rates
-            for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas):
-                group["lr"] = rate * factor(schedule.last_epoch)
+def copy_best_checkpoint(checkpoint: str | None, output: Path) -> None:
+    """Copy ``best.ckpt`` of a run that is resumed in another folder, to which the best score in its state belongs."""
+    if checkpoint is None:
+        return
+    best = Path(checkpoint).with_name("best.ckpt")
+    target = output / "checkpoints" / "best.ckpt"
+    if best.parent.name != "checkpoints" or not best.is_file() or target.exists():
+        return
+    target.parent.mkdir(exist_ok=True)
+    with atomic_write(target) as partial:
+        shutil.copyfile(best, partial)

@@ -1,4 +1,4 @@
-"""What a training is about to do, in a few lines before its first step: images, batch, sizes, length, memory."""
+"""Summarize a training before its first step: images, batch size, tokens, parameters, length and memory."""
 
 from __future__ import annotations
 
@@ -10,108 +10,140 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgen.data.source import count_images, skip_counter_of
-from clipgen.training.validation_interval import accumulation
 from clipgen.vqgan import VQGAN
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-    from omegaconf import DictConfig
+
+    from clipgen.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
-def log_summary(config: DictConfig, trainer: pl.Trainer, model: Any, data: Any) -> None:
+def log_summary(config: TrainingConfig, trainer: pl.Trainer, model: Any, data: Any) -> None:
     """Log what the training is about to do."""
     lines = {
-        "Images": images(data),
-        "Batch": batch(config, trainer),
-        "Tokens": tokens(config, model),
-        "Parameters": parameters(model),
-        "Length": length(config, trainer, data),
-        "Memory": memory(config, model),
+        "Images": describe_images(data),
+        "Batch": describe_batch(data.batch_size, trainer.world_size, config.grad_accum_steps),
+        "Tokens": describe_tokens(model),
+        "Parameters": describe_parameters(model, trainer.strategy.root_device),
+        "Length": describe_length(config, trainer, data),
+        "Memory": describe_memory(model, data.batch_size, str(config.trainer["precision"])),
     }
     for name, text in lines.items():
         logger.info("%-11s %s", f"{name}:", text)
 
 
-def images(data: Any) -> str:
+def describe_images(data: Any) -> str:
     """Return how many images there are for training and for validation, and how many were skipped."""
-    train, val = count_images(data.train), count_images(data.val)
-    found = f"{train if train else 'a stream of unknown length'} for training"
-    held_out = f"{val} held out for validation" if val else "validation reads a stream" if data.val else "no validation"
+    train = count_images(data.train)
+    val = count_images(data.val)
+    training = f"{train if train else 'a stream of unknown length'} for training"
+    if val:
+        validation = f"{val} held out for validation"
+    else:
+        validation = "validation reads a stream" if data.val else "no validation"
     skip_counter = skip_counter_of(data.train)
     skipped = skip_counter.num_skipped if skip_counter else 0
-    return f"{found}, {held_out}, {skipped} skipped so far"
+    return f"{training}, {validation}, {skipped} skipped so far"
 
 
-def batch(config: DictConfig, trainer: pl.Trainer) -> str:
-    """Return the images per optimizer step, and how they come about."""
-    size, devices, batches = config.data.batch_size, trainer.world_size, accumulation(config)
-    text = f"{size * devices * batches} images per step"
-    factors = [f"{size} per batch"] + [f"{devices} devices"] * (devices > 1)
-    factors += [f"{batches} batches accumulated"] * (batches > 1)
-    return text + (f" ({' x '.join(factors)})" if len(factors) > 1 else "")
+def describe_batch(batch_size: int, devices: int, grad_accum_steps: int) -> str:
+    """Return the number of images per optimizer step, and what the steps of a recipe mean on several devices."""
+    factors = [f"data.batch_size={batch_size} per device"]
+    if devices > 1:
+        factors.append(f"{devices} devices")
+    if grad_accum_steps > 1:
+        factors.append(f"{grad_accum_steps} accumulated batches")
+    text = f"{batch_size * devices * grad_accum_steps} images per optimizer step: {' x '.join(factors)}"
+    if devices == 1:
+        return text
+    return (
+        f"{text}. Steps and validation intervals are counted as on one device, so {devices} devices see {devices} "
+        f"times as many images in them, and an epoch of a folder has fewer steps; model.optimizer.learning_rate is not "
+        f"scaled. To keep the number of images per step of a recipe, divide data.batch_size by {devices}"
+    )
 
 
-def tokens(config: DictConfig, model: Any) -> str:
-    """Return the tokens per image, and of how many codes they are."""
+def describe_tokens(model: Any) -> str:
+    """Return the number of tokens per image and the size of the codebook."""
     if not isinstance(model, VQGAN):
-        return f"{model.num_tokens} per image, of {model.codebook_size} codes"
-    size, side = model.hparams["resolution"], model.hparams["resolution"] // model.downsampling
-    return f"{side} x {side} = {side**2} per image of {size} x {size} pixels, of {model.codebook_size} codes"
+        return f"{model.num_tokens} per image, from a codebook of {model.codebook_size}"
+    size = model.autoencoder_config.resolution
+    side = size // model.downsampling
+    return f"{side} x {side} = {side**2} per image of {size} x {size} pixels, from a codebook of {model.codebook_size}"
 
 
-def parameters(model: nn.Module) -> str:
-    """Return the number of parameters that are trained."""
+def describe_parameters(model: nn.Module, device: torch.device) -> str:
+    """Return the number of trained parameters and the device."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{trained / 1e6:.1f} M to train"
+    return f"{trained / 1e6:.1f} M to train, on {device}"
 
 
-def length(config: DictConfig, trainer: pl.Trainer, data: Any) -> str:
-    """Return the steps of the training, and how many times they show each image."""
+def describe_length(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> str:
+    """Return the number of steps, and how often they show each image."""
     count = count_images(data.train)
-    steps, epochs = trainer.max_steps, trainer.max_epochs
-    per_step = config.data.batch_size * trainer.world_size * accumulation(config)
-    per_epoch = max(count.images // per_step, 1) if count else None
-    if isinstance(trainer.limit_train_batches, int):
-        per_epoch = trainer.limit_train_batches // accumulation(config)
-    if epochs and epochs > 0 and per_epoch and (steps == -1 or epochs * per_epoch < steps):
-        steps = epochs * per_epoch
+    steps = total_steps(config, trainer, data)
     text = f"{steps} steps" if steps > 0 else "no limit on the steps"
     if steps > 0 and count:
-        text += f", each image about {max(steps * per_step / count.images, 0.1):.3g} times"
+        epochs = steps * images_per_step(config, trainer, data) / count.images
+        text += f", each image about {max(epochs, 0.1):.3g} times"
     interval = trainer.val_check_interval  # type: ignore[attr-defined]
     return text + (f"; validation every {interval} batches" if isinstance(interval, int) else "")
+
+
+def images_per_step(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> int:
+    """Return the number of images per optimizer step."""
+    return data.batch_size * trainer.world_size * config.grad_accum_steps
+
+
+def total_steps(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> int:
+    """Return the number of optimizer steps that ``max_steps`` and ``max_epochs`` allow; -1 if there is no limit."""
+    count = count_images(data.train)
+    steps_per_epoch = None
+    if count:
+        steps_per_epoch = max(count.images // images_per_step(config, trainer, data), 1)
+    if isinstance(trainer.limit_train_batches, int):
+        steps_per_epoch = trainer.limit_train_batches // config.grad_accum_steps
+    steps = trainer.max_steps
+    epochs = trainer.max_epochs
+    if epochs and epochs > 0 and steps_per_epoch:
+        by_epochs = epochs * steps_per_epoch
+        return by_epochs if steps == -1 else min(steps, by_epochs)
+    return steps
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def memory(config: DictConfig, model: Any) -> str:
+def describe_memory(model: Any, batch_size: int, precision: str) -> str:
     """Return the memory that training is expected to take on each device."""
-    state, activations = state_bytes(model) / GIB, activation_bytes(model) * config.data.batch_size / GIB
-    if "bf16" in str(config.trainer.precision):
+    state = state_bytes(model) / GIB
+    activations = activation_bytes(model) * batch_size / GIB
+    if "bf16" in precision:
         activations /= 2
     return (
-        f"about {state + activations:.2g} GiB on each device, estimated: weights, gradients and optimizer {state:.2g}, "
-        f"activations {activations:.2g} (what a forward pass keeps for the backward one, without the library's buffers)"
+        f"about {state + activations:.2g} GiB per device (estimated): weights, gradients and optimizer {state:.2g}, "
+        f"activations {activations:.2g}, without the buffers of the libraries"
     )
 
 
 def state_bytes(model: Any) -> int:
-    """Return the bytes of all weights, of the gradients, and of the optimizer's two moments; Muon keeps one."""
-    frozen = getattr(model, "_frozen", None) or ()
+    """Return the bytes of all weights, of the gradients, and of the optimizer's two moments per weight (Muon: one)."""
+    frozen = model.encoders() if getattr(model, "has_encoders", False) else ()
     weights = sum(p.nbytes for part in (model, *frozen) for p in part.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
-    muon = model.hparams.get("optimizer") == "muon"
-    moments = sum(p.nbytes * (1 if muon and p.ndim == 2 else 2) for p in trained)
+    uses_muon = model.hparams["optimizer"].get("name") == "muon"
+    moments = sum(p.nbytes * (1 if uses_muon and p.ndim == 2 else 2) for p in trained)
     return weights + sum(p.nbytes for p in trained) + moments
 
 
 def activation_bytes(model: Any) -> int:
-    """Return the bytes that the forward pass of one image keeps for the backward pass: a twin without memory of its own
-    (on the meta device) is run, and what autograd saves is added up."""
+    """Return the bytes per image that the forward pass keeps for the backward pass.
+
+    Runs a copy of the model on the meta device, which allocates no memory, and adds up what autograd saves.
+    """
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -119,30 +151,45 @@ def activation_bytes(model: Any) -> int:
         return tensor
 
     with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs, twin = run_vqgan(model.hparams) if isinstance(model, VQGAN) else run_transformer(model)
-    weights = {p.untyped_storage()._cdata for p in twin.parameters()}
-    del outputs  # until here they keep the graph, and with it what was saved
+        run = run_vqgan if isinstance(model, VQGAN) else run_transformer
+        outputs, copy = run(model)
+    weights = {p.untyped_storage()._cdata for p in copy.parameters()}
+    # the outputs keep the graph alive, and with it the saved tensors
+    del outputs
     return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weights)
 
 
-def run_vqgan(arguments: Any) -> tuple[Any, nn.Module]:
-    """Run tokenizer, discriminator and LPIPS' network on one image; return the outputs and what has the weights."""
-    twin = VQGAN(**{**arguments, "ema_decay": 0.0}).train()
-    side = max(arguments["resolution"] // twin.downsampling, 1) * twin.downsampling  # others are refused in training
-    latents = twin.autoencoder.encode(torch.zeros(1, 3, side, side))
-    reconstruction = twin.autoencoder.decode(latents)  # a quantizer keeps little, and needs real numbers
-    judges = [twin.discriminator] if twin.discriminator else []
-    if arguments["perceptual_weight"] > 0:
+def copy_without_ema(model: Any) -> Any:
+    """Return a new model with the settings of another, without EMA weights."""
+    optimizer = {**model.hparams["optimizer"], "ema_decay": 0.0}
+    return type(model)(**{**model.hparams, "optimizer": optimizer}).train()
+
+
+def run_vqgan(model: VQGAN) -> tuple[Any, nn.Module]:
+    """Run the autoencoder, the discriminator and the network of LPIPS on one image.
+
+    The quantizer is left out: it keeps little, and needs real numbers.
+
+    Returns:
+        The outputs, and a module with all weights.
+    """
+    copy = copy_without_ema(model)
+    # sizes that are not divisible by the downsampling factor are refused when training starts
+    side = max(model.autoencoder_config.resolution // copy.downsampling, 1) * copy.downsampling
+    latents = copy.autoencoder.encode(torch.zeros(1, 3, side, side))
+    reconstruction = copy.autoencoder.decode(latents)
+    networks = [copy.discriminator] if copy.discriminator else []
+    if model.loss_config.perceptual_weight > 0:
         from torchvision.models import vgg16
 
-        judges.append(vgg16(weights=None).features.requires_grad_(False))
-    outputs = reconstruction, [judge(reconstruction) for judge in judges]
-    return outputs, nn.ModuleList([twin, *judges])
+        networks.append(vgg16(weights=None).features.requires_grad_(False))
+    outputs = (reconstruction, [network(reconstruction) for network in networks])
+    return outputs, nn.ModuleList([copy, *networks])
 
 
 def run_transformer(model: Any) -> tuple[Any, nn.Module]:
     """Run the transformer and its cross-entropy on the tokens of one image; return the loss and the transformer."""
-    twin = type(model)(**{**model.hparams, "ema_decay": 0.0}).train()
-    indices = torch.zeros(1, twin.num_tokens, dtype=torch.int64)
-    logits = twin.gpt(indices, torch.zeros(1, twin.clip_dim))
-    return F.cross_entropy(logits.flatten(0, 1), indices.flatten()), twin
+    copy = copy_without_ema(model)
+    indices = torch.zeros(1, copy.num_tokens, dtype=torch.int64)
+    logits = copy.gpt(indices, torch.zeros(1, copy.clip_dim))
+    return F.cross_entropy(logits.flatten(0, 1), indices.flatten()), copy

@@ -1,4 +1,4 @@
-"""When training validates: every so many steps, fewer times if the validation set is large, and at least once."""
+"""Choose how often a training validates: every 1000 steps, or less often if the validation set is large."""
 
 from __future__ import annotations
 
@@ -10,50 +10,49 @@ from clipgen.data.source import count_images
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-    from omegaconf import DictConfig
+
+    from clipgen.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
-STEPS = 1000  # from one validation to the next
-SHARE = 10  # batches of training per batch of validation, at least
-FEW = 50  # validation images; a loss over fewer says little
+DEFAULT_INTERVAL = 1000  # steps between two validations
+MIN_BATCH_RATIO = 10  # training batches per validation batch, at least
+MIN_VALIDATION_IMAGES = 50  # with fewer, the validation loss says little
 
 
-def settle_interval(config: DictConfig) -> bool:
-    """Fill in ``trainer.val_check_interval`` where the configuration leaves it open; return whether it did."""
-    node = config.trainer
-    if node.check_val_every_n_epoch is not None:
+def set_default_interval(config: TrainingConfig) -> bool:
+    """Fill in ``trainer.val_check_interval`` if the configuration leaves it open; return True if it did."""
+    trainer = config.trainer
+    if trainer["check_val_every_n_epoch"] is not None:
         return False
-    if isinstance(node.val_check_interval, float):  # a fraction of an epoch
-        node.check_val_every_n_epoch = 1
-    if node.val_check_interval is not None:
+    if isinstance(trainer["val_check_interval"], float):
+        # a fraction of an epoch, which Lightning only accepts together with this setting
+        trainer["check_val_every_n_epoch"] = 1
+    if trainer["val_check_interval"] is not None:
         return False
-    node.val_check_interval = STEPS
+    trainer["val_check_interval"] = DEFAULT_INTERVAL
     return True
 
 
-def scale_interval(config: DictConfig, trainer: pl.Trainer, data: Any) -> None:
-    """Validate every 1000 steps, or less often where validation would take more than a tenth of the batches."""
+def scale_interval(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> None:
+    """Validate every 1000 steps, or less often if validation would take more than a tenth of the batches."""
     count = count_images(data.val)
     images = count.images if count else 0
-    batches = math.ceil(images / (config.data.batch_size * trainer.world_size))
-    interval = max(STEPS * accumulation(config), math.ceil(SHARE * batches / STEPS) * STEPS)
-    trainer.val_check_interval = config.trainer.val_check_interval = interval  # type: ignore[attr-defined]
+    batches = math.ceil(images / (data.batch_size * trainer.world_size))
+    longest = math.ceil(MIN_BATCH_RATIO * batches / DEFAULT_INTERVAL) * DEFAULT_INTERVAL
+    interval = max(DEFAULT_INTERVAL * config.grad_accum_steps, longest)
+    config.trainer["val_check_interval"] = interval
+    trainer.val_check_interval = interval  # type: ignore[attr-defined]
 
 
 def warn_of_few_images(data: Any) -> None:
     """Warn if there are so few validation images that their loss says little about which model is best."""
     count = count_images(data.val)
-    if count is None or count.images >= FEW:
+    if count is None or count.images >= MIN_VALIDATION_IMAGES:
         return
     number = f"{count.images} image{'s' * (count.images != 1)}"
     logger.warning(
         "Validation has %s: with fewer than %d its losses are noise, and so is the choice of best.ckpt. "
-        "Hold out more by data.val_fraction, or name more by data.val_root or data.val_urls.",
+        "Increase data.val_fraction, or name more images by data.val_root or data.val_urls.",
         number,
-        FEW,
+        MIN_VALIDATION_IMAGES,
     )
-
-
-def accumulation(config: DictConfig) -> int:
-    """Return how many batches make one optimizer step."""
-    return int(config.model.optimizer.grad_accum_steps)

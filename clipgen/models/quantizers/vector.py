@@ -25,7 +25,7 @@ MAX_DISTANCES = 2**26  # distances held at a time by k-means: 256 MiB
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest-neighbour codebook (Eq. 3 of CLIP-GEN; Eq. 1-3 of VQ-VAE, arXiv:1711.00937).
+    """Nearest-neighbor codebook (Eq. 3 of CLIP-GEN; Eq. 1-3 of VQ-VAE, arXiv:1711.00937).
 
     ``z_q = argmin_k ||z - e_k||``, with ``codebook_loss = ||sg[z] - z_q||^2`` and
     ``commitment_loss = ||z - sg[z_q]||^2``, both means over elements; the caller's beta belongs to the second.

@@ -1,0 +1,62 @@
+"""Validations that Lightning would leave out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+
+
+def run_validation(trainer: pl.Trainer) -> None:
+    """Run a validation now, outside of Lightning's schedule."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
+def validation_due(trainer: pl.Trainer) -> bool:
+    """Return True if Lightning would run a validation at the current step."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+class FinalValidation(pl.Callback):
+    """Validate at the end of a training that was too short for its first validation.
+
+    Every training then has image grids and a ``best.ckpt``.
+    """
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        best: Any = trainer.checkpoint_callback
+        if best is not None and not best.best_model_path and trainer.enable_validation:
+            run_validation(trainer)
+
+
+class ResumeValidation(pl.Callback):
+    """On resume, run a validation that was due when the checkpoint was written but was interrupted.
+
+    Lightning considers it done, so that ``best.ckpt`` could differ from that of an uninterrupted run.
+    """
+
+    def __init__(self) -> None:
+        # number of batches at the last validation
+        self.validated_at = -1
+        self.must_validate = False
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validated_at = trainer.fit_loop.epoch_loop.total_batch_idx
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        validated = self.validated_at == trainer.fit_loop.epoch_loop.total_batch_idx
+        checkpoint["validation_owed"] = validation_due(trainer) and not validated
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.must_validate = checkpoint.get("validation_owed", False)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.must_validate:
+            self.must_validate = False
+            run_validation(trainer)

@@ -1,0 +1,109 @@
+"""The configuration of a training, as plain Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+MODEL_TARGETS = {
+    "vqgan": "clipgen.vqgan.VQGAN",
+    "transformer": "clipgen.transformer.ConditionalTransformer",
+}
+MONITORS = {"vqgan": "val/loss", "transformer": "val/cross_entropy"}
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "_target_": "pytorch_lightning.Trainer",
+    "accelerator": "auto",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+    "max_steps": -1,
+    "max_epochs": -1,
+    "limit_val_batches": None,
+    "val_check_interval": None,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 1,
+    "log_every_n_steps": 10,
+}
+
+
+@dataclass
+class TrainingConfig:
+    """Everything that ``train`` needs to know; the keys of ``config.yaml`` in a run folder.
+
+    A section is a dictionary of the arguments of the class or function that its key ``_target_`` names. Keys that a
+    section leaves out keep their defaults, which for ``model`` are the paper's.
+
+    Args:
+        stage_name: ``"vqgan"`` or ``"transformer"``.
+        output: the run folder, which is created.
+        data: the images, or the token cache of stage 2; needs a ``_target_``.
+        model: see ``VQGAN`` and ``ConditionalTransformer``.
+        clip: the CLIP of stage 2, see ``FrozenCLIP``.
+        trainer: see ``pytorch_lightning.Trainer``; needs ``max_steps`` or ``max_epochs``.
+        logger: a Lightning logger; empty for none.
+        checkpoint: see ``checkpoint_callbacks``.
+        image_logger: see ``ImageLogger``.
+        metrics: see ``ReconstructionMetrics``; empty for none.
+        monitor: the metric whose lowest value selects ``best.ckpt``.
+        seed: seed of the weights, the data order and the randomness of each step.
+        matmul_precision: ``"high"`` (TF32 on GPUs from Ampere on) or ``"highest"`` (float32).
+        resume: a run folder or a ``.ckpt`` file to resume.
+        vqgan: the tokenizer of stage 2: a run folder, a checkpoint or a model folder.
+        init_from: a trained VQGAN whose network and weights stage 1 starts from.
+        init_from_gpt2: a GPT-2 whose weights stage 2 starts from.
+    """
+
+    stage_name: str
+    output: str
+    data: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    clip: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    image_logger: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    monitor: str = ""
+    seed: int = 0
+    matmul_precision: str = "high"
+    resume: str | None = None
+    vqgan: str | None = None
+    init_from: str | None = None
+    init_from_gpt2: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stage_name not in MODEL_TARGETS:
+            raise ValueError(f"stage_name must be one of {', '.join(MODEL_TARGETS)}, got {self.stage_name!r}")
+        self.output = str(self.output)
+        self.monitor = self.monitor or MONITORS[self.stage_name]
+        self.model = {"_target_": MODEL_TARGETS[self.stage_name]} | self.model
+        self.clip = {"_target_": "clipgen.clip.FrozenCLIP", "model_name": "shapes"} | self.clip
+        self.trainer = TRAINER_DEFAULTS | self.trainer
+        self.checkpoint = {"_target_": "clipgen.training.callbacks.checkpoint_callbacks"} | self.checkpoint
+        self.image_logger = {"_target_": "clipgen.training.callbacks.ImageLogger"} | self.image_logger
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
+        """Return the configuration in nested dictionaries, such as the content of a ``config.yaml``.
+
+        Keys at the top that are no field are left out: they only hold values that other keys refer to.
+        """
+        names = [each.name for each in fields(cls)]
+        return cls(**{name: values[name] for name in names if values.get(name) is not None})
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Batches per optimizer step."""
+        return int(self.model.get("optimizer", {}).get("grad_accum_steps", 1))
+
+    @property
+    def uses_token_cache(self) -> bool:
+        """True if stage 2 trains from a token cache instead of images."""
+        return reads_token_cache(self.data)
+
+
+def reads_token_cache(data: Mapping[str, Any]) -> bool:
+    """Return True if a ``data`` section names a token cache."""
+    return str(data.get("_target_")).endswith("TokenCacheDataModule")

@@ -1,0 +1,125 @@
+"""Build the model of a training, with its initial weights and, in stage 2, the frozen VQ-GAN and CLIP."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from clipgen.data.token_cache import class_names, read_manifest
+from clipgen.files import read_json
+from clipgen.models.config import model_settings
+from clipgen.precompute import clip_identity, saved_identity
+from clipgen.run_folder import load_clip
+from clipgen.training.config import TrainingConfig
+from clipgen.training.factory import check_types, find_target, make
+from clipgen.vqgan import VQGAN
+
+logger = logging.getLogger(__name__)
+CLASS_CONDITIONAL = "clipgen.baselines.class_conditional.ClassConditionalTransformer"
+
+
+def build(config: TrainingConfig) -> Any:
+    """Return the model to train, with its initial weights."""
+    if config.stage_name == "vqgan":
+        return make(config.model, "model") if config.init_from is None else build_from(config, config.init_from)
+    model = build_for_cache(config) if config.uses_token_cache else build_for_images(config)
+    if config.init_from_gpt2 is not None and config.resume is None:
+        model.init_from_gpt2(config.init_from_gpt2)
+    return model
+
+
+def build_from(config: TrainingConfig, init_from: str) -> pl.LightningModule:
+    """Return a VQGAN with the network and weights of ``init_from``, to be trained as configured."""
+    source = VQGAN.load(init_from)
+    model = config.model
+    # the codebook is trained: k-means would replace it
+    quantizer = model_settings(source.quantizer_config) | {"kmeans_iters": 0}
+    gan = {name: source.hparams["gan"][name] for name in ("channels", "num_layers")}
+    return make(
+        model,
+        "model",
+        autoencoder=model.get("autoencoder", {}) | model_settings(source.autoencoder_config),
+        quantizer=model.get("quantizer", {}) | quantizer,
+        gan=model.get("gan", {}) | gan,
+    ).init_from(source)
+
+
+def build_for_images(config: TrainingConfig) -> Any:
+    """Return a transformer that encodes images with its frozen VQ-GAN and CLIP while it trains."""
+    if config.vqgan is None:
+        raise ValueError("vqgan must name a trained tokenizer for stage 2, got None")
+    vqgan = VQGAN.load(config.vqgan)
+    image_size = config.data.get("image_size", vqgan.autoencoder_config.resolution)
+    warn_of_image_size(vqgan, image_size)
+    clip = make(config.clip, "clip")
+    sizes = {
+        "codebook_size": vqgan.codebook_size,
+        "num_tokens": (image_size // vqgan.downsampling) ** 2,
+        "clip_dim": clip.embed_dim,
+    }
+    model = make(config.model, "model", **unset_values(config, sizes))
+    return model.attach_encoders(vqgan, clip)
+
+
+def warn_of_image_size(vqgan: VQGAN, image_size: int) -> None:
+    """Warn if the image size differs from stage 1: this is valid, but usually a mistake."""
+    trained_size = vqgan.autoencoder_config.resolution
+    if image_size == trained_size:
+        return
+    logger.warning(
+        "The tokenizer was trained at data.image_size=%d (%d tokens per image), and is used at %d (%d tokens).",
+        trained_size,
+        (trained_size // vqgan.downsampling) ** 2,
+        image_size,
+        (image_size // vqgan.downsampling) ** 2,
+    )
+
+
+def unset_values(config: TrainingConfig, values: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the values that the ``model`` section does not set itself."""
+    return {name: value for name, value in values.items() if config.model.get(name) is None}
+
+
+def build_for_cache(config: TrainingConfig) -> Any:
+    """Return a transformer for a token cache; VQ-GAN and CLIP are loaded only if the CLIP loss needs them.
+
+    Raises:
+        ValueError: the cache was made with another tokenizer or another CLIP.
+    """
+    root = Path(config.data["root"]).expanduser()
+    manifest = read_manifest(root)
+    check_cache(config, root, manifest)
+    sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
+    if config.data.get("conditioning") == "class":
+        return build_class_conditional(config, sizes, class_names(manifest, root))
+    model = make(config.model, "model", **unset_values(config, sizes))
+    if config.model.get("clip_loss", {}).get("weight", 0) > 0:
+        model.attach_encoders(VQGAN.load(root), load_clip(root))
+    return model
+
+
+def check_cache(config: TrainingConfig, root: Path, manifest: dict[str, Any]) -> None:
+    """Raise ValueError unless a token cache was made with the configured tokenizer and CLIP."""
+    if saved_identity(config.vqgan or root) != manifest["vqgan"]:
+        raise ValueError(f"the token cache {root} was made with another tokenizer than {config.vqgan}")
+    model_name = config.clip["model_name"]
+    pretrained = config.clip.get("pretrained")
+    if clip_identity(model_name, pretrained) != manifest["clip"]:
+        configured = f"{model_name} {pretrained or ''}".strip()
+        recorded = " ".join(filter(None, read_json(root / "clip.json").values()))
+        raise ValueError(
+            f"the token cache {root} was made with the CLIP {recorded}, not with {configured}: set clip.model_name "
+            "and clip.pretrained to it"
+        )
+
+
+def build_class_conditional(config: TrainingConfig, sizes: dict[str, Any], names: list[str]) -> pl.LightningModule:
+    """Return a transformer that is conditioned on the class of an image instead of its CLIP embedding."""
+    overrides = unset_values(config, sizes | {"clip_dim": len(names)}) | {"class_names": names}
+    settings = {name: value for name, value in config.model.items() if name != "_target_" and name not in overrides}
+    # the class-conditional transformer passes its arguments on, so its own signature does not name their types
+    check_types(find_target(config.model["_target_"]), settings, "model")
+    return make(config.model | {"_target_": CLASS_CONDITIONAL}, "model", **overrides)

@@ -1,0 +1,270 @@
+"""Train one stage in a run folder, and export the finished model there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.strategies import ModelParallelStrategy
+
+from clipgen.checkpoint.model_folder import FOLDERS, kind
+from clipgen.data.samplers import DataPositionCallback
+from clipgen.files import atomic_write, write_json
+from clipgen.output_folder import output_folder
+from clipgen.processor import require_bf16_units
+from clipgen.run_folder import bind, copy_frozen, save_frozen
+from clipgen.training.callbacks import (
+    AtomicCheckpointIO,
+    FinalValidation,
+    LastCheckpoint,
+    MetricPrinter,
+    OverrideOptimizerSettings,
+    PerStepSeed,
+    ProgressReport,
+)
+from clipgen.training.config import TrainingConfig
+from clipgen.training.factory import make
+from clipgen.training.model_builder import build
+from clipgen.training.resume import check_strategy, copy_best_checkpoint, find_checkpoint, refuse_other_runs
+from clipgen.training.summary import log_summary
+from clipgen.training.validation_interval import scale_interval, set_default_interval, warn_of_few_images
+from clipgen.transformer import ConditionalTransformer
+
+logger = logging.getLogger(__name__)
+PACKAGES = (
+    "clipgen",
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "transformers",
+    "open_clip_torch",
+    "webdataset",
+    "hydra-core",
+)
+# Arguments of torch.set_float32_matmul_precision: "high" is TF32 on GPUs from Ampere on, "highest" is float32
+MATMUL_PRECISIONS = ("highest", "high")
+
+
+def train(
+    config: TrainingConfig,
+    callbacks: Sequence[pl.Callback] = (),
+    run_files: Mapping[str, str] | None = None,
+    resume_command: str = "",
+) -> None:
+    """Train one stage, and leave the finished model in the run folder ``config.output``.
+
+    Args:
+        config: what to train, on which data, and how.
+        callbacks: further callbacks; a ``ProgressReport`` among them replaces the default one.
+        run_files: further files of the run folder, by name, with their text.
+        resume_command: the command that resumes the training, for the message after Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or a signal stopped the training, after it wrote a checkpoint.
+        ValueError, TypeError, FileNotFoundError: the configuration is wrong.
+        FileExistsError: the run folder contains another run, or another process writes to it.
+    """
+    refuse_other_runs(config.output, config.resume)
+    output = Path(config.output)
+    set_precision(config)
+    automatic_interval = set_default_interval(config)
+    trainer = make_trainer(config, output, callbacks)
+    check_num_processes(trainer.world_size)
+    data = make(config.data, "data")
+    if automatic_interval:
+        scale_interval(config, trainer, data)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    model = build(config)
+    checkpoint = find_checkpoint(config.resume, model, config.trainer["max_steps"] or -1)
+    check_strategy(checkpoint, model, config.trainer["strategy"])
+    resume_command = resume_command or f"the same training with resume={output}"
+    if not trainer.is_global_zero:
+        return fit(trainer, model, data, checkpoint, output, resume_command)
+    log_summary(config, trainer, model, data)
+    warn_of_few_images(data)
+    with output_folder(output, keep_pattern="checkpoints/*.ckpt"):
+        # again, now that the folder is locked: another run may have ended there in the meantime
+        refuse_other_runs(config.output, config.resume)
+        copy_best_checkpoint(checkpoint, output)
+        write_run_folder(output, config, model, run_files or {})
+        fit(trainer, model, data, checkpoint, output, resume_command)
+
+
+# ----------------------------------------------------------------------------------------------- before the first step
+
+
+def check_num_processes(world_size: int) -> None:
+    """Raise ValueError if torchrun has started another number of processes than the trainer expects."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    started = int(os.environ.get("WORLD_SIZE") or 0)
+    if started != world_size:
+        raise ValueError(
+            f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
+            f"started, got {world_size}"
+        )
+
+
+def set_precision(config: TrainingConfig) -> None:
+    """Refuse bfloat16 on processors where it is slow, and set the precision of float32 matrix products on GPUs."""
+    if config.matmul_precision not in MATMUL_PRECISIONS:
+        names = ", ".join(MATMUL_PRECISIONS)
+        raise ValueError(f"matmul_precision must be one of {names}, got {config.matmul_precision!r}")
+    device = device_type(config.trainer["accelerator"])
+    precision = str(config.trainer["precision"])
+    if precision.startswith("bf16"):
+        require_bf16_units(device, f"trainer.precision={precision}", "trainer.precision=32-true")
+    if device == "cuda":
+        torch.set_float32_matmul_precision(config.matmul_precision)
+
+
+def device_type(accelerator: str) -> str:
+    """Return the type of device that Lightning chooses for an accelerator, such as ``"cuda"``."""
+    if accelerator not in ("auto", "gpu"):
+        return accelerator
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def make_trainer(config: TrainingConfig, output: Path, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """Return Lightning's trainer with the callbacks of a training."""
+    return make(
+        config.trainer,
+        "trainer",
+        strategy=make_strategy(config),
+        default_root_dir=str(output),
+        logger=make(config.logger, "logger") if "_target_" in config.logger else False,
+        # ProgressReport counts optimizer steps, Lightning's own bar counts batches
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO(output / "checkpoints")],
+        callbacks=make_callbacks(config, output, callbacks),
+    )
+
+
+def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callback]) -> list[pl.Callback]:
+    """Return the callbacks of a training, in the order in which they run."""
+    callbacks: list[pl.Callback] = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPositionCallback()]
+    # grids are made by one process, which under FSDP has only a part of the weights
+    if config.trainer["strategy"] != "fsdp":
+        callbacks.append(make(config.image_logger, "image_logger", folder=output / "pictures"))
+    if config.metrics:
+        callbacks.append(make(config.metrics, "metrics"))
+    callbacks += make(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
+    callbacks += [FinalValidation(), MetricPrinter()]
+    if not any(isinstance(callback, ProgressReport) for callback in more):
+        callbacks.append(ProgressReport())
+    return [*callbacks, *more]
+
+
+def make_strategy(config: TrainingConfig) -> Any:
+    """Return the strategy in the form that Lightning's Trainer takes."""
+    strategy = config.trainer["strategy"]
+    if strategy == "fsdp":
+        return make_fsdp_strategy(config)
+    several_processes = config.trainer["devices"] != 1 or config.trainer["num_nodes"] != 1
+    uses_ddp = strategy == "ddp" or (strategy == "auto" and several_processes)
+    if config.stage_name == "vqgan" and uses_ddp:
+        # until model.gan.start_step the discriminator gets no gradients, which plain DDP refuses
+        return "ddp_find_unused_parameters_true"
+    return strategy
+
+
+def make_fsdp_strategy(config: TrainingConfig) -> Any:
+    """Return FSDP2 over all devices, with consolidated checkpoints.
+
+    Lightning's ``fsdp`` is FSDP1, which flattens the weights; weight decay and Muon need to know their shapes.
+    """
+    devices = config.trainer["devices"]
+    if config.stage_name != "transformer":
+        raise ValueError("trainer.strategy must not be fsdp in stage=vqgan, which does not support it: use ddp")
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices must be a number of devices with trainer.strategy=fsdp, got {devices}")
+    limit = config.trainer["limit_val_batches"]
+    if config.data.get("val_urls") and not isinstance(limit, int):
+        raise ValueError(
+            "trainer.limit_val_batches must be a number that every process has with trainer.strategy=fsdp "
+            f"and data.val_urls, got {limit}: streams end at different batches, and the processes would wait for ever"
+        )
+    processes = devices * config.trainer["num_nodes"]
+    return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+def write_run_folder(output: Path, config: TrainingConfig, model: Any, run_files: Mapping[str, str]) -> None:
+    """Write the configuration, the versions and, in stage 2, the frozen models, so that the folder can be moved."""
+    config_text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    for name, text in {"config.yaml": config_text, **run_files}.items():
+        with atomic_write(output / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    write_json(output / "versions.json", versions)
+    if not isinstance(model, ConditionalTransformer):
+        return
+    if config.uses_token_cache:
+        copy_frozen(Path(config.data["root"]).expanduser(), output)
+    else:
+        save_frozen(output, *model.encoders())
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def fit(
+    trainer: pl.Trainer,
+    model: Any,
+    data: Any,
+    checkpoint: str | None,
+    output: Path,
+    resume_command: str,
+) -> None:
+    """Train, and write the finished model to the run folder."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
+    try:
+        with last.handle_signals():
+            trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit as exit:
+        # Lightning turns Ctrl-C into SystemExit
+        hint = f"; {resume_command} continues" if last.path.is_file() else ""
+        logger.info("Stopped at step %d%s", trainer.global_step, hint)
+        if last.requeue and trainer.is_global_zero:
+            requeue_slurm_job()
+        raise KeyboardInterrupt from exit
+    # each process may hold a part of the weights, so all of them take part
+    trainer.save_checkpoint(last.path, weights_only=False)
+    if trainer.is_global_zero:
+        export(model, last.path, output)
+        logger.info("Finished %d steps: %s", trainer.global_step, output)
+
+
+def export(model: Any, last: Path, output: Path) -> None:
+    """Write the best model, or the last one, to its folder in the run folder."""
+    best = last.with_name("best.ckpt")
+    # without a validation there is no best checkpoint
+    source = last if model.last_is_best or not best.is_file() else best
+    finished = type(model).load(source).save(output / FOLDERS[kind(type(model))])
+    if isinstance(model, ConditionalTransformer):
+        bind(finished, output / "vqgan")
+
+
+def requeue_slurm_job() -> None:
+    """Ask SLURM to run this job again, which resumes it with resume=auto."""
+    job = os.environ["SLURM_JOB_ID"]
+    array_job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array_job:
+        job = f"{array_job}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning("The job %s could not be requeued: %s", job, error)

@@ -1,0 +1,282 @@
+"""Plain technical English and short functions: the rules that a program can check, over package, scripts and pages."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import statistics
+import tokenize
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "clipgen").rglob("*.py"))
+PYTHON = [*PACKAGE, *sorted((ROOT / "scripts").rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+YAML = sorted((ROOT / "configs").rglob("*.yaml"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / ".github").rglob("*.md"))]
+
+# "file: matched text" -> why it stays
+EXCEPTIONS: dict[str, str] = {}
+
+PER_UNITS = "batch|caption|class|code|dimension|epoch|image|layer|panel|pixel|position|process|prompt|rank|row|sample"
+PER_UNITS += "|second|shard|step|token|worker"
+COUNTED = "batches|bytes|captions|codes|crops|epochs|images|indices|numbers|seconds|seeds|steps"
+COUNTED += "|tensors|times|tokens|values|views|seed|panel|tensor|GB|GiB|MB"
+BRITISH_STEMS = "central|general|initial|maxim|memor|minim|normal|optim|organ|parallel|quant|real|recogn|regular"
+BRITISH_STEMS += "|serial|special|summar|synchron|token|util|visual"
+
+NO_LONGER = "better|faster|larger|longer|more|other|slower|smaller|worse"  # "is no longer" and the like are English
+
+# Name of the rule -> regular expression; a space matches any white space
+PHRASES = {
+    "say resume or continue": r"\b(go|goes|went|going) on\b",
+    "say again, or from the beginning": r"\banew\b",
+    "say atomically": r"\bwhole or not at all\b",
+    "say is not a": rf"(?<!there )\b(is|are|was|were) (no(?! ({NO_LONGER}))|(?-i:none)(?! of))\b",
+    "say if or when": r"(?<!stay )(?<!stays )\bwhere (there (is|are)|it is)\b",
+    "say per": rf"\b({COUNTED}) an? ({PER_UNITS})\b(?!')",
+    "say image": r"(?<![/.])\bpictures?\b(?![/.])",
+    "say generate or sample": r"\bpaint(s|ed|er|ing)?\b",
+    "say start": r"\bwakes? up\b",
+    "say given, reported or stated": r"\btold\b",
+    "say evaluator": r"\bjudge[ds]?\b",
+    "spell as Americans do": (
+        rf"colour|\bgrey|\bcentre|neighbour|behaviour|({BRITISH_STEMS})is(e|ed|er|es|ing|ation)s?\b"
+    ),
+}
+PRONOUN_NAMES = {"each", "every", "found", "given", "one", "some", "told", "whole"}
+NOUN_PHRASE_STARTS = {"What", "Whether", "Which", "Where", "How"}
+NON_VERBS = NOUN_PHRASE_STARTS | {"A", "An", "The", "Of", "This", "It", "That", "For", "From"}
+
+
+def place(path: Path, line: int, text: str) -> str:
+    """Return ``file:line: text``, the text in one line."""
+    return f"{path.relative_to(ROOT).as_posix()}:{line}: {' '.join(text.split())}"
+
+
+def python_prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of the comments and of the strings with more than one word."""
+    source = path.read_text(encoding="utf-8")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
+            yield node.lineno, node.value
+
+
+def yaml_prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and text of the comments."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        comment = re.search(r"(?:^|\s)#(.*)", line)
+        if comment:
+            yield number, comment[1]
+
+
+def page_prose(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the text of a page with its code blanked out, so that lines keep their numbers."""
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
+    yield 1, re.sub(r"`[^`\n]+`|\]\([^)\n]*\)", "`", text)
+
+
+def all_prose() -> Iterator[tuple[Path, int, str]]:
+    """Yield file, line and text of everything that people read."""
+    readers: list[tuple[list[Path], Callable[[Path], Iterator[tuple[int, str]]]]] = [
+        (PYTHON, python_prose),
+        (YAML, yaml_prose),
+        (PAGES, page_prose),
+    ]
+    for paths, read in readers:
+        for path in paths:
+            for line, text in read(path):
+                yield path, line, text
+
+
+PROSE = list(all_prose())
+
+
+@pytest.mark.parametrize("rule", PHRASES)
+def test_phrase_is_not_used(rule):
+    # A look-behind must have a fixed width, so there a space stays a space
+    parts = re.split(r"(\(\?<!.*?\))", PHRASES[rule])
+    pattern = "".join(part if part.startswith("(?<!") else part.replace(" ", r"\s+") for part in parts)
+    failures = []
+    for path, first_line, text in PROSE:
+        for match in re.finditer(pattern, text, re.IGNORECASE):
+            line = first_line + text.count("\n", 0, match.start())
+            if f"{path.relative_to(ROOT).as_posix()}: {match[0]}" not in EXCEPTIONS:
+                context = text[max(0, match.start() - 30) : match.end() + 30]
+                failures.append(place(path, line, context))
+    assert not failures, f"{rule}:\n" + "\n".join(failures)
+
+
+# ---------------------------------------------------------------------------------------------------------- docstrings
+
+
+def is_property(node: ast.AST) -> bool:
+    """Return whether a definition is a property."""
+    names = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
+    return any(name.rsplit(".")[-1] in ("property", "cached_property") for name in names)
+
+
+def docstrings(path: Path) -> Iterator[tuple[ast.AST, int, str]]:
+    """Yield each definition or module with a docstring, its line and the docstring."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield node, node.body[0].lineno, docstring
+
+
+def starts_badly(node: ast.AST, docstring: str) -> bool:
+    """Return whether a docstring begins with a word that its kind of definition must not begin with."""
+    word = re.split(r"\W", docstring, maxsplit=1)[0]
+    if is_property(node):
+        returns_bool = ast.unparse(getattr(node, "returns", None) or ast.Constant("")) == "bool"
+        return word in NOUN_PHRASE_STARTS and not (word == "Whether" and returns_bool)
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return word in NON_VERBS
+    return word in NOUN_PHRASE_STARTS
+
+
+def test_docstrings_start_with_a_verb():
+    failures = [
+        place(path, line, docstring.partition("\n")[0])
+        for path in PYTHON
+        for node, line, docstring in docstrings(path)
+        if starts_badly(node, docstring)
+    ]
+    assert not failures, "\n".join(failures)
+
+
+def keyword_strings(tree: ast.AST, name: str) -> Iterator[tuple[int, str]]:
+    """Yield line and text of the strings that calls pass by a keyword."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == name:
+            for part in ast.walk(node.value):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.lineno, part.value
+
+
+def test_help_texts_name_the_noun_before_of():
+    failures = []
+    for path in PYTHON:
+        for line, text in keyword_strings(ast.parse(path.read_text(encoding="utf-8")), "help"):
+            if re.match(r"(of|and|or)\b", text):
+                failures.append(place(path, line, text))
+    assert not failures, "\n".join(failures)
+
+
+# --------------------------------------------------------------------------------------------------------- names, code
+
+
+def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each variable and parameter."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+
+
+def test_names_are_not_pronouns():
+    failures = []
+    for path in PYTHON:
+        for line, name in bound_names(ast.parse(path.read_text(encoding="utf-8"))):
+            if name in PRONOUN_NAMES:
+                failures.append(place(path, line, name))
+    assert not failures, "\n".join(failures)
+
+
+def is_parallel(node: ast.Assign) -> bool:
+    """Return whether an assignment has several targets and values; swaps are not counted."""
+    target, value = node.targets[0], node.value
+    if not isinstance(target, ast.Tuple) or not isinstance(value, ast.Tuple):
+        return False
+    return {ast.unparse(element) for element in target.elts} != {ast.unparse(element) for element in value.elts}
+
+
+def test_parallel_assignments_are_rare():
+    parallel = []
+    number = 0
+    for path in PACKAGE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assign):
+                number += 1
+                if is_parallel(node):
+                    parallel.append(place(path, node.lineno, ast.unparse(node)))
+    assert len(parallel) <= 0.03 * number, f"{len(parallel)} of {number}:\n" + "\n".join(parallel)
+
+
+def own_walruses(statement: ast.stmt) -> int:
+    """Return the number of ``:=`` in a statement, without those of the statements in its body."""
+    pending: list[ast.AST] = [child for child in ast.iter_child_nodes(statement) if not isinstance(child, ast.stmt)]
+    number = 0
+    while pending:
+        node = pending.pop()
+        number += isinstance(node, ast.NamedExpr)
+        pending.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt))
+    return number
+
+
+def test_statements_have_at_most_one_walrus():
+    failures = []
+    for path in PYTHON:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.stmt) and own_walruses(node) > 1:
+                failures.append(place(path, node.lineno, ast.unparse(node).partition("\n")[0]))
+    assert not failures, "\n".join(failures)
+
+
+def test_formatter_is_never_switched_off():
+    mark = "fmt: " + "skip"  # in two parts, so that this file passes
+    failures = []
+    for path in chain(PYTHON, TESTS):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if mark in line or mark.replace("skip", "off") in line:
+                failures.append(place(path, number, line))
+    assert not failures, "\n".join(failures)
+
+
+# ---------------------------------------------------------------------------------------------------------------- size
+
+
+def functions(paths: list[Path]) -> Iterator[tuple[int, str]]:
+    """Yield length and place of each function."""
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield (node.end_lineno or node.lineno) - node.lineno + 1, place(path, node.lineno, node.name)
+
+
+def test_functions_are_short():
+    lengths = [length for length, _ in functions(PACKAGE)]
+    assert statistics.median(lengths) < 12
+    assert statistics.quantiles(lengths, n=10)[-1] < 30
+
+
+def test_no_function_is_longer_than_50_lines():
+    failures = [f"{text}, {length} lines" for length, text in functions(PACKAGE) if length > 50]
+    assert not failures, "\n".join(failures)
+
+
+def test_comprehensions_are_rare():
+    kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    lines = 0
+    densities = []
+    total = 0
+    for path in PACKAGE:
+        source = path.read_text(encoding="utf-8")
+        number = sum(isinstance(node, kinds) for node in ast.walk(ast.parse(source)))
+        length = source.count("\n")
+        total += number
+        lines += length
+        densities.append((number - 0.02 * length, place(path, 1, f"{number} in {length} lines")))
+    densest = "\n".join(text for _, text in sorted(densities, reverse=True)[:15])
+    assert total <= 0.02 * lines, f"{total} comprehensions in {lines} lines; the densest files:\n{densest}"
