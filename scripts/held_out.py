@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", help="run folder of stage 2")
     p.add_argument("--fraction", type=float, default=0.1, help="data.held_out of the training (default: %(default)s)")
-    p.add_argument("--draws", type=int, default=20, help="images per held-out prompt (default: %(default)s)")
+    p.add_argument("--num-images", type=int, default=20, help="images per held-out prompt (default: %(default)s)")
     p.add_argument("--top-p", type=float, default=0.8, help="see clipgen-sample (default: %(default)s)")
     p.add_argument("--guidance-scale", type=float, default=1.0, help="see clipgen-sample (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
@@ -53,7 +53,7 @@ def main() -> None:
         return pipe.generate(pipe.encode_text([str(attributes) for attributes in expected]), args.seed, **sampling)
 
     print(f"| prompts | images | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
-    repeated = [attributes for attributes in held_out for _ in range(args.draws)]
+    repeated = [attributes for attributes in held_out for _ in range(args.num_images)]
     images = generate(repeated)
     results = {"held out": print_row("held out", images, repeated)}
     for color, shape in sorted({(attributes.color, attributes.shape) for attributes in held_out}):

@@ -76,7 +76,7 @@ def test_caption_score_of_a_set_is_the_mean(tmp_path, images):
     source = GeneratedImages(lambda captions, seeds: images[: len(seeds)], ["a red", "a blue"], 0, {})
     metrics = ImageMetrics(None, captioner=load_captioner(f"{__name__}:half_sure"))
     assert metrics.identity()["captioner_source"] == source_hash(half_sure) == source_hash(sys.modules[__name__])
-    found = results_of(source, metrics, tmp_path)
-    assert found == {"caps": pytest.approx((0.5 + 0.25) / 2)}
+    results = results_of(source, metrics, tmp_path)
+    assert results == {"caps": pytest.approx((0.5 + 0.25) / 2)}
     with pytest.raises(ValueError, match=r"captioner 'blip:/nowhere' cannot be loaded .* go online once"):
         load_captioner("blip:/nowhere")

@@ -29,7 +29,7 @@ def test_captions_in_every_format(tmp_path):
 
 
 def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
-    """A byte order mark, CRLF, line separators within a sentence, and tabs within one after a file's name."""
+    """A byte order mark, CRLF, line separators within a caption, and tabs within one after a file's name."""
     (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na\u2028dog\r\n".encode())
     (tmp_path / "b.txt").write_text("1.png\ta cat\ton a mat\n")
     (tmp_path / "c.JSON").write_bytes(b'\xef\xbb\xbf["a cat"]')
@@ -41,10 +41,10 @@ def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "1.png\ta cat\na dog\n", "must stand before every sentence, or before none"),
+        ("a.txt", "1.png\ta cat\na dog\n", "must stand before every caption, or before none"),
         ("a.txt", "1.png\ta cat\n2.png\t\n", "an empty one"),
-        ("a.json", '[{"caption": "a cat"}]', "each sentence must be a text, got {'caption': 'a cat'}"),
-        ("a.json", '{"1.png": ["a cat", "a pet"]}', "each sentence must be a text"),
+        ("a.json", '[{"caption": "a cat"}]', "each caption must be a text, got {'caption': 'a cat'}"),
+        ("a.json", '{"1.png": ["a cat", "a pet"]}', "each caption must be a text"),
         ("a.json", "[null]", "got None"),
         (
             "a.json",

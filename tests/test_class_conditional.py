@@ -22,7 +22,7 @@ NAMES = ["red", "green", "blue"]
 
 @pytest.fixture
 def class_generator(tiny_vqgan) -> ClassConditionalGenerator:
-    """Untrained, with weights so large that its pictures differ clearly."""
+    """Untrained, with weights so large that its images differ clearly."""
     transformer = make_class_transformer(**{**TRANSFORMER_SIZES, "clip_dim": 3}, class_names=NAMES)
     for parameter in transformer.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -55,7 +55,7 @@ def test_noise_determines_the_image(class_generator):
     images = class_generator(noise, torch.arange(3))
     assert torch.equal(images, class_generator.generate(torch.arange(3), seed=5)) and images.abs().max() <= 1
     torch.testing.assert_close(class_generator(noise[[2, 0]], torch.tensor([2, 0])), images[[2, 0]])
-    far = torch.full((1, 16), 50.0)  # where the CDF is 1 in floating point
+    far = torch.full((1, 16), 50.0)  # the CDF is 1 in floating point
     assert class_generator(far, torch.tensor([0])).isfinite().all()
 
 

@@ -33,10 +33,10 @@ def test_vqgan_clip(call, tmp_path):
     assert result.code == 0 and "CLIP score" in result.stdout, result.stderr
     name = "00_a-large-blue-ring-on-a-white-background_{}.png"
     assert {path.name for path in (tmp_path / "baseline").iterdir()} == {name.format(4), name.format(5), "grid.png"}
-    picture = Image.open(tmp_path / "baseline" / name.format(5))
-    picture.load()
-    assert picture.text["prompt"] == prompt and picture.text["baseline"] == "vqgan-clip" and picture.text["seed"] == "5"
-    assert -1 <= float(picture.text["clip_score"]) <= 1 and picture.text["steps"] == "2"
+    image = Image.open(tmp_path / "baseline" / name.format(5))
+    image.load()
+    assert image.text["prompt"] == prompt and image.text["baseline"] == "vqgan-clip" and image.text["seed"] == "5"
+    assert -1 <= float(image.text["clip_score"]) <= 1 and image.text["steps"] == "2"
 
 
 def test_class_and_search(call, class_run):
@@ -60,9 +60,9 @@ def test_class_and_search(call, class_run):
         1,
     )
     assert result.code == 0 and len(list(Path("labels").glob("0*.png"))) == 4, result.stderr
-    told = Image.open(next(Path("labels").glob("0*.png")))
-    told.load()
-    assert told.text["guidance_power"] == "1.0" and told.text["top_k"] == "300"
+    image = Image.open(next(Path("labels").glob("0*.png")))
+    image.load()
+    assert image.text["guidance_power"] == "1.0" and image.text["top_k"] == "300"
     options = [
         "--generator",
         "run",
@@ -75,13 +75,13 @@ def test_class_and_search(call, class_run):
         "--device",
         "cpu",
     ]
-    result = call("clipgen-baseline", "search", *options, "--k", 3, "--output", "found", "--save-all")
-    assert result.code == 0 and len(list(Path("found").glob("0*.png"))) == 2, result.stderr
-    assert len(list(Path("found/all").rglob("*.png"))) == 10
-    picture = Image.open(next(Path("found").glob("01_*.png")))
-    picture.load()
-    curve = json.loads(picture.text["curve"])
-    assert len(curve) == 5 and curve[-1] == pytest.approx(float(picture.text["clip_score"]))
+    result = call("clipgen-baseline", "search", *options, "--k", 3, "--output", "best", "--save-all")
+    assert result.code == 0 and len(list(Path("best").glob("0*.png"))) == 2, result.stderr
+    assert len(list(Path("best/all").rglob("*.png"))) == 10
+    image = Image.open(next(Path("best").glob("01_*.png")))
+    image.load()
+    curve = json.loads(image.text["curve"])
+    assert len(curve) == 5 and curve[-1] == pytest.approx(float(image.text["clip_score"]))
 
     result = call("clipgen-baseline", "search", *options, "--table", "--seeds", 1, 2, "--threshold", 2, "--output", "t")
     assert result.code == 0 and "> 5" in result.stdout, result.stderr

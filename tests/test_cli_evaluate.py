@@ -74,8 +74,8 @@ def test_folder_of_images(call, two_folders, tmp_path):
 
 
 def test_images_of_clipgen_sample_carry_their_captions(call, monkeypatch, capsys, tmp_path):
-    """With the sentences that stand in them, and without the sheet beside them."""
-    drawn = Call(
+    """With the captions in their metadata, and without the grid beside them."""
+    sampled = Call(
         monkeypatch,
         capsys,
         "clipgen-sample",
@@ -88,7 +88,7 @@ def test_images_of_clipgen_sample_carry_their_captions(call, monkeypatch, capsys
         "--output",
         tmp_path / "in",
     )
-    assert drawn.code == 0 and (tmp_path / "in/grid.png").is_file()
+    assert sampled.code == 0 and (tmp_path / "in/grid.png").is_file()
     done = call(
         "--images",
         tmp_path / "in",
@@ -121,14 +121,14 @@ def test_tokenizer_metrics(call, two_folders, tiny_vqgan, tmp_path):
     )
     assert done.code == 0, done.stderr
     content = json.loads((tmp_path / "out/metrics.json").read_text())
-    found, protocol = content["metrics"], content["protocol"]
+    results, protocol = content["metrics"], content["protocol"]
     assert protocol["vqgan"] == vqgan_identity(tiny_vqgan)
     assert protocol["features"] == feature_extractor("clip:shapes").identity
     images = torch.cat([batch for batch, _ in FolderImages(two_folders[0]).read(range(24))])
     with torch.no_grad():
         error = (tiny_vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4
-    assert found["psnr"] == pytest.approx(-10 * error.log10().mean().item(), rel=1e-4)
-    assert {"ssim", "rfid", "codebook_usage"} < set(found)
+    assert results["psnr"] == pytest.approx(-10 * error.log10().mean().item(), rel=1e-4)
+    assert {"ssim", "rfid", "codebook_usage"} < set(results)
 
 
 def test_lpips_is_omitted_without_vgg_weights(call, two_folders, tmp_path, monkeypatch):
@@ -146,11 +146,11 @@ def test_lpips_is_omitted_without_vgg_weights(call, two_folders, tmp_path, monke
 def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny_vqgan, tmp_path):
     tiny_vqgan.save(tmp_path / "vqgan")
     tokenizer = ("--vqgan", tmp_path / "vqgan", "--output", tmp_path / "out", *OFFLINE)
-    pictures = ("--images", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    images = ("--images", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
     assert call(*tokenizer, "--reference", two_folders[0]).code == 0
     before = (tmp_path / "out/metrics.json").read_text()
     assert call(*tokenizer, "--reference", two_folders[0]).code == 0  # the same again
-    for arguments, what in (((*tokenizer, "--reference", two_folders[1]), "reference"), (pictures, "vqgan")):
+    for arguments, what in (((*tokenizer, "--reference", two_folders[1]), "reference"), (images, "vqgan")):
         done = call(*arguments)
         assert done.code == 1 and f"out holds results computed with {what}=" in done.stderr, done.stderr
         assert (tmp_path / "out/metrics.json").read_text() == before

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("reference_cache")
 
 def test_blur_matches_pillow(images):
     for radius in (1, 2):
-        for ours, picture in zip(to_pil(blurred(images, radius)), to_pil(images)):
-            assert np.array_equal(np.asarray(ours), np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))))
+        for ours, image in zip(to_pil(blurred(images, radius)), to_pil(images)):
+            assert np.array_equal(np.asarray(ours), np.asarray(image.filter(ImageFilter.GaussianBlur(radius))))
     assert blurred(images, 0) is images
 
 
@@ -84,8 +84,8 @@ def test_inception_score_of_few_images_is_omitted(two_folders, tmp_path, caplog)
     """Splits of one image would make it 1, whatever they show."""
     few = FolderImages(two_folders[0])
     few.files, few.chunks = few.files[:12], [range(12)]
-    found = results_of(few, ImageMetrics(feature_extractor("feature_spaces:sixteen_classes"), [0]), tmp_path)
-    assert "is_mean" not in found and "IS is omitted: it needs at least 20 images, got 12" in caplog.text
+    results = results_of(few, ImageMetrics(feature_extractor("feature_spaces:sixteen_classes"), [0]), tmp_path)
+    assert "is_mean" not in results and "IS is omitted: it needs at least 20 images, got 12" in caplog.text
 
 
 def test_last_process_computes_the_results(two_folders, tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_results_of_different_features_are_not_mixed(two_folders, tmp_path):
     evaluate(tmp_path, FolderImages(two_folders[0]), ours)
     with pytest.raises(ValueError, match=r"computed with features=.*patch_means .*, not .*sixteen_classes"):
         evaluate(tmp_path, FolderImages(two_folders[0]), other)
-    with pytest.raises(ValueError, match="computed with pictures="):
+    with pytest.raises(ValueError, match="computed with content="):
         evaluate(tmp_path, FolderImages(two_folders[1]), ours)
 
 
@@ -135,15 +135,15 @@ def test_stored_reference_gives_the_same_results(two_folders, tmp_path):
     expected = evaluate(tmp_path / "1", FolderImages(two_folders[0]), ours, RealImages(str(two_folders[1]), 32))
     evaluate(tmp_path / "reference", FolderImages(two_folders[1]), ours)
     measured = FeatureStore(tmp_path / "reference/parts")
-    found = evaluate(tmp_path / "2", FolderImages(two_folders[0]), ours, measured)
-    assert found == pytest.approx(expected, rel=1e-6)
+    results = evaluate(tmp_path / "2", FolderImages(two_folders[0]), ours, measured)
+    assert results == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match=r"reference .*parts was measured with features=.*patch_means"):
         evaluate(tmp_path / "3", FolderImages(two_folders[0]), other, measured)
     assert not (tmp_path / "3").exists()
 
 
 def test_empty_shards_are_skipped(two_folders, tmp_path):
-    """Shards of which one holds no picture: the reference is what the other holds."""
+    """One of two shards holds no image: the reference consists of the images of the other."""
     for name, files in (("0", []), ("1", sorted(two_folders[1].iterdir()))):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for file in files:
@@ -153,8 +153,8 @@ def test_empty_shards_are_skipped(two_folders, tmp_path):
     shards = RealImages(str(tmp_path / "*.tar"), 32)
     assert evaluate(tmp_path / "b", FolderImages(two_folders[0]), metrics, shards) == pytest.approx(expected, rel=1e-6)
     collect(tmp_path / "c", shards, metrics, metrics.identity())
-    found = FeatureStore(tmp_path / "c")
-    assert len(found) == 30 and {"features_0", "logits"} < found.column_names()
+    store = FeatureStore(tmp_path / "c")
+    assert len(store) == 30 and {"features_0", "logits"} < store.column_names()
     collect(
         tmp_path / "d", GeneratedImages(lambda captions, seeds: torch.empty(0), [], 0, {}), metrics, metrics.identity()
     )
@@ -171,7 +171,7 @@ def test_incomplete_reference_is_refused(two_folders, tmp_path, monkeypatch):
 
 
 def test_class_accuracy_by_hand(tmp_path):
-    """Two of three images are taken for what their sentences say."""
+    """Two of three images are assigned to the class of their caption."""
     images = torch.zeros(3, 3, 4, 4)
     images[0, 0], images[1, 1], images[2, 2] = 1.0, 1.0, 1.0
 

@@ -17,8 +17,8 @@ def test_different_image_sizes_are_warned_about_once(tmp_path, caplog):
         caplog.clear()
         source = FolderImages(tmp_path, image_size, workers=1)
         assert [images.shape for images, _ in source.read(source.chunks[0])] == [(4, 3, 16, 16)]
-        found = [record.message.startswith("c.png is 24 x 20, but the first image of") for record in caplog.records]
-        assert found == [True] * mentioned
+        warnings = [record.message.startswith("c.png is 24 x 20, but the first image of") for record in caplog.records]
+        assert warnings == [True] * mentioned
     caplog.clear()
     for name in "abcd":
         Image.new("RGB", (24, 20), "red").save(tmp_path / f"{name}.png")  # all alike, if not square

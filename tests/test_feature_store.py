@@ -28,7 +28,7 @@ def test_interrupted_evaluation_resumes_identically(pipe, tmp_path, monkeypatch)
     metrics = ImageMetrics(feature_extractor("feature_spaces:patch_means"), [0])
     asked = []
 
-    def draw(captions, seeds):
+    def generate(captions, seeds):
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append(seeds)
@@ -36,13 +36,13 @@ def test_interrupted_evaluation_resumes_identically(pipe, tmp_path, monkeypatch)
 
     source = lambda how: GeneratedImages(how, prompts, 5, {"model": "tiny"}, batch_size=4)
     with pytest.raises(KeyboardInterrupt):
-        collect(tmp_path / "killed", source(draw), metrics, metrics.identity())
-    assert [path.name for path in sorted((tmp_path / "killed").iterdir())] == ["identity.json", "part-000000.npz"]
+        collect(tmp_path / "interrupted", source(generate), metrics, metrics.identity())
+    assert [path.name for path in sorted((tmp_path / "interrupted").iterdir())] == ["identity.json", "part-000000.npz"]
     done = []
-    collect(tmp_path / "killed", source(make_generate_fn(pipe)), metrics, metrics.identity(), advance=done.append)
+    collect(tmp_path / "interrupted", source(make_generate_fn(pipe)), metrics, metrics.identity(), advance=done.append)
     assert done[0] == 6 and sum(done) == 20  # what was there counts as done
     collect(tmp_path / "whole", source(make_generate_fn(pipe)), metrics, metrics.identity())
-    for ours, theirs in zip(FeatureStore(tmp_path / "killed").parts, FeatureStore(tmp_path / "whole").parts):
+    for ours, theirs in zip(FeatureStore(tmp_path / "interrupted").parts, FeatureStore(tmp_path / "whole").parts):
         with np.load(ours) as a, np.load(theirs) as b:
             assert all(np.array_equal(a[name], b[name]) for name in b.files)
 
@@ -81,13 +81,13 @@ def test_failure_before_the_first_part_leaves_no_identity(two_folders, tmp_path)
 
 
 def test_nan_images_are_refused(tmp_path):
-    def draw(captions, seeds):
+    def generate(captions, seeds):
         images = torch.zeros(len(seeds), 3, 8, 8)
         images[-1, 0, 0, 0] = math.nan
         return images
 
     with pytest.raises(ValueError, match="images must be finite, got NaN or infinity in an image of 'two'"):
-        collect(tmp_path, GeneratedImages(draw, ["one", "two"], 0, {}), ImageMetrics(None), {})
+        collect(tmp_path, GeneratedImages(generate, ["one", "two"], 0, {}), ImageMetrics(None), {})
 
 
 MANY = 12_000  # images, of which features and logits are 72 MB, and torch-fidelity's probabilities 290 MB
@@ -119,9 +119,9 @@ def test_memory_is_bounded_for_many_images(tmp_path):
         np.savez(tmp_path / f"part-{start:06d}.npz", **rows, logits=rng.standard_normal((500, 1000), np.float32))
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert found.stdout.split() == ["is_mean", "is_std", "fid_0", "kid_mean", "kid_std", "precision", "recall"], (
-        found.stderr
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.stdout.split() == ["is_mean", "is_std", "fid_0", "kid_mean", "kid_std", "precision", "recall"], (
+        process.stderr
     )
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".npz"]
 

@@ -74,7 +74,7 @@ def test_unavailable_features_are_refused(name, message):
 
 
 def test_images_are_moved_to_the_device_of_the_networks(images, shapes_clip):
-    """Decoded pictures lie on the CPU; a space that is a network's method moves with its network."""
+    """Decoded images are on the CPU; a bound method moves with its network."""
     seen = []
 
     def features(images):

@@ -72,13 +72,13 @@ def test_precision_and_recall_of_identical_and_collapsed_sets():
 
 @pytest.mark.parametrize("sizes", [(4, 5, 3), (700, 1003, 16), (2002, 1500, 64)])
 def test_precision_and_recall_match_torch_fidelity(sizes):
-    """Also where the last of several blocks holds fewer images than there are neighbours."""
+    """The last of several blocks may hold fewer images than there are neighbors."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     a, b = torch.randn(sizes[0], sizes[2]), 1.1 * torch.randn(sizes[1], sizes[2]) + 0.1
     expected = prc_features_to_metric(a, b, save_cpu_ram=False, verbose=False)
-    found = functional.precision_recall(a, b)
-    assert found == pytest.approx((expected["precision"], expected["recall"]), rel=1e-6)
+    actual = functional.precision_recall(a, b)
+    assert actual == pytest.approx((expected["precision"], expected["recall"]), rel=1e-6)
 
 
 def test_caption_score_is_the_geometric_mean():

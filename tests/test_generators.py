@@ -17,7 +17,7 @@ NAMES = ["red", "green", "blue"]
 
 
 class GrayImages(nn.Module):
-    """A picture of one grey, by its class; scripted in the tests."""
+    """An image of one gray level, by its class; scripted in the tests."""
 
     def forward(self, noise: Tensor, class_indices: Tensor) -> Tensor:
         grey = class_indices.to(noise.dtype) / 4 - 1 + 0.0 * noise.sum(dim=1)
@@ -45,23 +45,23 @@ def test_torchscript_generator(tmp_path):
 def test_functions_are_imported_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_gan.py").write_text(
-        "import torch\ndef draw(noise, class_indices):\n    return torch.zeros(len(noise), 3, 4, 4)\n"
-        "draw.noise_dim, draw.class_names = 7, ['a', 'b']\nnumber = 3\n"
+        "import torch\ndef generate(noise, class_indices):\n    return torch.zeros(len(noise), 3, 4, 4)\n"
+        "generate.noise_dim, generate.class_names = 7, ['a', 'b']\nnumber = 3\n"
     )
-    generator = load_generator("my_gan:draw")
+    generator = load_generator("my_gan:generate")
     assert (generator.noise_dim, generator.class_names) == (7, ["a", "b"])
-    assert load_generator("my_gan:draw", class_names=["c"]).class_names == ["c"]  # what is given comes first
+    assert load_generator("my_gan:generate", class_names=["c"]).class_names == ["c"]  # arguments take precedence
     for source, message in (
         ("my_gan:number", "must be callable, got a int"),
         ("my_gan:none", "my_gan:none cannot be imported"),
-        ("no_such_gan:draw", "no_such_gan:draw cannot be imported"),
+        ("no_such_gan:generate", "no_such_gan:generate cannot be imported"),
     ):
         with pytest.raises(ValueError, match=message):
             load_generator(source)
     with pytest.raises(FileNotFoundError, match=r"generator must be a run folder, .* got my_gan, which does not exist"):
         load_generator("my_gan")
     with pytest.raises(ValueError, match="sampling parameters apply to a run folder only"):
-        load_generator("my_gan:draw", params=SamplingParams(top_k=3))
+        load_generator("my_gan:generate", params=SamplingParams(top_k=3))
 
 
 def test_biggan_matches_its_package(tmp_path):
@@ -79,7 +79,7 @@ def test_biggan_matches_its_package(tmp_path):
     model = package.BigGAN(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    for _ in range(3):  # in training mode: spectral norms are found step by step
+    for _ in range(3):  # in training mode: spectral norms converge step by step
         model(torch.randn(4, 16), torch.eye(10)[:4], 1.0)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(config.to_json_string())

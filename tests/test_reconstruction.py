@@ -24,22 +24,22 @@ def four_numbers(images: torch.Tensor) -> torch.Tensor:
 
 def validate(vqgan, callback: pl.Callback, count: int = 24, batch: int = 8) -> dict[str, float]:
     trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], **QUIET)
-    (found,) = trainer.validate(vqgan, DataLoader(ShapesDataset(count, seed=9), batch), verbose=False)
-    return found
+    (results,) = trainer.validate(vqgan, DataLoader(ShapesDataset(count, seed=9), batch), verbose=False)
+    return results
 
 
 @torch.no_grad()
-def test_ssim_and_rfid(tiny_vqgan):
+def test_ssim_rfid_and_psnr_match_their_formulas(tiny_vqgan):
     images = ShapesDataset(24, seed=9).render(range(24))
-    pictures = to_pil(tiny_vqgan(images))  # as they would be saved
-    reconstruction = torch.cat([from_pil(picture) for picture in pictures])
-    found = validate(tiny_vqgan, ReconstructionMetrics(fid_features=f"{__name__}:four_numbers"))
+    decoded = to_pil(tiny_vqgan(images))  # as they would be saved
+    reconstruction = torch.cat([from_pil(image) for image in decoded])
+    results = validate(tiny_vqgan, ReconstructionMetrics(fid_features=f"{__name__}:four_numbers"))
     # Frechet distance by numpy: ||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^1/2)
     a, b = (four_numbers(x).double().numpy() for x in (images, reconstruction))
     ca, cb = np.cov(a.T), np.cov(b.T)
     root = np.sqrt(np.linalg.eigvals(ca @ cb).astype(complex)).real.sum()
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(ca) + np.trace(cb) - 2 * root
-    assert found["val/rfid"] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
+    assert results["val/rfid"] == pytest.approx(expected, rel=1e-3) and expected > 1e-3
     # SSIM by its formula, with the Gaussian window of the paper (11 pixels, sigma 1.5)
     g = torch.exp(-((torch.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
     window = (g[:, None] * g / (g.sum() ** 2)).expand(3, 1, 11, 11).double()
@@ -48,22 +48,22 @@ def test_ssim_and_rfid(tiny_vqgan):
     mx, my = blur(x), blur(y)
     vx, vy, vxy = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
     ssim = ((2 * mx * my + 1e-4) * (2 * vxy + 9e-4)) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
-    assert found["val/ssim"] == pytest.approx(ssim.mean().item(), abs=0.02)  # torchmetrics pads the border
+    assert results["val/ssim"] == pytest.approx(ssim.mean().item(), abs=0.02)  # torchmetrics pads the border
     squared = ((x - y) ** 2).mean(dim=(1, 2, 3))
-    assert found["val/psnr"] == pytest.approx((-10 * squared.log10()).mean().item(), abs=1e-5)
+    assert results["val/psnr"] == pytest.approx((-10 * squared.log10()).mean().item(), abs=1e-5)
 
 
-def test_batches_do_not_matter_and_each_validation_counts_anew(tiny_vqgan):
+def test_results_do_not_depend_on_batches_or_earlier_validations(tiny_vqgan):
     metrics = ReconstructionMetrics(fid_features=f"{__name__}:four_numbers")
     first = validate(tiny_vqgan, metrics, batch=8)
     assert validate(tiny_vqgan, metrics, batch=6) == pytest.approx(first, rel=1e-3)
 
 
-def test_dead_codes_usage_and_perplexity_go_together(tiny_vqgan):
-    found = validate(tiny_vqgan, ReconstructionMetrics(ssim=False))
-    assert found["val/dead_codes"] == 16 - round(16 * found["val/codebook_usage"])
-    assert 1 <= found["val/perplexity"] <= 16 - found["val/dead_codes"]
-    assert "val/ssim" not in found and "val/rfid" not in found
+def test_dead_codes_usage_and_perplexity_are_consistent(tiny_vqgan):
+    results = validate(tiny_vqgan, ReconstructionMetrics(ssim=False))
+    assert results["val/dead_codes"] == 16 - round(16 * results["val/codebook_usage"])
+    assert 1 <= results["val/perplexity"] <= 16 - results["val/dead_codes"]
+    assert "val/ssim" not in results and "val/rfid" not in results
 
 
 def test_clip_is_a_feature_space(images, shapes_clip):
@@ -73,17 +73,17 @@ def test_clip_is_a_feature_space(images, shapes_clip):
 
 
 @pytest.mark.parametrize("name", ["vgg", "clip:", "no_such_module:f", f"{__name__}:no_such_function"])
-def test_other_names_are_refused(name):
+def test_unknown_feature_names_are_refused(name):
     with pytest.raises(ValueError, match=r"features .*(must be|cannot be loaded)"):
         feature_extractor(name)
 
 
-def test_wrong_shapes_are_refused():
+def test_features_of_wrong_shape_are_refused():
     with pytest.raises(ValueError, match=r"features must be \(2, F\)"):
         Features(lambda images: images)
 
 
-def test_inception_without_its_weights_says_what_to_do(monkeypatch):
+def test_missing_inception_weights_say_what_to_do(monkeypatch):
     def broken(*args, **kwargs):
         raise OSError("no network")
 
@@ -92,10 +92,10 @@ def test_inception_without_its_weights_says_what_to_do(monkeypatch):
         feature_extractor("inception")
 
 
-def test_identical_images_have_no_distance():
+def test_identical_images_have_distance_zero():
     metrics = ReconstructionMetrics(fid_features=f"{__name__}:four_numbers")
     images = ShapesDataset(16, seed=1).render(range(16))
     metrics.update(images, images)
-    found = {name: metric.compute().item() for name, metric in metrics.metrics.items()}
-    assert found["ssim"] == pytest.approx(1, abs=1e-4) and found["rfid"] == pytest.approx(0, abs=1e-3)
-    assert math.isfinite(found["rfid"])
+    results = {name: metric.compute().item() for name, metric in metrics.metrics.items()}
+    assert results["ssim"] == pytest.approx(1, abs=1e-4) and results["rfid"] == pytest.approx(0, abs=1e-3)
+    assert math.isfinite(results["rfid"])

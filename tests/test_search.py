@@ -13,7 +13,7 @@ from clipgen.data.shapes import COLORS, rgb
 
 
 class ToyCLIP:
-    """Sentences and images in the plane: a sentence is an angle in degrees, an image has it in its first pixel."""
+    """Texts and images in the plane: a text is an angle in degrees, an image has it in its first pixel."""
 
     device = torch.device("cpu")
 
@@ -28,7 +28,7 @@ class ToyCLIP:
 
 
 class ToyGAN:
-    """Class i draws the angle 10 i, and up to some degrees more by the noise."""
+    """Class i generates the angle 10 i, plus up to some degrees by the noise."""
 
     noise_dim, device, class_names = 3, torch.device("cpu"), [str(10 * i) for i in range(12)]
 
@@ -64,23 +64,23 @@ def test_template_of_the_labels(shapes_clip, caplog):
 
 def test_search_returns_the_best_image():
     """The class of 50 degrees with a noise of about tanh^-1(0.6) is the answer to 50.6."""
-    found = search.search(ToyGAN(), ToyCLIP(), "50.6", k=3, num_images=200, seed=1, return_images=True)
-    assert found.class_index == 5 and found.image[0, 0, 0] * 180 == pytest.approx(50.6, abs=0.1)
-    degrees = found.images[:, 0, 0, 0] * 180
-    assert found.score == pytest.approx(math.cos(math.radians((degrees - 50.6).abs().min())), abs=1e-6)
-    assert set((degrees / 10).round().int().tolist()) == {4, 5, 6}  # drawn from the top 3 alone
+    result = search.search(ToyGAN(), ToyCLIP(), "50.6", k=3, num_images=200, seed=1, return_images=True)
+    assert result.class_index == 5 and result.image[0, 0, 0] * 180 == pytest.approx(50.6, abs=0.1)
+    degrees = result.images[:, 0, 0, 0] * 180
+    assert result.score == pytest.approx(math.cos(math.radians((degrees - 50.6).abs().min())), abs=1e-6)
+    assert set((degrees / 10).round().int().tolist()) == {4, 5, 6}  # sampled from the top 3 only
     counts = (degrees / 10).round().int().bincount()[4:]
     assert counts.min() > 40  # uniformly
-    scores = ToyCLIP().encode_image(found.images) @ ToyCLIP().encode_text(["50.6"])[0]
-    assert all(found.curve[b] == scores[: b + 1].max() for b in range(200))  # the running best
-    assert (found.curve.diff() >= 0).all() and found.curve[-1] == found.score
+    scores = ToyCLIP().encode_image(result.images) @ ToyCLIP().encode_text(["50.6"])[0]
+    assert all(result.curve[b] == scores[: b + 1].max() for b in range(200))  # the running best
+    assert (result.curve.diff() >= 0).all() and result.curve[-1] == result.score
 
 
 def test_search_of_all_classes_is_random_search():
-    """Classes and noise are then drawn without CLIP having a say in it."""
-    found = search.search(ToyGAN(), ToyCLIP(), "50.6", k=12, num_images=100, seed=2, return_images=True)
+    """Classes and noise are then sampled independently of CLIP."""
+    result = search.search(ToyGAN(), ToyCLIP(), "50.6", k=12, num_images=100, seed=2, return_images=True)
     noise, classes = search.sample_inputs(3, torch.arange(12), 100, "2 50.6")
-    assert torch.equal(found.images, ToyGAN()(noise, classes)) and len(classes.unique()) == 12
+    assert torch.equal(result.images, ToyGAN()(noise, classes)) and len(classes.unique()) == 12
     assert noise.mean().abs() < 0.2 and noise.std() == pytest.approx(1, abs=0.15)
 
 
@@ -134,15 +134,15 @@ def test_real_score_is_the_mean_cosine(shapes_clip, images):
 
 @pytest.mark.slow
 def test_search_finds_the_color_of_the_prompt(shapes_clip):
-    """A perfect generator of squares of each colour: the colour of the prompt is found, by its name alone."""
-    colours = rgb(list(COLORS.values()))
+    """A perfect generator of squares of each color: the color of the prompt is found by its name only."""
+    colors = rgb(list(COLORS.values()))
 
-    def draw(noise, class_indices):
-        pictures = torch.ones(len(noise), 3, 32, 32)
-        pictures[:, :, 8:24, 8:24] = colours[class_indices][:, :, None, None]
-        return pictures
+    def generate(noise, class_indices):
+        images = torch.ones(len(noise), 3, 32, 32)
+        images[:, :, 8:24, 8:24] = colors[class_indices][:, :, None, None]
+        return images
 
-    names = [f"a large {colour} square on a white background" for colour in COLORS]
+    names = [f"a large {color} square on a white background" for color in COLORS]
     for i, name in enumerate(names):
-        found = search.search(ExternalGenerator(draw, "squares", 1, names), shapes_clip, name, k=2, num_images=8)
-        assert found.class_index == i
+        result = search.search(ExternalGenerator(generate, "squares", 1, names), shapes_clip, name, k=2, num_images=8)
+        assert result.class_index == i

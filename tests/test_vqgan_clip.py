@@ -25,7 +25,7 @@ def generators_of(*seeds):
 
 
 def test_augmentations_are_crops(images):
-    """Crops are parts of the picture: of a ramp they show its slope, less steep, half of them mirrored."""
+    """Crops of a ramp have a smaller slope, and half of them are mirrored."""
     ramp = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
     crops = vqgan_clip.augment(ramp, generators_of(0), AugmentationParams(64, 0.5, 0.0))
     assert crops.shape == (64, 3, 32, 32) and crops.abs().max() <= 1
@@ -36,8 +36,8 @@ def test_augmentations_are_crops(images):
     flat = vqgan_clip.augment(torch.zeros(1, 3, 32, 32), generators_of(0), AugmentationParams(64, 0.5, 0.1))
     assert flat.mean().abs() < 0.01 and flat.std(dim=(1, 2, 3)).min() > 0 and flat.std(dim=(1, 2, 3)).max() < 0.11
     same = vqgan_clip.augment(images[:2], generators_of(3, 4), AugmentationParams(1, 1.0, 0.0))
-    for picture, crop in zip(images, same):
-        assert torch.allclose(picture, crop, atol=1e-5) or torch.allclose(picture.flip(-1), crop, atol=1e-5)
+    for image, crop in zip(images, same):
+        assert torch.allclose(image, crop, atol=1e-5) or torch.allclose(image.flip(-1), crop, atol=1e-5)
     first = vqgan_clip.augment(images[:3], generators_of(3, 4, 5), AugmentationParams(4, 0.5, 0.1))
     alone = vqgan_clip.augment(images[1:2], generators_of(4), AugmentationParams(4, 0.5, 0.1))
     torch.testing.assert_close(first[4:8], alone)  # by its own generator
@@ -57,8 +57,8 @@ def test_latents_are_codes_with_a_straight_through_gradient(tiny_vqgan):
     torch.testing.assert_close(images, tiny_vqgan.decode(indices))
     z_q = tiny_vqgan.active_model.quantize.indices_to_codes(indices).detach().requires_grad_()
     (expected,) = torch.autograd.grad(tiny_vqgan.decode_latents(z_q).square().sum(), z_q)
-    found = torch.autograd.grad(images.square().sum(), latents.z)[0]
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    gradient = torch.autograd.grad(images.square().sum(), latents.z)[0]
+    torch.testing.assert_close(gradient, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_optimization_raises_the_clip_score(shapes):
 
 
 def test_images_do_not_depend_on_each_other(shapes):
-    """The same picture alone, among others, and again; another one from another seed."""
+    """An image is the same alone, among others, and when repeated; another seed gives another image."""
     targets = shapes.clip.encode_text(
         ["a large blue ring on a white background", "a small red star on a black background"]
     )

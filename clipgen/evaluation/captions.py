@@ -47,9 +47,9 @@ def read_captions(source: str | Path) -> list[Caption]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     if not captions:
-        raise ValueError(f"captions must be sentences, got none in {path}")
+        raise ValueError(f"captions must be texts, got none in {path}")
     if not all(caption.text.strip() for caption in captions):
-        raise ValueError(f"captions must be sentences, got an empty one in {path}")
+        raise ValueError(f"captions must be texts, got an empty one in {path}")
     return captions
 
 
@@ -74,7 +74,7 @@ def parse_lines(text: str) -> list[Caption]:
     if all(with_file):
         return [Caption(file.strip(), caption.strip()) for file, _, caption in lines]
     if any(with_file):
-        raise ValueError("a file name and a tab must stand before every sentence, or before none")
+        raise ValueError("a file name and a tab must stand before every caption, or before none")
     return [Caption(None, caption.strip()) for caption, _, _ in lines]
 
 
@@ -91,7 +91,7 @@ def parse_json(content: Any) -> list[Caption]:
         captions = [Caption(file, text) for file, text in content.items()]
     for caption in captions:
         if not isinstance(caption.text, str):
-            raise ValueError(f"each sentence must be a text, got {caption.text!r:.60}")
+            raise ValueError(f"each caption must be a text, got {caption.text!r:.60}")
     return captions
 
 
@@ -170,7 +170,7 @@ def read_sidecar(path: Path) -> str:
     """Read a caption from a text file."""
     size = path.stat().st_size
     if size > MAX_SIDECAR_BYTES:
-        raise ValueError(f"{path} must be a sentence, got {size} bytes")
+        raise ValueError(f"{path} must hold a caption, got {size} bytes")
     return read_text(path).strip()
 
 

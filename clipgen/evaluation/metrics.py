@@ -135,10 +135,9 @@ class FrechetDistance:
         return results
 
 
-class KernelDistance:
-    """KID, without blur."""
+class FeatureComparison:
+    """Base of the metrics that compare the unblurred features of both sides."""
 
-    labels: ClassVar[Labels] = {"kid_mean": "KID ↓"}
     network: ClassVar[str] = "features"
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
@@ -146,40 +145,38 @@ class KernelDistance:
         return batch.features(0)
 
     def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return mean and standard deviation over subsets."""
-        sides = unblurred_features(images, reference)
-        if sides is None:
+        """Return the comparison of the features, which are memory-mapped."""
+        if reference is None or UNBLURRED not in images.column_names():
             return {}
-        mean, std = functional.kernel_distance(*sides)
+        ours = torch.from_numpy(images.memmap_column(UNBLURRED, images.folder))
+        theirs = torch.from_numpy(reference.memmap_column(UNBLURRED, images.folder))
+        return self.compare(ours, theirs)
+
+    def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
+        """Return the results for features (N, F), (M, F)."""
+        raise NotImplementedError
+
+
+class KernelDistance(FeatureComparison):
+    """KID: mean and standard deviation over subsets."""
+
+    labels: ClassVar[Labels] = {"kid_mean": "KID ↓"}
+
+    def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
+        """Return the distance."""
+        mean, std = functional.kernel_distance(ours, theirs)
         return {"kid_mean": mean, "kid_std": std}
 
 
-class PrecisionRecall:
-    """Improved precision and recall, without blur."""
+class PrecisionRecall(FeatureComparison):
+    """Improved precision and recall."""
 
     labels: ClassVar[Labels] = {"precision": "precision ↑", "recall": "recall ↑"}
-    network: ClassVar[str] = "features"
 
-    def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
-        """Return the features (B, F)."""
-        return batch.features(0)
-
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return precision and recall."""
-        sides = unblurred_features(images, reference)
-        if sides is None:
-            return {}
-        precision, recall = functional.precision_recall(*sides)
+    def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
+        """Return both."""
+        precision, recall = functional.precision_recall(ours, theirs)
         return {"precision": precision, "recall": recall}
-
-
-def unblurred_features(images: FeatureStore, reference: FeatureStore | None) -> tuple[Tensor, Tensor] | None:
-    """Return the features (N, F), (M, F) of both sides, memory-mapped; None if they were not measured."""
-    if reference is None or UNBLURRED not in images.column_names():
-        return None
-    ours = torch.from_numpy(images.memmap_column(UNBLURRED, images.folder))
-    theirs = torch.from_numpy(reference.memmap_column(UNBLURRED, images.folder))
-    return ours, theirs
 
 
 class ClipScore:

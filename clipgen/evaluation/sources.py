@@ -130,7 +130,7 @@ class FolderImages:
             self.captions = captions_of_files(self.root, self.files, None if captions == "embedded" else captions)
         self.chunks = index_ranges(len(self.files), IMAGES_PER_PART)
         self.identity = {
-            "pictures": hash_files(self.root / file for file in self.files),
+            "content": hash_files(self.root / file for file in self.files),
             "captions": captions_hash(self.captions),
             "image_size": self.image_size,
         }
@@ -206,7 +206,7 @@ class RealImages:
         if files is not None:
             keep_files(self.dataset, files)
         self.chunks = list(self.dataset.split_into_chunks(IMAGES_PER_PART))
-        self.identity = {"pictures": self.dataset.content_id(), "image_size": image_size}
+        self.identity = {"content": self.dataset.content_id(), "image_size": image_size}
 
     def read(self, chunk: Any) -> Iterator[ImageBatch]:
         """Yield the images of a chunk, batch by batch, without captions."""
