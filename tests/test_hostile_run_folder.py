@@ -56,7 +56,7 @@ def change(run: Path, **values: object) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["local://{thesis}", "{run}/checkpoints/../../thesis", "{thesis}"])
-def test_a_path_in_a_checkpoint_is_neither_removed_nor_exported(call, run, tmp_path, spelling):
+def test_paths_in_a_checkpoint_are_neither_removed_nor_exported(call, run, tmp_path, spelling):
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "chapter.ckpt").write_text("years of work")
@@ -83,7 +83,7 @@ def best_state(run: Path) -> dict:
     return next(state for key, state in callbacks.items() if key.startswith("ModelCheckpoint"))
 
 
-def test_only_a_plain_checkpoint_directly_in_the_folder_is_removed(tmp_path):
+def test_only_regular_checkpoints_in_the_folder_are_removed(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     (folder / "deeper").mkdir(parents=True)
     kept = [folder / "notes.txt", folder / "deeper" / "a.ckpt", tmp_path / "a.ckpt", folder / "linked.ckpt"]
@@ -98,7 +98,7 @@ def test_only_a_plain_checkpoint_directly_in_the_folder_is_removed(tmp_path):
     assert all(path.exists() for path in (*kept, folder)) and not old.exists()
 
 
-def test_a_run_folder_that_was_moved_remembers_its_best_score(call, run, tmp_path):
+def test_moved_run_folder_keeps_its_best_score(call, run, tmp_path):
     change(run, best_model_score=torch.tensor(-1.0))  # no later validation is as good
     best = (run / "checkpoints" / "best.ckpt").read_bytes()
     run.rename(tmp_path / "moved")
@@ -107,7 +107,7 @@ def test_a_run_folder_that_was_moved_remembers_its_best_score(call, run, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"moved"}
 
 
-def test_a_run_resumed_in_another_folder_keeps_its_best_model(call, run, tmp_path):
+def test_run_resumed_in_another_folder_keeps_its_best_model(call, run, tmp_path):
     change(run, best_model_score=torch.tensor(-1.0))
     best = (run / "checkpoints" / "best.ckpt").read_bytes()
     assert call("resume=run", "output=other", "trainer.max_steps=4").code == 0
@@ -115,7 +115,7 @@ def test_a_run_resumed_in_another_folder_keeps_its_best_model(call, run, tmp_pat
 
 
 @pytest.mark.parametrize("score", [None, "low", torch.tensor(float("nan")), torch.zeros(3), [[1]]])
-def test_a_score_that_is_none_is_forgotten(tmp_path, score):
+def test_invalid_best_score_is_ignored(tmp_path, score):
     (tmp_path / "best.ckpt").touch()
     best = BestCheckpoint(tmp_path, "val/loss")
     best.load_state_dict({"best_model_score": score})
@@ -153,13 +153,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_could_run_code_is_not_taken_over_from_a_run(tmp_path, text):
+def test_arguments_that_could_run_code_are_refused(tmp_path, text):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(["stage=vqgan", text]))
     with pytest.raises(ValueError, match=r"arguments\.yaml (must contain plain settings only|is damaged)"):
         add_run_arguments([f"resume='{tmp_path}'"])
 
 
-def test_what_could_run_code_is_refused_before_anything_is_done(call, run, tmp_path):
+def test_arguments_that_could_run_code_are_refused_before_training(call, run, tmp_path):
     (run / "arguments.yaml").write_text(yaml.safe_dump([*ARGUMENTS, "metrics.fid_features='run.hook:f'"]))
     (run / "hook.py").write_text("open('marker', 'w')")
     result = call("resume=run", "trainer.max_steps=4")
@@ -167,7 +167,7 @@ def test_what_could_run_code_is_refused_before_anything_is_done(call, run, tmp_p
     assert "give this argument on the command line, too, if you trust it" in result.stderr
 
 
-def test_what_is_given_on_the_command_line_need_not_be_plain_in_the_file(tmp_path):
+def test_command_line_replaces_refused_arguments(tmp_path):
     url = "data.train_urls='pipe:cat a.tar'"
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(["stage=vqgan", "data=webdataset", url]))
     assert add_run_arguments([f"resume='{tmp_path}'", url])[:2] == ["stage=vqgan", "data=webdataset"]
@@ -203,12 +203,12 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_plain_settings_are_taken_over(tmp_path, text):
+def test_plain_arguments_are_accepted(tmp_path, text):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump([text]))
     assert list(run_arguments(tmp_path, {}).values()) == [text]
 
 
-def test_what_is_taken_over_is_shown(call, run, caplog):
+def test_accepted_arguments_are_logged(call, run, caplog):
     caplog.set_level(logging.INFO)
     assert call("resume=run", "trainer.max_steps=3").code == 0
     assert "Resuming run with its arguments: stage=vqgan " in caplog.text
@@ -231,7 +231,7 @@ def test_what_is_taken_over_is_shown(call, run, caplog):
         ("\xff", "damaged"),
     ],
 )
-def test_damaged_arguments_are_refused_in_one_sentence(tmp_path, content, reason):
+def test_damaged_arguments_file_is_refused(tmp_path, content, reason):
     (tmp_path / "arguments.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"arguments\.yaml is damaged: .*{reason}|{reason}: "):
         run_arguments(tmp_path, {})

@@ -145,12 +145,12 @@ def state(run: str) -> dict[str, torch.Tensor]:
         slow("vqgan", "workers", 3),
     ],
 )
-def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
+def test_resume_is_bit_identical(call, sources, stage, kind, stop):
     arguments = [*STAGES[stage], *sources[kind], *(["vqgan=vqgan"] if stage == "transformer" else [])]
     stopped_and_resumed(call, arguments, stop)
 
 
-def test_a_resumed_run_is_the_run_where_batches_accumulate(call, sources):
+def test_resume_is_bit_identical_with_gradient_accumulation(call, sources):
     more = ["vqgan=vqgan", "model.optimizer.grad_accum_steps=2", "model.optimizer.grad_clip=0.5"]
     stopped_and_resumed(call, [*STAGES["transformer"], *sources["encoded"], *more], 3)
 
@@ -177,7 +177,7 @@ EPOCHS = [
         slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"]),
     ],
 )
-def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, kind, stop, more):
+def test_resume_after_ctrl_c_is_bit_identical(call, sources, monkeypatch, stage, kind, stop, more):
     """In the middle of a pass and at its end, where steps count and where passes do; its rate is a cosine."""
     tokenizer = ["vqgan=vqgan"] if stage == "transformer" else []
     arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *tokenizer, "model.optimizer.warmup_steps=4", *more]
@@ -191,7 +191,7 @@ def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, k
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("vqgan", "shapes"), ("transformer", "encoded")])
-def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monkeypatch, stage, kind):
+def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, stage, kind):
     """Those of each step, the last one before the stop too; at the rates of a cosine."""
     more = ["vqgan=vqgan", "model.clip_loss.interval=1"] if stage == "transformer" else []
     arguments = [
@@ -215,7 +215,7 @@ def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monke
 
 
 @pytest.mark.parametrize(("stop", "more"), [(2, []), slow(3, []), slow(2, EPOCHS)])
-def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch, stop, more):
+def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, stop, more):
     """Else the best checkpoint is one of the others."""
     arguments = [
         "clipgen-train",
@@ -261,7 +261,7 @@ def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
     ("stage", "kind", "more"),
     [("vqgan", "shapes", []), ("transformer", "encoded", ["vqgan=vqgan", "model.optimizer.weight_decay=0.5"])],
 )
-def test_what_is_given_on_resuming_is_what_trains(call, sources, stage, kind, more):
+def test_optimizer_settings_can_be_changed_on_resume(call, sources, stage, kind, more):
     """Not the learning rate, betas and weight decay that the checkpoint's optimizers were made with."""
     run = [*STAGES[stage], *sources[kind], *more[:1]]
     given = ["model.optimizer.learning_rate=1e-5", "model.optimizer.betas=[0.1,0.2]", "trainer.max_steps=5", *more[1:]]
@@ -279,7 +279,7 @@ def settings(run: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_processes_resume_as_one_run(sources, tmp_path):
+def test_ddp_resume_is_bit_identical(sources, tmp_path):
     """From the cache, under DDP."""
     arguments = [
         *STAGES["transformer"],
@@ -376,7 +376,7 @@ def test_resume_auto_needs_an_output(call):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_closed_terminal_saves_and_stops(call, sources, monkeypatch, times):
+def test_sighup_saves_and_stops(call, sources, monkeypatch, times):
     """It may send its signal twice."""
     interrupt_by(monkeypatch, signal.SIGHUP, 3, times)
     assert (
@@ -394,7 +394,7 @@ def test_a_closed_terminal_saves_and_stops(call, sources, monkeypatch, times):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
-def test_nohup_is_not_stopped_by_a_closed_terminal(call, sources, monkeypatch):
+def test_sighup_is_ignored_under_nohup(call, sources, monkeypatch):
     interrupt_by(monkeypatch, signal.SIGHUP, 3)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -405,7 +405,7 @@ def test_nohup_is_not_stopped_by_a_closed_terminal(call, sources, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
-def test_slurms_signal_saves_and_asks_for_the_job_again(call, sources, monkeypatch, tmp_path):
+def test_sigusr1_under_slurm_saves_and_requeues_the_job(call, sources, monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
     (tmp_path / "bin" / "scontrol").chmod(0o755)
@@ -450,7 +450,7 @@ train.main()
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_is_killed_is_resumed_by_torchrun(sources, tmp_path):
+def test_torchrun_restarts_a_killed_rank_bit_identically(sources, tmp_path):
     """With --max-restarts and resume=auto; it ends as the undisturbed run."""
     arguments = [
         *STAGES["transformer"],
@@ -498,7 +498,7 @@ def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch)
         ({"num_nodes": 2}, "transformer", "auto"),
     ],
 )
-def test_only_stage_1_looks_for_unused_parameters(settings, stage, strategy):
+def test_only_stage_1_finds_unused_parameters_under_ddp(settings, stage, strategy):
     """Its discriminator has no gradients at first."""
     config = composed(f"stage={stage}", *(f"trainer.{key}={value}" for key, value in settings.items()))
     if stage == "transformer":
@@ -526,7 +526,7 @@ def test_stage_1_trains_under_ddp(sources, tmp_path, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_checkpoints_go_to_fsdp_and_back(call, sources, tmp_path, optimizer):
+def test_checkpoints_can_be_resumed_with_fsdp_and_without(call, sources, tmp_path, optimizer):
     """With the moments of the optimizer, each at its parameter: the run ends as it does on one device alone."""
     arguments = [
         "clipgen-train",
@@ -554,7 +554,7 @@ def test_checkpoints_go_to_fsdp_and_back(call, sources, tmp_path, optimizer):
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_checkpoint_whose_moments_are_in_another_order_is_refused_for_fsdp(call, sources):
+def test_fsdp_refuses_checkpoints_with_moments_in_another_order(call, sources):
     """As those of older versions are."""
     arguments = ["clipgen-train", *STAGES["transformer"], *sources["encoded"], "trainer.max_steps=2", "output=run"]
     assert call(*arguments).code == 0
@@ -584,17 +584,17 @@ def taken(size: int, count: int, consumed: int = 0, **options) -> list:
 
 
 @pytest.mark.parametrize("start", range(9))
-def test_an_order_begins_anywhere(start):
+def test_sampler_resumes_at_any_item(start):
     whole = taken(14, 60, batch_size=4)
     assert taken(14, 20, 4 * start, batch_size=4) == whole[4 * start : 4 * start + 20]
 
 
-def test_a_pass_has_every_item_once_at_most_and_passes_differ():
+def test_each_epoch_has_every_item_once_in_another_order():
     items = taken(12, 24, batch_size=4)
     assert sorted(items[:12]) == sorted(items[12:]) == list(range(12)) and items[:12] != items[12:]
 
 
-def test_an_order_of_many_items_is_no_list_of_numbers():
+def test_sampler_needs_no_list_of_all_items():
     order = ResumableSampler(range(300_000), 100, seed=0)
     tracemalloc.start()
     try:
@@ -607,7 +607,7 @@ def test_an_order_of_many_items_is_no_list_of_numbers():
         tracemalloc.stop()
 
 
-def test_ranks_share_a_pass():
+def test_ranks_share_an_epoch():
     first, second = (taken(16, 8, batch_size=4, rank=rank, world_size=2) for rank in range(2))
     assert sorted(first + second) == list(range(16))
 
@@ -627,7 +627,7 @@ class Seen(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def test_a_limited_pass_begins_where_the_last_ended(tmp_path):
+def test_limited_epoch_starts_where_the_last_ended(tmp_path):
     """Workers fetch more items than ``limit_train_batches`` lets be used: those come next, resumed or not."""
     items = [{"images": torch.tensor(number)} for number in range(60)]
 
@@ -678,7 +678,7 @@ def trained_items(folder: Path, steps: int, batch_size: int, rank: int, size: in
     return module.items
 
 
-def test_another_number_of_devices_and_another_batch_size_continue_at_the_same_place(tmp_path):
+def test_resume_with_other_devices_and_batch_size_shows_each_item_once(tmp_path):
     """Each pass shows every item once, whoever shows it; the epochs of Lightning end with the passes."""
     before = [trained_items(tmp_path, 6, 4, rank, 2, False) for rank in range(2)]  # 48 of 60
     after = trained_items(tmp_path, 6 + 4 + 20, 3, 0, 1, True)
@@ -691,7 +691,7 @@ def test_another_number_of_devices_and_another_batch_size_continue_at_the_same_p
     assert sorted(joined(whole[0] + whole[1])) == list(range(60))
 
 
-def test_a_place_goes_through_several_batch_sizes(tmp_path):
+def test_data_position_survives_several_batch_sizes(tmp_path):
     shown = trained_items(tmp_path, 2, 5, 0, 1, False)
     for steps, batch_size in ((4, 10), (5, 15), (9, 5), (20, 3)):
         shown += trained_items(tmp_path, steps, batch_size, 0, 1, True)
@@ -700,7 +700,7 @@ def test_a_place_goes_through_several_batch_sizes(tmp_path):
     assert items[: len(straight)] == straight
 
 
-def test_a_checkpoint_without_a_place_is_read_as_before(tmp_path):
+def test_checkpoint_without_a_data_position_resumes_by_batches(tmp_path):
     trained_items(tmp_path, 3, 5, 0, 1, False)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint.pop("data_position") == {"epoch": 0, "items": 15, "batches": 3}
@@ -709,6 +709,6 @@ def test_a_checkpoint_without_a_place_is_read_as_before(tmp_path):
     assert trained_items(tmp_path, 6, 5, 0, 1, True) == straight[3:]
 
 
-def test_too_few_items_are_refused():
+def test_batch_size_larger_than_the_dataset_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at most 3, the training images a device, got 4"):
         ResumableSampler(range(7), 4, seed=0, world_size=2)
