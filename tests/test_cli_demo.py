@@ -1,4 +1,4 @@
-"""``clipgen-demo``: everything from nothing, on nets that learn nothing in two steps."""
+"""``clipgen-demo``, with trainings of two steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def call(call):
 
 
 def test_demo_writes_models_images_and_report(call, tmp_path):
-    """In a folder whose name Hydra's grammar could not read."""
+    """In a folder whose name Hydra's grammar does not accept."""
     done = call("--output", "de mo (1)", "--seed", 3, *TINY)
     output = tmp_path / "de mo (1)"
     assert done.code == 0, done.stderr
@@ -71,7 +71,7 @@ def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, tmp_path, ar
 
 @pytest.mark.parametrize(("model", "again"), [(VQGAN, "vqgan"), (ConditionalTransformer, "transformer")])
 def test_interrupted_demo_is_resumed_by_the_printed_command(call, monkeypatch, caplog, tmp_path, model, again):
-    """With its own settings, and without training again what was finished."""
+    """It keeps its settings, and finished stages are not trained again."""
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as patch:
         interrupt_at(patch, model, "training_step", 1)

@@ -1,4 +1,4 @@
-"""``clipgen-train``: what a run leaves behind, stopping and going on, and how it says no."""
+"""``clipgen-train``: run folders, interruption and resuming, and error messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from clipgen.training.callbacks import AtomicCheckpointIO, ProgressReport
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """(run folder of stage 1, of stage 2)."""
+    """Return the run folders of stage 1 and of stage 2."""
     folder, transformer = trained(tmp_path_factory.getbasetemp())
     return (folder / "vqgan_run").resolve(), transformer
 
@@ -65,7 +65,7 @@ def test_run_folder_has_models_checkpoints_and_settings(runs):
 
 
 def test_progress_reads_losses_as_often_as_they_are_logged(fit, tiny_vqgan, caplog):
-    """To read a number, a GPU is waited for."""
+    """Reading a loss waits for the GPU."""
     caplog.set_level(logging.INFO)
     fit(tiny_vqgan, 5, ProgressReport(interval=0.0), log_every_n_steps=2)
     lines = [record.getMessage() for record in caplog.records if record.name.endswith("callbacks.progress")]
@@ -146,7 +146,7 @@ def test_frozen_models_are_in_the_run_folder_but_not_in_checkpoints(runs):
 
 @pytest.mark.parametrize("gone", ["checkpoints", "vqgan"])
 def test_another_run_is_not_overwritten(call, runs, tmp_path, gone):
-    """Neither a finished one nor one that was stopped; the same goes on where it is resumed."""
+    """Neither a finished run nor an interrupted one, unless it is resumed."""
     shutil.copytree(runs[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / gone)
     before = (tmp_path / "run" / "config.yaml").read_text()
@@ -160,7 +160,7 @@ def test_another_run_is_not_overwritten(call, runs, tmp_path, gone):
 
 
 def test_run_without_a_checkpoint_starts_again(call, runs, tmp_path):
-    """Stage 2 has copied its tokenizer by then, which is no run of stage 1."""
+    """By then stage 2 has copied its tokenizer, which is not a run of stage 1."""
     (tmp_path / "run").mkdir()
     shutil.copytree(runs[1] / "vqgan", tmp_path / "run" / "vqgan")
     shutil.copy(runs[1] / "clip.json", tmp_path / "run" / "clip.json")
@@ -168,7 +168,7 @@ def test_run_without_a_checkpoint_starts_again(call, runs, tmp_path):
 
 
 def test_adversarial_training_exports_the_last_checkpoint(runs):
-    """The validation loss does not see it: the finished model is the last, and not the one that it finds best."""
+    """The validation loss has no adversarial term, so its minimum is misleading."""
     last = Tokenizer.load(runs[0] / "checkpoints" / "last.ckpt").active_model.state_dict()
     finished = Tokenizer.load(runs[0] / "vqgan").active_model.state_dict()
     assert not [name for name in last if not torch.equal(last[name], finished[name])]
@@ -182,7 +182,7 @@ def test_leftovers_of_an_interrupted_checkpoint_are_removed(tmp_path):
 
 
 def test_metrics_csv_has_each_step_once_after_resuming(call, tmp_path):
-    """Steps after the checkpoint are there once."""
+    """Steps after the checkpoint are written again, not twice."""
     arguments = [*VQGAN, *SHAPES, "logger=csv", "output=run"]
     assert call(*arguments, "trainer.max_steps=3").code == 0
     shutil.copy(tmp_path / "run/checkpoints/last.ckpt", tmp_path / "third.ckpt")
@@ -267,7 +267,7 @@ def test_ctrl_c_saves_a_checkpoint_that_resume_continues(call, monkeypatch, capl
 
 
 def test_resume_takes_the_arguments_of_the_run(call, monkeypatch, tmp_path):
-    """The run's own arguments, in its folder; what is given changes them, for a later resume too."""
+    """The run continues in its folder. Arguments of the command line replace its own, also when it is resumed later."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, Tokenizer, "training_step", 3)
         assert call(*VQGAN, *SHAPES, r"output='o\'run'", "trainer.max_steps=3").code == 130
@@ -285,7 +285,7 @@ def test_resume_takes_the_arguments_of_the_run(call, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("method", "when"), [("training_step", 3), ("validation_step", 2)])
 def test_ctrl_c_stops_between_optimizer_steps(call, monkeypatch, tmp_path, method, when):
-    """What they have added up is in no checkpoint: between them, a resumed run would not be the run."""
+    """Accumulated gradients are not in the checkpoint."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, Tokenizer, method, when)  # the first validation step is the sanity check's
         more = ["model.optimizer.grad_accum_steps=2", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"]
@@ -296,7 +296,7 @@ def test_ctrl_c_stops_between_optimizer_steps(call, monkeypatch, tmp_path, metho
 
 
 def test_gpt2_weights_are_read_only_at_the_start(call, runs, monkeypatch, tmp_path):
-    """At the beginning and never again: a resumed run, a sampler and a reader of the folder need them no more."""
+    """They are not needed to resume, to sample or to load the model."""
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50)).save_pretrained(tmp_path / "gpt2")
     arguments = [*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "output=run", "init_from_gpt2=gpt2"]
     seen = []
@@ -346,7 +346,7 @@ def test_ctrl_c_stops_the_installed_command(tmp_path):
 
 
 def test_failed_run_of_a_sweep_does_not_stop_the_others(call, tmp_path):
-    """--multirun: a folder a run, below one; a run that fails does not stop the others."""
+    """With --multirun each run has its own folder."""
     result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "trainer.max_steps=abc,2")
     assert result.code == 1 and "trainer.max_steps must be int, got 'abc'" in result.stderr
     assert everything(tmp_path / "sweep" / "0") == set() and steps_of(tmp_path / "sweep" / "1") == 2
@@ -481,7 +481,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, runs, tmp_path, name):
-    """One sentence, no traceback, and nothing is left behind."""
+    """There is no traceback."""
     places = dict(zip(("vqgan", "transformer"), runs))
     places |= {"damaged": tmp_path / "damaged.ckpt", "clip": tmp_path / "clip"}
     places["damaged"].write_bytes(b"PK\x03\x04 no checkpoint")
@@ -497,7 +497,7 @@ def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, runs, tmp_pa
 
 
 def test_a_sweep_on_two_devices_is_refused(call, tmp_path):
-    """Each process would start a sweep of its own."""
+    """Each process would start its own sweep."""
     two = ["trainer.accelerator=cpu", "trainer.devices=2"]
     result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "seed=1,2", *two)
     assert result.code == 1 and "--multirun needs a single device, got 2" in result.stderr
@@ -514,7 +514,7 @@ def test_unexpected_error_suggests_debug_mode(call, monkeypatch, tmp_path):
 
 
 def test_installed_command_prints_errors_to_stderr(tmp_path):
-    """The same through the installed command: the streams and the exit code are really those."""
+    """Also with the right exit code."""
     done = command("clipgen-train", *VQGAN, "model.chh=1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
@@ -528,7 +528,7 @@ def test_installed_command_prints_errors_to_stderr(tmp_path):
 
 @pytest.fixture
 def small_files():
-    """The system refuses files of more than 30 kB: room for configuration and events, none for a checkpoint."""
+    """Limit files to 30 kB, which is enough for the configuration and events, but not for a checkpoint."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
@@ -545,7 +545,7 @@ def test_full_disk_at_the_first_checkpoint_leaves_no_files(call, small_files, tm
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["plain", "inside torch"])
 def test_full_disk_keeps_the_previous_checkpoint(monkeypatch, tmp_path, hidden):
-    """The one before stays whole, and nothing lies beside it."""
+    """The temporary file is removed."""
     path, files = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpointIO()
     files.save_checkpoint({"step": 1}, path)
 
@@ -584,7 +584,7 @@ def test_cfg_job_shows_all_keys(call, tmp_path):
 
 
 def test_image_grids_use_guidance_if_the_model_supports_it(call, tmp_path):
-    """Where the model is trained for it; else the training does not begin."""
+    """Otherwise training does not start."""
     make_vqgan(**VQGAN_SIZES).save(tmp_path / "vqgan")
     arguments = [*TRANSFORMER, *SHAPES, "vqgan=vqgan", "trainer.max_steps=2", "model.conditioning.drop_prob=0.5"]
     for name, scale in (("plain", 1), ("guided", 8)):

@@ -1,4 +1,4 @@
-"""A first run on photographs: when it validates, what it says before the first step, and what it leaves behind."""
+"""A first run on photographs: validation interval, summary, image grids and early errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def call(call):
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Sixty pictures."""
+    """Return a folder of sixty images."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(60):
@@ -56,7 +56,7 @@ def grids(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("source", [FOLDER, SHARDS], ids=["folder", "shards"])
 def test_short_run_validates_at_its_end(call, photos, tmp_path, source):
-    """And a folder of one batch an epoch does not validate after every step."""
+    """A folder with one batch per epoch is not validated after every step."""
     make_shards.main([str(photos), "--output", "shards", "--val-fraction", "0.1"])
     result = call(*OPEN, *source, *SMALL)
     assert result.code == 0, result.stderr
@@ -83,7 +83,7 @@ def test_only_the_last_grids_are_kept(call, photos, tmp_path):
 
 @pytest.mark.parametrize(("images", "interval"), [(0, 1000), (512, 1000), (3300, 2000), (25_600, 8000)])
 def test_validation_interval_grows_with_the_validation_set(images, interval):
-    """So that at most a tenth of the batches are for validation; in modern on shards, too, which have no end."""
+    """Validation takes at most a tenth of the batches."""
     config = composed("stage=vqgan", "experiment=modern", "data=webdataset", "data.train_urls=a", "data.val_urls=b")
     settings = TrainingConfig.from_dict(OmegaConf.to_container(config, resolve=True))
     assert set_default_interval(settings) and settings.trainer["check_val_every_n_epoch"] is None
@@ -141,7 +141,7 @@ def test_summary_is_logged_before_the_first_step(call, photos, caplog):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_estimated_activations_match_what_autograd_saves(tiny_vqgan, images, checkpointing):
-    """Of a real batch, but for the quantizer."""
+    """For a real batch, without the quantizer."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -211,7 +211,7 @@ EARLY = {
 
 @pytest.mark.parametrize("line", EARLY)
 def test_early_errors_do_not_import_torch(line, tmp_path):
-    """Its import takes seconds, or dozens of them on a laptop."""
+    """Importing torch takes seconds, on some laptops half a minute."""
     code = f"import sys, {EARLY[line]} as module; sys.argv = {line.split()}\n" + (
         "try: module.main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )

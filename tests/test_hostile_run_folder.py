@@ -1,16 +1,13 @@
-"""A run folder of somebody else: resuming it runs no command, and writes and removes nothing outside of it."""
+"""Resuming a run folder of somebody else runs no commands and changes no files outside of it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -21,7 +18,6 @@ import yaml
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
-from clipgen import run_lock
 from clipgen.cli.config import make
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
@@ -38,13 +34,13 @@ def call(call):
 
 @pytest.fixture
 def run(call, tmp_path) -> Path:
-    """A run of two steps with a validation."""
+    """Return a run folder after two steps and a validation."""
     assert call(*ARGUMENTS, "output=run").code == 0
     return tmp_path / "run"
 
 
 def change(run: Path, **values: object) -> None:
-    """Replace values in the state of the run's ModelCheckpoint."""
+    """Replace values in the state of the ModelCheckpoint of a run."""
     path = run / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (key,) = (key for key in checkpoint["callbacks"] if key.startswith("ModelCheckpoint"))
@@ -287,86 +283,6 @@ def test_other_commands_hold_their_folder(monkeypatch, capsys, tmp_path, name):
     assert result.code == 1 and "output must not be in use, got out" in result.stderr
 
 
-def test_processes_of_several_ranks_share_a_folder(tmp_path):
-    with hold_lock(tmp_path, f"{LOCK}-0"), hold_lock(tmp_path, f"{LOCK}-1"):
-        assert {path.name for path in tmp_path.iterdir()} == {f"{LOCK}-0", f"{LOCK}-1"}
-
-
-def test_one_of_many_claims_a_folder(tmp_path):
-    """Also where all find the lock of a dead process first."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    record = {
-        "pid": dead.pid,
-        "started": "1",
-        "process_table": run_lock.process_table(),
-        "host": "here",
-        "since": "now",
-    }
-    for _ in range(20):
-        (tmp_path / LOCK).write_text(json.dumps(record))
-        inside, most, lock = [0], [0], threading.Lock()
-
-        def work(inside=inside, most=most, lock=lock) -> None:
-            try:
-                with hold_lock(tmp_path):
-                    with lock:
-                        inside[0] += 1
-                        most[0] = max(most[0], inside[0])
-                    time.sleep(0.01)
-                    with lock:
-                        inside[0] -= 1
-            except FileExistsError:
-                pass
-
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert most == [1] and not list(tmp_path.iterdir())
-
-
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom clipgen.run_lock import hold_lock\n"
-        "with hold_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout and process.stdout.readline() == "held\n"
-    with pytest.raises(FileExistsError, match=f"process {process.pid} on"), hold_lock(tmp_path):
-        pass
-    process.kill()
-    process.wait()
-    with hold_lock(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize("lives", [True, False])
-def test_a_process_on_another_machine_is_alive_while_it_renews_its_lock(tmp_path, monkeypatch, lives):
-    monkeypatch.setattr(run_lock, "TIMEOUT", 0.5)
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "process_table": "elsewhere", "host": "far", "since": "now"}))
-    done = threading.Event()
-    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.05)
-    thread = threading.Thread(target=run_lock.renew, args=(tmp_path / LOCK, done))
-    if lives:
-        thread.start()
-        with pytest.raises(FileExistsError, match="process 1 on far since now"), hold_lock(tmp_path):
-            pass
-        done.set()
-        thread.join()
-    else:
-        with hold_lock(tmp_path):
-            pass
-
-
-def test_a_damaged_lock_is_one_of_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "TIMEOUT", 0.1)
-    (tmp_path / LOCK).write_text("{")
-    with hold_lock(tmp_path):
-        pass
-
-
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
@@ -399,7 +315,7 @@ def test_an_ignored_hangup_stays_ignored():
 
 
 def test_arguments_and_configuration_are_replaced_in_one_step(call, run, monkeypatch):
-    """A kill while they are written leaves those of before."""
+    """If writing fails, the previous ones stay."""
     before = {name: (run / name).read_text() for name in ("config.yaml", "arguments.yaml")}
     monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError(28, "No space left")))
     result = call("resume=run", "trainer.max_steps=4")

@@ -1,4 +1,4 @@
-"""Stopped anywhere and resumed, a run ends as if it had not been stopped: bit for bit, with every kind of data."""
+"""A run that is stopped anywhere and resumed is bit-identical to an uninterrupted one, with every data source."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from commands import command, interrupt_at
-from conftest import QUIET
 from models import VQGAN_SIZES, make_vqgan
 from test_image_data import encoded, make_tar
 
 from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
-from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.samplers import DataPositionCallback, ResumableSampler
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
 from clipgen.training.callbacks.checkpointing import renumber
@@ -84,7 +79,7 @@ STAGES = {
 
 @pytest.fixture
 def sources(tmp_path, call) -> dict[str, list[str]]:
-    """Ten images (so that seven steps of four lie in several passes) as each kind of data."""
+    """Return the arguments of each data source, with few images, so that seven steps take several epochs."""
     pictures = to_pil(ShapesDataset(14, image_size=40, seed=2).render(range(14)))
     (tmp_path / "images").mkdir()
     for i, picture in enumerate(pictures):
@@ -123,7 +118,7 @@ def slow(*arguments: Any) -> Any:
 
 
 def state(run: str) -> dict[str, torch.Tensor]:
-    """Everything that the next step would depend on."""
+    """Return everything in the last checkpoint that the next step depends on."""
     checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
     found = dict(checkpoint["state_dict"])
     for half, optimizer in enumerate(checkpoint["optimizer_states"]):
@@ -178,7 +173,7 @@ EPOCHS = [
     ],
 )
 def test_resume_after_ctrl_c_is_bit_identical(call, sources, monkeypatch, stage, kind, stop, more):
-    """In the middle of a pass and at its end, where steps count and where passes do; its rate is a cosine."""
+    """In the middle and at the end of an epoch, with a limit on steps or on epochs, and a cosine schedule."""
     tokenizer = ["vqgan=vqgan"] if stage == "transformer" else []
     arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *tokenizer, "model.optimizer.warmup_steps=4", *more]
     assert call(*arguments, "output=straight").code == 0
@@ -192,7 +187,7 @@ def test_resume_after_ctrl_c_is_bit_identical(call, sources, monkeypatch, stage,
 
 @pytest.mark.parametrize(("stage", "kind"), [("vqgan", "shapes"), ("transformer", "encoded")])
 def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, stage, kind):
-    """Those of each step, the last one before the stop too; at the rates of a cosine."""
+    """Including that of the last step before the interruption."""
     more = ["vqgan=vqgan", "model.clip_loss.interval=1"] if stage == "transformer" else []
     arguments = [
         "clipgen-train",
@@ -216,7 +211,7 @@ def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, st
 
 @pytest.mark.parametrize(("stop", "more"), [(2, []), slow(3, []), slow(2, EPOCHS)])
 def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, stop, more):
-    """Else the best checkpoint is one of the others."""
+    """Otherwise another checkpoint would be considered the best."""
     arguments = [
         "clipgen-train",
         *STAGES["vqgan"],
@@ -247,7 +242,7 @@ def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, sto
 
 
 def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
-    """Compare with a run that was not stopped."""
+    """Check that a run that was stopped and resumed equals an uninterrupted one."""
     schedule = ["model.optimizer.schedule=constant"]  # a cosine would end where the shorter run does
     for options in (["output=straight"], ["output=half", f"trainer.max_steps={stop}"], ["output=half", "resume=half"]):
         result = call("clipgen-train", *arguments, *schedule, *options)
@@ -262,7 +257,7 @@ def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
     [("vqgan", "shapes", []), ("transformer", "encoded", ["vqgan=vqgan", "model.optimizer.weight_decay=0.5"])],
 )
 def test_optimizer_settings_can_be_changed_on_resume(call, sources, stage, kind, more):
-    """Not the learning rate, betas and weight decay that the checkpoint's optimizers were made with."""
+    """The learning rate, betas and weight decay of the command line replace those of the checkpoint."""
     run = [*STAGES[stage], *sources[kind], *more[:1]]
     given = ["model.optimizer.learning_rate=1e-5", "model.optimizer.betas=[0.1,0.2]", "trainer.max_steps=5", *more[1:]]
     for options in ([*run, *given, "output=new"], [*run, "trainer.max_steps=3", "output=old"], ["resume=old", *given]):
@@ -272,7 +267,7 @@ def test_optimizer_settings_can_be_changed_on_resume(call, sources, stage, kind,
 
 
 def settings(run: str) -> list[dict[str, Any]]:
-    """What each group of parameters is trained with."""
+    """Return the optimizer settings of each parameter group."""
     checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
     groups = [group for optimizer in checkpoint["optimizer_states"] for group in optimizer["param_groups"]]
     return [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -280,7 +275,7 @@ def settings(run: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_ddp_resume_is_bit_identical(sources, tmp_path):
-    """From the cache, under DDP."""
+    """From a token cache."""
     arguments = [
         *STAGES["transformer"],
         *sources["encoded"],
@@ -299,7 +294,7 @@ def test_ddp_resume_is_bit_identical(sources, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
 def test_two_processes_stop_at_the_same_step(sources, tmp_path):
-    """Wherever Ctrl-C meets either of them."""
+    """Even if they receive Ctrl-C at different steps."""
     arguments = [
         *STAGES["vqgan"],
         *sources["folder"],
@@ -377,7 +372,7 @@ def test_resume_auto_needs_an_output(call):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 @pytest.mark.parametrize("times", [1, 2])
 def test_sighup_saves_and_stops(call, sources, monkeypatch, times):
-    """It may send its signal twice."""
+    """A closed terminal sends it, sometimes twice."""
     interrupt_by(monkeypatch, signal.SIGHUP, 3, times)
     assert (
         call(
@@ -451,7 +446,7 @@ train.main()
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_bit_identically(sources, tmp_path):
-    """With --max-restarts and resume=auto; it ends as the undisturbed run."""
+    """With --max-restarts and resume=auto."""
     arguments = [
         *STAGES["transformer"],
         *sources["encoded"],
@@ -472,7 +467,7 @@ def test_torchrun_restarts_a_killed_rank_bit_identically(sources, tmp_path):
 
 
 def torchrun(folder: Path, options: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script by torchrun on this machine alone."""
+    """Run a script with torchrun on this machine."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
@@ -499,7 +494,7 @@ def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch)
     ],
 )
 def test_only_stage_1_finds_unused_parameters_under_ddp(settings, stage, strategy):
-    """Its discriminator has no gradients at first."""
+    """Before its start step the discriminator has no gradients."""
     config = composed(f"stage={stage}", *(f"trainer.{key}={value}" for key, value in settings.items()))
     if stage == "transformer":
         config.vqgan = "shapes"
@@ -527,7 +522,7 @@ def test_stage_1_trains_under_ddp(sources, tmp_path, options):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_checkpoints_can_be_resumed_with_fsdp_and_without(call, sources, tmp_path, optimizer):
-    """With the moments of the optimizer, each at its parameter: the run ends as it does on one device alone."""
+    """Each moment of the optimizer stays with its parameter: the result equals that of one device."""
     arguments = [
         "clipgen-train",
         *STAGES["transformer"],
@@ -555,7 +550,7 @@ def test_checkpoints_can_be_resumed_with_fsdp_and_without(call, sources, tmp_pat
 
 
 def test_fsdp_refuses_checkpoints_with_moments_in_another_order(call, sources):
-    """As those of older versions are."""
+    """Older versions wrote such checkpoints."""
     arguments = ["clipgen-train", *STAGES["transformer"], *sources["encoded"], "trainer.max_steps=2", "output=run"]
     assert call(*arguments).code == 0
     model = ConditionalTransformer.load("run")
@@ -569,146 +564,3 @@ def test_fsdp_refuses_checkpoints_with_moments_in_another_order(call, sources):
     check_strategy(str(path), model, "auto")
     with pytest.raises(ValueError, match=r"trainer\.strategy must not be fsdp for run/checkpoints/last\.ckpt"):
         check_strategy(str(path), model, "fsdp")
-
-
-# ------------------------------------------------------------------------------------------------------------ sampler
-
-
-def taken(size: int, count: int, consumed: int = 0, **options) -> list:
-    order = ResumableSampler(list(range(size)), seed=3, **options)
-    order.consumed = consumed
-    items: list = []
-    while len(items) < count:
-        items += list(order)
-    return items[:count]
-
-
-@pytest.mark.parametrize("start", range(9))
-def test_sampler_resumes_at_any_item(start):
-    whole = taken(14, 60, batch_size=4)
-    assert taken(14, 20, 4 * start, batch_size=4) == whole[4 * start : 4 * start + 20]
-
-
-def test_each_epoch_has_every_item_once_in_another_order():
-    items = taken(12, 24, batch_size=4)
-    assert sorted(items[:12]) == sorted(items[12:]) == list(range(12)) and items[:12] != items[12:]
-
-
-def test_sampler_needs_no_list_of_all_items():
-    order = ResumableSampler(range(300_000), 100, seed=0)
-    tracemalloc.start()
-    try:
-        assert len({item for item, _ in zip(order, range(30_000))}) == 30_000
-        tracemalloc.reset_peak()
-        items = iter(order)
-        next(items)
-        assert tracemalloc.get_traced_memory()[1] < 2e6  # of 300 000 numbers: 12e6
-    finally:
-        tracemalloc.stop()
-
-
-def test_ranks_share_an_epoch():
-    first, second = (taken(16, 8, batch_size=4, rank=rank, world_size=2) for rank in range(2))
-    assert sorted(first + second) == list(range(16))
-
-
-class Seen(pl.LightningModule):
-    """Notes the first item of each batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.items = torch.nn.Parameter(torch.zeros(1)), []
-
-    def training_step(self, batch, batch_idx):
-        self.items.append(int(batch["images"][0]))
-        return self.weight.sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.0)
-
-
-def test_limited_epoch_starts_where_the_last_ended(tmp_path):
-    """Workers fetch more items than ``limit_train_batches`` lets be used: those come next, resumed or not."""
-    items = [{"images": torch.tensor(number)} for number in range(60)]
-
-    def run(workers: int, epochs: int, ckpt: Path | None = None) -> list[int]:
-        settings = dict(max_epochs=epochs, limit_train_batches=5, default_root_dir=tmp_path)
-        trainer = pl.Trainer(accelerator="cpu", **settings, **QUIET)
-        trainer.fit(module := Seen(), ImageDataModule(items, None, 1, workers), ckpt_path=ckpt)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return module.items
-
-    straight = run(0, 3)
-    assert len(set(straight)) == 15 and run(2, 3) == straight
-    assert run(2, 2) + run(2, 3, tmp_path / "last.ckpt") == straight
-
-
-class Rank(pl.Trainer):
-    """One of several processes, which counts as they do and does not wait for them."""
-
-    rank, size = 0, 1
-    global_rank = property(lambda self: self.rank)  # type: ignore[assignment]
-    world_size = property(lambda self: self.size)  # type: ignore[assignment]
-
-
-class AllSeen(Seen):
-    """Notes the items of each batch."""
-
-    def training_step(self, batch, batch_idx):
-        self.items.append(batch["images"].tolist())
-        return self.weight.sum()
-
-
-def joined(batches: list[list[int]]) -> list[int]:
-    return [item for batch in batches for item in batch]
-
-
-def trained_items(folder: Path, steps: int, batch_size: int, rank: int, size: int, ckpt: bool) -> list[list[int]]:
-    """Train a rank on 60 items and note those of each of its batches."""
-    items = [{"images": torch.tensor(number)} for number in range(60)]
-    trainer = Rank(
-        max_steps=steps, accelerator="cpu", callbacks=[DataPositionCallback()], default_root_dir=folder, **QUIET
-    )
-    trainer.rank, trainer.size = rank, size
-    module = AllSeen()
-    path = folder / "last.ckpt"
-    trainer.fit(module, ImageDataModule(items, None, batch_size), ckpt_path=path if ckpt else None)
-    if rank == size - 1:  # after the others have read it
-        trainer.save_checkpoint(path)
-    return module.items
-
-
-def test_resume_with_other_devices_and_batch_size_shows_each_item_once(tmp_path):
-    """Each pass shows every item once, whoever shows it; the epochs of Lightning end with the passes."""
-    before = [trained_items(tmp_path, 6, 4, rank, 2, False) for rank in range(2)]  # 48 of 60
-    after = trained_items(tmp_path, 6 + 4 + 20, 3, 0, 1, True)
-    assert sorted(joined(before[0] + before[1] + after[:4])) == list(range(60))
-    assert sorted(joined(after[4:])) == list(range(60))
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    epoch = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    assert epoch["is_last_batch"] and epoch["current"]["processed"] == 20
-    whole = [trained_items(tmp_path / "whole", 5, 6, rank, 2, False) for rank in range(2)]
-    assert sorted(joined(whole[0] + whole[1])) == list(range(60))
-
-
-def test_data_position_survives_several_batch_sizes(tmp_path):
-    shown = trained_items(tmp_path, 2, 5, 0, 1, False)
-    for steps, batch_size in ((4, 10), (5, 15), (9, 5), (20, 3)):
-        shown += trained_items(tmp_path, steps, batch_size, 0, 1, True)
-    items = joined(shown)
-    straight = joined(trained_items(tmp_path / "straight", len(items) // 5, 5, 0, 1, False))
-    assert items[: len(straight)] == straight
-
-
-def test_checkpoint_without_a_data_position_resumes_by_batches(tmp_path):
-    trained_items(tmp_path, 3, 5, 0, 1, False)
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint.pop("data_position") == {"epoch": 0, "items": 15, "batches": 3}
-    torch.save(checkpoint, tmp_path / "last.ckpt")
-    straight = trained_items(tmp_path / "straight", 6, 5, 0, 1, False)
-    assert trained_items(tmp_path, 6, 5, 0, 1, True) == straight[3:]
-
-
-def test_batch_size_larger_than_the_dataset_is_refused():
-    with pytest.raises(ValueError, match="batch_size must be at most 3, the training images a device, got 4"):
-        ResumableSampler(range(7), 4, seed=0, world_size=2)
