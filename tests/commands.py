@@ -80,7 +80,7 @@ class Call:
 
 @functools.cache
 def trained(base: Path) -> tuple[Path, Path]:
-    """Train both stages by the installed commands, once per session; return their folder and the run folder of stage 2."""
+    """Train both stages once per session; return the folder and the run folder of stage 2."""
     folder = base / "trained"
     folder.mkdir()
     adversary = ["model.gan.weight=0.8", "model.gan.start_step=1", "model.gan.channels=8", "model.gan.num_layers=1"]
