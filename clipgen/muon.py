@@ -1,10 +1,14 @@
-"""Implement Muon: momentum, orthogonalized by Newton-Schulz iterations of many matrices at once."""
+"""The Muon optimizer: momentum, orthogonalized by Newton-Schulz iterations of many matrices at once.
+
+Ours although ``torch.optim.Muon`` exists, for the reasons given in ``Muon``.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from clipgen.processor import has_bf16_units
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LR_ADJUSTMENTS = ("original", "match_rms_adamw")
-# Elements iterated together: larger stacks need more memory and are no faster
+# Elements per stack of matrices. Larger stacks need more memory and are not faster.
 MAX_ELEMENTS = 2**26
 
 
@@ -28,19 +32,29 @@ class Muon(Optimizer):
 
     - iterates in float32 on devices without bfloat16 units, where ``torch.optim.Muon`` is many times slower;
     - iterates all matrices of one shape together, and on a GPU by torch.compile;
-    - divides the matrices among the processes of ``torch.distributed``: each orthogonalizes its share. Under DDP the
-      results travel in one collective operation per step; under FSDP2 (parameters are DTensors, sharded by rows) the
-      rows travel to the matrix's process in one, and back in another.
+    - distributes the matrices over the ranks, each of which orthogonalizes its share. Under DDP one collective
+      operation per step exchanges the results. Under FSDP2 (parameters are DTensors, sharded by rows) one collective
+      operation sends all rows of a matrix to its owner, and another one sends the results back;
+    - skips a step exactly if ``found_inf`` is 1, as torch's fused optimizers do (see ``step``).
 
-    All processes must step the same parameters, under DDP with the same gradients.
+    All ranks must step the same parameters, under DDP with the same gradients.
 
     Args:
         params: matrices, or parameter groups of them.
-        lr, weight_decay, momentum, nesterov: see ``torch.optim.Muon``.
-        ns_coefficients, ns_steps, eps: of the Newton-Schulz iteration.
-        adjust_lr_fn: ``"original"`` or ``"match_rms_adamw"`` (arXiv:2502.16982): scale the step by the matrix's shape.
-        dtype: of the iteration; None: bfloat16 where the device has units for it, else float32.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        momentum: decay of the momentum.
+        nesterov: use Nesterov momentum.
+        ns_coefficients: coefficients of the Newton-Schulz iteration.
+        eps: lower bound of the norm that a matrix is divided by before the iteration.
+        ns_steps: number of Newton-Schulz iterations.
+        adjust_lr_fn: scaling of the learning rate by the matrix's shape, ``"original"`` or ``"match_rms_adamw"``
+            (arXiv:2502.16982).
+        dtype: dtype of the iteration; None uses bfloat16 if the device multiplies fast in it, else float32.
     """
+
+    # 1 (on the parameters' device) to skip the next steps, 0 or None to take them.
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -57,7 +71,7 @@ class Muon(Optimizer):
     ):
         if adjust_lr_fn not in (None, *LR_ADJUSTMENTS):
             raise ValueError(f"adjust_lr_fn must be one of {', '.join(LR_ADJUSTMENTS)}, got {adjust_lr_fn!r}")
-        # The keys of torch.optim.Muon's groups, which checkpoints hold; the dtype belongs to the device
+        # The keys of torch.optim.Muon's groups, which checkpoints hold. The dtype depends on the device instead.
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -77,7 +91,11 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the parameters that have a gradient."""
+        """Update the parameters that have a gradient.
+
+        If ``found_inf`` is 1, neither weights nor momentum change, whatever the gradients are. Its value is not read
+        by the host, which would synchronize with a GPU.
+        """
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
@@ -87,7 +105,7 @@ class Muon(Optimizer):
         return loss
 
     def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        directions = self._directions(parameters, group)
+        directions = self._update_momentum(parameters, group)
         dtype = self.dtype or native_dtype(directions[0].device)
         updates = orthogonalize_distributed(
             parameters,
@@ -97,41 +115,48 @@ class Muon(Optimizer):
             group["eps"],
         )
         weights = [local(p) for p in parameters]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        for shape in dict.fromkeys(p.shape for p in parameters):
-            members = [i for i, p in enumerate(parameters) if p.shape == shape]
+        decay: Any = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            decay = torch.where(self.found_inf > 0, 1.0, decay)
+            torch._foreach_mul_(updates, 1 - self.found_inf)
+        torch._foreach_mul_(weights, decay)
+        for shape, members in indices_by_shape(parameters).items():
             torch._foreach_add_(
                 [weights[i] for i in members],
                 [updates[i] for i in members],
                 alpha=-adjusted_lr(group["lr"], group["adjust_lr_fn"], shape),
             )
 
-    def _directions(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Update the momentum, and return what is orthogonalized; of a DTensor this process's rows."""
+    def _update_momentum(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Update the momentum and return the matrices to orthogonalize (of DTensors, this rank's rows)."""
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)  # type: ignore[arg-type]
         gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
         buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        if self.found_inf is not None:
+            # A buffer that moves towards itself does not change, and its orthogonalization stays finite.
+            skip = self.found_inf > 0
+            gradients = [torch.where(skip, buffer, gradient) for buffer, gradient in zip(buffers, gradients)]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         return list(torch._foreach_lerp(gradients, buffers, group["momentum"])) if group["nesterov"] else buffers
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which a device multiplies matrices fastest, of bfloat16 and float32."""
+    """Return bfloat16 if a device multiplies matrices faster in it than in float32, else float32."""
     return torch.bfloat16 if has_bf16_units(device) else torch.float32
 
 
-def adjusted_lr(lr: float, kind: str | None, shape: Sequence[int]) -> float:
+def adjusted_lr(lr: float, adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
     """Return the learning rate of a matrix (rows, columns)."""
     rows, columns = shape
-    if kind == "match_rms_adamw":
+    if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * lr * math.sqrt(max(rows, columns))
     return lr * math.sqrt(max(1, rows / columns))
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's rows of a DTensor, or a plain tensor itself; in the same memory."""
+    """Return this rank's rows of a DTensor, or a plain tensor itself, without copying."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -139,7 +164,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def newton_schulz(x: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
-    """Bring the singular values of matrices (N, rows, columns), rows <= columns, to between 0.7 and 1.2.
+    """Move the singular values of matrices (N, rows, columns), rows <= columns, to between about 0.7 and 1.2.
 
     Each step is ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``.
     """
@@ -153,7 +178,7 @@ def newton_schulz(x: Tensor, coefficients: Sequence[float], steps: int, eps: flo
 
 @cache
 def iteration(device_type: str) -> Callable[..., Tensor]:
-    """Return the iteration as a device runs it fastest; torch.compile is imported when it is first needed."""
+    """Return the iteration, on a GPU compiled by torch.compile (which is imported when it is first needed)."""
     return torch.compile(newton_schulz, dynamic=False) if device_type == "cuda" else newton_schulz
 
 
@@ -163,27 +188,34 @@ def orthogonalize(
     steps: int,
     eps: float,
 ) -> list[Tensor]:
-    """Orthogonalize matrices of any shapes; those of one shape, or of its transpose, are iterated together."""
-    # The smaller Gram matrix is that of the rows of a wide matrix
+    """Orthogonalize matrices of any shapes. Those of one shape, or of its transpose, are iterated together."""
+    # A wide matrix has the smaller Gram matrix.
     wide = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
     results: list[Any] = [None] * len(matrices)
-    for members in stacks(wide):
+    for members in group_by_shape(wide):
         stack = torch.stack([wide[i] for i in members])
-        for i, result in zip(members, iteration(stack.device.type)(stack, coefficients, steps, eps)):
+        orthogonal = iteration(stack.device.type)(stack, coefficients, steps, eps)
+        for i, result in zip(members, orthogonal):
             results[i] = result.mT if wide[i] is not matrices[i] else result
     return results
 
 
-def stacks(matrices: list[Tensor]) -> list[list[int]]:
-    """Return the numbers of matrices that are iterated together: of one shape, and ``MAX_ELEMENTS`` at most."""
-    by_shape: dict[Any, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        by_shape.setdefault(matrix.shape, []).append(i)
-    found = []
-    for shape, members in by_shape.items():
-        most = max(MAX_ELEMENTS // shape.numel(), 1)
-        found += [members[start : start + most] for start in range(0, len(members), most)]
-    return found
+def indices_by_shape(tensors: Sequence[Tensor]) -> dict[torch.Size, list[int]]:
+    """Return the indices of the tensors of each shape."""
+    indices: dict[torch.Size, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        indices.setdefault(tensor.shape, []).append(i)
+    return indices
+
+
+def group_by_shape(matrices: list[Tensor]) -> list[list[int]]:
+    """Return the indices of matrices to iterate together: of one shape, with at most ``MAX_ELEMENTS`` elements."""
+    groups = []
+    for shape, members in indices_by_shape(matrices).items():
+        max_size = max(MAX_ELEMENTS // shape.numel(), 1)
+        for start in range(0, len(members), max_size):
+            groups.append(members[start : start + max_size])
+    return groups
 
 
 def orthogonalize_distributed(
@@ -193,11 +225,14 @@ def orthogonalize_distributed(
     steps: int,
     eps: float,
 ) -> list[Tensor]:
-    """Orthogonalize the parameters' matrices, each in one of the processes that hold them.
+    """Orthogonalize matrices, each on one rank, and return the results on all ranks that need them.
 
     Args:
-        parameters: tell the shapes, and how the matrices are distributed.
-        matrices: of a DTensor this process's rows, and so are the results.
+        parameters: the parameters of the matrices, which determine shapes and sharding.
+        matrices: the matrices, or this rank's rows if the parameters are DTensors. The results have the same form.
+        coefficients: coefficients of the Newton-Schulz iteration.
+        steps: number of iterations.
+        eps: lower bound of the norm that a matrix is divided by.
     """
     options = coefficients, steps, eps
     if isinstance(parameters[0], DTensor):
@@ -206,38 +241,42 @@ def orthogonalize_distributed(
         return orthogonalize(matrices, *options)
     owners = owners_of(parameters, dist.get_world_size())
     mine = [i for i, owner in enumerate(owners) if owner == dist.get_rank()]
-    return share(matrices, owners, orthogonalize([matrices[i] for i in mine], *options))
+    return all_gather_results(matrices, owners, orthogonalize([matrices[i] for i in mine], *options))
 
 
 def owners_of(parameters: Sequence[Tensor], world_size: int) -> list[int]:
-    """Return the process that orthogonalizes each matrix: equal shapes in turn, so that all have as much to do."""
+    """Return the rank that orthogonalizes each matrix. Equal shapes are dealt out in turn, to balance the work."""
     order = sorted(range(len(parameters)), key=lambda i: sorted(parameters[i].shape))
     owners = [0] * len(parameters)
-    for place, i in enumerate(order):
-        owners[i] = place % world_size
+    for position, i in enumerate(order):
+        owners[i] = position % world_size
     return owners
 
 
-def share(matrices: list[Tensor], owners: list[int], results: list[Tensor]) -> list[Tensor]:
-    """Return the results of all processes, given this process's own, by one collective operation.
+def all_gather_results(matrices: list[Tensor], owners: list[int], results: list[Tensor]) -> list[Tensor]:
+    """Return the results of all ranks, by one collective operation.
 
     Args:
-        matrices: tell the shapes of the results.
+        matrices: tensors of the results' shapes.
+        owners: rank that computed each result.
+        results: this rank's own results.
     """
     world_size = dist.get_world_size()
-    counts = [sum(m.numel() for m, owner in zip(matrices, owners) if owner == rank) for rank in range(world_size)]
+    counts = [0] * world_size
+    for matrix, owner in zip(matrices, owners):
+        counts[owner] += matrix.numel()
     sent = matrices[0].new_zeros(max(counts))
     if results:
         sent[: counts[dist.get_rank()]] = torch.cat([result.flatten() for result in results])
     received = sent.new_empty(world_size * len(sent))
-    # As bytes: not every backend knows bfloat16
+    # Sent as bytes, because not every backend supports bfloat16.
     dist.all_gather_into_tensor(received.view(torch.uint8), sent.view(torch.uint8))
-    parts = list(received.view(world_size, -1))
-    found = []
+    remaining = list(received.view(world_size, -1))  # per rank, the elements that are not yet assigned
+    gathered = []
     for matrix, owner in zip(matrices, owners):
-        found.append(parts[owner][: matrix.numel()].view(matrix.shape))
-        parts[owner] = parts[owner][matrix.numel() :]
-    return found
+        gathered.append(remaining[owner][: matrix.numel()].view(matrix.shape))
+        remaining[owner] = remaining[owner][matrix.numel() :]
+    return gathered
 
 
 # --------------------------------------------------------------------------------------------------------- sharded rows
@@ -250,61 +289,95 @@ def orthogonalize_rows(
     steps: int,
     eps: float,
 ) -> list[Tensor]:
-    """Orthogonalize matrices whose rows are distributed (FSDP2): rows travel to the matrix's process, and back."""
+    """Orthogonalize matrices whose rows are sharded (FSDP2): all rows go to the matrix's owner, and results back.
+
+    Args:
+        parameters: the parameters of the matrices.
+        rows: this rank's rows of each matrix. The results have the same shapes.
+        coefficients: coefficients of the Newton-Schulz iteration.
+        steps: number of iterations.
+        eps: lower bound of the norm that a matrix is divided by.
+    """
     mesh = parameters[0].device_mesh
-    for p in parameters:
-        if p.device_mesh != mesh or tuple(p.placements) != (Shard(0),):
-            raise ValueError(f"parameters of Muon must be sharded by rows over one mesh, got {p.placements}")
-    world_size, rank = mesh.size(), mesh.get_local_rank()
+    check_sharding(parameters)
+    world_size = mesh.size()
     owners = owners_of(parameters, world_size)
-    mine = [i for i, owner in enumerate(owners) if owner == rank]
-    there = [[i for i, owner in enumerate(owners) if owner == other] for other in range(world_size)]
-    heights = [[height(parameters[i], other, world_size) for i in mine] for other in range(world_size)]
-    shapes = [[(h, parameters[i].shape[1]) for h, i in zip(heights[other], mine)] for other in range(world_size)]
+    mine = [i for i, owner in enumerate(owners) if owner == mesh.get_local_rank()]
 
-    received = exchange([[rows[i] for i in numbers] for numbers in there], shapes, rows[0], mesh.get_group())
-    complete = [torch.cat(parts) for parts in zip(*received)]
-    results = orthogonalize(complete, coefficients, steps, eps)
-    pieces = [result.split([heights[other][k] for other in range(world_size)]) for k, result in enumerate(results)]
-    sent = [[piece[other] for piece in pieces] for other in range(world_size)]
-    own_shapes = [[tuple(rows[i].shape) for i in numbers] for numbers in there]
-    returned = exchange(sent, own_shapes, rows[0], mesh.get_group())
+    # All ranks send their rows of each matrix to its owner.
+    outgoing = lists_by_rank(world_size)
+    for tensor, owner in zip(rows, owners):
+        outgoing[owner].append(tensor)
+    incoming_shapes = lists_by_rank(world_size)
+    for i in mine:
+        for sender, height in enumerate(row_counts(parameters[i], world_size)):
+            incoming_shapes[sender].append((height, parameters[i].shape[1]))
+    received = exchange(outgoing, incoming_shapes, rows[0], mesh.get_group())
+    matrices = [torch.cat(parts) for parts in zip(*received)]
+    results = orthogonalize(matrices, coefficients, steps, eps)
 
-    found: list[Any] = [None] * len(rows)
-    for numbers, parts in zip(there, returned):
-        for i, part in zip(numbers, parts):
-            found[i] = part
-    return found
+    # The owner sends the rows of the results back.
+    own_shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in outgoing]
+    outgoing = lists_by_rank(world_size)
+    for i, result in zip(mine, results):
+        for receiver, part in enumerate(result.split(row_counts(parameters[i], world_size))):
+            outgoing[receiver].append(part)
+    returned = exchange(outgoing, own_shapes, rows[0], mesh.get_group())
+    remaining = [iter(tensors) for tensors in returned]
+    return [next(remaining[owner]) for owner in owners]
 
 
-def height(parameter: DTensor, rank: int, world_size: int) -> int:
-    """Return the number of a matrix's rows that a process holds, as ``torch.chunk`` divides them."""
-    rows = parameter.shape[0]
-    chunk = -(-rows // world_size)
-    return min(max(rows - rank * chunk, 0), chunk)
+def lists_by_rank(world_size: int) -> list[list[Any]]:
+    """Return an empty list for each rank."""
+    return [[] for _ in range(world_size)]
+
+
+def check_sharding(parameters: list[DTensor]) -> None:
+    """Raise ValueError unless all parameters are sharded by rows over one mesh."""
+    for p in parameters:
+        if p.device_mesh != parameters[0].device_mesh or tuple(p.placements) != (Shard(0),):
+            raise ValueError(f"parameters of Muon must be sharded by rows over one mesh, got {p.placements}")
+
+
+def row_counts(parameter: DTensor, world_size: int) -> list[int]:
+    """Return the number of a matrix's rows on each rank, as ``torch.chunk`` divides them."""
+    num_rows = parameter.shape[0]
+    chunk_size = math.ceil(num_rows / world_size)
+    return [min(max(num_rows - rank * chunk_size, 0), chunk_size) for rank in range(world_size)]
 
 
 def exchange(
-    sent: list[list[Tensor]],
-    shapes: Sequence[Sequence[tuple[int, ...]]],
+    outgoing: list[list[Tensor]],
+    incoming_shapes: Sequence[Sequence[tuple[int, ...]]],
     like: Tensor,
     group: dist.ProcessGroup,
 ) -> list[list[Tensor]]:
-    """Send tensors to each process, and return those of ``shapes`` from each, by one collective operation.
+    """Send tensors to each rank and receive tensors from each, by one collective operation.
 
     Args:
-        like: tells dtype and device, which all tensors share.
+        outgoing: tensors for each rank.
+        incoming_shapes: shapes of the tensors from each rank.
+        like: a tensor of the common dtype and device.
+        group: process group of the ranks.
     """
-    counts = [[math.prod(shape) for shape in some] for some in shapes]
-    outgoing = torch.cat([tensor.flatten() for tensors in sent for tensor in tensors] or [like.new_empty(0)])
-    incoming = like.new_empty(sum(sum(some) for some in counts))
-    # As bytes: not every backend knows bfloat16
+    received_sizes = [sum(math.prod(shape) for shape in shapes) for shapes in incoming_shapes]
+    sent_sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+    flat = [tensor.flatten() for tensor in chain.from_iterable(outgoing)]
+    sent = torch.cat(flat) if flat else like.new_empty(0)
+    received = like.new_empty(sum(received_sizes))
+    # Sent as bytes, because not every backend supports bfloat16.
     dist.all_to_all_single(
-        incoming.view(torch.uint8),
-        outgoing.view(torch.uint8),
-        [like.itemsize * sum(some) for some in counts],
-        [like.itemsize * sum(tensor.numel() for tensor in tensors) for tensors in sent],
+        received.view(torch.uint8),
+        sent.view(torch.uint8),
+        [like.itemsize * size for size in received_sizes],
+        [like.itemsize * size for size in sent_sizes],
         group=group,
     )
-    parts = iter(incoming.split([count for some in counts for count in some]))
-    return [[next(parts).view(shape) for shape in some] for some in shapes]
+    incoming = lists_by_rank(len(incoming_shapes))
+    start = 0
+    for tensors, shapes in zip(incoming, incoming_shapes):
+        for shape in shapes:
+            size = math.prod(shape)
+            tensors.append(received[start : start + size].view(shape))
+            start += size
+    return incoming

@@ -3,8 +3,12 @@
 The decision to skip is made on the device: reading it at every step would make the host wait for a GPU. The host reads
 the number of skipped steps every ``READ_EVERY`` steps, before a checkpoint is written, and at the end of training.
 
-A skipped step changes nothing with fused Adam and AdamW, which take the decision as ``found_inf``, as from a gradient
-scaler. Other optimizers (Muon, and sharded weights) get zero gradients instead: their momentum decays, finitely.
+A skipped step changes nothing with fused Adam, fused AdamW and Muon, which receive the decision as ``found_inf``, as
+they would from a gradient scaler. Other optimizers, among them Adam on sharded weights, get zero gradients instead:
+their moments decay, but stay finite.
+
+The Lightning callback is in this file rather than in ``training/``, because both stages return it from
+``configure_callbacks``: a user's own Trainer is then protected, too.
 """
 
 from __future__ import annotations
@@ -19,22 +23,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from clipgen.muon import Muon, local
+
 logger = logging.getLogger(__name__)
 
 READ_EVERY = 10  # steps
-NEVER = 2**62
+NEVER = 2**62  # later than any step
 HELP = (
-    "a lower model.learning_rate, gradient clipping (stage 1: model.gradient_clip, stage 2: model.optimizer.grad_clip) "
-    "or trainer.precision=32-true usually helps"
+    "a lower model.optimizer.learning_rate, gradient clipping (model.optimizer.grad_clip) or "
+    "trainer.precision=32-true usually helps"
 )
 
 
 class NonFiniteError(ValueError):
-    """A training that cannot continue: its losses, gradients or weights are infinite or NaN."""
+    """Training cannot continue, because losses, gradients or weights are infinite or NaN."""
 
 
 class StepGuard:
-    """Skips the optimizer steps of one module where a loss or a gradient is not finite, on all ranks alike.
+    """Guard that skips the optimizer steps of a module if a loss or gradient is not finite on any rank.
 
     Args:
         max_skipped_steps: number of consecutive skipped steps that stops the training.
@@ -47,21 +53,22 @@ class StepGuard:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, before a training."""
+        """Reset all state before a training."""
         self.losses: dict[str, Tensor] = {}  # sums over the batches of a step
-        self.saved: list[tuple[Tensor, Tensor]] = []
-        self.skipped: Tensor | None = None  # consecutive steps up to now
-        self.most_skipped: Tensor | None = None  # consecutive steps since the last reading
-        self.first_steps: dict[tuple[str, ...], Tensor] = {}  # names -> the step at which each was first non-finite
+        self.saved: list[tuple[Tensor, Tensor]] = []  # (protected tensor, its value before the step)
+        self.skipped: Tensor | None = None  # number of consecutive skipped steps up to now
+        self.most_skipped: Tensor | None = None  # maximum of that number since it was last read
+        # Names of loss terms -> the step at which each was first non-finite.
+        self.first_steps: dict[tuple[str, ...], Tensor] = {}
 
     def watch(self, losses: dict[str, Tensor]) -> None:
-        """Take note of the scalar losses of a batch."""
+        """Record the scalar losses of a batch."""
         for name, value in losses.items():
             value = value.detach().float()
             self.losses[name] = self.losses[name] + value if name in self.losses else value
 
     def protect(self, tensors: Iterable[Tensor]) -> None:
-        """Remember tensors that forward passes change in place; a skipped step restores them."""
+        """Save tensors that the forward pass changes in place; a skipped step restores them."""
         self.saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     @torch.no_grad()
@@ -71,20 +78,23 @@ class StepGuard:
         if not gradients:
             return
         values = self.losses | {"gradient": sum_of_norms(gradients)}
-        flags = (~torch.isfinite(torch.stack([value.to(gradients[0].device) for value in values.values()]))).float()
-        if dist.is_initialized():  # the same decision on every rank
+        stacked = torch.stack([value.to(gradients[0].device) for value in values.values()])
+        flags = (~torch.isfinite(stacked)).float()
+        if dist.is_initialized():
+            # All ranks take the same decision.
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         self.losses = {}
         skip = flags.amax()
-        self._count(tuple(values), flags, skip, step)
+        self._update_counts(tuple(values), flags, skip, step)
         for tensor, before in self.saved:
             tensor.data.copy_(torch.where(skip > 0, before, tensor.data))
         for optimizer in optimizers:
             skip_step(optimizer, skip)
 
-    def _count(self, names: tuple[str, ...], flags: Tensor, skip: Tensor, step: int) -> None:
+    def _update_counts(self, names: tuple[str, ...], flags: Tensor, skip: Tensor, step: int) -> None:
         if self.skipped is None or self.most_skipped is None:
-            self.skipped, self.most_skipped = torch.zeros_like(skip), torch.zeros_like(skip)
+            self.skipped = torch.zeros_like(skip)
+            self.most_skipped = torch.zeros_like(skip)
         self.skipped = (self.skipped + 1) * skip
         self.most_skipped = torch.maximum(self.most_skipped, self.skipped)
         first = self.first_steps.get(names)
@@ -93,10 +103,10 @@ class StepGuard:
         self.first_steps[names] = torch.where(flags > 0, first.clamp(max=step), first)
 
     def read(self, step: int) -> int:
-        """Return the number of consecutive steps that were skipped up to now, and raise if they are too many."""
+        """Return the number of consecutive skipped steps up to now; raise NonFiniteError if there were too many."""
         if self.skipped is None or self.most_skipped is None:
             return 0
-        now, most = map(int, torch.stack([self.skipped, self.most_skipped]).tolist())
+        current, most = map(int, torch.stack([self.skipped, self.most_skipped]).tolist())
         if most >= self.max_skipped_steps:
             raise NonFiniteError(
                 f"training stopped at step {step}: {most} consecutive steps were skipped, {self._cause()}; {HELP}"
@@ -104,32 +114,40 @@ class StepGuard:
         if most:
             logger.warning("Step %d: up to %d consecutive steps were skipped, %s.", step, most, self._cause())
         self.most_skipped = self.skipped
-        if not now:
+        if not current:
             self.first_steps = {}
-        return now
+        return current
 
     def finish(self, step: int) -> None:
-        """Raise if a training ends in skipped steps: nobody knows whether its weights are good."""
-        if now := self.read(step):
-            raise NonFiniteError(f"training ended with {now} skipped steps at step {step}, {self._cause()}; {HELP}")
+        """Raise NonFiniteError if the last steps of a training were skipped: its weights may already be unusable."""
+        skipped = self.read(step)
+        if skipped:
+            raise NonFiniteError(f"training ended with {skipped} skipped steps at step {step}, {self._cause()}; {HELP}")
 
     def _cause(self) -> str:
-        """Return what was non-finite first, and when."""
+        """Return a phrase that names the terms that were non-finite first, and the step."""
         steps: dict[str, int] = {}
         for names, first in self.first_steps.items():
             for name, step in zip(names, first.tolist()):
                 steps[name] = min(step, steps.get(name, NEVER))
         earliest = min(steps.values())
-        found = [name for name, step in steps.items() if step == earliest]
-        terms = [name for name in found if name != "gradient"] or found  # a loss comes before its gradient
+        first_terms = [name for name, step in steps.items() if step == earliest]
+        # A non-finite loss makes its gradient non-finite.
+        losses = [name for name in first_terms if name != "gradient"]
+        terms = losses or first_terms
         return f"with a non-finite {' and '.join(terms)} from step {earliest} on"
 
 
 class StopOnNonFinite(pl.Callback):
-    """Reads a ``StepGuard`` now and then, and keeps checkpoints from being replaced where its last step was skipped."""
+    """Stop a training with too many skipped steps, and do not write checkpoints after a skipped step.
+
+    Args:
+        guard: the guard of the module that is trained.
+    """
 
     def __init__(self, guard: StepGuard):
-        self.guard, self.read_at = guard, -1
+        self.guard = guard
+        self.last_read = -1
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -137,11 +155,14 @@ class StopOnNonFinite(pl.Callback):
         self.guard.reset()
         self.save = trainer.save_checkpoint
 
-        def save_if_finite(filepath: Any, *arguments: Any, **named: Any) -> None:
+        # All checkpoint callbacks save through the trainer, so one replacement covers them.
+        def save_if_finite(filepath: Any, *args: Any, **kwargs: Any) -> None:
             if self.guard.read(trainer.global_step):
-                logger.warning("%s is not written at step %d, which was skipped.", filepath, trainer.global_step)
+                logger.warning(
+                    "%s was not written at step %d, because that step was skipped.", filepath, trainer.global_step
+                )
             else:
-                self.save(filepath, *arguments, **named)
+                self.save(filepath, *args, **kwargs)
 
         trainer.save_checkpoint = save_if_finite  # type: ignore[method-assign]
 
@@ -151,8 +172,8 @@ class StopOnNonFinite(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if step % READ_EVERY == 0 and step != self.read_at:
-            self.read_at = step
+        if step % READ_EVERY == 0 and step != self.last_read:
+            self.last_read = step
             self.guard.read(step)
             check_weights(module, step)
 
@@ -162,7 +183,7 @@ class StopOnNonFinite(pl.Callback):
 
 
 def check_losses(losses: dict[str, float], step: int) -> None:
-    """Raise NonFiniteError if a validation loss is not finite, the same on every rank."""
+    """Raise NonFiniteError if a validation loss, which must be equal on all ranks, is not finite."""
     bad = [name for name, value in losses.items() if not abs(value) < float("inf")]
     if bad:
         raise NonFiniteError(f"validation at step {step} has a non-finite {' and '.join(bad)}; {HELP}")
@@ -170,9 +191,11 @@ def check_losses(losses: dict[str, float], step: int) -> None:
 
 @torch.no_grad()
 def check_weights(module: nn.Module, step: int | None = None) -> None:
-    """Raise NonFiniteError if a weight of a module is not finite, reading the device.
+    """Raise NonFiniteError if a weight of a module is not finite. Synchronizes with the device.
 
-    With a step all ranks must call this, and all raise if one finds something.
+    Args:
+        module: the module to check.
+        step: step to name in the message. If given, all ranks must call this, and all raise if one of them must.
     """
     weights = {name: local(tensor) for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
     bad = (~torch.isfinite(sum_of_norms(list(weights.values())))).float()
@@ -188,19 +211,13 @@ def check_weights(module: nn.Module, step: int | None = None) -> None:
     )
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of a sharded tensor that this rank holds; any other tensor itself."""
-    part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
-
-
 def sum_of_norms(tensors: list[Tensor]) -> Tensor:
-    """Return a scalar that is finite if and only if all tensors are, and their squares can be added up in fp32."""
+    """Return a scalar that is finite only if all tensors are. (It also overflows if their norms do.)"""
     return torch.stack(torch._foreach_norm(tensors)).float().sum()
 
 
 def gradients_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield the gradients that an optimizer will use, as this rank holds them."""
+    """Yield the gradients that an optimizer will use; of sharded ones, the part on this rank."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -208,18 +225,21 @@ def gradients_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def skip_step(optimizer: Optimizer, skip: Tensor) -> None:
-    """Let the next step of an optimizer do nothing where ``skip`` is 1, without reading it; see the module."""
+    """Make the next step of an optimizer have no effect if ``skip`` is 1, without reading it; see the module."""
     parts: list[Any] = list(getattr(optimizer, "parts", [optimizer]))
     exact = [part for part in parts if takes_found_inf(part)]
     for part in exact:
         part.found_inf = skip
     if len(exact) < len(parts):
+        # All gradients, because clipping by their common norm would spread a NaN of one part to the others.
         for gradient in gradients_of(optimizer):
             gradient.masked_fill_(skip > 0, 0.0)
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:
-    """Whether an optimizer skips its step by itself where its ``found_inf`` is 1."""
+    """Return True if an optimizer skips its step exactly when its ``found_inf`` is 1."""
+    if isinstance(optimizer, Muon):
+        return True
     if not isinstance(optimizer, Adam) or not optimizer.defaults.get("fused"):
         return False
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -88,13 +88,13 @@ class EMA(AveragedModel):
 
     @property
     def initialized(self) -> bool:
-        """Whether there is an average yet; stays true once it was."""
+        """True after the first update. The counter on the device is read only until then."""
         self._initialized = self._initialized or bool(self.n_averaged > 0)
         return self._initialized
 
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Update the average after an optimizer step."""
+        """Update the average after an optimizer step; the first update copies the weights."""
         weight = 1 - self.decay if self.initialized else 1.0
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
         for average, buffer in zip(self.module.buffers(), model.buffers()):
@@ -107,22 +107,28 @@ def make_optimizer(
     muon_module: torch.nn.Module,
     config: TransformerOptimizerConfig,
 ) -> Optimizer:
-    """Return AdamW for a module; or with ``name="muon"`` Muon for the matrices of ``muon_module``, AdamW for the rest.
+    """Return AdamW, or Muon for the matrices of the blocks and AdamW for all other parameters.
 
-    Muon's steps are scaled to the length of AdamW's (arXiv:2502.16982), so one learning rate serves both.
+    Muon's updates are scaled to the norm of AdamW's (arXiv:2502.16982), so both use the same learning rate.
+
+    Args:
+        module: the module to train.
+        muon_module: the part of ``module`` whose matrices Muon updates if ``config.name`` is ``"muon"``.
+        config: name and settings of the optimizer.
     """
-    learning_rate, weight_decay = config.learning_rate, config.weight_decay
-    groups = weight_decay_groups(module, weight_decay)
+    groups = weight_decay_groups(module, config.weight_decay)
     fused = has_fused_kernels(module.parameters())
-    adamw: dict[str, Any] = dict(lr=learning_rate, betas=tuple(config.betas), fused=fused)
+    adamw: dict[str, Any] = dict(lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
     if config.name == "adamw":
         optimizer: Any = torch.optim.AdamW(groups, **adamw)
-        optimizer._step_supports_amp_scaling = False  # else Lightning refuses to clip gradients, in bf16 too
+        # Otherwise Lightning refuses to clip gradients in mixed precision, even in bf16.
+        optimizer._step_supports_amp_scaling = False
         return optimizer  # type: ignore[no-any-return]
     matrices = [p for p in muon_module.parameters() if p.ndim == 2 and p.requires_grad]
+    matrix_ids = {id(p) for p in matrices}
     for group in groups:
-        group["params"] = [p for p in group["params"] if not any(p is matrix for matrix in matrices)]
-    muon = Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+        group["params"] = [p for p in group["params"] if id(p) not in matrix_ids]
+    muon = Muon(matrices, config.learning_rate, config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return OptimizerList(muon, torch.optim.AdamW(groups, **adamw))
 
 
@@ -133,26 +139,37 @@ def has_fused_kernels(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 class OptimizerList(Optimizer):
-    """Several optimizers of different parameters as one, for trainers that know only one."""
+    """Several optimizers of different parameters that act as one, for trainers that accept only one.
+
+    Args:
+        parts: the optimizers; their parameter groups must be disjoint.
+    """
 
     def __init__(self, *parts: Optimizer):
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self._share()
+        self._share_state()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # what loading ends with
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state; ``load_state_dict`` calls this last."""
         super().__setstate__(state)
-        self._share()
+        self._share_state()
 
-    def _share(self) -> None:
-        """One state and one list of groups, seen by the parts as theirs."""
-        groups = iter(self.param_groups)
+    def _share_state(self) -> None:
+        """Let the parts use this optimizer's state and their slice of its parameter groups.
+
+        ``load_state_dict`` replaces both, and a learning-rate scheduler changes the groups of this optimizer.
+        """
+        start = 0
         for part in self.parts:
-            part.state, part.param_groups = self.state, [next(groups) for _ in part.param_groups]
+            end = start + len(part.param_groups)
+            part.state = self.state
+            part.param_groups = self.param_groups[start:end]
+            start = end
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step of each part."""
+        """Step all parts."""
         with torch.enable_grad():
             loss = closure() if closure else None
         for part in self.parts:

@@ -1,4 +1,4 @@
-"""Describe what the processor at hand multiplies fast."""
+"""Query which instruction sets and dtypes a device multiplies matrices fast in."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 
 import torch
 
-# oneDNN may be told to leave out what a processor has: of these only AVX-512 without bfloat16 is not below AVX-512
+# Limits of oneDNN's instruction set (ONEDNN_MAX_CPU_ISA) that include AVX-512 but exclude its bfloat16 instructions.
 WITHOUT_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 def instruction_set() -> str:
     """Return the widest instruction set that torch's CPU kernels use, such as ``"AVX2"`` or ``"AVX512"``.
 
-    ``ATEN_CPU_CAPABILITY`` in the environment lowers it.
+    The environment variable ``ATEN_CPU_CAPABILITY`` can lower it.
     """
     return torch.backends.cpu.get_cpu_capability()
 
@@ -21,8 +21,8 @@ def instruction_set() -> str:
 def has_bf16_units(device: torch.device | str = "cpu") -> bool:
     """Return True if a device multiplies matrices in bfloat16 faster than in float32.
 
-    Other devices accept bfloat16 as well, and are many times slower than in float32. ``ATEN_CPU_CAPABILITY`` and
-    ``ONEDNN_MAX_CPU_ISA``, which imitate an older processor, are honored.
+    Other devices accept bfloat16, too, but are many times slower in it than in float32. The environment variables
+    ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA``, which imitate an older processor, are respected.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -32,39 +32,40 @@ def has_bf16_units(device: torch.device | str = "cpu") -> bool:
 
 def _cpu_has_bf16_units() -> bool:
     try:
-        # False below AVX-512 and on ARM without bfloat16, and True on AVX-512 that emulates bfloat16
+        # False below AVX-512 and on ARM without bfloat16, but True on AVX-512 that only emulates bfloat16.
         accepted = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):  # a build without oneDNN
-        return False
+    except (AttributeError, RuntimeError):
+        return False  # a build of torch without oneDNN
     if not accepted or instruction_set() in ("DEFAULT", "AVX2"):
         return False
-    if "AVX512" not in instruction_set():  # ARM, where oneDNN asks the processor itself
-        return True
+    if "AVX512" not in instruction_set():
+        return True  # ARM, where the answer of oneDNN is reliable
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     return limit not in WITHOUT_BF16 and (_cpu_has("_is_avx512_bf16_supported") or _cpu_has("_is_amx_tile_supported"))
 
 
 def _cpu_has(name: str) -> bool:
-    """Ask torch for a feature of the CPU; the functions are private, and may be missing in another version."""
-    ask = getattr(torch.cpu, name, None)
-    return bool(ask()) if ask else False
+    """Return the result of a private function of torch.cpu, or False if this version of torch lacks it."""
+    feature_test = getattr(torch.cpu, name, None)
+    return bool(feature_test()) if feature_test else False
 
 
 def require_bf16_units(device: torch.device | str, option: str, override: str) -> None:
-    """Raise ValueError if bfloat16, asked for by ``option``, would be many times slower than float32.
+    """Raise ValueError if bfloat16 would be many times slower than float32 on a device.
 
-    What Apple's GPUs do is not known, and accepted.
+    Apple's GPUs are accepted, because their speed in bfloat16 is unknown.
 
     Args:
-        device: where the matrix products would run.
-        option: the option with its value. override: what to give instead.
+        device: device of the matrix products.
+        option: the option that requests bfloat16, with its value.
+        override: the option to use instead.
     """
-    kind = torch.device(device).type
-    # That there is no GPU is reported where it would be used
-    known = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
+    device_type = torch.device(device).type
+    # A missing GPU is reported elsewhere, when it is used.
+    known = device_type == "cpu" or (device_type == "cuda" and torch.cuda.is_available())
     if known and not has_bf16_units(device):
-        name = f"{kind} with {instruction_set()}" if kind == "cpu" else kind
+        name = f"cpu with {instruction_set()}" if device_type == "cpu" else device_type
         raise ValueError(
             f"{option} must run on a device that multiplies in bfloat16, got {name}, "
-            f"where it would be many times slower than float32: give {override}"
+            f"where it would be many times slower than float32: use {override}"
         )

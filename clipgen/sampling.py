@@ -17,7 +17,7 @@ StepCallback = Callable[[Tensor], None]  # receives all indices so far, (B, t)
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How code indices are sampled; k = 300 and p = 1 are the paper's choice.
+    """Parameters for sampling code indices; k = 300 and p = 1 are the paper's choice.
 
     Args:
         temperature: divides the logits; 0 always takes the most likely code.
@@ -55,7 +55,7 @@ class SamplingParams:
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether the logits without condition are needed, too."""
+        """True if the logits without condition are needed, too."""
         return self.guidance_scale != 1
 
     def guidance_scales(self, length: int) -> list[float]:

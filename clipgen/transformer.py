@@ -92,19 +92,20 @@ class ConditionalTransformer(pl.LightningModule):
         # In a tuple, so that the frozen models are not part of parameters, mode or checkpoints.
         self._encoders: tuple[VQGAN, FrozenCLIP] | None = None
         self.compiled = False  # see ``compile_decoder``
-        self.decoders: dict[Any, CompiledDecoder] = {}  # by batch size, device and dtype
+        # The compiled decoders by batch size, device, dtype and weights.
+        self.decoders: dict[Any, CompiledDecoder] = {}
 
     def attach_encoders(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
         """Attach and freeze the VQ-GAN and CLIP that encode training images.
 
         They are excluded from ``parameters()`` and from checkpoints.
         """
-        for name, ours, theirs in (
+        for name, value, expected in (
             ("codebook_size", self.codebook_size, vqgan.codebook_size),
             ("clip_dim", self.clip_dim, clip.embed_dim),
         ):
-            if ours != theirs:
-                raise ValueError(f"{name} must be {theirs}, as in the frozen models, got {ours}")
+            if value != expected:
+                raise ValueError(f"{name} must be {expected}, as in the frozen models, got {value}")
         self._encoders = (vqgan.eval().requires_grad_(False), clip)
         return self
 
@@ -115,9 +116,9 @@ class ConditionalTransformer(pl.LightningModule):
         return net
 
     def forward(self, indices: Tensor, clip_embedding: Tensor) -> Tensor:
-        """Teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
+        """Return teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
         if indices.ndim != 2:
-            raise ValueError(f"indices must be (B, T), rows of a grid one after another, got {tuple(indices.shape)}")
+            raise ValueError(f"indices must be (B, T), in row-major order, got {tuple(indices.shape)}")
         return (self.gpt if self.training else self.eval_model)(indices, clip_embedding)
 
     @torch.no_grad()
@@ -166,7 +167,8 @@ class ConditionalTransformer(pl.LightningModule):
         return sampling.with_cfg(self._decoder(both).start(both), params.guidance_scales(self.num_tokens))
 
     def _check_shapes(self, clip_embedding: Tensor, uniforms: Tensor | None, prefix: Tensor | None) -> None:
-        batch_size, length = len(clip_embedding), self.num_tokens
+        batch_size = len(clip_embedding)
+        length = self.num_tokens
         if clip_embedding.shape != (batch_size, self.clip_dim) or not batch_size:
             raise ValueError(f"clip_embedding must be (B, {self.clip_dim}), got {tuple(clip_embedding.shape)}")
         if uniforms is not None and uniforms.shape != (batch_size, length):
@@ -175,31 +177,39 @@ class ConditionalTransformer(pl.LightningModule):
             raise ValueError(f"prefix must be ({batch_size}, P) with P at most {length}, got {tuple(prefix.shape)}")
 
     def compile_decoder(self) -> ConditionalTransformer:
-        """Let ``sample`` run by torch.compile, on a GPU as CUDA graphs: the first images of each power of two of rows
-        wait for it a minute or so. Its memory is kept, and used by one call at a time."""
+        """Compile the decoding step of ``sample``, into CUDA graphs on a GPU.
+
+        Batch sizes are rounded up to a power of two; the first call at each size takes about a minute. Buffers are
+        kept and reused, so calls from several threads are not allowed.
+        """
         self.compiled = True
         return self
 
     def clear_decoder_cache(self) -> None:
-        """Give back what compiled decoders hold; the next images wait for their compilation again."""
+        """Free the compiled decoders; the next call compiles again."""
         self.decoders.clear()
 
     def decoder_cache_nbytes(self) -> int:
-        """What the caches of compiled decoders hold."""
-        return sum(2 * keys.nbytes for decoder in self.decoders.values() for keys in decoder.keys)
+        """Return the size of the key-value caches of all compiled decoders, in bytes."""
+        total = 0
+        for decoder in self.decoders.values():
+            total += 2 * sum(keys.nbytes for keys in decoder.keys)
+        return total
 
     def _decoder(self, condition: Tensor) -> IncrementalDecoder:
+        """Return a decoder for a batch of condition tokens, a compiled one if ``compile_decoder`` was called."""
         if not self.compiled:
             return IncrementalDecoder(self.eval_model, len(condition))
-        rows = 2 ** (len(condition) - 1).bit_length()
-        key = rows, condition.device, condition.dtype, id(self.eval_model.head.weight)  # moved, cast, or replaced
+        batch_size = 2 ** (len(condition) - 1).bit_length()
+        # A decoder refers to the weights, which may have been moved, cast or replaced since it was compiled.
+        key = (batch_size, condition.device, condition.dtype, id(self.eval_model.head.weight))
         if key not in self.decoders:
-            self.decoders[key] = CompiledDecoder(self.eval_model, rows)
+            self.decoders[key] = CompiledDecoder(self.eval_model, batch_size)
         return self.decoders[key]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: all but the compiled decoders, which hold on to the weights."""
-        return super().__getstate__() | {"decoders": {}}  # Lightning leaves its trainer out
+        """Leave out the compiled decoders of copies and pickles, because they refer to these weights."""
+        return super().__getstate__() | {"decoders": {}}
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -209,6 +219,7 @@ class ConditionalTransformer(pl.LightningModule):
             self.trainer.accumulate_grad_batches = self.optimizer_config.grad_accum_steps
 
     def configure_optimizers(self) -> Any:
+        """Return AdamW, or Muon with AdamW, and its learning-rate schedule."""
         config = self.optimizer_config
         optimizer = make_optimizer(self, self.gpt.transformer.h, config)
         total_steps = self.trainer.estimated_stepping_batches
@@ -221,17 +232,20 @@ class ConditionalTransformer(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by ``optimizer.grad_clip``, or as the trainer was told if that is 0."""
+        """Clip gradients to ``optimizer.grad_clip``, or to the trainer's own value if that is 0."""
         self.clip_gradients(optimizer, self.optimizer_config.grad_clip or gradient_clip_val, gradient_clip_algorithm)
 
     def configure_model(self) -> None:
-        """Share the weights out over the processes, where the trainer's strategy brings a mesh of devices: FSDP."""
+        """Shard the weights (FSDP2) if the strategy provides a device mesh."""
         if self.device_mesh is None or isinstance(self.gpt, FSDPModule):
             return
-        nets: list[Any] = [self.gpt] if self.ema is None else [self.gpt, self.ema.module]
-        for net in nets:  # what lies outside the blocks stays together: the head may be the index embedding
-            for part in (*net.transformer.h, net):  # reshard after forward too: after validation's no backward would
-                fully_shard(part, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
+        mesh = self.device_mesh["data_parallel"]
+        networks: list[Any] = [self.gpt] if self.ema is None else [self.gpt, self.ema.module]
+        for network in networks:
+            # All weights outside the blocks form one group, because the head may share the weight of the embedding.
+            # They are resharded after the forward pass, because in validation no backward pass would do it.
+            for module in (*network.transformer.h, network):
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return the callback that stops a training with too many skipped steps."""
@@ -242,18 +256,20 @@ class ConditionalTransformer(pl.LightningModule):
         self.guard.before_step([optimizer], self.global_step + 1)
 
     def on_fit_start(self) -> None:
-        self.train()  # what was loaded is in evaluation mode, and Lightning leaves it there
+        # A loaded model is in evaluation mode, and Lightning does not change that.
+        self.train()
         if self.hparams["compile"]:
-            self.gpt.compile()  # in place: the names of parameters stay
+            self.gpt.compile()  # in place, which keeps the names of parameters
 
-    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
-        super().optimizer_step(*arguments, **named)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimizer, then update the EMA."""
+        super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update_parameters(self.gpt)
 
     @property
     def has_encoders(self) -> bool:
-        """Whether a VQ-GAN and a CLIP are attached."""
+        """True if a VQ-GAN and a CLIP are attached."""
         return self._encoders is not None
 
     def encoders(self) -> tuple[VQGAN, FrozenCLIP]:
@@ -266,17 +282,17 @@ class ConditionalTransformer(pl.LightningModule):
         return (vqgan, clip) if vqgan.device == self.device else (vqgan.to(self.device), clip.to(self.device))
 
     def prepare_batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return indices (B, T) and conditions (B, E) of a batch: cached ones, or those of its images."""
+        """Return indices (B, T) and conditions (B, E) of a batch; encode its images if they are not cached."""
         if {"indices", "condition"} <= set(batch):
             return batch["indices"], batch["condition"]
         return self.encode(images_from_batch(batch))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> indices (B, T) and CLIP embeddings (B, E)."""
+        """Encode images as indices (B, T) and CLIP embeddings (B, E)."""
         vqgan, clip = self.encoders()
         if images.shape[-2] != images.shape[-1]:
-            raise ValueError(f"images must be square, as those that are drawn, got {tuple(images.shape)}")
+            raise ValueError(f"images must be square, because generated images are square, got {tuple(images.shape)}")
         indices = rearrange(vqgan.encode(images), "b h w -> b (h w)")
         if indices.shape[1] != self.num_tokens:
             raise ValueError(
@@ -285,6 +301,7 @@ class ConditionalTransformer(pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of Eq. 10: mean cross-entropy per token (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
         indices, clip_embedding = self.prepare_batch(batch)
         condition = add_condition_noise(clip_embedding, self.conditioning_config.noise_cosine)
         drop = None
@@ -316,8 +333,14 @@ class ConditionalTransformer(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.prepare_batch(batch)
+<<<<<<< HEAD
         num_real = num_real_samples(self._trainer, batch_idx, len(indices))
         kept = num_real or len(indices)  # under FSDP all ranks must compute equally often, even on filler batches
+=======
+        num_real = real_rows(self._trainer, batch_idx, len(indices))
+        # Under FSDP all ranks must compute equally often, even on batches that only repeat other samples.
+        kept = num_real or len(indices)
+>>>>>>> p1models
         loss, _ = self.eval_model(indices[:kept], clip_embedding[:kept], with_loss=True)
         if num_real:
             self.averages.add({"val/cross_entropy": loss}, num_real)
@@ -337,15 +360,24 @@ class ConditionalTransformer(pl.LightningModule):
         checkpoint["clipgen_model"] = model_folder.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
-        """Write a model folder with the EMA weights if there are any, else the trained ones."""
+        """Write a model folder with the EMA weights if there are any, else the trained ones; return its path.
+
+        Args:
+            path: folder to write.
+            half: store the weights in half precision.
+        """
         check_weights(self.eval_model)
         state = {f"gpt.{name}": tensor for name, tensor in self.eval_model.state_dict().items()}
         return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Load a model folder, a run folder or a checkpoint of stage 2, ``"shapes"`` (bundled), or the transformer of a
-        pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
+        """Load a trained transformer, in evaluation mode.
+
+        Args:
+            path: a model folder, a run folder or a checkpoint of stage 2; ``"shapes"`` (bundled); or
+                ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose transformer is loaded.
+        """
         arguments, state = model_folder.load(path, model_folder.kind(cls))
         return model_folder.build(cls, arguments, state, path)
 
@@ -355,42 +387,45 @@ class ConditionalTransformer(pl.LightningModule):
 
         ``model_folder.build`` checks both first.
         """
-        if not below("ema.", state):  # a folder holds one set of weights: do not allocate EMA weights
+        # A model folder holds one set of weights, so no EMA is allocated for it.
+        if not below("ema.", state):
             arguments = arguments | {"optimizer": arguments.get("optimizer", {}) | {"ema_decay": 0.0}}
         model = cls(**arguments)
         model.load_state_dict(state)
         return model.eval()
 
     def init_from_gpt2(self, name: str | Path) -> ConditionalTransformer:
-        """Take over what a GPT-2 learned from language: its blocks and last norm, and its positions unless
-        ``grid_positions`` asks for others.
+        """Initialize blocks, last norm and position embeddings from a GPT-2 that was trained on language.
 
-        The heads that look one or a few places back find them by the positions, so blocks alone would lose them; of
-        1024 positions the first ``num_tokens`` are taken, of fewer all. Words are no indices: their embedding is not.
+        Position embeddings are copied, because previous-token heads depend on them: the first ``num_tokens``, or all
+        if there are fewer. They are not copied with ``pos_embed_init="sincos_2d"``. Token embeddings are not copied,
+        because words are not code indices.
 
         Args:
-            name: a name on the Hugging Face hub (``"gpt2"``, ``"gpt2-medium"``), or a folder of ``save_pretrained``.
+            name: name on the Hugging Face Hub (``"gpt2"``, ``"gpt2-medium"``), or a folder of ``save_pretrained``.
 
         Raises:
-            ValueError: it cannot be had, is no GPT-2, or is of another size; says which.
+            ValueError: the model cannot be loaded, is not a GPT-2, or has another size.
         """
-        net: Any = self.gpt.transformer
-        state = gpt2.load_gpt2_weights(name, net.config)
-        for part in ("h", "ln_f"):
-            getattr(net, part).load_state_dict(below(f"{part}.", state))
+        network: Any = self.gpt.transformer
+        state = gpt2.load_gpt2_weights(name, network.config)
+        network.h.load_state_dict(below("h.", state))
+        network.ln_f.load_state_dict(below("ln_f.", state))
         if self.gpt_config.pos_embed_init == "normal":
             positions = state["wpe.weight"][: self.num_tokens]
-            net.wpe.weight.data[: len(positions)] = positions
+            network.wpe.weight.data[: len(positions)] = positions
         if self.ema is not None:
             self.eval_model.load_state_dict(self.gpt.state_dict())
         return self
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path, n_head: int | None = None) -> Self:
-        """Load ``gpt_*.pt`` of HFAiLab/clip-gen, in evaluation mode.
+        """Load ``gpt_*.pt`` of HFAiLab/clip-gen, in evaluation mode. No code in it is executed.
 
         Args:
-            n_head: heads leave no trace in the weights; None: they are 64 wide, as in all sizes of that project.
+            checkpoint: path of the file.
+            n_head: number of attention heads, which cannot be inferred from the weights; None assumes a head dimension
+                of 64, as in all models of that project.
         """
         with model_folder.fitting(checkpoint, cls.__name__):
             arguments, state = hfailab.transformer(checkpoint, n_head)

@@ -41,16 +41,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GENERATOR, DISCRIMINATOR = 0, 1  # order of the optimizers
-OPTIONAL_PARTS = ("discriminator.", "lpips.")  # prefixes of what a model folder may hold besides the tokenizer
+# Order of the optimizers.
+GENERATOR = 0
+DISCRIMINATOR = 1
+# Prefixes of the networks that a model folder may hold besides the tokenizer.
+OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
 
 class VQGAN(pl.LightningModule):
     """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
-    The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss, with VQ-GAN's
-    adaptive weight. Images are (B, 3, H, W) in [-1, 1], with sides divisible by f = ``downsampling``. Training batches
-    are ``{"images": images}``.
+    The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss. The adversarial
+    loss has VQ-GAN's adaptive weight times ``gan.weight``, where CLIP-GEN prints weight 1 (Eq. 7). Images are
+    (B, 3, H, W) in [-1, 1], with sides divisible by f = ``downsampling``. Training batches are ``{"images": images}``.
 
     Args:
         autoencoder: sizes of encoder and decoder, see ``AutoencoderConfig``.
@@ -95,7 +98,8 @@ class VQGAN(pl.LightningModule):
                 "channels_last": channels_last,
             }
         )
-        self.automatic_optimization = False  # generator and discriminator have an optimizer each
+        # Generator and discriminator have an optimizer each, which Lightning does not step automatically.
+        self.automatic_optimization = False
         self.downsampling = self.autoencoder_config.downsampling
         self.codebook_size = self.quantizer_config.codebook_size
         self.autoencoder = Autoencoder(self.autoencoder_config, self.quantizer_config)
@@ -176,6 +180,7 @@ class VQGAN(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------- training
 
     def configure_optimizers(self) -> Any:
+        """Return Adam and its learning-rate schedule for the generator and, if there is one, the discriminator."""
         config = self.optimizer_config
         networks = [self.autoencoder] + ([self.discriminator] if self.discriminator else [])
         betas = (config.betas[0], config.betas[1])
@@ -183,7 +188,8 @@ class VQGAN(pl.LightningModule):
         adam = partial(torch.optim.Adam, lr=config.learning_rate, betas=betas, fused=fused)
         total_steps = total_optimizer_steps(self.trainer, config.grad_accum_steps)
         start_steps = (0, self.gan_config.start_step)
-        optimizers, schedulers = [], []
+        optimizers = []
+        schedulers = []
         for network, start_step in zip(networks, start_steps):
             optimizer = adam([p for p in network.parameters() if p.requires_grad])
             scheduler = make_lr_scheduler(optimizer, config.schedule, config.warmup_steps, total_steps, start_step)
@@ -196,14 +202,16 @@ class VQGAN(pl.LightningModule):
         return [StopOnNonFinite(self.guard)]
 
     def on_fit_start(self) -> None:
-        if (precision := self.trainer.precision) not in ("32-true", "bf16-mixed"):
-            why = ": GAN losses overflow in fp16" if precision == "16-mixed" else ""
-            raise ValueError(f"trainer.precision must be 32-true or bf16-mixed, got {precision}{why}")
+        precision = self.trainer.precision
+        if precision not in ("32-true", "bf16-mixed"):
+            reason = ": GAN losses overflow in fp16" if precision == "16-mixed" else ""
+            raise ValueError(f"trainer.precision must be 32-true or bf16-mixed, got {precision}{reason}")
         if self.gan_config.weight > 0 and self.discriminator is None:
             logger.warning("The checkpoint has no discriminator; training continues without the adversarial loss.")
         if self.loss_config.perceptual_weight > 0:
             self.lpips()  # load it now rather than in the first step
-        self.train()  # a loaded model is in evaluation mode, and Lightning does not change that
+        # A loaded model is in evaluation mode, and Lightning does not change that.
+        self.train()
         self.apply_speed_options_()
 
     def lpips(self) -> nn.Module:
@@ -223,6 +231,7 @@ class VQGAN(pl.LightningModule):
             self._compile()
 
     def _compile(self) -> None:
+        """Compile the networks in place, which keeps the names of their parameters."""
         # The graph is differentiated twice: for the adaptive weight and for the step.
         torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
         # The decoder's last layer is not compiled, because the adaptive weight needs its gradient alone.
@@ -234,6 +243,7 @@ class VQGAN(pl.LightningModule):
                 network.compile()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accumulate the gradients of generator and discriminator; step their optimizers if the step is complete."""
         images = images_from_batch(batch)
         if self.hparams["channels_last"]:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -270,12 +280,13 @@ class VQGAN(pl.LightningModule):
         self._log_losses(loss_terms, quantized)
 
     def _initialize_codebook(self, images: Tensor, batch_idx: int) -> None:
+        """Initialize the codes by k-means before the first step of a training, if asked for."""
         if self.quantizer_config.kmeans_iters and self.global_step == batch_idx == 0:
             self._kmeans_init(images)
 
     @torch.no_grad()
     def _kmeans_init(self, images: Tensor) -> None:
-        """Initialize the codes by k-means on the latents of the first batch, and of more images if those are too few."""
+        """Initialize the codes by k-means on the latents of the first batch, and of more images if it is too small."""
         quantizer = self.autoencoder.quantize
         latents = [quantizer.as_vectors(self.encode_latents(images))]
         num_wanted = math.ceil(quantizer.kmeans_latents / self.trainer.world_size)
@@ -287,17 +298,18 @@ class VQGAN(pl.LightningModule):
 
     def _changed_by_forward(self) -> list[Tensor]:
         """Return the tensors that training changes without an optimizer: codes, and statistics of batches."""
-        parts = [part for part in (self.discriminator, self.lecam) if part is not None]
-        return [
-            *self.autoencoder.quantize.parameters(),
-            *self.autoencoder.buffers(),
-            *(buffer for part in parts for buffer in part.buffers()),
-        ]
+        tensors: list[Tensor] = [*self.autoencoder.quantize.parameters(), *self.autoencoder.buffers()]
+        for network in (self.discriminator, self.lecam):
+            if network is not None:
+                tensors += network.buffers()
+        return tensors
 
     def _disc_active(self) -> bool:
+        """Return True if the discriminator is trained at this step."""
         return self.discriminator is not None and self.global_step >= self.gan_config.start_step
 
     def _adversarial_loss_active(self) -> bool:
+        """Return True if the adversarial loss is applied to the generator at this step."""
         return self.global_step >= self.gan_config.start_step + self.gan_config.disc_only_steps
 
     def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: QuantizerOutput) -> dict[str, Tensor]:
@@ -332,6 +344,7 @@ class VQGAN(pl.LightningModule):
         return weight * adv_grad, {"generator_loss": generator_loss, "adaptive_weight": weight}
 
     def _discriminator_loss(self, images: Tensor, logits_fake: Tensor) -> Tensor:
+        """Return the discriminator's loss, and log it."""
         logits_real = self.discriminator(images)
         loss = losses.discriminator_loss(logits_real, logits_fake, self.gan_config.loss)
         logged = {"discriminator_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
@@ -359,7 +372,8 @@ class VQGAN(pl.LightningModule):
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             stepper.step()
-        for scheduler in as_list(self.lr_schedulers())[:num_optimizers]:  # a subclass may have none
+        # A subclass may have no schedulers.
+        for scheduler in as_list(self.lr_schedulers())[:num_optimizers]:
             scheduler.step()
         if self.ema is not None:
             self.ema.update_parameters(self.autoencoder)
@@ -380,7 +394,7 @@ class VQGAN(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
         """Accumulate losses and the PSNR of the 8-bit reconstruction; return that reconstruction.
 
-        Images that another rank validates, too, are left out; None is returned if all of them are.
+        Images that another rank also validates are left out; None is returned if no image remains.
         """
         images = images_from_batch(batch)
         images = images[: num_real_samples(self._trainer, batch_idx, len(images))]
@@ -392,7 +406,8 @@ class VQGAN(pl.LightningModule):
         terms["loss"] = torch.stack(list(terms.values())).sum()
         rounded = to_bytes(reconstruction).float() / 127.5 - 1
         squared = ((rounded - images) / 2).square().mean(dim=(1, 2, 3))
-        terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()  # dB, mean over images; peak 1 for [0, 1]
+        # In dB, averaged over images, for pixel values in [0, 1].
+        terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()
         self.averages.add({f"val/{name}": value for name, value in terms.items()}, len(images))
         return rounded
 
@@ -410,7 +425,7 @@ class VQGAN(pl.LightningModule):
 
     @property
     def last_is_best(self) -> bool:
-        """Whether to export the last checkpoint rather than the one with the lowest validation loss.
+        """True if the last checkpoint is exported rather than the one with the lowest validation loss.
 
         That loss has no adversarial term, so once the discriminator is trained its minimum is misleading.
         """
@@ -423,18 +438,29 @@ class VQGAN(pl.LightningModule):
         checkpoint["clipgen_model"] = model_folder.kind(type(self))
 
     def save(self, path: str | Path, half: bool = False, training: bool = False) -> Path:
-        """Write a model folder: the tokenizer; with ``training`` also the discriminator and LPIPS, if there are any."""
+        """Write a model folder and return its path.
+
+        Args:
+            path: folder to write.
+            half: store the weights in half precision.
+            training: also store the discriminator and LPIPS, if there are any, besides the tokenizer.
+        """
         check_weights(self._export_model)
         state = self._export_model.state_dict()
         if training:
-            for prefix, part in zip(OPTIONAL_PARTS, (self.discriminator, *self._lpips)):
-                state |= {prefix + k: v for k, v in part.state_dict().items()} if part is not None else {}
+            for prefix, network in zip(OPTIONAL_PARTS, (self.discriminator, *self._lpips)):
+                if network is not None:
+                    state |= {prefix + name: tensor for name, tensor in network.state_dict().items()}
         return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Load a model folder, a run folder or a checkpoint of stage 1, ``"shapes"`` (bundled), or the tokenizer of a
-        pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
+        """Load a trained tokenizer, in evaluation mode.
+
+        Args:
+            path: a model folder, a run folder or a checkpoint of stage 1; ``"shapes"`` (bundled); or
+                ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose tokenizer is loaded.
+        """
         arguments, state = model_folder.load(path, model_folder.kind(cls))
         return model_folder.build(cls, arguments, state, path)
 
@@ -460,35 +486,40 @@ class VQGAN(pl.LightningModule):
         """Load a published VQModel or GumbelVQ of taming-transformers, in evaluation mode.
 
         Args:
-            checkpoint: its ``.ckpt``. Nothing in it is executed. config: its ``.yaml``, or what stands there.
+            checkpoint: path of its ``.ckpt``. No code in it is executed.
+            config: path of its ``.yaml``, or the parsed mapping.
 
         Raises:
-            ValueError: the file is none of theirs, or wants to run code; says which.
+            ValueError: the file is not such a checkpoint, or its pickle refers to code.
         """
         arguments, state = taming.vqgan(checkpoint, config)
         return model_folder.build(cls, arguments, state, checkpoint)
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
-        """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode."""
+        """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode. No code in it is executed."""
         with model_folder.fitting(checkpoint, cls.__name__):
             arguments, state = hfailab.vqgan(checkpoint)
         return model_folder.build(cls, arguments, state, checkpoint)
 
     def load_weights_(self, state: dict[str, Tensor]) -> Self:
-        """Take over weights as a model folder holds them, in evaluation mode; a discriminator without any goes."""
+        """Load the weights of a model folder and switch to evaluation mode.
+
+        The discriminator is removed if the folder has none.
+        """
         self.load_tokenizer_(state)
         discriminator, lpips = (below(prefix, state) for prefix in OPTIONAL_PARTS)
         if not discriminator:
             self.discriminator = self.lecam = None
         elif self.discriminator is not None:
             self.discriminator.load_state_dict(discriminator)
-        if any(name.startswith("net.") for name in lpips):  # with VGG, and not its linear layers alone
+        # Some published checkpoints hold only the linear layers of LPIPS, without VGG-16.
+        if any(name.startswith("net.") for name in lpips):
             self._lpips = (lpips_from_state(lpips),)
         return self.eval()
 
     def init_from(self, other: VQGAN) -> VQGAN:
-        """Go on from another's weights: the tokenizer's, and the discriminator's and LPIPS where it has them."""
+        """Copy the weights of another VQ-GAN: those of the tokenizer and, if it has them, discriminator and LPIPS."""
         self.load_tokenizer_(other.eval().active_model.state_dict())
         if self.discriminator is not None and other.discriminator is not None:
             self.discriminator.load_state_dict(other.discriminator.state_dict())
@@ -496,11 +527,12 @@ class VQGAN(pl.LightningModule):
         return self
 
     def load_tokenizer_(self, state: dict[str, Tensor]) -> None:
-        """Take over the tokenizer's weights alone."""
-        state = {k: v for k, v in state.items() if not k.startswith(OPTIONAL_PARTS)}
-        for net in (self.autoencoder, *([self.ema.module] if self.ema is not None else [])):
-            missing = net.load_state_dict(state, strict=False)
-            differing = {*missing.missing_keys, *missing.unexpected_keys} - {"quantize.batches_since_use"}
+        """Load the weights of encoder, quantizer and decoder, also into the EMA."""
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(OPTIONAL_PARTS)}
+        networks: list[Any] = [self.autoencoder] if self.ema is None else [self.autoencoder, self.ema.module]
+        for network in networks:
+            keys = network.load_state_dict(state, strict=False)
+            differing = {*keys.missing_keys, *keys.unexpected_keys} - {"quantize.batches_since_use"}
             if differing:
                 raise RuntimeError(f"weights do not fit: {', '.join(sorted(differing))}")
 
@@ -518,7 +550,7 @@ def without_kmeans(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_list(one_or_more: Any) -> list[Any]:
-    """Return what Lightning returns as None, as one object or as a list, as a list."""
+    """Return a list of what Lightning returns as None, a single object or a list."""
     if one_or_more is None:
         return []
     return list(one_or_more) if isinstance(one_or_more, list) else [one_or_more]

@@ -1,4 +1,4 @@
-"""Tiny models that every test file may ask for."""
+"""Fixtures: tiny models, images, and functions that train modules and call commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 SHARED = Path(os.environ.get("CLIPGEN_SHARED", Path(__file__).parents[2] / "shared"))
-# For options of a command, which bfloat16 without units makes stop
+# Commands refuse bfloat16 on processors that do not multiply fast in it.
 needs_bf16 = pytest.mark.skipif(not has_bf16_units("cpu"), reason="needs a processor that multiplies in bfloat16")
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
@@ -40,29 +40,30 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference data that is no part of the project."""
+    """Return the folder of reference data, which is not part of the project."""
     if not SHARED.is_dir():
-        pytest.skip("no shared folder beside the project; set CLIPGEN_SHARED to run the parity tests")
+        pytest.skip("there is no shared folder next to the project; set CLIPGEN_SHARED to run the parity tests")
     return SHARED
 
 
 @pytest.fixture(scope="session")
 def images() -> Tensor:
-    """Eight shapes, (8, 3, 32, 32) in [-1, 1]."""
+    """Return eight images of shapes, (8, 3, 32, 32) in [-1, 1]."""
     return ShapesDataset(8, seed=7).render(range(8))
 
 
 @pytest.fixture
 def tiny_vqgan(images: Tensor) -> VQGAN:
-    """f = 8: 32 x 32 pixels are 4 x 4 indices. Untrained, but its codes lie where the latents do."""
+    """Return an untrained VQ-GAN with f = 8, whose codes are latents of ``images``."""
     vqgan = make_vqgan(**VQGAN_SIZES)
-    vqgan.autoencoder.quantize(vqgan.encode_latents(images))  # the first batch in training mode seeds the codebook
+    # The first batch in training mode initializes the codebook.
+    vqgan.autoencoder.quantize(vqgan.encode_latents(images))
     return vqgan.eval()
 
 
 @pytest.fixture
 def tiny_transformer() -> ConditionalTransformer:
-    """Untrained, with weights so large that its logits differ clearly."""
+    """Return an untrained transformer with weights so large that its logits differ clearly."""
     transformer = make_transformer(**TRANSFORMER_SIZES)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -114,14 +115,14 @@ def inception_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Call a command, by its name and arguments, in an empty folder."""
+    """Return a function that calls a command, by name and arguments, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: Call(monkeypatch, capsys, *arguments)
 
 
 @pytest.fixture
 def fit():
-    """Train a module on shapes for some steps, as the command does but without its callbacks; returns the trainer."""
+    """Return a function that trains a module on shapes for some steps and returns the trainer."""
 
     def run(module: pl.LightningModule, steps: int, *callbacks: pl.Callback, batch: int = 8, **settings) -> pl.Trainer:
         size = steps * batch * module.optimizer_config.grad_accum_steps
@@ -133,12 +134,12 @@ def fit():
 
 
 def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """A copy of the state, to compare with later."""
+    """Return a copy of the state dict."""
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 def changed(module: torch.nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """Names of what differs from the copy."""
+    """Return the names of tensors that differ from a copy of the state dict."""
     return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
 
 

@@ -1,4 +1,4 @@
-"""Tiny models for the tests, and their configuration by flat names."""
+"""Tiny models for the tests, configured by flat keyword arguments."""
 
 from __future__ import annotations
 
@@ -67,22 +67,23 @@ TRANSFORMER_SIZES: dict[str, Any] = dict(
 
 
 def nested(sections: dict[str, tuple[Any, str]], flat: dict[str, Any]) -> dict[str, Any]:
-    """Sort flat settings into sections, as in ``gan_weight`` -> ``{"gan": {"weight": ...}}``."""
+    """Distribute flat settings to sections, e.g. ``gan_weight`` -> ``{"gan": {"weight": ...}}``."""
     arguments: dict[str, Any] = {}
     for name, value in flat.items():
         section, field = find_field(sections, name)
-        (arguments.setdefault(section, {}) if section else arguments)[field] = value
+        target = arguments.setdefault(section, {}) if section else arguments
+        target[field] = value
     return arguments
 
 
 def find_field(sections: dict[str, tuple[Any, str]], name: str) -> tuple[str, str]:
-    """Return the section and the field of a flat name; a prefixed name is preferred. Others are top-level arguments."""
+    """Return section and field of a flat name; prefixed names come first, unknown names are top-level arguments."""
     for section, (config_class, prefix) in sections.items():
-        names = [each.name for each in fields(config_class)]
+        names = [f.name for f in fields(config_class)]
         if prefix and name.startswith(prefix) and name.removeprefix(prefix) in names:
             return section, name.removeprefix(prefix)
     for section, (config_class, _) in sections.items():
-        if name in [each.name for each in fields(config_class)]:
+        if name in [f.name for f in fields(config_class)]:
             return section, name
     return "", name
 

@@ -1,4 +1,4 @@
-"""L_CLIP (Eq. 9, 10): its kinds by hand, its gradient against finite differences, what it costs and what it is for."""
+"""The CLIP loss (Eq. 9, 10): values by hand, gradients against finite differences, cost and effect."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ def model(**arguments) -> ConditionalTransformer:
 # ------------------------------------------------------------------------------------------------------ plain functions
 
 
-def test_kinds_by_hand():
+def test_clip_loss_by_hand():
     a = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     b = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # cosines 1 and 0.6, similarities 1 and 0.8
     assert losses.clip_loss(a, b).item() == pytest.approx(-math.log(0.8) / 2)
     assert losses.clip_loss(a, b, "cosine").item() == pytest.approx(0.2)
     assert math.log(1e3) < losses.clip_loss(a, -a) < 20  # s = 0
-    with pytest.raises(ValueError, match="clip_loss.type must be 'log' or 'cosine', got 'l2'"):
+    with pytest.raises(ValueError, match=r"clip_loss\.type must be 'log' or 'cosine', got 'l2'"):
         losses.clip_loss(a, b, "l2")
 
 
-@pytest.mark.parametrize("kind", CLIP_LOSS_ESTIMATORS)
-def test_codes_and_their_gradients_by_hand(kind):
-    """d (p @ C) / d logits = p * (g - sum p g), where g is what the code's gradient makes of each code."""
+@pytest.mark.parametrize("estimator", CLIP_LOSS_ESTIMATORS)
+def test_codes_and_their_gradients_by_hand(estimator):
+    """d (p @ C) / d logits = p * (g - sum p g), where g is the upstream gradient times the codebook."""
     logits, codebook = torch.randn(2, 3, 5, dtype=torch.double, requires_grad=True), torch.randn(5, 4).double()
     upstream = torch.randn(2, 3, 4).double()
     torch.manual_seed(3)
-    codes = losses.differentiable_codes(logits, codebook, kind)
-    (found,) = torch.autograd.grad(codes, logits, upstream)
+    codes = losses.differentiable_codes(logits, codebook, estimator)
+    (gradient,) = torch.autograd.grad(codes, logits, upstream)
     torch.manual_seed(3)
-    noise = -torch.empty(2, 3, 5).double().exponential_().log() if kind == "gumbel" else 0.0
+    noise = -torch.empty(2, 3, 5).double().exponential_().log() if estimator == "gumbel" else 0.0
     p = (logits + noise).softmax(-1).detach()
     g = upstream @ codebook.T
-    torch.testing.assert_close(found, p * (g - (p * g).sum(-1, keepdim=True)))
-    expected = p @ codebook if kind == "expected" else codebook[p.argmax(-1)]
+    torch.testing.assert_close(gradient, p * (g - (p * g).sum(-1, keepdim=True)))
+    expected = p @ codebook if estimator == "expected" else codebook[p.argmax(-1)]
     torch.testing.assert_close(codes.detach(), expected)
 
 
-def test_gumbel_draws_by_the_probabilities():
+def test_gumbel_estimator_samples_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    drawn = losses.differentiable_codes(logits.expand(1, 20_000, 4), torch.eye(4), "gumbel")[0].mean(0)
-    torch.testing.assert_close(drawn, logits.softmax(0), atol=0.015, rtol=0)
+    frequency = losses.differentiable_codes(logits.expand(1, 20_000, 4), torch.eye(4), "gumbel")[0].mean(0)
+    torch.testing.assert_close(frequency, logits.softmax(0), atol=0.015, rtol=0)
 
 
-def test_unknown_codes_are_refused():
+def test_unknown_estimator_is_refused():
     with pytest.raises(ValueError, match=r"clip_loss.estimator must be one of straight_through, .*, got 'hard'"):
         losses.differentiable_codes(torch.zeros(1, 1, 2), torch.zeros(2, 1), "hard")
 
@@ -70,7 +70,7 @@ def test_unknown_codes_are_refused():
 
 
 class DoubleCLIP:
-    """The bundled CLIP in double precision: FrozenCLIP itself returns single."""
+    """The bundled CLIP in double precision; FrozenCLIP returns single precision."""
 
     def __init__(self) -> None:
         self.clip = FrozenCLIP("shapes").double()
@@ -79,9 +79,11 @@ class DoubleCLIP:
         return F.normalize(self.clip.model.encode_image(self.clip.preprocess(images)), dim=-1)
 
 
-@pytest.mark.parametrize("kind", CLIP_LOSS_TYPES)
-def test_the_gradient_is_that_of_finite_differences(kind, tiny_vqgan, shapes_clip, images):
-    transformer = model(clip_loss_estimator="expected", clip_loss_type=kind).attach_encoders(tiny_vqgan, shapes_clip)
+@pytest.mark.parametrize("loss_type", CLIP_LOSS_TYPES)
+def test_gradient_matches_finite_differences(loss_type, tiny_vqgan, shapes_clip, images):
+    transformer = model(clip_loss_estimator="expected", clip_loss_type=loss_type).attach_encoders(
+        tiny_vqgan, shapes_clip
+    )
     target = shapes_clip.encode_image(images[:2]).double()
     transformer._encoders = (tiny_vqgan.double(), DoubleCLIP())
     logits = torch.randn(2, 16, 16, dtype=torch.double, requires_grad=True)
@@ -96,12 +98,18 @@ def test_the_gradient_is_that_of_finite_differences(kind, tiny_vqgan, shapes_cli
     assert gradient.abs().max() > 1e-6
 
 
-def spied(transformer: ConditionalTransformer, monkeypatch) -> list[int]:
-    """Rows of every call of the decoder."""
-    vqgan, rows = transformer.encoders()[0], []
+def record_decoded_batches(transformer: ConditionalTransformer, monkeypatch) -> list[int]:
+    """Return a list that receives the batch size of each call of the decoder."""
+    vqgan = transformer.encoders()[0]
     original = vqgan.decode_latents
-    monkeypatch.setattr(vqgan, "decode_latents", lambda z_q: (rows.append(len(z_q)), original(z_q))[1])
-    return rows
+    batch_sizes = []
+
+    def decode_latents(z_q: Tensor) -> Tensor:
+        batch_sizes.append(len(z_q))
+        return original(z_q)
+
+    monkeypatch.setattr(vqgan, "decode_latents", decode_latents)
+    return batch_sizes
 
 
 @pytest.mark.parametrize(
@@ -114,29 +122,29 @@ def spied(transformer: ConditionalTransformer, monkeypatch) -> list[int]:
         (dict(clip_loss_batch_fraction=0.01, clip_loss_interval=3), 1, [1, 1]),
     ],
 )
-def test_what_is_not_asked_for_is_not_decoded(
+def test_interval_and_batch_fraction_limit_decoding(
     options, grad_accum_steps, expected, tiny_vqgan, shapes_clip, fit, monkeypatch
 ):
-    """Four optimizer steps: every n-th, with all batches that add up to it; of each batch the first rows."""
+    """Of four optimizer steps, every n-th decodes the first samples of all its accumulated batches."""
     transformer = model(clip_loss_weight=0.2, **options).attach_encoders(tiny_vqgan, shapes_clip)
-    rows = spied(transformer, monkeypatch)
+    batch_sizes = record_decoded_batches(transformer, monkeypatch)
     data = DataLoader(ShapesDataset(32 * grad_accum_steps), batch_size=8)
     trainer = pl.Trainer(max_steps=4, accelerator="cpu", accumulate_grad_batches=grad_accum_steps, **QUIET)
     trainer.fit(transformer, data)
-    assert trainer.global_step == 4 and rows == expected
+    assert trainer.global_step == 4 and batch_sizes == expected
 
 
-def test_a_rare_loss_weighs_more(tiny_vqgan, shapes_clip, images):
-    """On average over steps, Eq. 10 stays."""
-    found = []
-    for every in (1, 4):
+def test_interval_multiplies_the_weight(tiny_vqgan, shapes_clip, images):
+    """Averaged over steps, the loss is Eq. 10 for any interval."""
+    weights = []
+    for interval in (1, 4):
         torch.manual_seed(1)
-        transformer = model(clip_loss_weight=0.2, clip_loss_interval=every).attach_encoders(tiny_vqgan, shapes_clip)
+        transformer = model(clip_loss_weight=0.2, clip_loss_interval=interval).attach_encoders(tiny_vqgan, shapes_clip)
         logged = {}
         transformer.log = lambda name, value, logged=logged, **_: logged.__setitem__(name, value.item())
         loss = transformer.training_step({"images": images}, 0).item()
-        found.append((loss - logged["train/cross_entropy"]) / logged["train/clip_loss"])
-    assert found == pytest.approx([0.2, 0.8], rel=1e-3)
+        weights.append((loss - logged["train/cross_entropy"]) / logged["train/clip_loss"])
+    assert weights == pytest.approx([0.2, 0.8], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -149,16 +157,16 @@ def test_a_rare_loss_weighs_more(tiny_vqgan, shapes_clip, images):
         ("clip_loss_batch_fraction", 1.5, r"be in \(0, 1\], got 1.5"),
     ],
 )
-def test_senseless_arguments_are_refused(name, value, message):
+def test_invalid_settings_are_refused(name, value, message):
     with pytest.raises(ValueError, match=f"{name.replace('clip_loss_', 'clip_loss.')} must {message}"):
         model(**{name: value})
 
 
 @pytest.mark.slow
-def test_descending_its_gradient_brings_samples_nearer():
-    """Logits of eight images descend the loss alone, through the bundled decoder and CLIP; then codes are sampled.
+def test_minimizing_the_loss_reduces_the_clip_distance_of_samples():
+    """Optimize the logits of eight images by the loss alone, through the bundled decoder and CLIP, and sample codes.
 
-    What a training makes of it beside the cross-entropy varies from seed to seed as much as the effect is large.
+    In a training, the effect beside the cross-entropy is as small as its variation between seeds.
     """
     pipe = TextToImage.load("shapes")
     transformer = make_transformer(
@@ -177,8 +185,8 @@ def test_descending_its_gradient_brings_samples_nearer():
 
     @torch.no_grad()
     def distance() -> float:
-        drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 8, replacement=True)  # (8 * 64, 8)
-        grids = drawn.T.reshape(8 * 8, 8, 8)
+        samples = torch.multinomial(logits.softmax(-1).flatten(0, 1), 8, replacement=True)  # (8 * 64, 8)
+        grids = samples.T.reshape(8 * 8, 8, 8)
         return losses.clip_loss(
             pipe.clip.encode_image(pipe.vqgan.decode(grids)), embedding.repeat(8, 1), "cosine"
         ).item()

@@ -1,10 +1,11 @@
-"""The YAML: everything composes, keys are arguments, and the paper's experiments hold the paper's numbers."""
+"""The YAML files: all compose, keys are fields of the dataclasses, and the paper's hyperparameters are the paper's."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import shapes_data
 from clipgen.data.webdataset import shard_data
-from clipgen.models.config import GPTConfig, to_plain
+from clipgen.models.config import AutoencoderConfig, GPTConfig, QuantizerConfig, is_training_only, to_plain
+from clipgen.run_folder import identity
 from clipgen.sampling import SamplingParams
 from clipgen.training import callbacks
 from clipgen.transformer import ConditionalTransformer
@@ -30,7 +32,7 @@ NEEDED = {"modern": ["data.root=x"], "coco": ["data.root=x"], "imagenet": ["data
 
 
 def group(name: str) -> dict[str, dict]:
-    """The files of a group as written, by name."""
+    """Return the parsed files of a configuration group, by name."""
     return {file.stem: yaml.safe_load(file.read_text()) or {} for file in Path(config_dir(), name).glob("*.yaml")}
 
 
@@ -56,29 +58,29 @@ def test_every_stage_of_every_experiment_composes(stage, name):
     OmegaConf.resolve(config)
     assert config.stage_name == stage and config.output.startswith(f"outputs/{stage}/")
     assert not OmegaConf.missing_keys(config)
-    assert config.trainer.max_steps > 0 or config.trainer.max_epochs > 0  # or it would never end
+    assert config.trainer.max_steps > 0 or config.trainer.max_epochs > 0  # otherwise it would never end
 
 
-def test_there_are_no_other_experiments_or_stages():
+def test_all_experiments_and_stages_are_listed():
     assert set(group("experiment")) == set(EXPERIMENTS) and set(group("stage")) == set(STAGES)
     assert set(group("recipe")) == {f"{name}_{stage}" for name in EXPERIMENTS for stage in STAGES}
 
 
 @pytest.mark.parametrize("name", ["csv", "none", "tensorboard", "wandb"])
-def test_loggers(name):
+def test_logger_keys_are_constructor_arguments(name):
     node = composed("stage=vqgan", f"logger={name}").logger
-    if name != "none":  # wandb itself need not be there
+    if name != "none":
         assert values(node) <= set(arguments(get_object(node["_target_"]).__init__))
 
 
-# ------------------------------------------------------------------------------------------------ keys are arguments
+# ----------------------------------------------------------------------------------------- keys are arguments or fields
 
 
 SECTIONS = {"vqgan": VQGAN_SECTIONS, "transformer": TRANSFORMER_SECTIONS}
 
 
 @pytest.mark.parametrize(("stage", "model"), [("vqgan", VQGAN), ("transformer", ConditionalTransformer)])
-def test_model_keys_are_the_constructors_arguments(stage, model):
+def test_model_keys_are_constructor_arguments(stage, model):
     node = group("stage")[stage]["model"]
     assert get_object(node["_target_"]) is model
     network = {field.name for field in fields(GPTConfig)} if stage == "transformer" else set()
@@ -86,12 +88,25 @@ def test_model_keys_are_the_constructors_arguments(stage, model):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_stage_keys_are_in_the_order_of_the_dataclass_fields(stage):
+    model = group("stage")[stage]["model"]
+    for section, (config_class, _) in SECTIONS[stage].items():
+        names = [f.name for f in fields(config_class)]
+        keys = [key for key in (model[section] if section else model) if key in names]
+        assert keys == names
+    constructor_arguments = arguments(get_object(model["_target_"]).__init__)
+    expected = [name for name in constructor_arguments if name in model]
+    assert [key for key in model if key in constructor_arguments] == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_yaml_defaults_are_the_dataclass_defaults(stage):
-    """Python and YAML users get the same model, except for what YAML takes from the data or the frozen models."""
+    """Except for the values that YAML takes from the data or the frozen models."""
     model = group("stage")[stage]["model"]
     filled_in = {"resolution"} if stage == "vqgan" else {"codebook_size", "num_tokens", "clip_dim"}
     for section, (config_class, _) in SECTIONS[stage].items():
-        node, defaults = (model[section] if section else model), to_plain(config_class())
+        node = model[section] if section else model
+        defaults = to_plain(config_class())
         for key in set(defaults) - filled_in:
             expected = pytest.approx(defaults[key]) if isinstance(defaults[key], float) else defaults[key]
             assert node[key] == expected, f"{section}.{key}"
@@ -102,12 +117,12 @@ def test_yaml_defaults_are_the_dataclass_defaults(stage):
 @pytest.mark.parametrize(
     ("name", "factory"), [("shapes", shapes_data), ("folder", folder_data), ("webdataset", shard_data)]
 )
-def test_data_keys_are_the_factorys_arguments(name, factory):
+def test_data_keys_are_factory_arguments(name, factory):
     node = group("data")[name]
     assert get_object(node["_target_"]) is factory and values(node) == set(arguments(factory))
 
 
-def test_other_keys_are_arguments_too():
+def test_other_keys_are_arguments():
     for name, node in group("clip").items():
         assert get_object(node["_target_"]) is FrozenCLIP, name
         assert values(node) == set(arguments(FrozenCLIP.__init__))
@@ -120,22 +135,23 @@ def test_other_keys_are_arguments_too():
 
 
 @pytest.mark.parametrize("name", sorted(group("recipe")))
-def test_recipes_change_keys_that_exist(name):
+def test_recipe_keys_exist(name):
     stage = name.rsplit("_", 1)[1]
-    recipe, whole = group("recipe")[name], composed(f"stage={stage}")
+    recipe = group("recipe")[name]
+    config = composed(f"stage={stage}")
     for node in ("model", "trainer", "image_logger"):
-        assert_known_keys(recipe.get(node, {}), whole[node], node)
+        assert_known_keys(recipe.get(node, {}), config[node], node)
 
 
-def assert_known_keys(node: dict, whole: dict, where: str) -> None:
+def assert_known_keys(node: dict, known: dict, path: str) -> None:
     for key, value in node.items():
-        assert key in whole, f"{where}.{key}"
+        assert key in known, f"{path}.{key}"
         if isinstance(value, dict):
-            assert_known_keys(value, whole[key], f"{where}.{key}")
+            assert_known_keys(value, known[key], f"{path}.{key}")
 
 
 @pytest.mark.parametrize("name", sorted(group("quantizer")))
-def test_every_quantizer_composes_and_builds(name):
+def test_all_quantizers_compose_and_build(name):
     config = composed("stage=vqgan", "experiment=cifar10", f"quantizer={name}")
     with torch.device("meta"):
         vqgan = make(config.model)
@@ -143,7 +159,7 @@ def test_every_quantizer_composes_and_builds(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "language", "parameters"),
+    ("name", "gpt2_parameters", "parameters"),
     [
         ("gpt2-small", 124_439_808, None),
         ("gpt2-medium", 354_823_168, None),
@@ -152,16 +168,16 @@ def test_every_quantizer_composes_and_builds(name):
         ("gpt2-xl-clipgen", None, 1_386.3e6),
     ],
 )
-def test_sizes(name, language, parameters):
-    """Those of OpenAI's have as many parameters as its GPT-2, where words and positions are as many as there."""
+def test_model_sizes_have_the_published_parameter_counts(name, gpt2_parameters, parameters):
+    """With GPT-2's vocabulary and positions, OpenAI's sizes have as many parameters as GPT-2."""
     config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"model_size={name}")
     with torch.device("meta"):
         transformer = make(config.model, codebook_size=50257, num_tokens=1024, clip_dim=512)
-        ours = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
-    if language:
-        assert count(transformer) - count(transformer.gpt.clip_proj) == language
+        own_vocabulary = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
+    if gpt2_parameters:
+        assert count(transformer) - count(transformer.gpt.clip_proj) == gpt2_parameters
     else:
-        assert count(ours) == pytest.approx(parameters, rel=0.002)
+        assert count(own_vocabulary) == pytest.approx(parameters, rel=0.002)
     assert set(group("model_size")[name]) == {"model"} and set(group("model_size")[name]["model"]) == {
         "n_layer",
         "n_head",
@@ -169,12 +185,12 @@ def test_sizes(name, language, parameters):
     }
 
 
-def test_there_are_no_other_sizes():
+def test_all_model_sizes_are_listed():
     assert set(group("model_size")) == {"gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"}
 
 
-def test_the_modern_tokenizer():
-    """16384 codes of 8 dimensions on a sphere, f = 16; trained in bf16, compiled."""
+def test_modern_tokenizer():
+    """It has 16384 codes of 8 dimensions on a sphere and f = 16, and is trained in bf16 and compiled."""
     config = composed("stage=vqgan", "experiment=modern", "data.root=x")
     with torch.device("meta"):
         vqgan = make(config.model)
@@ -183,11 +199,11 @@ def test_the_modern_tokenizer():
     assert config.trainer.precision == "bf16-mixed" and config.model.optimizer.ema_decay > 0
 
 
-# ------------------------------------------------------------------------------------------------ the paper's numbers
+# ---------------------------------------------------------------------------------------- the paper's hyperparameters
 
 
 @pytest.mark.parametrize("name", ["coco", "imagenet"])
-def test_stage_1_is_the_papers(name):
+def test_stage_1_has_the_papers_hyperparameters(name):
     config = experiment("vqgan", name)
     model = config.model
     quantizer, gan, optimizer = model.quantizer, model.gan, model.optimizer
@@ -196,7 +212,7 @@ def test_stage_1_is_the_papers(name):
     assert model.loss.perceptual_weight > 0 and gan.weight > 0 and model.autoencoder.dropout == 0
     assert (optimizer.learning_rate, optimizer.schedule, optimizer.warmup_steps) == (4.5e-6, "constant", 0)
     assert (config.data.batch_size, config.data.image_size, config.trainer.max_epochs) == (16, 256, 100)
-    assert config.data.flip is False  # resize and random crop, says supplement A
+    assert config.data.flip is False  # supplement A: resize and random crop
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
     with torch.device("meta"):
         vqgan = make(model)
@@ -213,7 +229,7 @@ def test_stage_1_is_the_papers(name):
         ("imagenet", (48, 24, 1536), 16, 2_000_000, 1386.3e6, 1.6e9),
     ],
 )
-def test_stage_2_is_the_papers(name, sizes, batch_size, max_steps, parameters, table_1):
+def test_stage_2_has_the_papers_hyperparameters(name, sizes, batch_size, max_steps, parameters, table_1):
     config = experiment("transformer", name)
     model = config.model
     assert (model.n_layer, model.n_head, model.n_embd) == sizes
@@ -221,7 +237,7 @@ def test_stage_2_is_the_papers(name, sizes, batch_size, max_steps, parameters, t
     optimizer = model.optimizer
     assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-5, 0)
     assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
-    assert (model.conditioning.drop_prob, model.conditioning.noise_cosine) == (0, 1)  # both are ours
+    assert (model.conditioning.drop_prob, model.conditioning.noise_cosine) == (0, 1)  # not in the paper
     assert (config.data.batch_size, config.data.image_size, config.trainer.max_steps) == (batch_size, 256, max_steps)
     assert config.data.flip is False
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
@@ -236,11 +252,47 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+# ---------------------------------------------------------------------------------------------- tokenizer identity
+
+
+def other_value(config_field: Field) -> Any:
+    """Return a valid value that differs from the default of a field."""
+    default = config_field.default
+    special = {"encoder_kernel_size": 1, "type": "cosine", "fsq_levels": [8, 5, 5, 5]}
+    if config_field.name in special:
+        return special[config_field.name]
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, (int, float)):
+        return default + 1 if isinstance(default, int) else default / 2 + 0.1
+    return [*default, 1]
+
+
+TOKENIZER_FIELDS = [
+    pytest.param(section, config_field, id=f"{section}.{config_field.name}")
+    for section, config_class in (("autoencoder", AutoencoderConfig), ("quantizer", QuantizerConfig))
+    for config_field in fields(config_class)
+]
+
+
+@pytest.mark.parametrize(("section", "config_field"), TOKENIZER_FIELDS)
+def test_tokenizer_identity_depends_on_all_fields_except_training_only(section, config_field):
+    """Otherwise a token cache of another tokenizer would be accepted."""
+    changed = {section: {config_field.name: other_value(config_field)}}
+    assert (identity(changed, {}) == identity({}, {})) == is_training_only(config_field)
+
+
+def test_tokenizer_identity_depends_on_the_weights():
+    weights = {"encoder.conv_in.weight": torch.zeros(2)}
+    assert identity({}, weights) != identity({}, {name: tensor + 1 for name, tensor in weights.items()})
+    assert identity({}, weights) == identity({}, weights | {"quantize.batches_since_use": torch.ones(2)})
+
+
 # ------------------------------------------------------------------------------------------------------------- types
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "expected"),
+    ("value", "annotation", "expected"),
     [
         (1, int, True),
         (1.0, int, False),
@@ -262,9 +314,9 @@ def count(module: torch.nn.Module) -> int:
         ("a", str | list[str], True),
     ],
 )
-def test_types(value, kind, expected):
-    assert fits(value, kind) is expected
+def test_values_fit_type_annotations(value, annotation, expected):
+    assert fits(value, annotation) is expected
 
 
-def test_types_for_people():
+def test_type_annotations_in_messages():
     assert plain(str | list[int] | None) == "str or list of int or null"

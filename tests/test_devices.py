@@ -1,4 +1,4 @@
-"""What a GPU would mind, seen without one."""
+"""Synchronization and device placement on a GPU, tested without one."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
-# ------------------------------------------------------------------------------------------- waiting for the device
+# ---------------------------------------------------------------------------------------------------- synchronization
 
 
-class Waits(TorchDispatchMode):
-    """Counts the operations whose result the host must know before it goes on."""
+class CountSynchronizations(TorchDispatchMode):
+    """Count the operations whose result the host has to wait for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        reads = ("_local_scalar_dense", "bincount", "nonzero", "masked_select", "unique")
-        self.count += any(name in str(operation) for name in reads)
-        return operation(*arguments, **(named or {}))
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        synchronizing = ("_local_scalar_dense", "bincount", "nonzero", "masked_select", "unique")
+        self.count += any(name in str(operation) for name in synchronizing)
+        return operation(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def gan() -> VQGAN:
-    """With all that a step may have to do."""
-    more = dict(
+    """Return a VQ-GAN with all features that a training step can have."""
+    options = dict(
         gan_weight=0.8,
         gan_start_step=1,
         lecam_weight=0.1,
@@ -48,57 +48,60 @@ def gan() -> VQGAN:
         grad_clip=1.0,
         schedule="cosine",
     )
-    return make_vqgan(**VQGAN_SIZES | more)
+    return make_vqgan(**VQGAN_SIZES | options)
 
 
 @pytest.fixture
 def transformer(tiny_vqgan, shapes_clip) -> ConditionalTransformer:
-    more = dict(ema_decay=0.9, cond_noise_cosine=0.9, clip_loss_weight=0.2, schedule="cosine", dropout=0.1)
-    return make_transformer(**TRANSFORMER_SIZES | more).attach_encoders(tiny_vqgan, shapes_clip)
+    options = dict(ema_decay=0.9, cond_noise_cosine=0.9, clip_loss_weight=0.2, schedule="cosine", dropout=0.1)
+    return make_transformer(**TRANSFORMER_SIZES | options).attach_encoders(tiny_vqgan, shapes_clip)
 
 
 @pytest.mark.parametrize("stage", ["gan", "transformer"])
-def test_a_training_step_waits_for_nothing(request, fit, stage):
-    """It only asks for work, so that a GPU always has some."""
+def test_training_steps_do_not_synchronize(request, fit, stage):
     counts = []
-    for steps in (1, 4, 8):  # what waits once is made in the first
-        with Waits() as waits:
+    # Initializations may synchronize, so more steps must not have more synchronizations.
+    for steps in (1, 4, 8):
+        with CountSynchronizations() as synchronizations:
             fit(copy.deepcopy(request.getfixturevalue(stage)), steps)
-        counts.append(waits.count)
+        counts.append(synchronizations.count)
     assert counts[1] == counts[2]
 
 
-# ----------------------------------------------------------------------------------------------- on one device alone
+# --------------------------------------------------------------------------------------------------------- placement
 
 
 @pytest.fixture
 def gpu():
-    """Tensors that have shapes and devices, and no values: whose value is needed on the way, or whose device is
-    another one's, raises."""
+    """Return a simulated GPU, whose tensors have no values.
+
+    Reading a value or combining tensors of different devices raises an error.
+    """
     if torch.version.cuda is None or torch.__version__ < (2, 15):
-        pytest.skip("a GPU can be pretended by torch 2.15 or later, built for CUDA")
+        pytest.skip("simulating a GPU needs torch 2.15 or later, built for CUDA")
     with FakeTensorMode():
         yield torch.device("cuda:0")
 
 
-def moved(module: nn.Module) -> nn.Module:
-    """A copy whose tensors are on the pretended GPU."""
+def on_gpu(module: nn.Module) -> nn.Module:
+    """Return a copy of a module whose tensors are on the simulated GPU."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-        memo[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else there
-    found = copy.deepcopy(module, memo)
-    for part in found.modules():
+        copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        memo[id(tensor)] = nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    module = copy.deepcopy(module, memo)
+    for part in module.modules():
         if hasattr(part, "_device"):
             part._device = torch.device("cuda:0")
-    return found
+    return module
 
 
-def test_drawing_stays_on_the_gpu(pipe, monkeypatch, gpu):
+def test_generation_stays_on_the_gpu(pipe, monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     pipe.transformer._encoders = None
+<<<<<<< HEAD
     there = TextToImage(moved(pipe.vqgan), moved(pipe.transformer), moved(pipe.clip))
     there.projector = moved(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = there.embed("a small red star on a black background")
@@ -106,27 +109,39 @@ def test_drawing_stays_on_the_gpu(pipe, monkeypatch, gpu):
     for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=given)):
         drawn = there.generate(e.expand(3, -1), 0, **settings)
         assert drawn.shape == (3, 3, 32, 32) and drawn.device == gpu
+=======
+    gpu_pipe = TextToImage(on_gpu(pipe.vqgan), on_gpu(pipe.transformer), on_gpu(pipe.clip))
+    gpu_pipe.projector = on_gpu(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
+    e = gpu_pipe.embed("a small red star on a black background")
+    prefix = gpu_pipe.vqgan.encode(torch.empty(1, 3, 32, 32, device=gpu)).flatten(1)[:, :8]
+    for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=prefix)):
+        images = gpu_pipe.generate(e.expand(3, -1), 0, **settings)
+        assert images.shape == (3, 3, 32, 32) and images.device == gpu
+>>>>>>> p1models
 
 
 def test_losses_stay_on_the_gpu(transformer, gan, gpu):
-    (vqgan, clip), transformer._encoders = transformer.encoders(), None
-    there, gan = moved(transformer).attach_encoders(moved(vqgan), moved(clip)), moved(gan).train()
+    vqgan, clip = transformer.encoders()
+    transformer._encoders = None
+    transformer = on_gpu(transformer).attach_encoders(on_gpu(vqgan), on_gpu(clip))
+    gan = on_gpu(gan).train()
     images = torch.empty(2, 3, 32, 32, device=gpu)
-    indices, e = there.encode(images)
-    loss, logits = there.gpt(indices, add_condition_noise(e, 0.9), torch.zeros(2, dtype=torch.bool, device=gpu), True)
+    indices, e = transformer.encode(images)
+    drop = torch.zeros(2, dtype=torch.bool, device=gpu)
+    loss, logits = transformer.gpt(indices, add_condition_noise(e, 0.9), drop, with_loss=True)
     quantizer = gan.autoencoder.quantize
     quantizer.kmeans_init_(quantizer.as_vectors(gan.encode_latents(images)))
     reconstruction, quantized = gan.autoencode(images)
     terms = gan.autoencoder_loss(images, reconstruction, quantized)
-    both = gan.discriminator(images), gan.discriminator(reconstruction)
-    found = [
+    logits_real, logits_fake = gan.discriminator(images), gan.discriminator(reconstruction)
+    all_losses = [
         loss,
-        there.clip_loss(logits, e),
+        transformer.clip_loss(logits, e),
         *terms.values(),
-        gan.lecam(*both),
-        losses.discriminator_loss(*both, "hinge"),
+        gan.lecam(logits_real, logits_fake),
+        losses.discriminator_loss(logits_real, logits_fake, "hinge"),
     ]
-    assert {loss.device for loss in found} == {gpu}
-    for part, average in ((there.gpt, there.ema), (gan.autoencoder, gan.ema)):
-        average.begun = True  # else it looks whether it has
-        average.update_parameters(part)
+    assert {value.device for value in all_losses} == {gpu}
+    for network, ema in ((transformer.gpt, transformer.ema), (gan.autoencoder, gan.ema)):
+        ema._initialized = True  # otherwise it reads its counter
+        ema.update_parameters(network)

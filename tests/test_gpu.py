@@ -1,4 +1,4 @@
-"""On a GPU, where there is one, pictures and trainings are a CPU's; what the tests ask for holds on a CPU, too."""
+"""Generation and training on a GPU, if there is one, compared with a CPU; the tests also run on the CPU."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ GUIDED = dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9)
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("settings", [{}, GUIDED, dict(temperature=0.0)])
-def test_a_seed_draws_the_same_on_any_device(pipe, device, settings):
-    """But for a GPU's rounding in convolutions (TF32)."""
-    there = copy.deepcopy(pipe).to(device)
+def test_seed_gives_equal_images_on_any_device(pipe, device, settings):
+    """Up to the rounding of convolutions on a GPU (TF32)."""
+    moved = copy.deepcopy(pipe).to(device)
     e = pipe.embed(PROMPT).expand(3, -1)
-    found, expected = there.generate(e.to(device), 5, **settings), pipe.generate(e, 5, **settings)
-    assert found.device.type == device
-    torch.testing.assert_close(found.cpu(), expected, atol=0.02, rtol=0)
+    images = moved.generate(e.to(device), 5, **settings)
+    assert images.device.type == device
+    torch.testing.assert_close(images.cpu(), pipe.generate(e, 5, **settings), atol=0.02, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiled_pictures_are_the_same_pictures(pipe, device):
-    """Whatever was drawn before: CUDA graphs use their memory again."""
+def test_compiled_generation_matches_uncompiled(pipe, device):
+    """Also when CUDA graphs reuse memory of previous batches."""
     pipe = pipe.to(device)
-    compiled, e = copy.deepcopy(pipe).compile(), pipe.embed(PROMPT)
-    for rows, settings in ((3, {}), (1, {}), (3, {}), (2, GUIDED)):
-        found, expected = (each.generate(e.expand(rows, -1), 5, **settings) for each in (compiled, pipe))
-        torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+    compiled = copy.deepcopy(pipe).compile()
+    e = pipe.embed(PROMPT)
+    for batch_size, settings in ((3, {}), (1, {}), (3, {}), (2, GUIDED)):
+        batch = e.expand(batch_size, -1)
+        images = compiled.generate(batch, 5, **settings)
+        torch.testing.assert_close(images, pipe.generate(batch, 5, **settings), atol=0.02, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_both_stages_train_and_draw(call, tmp_path, device):
-    """In bfloat16 and compiled, with all that a recipe may switch on; stopped and resumed in between."""
+def test_both_stages_train_resume_and_sample(call, tmp_path, device):
+    """In bfloat16 and compiled, with all options that recipes use."""
     precision = "bf16-mixed" if has_bf16_units(device) else "32-true"
     common = [
         f"trainer.accelerator={device}",
@@ -79,5 +81,5 @@ def test_both_stages_train_and_draw(call, tmp_path, device):
         rows = csv.DictReader((tmp_path / output / "metrics.csv").open())
         losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
         assert len(losses) == 4 and all(map(math.isfinite, losses))
-    drawn = call("clipgen-sample", "--prompt", PROMPT, "--checkpoint", "transformer", "--device", device)
-    assert drawn.code == 0, drawn.stderr
+    sampled = call("clipgen-sample", "--prompt", PROMPT, "--checkpoint", "transformer", "--device", device)
+    assert sampled.code == 0, sampled.stderr

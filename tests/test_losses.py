@@ -1,4 +1,4 @@
-"""PatchGAN, gan_loss losses, adaptive weight, LeCam, LPIPS: against hand-made values."""
+"""Discriminator, adversarial losses, adaptive weight, LeCam and LPIPS, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from models import make_vqgan
+from models import VQGAN_SIZES, make_vqgan
 from torch import nn
 from torchvision.models import vgg
 
@@ -21,35 +21,35 @@ from clipgen.models.lpips import load_lpips
 # ------------------------------------------------------------------------------------------------------- discriminator
 
 
-def test_a_logit_a_patch_of_70_pixels():
+def test_discriminator_logit_sees_70_pixels():
     net = PatchDiscriminator(channels=4, num_layers=3).eval()
     images = torch.randn(1, 3, 128, 128, requires_grad=True)
     logits = net(images)
     assert logits.shape == (1, 1, 14, 14)
     logits[0, 0, 7, 7].backward()
-    seen = images.grad.abs().sum((0, 1)) > 0
-    assert seen.any(0).sum() == 70 and seen.any(1).sum() == 70
+    visible = images.grad.abs().sum((0, 1)) > 0
+    assert visible.any(0).sum() == 70 and visible.any(1).sum() == 70
 
 
-def test_widths_double_up_to_eight_times():
+def test_discriminator_width_doubles_up_to_eight_times():
     convs = [m for m in PatchDiscriminator(channels=4, num_layers=5).modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convs] == [4, 8, 16, 32, 32, 32, 1]
-    with pytest.raises(ValueError, match="n_layers must be at least 1, got 0"):
-        PatchDiscriminator(num_layers=0)
+    with pytest.raises(ValueError, match=r"gan\.num_layers must be at least 1, got 0"):
+        make_vqgan(gan_num_layers=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- gan_loss
+# ------------------------------------------------------------------------------------------------- adversarial losses
 
 REAL, FAKE = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, -0.5, -3.0])
 
 
-def test_hinge_by_hand():
+def test_hinge_loss_by_hand():
     # mean(0, 1, 2) = 1 and mean(2, 0.5, 0) = 2.5 / 3
     assert losses.discriminator_loss(REAL, FAKE, "hinge").item() == pytest.approx((1 + 2.5 / 3) / 2)
     assert losses.generator_loss(FAKE, "hinge").item() == pytest.approx(2.5 / 3)
 
 
-def test_log_by_hand():
+def test_log_loss_by_hand():
     log_d = lambda x: math.log(1 / (1 + math.exp(-x)))
     real = -sum(log_d(x) for x in REAL.tolist()) / 3
     fake = -sum(log_d(-x) for x in FAKE.tolist()) / 3  # log(1 - D) = log D(-x)
@@ -58,16 +58,16 @@ def test_log_by_hand():
     assert torch.isfinite(losses.discriminator_loss(REAL * 1e4, FAKE * 1e4, "log"))
 
 
-def test_reconstruction_by_hand():
+def test_reconstruction_loss_by_hand():
     a, b = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0])
     assert losses.reconstruction_loss(a, b, "l1").item() == 1.5
     assert losses.reconstruction_loss(a, b, "l2").item() == 2.5
 
 
-def test_unknown_kinds_are_refused():
-    with pytest.raises(ValueError, match="gan.loss must be 'hinge' or 'log', got 'wgan'"):
+def test_unknown_losses_are_refused():
+    with pytest.raises(ValueError, match=r"gan\.loss must be 'hinge' or 'log', got 'wgan'"):
         losses.discriminator_loss(REAL, FAKE, "wgan")
-    with pytest.raises(ValueError, match="gan.loss must be 'hinge' or 'log', got 'wgan'"):
+    with pytest.raises(ValueError, match=r"gan\.loss must be 'hinge' or 'log', got 'wgan'"):
         losses.generator_loss(FAKE, "wgan")
     with pytest.raises(ValueError, match="reconstruction must be 'l1' or 'l2', got 'l3'"):
         losses.reconstruction_loss(REAL, FAKE, "l3")
@@ -76,23 +76,25 @@ def test_unknown_kinds_are_refused():
 def test_adaptive_weight_by_hand():
     layer = nn.Parameter(torch.tensor([1.0, 2.0]))
     reconstruction = layer * torch.tensor([3.0, 4.0])
-    ours, theirs = torch.tensor([1.0, 1.0]), torch.tensor([0.5 / 3, 0.0])  # 5 and 0.5 long at the layer
-    weight = losses.adaptive_weight(reconstruction, layer, ours, theirs)
+    # Their norms at the layer are 5 and 0.5.
+    recon_grad = torch.tensor([1.0, 1.0])
+    adv_grad = torch.tensor([0.5 / 3, 0.0])
+    weight = losses.adaptive_weight(reconstruction, layer, recon_grad, adv_grad)
     assert weight.item() == pytest.approx(5 / (0.5 + 1e-4)) and not weight.requires_grad
     assert layer.grad is None
-    reconstruction.sum().backward(retain_graph=True)  # the graph is still there
-    assert losses.adaptive_weight(reconstruction, layer, 9e9 * ours, 0 * theirs).item() == 1e4
-    assert losses.adaptive_weight(reconstruction, layer, ours, theirs, maximum=3.0).item() == 3
+    reconstruction.sum().backward(retain_graph=True)  # the graph was retained
+    assert losses.adaptive_weight(reconstruction, layer, 9e9 * recon_grad, 0 * adv_grad).item() == 1e4
+    assert losses.adaptive_weight(reconstruction, layer, recon_grad, adv_grad, maximum=3.0).item() == 3
 
 
 def test_lecam_by_hand():
     lecam = losses.LeCam(decay=0.9)
     real, fake = torch.tensor([2.0, 4.0]), torch.tensor([-1.0, -3.0])
-    value = lecam(real, fake)  # means move a tenth of the way: 0.3 and -0.2
+    value = lecam(real, fake)  # the means move by a tenth of the way, to 0.3 and -0.2
     assert lecam.means.tolist() == pytest.approx([0.3, -0.2])
     expected = ((2.2**2 + 4.2**2) + (1.3**2 + 3.3**2)) / 2
     assert value.item() == pytest.approx(expected)
-    assert lecam(torch.tensor([-9.0]), torch.tensor([9.0])).item() == 0  # a fooled discriminator is left alone
+    assert lecam(torch.tensor([-9.0]), torch.tensor([9.0])).item() == 0  # a fooled discriminator is not regularized
 
 
 # --------------------------------------------------------------------------------------------------------------- LPIPS
@@ -100,7 +102,7 @@ def test_lecam_by_hand():
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory) -> Path:
-    """VGG-16 as torchvision publishes it, with random weights; only its convolutions."""
+    """Write the convolutions of a VGG-16 with random weights in torchvision's format."""
     torch.manual_seed(1)
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
     for layer in features:
@@ -118,20 +120,21 @@ def lpips(vgg_file) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, torch.Tensor]:
-    """The linear layers that the authors of LPIPS trained, from the package's own file."""
+    """Return the published linear layers of LPIPS, from torchmetrics' own file."""
     folder = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models"
     return torch.load(folder / "vgg.pth", map_location="cpu", weights_only=True)
 
 
-def test_lpips_by_its_definition(lpips, vgg_file, published):
-    """arXiv:1801.03924, Eq. 1, written out: unit length over channels, squared difference, weighted, mean of pixels."""
+def test_lpips_matches_its_definition(lpips, vgg_file, published):
+    """arXiv:1801.03924, Eq. 1: squared differences of normalized features, weighted, averaged over positions."""
     features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
     state = torch.load(vgg_file, weights_only=True)
     features.load_state_dict({name.removeprefix("features."): tensor for name, tensor in state.items()})
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     x, y = ((i - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for i in (a, b))
-    expected, lin = torch.zeros(2), 0
+    expected = torch.zeros(2)
+    lin = 0
     with torch.no_grad():
         for number, layer in enumerate(features):
             x, y = layer(x), layer(y)
@@ -140,9 +143,9 @@ def test_lpips_by_its_definition(lpips, vgg_file, published):
                 weights = published[f"lin{lin}.model.1.weight"].flatten()
                 expected += torch.einsum("bchw,c->bhw", difference, weights).mean((1, 2))
                 lin += 1
-        found = lpips(a, b)
-    assert lin == 5 and found.shape == (2, 1, 1, 1)
-    torch.testing.assert_close(found.flatten(), expected, atol=1e-5, rtol=1e-3)
+        distance = lpips(a, b)
+    assert lin == 5 and distance.shape == (2, 1, 1, 1)
+    torch.testing.assert_close(distance.flatten(), expected, atol=1e-5, rtol=1e-3)
 
 
 def test_lpips_has_the_published_linear_layers(lpips, published):
@@ -151,7 +154,7 @@ def test_lpips_has_the_published_linear_layers(lpips, published):
         assert torch.equal(lpips.state_dict()[name], tensor) and tensor.min() >= 0
 
 
-def test_lpips_of_an_image_with_itself(lpips):
+def test_lpips_of_equal_images_is_zero_with_finite_gradient(lpips):
     image = torch.rand(1, 3, 32, 32) * 2 - 1
     copy = image.clone().requires_grad_()
     distance = lpips(image, copy).sum()
@@ -163,30 +166,18 @@ def test_lpips_of_an_image_with_itself(lpips):
     assert torch.isfinite(black.grad).all() and black.grad.abs().sum() > 0
 
 
-def test_lpips_is_compiled_once(lpips, images):
-    lpips, graphs = copy.deepcopy(lpips), []
+def test_lpips_compiles_one_graph(lpips, images):
+    lpips = copy.deepcopy(lpips)
+    graphs = []
     lpips.compile(fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for distance in (lpips(images[:2], other) for other in (-images[:2], images[2:4], images[4:6])):
         assert distance.shape == (2, 1, 1, 1)
     assert len(graphs) == 1
 
 
-def test_lpips_is_frozen_and_never_drops_out(lpips, vgg_file, images, fit):
+def test_lpips_is_frozen_without_dropout(lpips, vgg_file, images, fit):
     assert not any(p.requires_grad for p in lpips.parameters())
-    vqgan = make_vqgan(
-        codebook_size=8,
-        codebook_dim=4,
-        ch=32,
-        ch_mult=[1],
-        num_res_blocks=1,
-        attn_resolutions=[],
-        resolution=32,
-        z_channels=4,
-        patch_size=4,
-        vgg_weights=str(vgg_file),
-        gan_weight=0.0,
-        perceptual_weight=2.0,
-    )
+    vqgan = make_vqgan(**VQGAN_SIZES | dict(vgg_weights=str(vgg_file), perceptual_weight=2.0))
     trainer = fit(vqgan, 1, batch=2)
     assert not any("lpips" in name or "vgg" in name for name in vqgan.state_dict())
     assert sum(p.numel() for p in vqgan.parameters()) < 1_000_000
@@ -200,7 +191,7 @@ def test_lpips_is_frozen_and_never_drops_out(lpips, vgg_file, images, fit):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no weights", {"other": torch.zeros(1)}])
-def test_missing_or_wrong_vgg_weights_say_what_to_do(tmp_path, content):
+def test_error_for_missing_vgg_weights_names_the_remedies(tmp_path, content):
     path = tmp_path / "vgg16.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)

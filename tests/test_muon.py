@@ -1,9 +1,8 @@
-"""Muon, against torch.optim.Muon, and on several processes against one."""
+"""Muon, compared with torch.optim.Muon, and two processes compared with one."""
 
 from __future__ import annotations
 
 import inspect
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
+<<<<<<< HEAD
 from clipgen import muon, processor
 from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
@@ -25,8 +25,12 @@ from clipgen.muon import Muon
 from clipgen.optim import has_fused_kernels, make_optimizer
 from clipgen.processor import has_bf16_units, require_bf16_units
 from clipgen.training.run import set_precision
+=======
+from clipgen import muon
+from clipgen.muon import Muon
+>>>>>>> p1models
 
-# GPT-2's: wide, square, wide, tall; twice
+# Shapes as in two blocks of GPT-2: wide, square, wide, tall.
 SHAPES = [(16, 48), (16, 16), (16, 64), (64, 16)] * 2
 OPTIONS: dict[str, Any] = dict(lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
 
@@ -37,7 +41,7 @@ def matrices(seed: int) -> list[Tensor]:
 
 
 def step(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, seeds: range) -> None:
-    """Step once per seed, along gradients that the seed makes."""
+    """Take one step per seed, with random gradients of that seed."""
     for seed in seeds:
         for parameter, gradient in zip(parameters, matrices(seed)):
             parameter.grad = gradient
@@ -50,7 +54,7 @@ def parameters_of(tensors: list[Tensor]) -> list[nn.Parameter]:
 
 @pytest.fixture
 def fp32_reference(monkeypatch):
-    """Let torch.optim.Muon iterate in float32."""
+    """Make torch.optim.Muon iterate in float32."""
     source = inspect.getsource(reference._zeropower_via_newtonschulz)
     assert "grad.bfloat16()" in source
     names: dict[str, Any] = {"torch": torch, "Tensor": Tensor}
@@ -60,7 +64,7 @@ def fp32_reference(monkeypatch):
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust_lr_fn", [None, "original", "match_rms_adamw"])
-def test_updates_equal_those_of_torch_in_float32(fp32_reference, nesterov, adjust_lr_fn):
+def test_updates_equal_torch_in_float32(fp32_reference, nesterov, adjust_lr_fn):
     options = OPTIONS | dict(nesterov=nesterov, adjust_lr_fn=adjust_lr_fn)
     theirs, ours = parameters_of(matrices(0)), parameters_of(matrices(0))
     step(theirs, torch.optim.Muon(theirs, **options), range(1, 5))
@@ -70,8 +74,8 @@ def test_updates_equal_those_of_torch_in_float32(fp32_reference, nesterov, adjus
         assert (a - before).norm() > 0.01 * before.norm()
 
 
-def test_updates_equal_those_of_torch_in_bfloat16():
-    """Within the rounding of a bfloat16 iteration."""
+def test_updates_equal_torch_in_bfloat16():
+    """Equal up to the rounding of a bfloat16 iteration."""
     theirs, ours = parameters_of(matrices(0)), parameters_of(matrices(0))
     step(theirs, torch.optim.Muon(theirs, **OPTIONS), range(1, 3))
     step(ours, Muon(ours, **OPTIONS, dtype=torch.bfloat16), range(1, 3))
@@ -79,23 +83,28 @@ def test_updates_equal_those_of_torch_in_bfloat16():
         assert (a - b).norm() < 0.02 * (b - before).norm()
 
 
-def test_checkpoints_of_torch_are_resumed(fp32_reference):
-    straight, theirs = parameters_of(matrices(0)), parameters_of(matrices(0))
-    step(straight, torch.optim.Muon(straight, **OPTIONS), range(1, 7))
+def test_torch_checkpoints_can_be_resumed(fp32_reference):
+    uninterrupted, theirs = parameters_of(matrices(0)), parameters_of(matrices(0))
+    step(uninterrupted, torch.optim.Muon(uninterrupted, **OPTIONS), range(1, 7))
     first = torch.optim.Muon(theirs, **OPTIONS)
     step(theirs, first, range(1, 4))
     ours = parameters_of([p.data for p in theirs])
     second = Muon(ours, lr=9.0, dtype=torch.float32)
     second.load_state_dict(first.state_dict())
     step(ours, second, range(4, 7))
-    torch.testing.assert_close(ours, straight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, uninterrupted, atol=1e-5, rtol=1e-5)
     assert second.state_dict()["param_groups"] == first.state_dict()["param_groups"]
     assert second.state_dict()["state"].keys() == first.state_dict()["state"].keys()
 
 
-def test_matrices_of_one_shape_are_iterated_together(monkeypatch):
-    shapes, iterate = [], muon.newton_schulz
-    record = lambda x, *options: (shapes.append(tuple(x.shape)), iterate(x, *options))[1]
+def test_matrices_of_equal_shape_are_iterated_together(monkeypatch):
+    shapes = []
+    iterate = muon.newton_schulz
+
+    def record(x, *options):
+        shapes.append(tuple(x.shape))
+        return iterate(x, *options)
+
     monkeypatch.setattr(muon, "newton_schulz", record)
     muon.iteration.cache_clear()
     parameters = parameters_of(matrices(0))
@@ -104,22 +113,22 @@ def test_matrices_of_one_shape_are_iterated_together(monkeypatch):
     assert shapes == [(2, 16, 48), (2, 16, 16), (4, 16, 64)]
 
 
-def test_large_stacks_are_iterated_in_parts(monkeypatch):
-    whole = muon.orthogonalize(matrices(1), muon.COEFFICIENTS, 5, 1e-7)
+def test_large_stacks_are_split(monkeypatch):
+    expected = muon.orthogonalize(matrices(1), muon.COEFFICIENTS, 5, 1e-7)
     monkeypatch.setattr(muon, "MAX_ELEMENTS", 1)
     parts = muon.orthogonalize(matrices(1), muon.COEFFICIENTS, 5, 1e-7)
-    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
-    assert muon.stacks(matrices(1)) == [[0], [4], [1], [5], [2], [6], [3], [7]]
+    torch.testing.assert_close(parts, expected, atol=1e-5, rtol=1e-5)
+    assert muon.group_by_shape(matrices(1)) == [[0], [4], [1], [5], [2], [6], [3], [7]]
 
 
-def test_singular_values_come_near_one():
-    oblong = [matrix for matrix in matrices(1) if matrix.shape != (16, 16)]  # squares have some near zero
-    for result in muon.orthogonalize(oblong, muon.COEFFICIENTS, 5, 1e-7):
+def test_singular_values_become_about_one():
+    not_square = [matrix for matrix in matrices(1) if matrix.shape != (16, 16)]  # square matrices have some near 0
+    for result in muon.orthogonalize(not_square, muon.COEFFICIENTS, 5, 1e-7):
         values = torch.linalg.svdvals(result)
         assert values.min() > 0.5 and values.max() < 1.3
 
 
-def test_parameters_without_gradient_stay():
+def test_parameters_without_gradient_are_unchanged():
     used, unused = parameters_of([torch.ones(2, 3), torch.ones(2, 3)])
     used.grad = torch.randn(2, 3)
     optimizer = Muon([used, unused])
@@ -128,7 +137,33 @@ def test_parameters_without_gradient_stay():
     assert not torch.equal(used.data, torch.ones(2, 3))
 
 
-def test_vectors_are_refused():
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_step_with_found_inf_changes_nothing(nesterov):
+    parameters = parameters_of(matrices(0))
+    optimizer = Muon(parameters, **OPTIONS, nesterov=nesterov, dtype=torch.float32)
+    step(parameters, optimizer, range(1, 3))
+    weights = [p.detach().clone() for p in parameters]
+    momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in parameters]
+
+    optimizer.found_inf = torch.ones(())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.step()
+    for parameter, weight, buffer in zip(parameters, weights, momentum):
+        assert torch.equal(parameter, weight)
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], buffer)
+
+
+def test_step_without_found_inf_is_bit_identical():
+    ours, expected = parameters_of(matrices(0)), parameters_of(matrices(0))
+    step(expected, Muon(expected, **OPTIONS, dtype=torch.float32), range(1, 4))
+    optimizer = Muon(ours, **OPTIONS, dtype=torch.float32)
+    optimizer.found_inf = torch.zeros(())
+    step(ours, optimizer, range(1, 4))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected))
+
+
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match=r"parameters of Muon must be matrices, got shape \(3,\)"):
         Muon([nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match="adjust_lr_fn must be one of original, match_rms_adamw, got 'other'"):
@@ -139,13 +174,13 @@ def test_vectors_are_refused():
 
 
 def network() -> nn.Module:
-    """Make one with matrices of which two processes cannot have equally many, nor equally many rows."""
+    """Return a network whose matrices, and their rows, cannot be divided evenly between two processes."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 5))
 
 
 def train(module: nn.Module, rank: int, world_size: int) -> dict[str, int]:
-    """Take four steps, each process on its part of a batch; return the collective operations of the last update."""
+    """Take four steps, each rank on its part of the batch; return the collective operations of the last one."""
     optimizer = Muon([p for p in module.parameters() if p.ndim == 2], **OPTIONS, dtype=torch.float32)
     communication = CommDebugMode()
     for seed in range(4):
@@ -154,7 +189,19 @@ def train(module: nn.Module, rank: int, world_size: int) -> dict[str, int]:
         module(x).square().mean().backward()
         with communication:
             optimizer.step()
+    check_skipped_step(module, optimizer)
     return Counter({str(name): count for name, count in communication.get_comm_counts().items() if count})
+
+
+def check_skipped_step(module: nn.Module, optimizer: Muon) -> None:
+    """Check that a step with ``found_inf`` and NaN gradients changes no weights of this rank."""
+    before = [muon.local(p).detach().clone() for p in module.parameters()]
+    optimizer.found_inf = torch.ones(())
+    for parameter in module.parameters():
+        muon.local(parameter.grad).fill_(torch.nan)
+    optimizer.step()
+    for parameter, weight in zip(module.parameters(), before):
+        assert torch.equal(muon.local(parameter), weight)
 
 
 def on_two_processes(rank: int, folder: str, strategy: str) -> None:
@@ -173,8 +220,8 @@ def on_two_processes(rank: int, folder: str, strategy: str) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "collectives"), [("ddp", 1), ("fsdp", 2)])
-def test_two_processes_step_as_one_does(tmp_path, strategy, collectives):
-    """They share the work, and exchange the results at once: under FSDP2 the rows go there and back."""
+def test_two_processes_match_one(tmp_path, strategy, collectives):
+    """Results are exchanged in one collective operation; under FSDP2 rows are sent in another one before."""
     mp.spawn(on_two_processes, (str(tmp_path), strategy), nprocs=2)
     (first, counts), (second, _) = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     module = network()
@@ -183,6 +230,7 @@ def test_two_processes_step_as_one_does(tmp_path, strategy, collectives):
     for name, tensor in module.state_dict().items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-4)
+<<<<<<< HEAD
 
 
 # ----------------------------------------------------------------------------------------------------- the processor
@@ -254,3 +302,5 @@ def test_optimizers_are_fused_only_where_torch_has_the_kernels():
         groups = make_optimizer(module, module, kind, 1e-3, (0.9, 0.99), 0.0).param_groups
         assert all(group["fused"] for group in groups if "fused" in group)
     assert math.isclose(muon.adjusted_lr(1.0, None, (8, 2)), 2.0)
+=======
+>>>>>>> p1models

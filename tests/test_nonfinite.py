@@ -1,4 +1,4 @@
-"""Non-finite steps change nothing, too many of them stop a training, and nothing good is replaced by what is not."""
+"""Non-finite steps change nothing, too many of them stop a training, and no good checkpoint is overwritten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from commands import SHAPES, TRANSFORMER, VQGAN
 from conftest import QUIET, changed, weights_of
-from models import TRANSFORMER_SIZES, VQGAN_SECTIONS, VQGAN_SIZES, make_transformer, nested
+from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch.utils.data import DataLoader, Dataset
 
 from clipgen.data.shapes import ShapesDataset
@@ -22,10 +22,12 @@ BATCH = 4
 
 
 class Poisoned(Dataset):
-    """Shapes, or cached indices with embeddings, that are NaN in the batches of the given numbers."""
+    """Shapes, or cached indices and embeddings, that are NaN in the given batches."""
 
     def __init__(self, batches: int, bad: set[int], cached: bool = False) -> None:
-        self.images, self.bad, self.cached = ShapesDataset(batches * BATCH, seed=3), bad, cached
+        self.images = ShapesDataset(batches * BATCH, seed=3)
+        self.bad = bad
+        self.cached = cached
 
     def __len__(self) -> int:
         return len(self.images)
@@ -41,16 +43,16 @@ class Poisoned(Dataset):
 
 
 class Snapshots(pl.Callback):
-    """The whole state, optimizers included, after each batch."""
+    """Record the state of module and optimizers after each batch."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, torch.Tensor]] = []
 
     def on_train_batch_end(self, trainer, module, *_) -> None:
         state = weights_of(module)
-        for half, optimizer in enumerate(trainer.optimizers):
+        for i, optimizer in enumerate(trainer.optimizers):
             for number, moments in optimizer.state_dict()["state"].items():
-                state |= {f"{half}.{number}.{name}": value.clone() for name, value in moments.items()}
+                state |= {f"{i}.{number}.{name}": value.clone() for name, value in moments.items()}
         self.states.append(state)
 
 
@@ -63,7 +65,7 @@ def train(module, batches: int, bad: set[int], **settings) -> Snapshots:
 
 
 def gan(**arguments) -> Tokenizer:
-    """With everything that a forward pass moves, and without an average, which moves towards the same weights again."""
+    """Return a VQ-GAN with all state that a forward pass changes, and without EMA, which skipped steps update."""
     more = dict(
         gan_weight=0.8,
         gan_start_step=0,
@@ -72,7 +74,7 @@ def gan(**arguments) -> Tokenizer:
         dead_code_reset_after=2,
         grad_clip=1.0,
     )
-    return Tokenizer(**nested(VQGAN_SECTIONS, VQGAN_SIZES | more | arguments))
+    return make_vqgan(**VQGAN_SIZES | more | arguments)
 
 
 def transformer(**arguments) -> ConditionalTransformer:
@@ -85,18 +87,24 @@ def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str
 
 @pytest.mark.parametrize(
     "make",
-    [gan, lambda: gan(codebook_ema_decay=0.0), lambda: Tokenizer(**VQGAN_SIZES), transformer],
-    ids=["gan", "gan, codes by gradient", "vqgan", "transformer"],
+    [
+        gan,
+        lambda: gan(codebook_ema_decay=0.0),
+        lambda: make_vqgan(**VQGAN_SIZES),
+        transformer,
+        lambda: transformer(optimizer_name="muon", grad_clip=1.0),
+    ],
+    ids=["gan", "gan, codes by gradient", "vqgan", "transformer", "muon"],
 )
-def test_a_non_finite_step_changes_nothing(make):
-    """Not the weights, the codes, the statistics of batch norm or the moments of Adam; the next step counts again."""
+def test_non_finite_step_changes_nothing(make):
+    """Weights, codes, batch-norm statistics and optimizer states are unchanged; the next step is taken."""
     states = train(make(), 4, bad={2}).states
     assert differing(states[0], states[1]) and differing(states[2], states[3])
     assert not differing(states[1], states[2])
     assert all(torch.isfinite(value).all() for value in states[3].values())
 
 
-def test_a_step_of_several_batches_is_skipped_whole():
+def test_accumulated_step_is_skipped_as_a_whole():
     states = train(gan(grad_accum_steps=2), 6, bad={2}).states
     assert not differing(states[1], states[3]) and differing(states[3], states[5])
     module = transformer()
@@ -104,28 +112,36 @@ def test_a_step_of_several_batches_is_skipped_whole():
     assert not differing(states[1], states[3]) and differing(states[3], states[5])
 
 
-def test_muon_stays_finite():
-    """It gets zero gradients instead: its momentum decays. AdamW's part changes nothing."""
-    module = transformer(optimizer_name="muon")
-    before, _, after, _ = train(module, 4, bad={1, 2}, gradient_clip_val=1.0).states
-    moved = {name for name in differing(before, after) if name.startswith("gpt.")}
-    assert moved and all(".h." in name and name.endswith(".weight") for name in moved)
-    assert all(torch.isfinite(value).all() for value in after.values())
+def test_optimizers_without_found_inf_get_zero_gradients():
+    """Their moments decay, but stay finite."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    guard = StepGuard(max_skipped_steps=3)
+    for gradient in (1.0, float("nan")):
+        weight.grad = torch.full((3,), gradient)
+        guard.before_step([optimizer], step=1)
+        optimizer.step()
+    assert optimizer.state[weight]["momentum_buffer"].tolist() == pytest.approx([0.9] * 3)
+    assert weight.tolist() == pytest.approx([1 - 0.1 - 0.09] * 3)
+    assert guard.read(step=2) == 1
 
 
-def test_sound_steps_are_as_without_the_guard(monkeypatch):
+@pytest.mark.parametrize(
+    "make", [lambda: gan(grad_clip=0.0), lambda: transformer(optimizer_name="muon")], ids=["gan", "muon"]
+)
+def test_guard_does_not_change_finite_steps(monkeypatch, make):
     states = []
     for guarded in (True, False):
         if not guarded:
             monkeypatch.setattr(StepGuard, "before_step", lambda *_: None)
         torch.manual_seed(1)
-        states.append(train(gan(grad_clip=0.0), 4, bad=set()).states[-1])
+        states.append(train(make(), 4, bad=set()).states[-1])
     assert not differing(*states)
 
 
 @pytest.mark.parametrize("make", [gan, transformer], ids=["gan", "transformer"])
-def test_too_many_skipped_steps_in_a_row_stop_the_training(make):
-    """Even if the last one before the reading was sound. The first step and the term are named."""
+def test_too_many_consecutive_skipped_steps_stop_the_training(make):
+    """Even if the last step before the check was finite. The error names the first step and the term."""
     term = "cross_entropy" if make is transformer else "reconstruction_loss"
     message = rf"stopped at step 10: 3 consecutive steps were skipped, .*non-finite .*{term}.* from step 5 on; a lower"
     module = make(max_skipped_steps=3)
@@ -134,18 +150,18 @@ def test_too_many_skipped_steps_in_a_row_stop_the_training(make):
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
-def test_skipped_steps_that_are_few_or_apart_are_told_and_survived(caplog):
+def test_few_skipped_steps_are_logged_and_training_continues(caplog):
     train(transformer(max_skipped_steps=3), 12, bad={2, 3, 5, 6, 8})
     assert "up to 2 consecutive steps were skipped, with a non-finite cross_entropy from step 3 on" in caplog.text
 
 
-def test_a_training_does_not_end_in_skipped_steps():
+def test_training_that_ends_in_skipped_steps_fails():
     with pytest.raises(NonFiniteError, match="ended with 1 skipped steps at step 3, with a non-finite cross_entropy"):
         train(transformer(), 3, bad={2})
 
 
-def test_a_validation_that_is_not_finite_stops_the_training():
-    module = Tokenizer(**VQGAN_SIZES)
+def test_non_finite_validation_loss_stops_the_training():
+    module = make_vqgan(**VQGAN_SIZES)
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", **QUIET)
     loaders = [DataLoader(Poisoned(1, bad), batch_size=BATCH) for bad in (set(), {0})]
     with pytest.raises(NonFiniteError, match="validation at step 0 has a non-finite val/reconstruction_loss"):
@@ -153,7 +169,7 @@ def test_a_validation_that_is_not_finite_stops_the_training():
 
 
 def test_non_finite_weights_are_never_saved(tmp_path):
-    for module in (Tokenizer(**VQGAN_SIZES), transformer()):
+    for module in (make_vqgan(**VQGAN_SIZES), transformer()):
         module.save(tmp_path / "model")
         before = (tmp_path / "model" / "model.safetensors").read_bytes()
         list(module.parameters())[3].data.view(-1)[0] = float("inf")
@@ -190,9 +206,9 @@ def test_non_finite_weights_are_never_saved(tmp_path):
     ],
     ids=["vqgan", "finite nonsense", "gan", "transformer", "muon"],
 )
-def test_nothing_good_is_replaced_by_a_resume_that_overflows(call, arguments, rate):
-    """The rate lets the first step ruin the weights."""
-    Tokenizer(**VQGAN_SIZES).save("tokenizer")
+def test_resume_that_overflows_overwrites_no_good_checkpoint(call, arguments, rate):
+    """The learning rate is so large that the first step ruins the weights."""
+    make_vqgan(**VQGAN_SIZES).save("tokenizer")
     good = call("clipgen-train", *arguments, "output=run")
     assert good.code == 0, good.stderr
     before = contents(Path("run"))
@@ -209,11 +225,12 @@ def test_nothing_good_is_replaced_by_a_resume_that_overflows(call, arguments, ra
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """The files that hold weights."""
-    return {str(path): path.read_bytes() for kind in ("*.ckpt", "*.safetensors") for path in run.rglob(kind)}
+    """Return the contents of all files with weights, by path."""
+    paths = [*run.rglob("*.ckpt"), *run.rglob("*.safetensors")]
+    return {str(path): path.read_bytes() for path in paths}
 
 
-def test_refused():
+def test_invalid_max_skipped_steps_is_refused():
     with pytest.raises(ValueError, match="max_skipped_steps must be at least 1, got 0"):
         gan(max_skipped_steps=0)
 
@@ -222,7 +239,7 @@ def test_refused():
 
 
 class SameAfterSkip(pl.Callback):
-    """Of two ranks one met NaN in the second step: both skip it."""
+    """Put NaN into the second batch of one of two ranks, and check that both skip the step."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if batch_idx == 1 and trainer.global_rank == 1:
@@ -245,7 +262,7 @@ class SameAfterSkip(pl.Callback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [gan, transformer], ids=["gan", "transformer"])
-def test_all_ranks_skip_a_step_that_one_of_them_cannot_take(make):
+def test_all_ranks_skip_a_step_that_is_non_finite_on_one(make):
     module = make()
     data = Poisoned(6, set(), cached=make is transformer)
     trainer = pl.Trainer(
@@ -259,6 +276,6 @@ def test_all_ranks_skip_a_step_that_one_of_them_cannot_take(make):
     trainer.fit(module, DataLoader(data, batch_size=BATCH))
 
 
-def test_a_copy_has_a_guard_of_its_own():
+def test_copied_module_has_its_own_guard():
     module = transformer()
     assert copy.deepcopy(module).guard is not module.guard

@@ -1,4 +1,4 @@
-"""Optimizers: several as one, against themselves apart; and their schedules."""
+"""Optimizers that act as one, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -32,46 +32,46 @@ def train(module: nn.Module, optimizers: list, steps: int, first: int = 0) -> No
             optimizer.step()
 
 
-def halves(module: nn.Module) -> list:
+def muon_and_adamw(module: nn.Module) -> list:
     matrices = [p for p in module.parameters() if p.ndim == 2]
     vectors = [p for p in module.parameters() if p.ndim == 1]
     return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(vectors, lr=0.01)]
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
+def equal(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 
 
-def test_together_is_each_for_itself():
-    apart, joint = net(), net()
-    train(apart, halves(apart), 5)
-    train(joint, [OptimizerList(*halves(joint))], 5)
-    assert same(apart, joint) and not same(joint, net())
+def test_optimizer_list_equals_separate_optimizers():
+    separate, joint = net(), net()
+    train(separate, muon_and_adamw(separate), 5)
+    train(joint, [OptimizerList(*muon_and_adamw(joint))], 5)
+    assert equal(separate, joint) and not equal(joint, net())
 
 
-def test_a_state_is_loaded_into_the_parts():
-    straight = net()
-    train(straight, [OptimizerList(*halves(straight))], 6)
-    begun = net()
-    first = OptimizerList(*halves(begun))
-    train(begun, [first], 3)
-    resumed = copy.deepcopy(begun)
-    second = OptimizerList(*halves(resumed))
+def test_optimizer_list_loads_the_state_of_its_parts():
+    uninterrupted = net()
+    train(uninterrupted, [OptimizerList(*muon_and_adamw(uninterrupted))], 6)
+    interrupted = net()
+    first = OptimizerList(*muon_and_adamw(interrupted))
+    train(interrupted, [first], 3)
+    resumed = copy.deepcopy(interrupted)
+    second = OptimizerList(*muon_and_adamw(resumed))
     second.load_state_dict(first.state_dict())
     train(resumed, [second], 3, first=3)
-    assert same(straight, resumed)
+    assert equal(uninterrupted, resumed)
 
 
-def test_a_schedule_reaches_the_parts():
+def test_schedule_applies_to_the_parts():
     module = net()
-    joint = OptimizerList(*halves(module))
+    joint = OptimizerList(*muon_and_adamw(module))
     schedule = torch.optim.lr_scheduler.LambdaLR(joint, lambda step: 0.0)
     before = copy.deepcopy(module)
     train(module, [joint], 2)
-    assert same(module, before) and schedule.get_last_lr() == [0.0, 0.0]
+    assert equal(module, before) and schedule.get_last_lr() == [0.0, 0.0]
 
 
-def test_muon_takes_the_matrices_of_the_blocks_alone():
+def test_muon_updates_only_the_matrices_of_the_blocks():
     transformer = make_transformer(n_layer=2, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64)
     blocks = transformer.gpt.transformer.h
     optimizer = make_optimizer(transformer, blocks, TransformerOptimizerConfig(name="muon", weight_decay=0.1))
@@ -81,43 +81,45 @@ def test_muon_takes_the_matrices_of_the_blocks_alone():
     assert adamw == {id(p) for p in transformer.parameters()} - muon
 
 
-def test_other_names_are_refused():
-    with pytest.raises(ValueError, match="optimizer.name must be one of adamw, muon, got 'sgd'"):
+def test_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.name must be one of adamw, muon, got 'sgd'"):
         make_transformer(optimizer_name="sgd")
 
 
 @pytest.mark.parametrize("start", [0, 300])
-def test_a_cosine_ends_with_the_training(start):
-    """Of the optimizer that begins with it, and of one that begins later: the same rate at the same step."""
-    rate, whole = lr_lambda("cosine", 10, 400, start), lr_lambda("cosine", 0, 390)
-    assert [rate(i) for i in (0, 4)] == pytest.approx([0.1 * whole(max(start - 10, 0)), 0.5 * whole(max(start - 6, 0))])
+def test_cosine_ends_with_the_training(start):
+    """An optimizer that starts later has the same rate at the same step of the training, except in its warm-up."""
+    multiplier = lr_lambda("cosine", 10, 400, start)
+    without_warmup = lr_lambda("cosine", 0, 390)
+    assert multiplier(0) == pytest.approx(0.1 * without_warmup(max(start - 10, 0)))
+    assert multiplier(4) == pytest.approx(0.5 * without_warmup(max(start - 6, 0)))
     for step in (start + 10, start + 50, 399):
-        assert rate(step - start) == pytest.approx(whole(step - 10))
-    assert rate(400 - start) == pytest.approx(0)
+        assert multiplier(step - start) == pytest.approx(without_warmup(step - 10))
+    assert multiplier(400 - start) == pytest.approx(0)
     constant = lr_lambda("constant", 10, 400, start)
     assert [constant(i) for i in (0, 4, 10, 500)] == [0.1, 0.5, 1, 1]
 
 
-def test_the_discriminator_ends_with_the_generator(images):
+def test_schedules_of_generator_and_discriminator_end_together(images):
     vqgan = make_vqgan(**VQGAN_SIZES | dict(gan_weight=0.5, gan_start_step=2, schedule="cosine"))
     trainer = pl.Trainer(max_steps=6, accelerator="cpu", **QUIET)
     trainer.fit(vqgan, DataLoader([{"images": image} for image in images] * 3, batch_size=4))
-    assert [each.get_last_lr() for each in vqgan.lr_schedulers()] == [[0.0], [0.0]]
+    assert [scheduler.get_last_lr() for scheduler in vqgan.lr_schedulers()] == [[0.0], [0.0]]
 
 
 @pytest.mark.parametrize(("batches", "max_steps", "steps"), [(5, -1, 6), (6, -1, 6), (5, 9, 6), (5, 4, 4)])
-def test_a_cosine_ends_with_the_last_epoch_where_batches_accumulate(images, batches, max_steps, steps):
-    """An epoch's last step may have fewer batches than the others, and is a step all the same."""
+def test_cosine_ends_with_the_last_epoch_under_gradient_accumulation(images, batches, max_steps, steps):
+    """The last step of an epoch may have fewer batches than the others, but counts as a step."""
     vqgan = make_vqgan(**VQGAN_SIZES | dict(schedule="cosine", grad_accum_steps=3))
     trainer = pl.Trainer(max_epochs=3, max_steps=max_steps, accelerator="cpu", **QUIET)
     trainer.fit(vqgan, DataLoader([{"images": image} for image in images[:batches]], batch_size=1))
     assert trainer.global_step == steps
-    rate = vqgan.lr_schedulers().lr_lambdas[0]
-    assert rate(steps - 1) > 0.01 and rate(steps) == pytest.approx(0)
+    multiplier = vqgan.lr_schedulers().lr_lambdas[0]
+    assert multiplier(steps - 1) > 0.01 and multiplier(steps) == pytest.approx(0)
 
 
 class Stream(IterableDataset):
-    """Images without end, as of tar shards."""
+    """An endless stream of images, as from tar shards."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images
@@ -126,8 +128,8 @@ class Stream(IterableDataset):
         return ({"images": image} for image in itertools.cycle(self.images))
 
 
-def test_a_cosine_needs_an_end(images):
-    """Else the rate would be zero once the warm-up is over, and training go on."""
+def test_cosine_needs_a_finite_number_of_steps(images):
+    """Otherwise the learning rate would be zero after the warm-up."""
     vqgan = make_vqgan(**VQGAN_SIZES | dict(schedule="cosine"))
     settings = dict(max_epochs=2, accelerator="cpu", **QUIET)
     with pytest.raises(ValueError, match="schedule='cosine' needs a finite number of steps"):

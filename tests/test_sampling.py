@@ -1,4 +1,4 @@
-"""Top-k, top-p, the draw, the decode loop and guidance against exact probabilities and transformers' own filters."""
+"""Sampling, the decoding loop and guidance, compared with exact probabilities and transformers' own filters."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ SETTINGS = [
 
 
 def filtered_softmax(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The distribution by transformers' filters, in double precision: (B, K) -> (B, K)."""
-    ids, scores = None, TemperatureLogitsWarper(temperature)(None, logits.double())
-    scores = TopKLogitsWarper(min(top_k, logits.shape[-1]))(ids, scores)
+    """Return the distribution by transformers' filters, in double precision: (B, K) -> (B, K)."""
+    scores = TemperatureLogitsWarper(temperature)(None, logits.double())
+    scores = TopKLogitsWarper(min(top_k, logits.shape[-1]))(None, scores)
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(ids, scores)
+        scores = TopPLogitsWarper(top_p)(None, scores)
     return scores.softmax(-1)
 
 
@@ -51,64 +51,66 @@ def guidance_scales(scale: float, power: float, length: int) -> list[float]:
 
 
 def frequencies(logits: Tensor, uniforms: Tensor, **settings) -> Tensor:
-    """How often each index comes out for one row of logits (K,)."""
-    drawn = sample(logits.expand(len(uniforms), -1), uniforms, **settings)
-    return torch.bincount(drawn, minlength=len(logits)) / len(uniforms)
+    """Return how often each index is sampled from one sample's logits (K,)."""
+    indices = sample(logits.expand(len(uniforms), -1), uniforms, **settings)
+    return torch.bincount(indices, minlength=len(logits)) / len(uniforms)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_draw_is_the_filtered_softmax(settings):
-    """An even comb of uniforms must hit every index as often as its probability says, to within one tooth."""
+def test_sampling_follows_the_filtered_softmax(settings):
+    """Equidistant uniforms select each index as often as its probability demands, up to one of them."""
     n = 20_000
-    comb = (torch.arange(n) + 0.5) / n
+    equidistant = (torch.arange(n) + 0.5) / n
     for logits in 2 * torch.randn(3, 40):
         expected = filtered_softmax(logits[None], **settings)[0]
-        found = frequencies(logits, comb, **settings)
-        assert not found[expected == 0].any()
-        torch.testing.assert_close(found.double(), expected, atol=2 / n, rtol=0)
+        frequency = frequencies(logits, equidistant, **settings)
+        assert not frequency[expected == 0].any()
+        torch.testing.assert_close(frequency.double(), expected, atol=2 / n, rtol=0)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:5], ids=str)
-def test_chi_square_over_seeded_streams(settings):
-    """Streams of neighbouring seeds are as good as independent numbers."""
-    n, logits = 20_000, torch.randn(10)
+def test_consecutive_seeds_give_independent_samples(settings):
+    """By a chi-square test of the index frequencies."""
+    n = 20_000
+    logits = torch.randn(10)
     expected = filtered_softmax(logits[None], **settings)[0]
     counts = frequencies(logits, per_sample_uniforms(range(n), 2)[:, 1], **settings).double() * n
-    alive = expected > 0
-    assert counts[~alive].sum() == 0
-    chi_square = ((counts - n * expected)[alive].square() / (n * expected[alive])).sum().item()
-    free = alive.sum().item() - 1
-    assert chi_square < free + 4 * math.sqrt(2 * free) + 4
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_square = ((counts - n * expected)[possible].square() / (n * expected[possible])).sum().item()
+    degrees_of_freedom = possible.sum().item() - 1
+    assert chi_square < degrees_of_freedom + 4 * math.sqrt(2 * degrees_of_freedom) + 4
 
 
-def test_top_k_keeps_exactly_k_for_every_row():
-    logits, comb = torch.randn(4, 20), (torch.arange(2000) + 0.5) / 2000
-    logits[1] = 0.0  # twenty equals
+def test_top_k_keeps_exactly_k_codes_per_sample():
+    logits = torch.randn(4, 20)
+    logits[1] = 0.0  # all equal
+    equidistant = (torch.arange(2000) + 0.5) / 2000
     for row in logits:
         for k in (1, 2, 7, 20, 99):
-            kept = frequencies(row / 10, comb, top_k=k) > 0
+            kept = frequencies(row / 10, equidistant, top_k=k) > 0
             assert kept.sum() == min(k, 20)
             assert row[kept].min() >= row[~kept].max() if k < 20 else True
 
 
-def test_top_p_keeps_at_least_one_for_every_row():
-    """litgpt keeps none in the first rows of a batch and everything in the last."""
+def test_top_p_keeps_at_least_one_code_per_sample():
+    """An implementation that shifts the mask along the batch would keep none for the first sample."""
     logits = torch.log(torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [1 / 3, 1 / 3, 1 / 3]]))
     for u in (0.0, 0.5, 1 - 2**-24):
         assert sample(logits, torch.full((3,), u), top_p=1e-9).tolist()[:2] == [0, 2]
         assert sample(logits, torch.full((3,), u), top_p=0.5).tolist()[:2] == [0, 2]
     kept = [set(sample(logits, torch.full((3,), u), top_p=0.7).tolist()[:1]) for u in (0.0, 0.3, 0.66, 0.68, 0.999)]
-    assert kept == [{0}, {0}, {0}, {1}, {1}]  # 0.6 / 0.9 = 0.667 of the mass is the first's
+    assert kept == [{0}, {0}, {0}, {1}, {1}]  # the first code has 0.6 / 0.9 = 0.667 of the probability
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_sample_does_not_depend_on_its_batch():
     logits, uniforms = torch.randn(16, 30), torch.rand(16)
     together = sample(logits, uniforms, top_k=10, top_p=0.9)
     alone = torch.cat([sample(logits[i : i + 1], uniforms[i : i + 1], top_k=10, top_p=0.9) for i in range(16)])
     assert torch.equal(together, alone) and len(together.unique()) > 3
 
 
-def test_logits_are_not_written_into():
+def test_logits_are_not_modified():
     logits = torch.randn(4, 30)
     before = logits.clone()
     for settings in (*SETTINGS, dict(temperature=0)):
@@ -116,36 +118,37 @@ def test_logits_are_not_written_into():
     assert torch.equal(logits, before)
 
 
-def test_temperature_zero_is_argmax_and_tiny_ones_agree():
+def test_temperatures_near_zero_select_the_argmax():
     logits = 100 * torch.randn(64, 30)
     for temperature in (0, 1e-4, 1e-30, 1e-37):
         assert torch.equal(sample(logits, torch.rand(64), temperature=temperature), logits.argmax(-1)), temperature
 
 
-def test_extreme_logits_and_uniforms_stay_inside():
+def test_extreme_logits_and_uniforms_give_valid_indices():
     logits = torch.tensor([[1e4, 0.0, -1e4], [-math.inf, 0.0, 0.0], [0.0, -math.inf, -math.inf]])
     for u in (0.0, 0.5, 1 - 2**-24):
-        drawn = sample(logits, torch.full((3,), u)).tolist()
-        assert drawn[0] == 0 and drawn[1] in (1, 2) and drawn[2] == 0
+        indices = sample(logits, torch.full((3,), u)).tolist()
+        assert indices[0] == 0 and indices[1] in (1, 2) and indices[2] == 0
     half = sample(logits.bfloat16(), torch.rand(3))
     assert half.dtype == torch.int64 and half.shape == (3,)
 
 
-def test_decode_feeds_back_what_it_drew():
+def test_sampled_indices_are_fed_back():
     calls = []
 
-    def step(position: int, previous: Tensor | None) -> Tensor:  # certain: the next number, modulo 5
+    def logits_fn(position: int, previous: Tensor | None) -> Tensor:
+        """Make the next number, modulo 5, certain."""
         calls.append((position, None if previous is None else previous.tolist()))
         following = torch.full((2,), 3) if previous is None else (previous + 1) % 5
         return torch.nn.functional.one_hot(following, 5).float() * 1e3
 
-    indices = sample_sequence(step, torch.rand(2, 4), SamplingParams())
+    indices = sample_sequence(logits_fn, torch.rand(2, 4), SamplingParams())
     assert indices.tolist() == [[3, 4, 0, 1]] * 2 and indices.dtype == torch.int64
     assert calls == [(0, None), (1, [3, 3]), (2, [4, 4]), (3, [0, 0])]
 
 
-def test_decode_uses_each_uniform_once():
-    """With flat logits over 4 indices, the uniforms are the indices."""
+def test_each_uniform_is_used_once():
+    """With equal logits of 4 codes, a uniform determines the index."""
     uniforms = torch.tensor([[0.1, 0.3, 0.6], [0.5, 0.0, 0.99]])
     indices = sample_sequence(lambda position, previous: torch.zeros(2, 4), uniforms, SamplingParams())
     order = torch.zeros(1, 4).topk(4).indices[0]
@@ -154,26 +157,26 @@ def test_decode_uses_each_uniform_once():
 
 def test_guidance_by_hand():
     condition, null = torch.randn(2, 5), torch.randn(2, 5)
-    seen = []
+    fed_back = []
 
-    def step(position: int, previous: Tensor | None) -> Tensor:
-        seen.append(previous)
+    def logits_fn(position: int, previous: Tensor | None) -> Tensor:
+        fed_back.append(previous)
         return torch.cat([condition, null])
 
-    torch.testing.assert_close(with_cfg(step, [1.0])(0, None), condition)
-    torch.testing.assert_close(with_cfg(step, [0.0])(0, None), null)
-    torch.testing.assert_close(with_cfg(step, [9.0, 3.0])(1, torch.tensor([7, 8])), 3 * condition - 2 * null)
-    assert seen[-1].tolist() == [7, 8, 7, 8]  # both halves continue the same sequence
+    torch.testing.assert_close(with_cfg(logits_fn, [1.0])(0, None), condition)
+    torch.testing.assert_close(with_cfg(logits_fn, [0.0])(0, None), null)
+    torch.testing.assert_close(with_cfg(logits_fn, [9.0, 3.0])(1, torch.tensor([7, 8])), 3 * condition - 2 * null)
+    assert fed_back[-1].tolist() == [7, 8, 7, 8]  # both halves of the batch continue the same sequences
 
 
-def test_guidance_schedules():
+def test_guidance_scales_by_position():
     assert guidance_scales(3.0, 0.0, 4) == [3.0] * 4
     assert guidance_scales(5.0, 1.0, 5) == [1, 2, 3, 4, 5] and guidance_scales(5.0, -1.0, 5) == [5, 4, 3, 2, 1]
     assert guidance_scales(5.0, 2.0, 3) == [1, 2, 5] and guidance_scales(0.0, 1.0, 3) == [1, 0.5, 0]
     assert guidance_scales(2.0, 1.0, 1) == [1]
 
 
-def test_streams_belong_to_their_seeds():
+def test_uniforms_depend_only_on_the_seed():
     streams = per_sample_uniforms([5, 6, 5], 8)
     assert streams.shape == (3, 8) and torch.equal(streams[0], streams[2]) and not torch.equal(streams[0], streams[1])
     assert torch.equal(per_sample_uniforms([6], 8)[0], streams[1])
@@ -183,23 +186,27 @@ def test_streams_belong_to_their_seeds():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_row_seeds():
+def test_per_sample_seeds():
     assert per_sample_seeds(7, 3) == [7, 8, 9]
     assert per_sample_seeds([4, 1], 2) == [4, 1]
     assert per_sample_seeds(np.int64(7), 2) == per_sample_seeds(np.array([7, 8]), 2) == [7, 8]
-    drawn = per_sample_seeds(None, 2)
-    assert drawn[1] == drawn[0] + 1 and per_sample_seeds(None, 2) != drawn
+    random_seeds = per_sample_seeds(None, 2)
+    assert random_seeds[1] == random_seeds[0] + 1 and per_sample_seeds(None, 2) != random_seeds
     with pytest.raises(ValueError, match="one for each of the 3 samples, got 2"):
         per_sample_seeds([1, 2], 3)
-    before, kind = per_sample_uniforms([3], 5), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    again = per_sample_uniforms([3], 5)
-    torch.set_default_dtype(kind)
-    assert torch.equal(again, before)  # whatever the default is
     assert per_sample_seeds(2**63 - 2, 2) == [2**63 - 2, 2**63 - 1]
     for seed, first in ((2**63 - 1, 2**63), (-1, -1)):
         with pytest.raises(ValueError, match=rf"seeds must be in \[0, 2\*\*63\), got {first}"):
             per_sample_seeds(seed, 2)
+
+
+def test_uniforms_do_not_depend_on_the_default_dtype():
+    expected = per_sample_uniforms([3], 5)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    uniforms = per_sample_uniforms([3], 5)
+    torch.set_default_dtype(default)
+    assert torch.equal(uniforms, expected)
 
 
 @pytest.mark.parametrize(

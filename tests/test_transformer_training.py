@@ -1,4 +1,4 @@
-"""How stage 2 trains: averaged weights, less memory, larger batches, other sizes and beginnings, several processes."""
+"""Training of stage 2: EMA, memory, gradient accumulation, precision, initialization and several processes."""
 
 from __future__ import annotations
 
@@ -25,59 +25,64 @@ def model(**arguments) -> ConditionalTransformer:
     return make_transformer(**(TRANSFORMER_SIZES | dict(cond_drop_prob=0.0) | arguments))
 
 
-def embeddings(rows: int) -> Tensor:
-    return F.normalize(torch.randn(rows, 64), dim=-1)
+def embeddings(num_items: int) -> Tensor:
+    return F.normalize(torch.randn(num_items, 64), dim=-1)
 
 
-def cached(rows: int) -> list[dict[str, Tensor]]:
-    """Items as the encoded cache has them."""
-    e, indices = embeddings(rows), torch.randint(16, (rows, 16))
+def cached(num_items: int) -> list[dict[str, Tensor]]:
+    """Return items like those of the token cache."""
+    e = embeddings(num_items)
+    indices = torch.randint(16, (num_items, 16))
     return [{"indices": i, "condition": c} for i, c in zip(indices, e)]
 
 
-# -------------------------------------------------------------------------------------------------------------- average
+# ------------------------------------------------------------------------------------------------------------------ EMA
 
 
-class Weights(pl.Callback):
-    """Those after each batch."""
+class RecordWeights(pl.Callback):
+    """Record the weights after each batch."""
 
     def __init__(self) -> None:
-        self.seen = []
+        self.weights = []
 
     def on_train_batch_end(self, trainer, module, *_) -> None:
-        self.seen.append(weights_of(module.gpt))
+        self.weights.append(weights_of(module.gpt))
 
 
 @torch.no_grad()
-def test_the_average_is_what_evaluation_and_files_use(tmp_path):
-    """ema = decay * ema + (1 - decay) * weights, from the second step on; the first is a copy."""
-    transformer, weights = model(ema_decay=0.7, learning_rate=1e-2), Weights()
+def test_evaluation_and_files_use_the_ema(tmp_path):
+    """The first step copies the weights; then ema = decay * ema + (1 - decay) * weights."""
+    transformer = model(ema_decay=0.7, learning_rate=1e-2)
+    recorded = RecordWeights()
     data = DataLoader(cached(12), batch_size=4)
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[weights], **QUIET)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[recorded], **QUIET)
     with torch.enable_grad():
         trainer.fit(transformer, data)
-    first, second, third = weights.seen
+    first, second, third = recorded.weights
     for name, average in transformer.eval_model.state_dict().items():
         expected = 0.7 * (0.7 * first[name] + 0.3 * second[name]) + 0.3 * third[name]
         torch.testing.assert_close(average, expected)
     assert transformer.eval_model is not transformer.gpt
-    assert transformer.eval_model.head.weight is transformer.eval_model.transformer.wte.weight  # tied there too
+    assert transformer.eval_model.head.weight is transformer.eval_model.transformer.wte.weight  # also tied
 
-    e, indices = embeddings(3), torch.randint(16, (3, 16))
-    averaged, drawn = transformer.eval_model(indices, e), transformer.eval().sample(e, seed=0)
-    assert torch.equal(transformer(indices, e), averaged) and not torch.equal(transformer.gpt(indices, e), averaged)
+    e = embeddings(3)
+    indices = torch.randint(16, (3, 16))
+    logits = transformer.eval_model(indices, e)
+    samples = transformer.eval().sample(e, seed=0)
+    assert torch.equal(transformer(indices, e), logits) and not torch.equal(transformer.gpt(indices, e), logits)
     assert torch.equal(transformer.train()(indices, e), transformer.gpt(indices, e))
-    plain = model()
-    plain.gpt.load_state_dict(transformer.eval_model.state_dict())
-    assert torch.equal(plain.sample(e, seed=0), drawn)
+    without_ema = model()
+    without_ema.gpt.load_state_dict(transformer.eval_model.state_dict())
+    assert torch.equal(without_ema.sample(e, seed=0), samples)
 
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     for path in (transformer.save(tmp_path / "folder"), tmp_path / "last.ckpt"):
         again = ConditionalTransformer.load(path)
-        assert torch.equal(again(indices, e), averaged) and torch.equal(again.sample(e, seed=0), drawn)
+        assert torch.equal(again(indices, e), logits) and torch.equal(again.sample(e, seed=0), samples)
     folder = ConditionalTransformer.load(tmp_path / "folder")
-    assert folder.ema is None and set(folder.state_dict()) == set(plain.state_dict())  # one network, not two
-    assert json.loads((tmp_path / "folder" / "config.json").read_text())["arguments"]["ema_decay"] == 0.7
+    assert folder.ema is None and set(folder.state_dict()) == set(without_ema.state_dict())  # one network, not two
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["arguments"]["optimizer"]["ema_decay"] == 0.7
 
     trainer.validate(transformer, data, verbose=False)
     batch = next(iter(DataLoader(data.dataset, batch_size=12)))
@@ -86,24 +91,24 @@ def test_the_average_is_what_evaluation_and_files_use(tmp_path):
     assert trainer.callback_metrics["val/cross_entropy"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_average_is_not_trained():
+def test_ema_is_not_trained():
     transformer = model(ema_decay=0.9, optimizer_name="muon")
     pl.Trainer(max_steps=1, accelerator="cpu", **QUIET).fit(transformer, DataLoader(cached(4), batch_size=4))
     trained = {id(p) for group in transformer.optimizers().param_groups for p in group["params"]}
     assert trained == {id(p) for p in transformer.gpt.parameters()}
 
 
-def test_a_picture_says_which_weights_drew_it(tmp_path, tiny_vqgan, shapes_clip):
-    """The folder that a run leaves draws the same pictures as its checkpoint: they have one fingerprint."""
+def test_exported_folder_has_the_fingerprint_of_its_checkpoint(tmp_path, tiny_vqgan, shapes_clip):
+    """Images record the fingerprint of the weights that generated them."""
     transformer = model(ema_decay=0.9)
-    torch.nn.init.normal_(transformer.gpt.clip_proj.weight)  # no longer the averaged one's
+    torch.nn.init.normal_(transformer.gpt.clip_proj.weight)  # now different from the EMA weights
     folder = ConditionalTransformer.load(transformer.save(tmp_path / "transformer"))
-    prints = [TextToImage(tiny_vqgan, t, shapes_clip).fingerprint for t in (transformer, folder)]
-    assert prints[0] == prints[1]
+    first, second = (TextToImage(tiny_vqgan, t, shapes_clip).fingerprint for t in (transformer, folder))
+    assert first == second
 
 
 @pytest.mark.parametrize("value", [1.0, -0.1])
-def test_a_senseless_decay_is_refused(value):
+def test_invalid_ema_decay_is_refused(value):
     with pytest.raises(ValueError, match=rf"ema_decay must be in \[0, 1\), got {value}"):
         model(ema_decay=value)
 
@@ -111,36 +116,41 @@ def test_a_senseless_decay_is_refused(value):
 # ----------------------------------------------------------------------------------------------------- memory and speed
 
 
-class Gradients(pl.Callback):
-    """Those of the first step."""
+def gradients_of(module: pl.LightningModule) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+class RecordGradients(pl.Callback):
+    """Record the gradients of the first step."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-        self.seen = self.seen or {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
+        self.gradients = self.gradients or gradients_of(module)
 
 
-def gradients(batch: int = 8, grad_accum_steps: int = 1, **options) -> dict[str, Tensor]:
-    """What the first step of a training does it with, from the same weights and items."""
+def first_gradients(batch: int = 8, grad_accum_steps: int = 1, **options) -> dict[str, Tensor]:
+    """Return the gradients of the first step of a training, from the same weights and items."""
     torch.manual_seed(5)
-    transformer, found = model(**options), Gradients()
+    transformer = model(**options)
+    recorded = RecordGradients()
     data = DataLoader(cached(8), batch_size=batch)
     settings = dict(
-        max_steps=1, accelerator="cpu", callbacks=[found], accumulate_grad_batches=grad_accum_steps, **QUIET
+        max_steps=1, accelerator="cpu", callbacks=[recorded], accumulate_grad_batches=grad_accum_steps, **QUIET
     )
     pl.Trainer(**settings).fit(transformer, data)
-    return found.seen
+    return recorded.gradients
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected) and found  # compiled modules keep their names
+def assert_gradients_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected) and actual  # compiled modules keep their names
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], gradient, atol=1e-6, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_computes_blocks_twice_and_changes_no_gradient(dropout):
+def test_grad_checkpointing_recomputes_blocks_with_equal_gradients(dropout):
     calls = []
     for option in (False, True):
         torch.manual_seed(5)
@@ -151,13 +161,13 @@ def test_checkpointing_computes_blocks_twice_and_changes_no_gradient(dropout):
         pl.Trainer(max_steps=1, accelerator="cpu", **QUIET).fit(transformer, DataLoader(cached(4), batch_size=4))
         calls.append(count[0])
     assert calls == [2, 4]
-    same(gradients(grad_checkpointing=True, dropout=dropout), gradients(dropout=dropout))
+    assert_gradients_close(first_gradients(grad_checkpointing=True, dropout=dropout), first_gradients(dropout=dropout))
 
 
 @pytest.mark.slow
-def test_a_compiled_training_is_the_training(tmp_path):
-    same(gradients(compile=True), gradients())
-    found = []
+def test_compiled_training_matches_uncompiled(tmp_path):
+    assert_gradients_close(first_gradients(compile=True), first_gradients())
+    losses = []
     for option in (False, True):
         torch.manual_seed(5)
         transformer = model(compile=option, ema_decay=0.5, learning_rate=1e-3)
@@ -165,73 +175,78 @@ def test_a_compiled_training_is_the_training(tmp_path):
         data = DataLoader(cached(16), batch_size=4)
         trainer.fit(transformer, data, data)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
-        found.append(trainer.callback_metrics["val/cross_entropy"].item())
-        ConditionalTransformer.load(tmp_path / "last.ckpt")  # an ordinary file
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+        losses.append(trainer.callback_metrics["val/cross_entropy"].item())
+        ConditionalTransformer.load(tmp_path / "last.ckpt")  # an ordinary checkpoint
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_accumulated_batches_are_one_larger_batch():
-    same(gradients(batch=4, grad_accum_steps=2), gradients(batch=8))
+def test_accumulated_batches_equal_one_larger_batch():
+    assert_gradients_close(first_gradients(batch=4, grad_accum_steps=2), first_gradients(batch=8))
 
 
-def test_the_schedule_counts_optimizer_steps():
-    """Twelve batches, two a step: the cosine ends after six, the warm-up after two."""
+class RecordLearningRates(pl.Callback):
+    """Record the learning rate of each optimizer step."""
 
-    class Rates(pl.Callback):
-        def __init__(self) -> None:
-            self.seen = []
+    def __init__(self) -> None:
+        self.rates = []
 
-        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
-            self.seen.append(optimizer.param_groups[0]["lr"])
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
-    rates, transformer = Rates(), model(learning_rate=1.0, schedule="cosine", warmup_steps=2)
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, callbacks=[rates], **QUIET)
+
+def test_schedule_counts_optimizer_steps():
+    """With twelve batches and two batches per step, the warm-up ends after two steps and the cosine after six."""
+    recorded = RecordLearningRates()
+    transformer = model(learning_rate=1.0, schedule="cosine", warmup_steps=2)
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, callbacks=[recorded], **QUIET)
     trainer.fit(transformer, DataLoader(cached(24), batch_size=2))
     cosine = [0.5 * (1 + torch.tensor(torch.pi * step / 4).cos().item()) for step in range(4)]
-    assert trainer.global_step == 6 and rates.seen == pytest.approx([0.5, 1.0, *cosine], abs=1e-6)
+    assert trainer.global_step == 6 and recorded.rates == pytest.approx([0.5, 1.0, *cosine], abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_clipped_gradients(precision):
-    """As long as asked for, in the old direction."""
-    transformer, found = model(), Gradients()
-
-    class After(pl.Callback):  # those hooks see them before clipping
-        def on_train_start(self, trainer, module) -> None:
-            trainer.optimizers[0].register_step_post_hook(
-                lambda *_: clipped.update(
-                    {k: p.grad.clone() for k, p in module.named_parameters() if p.grad is not None}
-                )
-            )
-
+def test_clipped_gradients_keep_their_direction(precision):
+    transformer = model()
+    recorded = RecordGradients()
     clipped: dict[str, Tensor] = {}
+
+    class RecordClippedGradients(pl.Callback):
+        """Record gradients after the step, because Lightning's hooks run before clipping."""
+
+        def on_train_start(self, trainer, module) -> None:
+            trainer.optimizers[0].register_step_post_hook(lambda *_: clipped.update(gradients_of(module)))
+
     options = dict(max_steps=1, accelerator="cpu", precision=precision, gradient_clip_val=0.01) | QUIET
-    trainer = pl.Trainer(callbacks=[found, After()], **options)
+    trainer = pl.Trainer(callbacks=[recorded, RecordClippedGradients()], **options)
     trainer.fit(transformer, DataLoader(cached(4), batch_size=4))
-    norm = torch.cat([g.flatten() for g in found.seen.values()]).norm()
+    norm = torch.cat([g.flatten() for g in recorded.gradients.values()]).norm()
     assert norm > 0.1
-    same(clipped, {name: gradient * 0.01 / norm for name, gradient in found.seen.items()})
+    assert_gradients_close(clipped, {name: gradient * 0.01 / norm for name, gradient in recorded.gradients.items()})
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_bf16(tiny_vqgan, shapes_clip, optimizer):
-    """Weights, averages and the logged loss stay in fp32; the loss falls as it does there."""
-    found = {}
+def test_bf16_training_matches_fp32(tiny_vqgan, shapes_clip, optimizer):
+    """Weights, EMA and the logged loss stay in fp32."""
+    losses = {}
     for precision in ("32-true", "bf16-mixed"):
         torch.manual_seed(5)
         transformer = model(
-            clip_loss_weight=0.2, clip_loss_estimator="gumbel", ema_decay=0.5, optimizer=optimizer, learning_rate=1e-2
+            clip_loss_weight=0.2,
+            clip_loss_estimator="gumbel",
+            ema_decay=0.5,
+            optimizer_name=optimizer,
+            learning_rate=1e-2,
         ).attach_encoders(tiny_vqgan, shapes_clip)
         trainer = pl.Trainer(max_steps=6, accelerator="cpu", precision=precision, **QUIET)
         data = DataLoader(ShapesDataset(48, seed=3), batch_size=8)
         trainer.fit(transformer, data, DataLoader(ShapesDataset(16, seed=4), batch_size=8))
-        found[precision] = trainer.callback_metrics["val/cross_entropy"].item()
+        losses[precision] = trainer.callback_metrics["val/cross_entropy"].item()
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in transformer.parameters())
-    assert found["bf16-mixed"] == pytest.approx(found["32-true"], rel=0.05)
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.05)
 
 
-def test_what_was_loaded_trains_with_dropout(tmp_path):
-    """Loading leaves a model in evaluation mode, and Lightning trains it as it is."""
+def test_loaded_model_trains_with_dropout(tmp_path):
+    """Loading returns a model in evaluation mode, which Lightning does not change."""
     transformer = ConditionalTransformer.load(model(dropout=0.5).save(tmp_path / "folder"))
     modes = []
 
@@ -244,7 +259,7 @@ def test_what_was_loaded_trains_with_dropout(tmp_path):
     assert modes == [True]
 
 
-# ---------------------------------------------------------------------------------------------------- language weights
+# ---------------------------------------------------------------------------------------------- initialized from GPT-2
 
 LANGUAGE = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=60, bos_token_id=None, eos_token_id=None)
 
@@ -258,31 +273,33 @@ def language_model(path, **arguments) -> GPT2LMHeadModel:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("positions", "taken"), [(40, 16), (10, 10)])
-def test_starting_from_language(tmp_path, positions, taken):
-    """Blocks and last norm are GPT-2's: on the same vectors both compute the same."""
+@pytest.mark.parametrize(("positions", "num_copied"), [(40, 16), (10, 10)])
+def test_init_from_gpt2_copies_blocks_and_positions(tmp_path, positions, num_copied):
+    """Blocks and last norm give the same outputs for the same inputs."""
     language = language_model(tmp_path / "gpt2", n_positions=positions).transformer.eval()
     transformer = model(ema_decay=0.9).eval()
     before = weights_of(transformer.gpt)
     transformer.init_from_gpt2(tmp_path / "gpt2")
-    x = torch.randn(2, taken, 32)
+    x = torch.randn(2, num_copied, 32)
     ours = transformer.gpt.transformer(inputs_embeds=x).last_hidden_state
     torch.testing.assert_close(ours, language(inputs_embeds=x).last_hidden_state, atol=1e-4, rtol=1e-4)
-    assert torch.equal(transformer.gpt.transformer.wpe.weight[:taken], language.wpe.weight[:taken])
+    assert torch.equal(transformer.gpt.transformer.wpe.weight[:num_copied], language.wpe.weight[:num_copied])
     kept = {"transformer.wte.weight", "head.weight", "clip_proj.weight", "clip_proj.bias"}
     assert set(before) - changed(transformer.gpt, before) == kept
-    assert torch.equal(transformer.gpt.transformer.wpe.weight[taken:], before["transformer.wpe.weight"][taken:])
-    assert not changed(transformer.eval_model, weights_of(transformer.gpt))  # the average begins there too
+    assert torch.equal(
+        transformer.gpt.transformer.wpe.weight[num_copied:], before["transformer.wpe.weight"][num_copied:]
+    )
+    assert not changed(transformer.eval_model, weights_of(transformer.gpt))  # the EMA is initialized, too
 
 
-def test_grid_positions_stay(tmp_path):
+def test_init_from_gpt2_keeps_sincos_positions(tmp_path):
     language_model(tmp_path / "gpt2")
     transformer = model(pos_embed_init="sincos_2d")
     before = transformer.gpt.transformer.wpe.weight.detach().clone()
     assert torch.equal(transformer.init_from_gpt2(tmp_path / "gpt2").gpt.transformer.wpe.weight, before)
 
 
-def test_other_init_from_gpt2_are_refused(tmp_path, monkeypatch):
+def test_unusable_gpt2_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     language_model(tmp_path / "wide", n_embd=48)
     GPTNeoConfig().save_pretrained(tmp_path / "neo")
@@ -298,9 +315,9 @@ def test_other_init_from_gpt2_are_refused(tmp_path, monkeypatch):
         "damaged": "init_from_gpt2 must name a GPT-2 on the .*, got .*damaged: ",
         "none": "init_from_gpt2 must name a GPT-2 on the .*, got .*none: ",
     }.items():
-        with pytest.raises(ValueError, match=message) as found:
+        with pytest.raises(ValueError, match=message) as error:
             model().init_from_gpt2(tmp_path / name)
-        assert "\n" not in str(found.value) and len(str(found.value)) < 450
+        assert "\n" not in str(error.value) and len(str(error.value)) < 450
 
 
 # ------------------------------------------------------------------------------------------------- several processes
@@ -326,7 +343,7 @@ SIZES = [
 
 
 class Uneven(IterableDataset):
-    """Of three items one rank has the first, and the other the rest."""
+    """One rank has the first of three items, and the other rank has the rest."""
 
     def __init__(self, items: list[dict[str, Tensor]]) -> None:
         self.items = items
@@ -336,14 +353,15 @@ class Uneven(IterableDataset):
 
 
 @pytest.mark.slow
-def test_two_processes_validate_each_image_as_often(tmp_path):
-    """Though one has more of them than the other, as of tar shards."""
-    transformer, items = model(), cached(3)
+def test_validation_loss_is_per_sample_on_unequal_ranks(tmp_path):
+    """Ranks have unequal numbers of samples when they read tar shards."""
+    transformer = model()
+    items = cached(3)
     trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", default_root_dir=tmp_path, **QUIET)
-    (found,) = trainer.validate(transformer, DataLoader(Uneven(items), batch_size=2), verbose=False)
+    (metrics,) = trainer.validate(transformer, DataLoader(Uneven(items), batch_size=2), verbose=False)
     indices, embedding = (torch.stack([item[name] for item in items]) for name in ("indices", "condition"))
     expected = F.cross_entropy(transformer.eval()(indices, embedding).flatten(0, 1), indices.flatten())
-    assert found["val/cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["val/cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -359,8 +377,7 @@ def test_two_processes_validate_each_image_as_often(tmp_path):
     ],
     ids=["ema, checkpointing", "muon, clip loss, clipping", "bf16, accumulation"],
 )
-def test_fsdp_trains_what_ddp_trains(tmp_path, options):
-    """Two processes that share the weights out end where two that hold all of them do; stopped and resumed, too."""
+def test_fsdp_matches_ddp_and_resumes(tmp_path, options):
     make_vqgan(**VQGAN_SIZES).save(tmp_path / "vqgan")
     runs = {"ddp": ["trainer.strategy=ddp_find_unused_parameters_true"], "fsdp": ["trainer.strategy=fsdp"]}
     runs["half"] = [*runs["fsdp"], "trainer.max_steps=2"]
@@ -372,12 +389,11 @@ def test_fsdp_trains_what_ddp_trains(tmp_path, options):
     checkpoints = {name: torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in runs}
     ddp, fsdp, half, resumed = (checkpoints[name]["state_dict"] for name in ("ddp", "fsdp", "half", "resumed"))
     assert ddp.keys() == fsdp.keys() == resumed.keys() and checkpoints["fsdp"]["global_step"] == 4
-    half_precision = (
-        "model.optimizer.name=muon" in options or "trainer.precision=bf16-mixed" in options
-    )  # Muon's products
+    # Muon may iterate in bfloat16.
+    half_precision = "model.optimizer.name=muon" in options or "trainer.precision=bf16-mixed" in options
     for name, tensor in ddp.items():
-        moved = (fsdp[name] - half[name]).float().norm()  # by the last two steps
+        moved = (fsdp[name] - half[name]).float().norm()  # in the last two steps
         assert (fsdp[name] - tensor).float().norm() <= (0.2 if half_precision else 0.01) * moved, name
         torch.testing.assert_close(resumed[name], fsdp[name], atol=1e-6, rtol=1e-5)
-    assert torch.equal(fsdp["gpt.head.weight"], fsdp["gpt.transformer.wte.weight"])  # tied still
+    assert torch.equal(fsdp["gpt.head.weight"], fsdp["gpt.transformer.wte.weight"])  # still tied
     assert ConditionalTransformer.load(tmp_path / "fsdp").num_tokens == 16

@@ -1,4 +1,4 @@
-"""Stage 1: what a training step moves, when the discriminator wakes up, and that files hold all of it."""
+"""Stage 1: encoding, training steps of generator and discriminator, validation and files."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ def gan(**arguments) -> VQGAN:
     return model(**(dict(gan_weight=0.8, gan_start_step=0) | arguments))
 
 
-class Count(pl.Callback):
-    """Batches seen, and what the discriminator was before each."""
+class RecordBatches(pl.Callback):
+    """Record the global step and the discriminator's weights before each batch."""
 
     def __init__(self) -> None:
-        self.batches, self.steps, self.discriminators = 0, [], []
+        self.num_batches = 0
+        self.steps = []
+        self.discriminators = []
 
     def on_train_batch_start(self, trainer, module, *_) -> None:
-        self.batches += 1
+        self.num_batches += 1
         self.steps.append(trainer.global_step)
         if module.discriminator is not None:
             self.discriminators.append(weights_of(module.discriminator))
@@ -45,7 +47,7 @@ class Count(pl.Callback):
 
 
 @torch.no_grad()
-def test_encode_and_decode(tiny_vqgan, images):
+def test_encode_and_decode_shapes(tiny_vqgan, images):
     indices = tiny_vqgan.encode(images)
     assert indices.shape == (8, 4, 4) and indices.dtype == torch.int64 and len(indices.unique()) > 4
     assert tiny_vqgan.encode_latents(images).shape == (8, 8, 4, 4)
@@ -54,12 +56,12 @@ def test_encode_and_decode(tiny_vqgan, images):
     torch.testing.assert_close(tiny_vqgan.decode(indices), reconstruction, atol=1e-5, rtol=1e-5)
 
 
-def test_other_sizes_that_divide_are_fine(tiny_vqgan):
+def test_any_size_divisible_by_f_is_accepted(tiny_vqgan):
     assert tiny_vqgan.encode(torch.zeros(1, 3, 16, 40)).shape == (1, 2, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_floats(tiny_vqgan, images, dtype):
+def test_encode_and_decode_in_other_dtypes(tiny_vqgan, images, dtype):
     vqgan = copy.deepcopy(tiny_vqgan).to(dtype)
     indices = vqgan.encode(images.to(dtype))
     assert (indices == tiny_vqgan.encode(images)).float().mean() > 0.9
@@ -67,33 +69,33 @@ def test_other_floats(tiny_vqgan, images, dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "kind"),
+    ("shape", "dtype"),
     [((5,), torch.float), ((3, 32, 32), torch.float), ((1, 1, 32, 32), torch.float), ((1, 3, 32, 32), torch.uint8)],
 )
-def test_what_is_no_batch_of_images(tiny_vqgan, shape, kind):
+def test_invalid_image_batches_are_refused(tiny_vqgan, shape, dtype):
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\) floats in \[-1, 1\], got \w+ of \("):
-        tiny_vqgan.encode(torch.zeros(shape, dtype=kind))
+        tiny_vqgan.encode(torch.zeros(shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 33)])
-def test_other_sizes_are_refused_with_a_way_out(tiny_vqgan, shape):
+def test_error_for_indivisible_sizes_suggests_sizes(tiny_vqgan, shape):
     with pytest.raises(ValueError, match=r"sides divisible by 8, got \(.*\); try a height of .* and a width of"):
         tiny_vqgan.encode(torch.zeros(shape))
 
 
-def test_senseless_arguments_are_refused_at_once():
-    """Not at step 25 000, when the discriminator is used for the first time."""
+def test_invalid_options_are_refused_by_the_constructor():
+    """Rather than at step 25,000, when the discriminator is first used."""
     for name, value in (("gan.loss", "wgan"), ("loss.reconstruction", "l3"), ("quantizer.type", "l1")):
         section, field = name.split(".")
         with pytest.raises(ValueError, match=f"{name} must be .* got '{value}'"):
-            make_vqgan(**{section: {field: value}})
+            VQGAN(**{section: {field: value}})
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def test_a_step_moves_every_part(fit):
-    vqgan = gan(dead_code_reset_after=0, gan_loss="log")  # the two halves of hinge cancel at the last bias, at first
+def test_step_trains_all_networks(fit):
+    vqgan = gan(dead_code_reset_after=0, gan_loss="log")  # the two hinge terms cancel at the last bias
     before = weights_of(vqgan)
     fit(vqgan, 1)
     moved = changed(vqgan, before)
@@ -103,7 +105,7 @@ def test_a_step_moves_every_part(fit):
     assert "autoencoder.quantize.embedding.weight" in moved
 
 
-def test_codes_that_follow_their_latents_need_no_optimizer(fit):
+def test_ema_codes_have_no_optimizer(fit):
     vqgan = gan(codebook_ema_decay=0.9, dead_code_reset_after=0)
     before = weights_of(vqgan)
     fit(vqgan, 2, batch=4)
@@ -115,15 +117,15 @@ def test_codes_that_follow_their_latents_need_no_optimizer(fit):
 
 def test_max_steps_counts_batches(fit):
     for vqgan in (gan(), model()):
-        count = Count()
-        trainer = fit(vqgan, 10, count, batch=2)
-        assert trainer.global_step == count.batches == 10 and count.steps == list(range(10))
+        recorded = RecordBatches()
+        trainer = fit(vqgan, 10, recorded, batch=2)
+        assert trainer.global_step == recorded.num_batches == 10 and recorded.steps == list(range(10))
 
 
-def test_the_discriminator_sleeps_until_its_start(fit):
-    count = Count()
-    trainer = fit(gan(gan_start_step=3), 5, count, batch=4)
-    before = count.discriminators
+def test_discriminator_is_not_trained_before_start_step(fit):
+    recorded = RecordBatches()
+    trainer = fit(gan(gan_start_step=3), 5, recorded, batch=4)
+    before = recorded.discriminators
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in pairwise(before)]
     assert same == [True, True, True, False]  # steps 0, 1, 2 leave it alone, step 3 does not
     assert {"train/discriminator_loss", "train/generator_loss", "train/adaptive_weight"} <= set(
@@ -131,16 +133,16 @@ def test_the_discriminator_sleeps_until_its_start(fit):
     )
 
 
-def test_a_sleeping_or_absent_discriminator_is_not_in_the_loss(fit):
-    sleeping = fit(gan(gan_start_step=100), 2, batch=4).callback_metrics
+def test_inactive_discriminator_is_not_in_the_loss(fit):
+    inactive = fit(gan(gan_start_step=100), 2, batch=4).callback_metrics
     absent = fit(model(), 2, batch=4).callback_metrics
-    for metrics in (sleeping, absent):
+    for metrics in (inactive, absent):
         assert "train/generator_loss" not in metrics and "train/discriminator_loss" not in metrics
         terms = [metrics[f"train/{name}_loss"] for name in ("reconstruction", "codebook", "commitment")]
         torch.testing.assert_close(metrics["train/loss"], sum(terms))
 
 
-def test_an_awake_discriminator_is_in_the_loss(fit):
+def test_active_discriminator_is_in_the_loss(fit):
     metrics = fit(gan(), 1, batch=4).callback_metrics
     terms = sum(metrics[f"train/{name}_loss"] for name in ("reconstruction", "codebook", "commitment"))
     adversarial = metrics["train/adaptive_weight"] * metrics["train/generator_loss"]
@@ -148,61 +150,66 @@ def test_an_awake_discriminator_is_in_the_loss(fit):
     assert adversarial.abs() > 1e-4
 
 
-def test_warming_up_the_discriminator_does_not_touch_the_generator(fit):
-    """While it trains alone, the generator is bit for bit what it would be without it."""
+def test_disc_only_steps_do_not_change_the_generator(fit):
+    """The generator is bit-identical to one that is trained without discriminator."""
     trained = []
-    for start in (0, 100):
+    for start_step in (0, 100):
         torch.manual_seed(1)
-        vqgan = gan(gan_start_step=start, gan_disc_only_steps=100, dead_code_reset_after=0)
+        vqgan = gan(gan_start_step=start_step, gan_disc_only_steps=100, dead_code_reset_after=0)
         untrained = weights_of(vqgan)
         fit(vqgan, 3, batch=4)
-        assert any(name.startswith("discriminator") for name in changed(vqgan, untrained)) == (start == 0)
+        assert any(name.startswith("discriminator") for name in changed(vqgan, untrained)) == (start_step == 0)
         trained.append({k: v for k, v in vqgan.state_dict().items() if not k.startswith("discriminator.")})
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
-def test_each_half_follows_its_own_loss(fit):
-    """The generator's gradient does not land in the discriminator, nor the other way round."""
-
-    class Halves(VQGAN):
+def test_generator_and_discriminator_get_only_their_own_gradients(fit):
+    class RecordGradients(VQGAN):
         def manual_backward(self, loss, *arguments, **named) -> None:
             super().manual_backward(loss, *arguments, **named)
             gradients.append({name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None})
 
     gradients: list[dict[str, torch.Tensor]] = []
-    fit(Halves(**gan().hparams), 1, batch=4)
+    fit(RecordGradients(**gan().hparams), 1, batch=4)
     first, second = gradients
     assert {name.split(".")[0] for name in first} == {"autoencoder"}
     assert {name.split(".")[0] for name in second} == {"autoencoder", "discriminator"}
     assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
 
 
-def test_beta_is_on_the_commitment_term(images):
-    """beta ||z - sg[z_q]||^2 (VQ-VAE, Eq. 3): doubling it doubles that term and the encoder's pull, not the codes'."""
-    gradients = {}
+def test_commitment_weight_scales_the_commitment_loss(images):
+    """beta ||z - sg[z_q]||^2 (VQ-VAE, Eq. 3): doubling beta doubles the encoder's gradient, not that of the codes."""
+    codebook_gradients = {}
+    encoder_gradients = {}
     for beta in (0.25, 0.5):
         torch.manual_seed(0)
         vqgan = model(commitment_weight=beta, codebook_weight=3.0, quantizer_type="euclidean").eval()
         reconstruction, quantized = vqgan.autoencode(images)
         terms = vqgan.autoencoder_loss(images, reconstruction, quantized)
-        z, codes = (
-            vqgan.encode_latents(images).detach(),
-            vqgan.autoencoder.quantize.indices_to_codes(quantized.indices).detach(),
-        )
+        z = vqgan.encode_latents(images).detach()
+        codes = vqgan.autoencoder.quantize.indices_to_codes(quantized.indices).detach()
         squared = (z - codes).square().mean()
         torch.testing.assert_close(terms["commitment_loss"].detach(), beta * squared)
         torch.testing.assert_close(terms["codebook_loss"].detach(), 3 * squared)
         (terms["codebook_loss"] + terms["commitment_loss"]).backward()
-        gradients[beta] = vqgan.autoencoder.quantize.embedding.weight.grad, vqgan.autoencoder.quant_conv.weight.grad
-    torch.testing.assert_close(gradients[0.5][0], gradients[0.25][0])
-    torch.testing.assert_close(gradients[0.5][1], 2 * gradients[0.25][1])
+        codebook_gradients[beta] = vqgan.autoencoder.quantize.embedding.weight.grad
+        encoder_gradients[beta] = vqgan.autoencoder.quant_conv.weight.grad
+    torch.testing.assert_close(codebook_gradients[0.5], codebook_gradients[0.25])
+    torch.testing.assert_close(encoder_gradients[0.5], 2 * encoder_gradients[0.25])
+
+
+def grad_norm(loss: torch.Tensor, vqgan: VQGAN) -> torch.Tensor:
+    """Return the norm of the gradient at the decoder's last layer."""
+    last_layer = vqgan.autoencoder.decoder.last_layer
+    return torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_one_pass_gives_both_halves_their_own_gradients(fit, images, grad_accum_steps):
-    """What a step leaves in each parameter, against autograd through the whole losses of Eq. 4 and 5."""
+def test_gradients_match_autograd_of_the_full_losses(fit, images, grad_accum_steps):
+    """The vector-Jacobian product gives the same gradients as separate passes for Eq. 4 and 5."""
     arguments = dict(gan_weight=0.5, gan_loss="log", learning_rate=0.0, dead_code_reset_after=0, lecam_weight=0.0)
-    vqgan, by_hand = gan(**arguments, grad_accum_steps=grad_accum_steps), gan(**arguments).train()
+    vqgan = gan(**arguments, grad_accum_steps=grad_accum_steps)
+    by_hand = gan(**arguments).train()
     by_hand.load_state_dict(vqgan.state_dict())
     fit(vqgan, 1, batch=4)
     for i in range(grad_accum_steps):
@@ -210,63 +217,70 @@ def test_one_pass_gives_both_halves_their_own_gradients(fit, images, grad_accum_
         reconstruction, quantized = by_hand.autoencode(batch)
         terms = by_hand.autoencoder_loss(batch, reconstruction, quantized)
         gan_loss = losses.generator_loss(by_hand.discriminator(reconstruction), "log")
-        length = lambda loss: torch.autograd.grad(loss, by_hand.autoencoder.decoder.last_layer, retain_graph=True)[
-            0
-        ].norm()
-        weight = 0.5 * (length(terms["reconstruction_loss"]) / (length(gan_loss) + 1e-4)).detach()
+        recon_norm = grad_norm(terms["reconstruction_loss"], by_hand)
+        weight = 0.5 * (recon_norm / (grad_norm(gan_loss, by_hand) + 1e-4)).detach()
         loss = sum(terms.values()) + weight * gan_loss
-        generator, discriminator = list(by_hand.autoencoder.parameters()), list(by_hand.discriminator.parameters())
-        fake = by_hand.discriminator(reconstruction.detach())
-        half = losses.discriminator_loss(by_hand.discriminator(batch), fake, "log")
+        generator = list(by_hand.autoencoder.parameters())
+        discriminator = list(by_hand.discriminator.parameters())
+        logits_fake = by_hand.discriminator(reconstruction.detach())
+        disc_loss = losses.discriminator_loss(by_hand.discriminator(batch), logits_fake, "log")
         (loss / grad_accum_steps).backward(inputs=generator, retain_graph=True)
-        (half / grad_accum_steps).backward(inputs=discriminator)
+        (disc_loss / grad_accum_steps).backward(inputs=discriminator)
     for (name, ours), expected in zip(vqgan.named_parameters(), by_hand.parameters()):
         torch.testing.assert_close(ours.grad, expected.grad, atol=1e-7, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_step_passes_once_through_encoder_and_decoder(fit):
-    """And twice through the discriminator, with what is real and what is not."""
-    vqgan, passed = gan(), []
-    parts = {"encoder": vqgan.autoencoder.encoder, "decoder": vqgan.autoencoder.decoder, "judge": vqgan.discriminator}
-    for name, part in parts.items():
-        part.register_forward_hook(lambda *_, name=name: passed.append(name))
+def test_step_runs_encoder_and_decoder_once(fit):
+    """And the discriminator twice, for real images and reconstructions."""
+    vqgan = gan()
+    calls = []
+    networks = {
+        "encoder": vqgan.autoencoder.encoder,
+        "decoder": vqgan.autoencoder.decoder,
+        "discriminator": vqgan.discriminator,
+    }
+    for name, network in networks.items():
+        network.register_forward_hook(lambda *_, name=name: calls.append(name))
     fit(vqgan, 1, batch=4)
-    assert sorted(passed) == ["decoder", "encoder", "judge", "judge"]
+    assert sorted(calls) == ["decoder", "discriminator", "discriminator", "encoder"]
 
 
-def test_accumulated_batches_are_one_step(fit):
-    count = Count()
-    trainer = fit(gan(grad_accum_steps=3), 2, count, batch=2)
-    assert trainer.global_step == 2 and count.batches == 6 and count.steps == [0, 0, 0, 1, 1, 1]
+def test_accumulated_batches_count_as_one_step(fit):
+    recorded = RecordBatches()
+    trainer = fit(gan(grad_accum_steps=3), 2, recorded, batch=2)
+    assert trainer.global_step == 2 and recorded.num_batches == 6 and recorded.steps == [0, 0, 0, 1, 1, 1]
 
 
-def test_the_average_is_what_evaluation_and_files_use(tmp_path, fit, images):
-    """ema = decay * ema + (1 - decay) * weights, from the second step on; the first is a copy."""
+class RecordWeights(pl.Callback):
+    """Record the autoencoder's weights after each batch."""
 
-    class Weights(pl.Callback):
-        def __init__(self) -> None:
-            self.seen = []
+    def __init__(self) -> None:
+        self.weights = []
 
-        def on_train_batch_end(self, trainer, module, *_) -> None:
-            self.seen.append(weights_of(module.autoencoder))
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        self.weights.append(weights_of(module.autoencoder))
 
-    vqgan, weights = model(ema_decay=0.7, dead_code_reset_after=0), Weights()
-    trainer = fit(vqgan, 3, weights, batch=4)
-    first, second, third = weights.seen
+
+def test_evaluation_and_files_use_the_ema(tmp_path, fit, images):
+    """The first step copies the weights; then ema = decay * ema + (1 - decay) * weights."""
+    vqgan = model(ema_decay=0.7, dead_code_reset_after=0)
+    recorded = RecordWeights()
+    trainer = fit(vqgan, 3, recorded, batch=4)
+    first, second, third = recorded.weights
     for name, average in vqgan.ema.module.state_dict().items():
         expected = 0.7 * (0.7 * first[name] + 0.3 * second[name]) + 0.3 * third[name]
         torch.testing.assert_close(average, expected if average.is_floating_point() else third[name])
     assert vqgan.train().active_model is vqgan.autoencoder and vqgan.eval().active_model is vqgan.ema.module
     with torch.no_grad():
-        averaged = vqgan(images)
-        assert not torch.equal(averaged, vqgan.autoencoder(images)[0])
+        reconstruction = vqgan(images)
+        assert not torch.equal(reconstruction, vqgan.autoencoder(images)[0])
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         for path in (vqgan.save(tmp_path / "folder"), tmp_path / "last.ckpt"):
-            assert torch.equal(VQGAN.load(path)(images), averaged)
+            assert torch.equal(VQGAN.load(path)(images), reconstruction)
 
 
 def gradients(fit, **options) -> dict[str, torch.Tensor]:
-    """What a step leaves in each parameter; with weights that many of Adam's steps moved, tiny differences grow."""
+    """Return the gradients of the first step. Over several steps of Adam, tiny differences would grow."""
     torch.manual_seed(1)
     vqgan = gan(dead_code_reset_after=0, learning_rate=0.0, **(dict(channels_last=False) | options))
     fit(vqgan, 1, batch=4)
@@ -276,15 +290,15 @@ def gradients(fit, **options) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "option", ["grad_checkpointing", "channels_last", pytest.param("compile", marks=pytest.mark.slow)]
 )
-def test_options_for_speed_and_memory_change_no_gradient(fit, option):
-    plain, other = gradients(fit), gradients(fit, **{option: True})
-    assert list(plain) == list(other)  # compiled modules keep their names
-    for name, expected in plain.items():
-        torch.testing.assert_close(other[name], expected, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+def test_speed_and_memory_options_keep_gradients(fit, option):
+    reference, actual = gradients(fit), gradients(fit, **{option: True})
+    assert list(reference) == list(actual)  # compiled modules keep their names
+    for name, expected in reference.items():
+        torch.testing.assert_close(actual[name], expected, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
-def test_a_compiled_training_leaves_ordinary_files(fit, tmp_path, images):
+def test_compiled_training_writes_ordinary_checkpoints(fit, tmp_path, images):
     vqgan = gan(compile=True)
     fit(vqgan, 2, batch=4).save_checkpoint(tmp_path / "last.ckpt")
     with torch.no_grad():
@@ -293,13 +307,13 @@ def test_a_compiled_training_leaves_ordinary_files(fit, tmp_path, images):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("warmup", [1, 0])
-def test_a_compiled_discriminator_may_wake_slowly(fit, warmup):
-    """Alone it is gone back through once, and later twice; what was compiled for once must not be used then."""
-    fit(gan(compile=True, gan_disc_only_steps=warmup), 3, batch=4)
+@pytest.mark.parametrize("disc_only_steps", [1, 0])
+def test_compiled_training_supports_disc_only_steps(fit, disc_only_steps):
+    """The discriminator's graph is differentiated once in these steps, and twice later."""
+    fit(gan(compile=True, gan_disc_only_steps=disc_only_steps), 3, batch=4)
 
 
-def test_lecam_pulls_at_the_discriminator_alone(fit):
+def test_lecam_changes_only_the_discriminator(fit):
     trained = []
     for weight in (0.0, 10.0):
         torch.manual_seed(1)
@@ -311,19 +325,19 @@ def test_lecam_pulls_at_the_discriminator_alone(fit):
     assert "discriminator.main.0.weight" not in same
 
 
-def test_gradient_clip_bounds_each_half(fit):
+def test_grad_clip_applies_to_each_network_separately(fit):
     norms = {}
     for clip in (0.0, 1e-3):
         vqgan = gan(grad_clip=clip)
         fit(vqgan, 2, batch=4)
-        halves = [optimizer.param_groups[0]["params"] for optimizer in vqgan.optimizers()]
-        assert sum(map(len, halves)) == len(list(vqgan.parameters()))
-        norms[clip] = [torch.stack([p.grad.norm() for p in half]).norm().item() for half in halves]
+        groups = [optimizer.param_groups[0]["params"] for optimizer in vqgan.optimizers()]
+        assert sum(map(len, groups)) == len(list(vqgan.parameters()))
+        norms[clip] = [torch.stack([p.grad.norm() for p in group]).norm().item() for group in groups]
     assert min(norms[0.0]) > 2e-3
     assert norms[1e-3] == pytest.approx([1e-3, 1e-3], rel=1e-3)
 
 
-def test_training_lowers_the_loss_and_uses_the_codebook():
+def test_training_lowers_the_error_and_validation_logs_metrics():
     vqgan = model(learning_rate=3e-3)
     images = ShapesDataset(32, seed=5).render(range(32))
     data = DataLoader([{"images": image} for image in images], batch_size=32)
@@ -332,12 +346,12 @@ def test_training_lowers_the_loss_and_uses_the_codebook():
     vqgan.eval()
     trainer = pl.Trainer(accelerator="cpu", **QUIET)
     trainer.validate(vqgan, DataLoader([{"images": -image} for image in images]), verbose=False)
-    trainer.validate(vqgan, data, verbose=False)  # counts anew
+    trainer.validate(vqgan, data, verbose=False)  # resets the counts of codes
     with torch.no_grad():
         error = (vqgan(images).clamp(-1, 1) - images).square().mean((1, 2, 3))
         indices = vqgan.encode(images)
     assert error.mean() < first / 2
-    # what validation logs, by hand
+    # The logged metrics, by hand.
     metrics = trainer.callback_metrics
     assert metrics["val/codebook_usage"].item() == pytest.approx(len(indices.unique()) / 16)
     assert metrics["val/psnr"].item() == pytest.approx((10 * (4 / error).log10()).mean().item(), abs=1e-3)
@@ -347,20 +361,22 @@ def test_training_lowers_the_loss_and_uses_the_codebook():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("size", "latents"), [(40, 160), (4, 128)])
-def test_kmeans_sees_ten_latents_per_code_or_all(monkeypatch, stream, size, latents):
-    """A batch of four images has 64 latents: more images are encoded for it, as many as there are."""
-    seen = []
-    monkeypatch.setattr(VectorQuantizer, "kmeans_init_", lambda self, found: seen.append(len(found)))
+@pytest.mark.parametrize(("size", "num_latents"), [(40, 160), (4, 128)])
+def test_kmeans_gets_ten_latents_per_code_if_available(monkeypatch, stream, size, num_latents):
+    """A batch of four images has only 64 latents, so more images are encoded, as far as there are any."""
+    counts = []
+    monkeypatch.setattr(VectorQuantizer, "kmeans_init_", lambda self, latents: counts.append(len(latents)))
     vqgan = model(kmeans_iters=2, codebook_size=16)
     trainer = pl.Trainer(max_steps=2, accelerator="cpu", **QUIET)
     items = [ShapesDataset(size, seed=3)[i] for i in range(size)]
     dataset = Stream(items) if stream else items
     trainer.fit(vqgan, DataLoader(dataset, batch_size=4))
-    assert seen == [latents]
+    assert counts == [num_latents]
 
 
 class Stream(IterableDataset):
+    """An iterable dataset of the given items."""
+
     def __init__(self, items: list) -> None:
         self.items = items
 
@@ -368,7 +384,7 @@ class Stream(IterableDataset):
         return iter(self.items)
 
 
-def test_bf16_trains(fit):
+def test_bf16_training_keeps_fp32_weights_and_code_losses(fit):
     vqgan = gan(ema_decay=0.9, lecam_weight=0.1)
     metrics = fit(vqgan, 2, batch=2, precision="bf16-mixed").callback_metrics
     assert all(torch.isfinite(value) for value in metrics.values())
@@ -384,8 +400,8 @@ def test_fp16_is_refused(monkeypatch):
         vqgan.on_fit_start()
 
 
-class SameOnAllRanks(pl.Callback):
-    """Ranks saw different images; what they trained must be the same, bit for bit."""
+class EqualOnAllRanks(pl.Callback):
+    """Check that all ranks, which trained on different images, have bit-identical weights."""
 
     def on_train_end(self, trainer, module) -> None:
         average_statistics(module.discriminator)  # as before a checkpoint
@@ -396,7 +412,7 @@ class SameOnAllRanks(pl.Callback):
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(fit):
+def test_two_processes_train_identical_models(fit):
     vqgan = gan(
         gan_start_step=1,
         gan_disc_only_steps=1,
@@ -407,7 +423,7 @@ def test_two_processes_train_one_model(fit):
         lecam_weight=0.1,
     )
     before = weights_of(vqgan)
-    fit(vqgan, 8, SameOnAllRanks(), batch=4, devices=2, strategy="ddp_spawn_find_unused_parameters_true", max_epochs=1)
+    fit(vqgan, 8, EqualOnAllRanks(), batch=4, devices=2, strategy="ddp_spawn_find_unused_parameters_true", max_epochs=1)
     assert {name.split(".")[0] for name in changed(vqgan, before)} >= {"autoencoder", "ema", "discriminator"}
 
 
@@ -415,14 +431,14 @@ def test_two_processes_train_one_model(fit):
 
 
 @torch.no_grad()
-def test_save_and_load_bit_for_bit(tmp_path, tiny_vqgan, images):
+def test_save_and_load_are_bit_identical(tmp_path, tiny_vqgan, images):
     again = VQGAN.load(tiny_vqgan.save(tmp_path / "vqgan"))
     assert not again.training and dict(again.hparams) == json.loads(json.dumps(tiny_vqgan.hparams))
     assert not changed(again, weights_of(tiny_vqgan))
     assert torch.equal(again(images), tiny_vqgan(images))
 
 
-def test_a_saved_folder_holds_no_discriminator(tmp_path, images):
+def test_saved_folder_has_no_discriminator(tmp_path, images):
     vqgan = gan().eval()
     again = VQGAN.load(vqgan.save(tmp_path / "vqgan"))
     assert again.discriminator is None
@@ -430,16 +446,18 @@ def test_a_saved_folder_holds_no_discriminator(tmp_path, images):
 
 
 @torch.no_grad()
-def test_half_precision_folder(tmp_path, tiny_vqgan, images):
-    whole, half = tiny_vqgan.save(tmp_path / "whole"), tiny_vqgan.save(tmp_path / "half", half=True)
-    size = lambda folder: (folder / "model.safetensors").stat().st_size
-    assert size(half) < 0.6 * size(whole)
+def test_half_precision_folder_is_smaller_and_loads_as_fp32(tmp_path, tiny_vqgan, images):
+    full = tiny_vqgan.save(tmp_path / "full")
+    half = tiny_vqgan.save(tmp_path / "half", half=True)
+    full_size = (full / "model.safetensors").stat().st_size
+    half_size = (half / "model.safetensors").stat().st_size
+    assert half_size < 0.6 * full_size
     again = VQGAN.load(half)
     assert all(p.dtype == torch.float32 for p in again.parameters())
     torch.testing.assert_close(again(images), tiny_vqgan(images), atol=0.1, rtol=0.1)
 
 
-def test_a_training_checkpoint_loads(tmp_path, fit, images):
+def test_training_checkpoint_loads(tmp_path, fit, images):
     vqgan = gan()
     fit(vqgan, 2, batch=4).save_checkpoint(tmp_path / "last.ckpt")
     again = VQGAN.load(tmp_path / "last.ckpt")

@@ -52,10 +52,10 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(self.dropout(F.silu(self.norm2(hidden))))
         shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return shortcut + h
+        return shortcut + hidden
 
 
 class AttnBlock(nn.Module):
@@ -64,13 +64,18 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int, config: AutoencoderConfig):
         super().__init__()
         self.norm = make_norm(channels, config.norm_eps)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
-        return x + self.proj_out(h)
+        normed = self.norm(x)
+        q = rearrange(self.q(normed), "b c h w -> b 1 (h w) c")
+        k = rearrange(self.k(normed), "b c h w -> b 1 (h w) c")
+        v = rearrange(self.v(normed), "b c h w -> b 1 (h w) c")
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):

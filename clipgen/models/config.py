@@ -290,7 +290,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class ConditioningConfig:
-    """How the CLIP embedding is presented in training.
+    """Dropout and noise of the condition in training.
 
     Args:
         drop_prob: probability of replacing the condition by a learned null condition, which classifier-free guidance
@@ -347,7 +347,7 @@ def as_config(config_class: type[Config], values: Config | Mapping[str, Any] | N
     """
     if isinstance(values, config_class):
         return values
-    names = [each.name for each in fields(config_class)]  # type: ignore[arg-type]
+    names = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
     values = dict(values or {})  # type: ignore[arg-type]
     for key in values:
         if key not in names:
@@ -376,12 +376,12 @@ def to_plain_types(value: Any) -> Any:
 
 def model_settings(config: Any) -> dict[str, Any]:
     """Return the fields that determine what given weights compute, i.e. all but the training-only ones."""
-    kept = [each.name for each in fields(config) if not is_training_only(each)]
-    return {name: value for name, value in to_plain(config).items() if name in kept}
+    values = to_plain(config)
+    return {f.name: values[f.name] for f in fields(config) if not is_training_only(f)}
 
 
 def is_training_only(config_field: Field[Any]) -> bool:
-    """Return whether a field was declared by ``training_only``."""
+    """Return True if a field was declared by ``training_only``."""
     return bool(config_field.metadata.get("training_only", False))
 
 

@@ -41,15 +41,17 @@ def init_weights(module: nn.Module) -> None:
 def sizes_from_state(state: dict[str, Tensor]) -> dict[str, int]:
     """Return ``channels`` and ``num_layers`` of a PatchGAN from its convolutions; {} if the state is empty."""
     kernels = [tensor for tensor in state.values() if tensor.ndim == 4]
-    return {"channels": kernels[0].shape[0], "num_layers": len(kernels) - 2} if kernels else {}
+    if not kernels:
+        return {}
+    return {"channels": kernels[0].shape[0], "num_layers": len(kernels) - 2}
 
 
 def average_statistics(module: nn.Module) -> None:
     """Replace the running statistics of batch norms by their averages over all ranks, which saw different images."""
     if not dist.is_initialized():
         return
-    for part in module.modules():
-        if isinstance(part, nn.BatchNorm2d) and part.running_mean is not None and part.running_var is not None:
-            for statistic in (part.running_mean, part.running_var):
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
+            for statistic in (norm.running_mean, norm.running_var):
                 dist.all_reduce(statistic)
                 statistic /= dist.get_world_size()

@@ -64,9 +64,13 @@ class ConditionalGPT2(nn.Module):
             self.transformer.wpe.weight.data.copy_(0.1 * sinusoids_2d(config.num_tokens, config.n_embd))
 
     def condition(self, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Project CLIP embeddings (B, E), scaled to unit variance, to condition tokens (B, n_embd).
+        """Project CLIP embeddings (B, E) to condition tokens (B, n_embd).
 
-        ``drop`` (B,) bool marks the samples that get the null condition instead.
+        The embeddings, of unit norm, are first scaled to unit variance; the paper mentions only the projection.
+
+        Args:
+            clip_embedding: (B, E), unit norm.
+            drop: (B,) bool, True for samples that get the null condition instead.
         """
         unit_variance = clip_embedding * clip_embedding.shape[-1] ** 0.5
         token = self.clip_proj(unit_variance.to(self.clip_proj.weight.dtype))
@@ -77,12 +81,20 @@ class ConditionalGPT2(nn.Module):
         return torch.where(drop[:, None], self.null, token)
 
     def forward(
-        self, indices: Tensor, clip_embedding: Tensor, drop: Tensor | None = None, with_loss: bool = False
+        self,
+        indices: Tensor,
+        clip_embedding: Tensor,
+        drop: Tensor | None = None,
+        with_loss: bool = False,
     ) -> Any:
         """Return teacher-forced logits: (B, T) int64, (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``.
 
-        ``with_loss`` returns (cross-entropy per token (Eq. 8), logits). Computing the loss inside the compiled graph
-        saves memory traffic on the large logits tensor.
+        Args:
+            indices: (B, T) int64.
+            clip_embedding: (B, E), unit norm.
+            drop: (B,) bool, see ``condition``.
+            with_loss: return the mean cross-entropy per token (Eq. 8 prints the sum) and the logits. Computing the
+                loss inside the compiled graph saves memory traffic on the large logits tensor.
         """
         condition_token = self.condition(clip_embedding, drop)[:, None]  # (B, 1, C)
         inputs = torch.cat([condition_token, self.transformer.wte(indices[:, :-1])], dim=1)  # (B, T, C)

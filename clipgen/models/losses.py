@@ -1,4 +1,9 @@
-"""The losses of both stages, as functions of tensors; LPIPS has a file of its own."""
+"""The losses of both stages as functions of tensors. LPIPS has a file of its own.
+
+Losses are means over elements, samples or tokens. The paper prints sums and norms, so its weights of loss terms cannot
+be compared with ours where the number of elements differs, as in Eq. 4 (pixels and codes) and Eq. 10 (tokens and
+images).
+"""
 
 from __future__ import annotations
 
@@ -10,128 +15,185 @@ from torch import Tensor, nn
 from clipgen.models.config import CLIP_LOSS_ESTIMATORS
 
 
-def reconstruction_loss(images: Tensor, reconstruction: Tensor, kind: str) -> Tensor:
-    """``"l2"``: ||I - I'||^2 (Eq. 4 of CLIP-GEN); ``"l1"``: VQ-GAN's code. Means over elements."""
-    if kind == "l2":
+def reconstruction_loss(images: Tensor, reconstruction: Tensor, loss_type: str) -> Tensor:
+    """Return the mean error per pixel and channel.
+
+    Args:
+        images: (B, 3, H, W).
+        reconstruction: the same shape.
+        loss_type: ``"l2"`` for the squared error (Eq. 4 of CLIP-GEN), ``"l1"`` for the absolute one (VQ-GAN's code).
+    """
+    if loss_type == "l2":
         return F.mse_loss(reconstruction, images)
-    if kind == "l1":
+    if loss_type == "l1":
         return F.l1_loss(reconstruction, images)
-    raise ValueError(f"loss.reconstruction must be 'l1' or 'l2', got {kind!r}")
+    raise ValueError(f"loss.reconstruction must be 'l1' or 'l2', got {loss_type!r}")
 
 
-def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, kind: str) -> Tensor:
-    """What the discriminator minimises: ``"hinge"`` (arXiv:1705.02894), or ``"log"``: the negative of Eq. 5."""
-    if kind == "hinge":
+def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, loss_type: str) -> Tensor:
+    """Return the loss that the discriminator minimizes.
+
+    Args:
+        logits_real: logits of real images, high where a patch looks real.
+        logits_fake: logits of reconstructions.
+        loss_type: ``"hinge"`` (arXiv:1705.02894), or ``"log"`` for half the negative of Eq. 5.
+    """
+    if loss_type == "hinge":
         return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
-    if kind == "log":
+    if loss_type == "log":
         return (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()) / 2
-    raise ValueError(f"gan.loss must be 'hinge' or 'log', got {kind!r}")
+    raise ValueError(f"gan.loss must be 'hinge' or 'log', got {loss_type!r}")
 
 
-def generator_loss(logits_fake: Tensor, kind: str) -> Tensor:
-    """What the generator minimises: -D(I') for ``"hinge"``; -log D(I') for ``"log"``, Eq. 5's non-saturating form."""
-    if kind == "hinge":
+def generator_loss(logits_fake: Tensor, loss_type: str) -> Tensor:
+    """Return the adversarial loss that the autoencoder minimizes.
+
+    Args:
+        logits_fake: the discriminator's logits of reconstructions.
+        loss_type: ``"hinge"`` for -D(I'), or ``"log"`` for -log D(I'), the non-saturating form of Eq. 5: its gradient
+            does not vanish when the discriminator recognizes all reconstructions (arXiv:1406.2661, Sec. 3).
+    """
+    if loss_type == "hinge":
         return -logits_fake.mean()
-    if kind == "log":
+    if loss_type == "log":
         return F.softplus(-logits_fake).mean()
-    raise ValueError(f"gan.loss must be 'hinge' or 'log', got {kind!r}")
+    raise ValueError(f"gan.loss must be 'hinge' or 'log', got {loss_type!r}")
 
 
 def adaptive_weight(
-    reconstruction: Tensor, last_layer: Tensor, gradient: Tensor, adversarial: Tensor, maximum: float = 1e4
+    reconstruction: Tensor,
+    last_layer: Tensor,
+    recon_grad: Tensor,
+    adv_grad: Tensor,
+    maximum: float = 1e4,
 ) -> Tensor:
-    """VQ-GAN's lambda (arXiv:2012.09841, Eq. 7): makes both gradients equally long at the decoder's last layer.
+    """Return VQ-GAN's adaptive weight of the adversarial loss (lambda in arXiv:2012.09841, Eq. 7).
+
+    The weight is the ratio of the two losses' gradient norms at the decoder's last layer, so that the weighted
+    gradients have equal norms there.
 
     Args:
-        reconstruction: made by ``last_layer``. gradient, adversarial: of the two losses, at the reconstruction.
-        maximum: bound of the result.
+        reconstruction: the decoder's output.
+        last_layer: the weight of the decoder's last layer, which computed ``reconstruction``.
+        recon_grad: gradient of the reconstruction losses w.r.t. the reconstruction.
+        adv_grad: gradient of the adversarial loss w.r.t. the reconstruction.
+        maximum: upper bound of the weight.
     """
-    ours, theirs = (
-        torch.autograd.grad(reconstruction, last_layer, part.to(reconstruction), retain_graph=True)[0].float().norm()
-        for part in (gradient, adversarial)
-    )
-    return (ours / (theirs + 1e-4)).clamp(0, maximum).detach()
+
+    def norm_at_last_layer(grad: Tensor) -> Tensor:
+        upstream = grad.to(reconstruction)
+        return torch.autograd.grad(reconstruction, last_layer, upstream, retain_graph=True)[0].float().norm()
+
+    recon_norm = norm_at_last_layer(recon_grad)
+    adv_norm = norm_at_last_layer(adv_grad)
+    return (recon_norm / (adv_norm + 1e-4)).clamp(0, maximum).detach()
 
 
 class LeCam(nn.Module):
-    """LeCam's regularisation of the discriminator (arXiv:2104.03310): keeps its logits near the running mean of the
-    other kind's, so that it does not win where images are few."""
+    """LeCam regularization of the discriminator (arXiv:2104.03310), which stabilizes training on small datasets.
+
+    It penalizes logits that drift from the running mean of the logits of the opposite class (real or fake).
+
+    Args:
+        decay: decay of the running means.
+    """
 
     means: Tensor
 
     def __init__(self, decay: float = 0.99):
         super().__init__()
         self.decay = decay
-        self.register_buffer("means", torch.zeros(2))  # of real and fake logits
+        self.register_buffer("means", torch.zeros(2))  # of real and of fake logits
 
     def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-        """E[relu(D(I) - mean_fake)^2] + E[relu(mean_real - D(I'))^2]; moves the running means."""
+        """Update the running means and return E[relu(D(I) - mean_fake)^2] + E[relu(mean_real - D(I'))^2]."""
         with torch.no_grad():
-            now = torch.stack([logits_real.float().mean(), logits_fake.float().mean()])
-            if dist.is_initialized():  # the same on every rank
-                dist.all_reduce(now)
-                now /= dist.get_world_size()
-            self.means.lerp_(now, 1 - self.decay)
-        real, fake = self.means
-        return F.relu(logits_real - fake).square().mean() + F.relu(real - logits_fake).square().mean()
+            batch_means = torch.stack([logits_real.float().mean(), logits_fake.float().mean()])
+            if dist.is_initialized():
+                # All ranks keep the same means.
+                dist.all_reduce(batch_means)
+                batch_means /= dist.get_world_size()
+            self.means.lerp_(batch_means, 1 - self.decay)
+        mean_real, mean_fake = self.means
+        return F.relu(logits_real - mean_fake).square().mean() + F.relu(mean_real - logits_fake).square().mean()
 
 
-def clip_loss(generated: Tensor, target: Tensor, kind: str = "log") -> Tensor:
-    """How far unit vectors (B, E) are apart: ``"log"``: -log s (Eq. 9), with s = (1 + cos) / 2 in (0, 1]; or
-    ``"cosine"``: 1 - cos, whose gradient is as long for far pairs as for near ones."""
-    cosine = (generated * target).sum(dim=-1)
-    if kind == "log":
-        return -((1 + cosine) / 2).clamp(min=1e-6).log().mean()
-    if kind == "cosine":
-        return (1 - cosine).mean()
-    raise ValueError(f"clip_loss.type must be 'log' or 'cosine', got {kind!r}")
+def clip_loss(generated: Tensor, target: Tensor, loss_type: str = "log") -> Tensor:
+    """Return the mean distance of CLIP embeddings.
 
-
-def differentiable_codes(logits: Tensor, codebook: Tensor, kind: str) -> Tensor:
-    """Codes that logits choose, with gradients: (B, T, K), (K, D) -> (B, T, D).
-
-    ``"expected"``: the mean code, p @ codebook. ``"straight_through"``: the most likely code, with the gradient of
-    the mean one (arXiv:1308.3432). ``"gumbel"``: a drawn code by the Gumbel-max trick, with the gradient of the mean
-    one under the same noise (straight-through Gumbel-softmax at temperature 1, arXiv:1611.01144).
+    Args:
+        generated: embeddings of generated images, unit vectors (B, E).
+        target: embeddings of the condition, unit vectors (B, E).
+        loss_type: ``"log"`` for -log s (Eq. 9) with s = (1 + cos) / 2, because the paper does not define the
+            similarity s in (0, 1] and the cosine itself can be negative; or ``"cosine"`` for 1 - cos, whose gradient
+            does not depend on the distance.
     """
-    if kind not in CLIP_LOSS_ESTIMATORS:
-        raise ValueError(f"clip_loss.estimator must be one of {', '.join(CLIP_LOSS_ESTIMATORS)}, got {kind!r}")
-    if kind == "gumbel":
+    cosine = (generated * target).sum(dim=-1)
+    if loss_type == "log":
+        return -((1 + cosine) / 2).clamp(min=1e-6).log().mean()
+    if loss_type == "cosine":
+        return (1 - cosine).mean()
+    raise ValueError(f"clip_loss.type must be 'log' or 'cosine', got {loss_type!r}")
+
+
+def differentiable_codes(logits: Tensor, codebook: Tensor, estimator: str) -> Tensor:
+    """Return the codes that logits select, with gradients: (B, T, K), (K, D) -> (B, T, D).
+
+    Args:
+        logits: (B, T, K).
+        codebook: (K, D).
+        estimator: ``"expected"`` returns the mean code, p @ codebook. ``"straight_through"`` returns the most likely
+            code with the gradient of the mean code (arXiv:1308.3432). ``"gumbel"`` samples a code by the Gumbel-max
+            trick, with the gradient of the mean code under the same noise (straight-through Gumbel-softmax at
+            temperature 1, arXiv:1611.01144).
+    """
+    if estimator not in CLIP_LOSS_ESTIMATORS:
+        raise ValueError(f"clip_loss.estimator must be one of {', '.join(CLIP_LOSS_ESTIMATORS)}, got {estimator!r}")
+    if estimator == "gumbel":
         noise = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
         logits = logits - noise.exponential_().log()
-    mean = logits.softmax(dim=-1) @ codebook
-    if kind == "expected":
-        return mean
-    return mean + (F.embedding(logits.argmax(dim=-1), codebook) - mean).detach()
+    mean_code = logits.softmax(dim=-1) @ codebook
+    if estimator == "expected":
+        return mean_code
+    selected_code = F.embedding(logits.argmax(dim=-1), codebook)
+    return mean_code + (selected_code - mean_code).detach()
 
 
 class Averages:
-    """Means over all rows of all ranks, the same on any number of ranks, however unequal their batches are.
+    """Means over all samples of all ranks, independent of the number of ranks and of their batch sizes.
 
-    Ranks meet in ``compute`` alone, so that one without a batch keeps nobody waiting before.
+    Ranks communicate in ``compute`` only, so a rank with fewer batches does not make the others wait.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, tuple[Tensor, int]] = {}  # of values, and their number of rows
+        self.sums: dict[str, tuple[Tensor, int]] = {}  # name -> (sum of values, number of samples)
 
     def reset(self) -> None:
-        """Begin again."""
+        """Forget all values."""
         self.sums = {}
 
-    def add(self, means: dict[str, Tensor], rows: int) -> None:
-        """Take in the means over the rows of a batch."""
+    def add(self, means: dict[str, Tensor], batch_size: int) -> None:
+        """Add the means over the samples of one batch."""
         for name, mean in means.items():
             value = mean.detach()
-            value = (value if value.device.type == "mps" else value.double()) * rows  # MPS has no double
+            if value.device.type != "mps":  # MPS does not support float64
+                value = value.double()
             total, count = self.sums.get(name, (torch.zeros_like(value), 0))
-            self.sums[name] = total + value, count + rows
+            self.sums[name] = (total + value * batch_size, count + batch_size)
 
     def compute(self) -> dict[str, float]:
         """Return the means, on every rank."""
-        ranks: list[dict[str, tuple[float, int]]] = [{name: (t.item(), n) for name, (t, n) in self.sums.items()}]
+        sums_by_rank: list[dict[str, tuple[float, int]]] = [
+            {name: (total.item(), count) for name, (total, count) in self.sums.items()}
+        ]
         if dist.is_initialized():
-            mine, ranks = ranks[0], [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(ranks, mine)
-        names = dict.fromkeys(name for rank in ranks for name in rank)
-        found = {name: [rank[name] for rank in ranks if name in rank] for name in names}
-        return {name: sum(t for t, _ in parts) / sum(n for _, n in parts) for name, parts in found.items()}
+            own_sums = sums_by_rank[0]
+            sums_by_rank = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(sums_by_rank, own_sums)
+        totals: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for sums in sums_by_rank:
+            for name, (total, count) in sums.items():
+                totals[name] = totals.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0) + count
+        return {name: totals[name] / counts[name] for name in totals}

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual loss (arXiv:1801.03924): torchmetrics' network, with weights from where they can be had."""
+"""LPIPS, the perceptual loss (arXiv:1801.03924): torchmetrics' network and torchvision's VGG-16 weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from clipgen.files import one_line
 
 
 class MissingWeightsError(ValueError):
-    """VGG-16's weights cannot be had; says how to provide them or to go without."""
+    """VGG-16's weights could not be loaded; the message says how to provide them or do without."""
 
 
 def build_lpips() -> Any:
-    """The network with random weights but for its linear layers, which come with torchmetrics; frozen."""
-    from torchmetrics.functional.image.lpips import _LPIPS  # pulls torchvision's models: only where it is needed
+    """Build the frozen network: the linear layers have the published weights, VGG-16 has random ones."""
+    # Imported here because it imports torchvision's models, which takes time.
+    from torchmetrics.functional.image.lpips import _LPIPS
 
     network: Any = _LPIPS(net="vgg", pnet_rand=True)
     network.net = VGGSlices(network.net)
@@ -26,32 +27,37 @@ def build_lpips() -> Any:
 
 
 class VGGSlices(nn.Module):
-    """The slices of torchmetrics' VGG-16, under their names: images -> what each gives. Its own ``forward`` makes a
-    class at every call, for which torch.compile would compile what follows again and again."""
+    """VGG-16 slices of torchmetrics' LPIPS; returns the list of feature maps.
+
+    The original forward creates a namedtuple class per call, which makes torch.compile recompile.
+
+    Args:
+        network: torchmetrics' VGG-16, whose slices keep their names.
+    """
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        for name, part in network.named_children():
-            self.add_module(name, part)
+        for name, vgg_slice in network.named_children():
+            self.add_module(name, vgg_slice)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         features = [images]
-        for part in self.children():
-            features.append(part(features[-1]))
+        for vgg_slice in self.children():
+            features.append(vgg_slice(features[-1]))
         return features[1:]
 
 
 def load_lpips(vgg_weights: str | None = None) -> nn.Module:
-    """images, images in [-1, 1] -> (B, 1, 1, 1), frozen.
+    """Load the frozen LPIPS: two batches of images (B, 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1).
 
     Args:
-        vgg_weights: a file of torchvision's VGG-16 weights; None takes them from torchvision's cache or download.
+        vgg_weights: file of torchvision's VGG-16 weights; None uses torchvision's cache or downloads them.
 
     Returns:
-        A module that must stay in evaluation mode: its linear layers hold dropout.
+        A module that must stay in evaluation mode, because its linear layers contain dropout.
 
     Raises:
-        MissingWeightsError: they cannot be loaded.
+        MissingWeightsError: the weights cannot be loaded.
     """
     from torchvision.models import VGG16_Weights
 
@@ -61,24 +67,27 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
         else:
             vgg = torch.load(Path(vgg_weights).expanduser(), map_location="cpu", weights_only=True)
         return copy_vgg_(build_lpips(), vgg)
-    except Exception as error:  # a missing file, no network, a file of something else: the way out is the same
+    # Missing file, no network, wrong content: the remedy is the same.
+    except Exception as error:
         source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
         raise MissingWeightsError(
             f"the perceptual loss needs the weights {source}, which cannot be loaded ({one_line(error)}): put "
-            f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), name the file in "
-            "model.loss.vgg_weights=PATH, or go without by model.loss.perceptual_weight=0"
+            f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), set "
+            "model.loss.vgg_weights=PATH, or disable the loss with model.loss.perceptual_weight=0"
         ) from error
 
 
 def lpips_from_state(state: dict[str, Tensor]) -> nn.Module:
-    """With the weights that a published checkpoint or our own folder holds."""
+    """Build LPIPS with the weights of a published checkpoint or of a model folder."""
     network = build_lpips()
-    network.load_state_dict({**state, **{f"lins.{k[3:]}": v for k, v in state.items() if re.match(r"lin\d", k)}})
+    # The network registers its linear layers twice: as lin0, lin1, ... and in the list lins.
+    aliases = {f"lins.{name[3:]}": tensor for name, tensor in state.items() if re.match(r"lin\d", name)}
+    network.load_state_dict(state | aliases)
     return network
 
 
 def copy_vgg_(network: Any, vgg: dict[str, Tensor]) -> nn.Module:
-    """Put ``features.N.*`` of torchvision's VGG-16 into the slices of LPIPS, where layer N keeps its number."""
+    """Copy ``features.N.*`` of torchvision's VGG-16 into the slices of LPIPS, which keep the layer numbers N."""
     for name, parameter in network.net.named_parameters():
         layer = name.split(".", 1)[1]  # slice1.0.weight -> 0.weight
         parameter.data.copy_(vgg[f"features.{layer}"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from clipgen.models.config import QuantizerConfig
+from clipgen.models.quantizers.base import Quantizer
 from clipgen.models.quantizers.fsq import FSQ
 from clipgen.models.quantizers.gumbel import GumbelQuantizer
 from clipgen.models.quantizers.lfq import LFQ
 from clipgen.models.quantizers.vector import VectorQuantizer
 
-QUANTIZERS: dict[str, Any] = {
+QUANTIZERS: dict[str, type[Quantizer]] = {
     "euclidean": VectorQuantizer,  # the paper
     "cosine": VectorQuantizer,
     "fsq": FSQ,
@@ -20,10 +21,10 @@ QUANTIZERS: dict[str, Any] = {
 
 
 def make_quantizer(config: QuantizerConfig) -> Any:
-    """Return the quantizer that a configuration names.
+    """Return the quantizer that a configuration names, a module that fulfills the ``Quantizer`` protocol.
 
     Raises:
-        ValueError: there is no such quantizer, or its sizes are inconsistent.
+        ValueError: the type is unknown, or its sizes are inconsistent.
     """
     if config.type not in QUANTIZERS:
         raise ValueError(f"quantizer.type must be one of {', '.join(QUANTIZERS)}, got {config.type!r}")

@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from clipgen.models.config import QuantizerConfig
+
 
 class QuantizerOutput(NamedTuple):
     """Result of quantizing a batch of latents."""
@@ -17,9 +19,18 @@ class QuantizerOutput(NamedTuple):
 
 
 class Quantizer(Protocol):
-    """What the autoencoder needs of a quantizer. Add a new one in a file of its own and in the table ``QUANTIZERS``."""
+    """Interface of a quantizer, which is also an ``nn.Module``.
+
+    To add one, write it in its own file and add it to the table ``QUANTIZERS``. If it needs new settings, add them to
+    ``QuantizerConfig``; if it has new losses, add their weights to ``LossConfig``.
+    """
 
     codebook_size: int
+
+    @classmethod
+    def from_config(cls, config: QuantizerConfig) -> Quantizer:
+        """Build the quantizer; raise ValueError if the configuration does not fit."""
+        ...
 
     @property
     def codebook(self) -> Tensor:

@@ -38,7 +38,8 @@ class GumbelQuantizer(nn.Module):
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize latents (B, D, h, w), in fp32 whatever the autocast."""
         with torch.autocast(z.device.type, enabled=False):
-            weight, bias = self.proj.weight.float(), self.proj.bias.float()  # type: ignore[union-attr]
+            weight = self.proj.weight.float()
+            bias = self.proj.bias.float()  # type: ignore[union-attr]
             logits = F.conv2d(z.float(), weight, bias)  # (B, K, h, w)
             p = logits.softmax(dim=1)
             kl = (p * torch.log(p * self.codebook_size + 1e-10)).sum(dim=1).mean()

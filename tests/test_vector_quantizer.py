@@ -1,4 +1,4 @@
-"""The codebook: nearest neighbours, gradients, dead codes."""
+"""Vector quantization: nearest neighbors, gradients, codebook updates, k-means and dead codes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from clipgen.models.config import QuantizerConfig
-from clipgen.models.quantizers import GumbelQuantizer, VectorQuantizer
+from clipgen.models.quantizers import VectorQuantizer
 from clipgen.models.quantizers.base import usage_and_perplexity
 from clipgen.models.quantizers.vector import nearest_rows
 
-BOTH = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+BOTH_DISTANCES = pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 
 
 def quantizer(distance: str = "euclidean", codes: int = 32, dim: int = 8, **arguments) -> VectorQuantizer:
-    """With codes as wide apart as the latents; a fresh codebook lies in a tiny cube around zero."""
+    """Return a quantizer with normally distributed codes; a new codebook lies in a tiny cube around zero."""
     module = VectorQuantizer(codes, dim, distance, **arguments)
     torch.nn.init.normal_(module.embedding.weight)
     return module
 
 
-@BOTH
-def test_round_trip(distance):
+@BOTH_DISTANCES
+def test_codes_and_indices_round_trip(distance):
     module = quantizer(distance)
     z_q, indices, _ = module(torch.randn(2, 8, 4, 6))
     assert indices.shape == (2, 4, 6) and indices.dtype == torch.int64
@@ -33,8 +32,8 @@ def test_round_trip(distance):
     assert torch.equal(module(module.indices_to_codes(indices)).indices, indices)
 
 
-@BOTH
-def test_nearest_is_the_nearest(distance):
+@BOTH_DISTANCES
+def test_indices_are_the_nearest_codes(distance):
     module = quantizer(distance)
     z = 3 * torch.randn(500, 8)
     codes, latents = module.embedding.weight.detach().double(), z.double()
@@ -46,16 +45,18 @@ def test_nearest_is_the_nearest(distance):
     assert len(expected.unique()) > 10
 
 
-def test_straight_through_gradient():
-    module, weight = quantizer(), torch.randn(2, 8, 3, 3)
+def test_gradient_passes_straight_through():
+    module = quantizer()
+    weight = torch.randn(2, 8, 3, 3)
     z = torch.randn(2, 8, 3, 3, requires_grad=True)
     (module(z).z_q * weight).sum().backward()
     assert torch.equal(z.grad, weight)
-    assert module.embedding.weight.grad is None  # the picture's error moves codes only through the codebook loss
+    assert module.embedding.weight.grad is None  # codes are trained by the codebook loss only
 
 
 def test_cosine_codes_have_length_sqrt_d_and_the_gradient_of_the_projection():
-    module, weight = quantizer("cosine"), torch.randn(2, 8, 3, 3)
+    module = quantizer("cosine")
+    weight = torch.randn(2, 8, 3, 3)
     z = torch.randn(2, 8, 3, 3, requires_grad=True)
     z_q = module(z).z_q
     torch.testing.assert_close(z_q.norm(dim=1), torch.full((2, 3, 3), 8**0.5))
@@ -66,7 +67,7 @@ def test_cosine_codes_have_length_sqrt_d_and_the_gradient_of_the_projection():
     assert torch.equal(module(5 * z).indices, module(z).indices)
 
 
-def test_losses_by_hand_and_where_their_gradients_go():
+def test_losses_and_their_gradients_by_hand():
     module = VectorQuantizer(2, 2)
     module.embedding.weight.data = torch.tensor([[0.0, 0.0], [1.0, 3.0]])
     z = torch.tensor([[0.0, 1.0], [2.0, 2.0]]).T.reshape(1, 2, 1, 2).requires_grad_()  # nearest: code 0, code 1
@@ -82,7 +83,7 @@ def test_losses_by_hand_and_where_their_gradients_go():
     torch.testing.assert_close(module.embedding.weight.grad, torch.tensor([[0.0, -0.5], [-0.5, 0.5]]))
 
 
-def test_fp32_inside_autocast():
+def test_quantization_is_fp32_under_autocast():
     module = quantizer(codes=256)
     z = torch.randn(4, 8, 16, 16).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -93,7 +94,7 @@ def test_fp32_inside_autocast():
 
 
 def usage_after_training(dead_code_reset_after: int) -> float:
-    """Fit a codebook to 64 clusters far from where its codes begin; the part of codes in use at the end."""
+    """Train a codebook on 64 clusters far from its initial codes; return the fraction of codes in use."""
     clusters = 4 + torch.randn(64, 4)
     module = VectorQuantizer(64, 4, dead_code_reset_after=dead_code_reset_after)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
@@ -106,55 +107,57 @@ def usage_after_training(dead_code_reset_after: int) -> float:
     return usage_and_perplexity(torch.bincount(indices.flatten(), minlength=64))[0].item()
 
 
-def test_revival_brings_dead_codes_back():
+def test_resets_bring_dead_codes_into_use():
     assert usage_after_training(dead_code_reset_after=0) < 0.2
     assert usage_after_training(dead_code_reset_after=3) > 0.7
 
 
-def test_only_codes_idle_for_so_many_batches_move():
+def test_only_codes_unused_for_n_batches_are_reset():
     module = quantizer(codes=4, dim=2, dead_code_reset_after=3)
     module.embedding.weight.data = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0], [9.0, 9.0]])
     module.batches_since_use.zero_()
     near = lambda *codes: module.embedding.weight.data[list(codes)].reshape(-1, 2, 1, 1) + 0.1
-    seen = []
+    reset_codes = []
     for chosen in ([0, 1, 2], [0, 1], [0, 1], [0, 1, 2]):
-        before, z = module.embedding.weight.data.clone(), near(*chosen)
+        before = module.embedding.weight.data.clone()
+        z = near(*chosen)
         module(z)
         moved = (module.embedding.weight.data != before).any(1)
-        seen.append(moved.nonzero().flatten().tolist())
+        reset_codes.append(moved.nonzero().flatten().tolist())
         for code in module.embedding.weight.data[moved]:
-            assert any(torch.equal(code, latent) for latent in z.flatten(1))  # onto a latent of this batch
-    assert seen == [[], [], [3], []]  # 3 is idle for three batches; 2, chosen in the first and the last, never
+            assert any(torch.equal(code, latent) for latent in z.flatten(1))  # to a latent of this batch
+    # Code 3 is unused for three batches. Code 2, used in the first and last batch, is not.
+    assert reset_codes == [[], [], [3], []]
 
 
-def test_the_first_batch_seeds_the_codebook_and_evaluation_moves_nothing():
+def test_first_training_batch_initializes_the_codebook():
     module = VectorQuantizer(16, 4, dead_code_reset_after=50).eval()
     z = 10 + torch.randn(64, 4, 1, 1)
     before = module.embedding.weight.detach().clone()
     module(z)
     assert torch.equal(module.embedding.weight, before)
     module.train()(z)
-    assert (module.embedding.weight.norm(dim=1) > 5).sum() >= 15  # all but the one that was already chosen
+    assert (module.embedding.weight.norm(dim=1) > 5).sum() >= 15  # all but the one that was in use
 
 
-def test_codes_follow_the_mean_of_their_latents():
-    """Mini-batch k-means by hand: a tenth of the way to the mean; codes that nobody chose stay."""
+def test_ema_update_by_hand():
+    """Codes move by a tenth of the way to the mean of their latents; unused codes stay."""
     module = VectorQuantizer(3, 2, codebook_ema_decay=0.9)
     module.embedding.weight.data = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 99.0]])
     z = torch.tensor([[1.0, 1.0], [3.0, 1.0], [10.0, 2.0]]).view(3, 2, 1, 1).requires_grad_()
     z_q, indices, losses = module(z)
     assert indices.flatten().tolist() == [0, 0, 1]
-    torch.testing.assert_close(z_q.flatten(1), torch.tensor([[0.0, 0.0], [0.0, 0.0], [10.0, 0.0]]))  # the codes before
+    torch.testing.assert_close(z_q.flatten(1), torch.tensor([[0.0, 0.0], [0.0, 0.0], [10.0, 0.0]]))  # before the update
     after = torch.tensor([[0.2, 0.1], [10.0, 0.2], [0.0, 99.0]])
     torch.testing.assert_close(module.embedding.weight.data, after)
-    assert set(losses) == {"commitment_loss"}  # the other would be a constant in what is minimised
+    assert set(losses) == {"commitment_loss"}  # the codebook loss would have no effect
     losses["commitment_loss"].backward()
     assert z.grad is not None and not any(p.requires_grad for p in module.parameters())
     module.eval()(z)
     torch.testing.assert_close(module.embedding.weight.data, after)
 
 
-def test_kmeans_puts_the_codes_where_the_clusters_are():
+def test_kmeans_places_codes_at_the_clusters():
     clusters = torch.tensor([[5.0, 5.0], [-5.0, 5.0], [0.0, -8.0], [9.0, 0.0]])
     z = clusters.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
     module = VectorQuantizer(8, 2, kmeans_iters=10, dead_code_reset_after=50)
@@ -162,80 +165,39 @@ def test_kmeans_puts_the_codes_where_the_clusters_are():
     assert (torch.cdist(clusters, module.codebook).min(dim=1).values < 0.2).all()
     before = module.codebook.clone()
     module(z[:, :, None, None])
-    assert torch.equal(module.codebook, before)  # what k-means placed is not seeded again
+    assert torch.equal(module.codebook, before)  # the first batch does not initialize them again
 
 
-def test_gumbel_by_hand():
-    """Likeliest in evaluation; drawn by the softmax of its logits in training; the divergence is from uniform."""
-    module = GumbelQuantizer(4, 3)
-    p = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    module.proj.weight.data.zero_()
-    module.proj.bias.data = p.log()
-    z = torch.randn(64, 3, 8, 8, requires_grad=True)
-    drawn = module(z)
-    share = torch.bincount(drawn.indices.flatten(), minlength=4) / drawn.indices.numel()
-    torch.testing.assert_close(share, p, atol=0.03, rtol=0)
-    torch.testing.assert_close(drawn.z_q, module.indices_to_codes(drawn.indices))
-    assert drawn.losses["kl_loss"].item() == pytest.approx((p * (p * 4).log()).sum().item(), rel=1e-4)
-    (drawn.z_q * torch.randn_like(drawn.z_q)).sum().backward()
-    assert module.proj.weight.grad.abs().sum() > 0 and module.embed.weight.grad.abs().sum() > 0
-    sure = module.eval()(z)
-    assert (sure.indices == 3).all() and torch.equal(sure.z_q, module.indices_to_codes(sure.indices))
-
-
-def test_usage_and_perplexity_by_hand():
-    even = usage_and_perplexity(torch.tensor([5, 5, 5, 5]))
-    assert [v.item() for v in even] == pytest.approx([1.0, 4.0])
-    single = usage_and_perplexity(torch.tensor([0, 7, 0, 0]))
-    assert [v.item() for v in single] == pytest.approx([0.25, 1.0])
-    uneven = usage_and_perplexity(torch.tensor([3, 1]))  # exp(-(3/4 ln 3/4 + 1/4 ln 1/4)) = 4 / 3^(3/4)
-    assert uneven[1].item() == pytest.approx(4 / 3**0.75)
-    assert torch.isfinite(torch.stack(usage_and_perplexity(torch.zeros(3, dtype=torch.int64)))).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(codebook_size=1, codebook_dim=4), "codebook_size must be at least 2, got 1"),
-        (dict(codebook_size=8, codebook_dim=0), "codebook_dim must be at least 1, got 0"),
-        (dict(codebook_size=8, codebook_dim=4, codebook_ema_decay=1.0), "codebook_ema_decay must be in .*, got 1.0"),
-    ],
-)
-def test_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        QuantizerConfig(**arguments)
-
-
-def test_kmeans_starts_from_different_latents_where_there_are_enough():
+def test_kmeans_starts_from_distinct_latents():
     module = VectorQuantizer(16, 2, kmeans_iters=0)
     latents = torch.randn(16, 2)
     module.kmeans_init_(latents)
     assert {tuple(code) for code in module.codebook.tolist()} == {tuple(latent) for latent in latents.tolist()}
 
 
-def test_kmeans_holds_a_part_of_the_distances_at_a_time(monkeypatch):
-    vectors, centres = torch.randn(50, 3), torch.randn(7, 3)
-    expected = nearest_rows(vectors, centres)
-    monkeypatch.setattr("clipgen.models.quantizers.vector.DISTANCES", 21)
-    assert torch.equal(nearest_rows(vectors, centres), expected)
+def test_kmeans_computes_distances_in_chunks(monkeypatch):
+    vectors, centers = torch.randn(50, 3), torch.randn(7, 3)
+    expected = nearest_rows(vectors, centers)
+    monkeypatch.setattr("clipgen.models.quantizers.vector.MAX_DISTANCES", 21)
+    assert torch.equal(nearest_rows(vectors, centers), expected)
 
 
-def test_kmeans_leaves_out_latents_that_are_not_finite():
+def test_kmeans_ignores_non_finite_latents():
     module = VectorQuantizer(4, 2, kmeans_iters=2)
     latents = torch.randn(40, 2)
     latents[::3] = float("nan")
     module.kmeans_init_(latents)
     assert torch.isfinite(module.codebook).all()
-    with pytest.raises(ValueError, match="finite, got none"):
+    with pytest.raises(ValueError, match="finite latents in the first batch, got none"):
         module.kmeans_init_(latents[::3])
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.manual_seed(0)  # the codebook: the same on both
+def train_rank(rank: int, folder: str) -> None:
+    torch.manual_seed(0)  # the same codebook on both ranks
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     module = VectorQuantizer(16, 4, dead_code_reset_after=2, codebook_ema_decay=0.5, kmeans_iters=2)
-    torch.manual_seed(rank)  # the data: not the same
-    latents = 5 + torch.randn(8 + rank, 4)  # 16 of both ranks for 16 codes
+    torch.manual_seed(rank)  # different data
+    latents = 5 + torch.randn(8 + rank, 4)  # k-means uses 8 of each rank, 16 for 16 codes
     module.kmeans_init_(latents)
     assert sum(torch.cdist(latents[:8], module.codebook).amin(dim=1) < 1e-3) == 8
     for _ in range(4):
@@ -245,8 +207,8 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_rank_moves_codes_alike(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+def test_codebook_is_identical_on_all_ranks(tmp_path):
+    mp.spawn(train_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (first["embedding.weight"].norm(dim=1) > 5).all()

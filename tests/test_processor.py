@@ -1,0 +1,103 @@
+"""Instruction sets and bfloat16: which dtype, precision and strategy follow from the processor."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from clipgen import muon, processor
+from clipgen.cli.config import composed
+from clipgen.cli.train import make_trainer, settle_precision
+from clipgen.models.config import TransformerOptimizerConfig
+from clipgen.optim import has_fused_kernels, make_optimizer
+from clipgen.processor import has_bf16_units, require_bf16_units
+
+
+def test_muon_iterates_in_the_native_dtype(monkeypatch):
+    for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(muon, "has_bf16_units", lambda device, has_units=has_units: has_units)
+        assert muon.native_dtype(torch.device("cpu")) == dtype
+
+
+def test_imitated_older_processors_have_no_bf16_units(monkeypatch):
+    monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
+    assert not has_bf16_units("cpu") and not has_bf16_units("mps")
+    monkeypatch.undo()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    assert not has_bf16_units("cpu")
+
+
+def test_bfloat16_without_units_is_refused(monkeypatch):
+    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
+    monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
+    with pytest.raises(ValueError, match=r"bfloat16, got cpu with AVX2, .*: use trainer.precision=32-true"):
+        require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
+    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: True)
+    require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
+
+
+@pytest.mark.parametrize("command", ["clipgen-train", "clipgen-sample"])
+def test_commands_refuse_bfloat16_without_units(call, monkeypatch, command):
+    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
+    arguments, override = {
+        "clipgen-train": (
+            ["stage=vqgan", "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "output=run"],
+            "trainer.precision=32-true",
+        ),
+        "clipgen-sample": (["--prompt", "a red star", "--dtype", "bfloat16", "--device", "cpu"], "--dtype float32"),
+    }[command]
+    result = call(command, *arguments)
+    assert result.code == 1 and result.stderr.strip().endswith(f"use {override}"), result.stderr
+    assert "must run on a device that multiplies in bfloat16" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["trainer.accelerator=cuda"], ["high"]),
+        (["trainer.accelerator=cuda", "matmul_precision=highest"], ["highest"]),
+        (["trainer.accelerator=cpu"], []),
+    ],
+)
+def test_gpus_train_in_tf32_by_default(monkeypatch, overrides, expected):
+    seen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    settle_precision(composed("stage=vqgan", *overrides))
+    assert seen == expected
+
+
+def test_other_matmul_precisions_are_refused():
+    with pytest.raises(ValueError, match="matmul_precision must be one of highest, high, got 'low'"):
+        settle_precision(composed("stage=vqgan", "matmul_precision=low"))
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
+@pytest.mark.parametrize(
+    "overrides",
+    [["trainer.devices=2"], ["trainer.num_nodes=2"], ["trainer.devices=2", "trainer.strategy=ddp"]],
+)
+def test_only_stage_1_finds_unused_parameters(monkeypatch, tmp_path, stage, overrides):
+    """The discriminator has no gradients before ``gan.start_step``."""
+    config = composed(f"stage={stage}", *overrides, "logger=none")
+    seen = {}
+    monkeypatch.setattr("clipgen.cli.config.make", lambda node, **options: seen.update(options))
+    monkeypatch.setattr("clipgen.cli.train.make_callbacks", lambda *_: [])
+    make_trainer(config, tmp_path)
+    expected = {
+        "vqgan": ("ddp_find_unused_parameters_true",),
+        "transformer": ("auto", "ddp"),
+    }
+    assert seen["strategy"] in expected[stage]
+
+
+def test_optimizers_are_fused_if_torch_has_the_kernels():
+    module = nn.Linear(2, 2)
+    assert has_fused_kernels(module.parameters())
+    assert not has_fused_kernels(nn.Linear(2, 2, device="meta").parameters())
+    for name in ("adamw", "muon"):
+        groups = make_optimizer(module, module, TransformerOptimizerConfig(name=name)).param_groups
+        assert all(group["fused"] for group in groups if "fused" in group)
+    assert math.isclose(muon.adjusted_lr(1.0, None, (8, 2)), 2.0)
