@@ -333,14 +333,9 @@ class ConditionalTransformer(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.prepare_batch(batch)
-<<<<<<< HEAD
         num_real = num_real_samples(self._trainer, batch_idx, len(indices))
-        kept = num_real or len(indices)  # under FSDP all ranks must compute equally often, even on filler batches
-=======
-        num_real = real_rows(self._trainer, batch_idx, len(indices))
         # Under FSDP all ranks must compute equally often, even on batches that only repeat other samples.
         kept = num_real or len(indices)
->>>>>>> p1models
         loss, _ = self.eval_model(indices[:kept], clip_embedding[:kept], with_loss=True)
         if num_real:
             self.averages.add({"val/cross_entropy": loss}, num_real)

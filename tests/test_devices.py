@@ -101,15 +101,6 @@ def test_generation_stays_on_the_gpu(pipe, monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     pipe.transformer._encoders = None
-<<<<<<< HEAD
-    there = TextToImage(moved(pipe.vqgan), moved(pipe.transformer), moved(pipe.clip))
-    there.projector = moved(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
-    e = there.embed("a small red star on a black background")
-    given = there.vqgan.encode(torch.empty(1, 3, 32, 32, device=gpu)).flatten(1)[:, :8]
-    for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=given)):
-        drawn = there.generate(e.expand(3, -1), 0, **settings)
-        assert drawn.shape == (3, 3, 32, 32) and drawn.device == gpu
-=======
     gpu_pipe = TextToImage(on_gpu(pipe.vqgan), on_gpu(pipe.transformer), on_gpu(pipe.clip))
     gpu_pipe.projector = on_gpu(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = gpu_pipe.embed("a small red star on a black background")
@@ -117,7 +108,6 @@ def test_generation_stays_on_the_gpu(pipe, monkeypatch, gpu):
     for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=prefix)):
         images = gpu_pipe.generate(e.expand(3, -1), 0, **settings)
         assert images.shape == (3, 3, 32, 32) and images.device == gpu
->>>>>>> p1models
 
 
 def test_losses_stay_on_the_gpu(transformer, gan, gpu):

@@ -17,18 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-<<<<<<< HEAD
-from clipgen import muon, processor
-from clipgen.cli.config import composed
-from clipgen.cli.train import to_training_config
-from clipgen.muon import Muon
-from clipgen.optim import has_fused_kernels, make_optimizer
-from clipgen.processor import has_bf16_units, require_bf16_units
-from clipgen.training.run import set_precision
-=======
 from clipgen import muon
 from clipgen.muon import Muon
->>>>>>> p1models
 
 # Shapes as in two blocks of GPT-2: wide, square, wide, tall.
 SHAPES = [(16, 48), (16, 16), (16, 64), (64, 16)] * 2
@@ -230,77 +220,3 @@ def test_two_processes_match_one(tmp_path, strategy, collectives):
     for name, tensor in module.state_dict().items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], tensor, atol=1e-5, rtol=1e-4)
-<<<<<<< HEAD
-
-
-# ----------------------------------------------------------------------------------------------------- the processor
-
-
-def test_the_iteration_runs_in_the_dtype_of_the_processor(monkeypatch):
-    for has_units, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(muon, "has_bf16_units", lambda device, has_units=has_units: has_units)
-        assert muon.native_dtype(torch.device("cpu")) == dtype
-
-
-def test_imitated_processors_have_no_bf16_units(monkeypatch):
-    monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
-    assert not has_bf16_units("cpu") and not has_bf16_units("mps")
-    monkeypatch.undo()
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
-    assert not has_bf16_units("cpu")
-
-
-def test_bfloat16_without_units_is_refused(monkeypatch):
-    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
-    monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
-    with pytest.raises(ValueError, match=r"bfloat16, got cpu with AVX2, .*: give trainer.precision=32-true"):
-        require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
-    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: True)
-    require_bf16_units("cpu", "trainer.precision=bf16-mixed", "trainer.precision=32-true")
-
-
-@pytest.mark.parametrize("command", ["clipgen-train", "clipgen-sample"])
-def test_commands_refuse_bfloat16_without_units(call, monkeypatch, command):
-    monkeypatch.setattr(processor, "_cpu_has_bf16_units", lambda: False)
-    arguments, override = {
-        "clipgen-train": (
-            ["stage=vqgan", "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "output=run"],
-            "trainer.precision=32-true",
-        ),
-        "clipgen-sample": (["--prompt", "a red star", "--dtype", "bfloat16", "--device", "cpu"], "--dtype float32"),
-    }[command]
-    result = call(command, *arguments)
-    assert result.code == 1 and result.stderr.strip().endswith(f"give {override}"), result.stderr
-    assert "must run on a device that multiplies in bfloat16" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["trainer.accelerator=cuda"], ["high"]),
-        (["trainer.accelerator=cuda", "matmul_precision=highest"], ["highest"]),
-        (["trainer.accelerator=cpu"], []),
-    ],
-)
-def test_gpus_train_in_tf32_unless_asked_not_to(monkeypatch, overrides, expected):
-    seen = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
-    set_precision(to_training_config(composed("stage=vqgan", *overrides)))
-    assert seen == expected
-
-
-def test_other_matmul_precisions_are_refused():
-    with pytest.raises(ValueError, match="matmul_precision must be one of highest, high, got 'low'"):
-        set_precision(to_training_config(composed("stage=vqgan", "matmul_precision=low")))
-
-
-def test_optimizers_are_fused_only_where_torch_has_the_kernels():
-    module = nn.Linear(2, 2)
-    assert has_fused_kernels(module.parameters())
-    assert not has_fused_kernels(nn.Linear(2, 2, device="meta").parameters())
-    for kind in ("adamw", "muon"):
-        groups = make_optimizer(module, module, kind, 1e-3, (0.9, 0.99), 0.0).param_groups
-        assert all(group["fused"] for group in groups if "fused" in group)
-    assert math.isclose(muon.adjusted_lr(1.0, None, (8, 2)), 2.0)
-=======
->>>>>>> p1models

@@ -378,13 +378,8 @@ def test_compiled_batches_are_padded_to_powers_of_two(pipe, monkeypatch):
     for batch_size, guidance in ((3, 1.0), (4, 1.0), (1, 1.0), (3, 2.0)):
         e, settings = pipe.embed(PROMPT).expand(batch_size, -1), dict(seed=0, guidance_scale=guidance)
         torch.testing.assert_close(compiled.generate(e, **settings), pipe.generate(e, **settings), atol=1e-4, rtol=0)
-<<<<<<< HEAD
-    assert [function.__self__.shape[0] for function in compiled_functions] == [4, 1, 8]
+    assert [function.__self__.cache_shape[0] for function in compiled_functions] == [4, 1, 8]
     assert decoded == [4, 4, 1, 4]
-=======
-    assert [function.__self__.cache_shape[0] for function in made] == [4, 1, 8]
-    assert pictures == [4, 4, 1, 4]
->>>>>>> p1models
     hook.remove()
     other = copy.deepcopy(compiled)
     torch.nn.init.normal_(other.transformer.gpt.head.weight)
