@@ -75,25 +75,6 @@ def test_other_matmul_precisions_are_refused():
         set_precision(to_training_config(composed("stage=vqgan", "matmul_precision=low")))
 
 
-@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
-@pytest.mark.parametrize(
-    "overrides",
-    [["trainer.devices=2"], ["trainer.num_nodes=2"], ["trainer.devices=2", "trainer.strategy=ddp"]],
-)
-def test_only_stage_1_finds_unused_parameters(monkeypatch, tmp_path, stage, overrides):
-    """The discriminator has no gradients before ``gan.start_step``."""
-    config = composed(f"stage={stage}", *overrides, "logger=none")
-    seen = {}
-    monkeypatch.setattr("clipgen.cli.config.make", lambda node, **options: seen.update(options))
-    monkeypatch.setattr("clipgen.cli.train.make_callbacks", lambda *_: [])
-    make_trainer(config, tmp_path)
-    expected = {
-        "vqgan": ("ddp_find_unused_parameters_true",),
-        "transformer": ("auto", "ddp"),
-    }
-    assert seen["strategy"] in expected[stage]
-
-
 def test_optimizers_are_fused_if_torch_has_the_kernels():
     module = nn.Linear(2, 2)
     assert has_fused_kernels(module.parameters())
