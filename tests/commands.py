@@ -31,7 +31,7 @@ STEPS = [
     "checkpoint.every_n_steps=2",
     "image_logger.num_images=4",
 ]
-VQGAN = [
+TINY_VQGAN = [
     "stage=vqgan",
     "model.autoencoder.ch=32",
     "model.autoencoder.ch_mult=[1]",
@@ -41,8 +41,8 @@ VQGAN = [
     "model.quantizer.codebook_dim=8",
     "model.autoencoder.patch_size=8",
     "model.optimizer.warmup_steps=1",
-    *STEPS,
 ]
+VQGAN = [*TINY_VQGAN, *STEPS]
 TRANSFORMER = [
     "stage=transformer",
     "model.n_layer=2",

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import command, interrupt_at
+from commands import TINY_VQGAN, command, interrupt_at
 from models import VQGAN_SIZES, make_vqgan
 from test_image_data import encoded, make_tar
 
@@ -27,6 +27,7 @@ from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 UNUSED = "ddp_find_unused_parameters_true"
+FEW_SHAPES = ["data=shapes", "data.train_size=14", "data.val_size=4"]
 SMALL = [
     "data.batch_size=4",
     "trainer.max_steps=7",
@@ -38,15 +39,7 @@ SMALL = [
 ]
 STAGES = {
     "vqgan": [
-        "stage=vqgan",
-        "model.autoencoder.ch=32",
-        "model.autoencoder.ch_mult=[1]",
-        "model.autoencoder.num_res_blocks=1",
-        "model.autoencoder.z_channels=32",
-        "model.quantizer.codebook_size=16",
-        "model.quantizer.codebook_dim=8",
-        "model.autoencoder.patch_size=8",
-        "model.optimizer.warmup_steps=1",
+        *TINY_VQGAN,
         "model.optimizer.ema_decay=0.9",
         "model.gan.weight=0.5",
         "model.gan.start_step=2",
@@ -87,8 +80,7 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
     for name, part in (("a", pictures[:6]), ("b", pictures[6:])):
         make_tar(tmp_path / f"{name}.tar", {f"{i}.png": encoded(picture, "PNG") for i, picture in enumerate(part)})
     make_vqgan(**VQGAN_SIZES).save(tmp_path / "vqgan")
-    shapes = ["data=shapes", "data.train_size=14", "data.val_size=4"]
-    cache = call("clipgen-encode", *shapes, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
+    cache = call("clipgen-encode", *FEW_SHAPES, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
     assert cache.code == 0, cache.stderr
     streams = [
         "data=webdataset",
@@ -99,7 +91,7 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
         "data.image_size=32",
     ]
     return {
-        "shapes": shapes,
+        "shapes": FEW_SHAPES,
         "folder": [
             "data=folder",
             "data.root=images",
@@ -334,9 +326,7 @@ def test_resume_auto_starts_a_run_and_then_resumes_it(call, tmp_path):
     arguments = [
         "clipgen-train",
         *STAGES["vqgan"],
-        "data=shapes",
-        "data.train_size=14",
-        "data.val_size=4",
+        *FEW_SHAPES,
         "model.optimizer.schedule=constant",
     ]
     assert call(*arguments, "output=straight").code == 0
@@ -352,9 +342,7 @@ def test_resume_auto_resumes_every_run_of_a_sweep(call, tmp_path):
         "clipgen-train",
         "--multirun",
         *STAGES["vqgan"],
-        "data=shapes",
-        "data.train_size=14",
-        "data.val_size=4",
+        *FEW_SHAPES,
         "output=sweep",
         "seed=1,2",
         "resume=auto",
@@ -476,7 +464,7 @@ def torchrun(folder: Path, options: list[str], *arguments: str) -> subprocess.Co
 def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = call("clipgen-train", *STAGES["vqgan"], "data=shapes", "data.train_size=14", "data.val_size=4")
+    result = call("clipgen-train", *STAGES["vqgan"], *FEW_SHAPES)
     assert result.code == 1 and "must be 2, the processes that torchrun started, got 1" in result.stderr
 
 
