@@ -40,7 +40,7 @@ class NonFiniteError(ValueError):
 
 
 class StepGuard:
-    """Skips optimizer steps of a module if a loss or gradient is not finite on any rank.
+    """Guard that skips the optimizer steps of a module if a loss or gradient is not finite on any rank.
 
     Args:
         max_skipped_steps: number of consecutive skipped steps that stops the training.

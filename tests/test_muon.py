@@ -179,7 +179,19 @@ def train(module: nn.Module, rank: int, world_size: int) -> dict[str, int]:
         module(x).square().mean().backward()
         with communication:
             optimizer.step()
+    check_skipped_step(module, optimizer)
     return Counter({str(name): count for name, count in communication.get_comm_counts().items() if count})
+
+
+def check_skipped_step(module: nn.Module, optimizer: Muon) -> None:
+    """Check that a step with ``found_inf`` and NaN gradients changes no weights of this rank."""
+    before = [muon.local(p).detach().clone() for p in module.parameters()]
+    optimizer.found_inf = torch.ones(())
+    for parameter in module.parameters():
+        muon.local(parameter.grad).fill_(torch.nan)
+    optimizer.step()
+    for parameter, weight in zip(module.parameters(), before):
+        assert torch.equal(muon.local(parameter), weight)
 
 
 def on_two_processes(rank: int, folder: str, strategy: str) -> None:
