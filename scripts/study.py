@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from recognise import load_or_train
+from recognize import load_or_train
 from torch import Tensor, nn
 
 from clipgen import VQGAN, FrozenCLIP, TextToImage
@@ -161,7 +161,7 @@ def gap_rows(setting: Setting) -> list[Row]:
 
 
 class ClassifierFeatures(nn.Module):
-    """The last hidden layer of the classifier of recognise.py, and its logits."""
+    """The last hidden layer of the classifier of recognize.py, and its logits."""
 
     def __init__(self, classifier: nn.Sequential):
         super().__init__()
@@ -396,7 +396,7 @@ def parser() -> argparse.ArgumentParser:
         "--classifier",
         type=Path,
         default=Path("runs/classifier.pt"),
-        help="classifier file of recognise.py, for cifar10 (default: %(default)s)",
+        help="classifier file of recognize.py, for cifar10 (default: %(default)s)",
     )
     p.add_argument("--steps", type=int, default=600, help="steps of every transformer (default: %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings (default: 0 1 2)")
