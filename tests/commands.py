@@ -1,4 +1,4 @@
-"""The commands as a user runs them, on networks so small that a step takes milliseconds."""
+"""Run the commands as a user does, on networks so small that a step takes milliseconds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = [
     "checkpoint.every_n_steps=2",
     "image_logger.num_images=4",
 ]
-VQGAN = [
+TINY_VQGAN = [
     "stage=vqgan",
     "model.autoencoder.ch=32",
     "model.autoencoder.ch_mult=[1]",
@@ -41,8 +41,8 @@ VQGAN = [
     "model.quantizer.codebook_dim=8",
     "model.autoencoder.patch_size=8",
     "model.optimizer.warmup_steps=1",
-    *STEPS,
 ]
+VQGAN = [*TINY_VQGAN, *STEPS]
 TRANSFORMER = [
     "stage=transformer",
     "model.n_layer=2",
@@ -55,7 +55,7 @@ PROMPT = "a large blue ring on a white background"
 
 
 def command(name: str, *arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
-    """Run an installed command in a process and a folder of its own."""
+    """Run an installed command in its own process, in a folder."""
     program = Path(sys.executable).parent / name
     if not program.is_file():
         pytest.skip(f"{name} is not installed beside this Python: pip install -e .")
@@ -66,7 +66,7 @@ def command(name: str, *arguments: object, cwd: Path, **options) -> subprocess.C
 
 
 class Call:
-    """What a command said and how it ended, called within this process."""
+    """Output and exit code of a command that is called within this process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, name: str, *arguments: object):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
@@ -80,7 +80,7 @@ class Call:
 
 @functools.cache
 def trained(base: Path) -> tuple[Path, Path]:
-    """Both stages, by the installed commands: (folder in which they ran, run folder of stage 2), once a session."""
+    """Train both stages once per session; return the folder and the run folder of stage 2."""
     folder = base / "trained"
     folder.mkdir()
     adversary = ["model.gan.weight=0.8", "model.gan.start_step=1", "model.gan.channels=8", "model.gan.num_layers=1"]
@@ -94,7 +94,7 @@ def trained(base: Path) -> tuple[Path, Path]:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, model: type, method: str, when: int) -> None:
-    """Ctrl-C in the middle of the given call of a model's method."""
+    """Send Ctrl-C in the middle of the n-th call of a model's method."""
     original, calls = getattr(model, method), iter(range(1, 1000))
 
     def interrupted(self, *arguments):
@@ -106,11 +106,11 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, model: type, method: str, when
 
 
 def only(folder: Path) -> Path:
-    """The one thing in a folder."""
+    """Return the only entry of a folder."""
     (path,) = folder.iterdir()
     return path
 
 
 def everything(folder: Path) -> set[str]:
-    """All files and folders below, hidden ones too."""
+    """Return the relative paths of all files and folders below a folder, including hidden ones."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}

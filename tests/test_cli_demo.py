@@ -1,4 +1,4 @@
-"""``clipgen-demo``: everything from nothing, on nets that learn nothing in two steps."""
+"""``clipgen-demo``, with trainings of two steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def call(call):
     return partial(call, "clipgen-demo")
 
 
-def test_demo(call, tmp_path):
-    """In a folder whose name Hydra's grammar could not read."""
+def test_demo_writes_models_images_and_report(call, tmp_path):
+    """In a folder whose name Hydra's grammar does not accept."""
     done = call("--output", "de mo (1)", "--seed", 3, *TINY)
     output = tmp_path / "de mo (1)"
     assert done.code == 0, done.stderr
@@ -62,7 +62,7 @@ def test_demo(call, tmp_path):
         (["--output", "/proc/none"], "output must be a folder that can be written to, got /proc/none"),
     ],
 )
-def test_refusals(call, tmp_path, arguments, message):
+def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, tmp_path, arguments, message):
     result = call(*arguments, *([] if "--output" in arguments else ["--output", "demo"]))
     assert result.code == 1 and result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"clipgen-demo: error: {message}"), result.stderr
@@ -70,8 +70,8 @@ def test_refusals(call, tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize(("model", "again"), [(VQGAN, "vqgan"), (ConditionalTransformer, "transformer")])
-def test_a_stopped_demo_is_resumed_as_its_message_says(call, monkeypatch, caplog, tmp_path, model, again):
-    """With its own settings, and without training again what was finished."""
+def test_interrupted_demo_is_resumed_by_the_printed_command(call, monkeypatch, caplog, tmp_path, model, again):
+    """It keeps its settings, and finished stages are not trained again."""
     caplog.set_level(logging.INFO)
     with monkeypatch.context() as patch:
         interrupt_at(patch, model, "training_step", 1)
@@ -86,7 +86,7 @@ def test_a_stopped_demo_is_resumed_as_its_message_says(call, monkeypatch, caplog
     assert {path.name for path in tmp_path.iterdir()} == {"my demo"}
 
 
-def test_another_demo_leaves_the_first(tmp_path, monkeypatch, capsys):
+def test_second_demo_does_not_overwrite_the_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "report.json").write_text("{}")
@@ -96,20 +96,20 @@ def test_another_demo_leaves_the_first(tmp_path, monkeypatch, capsys):
     assert "demo contains an interrupted demo: clipgen-demo --resume resumes it" in capsys.readouterr().out
 
 
-def test_steps_keep_the_proportion_of_the_stages():
+def test_steps_are_shared_between_the_stages():
     found = demo.compose_stages(Path("demo"), 0, 360, [])
     assert [config.trainer.max_steps for config in found.values()] == [360, 160]
 
 
 @pytest.mark.parametrize(("seconds", "slow"), [(100, False), (700, True)])
-def test_slow_machines_are_told_what_to_do(capsys, seconds, slow):
+def test_slow_machines_get_a_suggestion(capsys, seconds, slow):
     demo.print_forecast(seconds / 4, seconds)
     out = capsys.readouterr().out
     assert f"About 0:{seconds // 60:02d}:{seconds % 60} left" in out
     assert ("--steps 360" in out and "clipgen-sample" in out) == slow
 
 
-def test_the_time_left_counts_later_stages(fit, tiny_vqgan):
+def test_forecast_includes_later_stages(fit, tiny_vqgan):
     told = []
     fit(tiny_vqgan, 25, TimeForecast(later_steps=50, report=lambda stage, total: told.append(total / stage)))
     assert told == [pytest.approx((5 + 50) / 5)]

@@ -1,4 +1,4 @@
-"""``clipgen-train``: what a run leaves behind, stopping and going on, and how it says no."""
+"""``clipgen-train``: run folders, interruption and resuming, and error messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 from commands import SHAPES, TRANSFORMER, VQGAN, command, everything, interrupt_at, only, trained
-from models import VQGAN_SIZES
+from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -36,7 +36,7 @@ from clipgen.training.callbacks import AtomicCheckpointIO, ProgressReport
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """(run folder of stage 1, of stage 2)."""
+    """Return the run folders of stage 1 and of stage 2."""
     folder, transformer = trained(tmp_path_factory.getbasetemp())
     return (folder / "vqgan_run").resolve(), transformer
 
@@ -53,7 +53,7 @@ def steps_of(run: Path) -> int:
 # --------------------------------------------------------------------------------------------------------- run folders
 
 
-def test_run_folders(runs):
+def test_run_folder_has_models_checkpoints_and_settings(runs):
     for run, model in zip(runs, (Tokenizer, ConditionalTransformer)):
         names = {path.name for path in run.iterdir()}
         assert {"config.yaml", "versions.json", "checkpoints", "pictures"} <= names
@@ -64,8 +64,8 @@ def test_run_folders(runs):
             assert isinstance(model.load(checkpoint), model)
 
 
-def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog):
-    """To read a number, a GPU is waited for."""
+def test_progress_reads_losses_as_often_as_they_are_logged(fit, tiny_vqgan, caplog):
+    """Reading a loss waits for the GPU."""
     caplog.set_level(logging.INFO)
     fit(tiny_vqgan, 5, ProgressReport(interval=0.0), log_every_n_steps=2)
     lines = [record.getMessage() for record in caplog.records if record.name.endswith("callbacks.progress")]
@@ -75,14 +75,14 @@ def test_progress_shows_what_is_logged_as_often_as_it_is(fit, tiny_vqgan, caplog
     assert losses[0] == "" and losses[1] == losses[2] != losses[3] == losses[4] and "train/loss 1." in losses[1]
 
 
-def test_a_bar_counts_the_steps_of_all_epochs(fit, tiny_vqgan):
+def test_progress_bar_counts_the_steps_of_all_epochs(fit, tiny_vqgan):
     report = ProgressBar()
     fit(tiny_vqgan, 5, report, limit_train_batches=2)
     (task,) = report.bar.tasks
     assert (task.completed, task.total, task.description) == (5, 5, "training") and not report.bar.live.is_started
 
 
-def test_a_bar_ends_where_training_does(fit, tiny_vqgan, monkeypatch):
+def test_progress_bar_stops_when_training_is_interrupted(fit, tiny_vqgan, monkeypatch):
     report = ProgressBar()
 
     def interrupted(*_):
@@ -94,7 +94,7 @@ def test_a_bar_ends_where_training_does(fit, tiny_vqgan, monkeypatch):
     assert report.bar.tasks and not report.bar.live.is_started
 
 
-def test_configuration_and_versions_are_written_resolved(runs):
+def test_run_folder_has_the_resolved_configuration_and_versions(runs):
     for run, stage in zip(runs, ("vqgan", "transformer")):
         text = (run / "config.yaml").read_text()
         config = yaml.safe_load(text)
@@ -103,7 +103,7 @@ def test_configuration_and_versions_are_written_resolved(runs):
     assert yaml.safe_load((runs[0] / "config.yaml").read_text())["model"]["quantizer"]["codebook_size"] == 16
 
 
-def test_picture_grids(runs):
+def test_image_grids_are_written_after_each_validation(runs):
     for run, names in zip(runs, ({"reconstructions", "codebook_usage"}, {"from_images", "from_texts"})):
         pictures = list((run / "pictures").iterdir())
         assert {path.name for path in pictures} == {f"{name}_{step:07d}.png" for name in names for step in (2, 4)}
@@ -111,7 +111,7 @@ def test_picture_grids(runs):
             assert Image.open(path).convert("L").getextrema()[0] < 250  # not a white sheet
 
 
-def test_tensorboard(runs):
+def test_tensorboard_has_losses_and_images(runs):
     logged = []
     for run in runs:
         events = EventAccumulator(str(run)).Reload().Tags()
@@ -128,7 +128,7 @@ def test_tensorboard(runs):
     assert logged[1] >= {"train/cross_entropy", "val/cross_entropy", "val/from_images", "val/from_texts"}
 
 
-def test_the_discriminator_trained(runs):
+def test_discriminator_starts_at_its_start_step(runs):
     events = EventAccumulator(str(runs[0])).Reload()
     for name in ("discriminator_loss", "generator_loss", "adaptive_weight"):
         assert [event.step for event in events.Scalars(f"train/{name}")] == [1, 2, 3]  # it starts at step 1
@@ -137,7 +137,7 @@ def test_the_discriminator_trained(runs):
     assert len(state["optimizer_states"]) == 2
 
 
-def test_frozen_models_stay_out_of_checkpoints_and_lie_beside_them(runs):
+def test_frozen_models_are_in_the_run_folder_but_not_in_checkpoints(runs):
     state = torch.load(runs[1] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(name.startswith("gpt.") for name in state)
     assert {"vqgan", "transformer", "clip.json"} <= {path.name for path in runs[1].iterdir()}
@@ -145,8 +145,8 @@ def test_frozen_models_stay_out_of_checkpoints_and_lie_beside_them(runs):
 
 
 @pytest.mark.parametrize("gone", ["checkpoints", "vqgan"])
-def test_another_run_is_not_written_over(call, runs, tmp_path, gone):
-    """Neither a finished one nor one that was stopped; the same goes on where it is resumed."""
+def test_another_run_is_not_overwritten(call, runs, tmp_path, gone):
+    """Neither a finished run nor an interrupted one, unless it is resumed."""
     shutil.copytree(runs[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / gone)
     before = (tmp_path / "run" / "config.yaml").read_text()
@@ -159,30 +159,30 @@ def test_another_run_is_not_written_over(call, runs, tmp_path, gone):
         assert more.code == 0 and steps_of(tmp_path / "run") == 5, more.stderr
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(call, runs, tmp_path):
-    """Stage 2 has copied its tokenizer by then, which is no run of stage 1."""
+def test_run_without_a_checkpoint_starts_again(call, runs, tmp_path):
+    """By then stage 2 has copied its tokenizer, which is not a run of stage 1."""
     (tmp_path / "run").mkdir()
     shutil.copytree(runs[1] / "vqgan", tmp_path / "run" / "vqgan")
     shutil.copy(runs[1] / "clip.json", tmp_path / "run" / "clip.json")
     assert call(*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "output=run").code == 0
 
 
-def test_what_a_discriminator_taught_is_not_thrown_away(runs):
-    """The validation loss does not see it: the finished model is the last, and not the one that it finds best."""
+def test_adversarial_training_exports_the_last_checkpoint(runs):
+    """The validation loss has no adversarial term, so its minimum is misleading."""
     last = Tokenizer.load(runs[0] / "checkpoints" / "last.ckpt").active_model.state_dict()
     finished = Tokenizer.load(runs[0] / "vqgan").active_model.state_dict()
     assert not [name for name in last if not torch.equal(last[name], finished[name])]
 
 
-def test_what_a_killed_process_left_of_a_checkpoint_goes(tmp_path):
+def test_leftovers_of_an_interrupted_checkpoint_are_removed(tmp_path):
     left = tmp_path / ".last.ckpt.123.partial"
     left.write_bytes(b"0" * 100)
     AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_the_table_of_a_resumed_run_is_whole(call, tmp_path):
-    """Steps after the checkpoint are there once."""
+def test_metrics_csv_has_each_step_once_after_resuming(call, tmp_path):
+    """Steps after the checkpoint are written again, not twice."""
     arguments = [*VQGAN, *SHAPES, "logger=csv", "output=run"]
     assert call(*arguments, "trainer.max_steps=3").code == 0
     shutil.copy(tmp_path / "run/checkpoints/last.ckpt", tmp_path / "third.ckpt")
@@ -226,13 +226,13 @@ def photos(tmp_path) -> Path:
 SMALL = ["data.image_size=32", "data.batch_size=4", "data.num_workers=0", "trainer.max_steps=2"]
 
 
-def test_a_folder_of_images(call, photos, tmp_path):
+def test_trains_on_a_folder_of_images(call, photos, tmp_path):
     (photos / "broken.jpg").write_bytes(b"no picture")
     assert call(*VQGAN, "data=folder", f"data.root={photos}", *SMALL, "data.val_fraction=0.4", "output=run").code == 0
     assert steps_of(tmp_path / "run") == 2 and Tokenizer.load(tmp_path / "run")
 
 
-def test_shards(call, photos, tmp_path):
+def test_trains_on_shards(call, photos, tmp_path):
     make_shards.main([str(photos), "--output", "shards", "--shard-size", "3", "--val-fraction", "0.4"])
     urls = ["data.train_urls='shards/train-*.tar'", "data.val_urls='shards/val-{000000..000000}.tar'"]
     assert call(*VQGAN, "data=webdataset", *urls, *SMALL, "output=run").code == 0
@@ -245,7 +245,7 @@ def test_shards(call, photos, tmp_path):
 @pytest.mark.parametrize(
     ("method", "when", "step"), [("training_step", 3, 3), ("validation_step", 2, 2)], ids=["training", "validation"]
 )
-def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, method, when, step):
+def test_ctrl_c_saves_a_checkpoint_that_resume_continues(call, monkeypatch, caplog, tmp_path, method, when, step):
     caplog.set_level(logging.INFO)
     handler = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
@@ -266,8 +266,8 @@ def test_ctrl_c_saves_and_resume_goes_on(call, monkeypatch, caplog, tmp_path, me
     assert Tokenizer.load(tmp_path / "run2")
 
 
-def test_resume_alone_is_enough(call, monkeypatch, tmp_path):
-    """The run's own arguments, in its folder; what is given changes them, for a later resume too."""
+def test_resume_takes_the_arguments_of_the_run(call, monkeypatch, tmp_path):
+    """The run continues in its folder. Arguments of the command line replace its own, also when it is resumed later."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, Tokenizer, "training_step", 3)
         assert call(*VQGAN, *SHAPES, r"output='o\'run'", "trainer.max_steps=3").code == 130
@@ -284,8 +284,8 @@ def test_resume_alone_is_enough(call, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "when"), [("training_step", 3), ("validation_step", 2)])
-def test_ctrl_c_waits_for_the_batches_that_make_a_step(call, monkeypatch, tmp_path, method, when):
-    """What they have added up is in no checkpoint: between them, a resumed run would not be the run."""
+def test_ctrl_c_stops_between_optimizer_steps(call, monkeypatch, tmp_path, method, when):
+    """Accumulated gradients are not in the checkpoint."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, Tokenizer, method, when)  # the first validation step is the sanity check's
         more = ["model.optimizer.grad_accum_steps=2", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"]
@@ -295,8 +295,8 @@ def test_ctrl_c_waits_for_the_batches_that_make_a_step(call, monkeypatch, tmp_pa
     assert (checkpoint["global_step"], batches) == (2, 4)
 
 
-def test_starting_from_init_from_gpt2(call, runs, monkeypatch, tmp_path):
-    """At the beginning and never again: a resumed run, a sampler and a reader of the folder need them no more."""
+def test_gpt2_weights_are_read_only_at_the_start(call, runs, monkeypatch, tmp_path):
+    """They are not needed to resume, to sample or to load the model."""
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=50)).save_pretrained(tmp_path / "gpt2")
     arguments = [*TRANSFORMER, *SHAPES, f"vqgan={runs[0]}", "output=run", "init_from_gpt2=gpt2"]
     seen = []
@@ -313,7 +313,7 @@ def test_starting_from_init_from_gpt2(call, runs, monkeypatch, tmp_path):
         assert "init_from_gpt2" not in ConditionalTransformer.load(tmp_path / "run" / place).hparams
 
 
-def test_ctrl_c_before_the_first_step_leaves_nothing(call, monkeypatch, caplog, tmp_path):
+def test_ctrl_c_before_the_first_step_leaves_no_files(call, monkeypatch, caplog, tmp_path):
     caplog.set_level(logging.INFO)
     interrupt_at(monkeypatch, Tokenizer, "validation_step", 1)
     assert call(*VQGAN, *SHAPES, "output=run/deep").code == 130
@@ -329,7 +329,7 @@ def test_ctrl_c_stops_a_sweep(call, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
-def test_ctrl_c_in_the_terminal(tmp_path):
+def test_ctrl_c_stops_the_installed_command(tmp_path):
     program = Path(sys.executable).parent / "clipgen-train"
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     arguments = [*VQGAN, *SHAPES, "output=run", "trainer.max_steps=1000000", "trainer.val_check_interval=1000000"]
@@ -345,14 +345,14 @@ def test_ctrl_c_in_the_terminal(tmp_path):
     assert done.returncode == 0 and f"Finished {step + 2} steps" in done.stderr
 
 
-def test_sweeps(call, tmp_path):
-    """--multirun: a folder a run, below one; a run that fails does not stop the others."""
+def test_failed_run_of_a_sweep_does_not_stop_the_others(call, tmp_path):
+    """With --multirun each run has its own folder."""
     result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "trainer.max_steps=abc,2")
     assert result.code == 1 and "trainer.max_steps must be int, got 'abc'" in result.stderr
     assert everything(tmp_path / "sweep" / "0") == set() and steps_of(tmp_path / "sweep" / "1") == 2
 
 
-def test_a_failed_run_of_a_sweep_leaves_its_memory_to_the_next(call, monkeypatch):
+def test_failed_run_of_a_sweep_frees_its_memory(call, monkeypatch):
     models: list[weakref.ref] = []
     alive = []
 
@@ -404,7 +404,7 @@ ERRORS = {
     "a word for a seed": ([*VQGAN, *SHAPES, "seed=abc"], "seed must be int, got 'abc'"),
     "unknown kind": (
         [*VQGAN, *SHAPES, "model.loss.reconstruction=l3"],
-        "reconstruction must be 'l1' or 'l2', got 'l3'",
+        "reconstruction must be one of l1, l2, got 'l3'",
     ),
     "unknown precision": ([*VQGAN, *SHAPES, "trainer.precision=8"], "trainer.precision must be .*bf16-mixed.*, got 8"),
     "no such device": ([*VQGAN, *SHAPES, "trainer.accelerator=hpu"], "HPU|hpu"),
@@ -480,8 +480,8 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_refusals(call, runs, tmp_path, name):
-    """One sentence, no traceback, and nothing is left behind."""
+def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, runs, tmp_path, name):
+    """There is no traceback."""
     places = dict(zip(("vqgan", "transformer"), runs))
     places |= {"damaged": tmp_path / "damaged.ckpt", "clip": tmp_path / "clip"}
     places["damaged"].write_bytes(b"PK\x03\x04 no checkpoint")
@@ -497,14 +497,14 @@ def test_refusals(call, runs, tmp_path, name):
 
 
 def test_a_sweep_on_two_devices_is_refused(call, tmp_path):
-    """Each process would start a sweep of its own."""
+    """Each process would start its own sweep."""
     two = ["trainer.accelerator=cpu", "trainer.devices=2"]
     result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "seed=1,2", *two)
     assert result.code == 1 and "--multirun needs a single device, got 2" in result.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_an_unexpected_error_says_how_to_see_more(call, monkeypatch, tmp_path):
+def test_unexpected_error_suggests_debug_mode(call, monkeypatch, tmp_path):
     def fail(*_):
         raise KeyError("surprise")
 
@@ -513,8 +513,8 @@ def test_an_unexpected_error_says_how_to_see_more(call, monkeypatch, tmp_path):
     assert everything(tmp_path) == set()
 
 
-def test_refusal_as_a_process(tmp_path):
-    """The same through the installed command: the streams and the exit code are really those."""
+def test_installed_command_prints_errors_to_stderr(tmp_path):
+    """Also with the right exit code."""
     done = command("clipgen-train", *VQGAN, "model.chh=1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
@@ -528,7 +528,7 @@ def test_refusal_as_a_process(tmp_path):
 
 @pytest.fixture
 def small_files():
-    """The system refuses files of more than 30 kB: room for configuration and events, none for a checkpoint."""
+    """Limit files to 30 kB, which is enough for the configuration and events, but not for a checkpoint."""
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
@@ -536,7 +536,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_no_room_for_the_first_checkpoint(call, small_files, tmp_path):
+def test_full_disk_at_the_first_checkpoint_leaves_no_files(call, small_files, tmp_path):
     result = call(*VQGAN, *SHAPES, "output=run", "trainer.limit_val_batches=0")
     assert result.code == 1
     assert re.fullmatch(r"clipgen-train: error: File too large: .*last\.ckpt\n", result.stderr), result.stderr
@@ -544,8 +544,8 @@ def test_no_room_for_the_first_checkpoint(call, small_files, tmp_path):
 
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["plain", "inside torch"])
-def test_no_room_for_a_later_checkpoint(monkeypatch, tmp_path, hidden):
-    """The one before stays whole, and nothing lies beside it."""
+def test_full_disk_keeps_the_previous_checkpoint(monkeypatch, tmp_path, hidden):
+    """The temporary file is removed."""
     path, files = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpointIO()
     files.save_checkpoint({"step": 1}, path)
 
@@ -568,7 +568,7 @@ def test_no_room_for_a_later_checkpoint(monkeypatch, tmp_path, hidden):
 # --------------------------------------------------------------------------------------------------------------- help
 
 
-def test_help(call):
+def test_help_lists_choices_and_common_keys(call):
     shown = call("--help")
     assert shown.code == 0 and shown.stderr == ""
     groups = ["experiment=cifar10|coco|imagenet|modern|shapes", "data=cached|folder|shapes|webdataset"]
@@ -577,15 +577,15 @@ def test_help(call):
     assert max(map(len, shown.stdout.splitlines())) <= 100
 
 
-def test_all_keys_are_shown(call, tmp_path):
+def test_cfg_job_shows_all_keys(call, tmp_path):
     shown = call("stage=vqgan", "--cfg", "job")
     assert shown.code == 0 and {"model", "data", "trainer", "image_logger"} <= yaml.safe_load(shown.stdout).keys()
     assert everything(tmp_path) == set()
 
 
-def test_training_grids_are_drawn_with_guidance(call, tmp_path):
-    """Where the model is trained for it; else the training does not begin."""
-    Tokenizer(**VQGAN_SIZES).save(tmp_path / "vqgan")
+def test_image_grids_use_guidance_if_the_model_supports_it(call, tmp_path):
+    """Otherwise training does not start."""
+    make_vqgan(**VQGAN_SIZES).save(tmp_path / "vqgan")
     arguments = [*TRANSFORMER, *SHAPES, "vqgan=vqgan", "trainer.max_steps=2", "model.conditioning.drop_prob=0.5"]
     for name, scale in (("plain", 1), ("guided", 8)):
         result = call(*arguments, f"output={name}", f"image_logger.guidance_scale={scale}")

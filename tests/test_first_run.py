@@ -1,4 +1,4 @@
-"""A first run on photographs: when it validates, what it says before the first step, and what it leaves behind."""
+"""A first run on photographs: validation interval, summary, image grids and early errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def call(call):
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Sixty pictures."""
+    """Return a folder of sixty images."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for i in range(60):
@@ -55,8 +55,8 @@ def grids(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("source", [FOLDER, SHARDS], ids=["folder", "shards"])
-def test_a_run_shorter_than_its_first_validation_ends_with_one(call, photos, tmp_path, source):
-    """And a folder of one batch an epoch does not validate after every step."""
+def test_short_run_validates_at_its_end(call, photos, tmp_path, source):
+    """A folder with one batch per epoch is not validated after every step."""
     make_shards.main([str(photos), "--output", "shards", "--val-fraction", "0.1"])
     result = call(*OPEN, *source, *SMALL)
     assert result.code == 0, result.stderr
@@ -65,25 +65,25 @@ def test_a_run_shorter_than_its_first_validation_ends_with_one(call, photos, tmp
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["val_check_interval"] == 1000
 
 
-def test_a_validated_run_is_not_validated_again(call, photos, tmp_path):
+def test_validated_run_is_not_validated_again_at_its_end(call, photos, tmp_path):
     assert call(*VQGAN, *FOLDER, *SMALL, "trainer.max_steps=3", "trainer.val_check_interval=2").code == 0
     assert grids(tmp_path) == ["reconstructions_0000002.png"]
 
 
-def test_a_fraction_of_an_epoch_is_validated(call, photos, tmp_path):
+def test_validation_interval_can_be_a_fraction_of_an_epoch(call, photos, tmp_path):
     more = ["trainer.max_steps=15", "trainer.val_check_interval=0.5", "data.val_fraction=0.01"]
     assert call(*VQGAN, *FOLDER, *SMALL, *more).code == 0
     assert grids(tmp_path) == ["reconstructions_0000007.png", "reconstructions_0000014.png"]
 
 
-def test_the_last_grids_are_kept(call, photos, tmp_path):
+def test_only_the_last_grids_are_kept(call, photos, tmp_path):
     assert call(*VQGAN, *FOLDER, *SMALL, "trainer.val_check_interval=1", "image_logger.keep=2").code == 0
     assert grids(tmp_path) == ["reconstructions_0000003.png", "reconstructions_0000004.png"]
 
 
 @pytest.mark.parametrize(("images", "interval"), [(0, 1000), (512, 1000), (3300, 2000), (25_600, 8000)])
-def test_the_interval_grows_with_the_validation_images(images, interval):
-    """So that at most a tenth of the batches are for validation; in modern on shards, too, which have no end."""
+def test_validation_interval_grows_with_the_validation_set(images, interval):
+    """Validation takes at most a tenth of the batches."""
     config = composed("stage=vqgan", "experiment=modern", "data=webdataset", "data.train_urls=a", "data.val_urls=b")
     settings = TrainingConfig.from_dict(OmegaConf.to_container(config, resolve=True))
     assert set_default_interval(settings) and settings.trainer["check_val_every_n_epoch"] is None
@@ -102,12 +102,12 @@ def test_images_in_shards_are_estimated_from_the_first(photos, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("images", [0, 1, 49, 50])
-def test_few_validation_images_are_warned_about(caplog, images):
+def test_few_validation_images_give_a_warning(caplog, images):
     warn_of_few_images(SimpleNamespace(val=range(images) if images else None))
     assert ("Validation has" in caplog.text) == (images in (1, 49))
 
 
-def test_ema_weights_and_dead_codes_are_explained_where_they_appear(tiny_vqgan):
+def test_lagging_ema_and_dead_codes_are_explained(tiny_vqgan):
     tiny_vqgan.optimizer_config = replace(tiny_vqgan.optimizer_config, ema_decay=0.99)
     assert "look worse than the training loss until about step 300" in explain_ema(
         SimpleNamespace(global_step=5), tiny_vqgan
@@ -123,7 +123,7 @@ def test_ema_weights_and_dead_codes_are_explained_where_they_appear(tiny_vqgan):
 # ------------------------------------------------------------------------------------------- before the first step
 
 
-def test_a_run_says_what_it_is_about_to_do(call, photos, caplog):
+def test_summary_is_logged_before_the_first_step(call, photos, caplog):
     caplog.set_level(logging.INFO)
     (photos / "broken.png").write_bytes(b"no picture")
     assert call(*OPEN, *FOLDER, *SMALL, "model.optimizer.grad_accum_steps=2").code == 0
@@ -140,8 +140,8 @@ def test_a_run_says_what_it_is_about_to_do(call, photos, caplog):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_expected_activations_are_what_autograd_keeps(tiny_vqgan, images, checkpointing):
-    """Of a real batch, but for the quantizer."""
+def test_estimated_activations_match_what_autograd_saves(tiny_vqgan, images, checkpointing):
+    """For a real batch, without the quantizer."""
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,14 +157,14 @@ def test_expected_activations_are_what_autograd_keeps(tiny_vqgan, images, checkp
     assert activation_bytes(vqgan) * len(images) == pytest.approx(real, rel=0.1)
 
 
-def test_expected_activations_grow_with_the_layers(tiny_transformer):
+def test_estimated_activations_grow_with_the_layers(tiny_transformer):
     deeper = make_transformer(**{**TRANSFORMER_SIZES, "n_layer": 4})
     more = activation_bytes(deeper) - activation_bytes(tiny_transformer)
     tokens, width = tiny_transformer.num_tokens, tiny_transformer.hparams["n_embd"]
     assert 2 * 12 * tokens * width * 4 < more < 2 * 40 * tokens * width * 4  # arXiv:2205.05198: 34 per token and width
 
 
-def test_the_newest_finished_tokenizer_is_taken_and_named(call, tmp_path, caplog):
+def test_newest_finished_tokenizer_is_used_and_logged(call, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     data = ["data.train_size=64", "data.val_size=8"]
     assert call(*VQGAN, *data, "output=outputs/vqgan/first").code == 0
@@ -210,8 +210,8 @@ EARLY = {
 
 
 @pytest.mark.parametrize("line", EARLY)
-def test_errors_that_need_no_torch_do_not_wait_for_it(line, tmp_path):
-    """Its import takes seconds, or dozens of them on a laptop."""
+def test_early_errors_do_not_import_torch(line, tmp_path):
+    """Importing torch takes seconds, on some laptops half a minute."""
     code = f"import sys, {EARLY[line]} as module; sys.argv = {line.split()}\n" + (
         "try: module.main()\nexcept SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )

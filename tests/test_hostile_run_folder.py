@@ -1,16 +1,13 @@
-"""A run folder of somebody else: resuming it runs no command, and writes and removes nothing outside of it."""
+"""Resuming a run folder of somebody else runs no commands and changes no files outside of it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -21,7 +18,6 @@ import yaml
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
-from clipgen import run_lock
 from clipgen.cli.config import make
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
@@ -38,13 +34,13 @@ def call(call):
 
 @pytest.fixture
 def run(call, tmp_path) -> Path:
-    """A run of two steps with a validation."""
+    """Return a run folder after two steps and a validation."""
     assert call(*ARGUMENTS, "output=run").code == 0
     return tmp_path / "run"
 
 
 def change(run: Path, **values: object) -> None:
-    """Replace values in the state of the run's ModelCheckpoint."""
+    """Replace values in the state of the ModelCheckpoint of a run."""
     path = run / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     (key,) = (key for key in checkpoint["callbacks"] if key.startswith("ModelCheckpoint"))
@@ -56,7 +52,7 @@ def change(run: Path, **values: object) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["local://{thesis}", "{run}/checkpoints/../../thesis", "{thesis}"])
-def test_a_path_in_a_checkpoint_is_neither_removed_nor_exported(call, run, tmp_path, spelling):
+def test_paths_in_a_checkpoint_are_neither_removed_nor_exported(call, run, tmp_path, spelling):
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "chapter.ckpt").write_text("years of work")
@@ -83,7 +79,7 @@ def best_state(run: Path) -> dict:
     return next(state for key, state in callbacks.items() if key.startswith("ModelCheckpoint"))
 
 
-def test_only_a_plain_checkpoint_directly_in_the_folder_is_removed(tmp_path):
+def test_only_regular_checkpoints_in_the_folder_are_removed(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     (folder / "deeper").mkdir(parents=True)
     kept = [folder / "notes.txt", folder / "deeper" / "a.ckpt", tmp_path / "a.ckpt", folder / "linked.ckpt"]
@@ -98,7 +94,7 @@ def test_only_a_plain_checkpoint_directly_in_the_folder_is_removed(tmp_path):
     assert all(path.exists() for path in (*kept, folder)) and not old.exists()
 
 
-def test_a_run_folder_that_was_moved_remembers_its_best_score(call, run, tmp_path):
+def test_moved_run_folder_keeps_its_best_score(call, run, tmp_path):
     change(run, best_model_score=torch.tensor(-1.0))  # no later validation is as good
     best = (run / "checkpoints" / "best.ckpt").read_bytes()
     run.rename(tmp_path / "moved")
@@ -107,7 +103,7 @@ def test_a_run_folder_that_was_moved_remembers_its_best_score(call, run, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"moved"}
 
 
-def test_a_run_resumed_in_another_folder_keeps_its_best_model(call, run, tmp_path):
+def test_run_resumed_in_another_folder_keeps_its_best_model(call, run, tmp_path):
     change(run, best_model_score=torch.tensor(-1.0))
     best = (run / "checkpoints" / "best.ckpt").read_bytes()
     assert call("resume=run", "output=other", "trainer.max_steps=4").code == 0
@@ -115,7 +111,7 @@ def test_a_run_resumed_in_another_folder_keeps_its_best_model(call, run, tmp_pat
 
 
 @pytest.mark.parametrize("score", [None, "low", torch.tensor(float("nan")), torch.zeros(3), [[1]]])
-def test_a_score_that_is_none_is_forgotten(tmp_path, score):
+def test_invalid_best_score_is_ignored(tmp_path, score):
     (tmp_path / "best.ckpt").touch()
     best = BestCheckpoint(tmp_path, "val/loss")
     best.load_state_dict({"best_model_score": score})
@@ -153,13 +149,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_could_run_code_is_not_taken_over_from_a_run(tmp_path, text):
+def test_arguments_that_could_run_code_are_refused(tmp_path, text):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(["stage=vqgan", text]))
     with pytest.raises(ValueError, match=r"arguments\.yaml (must contain plain settings only|is damaged)"):
         add_run_arguments([f"resume='{tmp_path}'"])
 
 
-def test_what_could_run_code_is_refused_before_anything_is_done(call, run, tmp_path):
+def test_arguments_that_could_run_code_are_refused_before_training(call, run, tmp_path):
     (run / "arguments.yaml").write_text(yaml.safe_dump([*ARGUMENTS, "metrics.fid_features='run.hook:f'"]))
     (run / "hook.py").write_text("open('marker', 'w')")
     result = call("resume=run", "trainer.max_steps=4")
@@ -167,7 +163,7 @@ def test_what_could_run_code_is_refused_before_anything_is_done(call, run, tmp_p
     assert "give this argument on the command line, too, if you trust it" in result.stderr
 
 
-def test_what_is_given_on_the_command_line_need_not_be_plain_in_the_file(tmp_path):
+def test_command_line_replaces_refused_arguments(tmp_path):
     url = "data.train_urls='pipe:cat a.tar'"
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump(["stage=vqgan", "data=webdataset", url]))
     assert add_run_arguments([f"resume='{tmp_path}'", url])[:2] == ["stage=vqgan", "data=webdataset"]
@@ -203,12 +199,12 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_plain_settings_are_taken_over(tmp_path, text):
+def test_plain_arguments_are_accepted(tmp_path, text):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump([text]))
     assert list(run_arguments(tmp_path, {}).values()) == [text]
 
 
-def test_what_is_taken_over_is_shown(call, run, caplog):
+def test_accepted_arguments_are_logged(call, run, caplog):
     caplog.set_level(logging.INFO)
     assert call("resume=run", "trainer.max_steps=3").code == 0
     assert "Resuming run with its arguments: stage=vqgan " in caplog.text
@@ -231,7 +227,7 @@ def test_what_is_taken_over_is_shown(call, run, caplog):
         ("\xff", "damaged"),
     ],
 )
-def test_damaged_arguments_are_refused_in_one_sentence(tmp_path, content, reason):
+def test_damaged_arguments_file_is_refused(tmp_path, content, reason):
     (tmp_path / "arguments.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"arguments\.yaml is damaged: .*{reason}|{reason}: "):
         run_arguments(tmp_path, {})
@@ -287,86 +283,6 @@ def test_other_commands_hold_their_folder(monkeypatch, capsys, tmp_path, name):
     assert result.code == 1 and "output must not be in use, got out" in result.stderr
 
 
-def test_processes_of_several_ranks_share_a_folder(tmp_path):
-    with hold_lock(tmp_path, f"{LOCK}-0"), hold_lock(tmp_path, f"{LOCK}-1"):
-        assert {path.name for path in tmp_path.iterdir()} == {f"{LOCK}-0", f"{LOCK}-1"}
-
-
-def test_one_of_many_claims_a_folder(tmp_path):
-    """Also where all find the lock of a dead process first."""
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    record = {
-        "pid": dead.pid,
-        "started": "1",
-        "process_table": run_lock.process_table(),
-        "host": "here",
-        "since": "now",
-    }
-    for _ in range(20):
-        (tmp_path / LOCK).write_text(json.dumps(record))
-        inside, most, lock = [0], [0], threading.Lock()
-
-        def work(inside=inside, most=most, lock=lock) -> None:
-            try:
-                with hold_lock(tmp_path):
-                    with lock:
-                        inside[0] += 1
-                        most[0] = max(most[0], inside[0])
-                    time.sleep(0.01)
-                    with lock:
-                        inside[0] -= 1
-            except FileExistsError:
-                pass
-
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert most == [1] and not list(tmp_path.iterdir())
-
-
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom clipgen.run_lock import hold_lock\n"
-        "with hold_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout and process.stdout.readline() == "held\n"
-    with pytest.raises(FileExistsError, match=f"process {process.pid} on"), hold_lock(tmp_path):
-        pass
-    process.kill()
-    process.wait()
-    with hold_lock(tmp_path):
-        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
-
-
-@pytest.mark.parametrize("lives", [True, False])
-def test_a_process_on_another_machine_is_alive_while_it_renews_its_lock(tmp_path, monkeypatch, lives):
-    monkeypatch.setattr(run_lock, "TIMEOUT", 0.5)
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "process_table": "elsewhere", "host": "far", "since": "now"}))
-    done = threading.Event()
-    monkeypatch.setattr(run_lock, "HEARTBEAT", 0.05)
-    thread = threading.Thread(target=run_lock.renew, args=(tmp_path / LOCK, done))
-    if lives:
-        thread.start()
-        with pytest.raises(FileExistsError, match="process 1 on far since now"), hold_lock(tmp_path):
-            pass
-        done.set()
-        thread.join()
-    else:
-        with hold_lock(tmp_path):
-            pass
-
-
-def test_a_damaged_lock_is_one_of_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "TIMEOUT", 0.1)
-    (tmp_path / LOCK).write_text("{")
-    with hold_lock(tmp_path):
-        pass
-
-
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
@@ -399,7 +315,7 @@ def test_an_ignored_hangup_stays_ignored():
 
 
 def test_arguments_and_configuration_are_replaced_in_one_step(call, run, monkeypatch):
-    """A kill while they are written leaves those of before."""
+    """If writing fails, the previous ones stay."""
     before = {name: (run / name).read_text() for name in ("config.yaml", "arguments.yaml")}
     monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(OSError(28, "No space left")))
     result = call("resume=run", "trainer.max_steps=4")

@@ -10,10 +10,11 @@ from torch import nn
 
 from clipgen import muon, processor
 from clipgen.cli.config import composed
-from clipgen.cli.train import make_trainer, settle_precision
+from clipgen.cli.train import to_training_config
 from clipgen.models.config import TransformerOptimizerConfig
 from clipgen.optim import has_fused_kernels, make_optimizer
 from clipgen.processor import has_bf16_units, require_bf16_units
+from clipgen.training.run import set_precision
 
 
 def test_muon_iterates_in_the_native_dtype(monkeypatch):
@@ -65,32 +66,13 @@ def test_commands_refuse_bfloat16_without_units(call, monkeypatch, command):
 def test_gpus_train_in_tf32_by_default(monkeypatch, overrides, expected):
     seen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
-    settle_precision(composed("stage=vqgan", *overrides))
+    set_precision(to_training_config(composed("stage=vqgan", *overrides)))
     assert seen == expected
 
 
 def test_other_matmul_precisions_are_refused():
     with pytest.raises(ValueError, match="matmul_precision must be one of highest, high, got 'low'"):
-        settle_precision(composed("stage=vqgan", "matmul_precision=low"))
-
-
-@pytest.mark.parametrize("stage", ["vqgan", "transformer"])
-@pytest.mark.parametrize(
-    "overrides",
-    [["trainer.devices=2"], ["trainer.num_nodes=2"], ["trainer.devices=2", "trainer.strategy=ddp"]],
-)
-def test_only_stage_1_finds_unused_parameters(monkeypatch, tmp_path, stage, overrides):
-    """The discriminator has no gradients before ``gan.start_step``."""
-    config = composed(f"stage={stage}", *overrides, "logger=none")
-    seen = {}
-    monkeypatch.setattr("clipgen.cli.config.make", lambda node, **options: seen.update(options))
-    monkeypatch.setattr("clipgen.cli.train.make_callbacks", lambda *_: [])
-    make_trainer(config, tmp_path)
-    expected = {
-        "vqgan": ("ddp_find_unused_parameters_true",),
-        "transformer": ("auto", "ddp"),
-    }
-    assert seen["strategy"] in expected[stage]
+        set_precision(to_training_config(composed("stage=vqgan", "matmul_precision=low")))
 
 
 def test_optimizers_are_fused_if_torch_has_the_kernels():

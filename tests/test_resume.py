@@ -1,4 +1,4 @@
-"""Stopped anywhere and resumed, a run ends as if it had not been stopped: bit for bit, with every kind of data."""
+"""A run that is stopped anywhere and resumed is bit-identical to an uninterrupted one, with every data source."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
-from commands import command, interrupt_at
-from conftest import QUIET
+from commands import TINY_VQGAN, command, interrupt_at
 from models import VQGAN_SIZES, make_vqgan
 from test_image_data import encoded, make_tar
 
 from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
-from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.samplers import DataPositionCallback, ResumableSampler
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
 from clipgen.training.callbacks.checkpointing import renumber
@@ -32,6 +27,7 @@ from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 UNUSED = "ddp_find_unused_parameters_true"
+FEW_SHAPES = ["data=shapes", "data.train_size=14", "data.val_size=4"]
 SMALL = [
     "data.batch_size=4",
     "trainer.max_steps=7",
@@ -43,15 +39,7 @@ SMALL = [
 ]
 STAGES = {
     "vqgan": [
-        "stage=vqgan",
-        "model.autoencoder.ch=32",
-        "model.autoencoder.ch_mult=[1]",
-        "model.autoencoder.num_res_blocks=1",
-        "model.autoencoder.z_channels=32",
-        "model.quantizer.codebook_size=16",
-        "model.quantizer.codebook_dim=8",
-        "model.autoencoder.patch_size=8",
-        "model.optimizer.warmup_steps=1",
+        *TINY_VQGAN,
         "model.optimizer.ema_decay=0.9",
         "model.gan.weight=0.5",
         "model.gan.start_step=2",
@@ -84,7 +72,7 @@ STAGES = {
 
 @pytest.fixture
 def sources(tmp_path, call) -> dict[str, list[str]]:
-    """Ten images (so that seven steps of four lie in several passes) as each kind of data."""
+    """Return the arguments of each data source, with few images, so that seven steps take several epochs."""
     pictures = to_pil(ShapesDataset(14, image_size=40, seed=2).render(range(14)))
     (tmp_path / "images").mkdir()
     for i, picture in enumerate(pictures):
@@ -92,8 +80,7 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
     for name, part in (("a", pictures[:6]), ("b", pictures[6:])):
         make_tar(tmp_path / f"{name}.tar", {f"{i}.png": encoded(picture, "PNG") for i, picture in enumerate(part)})
     make_vqgan(**VQGAN_SIZES).save(tmp_path / "vqgan")
-    shapes = ["data=shapes", "data.train_size=14", "data.val_size=4"]
-    cache = call("clipgen-encode", *shapes, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
+    cache = call("clipgen-encode", *FEW_SHAPES, "vqgan=vqgan", "output=cache", "device=cpu", "shard_size=5")
     assert cache.code == 0, cache.stderr
     streams = [
         "data=webdataset",
@@ -104,7 +91,7 @@ def sources(tmp_path, call) -> dict[str, list[str]]:
         "data.image_size=32",
     ]
     return {
-        "shapes": shapes,
+        "shapes": FEW_SHAPES,
         "folder": [
             "data=folder",
             "data.root=images",
@@ -123,7 +110,7 @@ def slow(*arguments: Any) -> Any:
 
 
 def state(run: str) -> dict[str, torch.Tensor]:
-    """Everything that the next step would depend on."""
+    """Return everything in the last checkpoint that the next step depends on."""
     checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
     found = dict(checkpoint["state_dict"])
     for half, optimizer in enumerate(checkpoint["optimizer_states"]):
@@ -145,12 +132,12 @@ def state(run: str) -> dict[str, torch.Tensor]:
         slow("vqgan", "workers", 3),
     ],
 )
-def test_a_resumed_run_is_the_run(call, sources, stage, kind, stop):
+def test_resume_is_bit_identical(call, sources, stage, kind, stop):
     arguments = [*STAGES[stage], *sources[kind], *(["vqgan=vqgan"] if stage == "transformer" else [])]
     stopped_and_resumed(call, arguments, stop)
 
 
-def test_a_resumed_run_is_the_run_where_batches_accumulate(call, sources):
+def test_resume_is_bit_identical_with_gradient_accumulation(call, sources):
     more = ["vqgan=vqgan", "model.optimizer.grad_accum_steps=2", "model.optimizer.grad_clip=0.5"]
     stopped_and_resumed(call, [*STAGES["transformer"], *sources["encoded"], *more], 3)
 
@@ -177,8 +164,8 @@ EPOCHS = [
         slow("vqgan", "webdataset", 4, [*EPOCHS, "trainer.limit_train_batches=3"]),
     ],
 )
-def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, kind, stop, more):
-    """In the middle of a pass and at its end, where steps count and where passes do; its rate is a cosine."""
+def test_resume_after_ctrl_c_is_bit_identical(call, sources, monkeypatch, stage, kind, stop, more):
+    """In the middle and at the end of an epoch, with a limit on steps or on epochs, and a cosine schedule."""
     tokenizer = ["vqgan=vqgan"] if stage == "transformer" else []
     arguments = ["clipgen-train", *STAGES[stage], *sources[kind], *tokenizer, "model.optimizer.warmup_steps=4", *more]
     assert call(*arguments, "output=straight").code == 0
@@ -191,8 +178,8 @@ def test_a_run_stopped_by_ctrl_c_is_the_run(call, sources, monkeypatch, stage, k
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("vqgan", "shapes"), ("transformer", "encoded")])
-def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monkeypatch, stage, kind):
-    """Those of each step, the last one before the stop too; at the rates of a cosine."""
+def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, stage, kind):
+    """Including that of the last step before the interruption."""
     more = ["vqgan=vqgan", "model.clip_loss.interval=1"] if stage == "transformer" else []
     arguments = [
         "clipgen-train",
@@ -215,8 +202,8 @@ def test_the_losses_of_a_run_stopped_by_ctrl_c_are_the_runs(call, sources, monke
 
 
 @pytest.mark.parametrize(("stop", "more"), [(2, []), slow(3, []), slow(2, EPOCHS)])
-def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch, stop, more):
-    """Else the best checkpoint is one of the others."""
+def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, stop, more):
+    """Otherwise another checkpoint would be considered the best."""
     arguments = [
         "clipgen-train",
         *STAGES["vqgan"],
@@ -247,7 +234,7 @@ def test_a_validation_that_was_cut_off_is_made_up_for(call, sources, monkeypatch
 
 
 def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
-    """Compare with a run that was not stopped."""
+    """Check that a run that was stopped and resumed equals an uninterrupted one."""
     schedule = ["model.optimizer.schedule=constant"]  # a cosine would end where the shorter run does
     for options in (["output=straight"], ["output=half", f"trainer.max_steps={stop}"], ["output=half", "resume=half"]):
         result = call("clipgen-train", *arguments, *schedule, *options)
@@ -261,8 +248,8 @@ def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
     ("stage", "kind", "more"),
     [("vqgan", "shapes", []), ("transformer", "encoded", ["vqgan=vqgan", "model.optimizer.weight_decay=0.5"])],
 )
-def test_what_is_given_on_resuming_is_what_trains(call, sources, stage, kind, more):
-    """Not the learning rate, betas and weight decay that the checkpoint's optimizers were made with."""
+def test_optimizer_settings_can_be_changed_on_resume(call, sources, stage, kind, more):
+    """The learning rate, betas and weight decay of the command line replace those of the checkpoint."""
     run = [*STAGES[stage], *sources[kind], *more[:1]]
     given = ["model.optimizer.learning_rate=1e-5", "model.optimizer.betas=[0.1,0.2]", "trainer.max_steps=5", *more[1:]]
     for options in ([*run, *given, "output=new"], [*run, "trainer.max_steps=3", "output=old"], ["resume=old", *given]):
@@ -272,15 +259,15 @@ def test_what_is_given_on_resuming_is_what_trains(call, sources, stage, kind, mo
 
 
 def settings(run: str) -> list[dict[str, Any]]:
-    """What each group of parameters is trained with."""
+    """Return the optimizer settings of each parameter group."""
     checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
     groups = [group for optimizer in checkpoint["optimizer_states"] for group in optimizer["param_groups"]]
     return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
 
 @pytest.mark.slow
-def test_two_processes_resume_as_one_run(sources, tmp_path):
-    """From the cache, under DDP."""
+def test_ddp_resume_is_bit_identical(sources, tmp_path):
+    """From a token cache."""
     arguments = [
         *STAGES["transformer"],
         *sources["encoded"],
@@ -299,7 +286,7 @@ def test_two_processes_resume_as_one_run(sources, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
 def test_two_processes_stop_at_the_same_step(sources, tmp_path):
-    """Wherever Ctrl-C meets either of them."""
+    """Even if they receive Ctrl-C at different steps."""
     arguments = [
         *STAGES["vqgan"],
         *sources["folder"],
@@ -339,9 +326,7 @@ def test_resume_auto_starts_a_run_and_then_resumes_it(call, tmp_path):
     arguments = [
         "clipgen-train",
         *STAGES["vqgan"],
-        "data=shapes",
-        "data.train_size=14",
-        "data.val_size=4",
+        *FEW_SHAPES,
         "model.optimizer.schedule=constant",
     ]
     assert call(*arguments, "output=straight").code == 0
@@ -357,9 +342,7 @@ def test_resume_auto_resumes_every_run_of_a_sweep(call, tmp_path):
         "clipgen-train",
         "--multirun",
         *STAGES["vqgan"],
-        "data=shapes",
-        "data.train_size=14",
-        "data.val_size=4",
+        *FEW_SHAPES,
         "output=sweep",
         "seed=1,2",
         "resume=auto",
@@ -376,8 +359,8 @@ def test_resume_auto_needs_an_output(call):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_closed_terminal_saves_and_stops(call, sources, monkeypatch, times):
-    """It may send its signal twice."""
+def test_sighup_saves_and_stops(call, sources, monkeypatch, times):
+    """A closed terminal sends it, sometimes twice."""
     interrupt_by(monkeypatch, signal.SIGHUP, 3, times)
     assert (
         call(
@@ -394,7 +377,7 @@ def test_a_closed_terminal_saves_and_stops(call, sources, monkeypatch, times):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
-def test_nohup_is_not_stopped_by_a_closed_terminal(call, sources, monkeypatch):
+def test_sighup_is_ignored_under_nohup(call, sources, monkeypatch):
     interrupt_by(monkeypatch, signal.SIGHUP, 3)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -405,7 +388,7 @@ def test_nohup_is_not_stopped_by_a_closed_terminal(call, sources, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGUSR1")
-def test_slurms_signal_saves_and_asks_for_the_job_again(call, sources, monkeypatch, tmp_path):
+def test_sigusr1_under_slurm_saves_and_requeues_the_job(call, sources, monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
     (tmp_path / "bin" / "scontrol").chmod(0o755)
@@ -450,8 +433,8 @@ train.main()
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_is_killed_is_resumed_by_torchrun(sources, tmp_path):
-    """With --max-restarts and resume=auto; it ends as the undisturbed run."""
+def test_torchrun_restarts_a_killed_rank_bit_identically(sources, tmp_path):
+    """With --max-restarts and resume=auto."""
     arguments = [
         *STAGES["transformer"],
         *sources["encoded"],
@@ -472,7 +455,7 @@ def test_a_run_whose_process_is_killed_is_resumed_by_torchrun(sources, tmp_path)
 
 
 def torchrun(folder: Path, options: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script by torchrun on this machine alone."""
+    """Run a script with torchrun on this machine."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
@@ -481,7 +464,7 @@ def torchrun(folder: Path, options: list[str], *arguments: str) -> subprocess.Co
 def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = call("clipgen-train", *STAGES["vqgan"], "data=shapes", "data.train_size=14", "data.val_size=4")
+    result = call("clipgen-train", *STAGES["vqgan"], *FEW_SHAPES)
     assert result.code == 1 and "must be 2, the processes that torchrun started, got 1" in result.stderr
 
 
@@ -498,8 +481,8 @@ def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch)
         ({"num_nodes": 2}, "transformer", "auto"),
     ],
 )
-def test_only_stage_1_looks_for_unused_parameters(settings, stage, strategy):
-    """Its discriminator has no gradients at first."""
+def test_only_stage_1_finds_unused_parameters_under_ddp(settings, stage, strategy):
+    """Before its start step the discriminator has no gradients."""
     config = composed(f"stage={stage}", *(f"trainer.{key}={value}" for key, value in settings.items()))
     if stage == "transformer":
         config.vqgan = "shapes"
@@ -526,8 +509,8 @@ def test_stage_1_trains_under_ddp(sources, tmp_path, options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_checkpoints_go_to_fsdp_and_back(call, sources, tmp_path, optimizer):
-    """With the moments of the optimizer, each at its parameter: the run ends as it does on one device alone."""
+def test_checkpoints_can_be_resumed_with_fsdp_and_without(call, sources, tmp_path, optimizer):
+    """Each moment of the optimizer stays with its parameter: the result equals that of one device."""
     arguments = [
         "clipgen-train",
         *STAGES["transformer"],
@@ -554,8 +537,8 @@ def test_checkpoints_go_to_fsdp_and_back(call, sources, tmp_path, optimizer):
         torch.testing.assert_close(resumed[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_checkpoint_whose_moments_are_in_another_order_is_refused_for_fsdp(call, sources):
-    """As those of older versions are."""
+def test_fsdp_refuses_checkpoints_with_moments_in_another_order(call, sources):
+    """Older versions wrote such checkpoints."""
     arguments = ["clipgen-train", *STAGES["transformer"], *sources["encoded"], "trainer.max_steps=2", "output=run"]
     assert call(*arguments).code == 0
     model = ConditionalTransformer.load("run")
@@ -569,146 +552,3 @@ def test_a_checkpoint_whose_moments_are_in_another_order_is_refused_for_fsdp(cal
     check_strategy(str(path), model, "auto")
     with pytest.raises(ValueError, match=r"trainer\.strategy must not be fsdp for run/checkpoints/last\.ckpt"):
         check_strategy(str(path), model, "fsdp")
-
-
-# ------------------------------------------------------------------------------------------------------------ sampler
-
-
-def taken(size: int, count: int, consumed: int = 0, **options) -> list:
-    order = ResumableSampler(list(range(size)), seed=3, **options)
-    order.consumed = consumed
-    items: list = []
-    while len(items) < count:
-        items += list(order)
-    return items[:count]
-
-
-@pytest.mark.parametrize("start", range(9))
-def test_an_order_begins_anywhere(start):
-    whole = taken(14, 60, batch_size=4)
-    assert taken(14, 20, 4 * start, batch_size=4) == whole[4 * start : 4 * start + 20]
-
-
-def test_a_pass_has_every_item_once_at_most_and_passes_differ():
-    items = taken(12, 24, batch_size=4)
-    assert sorted(items[:12]) == sorted(items[12:]) == list(range(12)) and items[:12] != items[12:]
-
-
-def test_an_order_of_many_items_is_no_list_of_numbers():
-    order = ResumableSampler(range(300_000), 100, seed=0)
-    tracemalloc.start()
-    try:
-        assert len({item for item, _ in zip(order, range(30_000))}) == 30_000
-        tracemalloc.reset_peak()
-        items = iter(order)
-        next(items)
-        assert tracemalloc.get_traced_memory()[1] < 2e6  # of 300 000 numbers: 12e6
-    finally:
-        tracemalloc.stop()
-
-
-def test_ranks_share_a_pass():
-    first, second = (taken(16, 8, batch_size=4, rank=rank, world_size=2) for rank in range(2))
-    assert sorted(first + second) == list(range(16))
-
-
-class Seen(pl.LightningModule):
-    """Notes the first item of each batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight, self.items = torch.nn.Parameter(torch.zeros(1)), []
-
-    def training_step(self, batch, batch_idx):
-        self.items.append(int(batch["images"][0]))
-        return self.weight.sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.0)
-
-
-def test_a_limited_pass_begins_where_the_last_ended(tmp_path):
-    """Workers fetch more items than ``limit_train_batches`` lets be used: those come next, resumed or not."""
-    items = [{"images": torch.tensor(number)} for number in range(60)]
-
-    def run(workers: int, epochs: int, ckpt: Path | None = None) -> list[int]:
-        settings = dict(max_epochs=epochs, limit_train_batches=5, default_root_dir=tmp_path)
-        trainer = pl.Trainer(accelerator="cpu", **settings, **QUIET)
-        trainer.fit(module := Seen(), ImageDataModule(items, None, 1, workers), ckpt_path=ckpt)
-        trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return module.items
-
-    straight = run(0, 3)
-    assert len(set(straight)) == 15 and run(2, 3) == straight
-    assert run(2, 2) + run(2, 3, tmp_path / "last.ckpt") == straight
-
-
-class Rank(pl.Trainer):
-    """One of several processes, which counts as they do and does not wait for them."""
-
-    rank, size = 0, 1
-    global_rank = property(lambda self: self.rank)  # type: ignore[assignment]
-    world_size = property(lambda self: self.size)  # type: ignore[assignment]
-
-
-class AllSeen(Seen):
-    """Notes the items of each batch."""
-
-    def training_step(self, batch, batch_idx):
-        self.items.append(batch["images"].tolist())
-        return self.weight.sum()
-
-
-def joined(batches: list[list[int]]) -> list[int]:
-    return [item for batch in batches for item in batch]
-
-
-def trained_items(folder: Path, steps: int, batch_size: int, rank: int, size: int, ckpt: bool) -> list[list[int]]:
-    """Train a rank on 60 items and note those of each of its batches."""
-    items = [{"images": torch.tensor(number)} for number in range(60)]
-    trainer = Rank(
-        max_steps=steps, accelerator="cpu", callbacks=[DataPositionCallback()], default_root_dir=folder, **QUIET
-    )
-    trainer.rank, trainer.size = rank, size
-    module = AllSeen()
-    path = folder / "last.ckpt"
-    trainer.fit(module, ImageDataModule(items, None, batch_size), ckpt_path=path if ckpt else None)
-    if rank == size - 1:  # after the others have read it
-        trainer.save_checkpoint(path)
-    return module.items
-
-
-def test_another_number_of_devices_and_another_batch_size_continue_at_the_same_place(tmp_path):
-    """Each pass shows every item once, whoever shows it; the epochs of Lightning end with the passes."""
-    before = [trained_items(tmp_path, 6, 4, rank, 2, False) for rank in range(2)]  # 48 of 60
-    after = trained_items(tmp_path, 6 + 4 + 20, 3, 0, 1, True)
-    assert sorted(joined(before[0] + before[1] + after[:4])) == list(range(60))
-    assert sorted(joined(after[4:])) == list(range(60))
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    epoch = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    assert epoch["is_last_batch"] and epoch["current"]["processed"] == 20
-    whole = [trained_items(tmp_path / "whole", 5, 6, rank, 2, False) for rank in range(2)]
-    assert sorted(joined(whole[0] + whole[1])) == list(range(60))
-
-
-def test_a_place_goes_through_several_batch_sizes(tmp_path):
-    shown = trained_items(tmp_path, 2, 5, 0, 1, False)
-    for steps, batch_size in ((4, 10), (5, 15), (9, 5), (20, 3)):
-        shown += trained_items(tmp_path, steps, batch_size, 0, 1, True)
-    items = joined(shown)
-    straight = joined(trained_items(tmp_path / "straight", len(items) // 5, 5, 0, 1, False))
-    assert items[: len(straight)] == straight
-
-
-def test_a_checkpoint_without_a_place_is_read_as_before(tmp_path):
-    trained_items(tmp_path, 3, 5, 0, 1, False)
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint.pop("data_position") == {"epoch": 0, "items": 15, "batches": 3}
-    torch.save(checkpoint, tmp_path / "last.ckpt")
-    straight = trained_items(tmp_path / "straight", 6, 5, 0, 1, False)
-    assert trained_items(tmp_path, 6, 5, 0, 1, True) == straight[3:]
-
-
-def test_too_few_items_are_refused():
-    with pytest.raises(ValueError, match="batch_size must be at most 3, the training images a device, got 4"):
-        ResumableSampler(range(7), 4, seed=0, world_size=2)

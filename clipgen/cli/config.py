@@ -23,6 +23,9 @@ MESSAGES = (
     (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
     (r".*Could not find '(\w+)/(.*)' Available options in '\1':,? (.*)", r"\1 must be one of \3, got \2"),
     (r".*Could not find '(\w+)/(.*)'", r"\1 must be an existing group option, got \2"),
+    (r"Error parsing override '(.*)' missing EQUAL.*", r"arguments must be KEY=VALUE, got \1"),
+    (r"Error parsing override '(.*?)' (.*) See https.*", r"arguments must be KEY=VALUE, got \1: \2"),
+    (r".*(mismatched|extraneous|token|LexerNoViableAlt).* See https.*", r"arguments must be KEY=VALUE"),
     (r"Could not override '(.*?)'\..*", r"there is no key \1; clipgen-train stage=vqgan --cfg job shows all keys"),
     (r"Ambiguous value for argument '(.*?)'.*", r"\1 has several values: write a list as [a,b], or use --multirun"),
     (r".*interpolation '\$\{experiment\}_\$\{stage\}'.*", r"--multirun cannot sweep over stage or experiment"),
@@ -69,16 +72,15 @@ def readable_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: an argument cannot be parsed; the message contains the argument with quotes that help.
     """
-    return [argument if argument.startswith("-") else readable(argument) for argument in arguments]
+    return [readable(argument) for argument in arguments]
 
 
 def readable(argument: str) -> str:
     """Return an argument that Hydra's grammar can parse, or raise ValueError with one that it could."""
-    if can_parse(argument):
-        return argument
     match = ASSIGNMENT.fullmatch(argument)
-    if match is None:
-        raise ValueError(f"arguments must be KEY=VALUE, got {argument}")
+    if match is None or can_parse(argument):
+        # options, and what Hydra refuses itself
+        return argument
     quoted = f"{match[1]}={quote(match[2])}"
     if match[2] == "~" or match[2].startswith("~/"):
         return quoted

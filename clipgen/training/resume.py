@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,19 @@ def check_same_network(checkpoint: dict[str, Any], model: pl.LightningModule, pa
     if saved != configured:
         raise ValueError(f"model.optimizer.name must be {saved}, as in the checkpoint {path}, got {configured}")
     if shapes(checkpoint["state_dict"]) != shapes(model.state_dict()):
-        different = [f"model.{key}={value}" for key, value in settings.items() if model.hparams.get(key) != value]
+        configured_values = dict(dotted_values(model.hparams, "model."))
+        saved_values = dotted_values(settings, "model.")
+        different = [f"{key}={value}" for key, value in saved_values if configured_values.get(key) != value]
         raise ValueError(f"resume must name a checkpoint of the same model, got {path} with {', '.join(different)}")
+
+
+def dotted_values(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys and the values of nested dictionaries."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from dotted_values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def shapes(state: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -74,8 +75,10 @@ def train(
         ValueError, TypeError, FileNotFoundError: the configuration is wrong.
         FileExistsError: the run folder contains another run, or another process writes to it.
     """
-    refuse_other_runs(config.output, config.resume)
+    # open values are filled in below, but not in the caller's configuration
+    config = deepcopy(config)
     output = Path(config.output)
+    refuse_other_runs(output, config.resume)
     set_precision(config)
     automatic_interval = set_default_interval(config)
     trainer = make_trainer(config, output, callbacks)
@@ -94,7 +97,7 @@ def train(
     warn_of_few_images(data)
     with output_folder(output, keep_pattern="checkpoints/*.ckpt"):
         # again, now that the folder is locked: another run may have ended there in the meantime
-        refuse_other_runs(config.output, config.resume)
+        refuse_other_runs(output, config.resume)
         copy_best_checkpoint(checkpoint, output)
         write_run_folder(output, config, model, run_files or {})
         fit(trainer, model, data, checkpoint, output, resume_command)

@@ -116,7 +116,7 @@ class ProgressReport(pl.Callback):
         """Log a line, if it is time for one."""
         if time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + self.interval
-            logger.info("%s  %s", self.pace, self.losses)
+            logger.info("%s  %s", str(self.pace), self.losses)
 
     def log_forecast(self) -> None:
         """After the first steps, log once how long the others will take."""

@@ -1,0 +1,100 @@
+"""Arguments that Hydra's grammar does not accept, and ``~`` in paths."""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from pathlib import Path
+
+import pytest
+from commands import SHAPES, VQGAN
+from omegaconf import OmegaConf
+
+from clipgen.cli.config import composed, expand_home, quote, readable, readable_arguments
+
+UNREADABLE = [
+    "it's",
+    "a#b",
+    "set [a]",
+    "Müller/Fotos",
+    "a=b",
+    "photos (1)",
+    'say "hi"',
+    'it\'s "both"',
+    "back\\",
+    "a'\\",
+]
+
+
+@pytest.mark.parametrize("value", UNREADABLE)
+def test_the_suggested_quoting_is_read_as_the_value(value):
+    """The message contains a word of the shell that works as printed."""
+    argument = f"output={value}"
+    try:
+        suggestion = readable(argument)
+    except ValueError as error:
+        message = str(error)
+        assert message.startswith(f"{argument} cannot be read: put quotes around the value, ")
+        (suggestion,) = shlex.split(message.removeprefix(f"{argument} cannot be read: put quotes around the value, "))
+    assert composed("stage=vqgan", suggestion).output == value
+
+
+@pytest.mark.parametrize("argument", ["stage", "output", "a b", "[x]"])
+def test_arguments_without_a_key_or_a_value_are_refused(argument):
+    with pytest.raises(ValueError, match="arguments must be KEY=VALUE"):
+        composed("stage=vqgan", argument)
+
+
+def test_readable_arguments_are_left_alone():
+    arguments = [
+        "--cfg",
+        "job",
+        "--multirun",
+        "stage=vqgan",
+        "~metrics",
+        "seed=1,2",
+        "data.train_urls='a-{0..1}.tar'",
+        "output=",
+    ]
+    assert readable_arguments(arguments) == arguments
+
+
+@pytest.mark.parametrize("value", ["~/photos", "~/it's here", "~"])
+def test_the_home_directory_needs_no_quotes(value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = composed("stage=vqgan", "data=folder", f"data.root={value}")
+    expand_home(config)
+    assert config.data.root == str(Path("/home/me", value[2:]))
+
+
+def test_the_home_directory_is_expanded_wherever_a_path_is_asked_for(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = OmegaConf.create({"output": "~/run", "data": {"train_urls": ["~/a.tar", "b~.tar"]}, "prompt": "a ~/b"})
+    expand_home(config)
+    assert config == {
+        "output": "/home/me/run",
+        "data": {"train_urls": ["/home/me/a.tar", "b~.tar"]},
+        "prompt": "a ~/b",
+    }
+
+
+@pytest.mark.parametrize("command", ["clipgen-train", "clipgen-encode"])
+def test_commands_read_images_below_the_home_directory(call, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = {"clipgen-train": ["stage=vqgan"], "clipgen-encode": ["vqgan=shapes", "output=cache"]}[command]
+    result = call(command, *arguments, "data=folder", "data.root=~/none")
+    assert result.code == 1 and f"root must be an existing folder of images, got {tmp_path}/none" in result.stderr
+
+
+def test_a_run_is_written_and_resumed_below_the_home_directory(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    train = partial(call, "clipgen-train")
+    assert train(*VQGAN, *SHAPES, "output=~/run", "trainer.max_steps=2", "logger=none").code == 0
+    assert (tmp_path / "home" / "run" / "vqgan").is_dir() and not (tmp_path / "~").exists()
+    result = train("resume=~/run", "trainer.max_steps=3")
+    assert result.code == 0, result.stderr
+
+
+def test_quotes_are_escaped():
+    assert quote("plain") == '"plain"'
+    assert quote('say "hi"') == "'say \"hi\"'"
