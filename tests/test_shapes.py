@@ -24,7 +24,7 @@ from clipgen.data.shapes import (
     shapes_data,
     silhouettes,
 )
-from clipgen.evaluation.shapes_evaluator import NOTHING, accuracy, judge
+from clipgen.evaluation.shapes_evaluator import UNKNOWN, accuracy, evaluate_shapes
 
 
 def test_vocabulary_size():
@@ -124,7 +124,7 @@ def test_explicit_attributes_are_repeated():
     chosen = [parse("a small red star on a black background"), parse("a large pink ring on a gray background")]
     data = ShapesDataset(5, attributes=chosen)
     assert data.attributes == [chosen[i % 2] for i in range(5)]
-    assert judge(data.render(range(5))) == data.attributes
+    assert evaluate_shapes(data.render(range(5))) == data.attributes
 
 
 def supersampled(inside, image_size: int, times: int = 16) -> Tensor:
@@ -225,7 +225,7 @@ def test_evaluator_rejects_wrong_attributes():
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 32, 32), torch.rand(3, 32, 32) * 2 - 1, torch.ones(3, 32, 32)])
 def test_evaluator_finds_nothing_in_images_without_a_shape(image):
-    assert judge(image[None])[0].shape == NOTHING and judge(image[None])[0].size == NOTHING
+    assert evaluate_shapes(image[None])[0].shape == UNKNOWN and evaluate_shapes(image[None])[0].size == UNKNOWN
 
 
 def test_evaluator_rejects_half_a_shape():
@@ -237,6 +237,6 @@ def test_evaluator_rejects_half_a_shape():
 
 def test_evaluator_refuses_images_that_are_not_square():
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, H\), got \(1, 3, 32, 16\)"):
-        judge(torch.zeros(1, 3, 32, 16))
+        evaluate_shapes(torch.zeros(1, 3, 32, 16))
     with pytest.raises(ValueError):
         accuracy(torch.zeros(2, 3, 32, 32), [ALL_ATTRIBUTES[0]])
