@@ -2,7 +2,7 @@
 
 clipgen-train stage=vqgan experiment=cifar10 logger=csv output=runs/a
 clipgen-train stage=vqgan experiment=cifar10 logger=csv output=runs/b quantizer=fsq
-python scripts/compare_runs.py runs/a runs/b --metrics psnr rfid codebook_usage --output runs/compared.png
+python -m clipgen compare_runs runs/a runs/b --metrics psnr rfid codebook_usage --output runs/compared.png
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure how often a model generates combinations of shape and color that were left out of its training.
 
     clipgen-demo --output held_out data.held_out=0.1
-    python scripts/held_out.py held_out/transformer --fraction 0.1
+    python -m clipgen held_out held_out/transformer --fraction 0.1
 
 The table also has the other prompts, each sampled once.
 """

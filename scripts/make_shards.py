@@ -1,7 +1,7 @@
 """Turn a folder of images, or a dataset that torchvision knows by name, into webdataset shards.
 
-    python scripts/make_shards.py ~/photos --output data/photos --image-size 288
-    python scripts/make_shards.py CIFAR10 --output data/cifar10
+    python -m clipgen make_shards ~/photos --output data/photos --image-size 288
+    python -m clipgen make_shards CIFAR10 --output data/cifar10
 
 writes train-000000.tar, ... and val-000000.tar, ... of JPEG files, in a random order that depends only on the input. A
 fraction of a folder is held out for validation, the same images that `data=folder` would hold out. A torchvision

@@ -1,6 +1,6 @@
 """Write a grid of photos beside a tokenizer's reconstructions of them, and print their PSNR.
 
-python scripts/reconstruct.py --vqgan outputs/vqgan/RUN --images photos.tar --image-size 256 --output grid.png
+python -m clipgen reconstruct --vqgan outputs/vqgan/RUN --images photos.tar --image-size 256 --output grid.png
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Compare the paper's method, a public recipe, ours and the baselines, at equal budget and with one tokenizer.
 
-    python scripts/study.py shapes --output study/shapes
-    python scripts/study.py cifar10 --data data/cifar10 --clip runs/cifar10-clip --vqgan RUN --output study/cifar10
-    python scripts/study.py shapes --output study/shapes --rows gap       # ways to close the modality gap
-    python scripts/study.py shapes --output study/shapes --rows search    # Tables 1 and 2 of the CLIP-guided search
+    python -m clipgen study shapes --output study/shapes
+    python -m clipgen study cifar10 --data data/cifar10 --clip runs/cifar10-clip --vqgan RUN --output study/cifar10
+    python -m clipgen study shapes --output study/shapes --rows gap       # ways to close the modality gap
+    python -m clipgen study shapes --output study/shapes --rows search    # Tables 1 and 2 of the CLIP-guided search
 
 All transformers are trained on one token cache for the same number of steps, and generate images for the same prompts.
 Existing results are kept: an interrupted study resumes, and --seeds may be extended.
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from recognise import load_or_train
+from recognize import load_or_train
 from torch import Tensor, nn
 
 from clipgen import VQGAN, FrozenCLIP, TextToImage
@@ -161,7 +161,7 @@ def gap_rows(setting: Setting) -> list[Row]:
 
 
 class ClassifierFeatures(nn.Module):
-    """The last hidden layer of the classifier of recognise.py, and its logits."""
+    """The last hidden layer of the classifier of recognize.py, and its logits."""
 
     def __init__(self, classifier: nn.Sequential):
         super().__init__()
@@ -396,7 +396,7 @@ def parser() -> argparse.ArgumentParser:
         "--classifier",
         type=Path,
         default=Path("runs/classifier.pt"),
-        help="classifier file of recognise.py, for cifar10 (default: %(default)s)",
+        help="classifier file of recognize.py, for cifar10 (default: %(default)s)",
     )
     p.add_argument("--steps", type=int, default=600, help="steps of every transformer (default: %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings (default: 0 1 2)")

@@ -1,4 +1,4 @@
-"""The order of the training items, which continues at the same item when a run is resumed."""
+"""Samplers: training resumes at the same item, and validation counts every item once, on any number of processes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import QUIET
+from torch.utils.data import DataLoader, DistributedSampler
 
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.samplers import DataPositionCallback, ResumableSampler
+from clipgen.data.samplers import DataPositionCallback, ResumableSampler, ValidationSampler, num_real_samples
 
 
 def taken(size: int, count: int, consumed: int = 0, **options) -> list:
@@ -152,3 +153,35 @@ def test_checkpoint_without_a_data_position_resumes_by_batches(tmp_path):
 def test_batch_size_larger_than_the_dataset_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at most 3, the training images a device, got 4"):
         ResumableSampler(range(7), 4, seed=0, world_size=2)
+
+
+# --------------------------------------------------------------------------------------------------- validation
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 9, 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_the_batches_of_a_single_process(size, world_size):
+    """Each rank gets the same number of batches, and each item is counted once."""
+    batches: dict[int, list[int]] = {}
+    lengths = set()
+    for rank in range(world_size):
+        sampler = ValidationSampler(range(size), 4, rank, world_size)
+        rank_batches = list(DataLoader(range(size), 4, sampler=sampler, collate_fn=list))
+        assert len(rank_batches) == sampler.batches and sum(map(len, rank_batches)) == len(sampler)
+        lengths.add(len(rank_batches))
+        for number, batch in enumerate(rank_batches):
+            real_items = batch[: sampler.num_real_samples(number)]
+            if real_items:
+                batches[number * world_size + rank] = real_items
+    assert [batches[number] for number in sorted(batches)] == list(DataLoader(range(size), 4, collate_fn=list))
+    assert len(lengths) == 1
+
+
+def test_repetitions_of_torchs_distributed_sampler_are_not_counted():
+    counted = []
+    for rank in range(2):
+        loader = DataLoader(range(5), 2, sampler=DistributedSampler(range(5), 2, rank, shuffle=False), collate_fn=list)
+        trainer = type("Trainer", (), {"val_dataloaders": loader})
+        for number, batch in enumerate(loader):
+            counted += batch[: num_real_samples(trainer, number, len(batch))]
+    assert sorted(counted) == list(range(5))

@@ -11,7 +11,7 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
-from recognise import load_or_train
+from recognize import load_or_train
 from train_clip import one_cycle
 
 
@@ -77,8 +77,8 @@ def test_module_without_arguments_lists_the_scripts(tmp_path):
 
 def test_script_runs_from_any_folder(tmp_path):
     """This script imports another one; its help needs no data."""
-    done = run_module("recognise", "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "usage: recognise.py" in done.stdout, done.stderr
+    done = run_module("recognize", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "usage: recognize.py" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

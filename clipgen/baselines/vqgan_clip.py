@@ -24,7 +24,7 @@ Generators = Sequence[torch.Generator]
 
 @dataclass(frozen=True)
 class AugmentationParams:
-    """How an image is augmented before CLIP sees it.
+    """Augmentation of images before CLIP sees them.
 
     Args:
         cutouts: augmented views per step.

@@ -53,7 +53,7 @@ class Attributes:
 
 
 ALL_ATTRIBUTES = tuple(Attributes(*names) for names in itertools.product(RADII, COLORS, SHAPES, BACKGROUNDS))
-CLASS_INDEX = {attributes: index for index, attributes in enumerate(ALL_ATTRIBUTES)}
+CLASS_INDEX = dict(zip(ALL_ATTRIBUTES, range(len(ALL_ATTRIBUTES))))
 
 
 def held_out_attributes(fraction: float) -> tuple[Attributes, ...]:
@@ -71,14 +71,19 @@ def held_out_attributes(fraction: float) -> tuple[Attributes, ...]:
     if not 0 <= fraction < 1 or num_held_out == num_pairs:
         raise ValueError(f"held_out must be in [0, 1) and leave one of the {num_pairs} pairs, got {fraction}")
     generator = torch.Generator().manual_seed(0)
-    shapes = [SHAPES[i] for i in torch.randperm(len(SHAPES), generator=generator)]
-    colors = [list(COLORS)[i] for i in torch.randperm(len(COLORS), generator=generator)]
+    shapes = shuffled(SHAPES, generator)
+    colors = shuffled(tuple(COLORS), generator)
     pairs = []
     for shift in range(len(colors)):
         for i, shape in enumerate(shapes):
             pairs.append((shape, colors[(i + shift) % len(colors)]))
     held_out = set(pairs[:num_held_out])
     return tuple(attributes for attributes in ALL_ATTRIBUTES if (attributes.shape, attributes.color) in held_out)
+
+
+def shuffled(names: Sequence[str], generator: torch.Generator) -> list[str]:
+    """Return the names in random order."""
+    return [names[i] for i in torch.randperm(len(names), generator=generator)]
 
 
 def parse(sentence: str) -> Attributes:
@@ -209,7 +214,7 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         self.image_size = image_size
         self.seed = seed
         self.labels = labels
-        self.class_names = [str(attributes) for attributes in ALL_ATTRIBUTES]
+        self.class_names = list(map(str, ALL_ATTRIBUTES))
         # One generator for everything, in this order: the images of a seed must not change.
         generator = torch.Generator().manual_seed(seed)
         sampled = sample_attributes(length, held_out, generator)

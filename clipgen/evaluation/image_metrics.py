@@ -1,4 +1,4 @@
-"""What is measured of each image: the settings and networks of the metrics."""
+"""The settings and networks of the metrics, applied to batches of images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ImageMetrics:
     Args:
         features: feature space of FID, KID, precision and recall, and of IS if it is a classifier's. None: no such
             metric.
-        radii: radii of the Gaussian blur before the features; 0 is no blur.
+        radii: radii of the Gaussian blur before the features; 0 disables it.
         clips: CLIP models of the CLIP scores, by name.
         captioner: captioner of CapS.
         captioner_name: name of the captioner, which identifies it.
@@ -49,7 +49,7 @@ class ImageMetrics:
 
     @property
     def feature_config(self) -> dict[str, Any]:
-        """What must be equal on both sides of a comparison."""
+        """The settings that must be equal on both sides of a comparison."""
         return {"features": self.features.identity if self.features else None, "radii": list(self.radii)}
 
     def identity(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Measure how often an independent classifier recognizes the class in images generated for it.
 
-    python -m clipgen recognise --data data/cifar10 --checkpoint outputs/transformer/... --output runs/recognise
+    python -m clipgen recognize --data data/cifar10 --checkpoint outputs/transformer/... --output runs/recognize
 
 The classifier is trained once, on the real images of the shards only, and kept in --classifier. Then images of every
 class are generated from the prompt "a photo of a {label}", with the sampling parameters of clipgen-sample.
@@ -155,8 +155,8 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--output",
         type=Path,
-        default=Path("runs/recognise"),
-        help="folder of grid.png and recognised.json (default: %(default)s)",
+        default=Path("runs/recognize"),
+        help="folder of grid.png and recognized.json (default: %(default)s)",
     )
     classifier = p.add_argument_group("classifier")
     classifier.add_argument(
@@ -175,12 +175,12 @@ def main() -> None:
     if args.steps < 1:
         parser().error(f"--steps must be at least 1, got {args.steps}")
     if not (args.data / "classes.json").is_file():
-        sys.exit(f"recognise.py: error: no classes.json in {args.data}; scripts/make_shards.py writes it")
+        sys.exit(f"recognize.py: error: no classes.json in {args.data}; scripts/make_shards.py writes it")
     class_names = json.loads((args.data / "classes.json").read_text())
     try:
         net = load_or_train(args.classifier, args.data, len(class_names), args.image_size, args.steps)
     except ValueError as error:
-        sys.exit(f"recognise.py: error: {error}")
+        sys.exit(f"recognize.py: error: {error}")
     print(f"classifier on real validation images: {real_accuracy(net, args.data, args.image_size):.4f}")
     if args.checkpoint:
         evaluate(args, net, class_names)
@@ -198,7 +198,7 @@ def evaluate(args: argparse.Namespace, net: nn.Module, class_names: list[str]) -
     results["all"] = correct.mean().item()
     results["settings"] = {**asdict(params), "rerank_from": args.rerank_from, "seed": args.seed}
     args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / "recognised.json", results)
+    write_json(args.output / "recognized.json", results)
     save_png(class_grid(images, class_names), args.output / "grid.png")
     print(json.dumps(results, indent=2))
 
