@@ -7,9 +7,9 @@ are generated from random noise, and the image with the highest CLIP score is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -127,13 +127,27 @@ def search(
     # Sorted by index, so that a search with all classes samples the same ones whatever CLIP's ranking.
     candidates = top_labels(label_embeddings, target, k).sort().values
     noise, classes = sample_inputs(generator.noise_dim, candidates, num_images, f"{seed} {prompt}")
+    batches = score_batches(generator, clip, target, noise, classes, batch_size)
+    return collect_result(batches, classes, return_images)
+
+
+def score_batches(
+    generator: Generator, clip: FrozenCLIP, target: Tensor, noise: Tensor, classes: Tensor, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the generator's images and their cosine similarity (B,) with a target (E,), batch by batch."""
+    for noise_batch, class_batch in zip(noise.split(batch_size), classes.split(batch_size)):
+        images = generator(noise_batch.to(generator.device), class_batch.to(generator.device))
+        with torch.no_grad():
+            yield images, (clip.encode_image(images.to(clip.device)) @ target).cpu()
+
+
+def collect_result(batches: Iterable[tuple[Tensor, Tensor]], classes: Tensor, return_images: bool) -> SearchResult:
+    """Return the result of a search from batches of images and scores."""
     best_image = torch.empty(0)
     best_score = -2.0
     scores: list[Tensor] = []
     kept: list[Tensor] = []
-    for images in generate_batches(generator, noise, classes, batch_size):
-        with torch.no_grad():
-            batch_scores = (clip.encode_image(images.to(clip.device)) @ target).cpu()
+    for images, batch_scores in batches:
         scores.append(batch_scores)
         if batch_scores.max() > best_score:
             best_score = batch_scores.max().item()
@@ -148,12 +162,6 @@ def search(
         curve=all_scores.cummax(dim=0).values,
         images=torch.cat(kept) if return_images else None,
     )
-
-
-def generate_batches(generator: Generator, noise: Tensor, classes: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """Yield the generator's images, batch by batch."""
-    for noise_batch, class_batch in zip(noise.split(batch_size), classes.split(batch_size)):
-        yield generator(noise_batch.to(generator.device), class_batch.to(generator.device))
 
 
 def sample_inputs(noise_dim: int, candidates: Tensor, count: int, key: str) -> tuple[Tensor, Tensor]:
@@ -234,10 +242,10 @@ def search_table(
         generator: the generator.
         clip: the CLIP model.
         prompts: the texts.
-        threshold: mean CLIP score of real images and their captions, see ``real_score``. None: images are not counted.
+        threshold: mean CLIP score of real images, see ``real_score``. None: images are not counted.
         ks: numbers of classes; larger ones than the number of classes are replaced by it.
         num_images: images per search.
-        seeds: seeds, over which the paper averages.
+        seeds: seeds to average over.
         batch_size: images per batch.
         template: template of the class names, see ``encode_labels``.
         return_images: let the callback receive all images, for example to compute FID.
@@ -246,22 +254,17 @@ def search_table(
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     label_embeddings = encode_labels(clip, generator.class_names, template)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "label_embeddings": label_embeddings,
+        "return_images": return_images,
+    }
     rows = []
     for k in sorted({min(k, len(generator.class_names)) for k in ks}):
         curves = torch.empty(len(seeds), len(prompts), num_images)
         for seed_number, seed in enumerate(seeds):
             for prompt_number, prompt in enumerate(prompts):
-                result = search(
-                    generator,
-                    clip,
-                    prompt,
-                    k,
-                    num_images,
-                    seed,
-                    batch_size=batch_size,
-                    label_embeddings=label_embeddings,
-                    return_images=return_images,
-                )
+                result = search(generator, clip, prompt, k, num_images, seed, **options)
                 curves[seed_number, prompt_number] = result.curve
                 if callback:
                     callback(k, seed, prompt_number, result)

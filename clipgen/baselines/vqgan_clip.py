@@ -65,9 +65,7 @@ def vqgan_clip(
 ) -> Tensor:
     """Return images that CLIP finds similar to embeddings, by Adam on the latents of a VQ-GAN.
 
-    Each step quantizes the latents (with a straight-through gradient), decodes them, augments the image ``cutouts``
-    times, and minimizes the mean squared great-circle distance between CLIP's embeddings and the target. Latents start
-    as random codes and are clamped to the range of the codebook.
+    Each step quantizes, decodes and augments, and minimizes the squared great-circle distance to the target.
 
     Args:
         vqgan: the tokenizer.
@@ -80,8 +78,7 @@ def vqgan_clip(
         noise: largest standard deviation of the added noise.
         image_size: height and width in pixels; None: the VQ-GAN's training resolution.
         seed: image i uses ``seed + i``; or one seed per image.
-        batch_size: images per batch. With 1 an image does not depend on the others at all. Larger batches, which suit
-            a GPU, differ by floating-point rounding, which many steps amplify.
+        batch_size: images per batch; with 1 they do not depend on each other, not even by floating-point rounding.
         callback: called after each step.
 
     Returns:
@@ -92,25 +89,37 @@ def vqgan_clip(
     """
     augmentation = AugmentationParams(cutouts, smallest_cut, noise)
     size = image_size or vqgan.autoencoder_config.resolution
+    check_arguments(vqgan, clip, clip_embedding, size, steps, learning_rate, batch_size)
+    seeds = per_sample_seeds(seed, len(clip_embedding))
+    images = []
+    for start in range(0, len(seeds), batch_size):
+        batch = slice(start, start + batch_size)
+        generators = [torch.Generator(vqgan.device).manual_seed(image_seed) for image_seed in seeds[batch]]
+        latents = Latents(vqgan, generators, size // vqgan.downsampling)
+        images.append(optimize(latents, clip, clip_embedding[batch], augmentation, steps, learning_rate, callback))
+    return torch.cat(images)
+
+
+def check_arguments(
+    vqgan: VQGAN,
+    clip: FrozenCLIP,
+    clip_embedding: Tensor,
+    image_size: int,
+    steps: int,
+    learning_rate: float,
+    batch_size: int,
+) -> None:
+    """Raise ValueError if an argument of ``vqgan_clip`` is out of range."""
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
-    if size < 1 or size % vqgan.downsampling:
-        raise ValueError(f"image_size must be divisible by {vqgan.downsampling}, got {size}")
+    if image_size < 1 or image_size % vqgan.downsampling:
+        raise ValueError(f"image_size must be divisible by {vqgan.downsampling}, got {image_size}")
     if clip_embedding.ndim != 2 or clip_embedding.shape[1] != clip.embed_dim:
         raise ValueError(f"clip_embedding must be (B, {clip.embed_dim}), got {tuple(clip_embedding.shape)}")
-    generators = [torch.Generator(vqgan.device).manual_seed(s) for s in per_sample_seeds(seed, len(clip_embedding))]
-    images = []
-    for start in range(0, len(clip_embedding), batch_size):
-        batch = slice(start, start + batch_size)
-        latents = Latents(vqgan, generators[batch], size // vqgan.downsampling)
-        optimize(latents, clip, clip_embedding[batch].detach(), augmentation, steps, learning_rate, callback)
-        with torch.no_grad():
-            images.append(latents.images().clamp(-1, 1))
-    return torch.cat(images)
 
 
 def optimize(
@@ -121,8 +130,9 @@ def optimize(
     steps: int,
     learning_rate: float,
     callback: StepCallback | None,
-) -> None:
-    """Optimize the latents of a batch in place; the arguments are those of ``vqgan_clip``."""
+) -> Tensor:
+    """Optimize the latents of a batch and return their images; the arguments are those of ``vqgan_clip``."""
+    target = target.detach()
     optimizer = torch.optim.Adam([latents.z], lr=learning_rate)
     cutouts = augmentation.cutouts
     for step in range(steps):
@@ -135,10 +145,14 @@ def optimize(
         latents.clamp_()
         if callback:
             callback(step, loss.detach())
+    with torch.no_grad():
+        return latents.images().clamp(-1, 1)
 
 
 class Latents:
     """The optimized variables: latents ``z`` (B, D, h, w) in the space of the codebook, which any quantizer has.
+
+    They start as random codes and are clamped to the range of the codebook.
 
     Args:
         vqgan: the tokenizer.

@@ -69,13 +69,16 @@ def imagenet_class_names() -> list[str]:
 
 def parse_lines(text: str) -> list[Caption]:
     """Parse one caption per line, all with a file name and a tab before them or all without."""
-    lines = [line.partition("\t") for line in text.split("\n") if line.strip()]
-    with_file = [bool(tab) for _, tab, _ in lines]
-    if all(with_file):
-        return [Caption(file.strip(), caption.strip()) for file, _, caption in lines]
-    if any(with_file):
+    captions = []
+    for line in filter(str.strip, text.split("\n")):
+        before_tab, tab, after_tab = line.partition("\t")
+        if tab:
+            captions.append(Caption(before_tab.strip(), after_tab.strip()))
+        else:
+            captions.append(Caption(None, line.strip()))
+    if len({caption.file is None for caption in captions}) > 1:
         raise ValueError("a file name and a tab must stand before every caption, or before none")
-    return [Caption(None, caption.strip()) for caption, _, _ in lines]
+    return captions
 
 
 def parse_json(content: Any) -> list[Caption]:
@@ -126,9 +129,9 @@ def captions_of_files(root: Path, files: Sequence[str], captions: Sequence[Capti
     by_file: dict[str, str] = {}
     for file, text in captions:
         by_file.setdefault(str(file), text)
-    missing = [file for file in files if file not in by_file]
-    if missing:
-        raise ValueError(f"captions must name every image of {root}, got none for {missing[0]}")
+    for file in files:
+        if file not in by_file:
+            raise ValueError(f"captions must name every image of {root}, got none for {file}")
     return [by_file[file] for file in files]
 
 
