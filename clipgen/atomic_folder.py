@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipgen.files import durable, naming, read_json, write_json
+from clipgen.files import flush_to_disk, read_json, with_path_in_errors, write_json
 
 NAMES = "names.json"  # of the new entries, in a folder whose moves have begun
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<node>[\w-]+)\.(?P<pid>\d+)\.\w+\.(?P<state>partial|swapping)")
@@ -43,7 +43,7 @@ def replace_folder(path: str | Path, entries: Collection[str]) -> Iterator[Path]
     inside = path.is_dir() and not replaceable(path, entries)
     staging = stage(path, path if inside else path.parent)
     try:
-        with naming(path):
+        with with_path_in_errors(path):
             (staging / "new").mkdir()
             yield staging / "new"
             flush(staging / "new")
@@ -73,7 +73,7 @@ def put(path: Path, staging: Path, entries: Collection[str]) -> Path:
         new.rename(path)
     elif staging.parent == path or not exchange(new, path):
         staging = move_entries(path, staging, entries)
-    durable(path.parent)
+    flush_to_disk(path.parent)
     return staging
 
 
@@ -98,7 +98,7 @@ def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
     write_json(staging / NAMES, {"names": sorted(names), "entries": sorted({*entries, *names})})
     (staging / "old").mkdir()
     swapping = staging.rename(staging.with_suffix(".swapping"))
-    durable(swapping.parent)
+    flush_to_disk(swapping.parent)
     try:
         complete(path, swapping)
     except OSError:
@@ -127,7 +127,7 @@ def complete(path: Path, swapping: Path) -> None:
             current.rename(old)
         if waits:
             new.rename(current)
-    durable(path)
+    flush_to_disk(path)
 
 
 def undo(path: Path, swapping: Path) -> None:
@@ -153,7 +153,7 @@ def finish_swap(path: str | Path) -> None:
         parts = [left / "new", left / "old"]
         if any(part.is_symlink() or not part.is_dir() for part in parts):  # not ours
             continue
-        with naming(path):
+        with with_path_in_errors(path):
             complete(path, left)
         shutil.rmtree(left, ignore_errors=True)
 
@@ -201,5 +201,5 @@ def flush(folder: Path) -> None:
     """Flush all files and folders below a folder to the disk."""
     for parent, _, files in os.walk(folder):
         for name in files:
-            durable(Path(parent) / name)
-        durable(Path(parent))
+            flush_to_disk(Path(parent) / name)
+        flush_to_disk(Path(parent))

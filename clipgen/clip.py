@@ -103,7 +103,7 @@ class FrozenCLIP(nn.Module):
         self.eval()
 
     @classmethod
-    def named(cls, name: str) -> FrozenCLIP:
+    def from_spec(cls, name: str) -> FrozenCLIP:
         """A CLIP by ``MODEL`` or ``MODEL:TAG``, as command lines write it; ``hf-hub:`` names have no tag."""
         model, _, tag = (name, "", "") if name.startswith(("hf-hub:", "local-dir:")) else name.partition(":")
         return cls(model, tag or None)

@@ -1,4 +1,4 @@
-"""Atomic and durable writes of files, readers of text, JSON and YAML, and errors that name the file."""
+"""Atomic and flush_to_disk writes of files, readers of text, JSON and YAML, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_YAML = 2**20
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def with_path_in_errors(path: Path) -> Iterator[None]:
     """Add the path to an OSError raised inside: errors in the middle of a write (a full disk) carry none."""
     try:
         yield
@@ -30,16 +30,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with naming(path):
+        with with_path_in_errors(path):
             yield partial
-            durable(partial)
+            flush_to_disk(partial)
             partial.replace(path)
-            durable(path.parent)
+            flush_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def durable(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Flush a file or folder to the disk: without it, a rename can survive a power loss that its content does not."""
     if path.is_dir() and os.name == "nt":  # Windows does not open folders
         return

@@ -60,14 +60,14 @@ class TextToImage(ImageGenerator):
     def load(cls, path_or_name: str | Path) -> TextToImage:
         """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, what ``save`` wrote, or
         ``"hf-hub:OWNER/NAME"``, what ``push_to_hub`` uploaded."""
-        path = model_folder.located(path_or_name)
+        path = model_folder.resolve_path(path_or_name)
         root = run_folder(path)
         finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
         check_inside(root, *models, BRIDGE)
         bridge = EmbeddingProjector.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
         transformer, vqgan = ConditionalTransformer.load(path), VQGAN.load(root)
-        check_bound(model_folder.find(path, "ConditionalTransformer"), vqgan)
+        check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
         pipe = cls(vqgan, transformer, load_clip(root), bridge)
         pipe.training = training_settings(root)
         return pipe

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
-from clipgen.checkpoint.safe_load import below
+from clipgen.checkpoint.safe_load import strip_prefix
 from clipgen.clip import FrozenCLIP
 from clipgen.data.validation_sampler import real_rows
 from clipgen.images import images_from_batch
@@ -333,19 +333,19 @@ class ConditionalTransformer(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights(self, self.global_step)
-        checkpoint["clipgen_model"] = model_folder.kind(type(self))
+        checkpoint["clipgen_model"] = model_folder.model_name_of(type(self))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write a model folder with the EMA weights if there are any, else the trained ones."""
         check_weights(self.eval_model)
         state = {f"gpt.{name}": tensor for name, tensor in self.eval_model.state_dict().items()}
-        return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
+        return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Load a model folder, a run folder or a checkpoint of stage 2, ``"shapes"`` (bundled), or the transformer of a
         pipeline ``"hf-hub:OWNER/NAME"``; in evaluation mode."""
-        arguments, state = model_folder.load(path, model_folder.kind(cls))
+        arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 
     @classmethod
@@ -354,7 +354,7 @@ class ConditionalTransformer(pl.LightningModule):
 
         ``model_folder.build`` checks both first.
         """
-        if not below("ema.", state):  # a folder holds one set of weights: do not allocate EMA weights
+        if not strip_prefix("ema.", state):  # a folder holds one set of weights: do not allocate EMA weights
             arguments = arguments | {"optimizer": arguments.get("optimizer", {}) | {"ema_decay": 0.0}}
         model = cls(**arguments)
         model.load_state_dict(state)
@@ -376,7 +376,7 @@ class ConditionalTransformer(pl.LightningModule):
         net: Any = self.gpt.transformer
         state = gpt2.load_gpt2_weights(name, net.config)
         for part in ("h", "ln_f"):
-            getattr(net, part).load_state_dict(below(f"{part}.", state))
+            getattr(net, part).load_state_dict(strip_prefix(f"{part}.", state))
         if self.gpt_config.pos_embed_init == "normal":
             positions = state["wpe.weight"][: self.num_tokens]
             net.wpe.weight.data[: len(positions)] = positions
@@ -391,6 +391,6 @@ class ConditionalTransformer(pl.LightningModule):
         Args:
             n_head: heads leave no trace in the weights; None: they are 64 wide, as in all sizes of that project.
         """
-        with model_folder.fitting(checkpoint, cls.__name__):
+        with model_folder.named_load_errors(checkpoint, cls.__name__):
             arguments, state = hfailab.transformer(checkpoint, n_head)
         return model_folder.build(cls, arguments, state, checkpoint)

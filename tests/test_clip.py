@@ -236,7 +236,7 @@ def test_unknown_names_and_weights(name, tag, message):
 def test_names_of_command_lines(monkeypatch, name, expected):
     asked = []
     monkeypatch.setattr(FrozenCLIP, "__init__", lambda self, *arguments: asked.append(arguments))
-    FrozenCLIP.named(name)
+    FrozenCLIP.from_spec(name)
     assert asked == [expected]
 
 

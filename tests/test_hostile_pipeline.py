@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from clipgen import TextToImage, atomic_folder, files
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
-from clipgen.files import atomic_write, durable, read_json, read_yaml, write_json
+from clipgen.files import atomic_write, flush_to_disk, read_json, read_yaml, write_json
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.model_card import cell, settings_of, training_settings
 from clipgen.run_folder import vqgan_identity
@@ -421,7 +421,7 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    durable(tmp_path)
+    flush_to_disk(tmp_path)
 
 
 def test_training_settings_of_nothing(tmp_path):

@@ -82,7 +82,7 @@ class ClassConditionalGenerator(ImageGenerator):
         """Load a run folder of ``clipgen-train stage=transformer data=cached data.conditioning=class``, or a checkpoint
         inside one."""
         transformer, vqgan = ClassConditionalTransformer.load(path), VQGAN.load(run_folder(path))
-        check_bound(model_folder.find(model_folder.located(path), "ClassConditionalTransformer"), vqgan)
+        check_bound(model_folder.find_model(model_folder.resolve_path(path), "ClassConditionalTransformer"), vqgan)
         return cls(vqgan, transformer, **settings)
 
     def find(self, label: str | int) -> int:

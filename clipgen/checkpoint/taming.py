@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from clipgen.checkpoint.model_folder import Model
-from clipgen.checkpoint.safe_load import below, read_weights
+from clipgen.checkpoint.safe_load import read_weights, strip_prefix
 from clipgen.files import one_line
 from clipgen.models.discriminator import sizes_from_state
 
@@ -30,11 +30,11 @@ def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Mod
         config = read_yaml(Path(config).expanduser())
     state = read_weights(checkpoint, "state_dict", "encoder.conv_in.weight", "taming-transformers")
     weights = {k: v for k, v in state.items() if k.startswith(TOKENIZER)}
-    discriminator = below("loss.discriminator.main.", state)
+    discriminator = strip_prefix("loss.discriminator.main.", state)
     if any(name.endswith(".loc") for name in discriminator):  # ActNorm in the place of batch norm: not ours
         discriminator = {}
     weights |= {f"discriminator.main.{k}": v for k, v in discriminator.items()}
-    weights |= {f"lpips.{k}": v for k, v in below("loss.perceptual_loss.", state).items() if "scaling" not in k}
+    weights |= {f"lpips.{k}": v for k, v in strip_prefix("loss.perceptual_loss.", state).items() if "scaling" not in k}
     arguments = arguments_of(config)
     arguments["gan"] |= sizes_from_state(discriminator)
     return arguments, weights

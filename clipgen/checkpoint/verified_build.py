@@ -55,7 +55,7 @@ def build(model: type[Model], arguments: Any, state: State, path: str | Path) ->
     Raises:
         ValueError: they do not fit; the message names the file.
     """
-    with fitting(path, model.__name__):
+    with named_load_errors(path, model.__name__):
         check_arguments(model, arguments, len(state))
         rehearse(model, arguments, state)
         made: Model = model.from_state(arguments, state)  # type: ignore[attr-defined]
@@ -63,7 +63,7 @@ def build(model: type[Model], arguments: Any, state: State, path: str | Path) ->
 
 
 @contextmanager
-def fitting(path: str | Path, model: str) -> Iterator[None]:
+def named_load_errors(path: str | Path, model: str) -> Iterator[None]:
     """Name the file in every error that its arguments or weights lead to."""
     try:
         yield

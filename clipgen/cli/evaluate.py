@@ -211,7 +211,7 @@ def make_measure(args: argparse.Namespace, with_captions: bool) -> ImageMetrics:
 
     device = args.device or default_device()
     names = args.clip or (["ViT-B-32-quickgelu:openai"] if with_captions else [])
-    clips = {name: FrozenCLIP.named(name).to(device) for name in names if name != "none"}
+    clips = {name: FrozenCLIP.from_spec(name).to(device) for name in names if name != "none"}
     features = None if args.features == "none" else feature_extractor(args.features).to(device)
     classes = [caption for _, caption in sentences(args)] if args.classes else []
     if features is None or features.num_classes != len(classes):

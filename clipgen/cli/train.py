@@ -288,7 +288,7 @@ def fit(
 ) -> None:
     """Train, then leave the finished model in the run folder."""
     from clipgen import ConditionalTransformer
-    from clipgen.checkpoint.model_folder import FOLDERS, kind
+    from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
     from clipgen.cli.resume_args import ARGUMENTS
     from clipgen.run_folder import bind
     from clipgen.training.resume import LastCheckpoint
@@ -311,7 +311,7 @@ def fit(
     if trainer.is_global_zero:
         best = last.path.with_name("best.ckpt")
         final = last.path if model.last_is_best or not best.is_file() else best  # no validation, no best
-        finished = type(model).load(final).save(output / FOLDERS[kind(type(model))])
+        finished = type(model).load(final).save(output / FOLDERS[model_name_of(type(model))])
         if isinstance(model, ConditionalTransformer):
             bind(finished, output / "vqgan")
         logger.info("Finished %d steps: %s", trainer.global_step, output)

@@ -73,7 +73,7 @@ def feature_extractor(name: str) -> Features:
     if not rest:
         raise ValueError(f"features must be {KINDS}, got {name!r}")
     if kind == "clip":
-        clip = FrozenCLIP.named(rest)
+        clip = FrozenCLIP.from_spec(rest)
         return Features(clip.encode_image, f"{name} {fingerprint(clip.state_dict())}")
     if kind in ("torchvision", "timm"):
         model, _, weights = rest.partition(":")
