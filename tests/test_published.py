@@ -14,7 +14,7 @@ import train_clip
 from commands import command
 from conftest import changed, weights_of
 
-from clipgen.checkpoint import safe_load, taming
+from clipgen.checkpoint import pickle_stubs, safe_load, taming
 from clipgen.models.lpips import lpips_from_state
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -187,7 +187,7 @@ def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
         torch.save({"callbacks": {Fake: {"best": 1.0}}, "state_dict": {}}, tmp_path / "old.ckpt")
     finally:
         real.ModelCheckpoint = original
-    assert list(safe_load.read_checkpoint(tmp_path / "old.ckpt")["callbacks"]) == [safe_load.PickleStub]
+    assert list(safe_load.read_checkpoint(tmp_path / "old.ckpt")["callbacks"]) == [pickle_stubs.PickleStub]
 
 
 @pytest.mark.parametrize(
