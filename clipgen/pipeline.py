@@ -1,4 +1,4 @@
-"""From a sentence to pictures: CLIP embedding -> indices -> images."""
+"""The text-to-image pipeline: prompt -> CLIP embedding -> code indices -> images."""
 
 from __future__ import annotations
 
@@ -25,23 +25,27 @@ from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, to_pil
 from clipgen.model_card import TRAINING, model_card, training_settings
 from clipgen.run_folder import bind, check_bound, check_clip_folder, check_inside, load_clip, run_folder, save_frozen
-from clipgen.sampling import SamplingParams, per_sample_seeds
+from clipgen.sampling import SamplingParams, per_sample_seeds, resolve_params
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
-BRIDGE = "bridge.safetensors"
+PROJECTOR = "projector.safetensors"
 CARD = "README.md"
-ENTRIES = ("vqgan", "transformer", "clip", "clip.json", BRIDGE, TRAINING, CARD)  # of a pipeline's folder
+# What `save` may replace in a folder; other files stay.
+ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR, TRAINING, CARD)
 
 
 class TextToImage(ImageGenerator):
-    """The whole of CLIP-GEN: a tokenizer, a transformer and the CLIP that the transformer was trained with.
+    """The whole of CLIP-GEN: a VQ-GAN, a transformer, and the CLIP that the transformer was trained with.
 
     pipe = TextToImage.load("shapes")
     pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
 
     Args:
-        bridge: moves the embeddings of sentences to where those of images lie; None leaves them where they are.
+        vqgan: decodes code indices to images.
+        transformer: samples code indices from CLIP embeddings.
+        clip: embeds prompts; reranks images.
+        projector: moves text embeddings towards image embeddings; None uses them as they are.
     """
 
     def __init__(
@@ -49,34 +53,46 @@ class TextToImage(ImageGenerator):
         vqgan: VQGAN,
         transformer: ConditionalTransformer,
         clip: FrozenCLIP,
-        bridge: EmbeddingProjector | None = None,
+        projector: EmbeddingProjector | None = None,
     ):
-        transformer.attach_encoders(vqgan, clip)  # refuses parts that do not belong together
+        transformer.attach_encoders(vqgan, clip)  # raises an error if they do not fit together
         super().__init__(vqgan, transformer)
-        self.clip, self.bridge = clip, bridge
-        self.training: dict[str, Any] = {}  # see ``training_settings``
+        self.clip = clip
+        self.projector = projector
+        self.training: dict[str, Any] = {}  # see `training_settings`
+
+    # -------------------------------------------------------------------------------------------------------- files
 
     @classmethod
     def load(cls, path_or_name: str | Path) -> TextToImage:
-        """Load ``"shapes"`` (bundled), a run folder of stage 2, a checkpoint inside one, what ``save`` wrote, or
-        ``"hf-hub:OWNER/NAME"``, what ``push_to_hub`` uploaded."""
+        """Load a pipeline.
+
+        Args:
+            path_or_name: ``"shapes"`` (bundled); a run folder of stage 2, or a checkpoint inside one; a folder written
+                by ``save``; or ``"hf-hub:OWNER/NAME"``, uploaded by ``push_to_hub``.
+        """
         path = model_folder.resolve_path(path_or_name)
         root = run_folder(path)
         finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
-        check_inside(root, *models, BRIDGE)
-        bridge = EmbeddingProjector.load(root / BRIDGE) if (root / BRIDGE).is_file() else None
-        transformer, vqgan = ConditionalTransformer.load(path), VQGAN.load(root)
+        check_inside(root, *models, PROJECTOR)
+        projector = EmbeddingProjector.load(root / PROJECTOR) if (root / PROJECTOR).is_file() else None
+        transformer = ConditionalTransformer.load(path)
+        vqgan = VQGAN.load(root)
         check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
-        pipe = cls(vqgan, transformer, load_clip(root), bridge)
+        pipe = cls(vqgan, transformer, load_clip(root), projector)
         pipe.training = training_settings(root)
         return pipe
 
     def save(self, path: str | Path, half: bool = False) -> Path:
-        """Write tokenizer, CLIP and transformer below a folder, with a model card; what ``load`` reads.
+        """Write VQ-GAN, CLIP, transformer and a model card to a folder that ``load`` reads.
 
-        An older pipeline there is replaced in one step; other files stay. If the process is killed, ``load`` finds the
-        old pipeline or the new one, see ``swap``.
+        An older pipeline there is replaced in one step; other files stay. If the process is killed, ``load`` finds
+        either the old pipeline or the new one, see ``atomic_folder``.
+
+        Args:
+            path: the folder.
+            half: save the weights in 16 bits.
         """
         path = Path(path)
         check_parts(path.expanduser())
@@ -84,62 +100,87 @@ class TextToImage(ImageGenerator):
             save_frozen(partial, self.vqgan, self.clip, half)
             self.transformer.save(partial / "transformer", half)
             bind(partial / "transformer", partial / "vqgan")
-            if self.bridge:
-                self.bridge.save(partial / BRIDGE)
+            if self.projector:
+                self.projector.save(partial / PROJECTOR)
             if self.training:
                 write_json(partial / TRAINING, self.training)
-            if not keep_card(path.expanduser() / CARD, partial / CARD):
+            if not copy_user_card(path.expanduser() / CARD, partial / CARD):
                 card = model_card(self.vqgan, self.transformer, self.clip, self.training)
                 (partial / CARD).write_text(card, "utf-8")
         return path
 
     def push_to_hub(self, name: str, private: bool = False) -> str:
-        """Upload to the Hugging Face hub as ``OWNER/NAME``, for ``load("hf-hub:OWNER/NAME")``; returns the address."""
+        """Upload to the Hugging Face hub, for ``load("hf-hub:OWNER/NAME")``; return the address.
+
+        Args:
+            name: ``"OWNER/NAME"``.
+            private: create a private repository.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        before = [BRIDGE, TRAINING, "clip/*"]  # of a pipeline that was there: this one may have none
+        # Optional parts of an older pipeline there must not stay beside this one.
+        optional = [PROJECTOR, TRAINING, "clip/*"]
         with tempfile.TemporaryDirectory() as folder:
-            api.upload_folder(repo_id=address.repo_id, folder_path=self.save(folder), delete_patterns=before)
+            self.save(folder)
+            api.upload_folder(repo_id=address.repo_id, folder_path=folder, delete_patterns=optional)
         return str(address)
 
     @property
     def parts(self) -> list[nn.Module]:
-        """What a device holds."""
-        return [*super().parts, self.clip, *([] if self.bridge is None else [self.bridge])]
+        """The modules that ``to`` moves to a device."""
+        modules = [*super().parts, self.clip]
+        if self.projector is not None:
+            modules.append(self.projector)
+        return modules
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of what draws: transformer and tokenizer as they were when first asked for it, and bridge."""
-        bridge = {} if self.bridge is None else self.bridge.state_dict()
-        return self._fingerprint + (f"-{model_folder.fingerprint(bridge)[:4]}" if bridge else "")
+        """A short hash of the weights: transformer and VQ-GAN before any cast, and the projector if there is one."""
+        state = {} if self.projector is None else self.projector.state_dict()
+        if not state:
+            return self._fingerprint
+        return f"{self._fingerprint}-{model_folder.fingerprint(state)[:4]}"
+
+    # --------------------------------------------------------------------------------------------------- embeddings
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Sentences -> embeddings (B, E), unit norm, where this pipeline draws from: behind the bridge."""
-        found = self.clip.encode_text(texts)
-        return found if self.bridge is None else self.bridge(found)
+        """Return the embeddings (B, E) of texts, unit norm, moved by the projector if there is one."""
+        embeddings = self.clip.encode_text(texts)
+        return embeddings if self.projector is None else self.projector(embeddings)
 
     @torch.no_grad()
-    def embed(self, prompt: Prompt, bridged: bool = True) -> Tensor:
-        """The CLIP embedding (1, E), unit norm, of what is asked for.
+    def embed(self, prompt: Prompt, projected: bool = True) -> Tensor:
+        """Return the CLIP embedding (1, E) of a prompt, unit norm.
 
         Args:
-            prompt: a sentence; a picture, for variations of it; a mixture ``{"a cat": 0.7, "a dog": 0.3}`` of
-                sentences, with negative weights too; or an embedding (E,).
-            bridged: move sentences to where images lie, which is what is drawn from; else as CLIP gives them.
+            prompt: a text; an image, to generate variations of it; a mixture ``{"a cat": 0.7, "a dog": 0.3}`` of
+                texts, whose weights may be negative; or an embedding (E,).
+            projected: apply the projector to texts, as for generating; otherwise return CLIP's own embeddings.
         """
-        encode_text = self.encode_text if bridged else self.clip.encode_text
+        encode_text = self.encode_text if projected else self.clip.encode_text
         if isinstance(prompt, str):
             return encode_text([prompt])
         if isinstance(prompt, Image.Image):
             return self.clip.encode_image(from_pil(prompt).to(self.clip.device))
         if isinstance(prompt, Tensor):
-            if prompt.shape not in ((width := self.clip.embed_dim,), (1, width)):
+            width = self.clip.embed_dim
+            if prompt.shape not in ((width,), (1, width)):
                 raise ValueError(f"an embedding must be ({width},), got {tuple(prompt.shape)}")
             return F.normalize(prompt.reshape(1, -1).float().to(self.clip.device), dim=-1)
         weights = torch.tensor(list(prompt.values()), dtype=torch.float32, device=self.clip.device)
         return F.normalize(weights[None] @ encode_text(list(prompt)), dim=-1)
+
+    @torch.no_grad()
+    def clip_scores(self, images: Tensor, clip_embedding: Tensor) -> Tensor:
+        """Return the cosine similarity (B,) of images (B, 3, H, W) and embeddings (B, E), pair by pair."""
+        scores = []
+        for image_batch, embeddings in zip(images.split(DECODE_BATCH_SIZE), clip_embedding.split(DECODE_BATCH_SIZE)):
+            scores.append((self.clip.encode_image(image_batch) * embeddings).sum(dim=1))
+        return torch.cat(scores)
+
+    # --------------------------------------------------------------------------------------------------- generation
 
     def __call__(
         self,
@@ -158,47 +199,43 @@ class TextToImage(ImageGenerator):
         """Generate images for a prompt, or for a list of prompts, which are batched together.
 
         Args:
-            prompt: a sentence, or anything else that ``embed`` takes; or a list of these.
+            prompt: a text, or anything else that ``embed`` takes; or a list of these.
             num_images: images per prompt.
-            params: sampling parameters; or pass them by name (``sampling``): temperature, top_k, top_p,
-                guidance_scale, guidance_power, see ``SamplingParams``.
+            params: sampling parameters.
             rerank_from: number of candidates per prompt; the ``num_images`` with the highest CLIP score are returned.
             seed: image i of a prompt uses ``seed + i`` (None: a random seed). It is recorded in the image's ``info``.
             outpaint: image to complete: its upper part is kept, the rest is generated.
             keep_fraction: fraction of the height of ``outpaint`` that is kept.
             preview: called after each row of indices with the images so far, (B, 3, h, W) in [-1, 1].
             progress: called after each row of indices with the work done since the last call, in images (a fraction).
+            sampling: temperature, top_k, top_p, guidance_scale, guidance_power; they override ``params``.
 
         Returns:
-            PIL images, prompt by prompt; by descending CLIP score if reranked. Their ``info`` holds prompt, seed and
-            sampling parameters.
+            PIL images, prompt by prompt, best first if reranked. Their ``info`` holds prompt, seed and parameters.
         """
-        params = params or SamplingParams(**sampling)
-        prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        if not prompts:
-            raise ValueError("prompt must hold at least one prompt, got an empty list")
-        for each in prompts:
-            check_request(each, num_images, rerank_from)
-        num_candidates = rerank_from or num_images
-        seeds = per_sample_seeds(seed, num_candidates)
-        # One at a time: embeddings of a batch differ by floating-point rounding, and would change the images.
-        embeddings = torch.cat([self.embed(each) for each in prompts])
-        images = self.generate(
-            embeddings.repeat_interleave(num_candidates, dim=0),
+        params = resolve_params(params, sampling)
+        prompts = checked_prompts(prompt, num_images, rerank_from)
+        seeds = per_sample_seeds(seed, rerank_from or num_images)
+        # Prompts are embedded one at a time: a batch differs by floating-point rounding, which changes the images.
+        embeddings = torch.cat([self.embed(item) for item in prompts])
+        candidates = self.generate(
+            embeddings.repeat_interleave(len(seeds), dim=0),
             seeds * len(prompts),
             params,
-            prefix=None if outpaint is None else self.upper_indices(outpaint, keep_fraction),
+            prefix=self._prefix(outpaint, keep_fraction),
             preview=preview,
             progress=progress,
         )
         metadata = self._metadata(params, keep_fraction if outpaint else None)
         results = []
-        for each, candidates in zip(prompts, images.split(num_candidates)):
-            order = self._rank(each, candidates)[:num_images] if rerank_from else list(range(num_images))
-            for i, image in zip(order, to_pil(candidates[order])):
-                image.info.update(prompt_metadata(each), seed=seeds[i], **metadata)
-                results.append(image)
+        for item, images in zip(prompts, candidates.split(len(seeds))):
+            order = self._rank(item, images)[:num_images] if rerank_from else list(range(num_images))
+            results += with_metadata(images[order], item, [seeds[i] for i in order], metadata)
         return results
+
+    def _prefix(self, outpaint: Image.Image | None, keep_fraction: float) -> Tensor | None:
+        """Return the indices (1, P) of the upper part of an image that is to be completed."""
+        return None if outpaint is None else self.upper_indices(outpaint, keep_fraction)
 
     def _metadata(self, params: SamplingParams, keep_fraction: float | None) -> dict[str, Any]:
         """Return what every image's ``info`` records: sampling parameters, model, and dtype if not float32."""
@@ -210,8 +247,8 @@ class TextToImage(ImageGenerator):
         return metadata
 
     def _rank(self, prompt: Prompt, images: Tensor) -> list[int]:
-        """Return the order of images by descending CLIP score with the prompt's own embedding, not the projected one."""
-        embedding = self.embed(prompt, bridged=False).expand(len(images), -1)
+        """Return the order of images by descending CLIP score with the prompt itself, not with its projection."""
+        embedding = self.embed(prompt, projected=False).expand(len(images), -1)
         return self.clip_scores(images, embedding).argsort(descending=True).tolist()
 
     @torch.no_grad()
@@ -229,26 +266,19 @@ class TextToImage(ImageGenerator):
         """Generate one image per CLIP embedding: (B, E) -> (B, 3, H, W) in [-1, 1].
 
         Args:
-            clip_embedding: embeddings of sentences or images, (B, E).
+            clip_embedding: embeddings of texts or images, (B, E).
             seed: image i uses ``seed + i``; or one seed per image.
-            params: sampling parameters; or pass them by name (``sampling``).
+            params: sampling parameters, see ``__call__``.
             prefix: (1, P), the first indices of every image.
             preview: see ``__call__``.
             progress: see ``__call__``.
+            sampling: see ``__call__``.
         """
-        params = params or SamplingParams(**sampling)
+        params = resolve_params(params, sampling)
         uniforms = self.uniforms(seed, len(clip_embedding))
         return self.generate_from_conditions(
             clip_embedding, uniforms, params, prefix=prefix, preview=preview, progress=progress
         )
-
-    @torch.no_grad()
-    def clip_scores(self, images: Tensor, clip_embedding: Tensor) -> Tensor:
-        """Return the cosine similarity (B,) of images (B, 3, H, W) and embeddings (B, E), pair by pair."""
-        scores = []
-        for image_batch, embeddings in zip(images.split(DECODE_BATCH_SIZE), clip_embedding.split(DECODE_BATCH_SIZE)):
-            scores.append((self.clip.encode_image(image_batch) * embeddings).sum(dim=1))
-        return torch.cat(scores)
 
     def interpolate(
         self,
@@ -264,21 +294,31 @@ class TextToImage(ImageGenerator):
         progress: Progress | None = None,
         **sampling: Any,
     ) -> list[Image.Image]:
-        """Generate images along the arc between the embeddings of two prompts, all from one seed.
+        """Generate images along the arc between the embeddings of two prompts, all from the same seed.
 
-        ``steps`` is the number of images; the other arguments are those of ``__call__``.
+        Args:
+            first: prompt of the first image.
+            second: prompt of the last image.
+            steps: number of images, at least 2.
+            params: sampling parameters, see ``__call__``.
+            seed: seed of all images.
+            outpaint: see ``__call__``.
+            keep_fraction: see ``__call__``.
+            preview: see ``__call__``.
+            progress: see ``__call__``.
+            sampling: see ``__call__``.
         """
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
         for prompt in (first, second):
             check_request(prompt, steps, None)
-        params = params or SamplingParams(**sampling)
+        params = resolve_params(params, sampling)
         shared_seed = per_sample_seeds(seed, 1)[0]
         images = self.generate(
             slerp(self.embed(first), self.embed(second), steps),
             [shared_seed] * steps,
             params,
-            prefix=None if outpaint is None else self.upper_indices(outpaint, keep_fraction),
+            prefix=self._prefix(outpaint, keep_fraction),
             preview=preview,
             progress=progress,
         )
@@ -290,11 +330,38 @@ class TextToImage(ImageGenerator):
         return results
 
 
+def checked_prompts(
+    prompt: Prompt | Sequence[Prompt],
+    num_images: int,
+    rerank_from: int | None,
+) -> list[Any]:
+    """Return the prompts of a call, which takes one prompt or a list of them; see ``check_request`` for errors."""
+    prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+    if not prompts:
+        raise ValueError("prompt must hold at least one prompt, got an empty list")
+    for item in prompts:
+        check_request(item, num_images, rerank_from)
+    return prompts
+
+
+def with_metadata(
+    images: Tensor,
+    prompt: Prompt,
+    seeds: Sequence[int],
+    metadata: Mapping[str, Any],
+) -> list[Image.Image]:
+    """Convert images (B, 3, H, W) of one prompt to PIL, and record their metadata in ``info``."""
+    results = to_pil(images)
+    for image, seed in zip(results, seeds):
+        image.info.update(prompt_metadata(prompt), seed=seed, **metadata)
+    return results
+
+
 def prompt_metadata(prompt: Prompt) -> dict[str, Any]:
     """Return what an image's ``info`` records of its prompt."""
     metadata: dict[str, Any] = {"prompt": describe(prompt)}
     if isinstance(prompt, Mapping):
-        metadata["mixture"] = dict(prompt)
+        metadata["prompt_mix"] = dict(prompt)
     return metadata
 
 
@@ -306,19 +373,24 @@ def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
 
 
 def check_parts(root: Path) -> None:
-    """Raise FileExistsError if the name of a pipeline's part holds something else, which saving would remove."""
+    """Raise FileExistsError if saving a pipeline would remove a folder that is not one of its parts."""
     check_clip_folder(root / "clip")
     for name in ("vqgan", "transformer"):
-        part = root / name
-        if part.exists() and not (
-            part.is_dir() and {entry.name for entry in part.iterdir()} <= set(model_folder.FILES)
-        ):
-            raise FileExistsError(f"{part} exists and is more than a model folder: move it away, or name another place")
+        folder = root / name
+        if folder.exists() and not is_model_folder(folder):
+            raise FileExistsError(
+                f"{folder} exists and is more than a model folder: move it away, or name another place"
+            )
 
 
-def keep_card(old: Path, new: Path) -> bool:
-    """Copy a model card that somebody wrote; return False where there is none, or only one of ours."""
-    if not old.is_file() or old.is_symlink() or "library_name: clipgen" in old.read_text("utf-8", "replace"):
+def is_model_folder(folder: Path) -> bool:
+    """Return whether a folder holds the files of a model folder and no others."""
+    return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= set(model_folder.FILES)
+
+
+def copy_user_card(source: Path, target: Path) -> bool:
+    """Copy a model card that a user wrote; return False if there is none, or only a generated one."""
+    if not source.is_file() or source.is_symlink() or "library_name: clipgen" in source.read_text("utf-8", "replace"):
         return False
-    shutil.copyfile(old, new)
+    shutil.copyfile(source, target)
     return True

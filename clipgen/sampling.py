@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,23 @@ class SamplingParams:
             weight = x**power if power >= 0 else (1 - x) ** -power
             scales.append(1 + (self.guidance_scale - 1) * weight)
         return scales
+
+
+def resolve_params(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+    """Return sampling parameters, with some replaced by name.
+
+    Args:
+        params: the parameters; None stands for the defaults.
+        overrides: fields of ``SamplingParams`` and their values.
+
+    Raises:
+        TypeError: a name is not a field of ``SamplingParams``.
+    """
+    names = [field.name for field in fields(SamplingParams)]
+    unknown = [name for name in overrides if name not in names]
+    if unknown:
+        raise TypeError(f"a sampling parameter must be one of {', '.join(names)}, got {', '.join(unknown)}")
+    return replace(params or SamplingParams(), **overrides)
 
 
 def sample_from_logits(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> Tensor:

@@ -136,17 +136,18 @@ class ConditionalTransformer(pl.LightningModule):
 
         Args:
             clip_embedding: (B, E), unit norm.
-            params: sampling parameters; or pass them by name (``settings``): temperature, top_k, top_p,
-                guidance_scale, guidance_power, see ``SamplingParams``.
+            params: sampling parameters.
             seed: sample i uses ``seed + i``; or one seed per sample. A sample does not depend on the rest of the batch.
             uniforms: (B, T) uniform random numbers in [0, 1) for inverse-CDF sampling; override ``seed``.
             prefix: the first indices (B, P), which are kept as they are.
             callback: called at every step with all indices so far, (B, t).
+            settings: fields of ``SamplingParams`` by name, which override those of ``params``: temperature, top_k,
+                top_p, guidance_scale, guidance_power.
 
         Returns:
             (B, T) int64.
         """
-        params = params or sampling.SamplingParams(**settings)
+        params = sampling.resolve_params(params, settings)
         self._check_shapes(clip_embedding, uniforms, prefix)
         logits_fn = self._logits_fn(clip_embedding, params)
         if uniforms is None:

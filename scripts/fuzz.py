@@ -359,7 +359,11 @@ def run_input(name: str, target: Target, seed: int, limits: Limits) -> str | Non
         start, memory = time.process_time(), peak_memory()
         try:
             target.read(path)
+        except MemoryError:
+            return "MemoryError: it takes several times the allowed memory"
         except EXPECTED as error:
+            if ran_out_of_memory(error):
+                return f"an allocation failed: {error!s:.300}"
             if "\n" in str(error).strip() or not str(error).strip():
                 return f"{type(error).__name__} is not one sentence: {str(error)[:300]!r}"
         except BaseException as error:
@@ -372,9 +376,25 @@ def run_input(name: str, target: Target, seed: int, limits: Limits) -> str | Non
     return f"took {grown:.0f} MiB" if grown > limits.memory else None
 
 
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error was caused by a failed allocation."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def peak_memory() -> float:
     """Return the largest memory use of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def limit_address_space(memory: float) -> None:
+    """Make allocations fail that would take several times the allowed memory, instead of filling the machine's."""
+    pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
+    limit = pages * resource.getpagesize() + int(4 * memory * 2**20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def inputs(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
@@ -396,6 +416,7 @@ def inputs(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
 def main() -> None:
     """Run the inputs and report the findings."""
     args = parser().parse_args()
+    limit_address_space(args.memory)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     every, limits, counts, findings = targets(), Limits(args.seconds, args.memory), dict[str, int](), []

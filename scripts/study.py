@@ -123,12 +123,12 @@ def gap(s: Setting) -> list[Row]:
         Row("none", "dropout"),
         Row("noise", "modern"),
         Row("mean shift", "dropout", shift=True),
-        Row("nearest neighbours", "dropout", nearest=True),
+        Row("nearest neighbors", "dropout", nearest=True),
         Row("guidance", "dropout", sampling=s.guidance),
         Row("guidance that fades", "dropout", sampling=power),
         Row("noise, mean shift", "modern", shift=True),
         Row("noise, guidance", "modern", sampling=s.guidance),
-        Row("mean shift, nearest neighbours", "dropout", shift=True, nearest=True),
+        Row("mean shift, nearest neighbors", "dropout", shift=True, nearest=True),
         Row("mean shift, guidance", "dropout", shift=True, sampling=s.guidance),
         Row("noise, mean shift, guidance", "modern", shift=True, sampling=s.guidance),
         Row("all", "modern", shift=True, nearest=True, sampling=s.guidance),
@@ -211,7 +211,7 @@ class Study:
         run = self.trained(row.recipe, seed)
         if row.system == "pipeline":
             pipe = TextToImage.load(run)
-            pipe.bridge = self.bridge(row)
+            pipe.projector = self.projector(row)
             return drawing(pipe, **row.sampling)
         classes = ClassConditionalGenerator.load(run, **row.sampling)
         if row.system == "label":
@@ -227,7 +227,7 @@ class Study:
         """The class of each sentence."""
         return torch.tensor([self.setting.sentences.index(caption) for caption in captions])
 
-    def bridge(self, row: Row) -> EmbeddingProjector | None:
+    def projector(self, row: Row) -> EmbeddingProjector | None:
         """What a row does to the sentences' embeddings."""
         if not (row.shift or row.nearest):
             return None

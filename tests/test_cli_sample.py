@@ -1,4 +1,4 @@
-"""``clipgen-sample``: pictures, what is written into them, which model draws them, and how it says no."""
+"""``clipgen-sample``: files, metadata, the choice of the model, and error messages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from conftest import needs_bf16
 from PIL import Image
 
 import clipgen
-from clipgen.cli import sample
+from clipgen.cli import sample_output
 from clipgen.cli.list_runs import free_folder, newest_run
-from clipgen.cli.sample import sentences_of
+from clipgen.cli.sample_request import join_words
 from clipgen.images import save_png
 
 BUNDLED = Path(clipgen.__file__).parent / "bundled"
@@ -28,7 +28,7 @@ NAME = "00_a-large-blue-ring-on-a-white-background_{}.png"
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """(folder in which both stages were trained, run folder of stage 2)."""
+    """Return the folder in which both stages were trained, and the run folder of stage 2."""
     return trained(tmp_path_factory.getbasetemp())
 
 
@@ -42,8 +42,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_as_a_process_then_again_in_another_folder(call, runs, tmp_path):
-    """The newest run is found and named; the same seed gives the same bytes, also when the run has moved."""
+def test_installed_command_is_reproducible_after_moving_the_run(call, runs, tmp_path):
+    """The newest run is the default and its name is printed."""
     folder, run = runs
     request = ["--prompt", PROMPT, "--num-images", 3, "--seed", 7]
     done = command("clipgen-sample", *request, "--output", tmp_path / "a", cwd=folder)
@@ -57,16 +57,16 @@ def test_as_a_process_then_again_in_another_folder(call, runs, tmp_path):
     assert content(tmp_path / "b") == content(tmp_path / "a")
 
 
-def test_what_is_written_into_the_pictures(call, runs, tmp_path):
+def test_png_metadata_holds_prompt_seed_and_sampling_parameters(call, runs, tmp_path):
     settings = ["--temperature", 0.7, "--top-k", 5, "--top-p", 0.8, "--guidance-scale", 2, "--seed", 3]
     assert call("--prompt", PROMPT, "--num-images", 2, "--checkpoint", runs[1], "--output", "s", *settings).code == 0
     for seed in (3, 4):
-        picture = Image.open(tmp_path / "s" / NAME.format(seed))
-        picture.load()
-        assert picture.size == (32, 32) and picture.text["prompt"] == PROMPT
-        assert picture.text["clipgen"] == clipgen.__version__ and json.loads(picture.text["seed"]) == seed
+        image = Image.open(tmp_path / "s" / NAME.format(seed))
+        image.load()
+        assert image.size == (32, 32) and image.text["prompt"] == PROMPT
+        assert image.text["clipgen"] == clipgen.__version__ and json.loads(image.text["seed"]) == seed
         names = ("temperature", "top_k", "top_p", "guidance_scale")
-        assert [json.loads(picture.text[name]) for name in names] == [0.7, 5, 0.8, 2.0]
+        assert [json.loads(image.text[name]) for name in names] == [0.7, 5, 0.8, 2.0]
 
 
 def test_several_prompts_make_one_grid(call, runs, tmp_path):
@@ -80,17 +80,16 @@ def test_several_prompts_make_one_grid(call, runs, tmp_path):
     assert grid.height > grid.width  # three rows of two
 
 
-def test_a_sheet_has_an_end(call, runs, monkeypatch, tmp_path):
-    """Of thousands of pictures it would be more than viewers open, and than memory holds."""
-    monkeypatch.setattr(sample, "SHEET", 4)
+def test_grid_is_limited_to_the_first_images(call, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample_output, "MAX_GRID_IMAGES", 4)
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n" * 3)
     result = call("--prompts-file", "prompts.txt", "--num-images", 2, "--checkpoint", runs[1], "--output", "s")
-    assert result.stdout.splitlines()[-2:] == ["s/grid.png", "It shows the first 4 of 6 pictures"]
+    assert result.stdout.splitlines()[-2:] == ["s/grid.png", "The grid shows the first 4 of 6 images"]
     assert len(content(tmp_path / "s")) == 7
     assert 2 * 128 < Image.open(tmp_path / "s" / "grid.png").height < 3 * 128
 
 
-def test_a_name_of_any_prompt_is_a_file_name(call, runs, tmp_path):
+def test_any_prompt_makes_a_valid_file_name(call, runs, tmp_path):
     prompts = ["a/../../ring", "日本 ☃", "x" * 500]
     flags = [part for prompt in prompts for part in ("--prompt", prompt)]
     assert call(*flags, "--num-images", 1, "--checkpoint", runs[1], "--output", "s").code == 0
@@ -99,12 +98,12 @@ def test_a_name_of_any_prompt_is_a_file_name(call, runs, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["transformer", "checkpoints/last.ckpt", "checkpoints/best.ckpt"])
-def test_other_names_of_the_same_run(call, runs, tmp_path, place):
+def test_checkpoint_may_be_a_part_of_a_run(call, runs, tmp_path, place):
     assert call("--prompt", PROMPT, "--num-images", 1, "--checkpoint", runs[1] / place, "--output", "s").code == 0
     assert (tmp_path / "s" / NAME.format(0)).is_file()
 
 
-def test_the_newest_finished_run_is_taken(tmp_path):
+def test_newest_finished_run_is_the_default(tmp_path):
     assert newest_run(tmp_path / "outputs") is None
     for age, name in enumerate(("transformer/2026-01-02", "mine", "transformer/2026-01-01")):
         file = tmp_path / "outputs" / name / "transformer" / "config.json"
@@ -119,8 +118,8 @@ def test_the_newest_finished_run_is_taken(tmp_path):
     assert newest_run(tmp_path / "outputs") == str(tmp_path / "outputs" / "mine")
 
 
-def test_unfinished_runs_that_are_passed_over_are_named(tmp_path, monkeypatch, caplog):
-    """But none that is older than the one that is taken, and no cache, which looks like a run of stage 2."""
+def test_newer_unfinished_runs_are_logged(tmp_path, monkeypatch, caplog):
+    """Older runs are not logged, nor a token cache, which looks like a run of stage 2."""
     monkeypatch.chdir(tmp_path)
     for age, name in enumerate(("late", "taken", "early")):
         run = Path("outputs", name)
@@ -138,7 +137,7 @@ def test_unfinished_runs_that_are_passed_over_are_named(tmp_path, monkeypatch, c
     assert line.startswith("Passed over outputs/late, which is not finished: clipgen-train resume=outputs/late")
 
 
-def test_runs_are_listed(call, runs, monkeypatch):
+def test_list_shows_the_runs(call, runs, monkeypatch):
     monkeypatch.chdir(runs[0])
     result = call("--list")
     assert result.code == 0
@@ -149,25 +148,25 @@ def test_runs_are_listed(call, runs, monkeypatch):
     assert lines[2].startswith("Bundled: shapes")
 
 
-def test_a_folder_without_runs_is_listed(call):
+def test_list_without_runs(call):
     assert "There are no runs below outputs/" in call("--list").stdout
 
 
-def test_a_bare_sentence_is_a_prompt(call, runs, tmp_path):
+def test_positional_text_is_a_prompt(call, runs, tmp_path):
     result = call("--num-images", 1, "a red ring", "--checkpoint", runs[1], "--output", "s", "a blue star")
     assert result.code == 0, result.stderr
     assert {path.name for path in (tmp_path / "s").glob("0*")} == {"00_a-red-ring_0.png", "01_a-blue-star_0.png"}
-    assert sentences_of(["a", "red", "ring"]) == ["a red ring"] and sentences_of(["ring"]) == ["ring"]
+    assert join_words(["a", "red", "ring"]) == ["a red ring"] and join_words(["ring"]) == ["ring"]
 
 
-def test_a_second_call_leaves_the_pictures_of_the_first(call, runs, tmp_path):
+def test_second_call_writes_to_a_new_folder(call, runs, tmp_path):
     for setting in (1, 5):
         assert call(*ONE, "--checkpoint", runs[1], "--output", "s", "--top-k", setting).code == 0
-    found = [json.loads(Image.open(tmp_path / name / NAME.format(0)).text["top_k"]) for name in ("s", "s-2")]
-    assert found == [1, 5] and (tmp_path / "s-2" / "grid.png").is_file()
+    top_ks = [json.loads(Image.open(tmp_path / name / NAME.format(0)).text["top_k"]) for name in ("s", "s-2")]
+    assert top_ks == [1, 5] and (tmp_path / "s-2" / "grid.png").is_file()
 
 
-def test_the_next_free_folder(tmp_path, monkeypatch):
+def test_free_folder_is_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert free_folder(Path("a/b"), "*.png") == Path("a/b")
     for name in (".", "a", "a-2"):
@@ -177,7 +176,7 @@ def test_the_next_free_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("request_", "told"),
+    ("request_", "remark"),
     [
         ([PROMPT], ""),
         (["a red ring"], ""),
@@ -185,42 +184,42 @@ def test_the_next_free_folder(tmp_path, monkeypatch):
         (["a photo of a dog"], "does not know 'photo', 'of', 'dog'"),
         (["a red ring and a blue star"], "has never seen more than one shape"),
         (["--interpolate", PROMPT, "a red cat"], "does not know 'cat'"),
-        (["--mix", "a red ring - a cat"], "does not know 'cat'"),
+        (["--prompt-mix", "a red ring - a cat"], "does not know 'cat'"),
         (["--image", "photo.png"], "has never seen a photograph: photo"),
     ],
 )
-def test_the_bundled_model_says_what_it_knows(call, tmp_path, request_, told):
+def test_bundled_model_names_unfamiliar_prompts(call, tmp_path, request_, remark):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "photo.png")
     result = call("--num-images", 1, "--checkpoint", "shapes", "--output", "s", *request_)
     assert result.code == 0, result.stderr
     knows = "32 x 32 pixels" in result.stderr and "the backgrounds white, gray, black" in result.stderr
-    assert told in result.stderr and knows == bool(told)
+    assert remark in result.stderr and knows == bool(remark)
 
 
 @pytest.mark.skipif(not (BUNDLED / "transformer").is_dir(), reason="no transformer is bundled with the package yet")
 @pytest.mark.parametrize("arguments", [[], ["--checkpoint", "shapes"]], ids=["by default", "by name"])
-def test_the_bundled_model(call, tmp_path, arguments):
+def test_bundled_model_is_the_default(call, tmp_path, arguments):
     result = call("--prompt", PROMPT, "--num-images", 1, *arguments)
     assert result.code == 0 and result.stdout.splitlines()[0] == "Model: the bundled shapes model"
     assert Image.open(tmp_path / "samples" / NAME.format(0)).size == (32, 32)
 
 
-# ---------------------------------------------------------------------------------------------------- clear refusals
+# ---------------------------------------------------------------------------------------------------- error messages
 
 ONE = ["--prompt", PROMPT, "--num-images", "1"]
 OURS = [*ONE, "--checkpoint", "{transformer}"]
 ERRORS = {
     "top_p": ([*OURS, "--top-p", "1.3"], r"top_p must be in \(0, 1\], got 1.3"),
     "top_p 0": ([*OURS, "--top-p", "0"], r"top_p must be in \(0, 1\], got 0.0"),
-    "top_k": ([*OURS, "--top-k", "0"], "top_k must be at least 1, got 0"),
-    "temperature": ([*OURS, "--temperature", "nan"], "temperature must be at least 0, got nan"),
+    "top_k": ([*OURS, "--top-k", "0"], "top_k must be a whole number of at least 1, got 0"),
+    "temperature": ([*OURS, "--temperature", "nan"], "temperature must be a finite number, got nan"),
     "guidance": ([*OURS, "--guidance-scale", "-1"], "guidance_scale must be at least 0, got -1.0"),
     "empty prompt": (["--prompt", ""], "prompt must not be empty, got ''"),
     "blank prompt": (["--prompt", PROMPT, "--prompt", " "], "prompt must not be empty, got ' '"),
-    "no pictures": ([*OURS, "--num-images", "0"], "num_images must be at least 1, got 0"),
+    "no images": ([*OURS, "--num-images", "0"], "num_images must be at least 1, got 0"),
     "too few to choose from": ([*OURS, "--num-images", "4", "--rerank-from", "3"], "rerank_from must be at least"),
-    "negative seed": ([*OURS, "--seed", "-1"], r"seed must be in \[0, 2\*\*63\), got -1"),
-    "huge seed": ([*OURS, "--seed", "9" * 30], r"seed must be in \[0, 2\*\*63\), got 9+"),
+    "negative seed": ([*OURS, "--seed", "-1"], r"seeds must be in \[0, 2\*\*63\), got -1"),
+    "huge seed": ([*OURS, "--seed", "9" * 30], r"seeds must be in \[0, 2\*\*63\), got 9+"),
     "unknown device": ([*OURS, "--device", "x"], "device"),
     "missing": ([*ONE, "--checkpoint", "x"], "x does not exist; `clipgen-train stage=transformer` makes one"),
     "empty": ([*ONE, "--checkpoint", "{vqgan}/pictures"], "pictures holds no such model"),
@@ -236,15 +235,15 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_refusals(call, runs, tmp_path, name):
-    """One sentence, no traceback, and nothing is left behind."""
+def test_invalid_arguments_exit_with_one_line(call, runs, tmp_path, name):
+    """There is no traceback, and no file is left behind."""
     (tmp_path / "damaged.ckpt").write_bytes(b"PK\x03\x04 no checkpoint")
     shutil.copytree(runs[1] / "transformer", tmp_path / "broken" / "transformer")
     shutil.copytree(runs[1] / "vqgan", tmp_path / "broken" / "vqgan")
     (tmp_path / "broken" / "clip.json").write_text("{")
     places = {"vqgan": (runs[0] / "vqgan_run").resolve(), "transformer": runs[1], "tmp": tmp_path}
     before, (arguments, message) = everything(tmp_path), ERRORS[name]
-    result = call(*(re.sub(r"\{(\w+)\}", lambda found: str(places[found[1]]), argument) for argument in arguments))
+    result = call(*(re.sub(r"\{(\w+)\}", lambda match: str(places[match[1]]), argument) for argument in arguments))
     assert result.code == 1 and result.stderr.count("\n") == 1
     assert re.search(f"^clipgen-sample: error: .*{message}", result.stderr), result.stderr
     assert everything(tmp_path) == before
@@ -252,22 +251,22 @@ def test_refusals(call, runs, tmp_path, name):
 
 def test_guidance_needs_a_null_condition(call, pipe, tmp_path, tiny_transformer):
     pipe.transformer.gpt.null = None
-    pipe.transformer.hparams["cond_drop_prob"] = 0.0
+    pipe.transformer.hparams["conditioning"]["drop_prob"] = 0.0
     pipe.save(tmp_path / "pipe")
     before = everything(tmp_path)
     result = call(*ONE, "--checkpoint", "pipe", "--guidance-scale", 2)
-    assert result.code == 1 and "train it with cond_drop_prob > 0" in result.stderr
+    assert result.code == 1 and "train it with model.conditioning.drop_prob > 0" in result.stderr
     assert everything(tmp_path) == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["--prompt", "a", "--top-k", "many"]], ids=["no prompt", "no number"])
-def test_the_command_line_itself(call, tmp_path, arguments):
+def test_argparse_errors_write_nothing(call, tmp_path, arguments):
     result = call(*arguments)
     assert result.code and "Traceback" not in result.stderr and everything(tmp_path) == set()
     assert re.search("clipgen-sample: error: .*--(prompt|top-k)", result.stderr)
 
 
-def test_every_kind_of_request_at_once(call, runs, tmp_path):
+def test_all_kinds_of_prompts_in_one_call(call, runs, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\na small red star on a black background\n")
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     result = call(
@@ -275,7 +274,7 @@ def test_every_kind_of_request_at_once(call, runs, tmp_path):
         "prompts.txt",
         "--image",
         "red.png",
-        "--mix",
+        "--prompt-mix",
         f"0.7 {PROMPT} - 0.1 a red star",
         "--interpolate",
         PROMPT,
@@ -286,7 +285,7 @@ def test_every_kind_of_request_at_once(call, runs, tmp_path):
         runs[1],
         "--output",
         "s",
-        "--complete",
+        "--outpaint",
         "red.png",
         "--preview",
     )
@@ -296,10 +295,9 @@ def test_every_kind_of_request_at_once(call, runs, tmp_path):
     assert {"grid.png", "preview.png"} < set(files) and any(name.startswith("interpolation_00") for name in files)
 
 
-def test_strips_are_drawn_again_and_swept(call, runs, tmp_path):
-    """What lies between two sentences, completed too, by each of the settings."""
+def test_interpolations_are_swept_and_reproduced(call, runs, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
-    options = ["--complete", "red.png", "--checkpoint", runs[1]]
+    options = ["--outpaint", "red.png", "--checkpoint", runs[1]]
     request = ["--interpolate", PROMPT, "a red star", "--num-images", 3, "--seed", 5, "--sweep", "top_k=1,9"]
     result = call(*request, *options, "--output", "a")
     assert result.code == 0, result.stderr
@@ -307,57 +305,59 @@ def test_strips_are_drawn_again_and_swept(call, runs, tmp_path):
     name = "interpolation_00_a-large-blue-ring-on-a-white-background_a-red-star{}.png"
     assert [strip.name for strip in strips] == [name.format("_top_k-1"), name.format("_top_k-9")]
     for number, strip in enumerate(strips):
-        result = call("--from", strip, *options, "--output", number)
+        result = call("--reproduce", strip, *options, "--output", number)
         assert result.code == 0, result.stderr
         assert (tmp_path / str(number) / name.format("")).read_bytes() == strip.read_bytes()
-    result = call("--from", strips[0], "--checkpoint", runs[1])
-    assert result.code == 1 and "completes a picture which it does not hold: give --complete" in result.stderr
+    result = call("--reproduce", strips[0], "--checkpoint", runs[1])
+    assert result.code == 1 and "completes an image that it does not hold: give --outpaint" in result.stderr
 
 
 @pytest.mark.parametrize(
     "request_",
     [
         ["--prompt", PROMPT],
-        ["--mix", f"0.5 {PROMPT} + 0.5 a small red star"],
+        ["--prompt-mix", f"0.5 {PROMPT} + 0.5 a small red star"],
         pytest.param(["--prompt", PROMPT, "--dtype", "bfloat16"], marks=needs_bf16),
     ],
 )
-def test_a_picture_is_drawn_again_from_itself(call, runs, tmp_path, request_):
+def test_reproduce_gives_identical_bytes(call, runs, tmp_path, request_):
     settings = ["--temperature", 0.7, "--top-k", 5, "--guidance-scale", 2, "--seed", 3, "--checkpoint", runs[1]]
     assert call(*request_, "--num-images", 1, *settings, "--output", "a").code == 0
     (first,) = (tmp_path / "a").glob("00_*.png")
-    result = call("--from", first, "--checkpoint", runs[1], "--output", "b")
+    result = call("--reproduce", first, "--checkpoint", runs[1], "--output", "b")
     assert result.code == 0, result.stderr
     assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
-    result = call("--from", first, "--checkpoint", "shapes", "--output", "c")
-    assert result.code == 1 and "was drawn by another model than shapes" in result.stderr
+    result = call("--reproduce", first, "--checkpoint", "shapes", "--output", "c")
+    assert result.code == 1 and "was generated by another model than shapes" in result.stderr
     assert not (tmp_path / "c").exists()
 
 
-def test_a_completed_picture_is_drawn_again(call, runs, tmp_path):
+def test_reproduce_outpainted_image(call, runs, tmp_path):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
-    drawing = ["--complete", "red.png", "--checkpoint", runs[1]]
-    assert call("--prompt", PROMPT, "--num-images", 1, "--seed", 3, *drawing, "--output", "a").code == 0
+    options = ["--outpaint", "red.png", "--keep-fraction", 0.25, "--checkpoint", runs[1]]
+    assert call("--prompt", PROMPT, "--num-images", 1, "--seed", 3, *options, "--output", "a").code == 0
     (first,) = (tmp_path / "a").glob("00_*.png")
-    assert call("--from", first, *drawing, "--output", "b").code == 0
+    assert json.loads(Image.open(first).text["keep_fraction"]) == 0.25
+    del options[2:4]  # the metadata holds it
+    assert call("--reproduce", first, *options, "--output", "b").code == 0
     assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
 
 
-@pytest.mark.parametrize("more", [[], ["--complete", "red.png"]])
-def test_a_variation_is_drawn_again(call, runs, tmp_path, more):
+@pytest.mark.parametrize("more", [[], ["--outpaint", "red.png"]])
+def test_reproduce_variation_of_an_image(call, runs, tmp_path, more):
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     request = ["--image", "red.png", *more, "--num-images", 1, "--seed", 3, "--top-k", 5]
     assert call(*request, "--checkpoint", runs[1], "--output", "a").code == 0
     (first,) = (tmp_path / "a").glob("00_*.png")
-    again = ["--from", first, "--checkpoint", runs[1], "--output", "b"]
+    again = ["--reproduce", first, "--checkpoint", runs[1], "--output", "b"]
     assert call(*again, "--image", "red.png", *more).code == 0
     assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
     assert len(list((tmp_path / "b").glob("0*.png"))) == 1
     result = call(*again, *more)
-    assert result.code == 1 and "was drawn of an image, which it does not hold: give --image" in result.stderr
+    assert result.code == 1 and "was generated from an image, which it does not hold: give --image" in result.stderr
 
 
-def test_long_sentences_of_any_script(call, runs, tmp_path):
+def test_long_prompts_in_any_script(call, runs, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffa red star\r\n", encoding="utf-8")
     result = call(
         "--interpolate",
@@ -376,16 +376,16 @@ def test_long_sentences_of_any_script(call, runs, tmp_path):
     assert len(list((tmp_path / "s").glob("00_a-red-star_*"))) == 2
 
 
-def test_pictures_stay_where_a_later_one_fails(call, runs, monkeypatch, tmp_path):
-    """Also those of another process in the same folder."""
+def test_finished_images_survive_an_interruption(call, runs, monkeypatch, tmp_path):
     calls = iter(range(100))
 
     def interrupted(*arguments):
         if next(calls) == 1:
-            raise KeyboardInterrupt  # no signal: a shell's background jobs ignore it
+            # Not by a signal, which background jobs of a shell ignore.
+            raise KeyboardInterrupt
         return save_png(*arguments)
 
-    monkeypatch.setattr(clipgen.images, "save_png", interrupted)
+    monkeypatch.setattr(sample_output, "save_png", interrupted)
     assert call("--prompt", PROMPT, "--num-images", 2, "--checkpoint", runs[1], "--output", "s").code == 130
     assert len(list((tmp_path / "s").glob("00_*.png"))) == 1
 
@@ -394,35 +394,36 @@ def test_progress_counts_all_images_and_decodes_each_once(call, runs, monkeypatc
     from clipgen.vqgan import VQGAN
 
     done, decoded, decode = [], [], VQGAN.decode
-    monkeypatch.setattr("clipgen.cli.sample.rate_bar", lambda name, total: nullcontext(done.append))
+    monkeypatch.setattr("clipgen.cli.sample_output.progress_bar", lambda name, total: nullcontext(done.append))
     monkeypatch.setattr(VQGAN, "decode", lambda self, indices: decoded.append(len(indices)) or decode(self, indices))
     request = [*ONE, "--interpolate", PROMPT, "a red star", "--sweep", "top_k=1,9", "--rerank-from", 3]
     assert call(*request, "--checkpoint", runs[1], "--output", "s").code == 0
     assert sum(done) == sum(decoded) == 2 * (3 + 2)
 
 
-def test_a_sweep_is_one_labelled_sheet(call, runs, tmp_path):
+def test_sweep_generates_all_combinations(call, runs, tmp_path):
     result = call(*ONE, "--checkpoint", runs[1], "--sweep", "top_k=1,5,9", "top_p=0.5,1.0", "--output", "s")
     assert result.code == 0, result.stderr
-    pictures = [Image.open(path) for path in sorted((tmp_path / "s").glob("0*.png"))]
-    found = [(json.loads(p.text["top_k"]), json.loads(p.text["top_p"])) for p in pictures]
-    assert found == [(k, p) for k in (1, 5, 9) for p in (0.5, 1.0)]
+    images = [Image.open(path) for path in sorted((tmp_path / "s").glob("0*.png"))]
+    settings = [(json.loads(p.text["top_k"]), json.loads(p.text["top_p"])) for p in images]
+    assert settings == [(k, p) for k in (1, 5, 9) for p in (0.5, 1.0)]
 
 
-def test_a_sweep_of_several_prompts_in_several_batches(call, runs, monkeypatch, tmp_path):
-    monkeypatch.setattr("clipgen.generation.generator.BATCH", 4)
+def test_sweep_over_several_prompts_and_batches(call, runs, monkeypatch, tmp_path):
+    monkeypatch.setattr("clipgen.generation.generator.DECODE_BATCH_SIZE", 4)
     prompts = [PROMPT, "a red star", "a green square"]
     flags = [part for prompt in prompts for part in ("--prompt", prompt)]
     options = ("--num-images", 2, "--sweep", "top_k=1,5", "--checkpoint", runs[1], "--output", "s")
     assert call(*flags, *options).code == 0
-    pictures = [Image.open(path) for path in sorted((tmp_path / "s").glob("0*.png"))]
-    found = [(p.text["prompt"], json.loads(p.text["top_k"]), json.loads(p.text["seed"])) for p in pictures]
-    assert found == [(prompt, k, seed) for prompt in prompts for k in (1, 5) for seed in (0, 1)]
-    sheet = np.asarray(Image.open(tmp_path / "s" / "grid.png"))  # six rows of two cells of 128, under them two lines
-    for i, picture in enumerate(pictures):
+    images = [Image.open(path) for path in sorted((tmp_path / "s").glob("0*.png"))]
+    settings = [(p.text["prompt"], json.loads(p.text["top_k"]), json.loads(p.text["seed"])) for p in images]
+    assert settings == [(prompt, k, seed) for prompt in prompts for k in (1, 5) for seed in (0, 1)]
+    # Six rows of two cells of 128 pixels, each row with two lines of captions below.
+    sheet = np.asarray(Image.open(tmp_path / "s" / "grid.png"))
+    for i, image in enumerate(images):
         y, x = 6 + i // 2 * (sheet.shape[0] - 6) // 6, 6 + i % 2 * 134
         cell = sheet[y : y + 128, x : x + 128]
-        assert np.array_equal(cell[:: 128 // picture.height, :: 128 // picture.width], np.asarray(picture))
+        assert np.array_equal(cell[:: 128 // image.height, :: 128 // image.width], np.asarray(image))
 
 
 @pytest.mark.parametrize(
@@ -433,24 +434,24 @@ def test_a_sweep_of_several_prompts_in_several_batches(call, runs, monkeypatch, 
         (["--sweep", "top_p=0.5,2"], r"top_p must be in \(0, 1\], got 2.0"),
         (["--image", "none.png"], "none.png"),
         (["--image", "text.png"], "text.png cannot be used as an image: not an image"),
-        (["--from", "plain.png"], "plain.png is no picture of clipgen-sample"),
-        (["--from", "text.png"], "text.png is no picture of clipgen-sample"),
-        (["--mix", "a + "], "a mixture must be terms"),
+        (["--reproduce", "plain.png"], "plain.png is not an image of clipgen-sample"),
+        (["--reproduce", "text.png"], "text.png is not an image of clipgen-sample"),
+        (["--prompt-mix", "a + "], "a mixture must be terms"),
         (["--prompts-file", "none.txt"], "No such file or directory: none.txt"),
         (["--prompts-file", "latin.txt"], "latin.txt must be a text in UTF-8"),
         (["--prompt", "a \udce9"], "prompt must be text in UTF-8"),
         (["--interpolate", "", "a red star"], "prompt must not be empty"),
-        (["--mix", "1 a red star - 1 a red star"], "a mixture must have finite weights that are not all 0"),
-        (["--from", "cut.png"], "cut.png is no picture of clipgen-sample"),
-        (["--from", "completed.png"], "completed.png completes a picture which it does not hold: give --complete"),
+        (["--prompt-mix", "1 a red star - 1 a red star"], "a mixture must have finite weights that are not all 0"),
+        (["--reproduce", "cut.png"], "cut.png is not an image of clipgen-sample"),
+        (["--reproduce", "completed.png"], "completed.png completes an image that it does not hold: give --outpaint"),
     ],
 )
-def test_refused_requests(call, runs, tmp_path, arguments, message):
+def test_invalid_prompts_exit_with_one_line(call, runs, tmp_path, arguments, message):
     (tmp_path / "text.png").write_text("text")
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "latin.txt").write_bytes("a \u00e9".encode("latin-1"))
     (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:60])
-    settings = dict(seed=0, temperature=1, top_k=1, top_p=1, guidance_scale=1, guidance_power=0, complete=0.5)
+    settings = dict(seed=0, temperature=1, top_k=1, top_p=1, guidance_scale=1, guidance_power=0, keep_fraction=0.5)
     save_png(Image.new("RGB", (8, 8)), tmp_path / "completed.png", {"prompt": PROMPT, **settings})
     before = everything(tmp_path)
     result = call(*ONE, *arguments, "--checkpoint", runs[1])
@@ -459,17 +460,46 @@ def test_refused_requests(call, runs, tmp_path, arguments, message):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_full_disk(call, runs, tmp_path, existing):
-    """The system refuses files of more than 100 bytes: no picture is half there."""
+def test_full_disk_leaves_no_partial_image(call, runs, tmp_path, existing):
+    """Files of more than 1000 bytes are refused: a lock fits, but no image."""
     resource = pytest.importorskip("resource")
     if existing:
         (tmp_path / "s").mkdir()
         (tmp_path / "s" / "mine.txt").write_text("precious")
     before, limit = everything(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
         result = call(*ONE, "--checkpoint", runs[1], "--output", "s")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert result.code == 1 and re.fullmatch(r"clipgen-sample: error: File too large: s/\S+\.png\n", result.stderr)
     assert everything(tmp_path) == before
+
+
+def test_help_begins_with_the_prompts(call):
+    result = call("--help")
+    assert result.code == 0
+    groups = [line for line in result.stdout.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert [group.partition(" ")[0].strip(":") for group in groups] == [
+        "prompts",
+        "images",
+        "sampling",
+        "model",
+        "other",
+    ]
+    assert result.stdout.partition(groups[0])[2].split()[0] == "--prompt"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"keep_fraction": 1.0}, r"keep_fraction must be in \(0, 1\), got 1.0"),
+    ],
+)
+def test_reproduce_names_the_file_with_invalid_settings(call, tmp_path, change, message):
+    settings = dict(seed=0, temperature=1.0, top_k=1, top_p=1.0, guidance_scale=1.0, guidance_power=0.0)
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", {"prompt": PROMPT, **settings, **change})
+    result = call("--reproduce", "a.png", "--checkpoint", "shapes")
+    assert result.code == 1
+    assert re.fullmatch(f"clipgen-sample: error: a.png is not an image of clipgen-sample: {message}\n", result.stderr)

@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS
 from omegaconf import OmegaConf
 
-from clipgen.cli.config import composed, config_dir, fits, make, plain
+from clipgen.cli.config import composed, config_dir, make
 from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import shapes_data
@@ -22,6 +22,7 @@ from clipgen.models.config import GPTConfig, to_plain
 from clipgen.sampling import SamplingParams
 from clipgen.training import callbacks, resume
 from clipgen.transformer import ConditionalTransformer
+from clipgen.type_checks import describe, fits
 from clipgen.vqgan import VQGAN
 
 STAGES = ("vqgan", "transformer")
@@ -267,4 +268,4 @@ def test_types(value, kind, expected):
 
 
 def test_types_for_people():
-    assert plain(str | list[int] | None) == "str or list of int or null"
+    assert describe(str | list[int] | None) == "str or list of int or null"

@@ -100,7 +100,7 @@ def test_drawing_stays_on_the_gpu(pipe, monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     pipe.transformer._encoders = None
     there = TextToImage(moved(pipe.vqgan), moved(pipe.transformer), moved(pipe.clip))
-    there.bridge = moved(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
+    there.projector = moved(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = there.embed("a small red star on a black background")
     given = there.vqgan.encode(torch.empty(1, 3, 32, 32, device=gpu)).flatten(1)[:, :8]
     for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=given)):

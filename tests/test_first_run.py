@@ -191,6 +191,8 @@ EARLY = {
     "clipgen-sample": "clipgen.cli.sample",
     "clipgen-sample --checkpoint /none ring": "clipgen.cli.sample",
     "clipgen-sample --image /none.png": "clipgen.cli.sample",
+    "clipgen-sample --outpaint /none.png": "clipgen.cli.sample",
+    "clipgen-sample --reproduce /none.png": "clipgen.cli.sample",
     "clipgen-sample --prompts-file /none.txt": "clipgen.cli.sample",
     "clipgen-encode": "clipgen.cli.encode",
     "clipgen-encode vqgn=x": "clipgen.cli.encode",

@@ -368,11 +368,11 @@ def test_malformed_published_checkpoints_name_the_file(tmp_path):
         refused(lambda: ConditionalTransformer.from_hfailab(tmp_path / "vqgan.pt"), "vqgan.pt")
 
 
-def test_malformed_bridges_name_the_file(tmp_path):
-    good = {"neighbours": "8", "temperature": "0.01"}
+def test_malformed_projectors_name_the_file(tmp_path):
+    good = {"neighbors": "8", "temperature": "0.01"}
     for tensors, settings in (
-        ({"shift": torch.zeros(4)}, good | {"neighbours": "many"}),
-        ({"shift": torch.zeros(4)}, good | {"neighbours": "0"}),
+        ({"shift": torch.zeros(4)}, good | {"neighbors": "many"}),
+        ({"shift": torch.zeros(4)}, good | {"neighbors": "0"}),
         ({"shift": torch.zeros(4)}, good | {"temperature": "nan"}),
         ({"shift": torch.zeros(4)}, None),
         ({"shift": torch.zeros(4, 4)}, good),
@@ -382,8 +382,8 @@ def test_malformed_bridges_name_the_file(tmp_path):
         ({"memory": torch.zeros(0, 4)}, good),
         ({"other": torch.zeros(4)}, good),
     ):
-        save_file(tensors, tmp_path / "bridge.safetensors", settings)
-        refused(lambda: EmbeddingProjector.load(tmp_path / "bridge.safetensors"), "bridge.safetensors")
+        save_file(tensors, tmp_path / "projector.safetensors", settings)
+        refused(lambda: EmbeddingProjector.load(tmp_path / "projector.safetensors"), "projector.safetensors")
 
 
 def test_init_from_gpt2_that_are_a_pickle_are_refused_with_their_name(tmp_path, tiny_transformer):

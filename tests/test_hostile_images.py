@@ -180,8 +180,8 @@ def test_postscript_starts_no_program(tmp_path, monkeypatch, call):
     (programs / "gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    result = call("clipgen-sample", "--from", "eps.png")
-    assert result.code == 1 and "eps.png is no picture of clipgen-sample" in result.stderr
+    result = call("clipgen-sample", "--reproduce", "eps.png")
+    assert result.code == 1 and "eps.png is not an image of clipgen-sample" in result.stderr
     result = call("clipgen-sample", "--image", "eps.png")
     assert result.code == 1 and "eps.png cannot be used as an image: not an image" in result.stderr
     with pytest.raises(ValueError, match=r"eps\.png holds none"):
@@ -234,9 +234,9 @@ def test_a_pipe_is_not_waited_for(tmp_path, call):
     (tmp_path / "a.png").write_bytes(square(1))
     dataset = ImageFolder(tmp_path, 8, train=True)
     assert list(dataset.files) == ["a.png"] and "1 unreadable" in str(dataset.tally)
-    for option in ("--from", "--image", "--complete"):
+    for option in ("--reproduce", "--image", "--outpaint"):
         result = call("clipgen-sample", "--prompt", PROMPT, option, "pipe.png")
-        assert result.code == 1 and "no picture pipe.png" in result.stderr
+        assert result.code == 1 and "there is no image pipe.png" in result.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- color profiles
@@ -484,8 +484,8 @@ def test_escape_sequences_of_names_are_shown_not_obeyed(tmp_path, caplog):
 
 
 def test_errors_and_log_lines_of_commands_are_printable(capsys):
-    assert console.sentence(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
-    assert console.sentence(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
+    assert console.error_line(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
+    assert console.error_line(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
     record = logging.LogRecord("clipgen", logging.WARNING, "", 0, "key %s\nsecond line", (ESCAPE,), None)
     console.StderrHandler().emit(record)
     assert capsys.readouterr().err == "key \\x1b]0;owned\\x07\nsecond line\n"
@@ -512,7 +512,7 @@ def test_an_output_that_nobody_reads_is_no_traceback(redirect, message):
     assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
 
 
-# ------------------------------------------------------------------------------------------------ clipgen-sample --from
+# ------------------------------------------------------------------------------------------------ clipgen-sample --reproduce
 
 
 @pytest.mark.parametrize(
@@ -529,30 +529,30 @@ def test_an_output_that_nobody_reads_is_no_traceback(redirect, message):
         ({"top_k": "null"}, "top_k must be a whole number, got None"),
         ({"top_k": '"1"'}, "top_k must be a whole number, got '1'"),
         ({"temperature": "1e999"}, "temperature must be finite"),
-        ({"mixture": '{"a": "b"}'}, "mixture must have numbers for weights, got 'b'"),
-        ({"mixture": "[1]"}, "mixture must be 1 to 100 sentences with weights, got a list"),
+        ({"prompt_mix": '{"a": "b"}'}, "prompt_mix must have numbers for weights, got 'b'"),
+        ({"prompt_mix": "[1]"}, "prompt_mix must be 1 to 100 texts with weights, got a list"),
         ({"dtype": ESCAPE}, r"dtype must be one of float32, bfloat16, got '\\x1b"),
     ],
 )
-def test_what_a_picture_says_is_checked(change, message, tmp_path, call):
+def test_reproduce_checks_the_metadata(change, message, tmp_path, call):
     info = PngInfo()
     for key, value in (
         {"prompt": PROMPT, "seed": "0"} | {k: json.dumps(v) for k, v in SETTINGS.items()} | change
     ).items():
         info.add_itxt(key, value)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    result = call("clipgen-sample", "--from", "a.png")
+    result = call("clipgen-sample", "--reproduce", "a.png")
     (line,) = result.stderr.splitlines()
-    assert result.code == 1 and line.startswith("clipgen-sample: error: a.png is no picture of clipgen-sample: ")
+    assert result.code == 1 and line.startswith("clipgen-sample: error: a.png is not an image of clipgen-sample: ")
     assert message.replace("\\[", "[").replace("\\]", "]").replace("\\\\", "\\") in line and line.isprintable()
 
 
 @pytest.mark.parametrize("side", [12_000, 30_000])
-def test_a_picture_to_draw_again_may_be_a_bomb(side, tmp_path, call):
+def test_reproduce_refuses_a_decompression_bomb(side, tmp_path, call):
     bomb = blank_png(side, side, rows=1)
     (tmp_path / "a.png").write_bytes(bomb)
-    result = call("clipgen-sample", "--from", "a.png")
-    assert result.code == 1 and "a.png is no picture of clipgen-sample: too large" in result.stderr
+    result = call("clipgen-sample", "--reproduce", "a.png")
+    assert result.code == 1 and "a.png is not an image of clipgen-sample: too large" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -27,7 +27,7 @@ from clipgen.vqgan import VQGAN
 
 @pytest.fixture
 def other(pipe) -> TextToImage:
-    """A pipeline of the same sizes, and a bridge."""
+    """Return a pipeline of the same sizes with a projector."""
     torch.manual_seed(1)
     parts = make_vqgan(**VQGAN_SIZES).eval(), make_transformer(**TRANSFORMER_SIZES).eval()
     return TextToImage(*parts, pipe.clip, EmbeddingProjector(shift=torch.ones(64)))
@@ -83,7 +83,7 @@ def test_a_save_killed_at_any_moment_leaves_the_old_or_the_new(pipe, other, tmp_
         expected = pipe if number == 0 else other
         assert TextToImage.load(root).fingerprint == expected.fingerprint
         assert TextToImage.load(other.save(root)).fingerprint == other.fingerprint
-        assert entries(root) == entries(first) | {"bridge.safetensors"}
+        assert entries(root) == entries(first) | {"projector.safetensors"}
         assert not list(tmp_path.glob(".*"))
         if not ended:
             break
@@ -226,20 +226,18 @@ def test_the_bundled_pipeline_is_bound():
     [torch.full((64,), float("nan")), torch.zeros(64, dtype=torch.int8), torch.zeros(2, 64), torch.zeros(0)],
     ids=["nan", "int8", "matrix", "empty"],
 )
-def test_a_bridge_that_is_none_is_refused(pipe, tmp_path, shift):
+def test_invalid_projector_is_refused(pipe, tmp_path, shift):
     root = pipe.save(tmp_path / "pipe")
-    save_file({"shift": shift}, root / "bridge.safetensors", {"neighbours": "8", "temperature": "0.01"})
-    with pytest.raises(ValueError, match=r"the bridge .*bridge.safetensors is damaged: shift must"):
+    save_file({"shift": shift}, root / "projector.safetensors", {"neighbors": "8", "temperature": "0.01"})
+    with pytest.raises(ValueError, match=r"the projector .*projector.safetensors is damaged: shift must"):
         TextToImage.load(root)
 
 
-@pytest.mark.parametrize(
-    "metadata", [{"neighbours": "x", "temperature": "1"}, {"neighbours": "8", "temperature": "nan"}]
-)
-def test_a_bridges_settings_name_the_file(pipe, tmp_path, metadata):
+@pytest.mark.parametrize("metadata", [{"neighbors": "x", "temperature": "1"}, {"neighbors": "8", "temperature": "nan"}])
+def test_invalid_projector_settings_name_the_file(pipe, tmp_path, metadata):
     root = pipe.save(tmp_path / "pipe")
-    save_file({"shift": torch.zeros(64)}, root / "bridge.safetensors", metadata)
-    with pytest.raises(ValueError, match=r"the bridge .*bridge.safetensors is damaged"):
+    save_file({"shift": torch.zeros(64)}, root / "projector.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"the projector .*projector.safetensors is damaged"):
         TextToImage.load(root)
 
 
@@ -280,7 +278,9 @@ def test_nothing_but_a_pipeline_is_published(pipe, tmp_path, monkeypatch):
     assert set(published) == model | clip | {"clip.json", "README.md"}
 
 
-@pytest.mark.parametrize("link", ["vqgan", "transformer/config.json", "vqgan/model.safetensors", "bridge.safetensors"])
+@pytest.mark.parametrize(
+    "link", ["vqgan", "transformer/config.json", "vqgan/model.safetensors", "projector.safetensors"]
+)
 def test_links_out_of_a_pipeline_are_refused(other, tmp_path, link):
     root = other.save(tmp_path / "pipe")
     (root / link).rename(tmp_path / "elsewhere")

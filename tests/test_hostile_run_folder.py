@@ -25,7 +25,7 @@ from clipgen.cli import run_lock
 from clipgen.cli.config import make
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import run_arguments, with_the_runs
-from clipgen.cli.run_lock import LOCK, claimed
+from clipgen.cli.run_lock import LOCK, hold_lock
 from clipgen.training.resume import AtomicCheckpointIO, BestCheckpoint
 
 ARGUMENTS = [*VQGAN, *SHAPES, "logger=none", "image_logger.num_images=1", "trainer.max_steps=2"]
@@ -256,7 +256,7 @@ def test_only_listed_targets_are_called(node):
 
 
 def test_a_second_training_into_a_folder_is_refused(call, run):
-    with claimed(run):
+    with hold_lock(run):
         result = call("resume=run", "trainer.max_steps=4")
     assert result.code == 1
     assert f"output must not be in use, got run, which process {os.getpid()} on {socket.gethostname()}" in result.stderr
@@ -266,7 +266,7 @@ def test_a_second_training_into_a_folder_is_refused(call, run):
 
 def test_a_refused_training_removes_nothing_of_the_one_that_holds_the_folder(call, tmp_path):
     (tmp_path / "run").mkdir()
-    with claimed(tmp_path / "run"):
+    with hold_lock(tmp_path / "run"):
         assert call(*ARGUMENTS, "output=run").code == 1
         assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK}
 
@@ -282,13 +282,13 @@ def test_other_commands_hold_their_folder(monkeypatch, capsys, tmp_path, name):
         "sample": ["--prompt", "a large blue ring on a white background", "--output", "out"],
         "eval": ["--images", "out", "--features", "none", "--judge", "--output", "out"],
     }
-    with claimed(tmp_path / "out", LOCK if name == "sample" else f"{LOCK}-0"):
+    with hold_lock(tmp_path / "out", LOCK if name == "sample" else f"{LOCK}-0"):
         result = Call(monkeypatch, capsys, f"clipgen-{name}", *arguments[name])
     assert result.code == 1 and "output must not be in use, got out" in result.stderr
 
 
 def test_processes_of_several_ranks_share_a_folder(tmp_path):
-    with claimed(tmp_path, f"{LOCK}-0"), claimed(tmp_path, f"{LOCK}-1"):
+    with hold_lock(tmp_path, f"{LOCK}-0"), hold_lock(tmp_path, f"{LOCK}-1"):
         assert {path.name for path in tmp_path.iterdir()} == {f"{LOCK}-0", f"{LOCK}-1"}
 
 
@@ -296,14 +296,20 @@ def test_one_of_many_claims_a_folder(tmp_path):
     """Also where all find the lock of a dead process first."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    record = {"pid": dead.pid, "started": "1", "place": run_lock.process_table(), "host": "here", "since": "now"}
+    record = {
+        "pid": dead.pid,
+        "started": "1",
+        "process_table": run_lock.process_table(),
+        "host": "here",
+        "since": "now",
+    }
     for _ in range(20):
         (tmp_path / LOCK).write_text(json.dumps(record))
         inside, most, lock = [0], [0], threading.Lock()
 
         def work(inside=inside, most=most, lock=lock) -> None:
             try:
-                with claimed(tmp_path):
+                with hold_lock(tmp_path):
                     with lock:
                         inside[0] += 1
                         most[0] = max(most[0], inside[0])
@@ -323,41 +329,41 @@ def test_one_of_many_claims_a_folder(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom clipgen.cli.run_lock import claimed\n"
-        "with claimed(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+        "import sys, time\nfrom pathlib import Path\nfrom clipgen.cli.run_lock import hold_lock\n"
+        "with hold_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     assert process.stdout and process.stdout.readline() == "held\n"
-    with pytest.raises(FileExistsError, match=f"process {process.pid} on"), claimed(tmp_path):
+    with pytest.raises(FileExistsError, match=f"process {process.pid} on"), hold_lock(tmp_path):
         pass
     process.kill()
     process.wait()
-    with claimed(tmp_path):
+    with hold_lock(tmp_path):
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("lives", [True, False])
 def test_a_process_on_another_machine_is_alive_while_it_renews_its_lock(tmp_path, monkeypatch, lives):
-    monkeypatch.setattr(run_lock, "SILENCE", 0.5)
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "place": "elsewhere", "host": "far", "since": "now"}))
+    monkeypatch.setattr(run_lock, "TIMEOUT", 0.5)
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "process_table": "elsewhere", "host": "far", "since": "now"}))
     done = threading.Event()
     monkeypatch.setattr(run_lock, "HEARTBEAT", 0.05)
     thread = threading.Thread(target=run_lock.renew, args=(tmp_path / LOCK, done))
     if lives:
         thread.start()
-        with pytest.raises(FileExistsError, match="process 1 on far since now"), claimed(tmp_path):
+        with pytest.raises(FileExistsError, match="process 1 on far since now"), hold_lock(tmp_path):
             pass
         done.set()
         thread.join()
     else:
-        with claimed(tmp_path):
+        with hold_lock(tmp_path):
             pass
 
 
 def test_a_damaged_lock_is_one_of_nobody(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "SILENCE", 0.1)
+    monkeypatch.setattr(run_lock, "TIMEOUT", 0.1)
     (tmp_path / LOCK).write_text("{")
-    with claimed(tmp_path):
+    with hold_lock(tmp_path):
         pass
 
 

@@ -1,4 +1,4 @@
-"""From a sentence to pictures, and the folder that holds all of it."""
+"""The text-to-image pipeline: generation, reranking, prompts, saving and loading."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from clipgen.transformer import ConditionalTransformer
 PROMPT = "a large blue ring on a white background"
 
 
-def pixels(pictures: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(picture) for picture in pictures])
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in images])
 
 
-def test_pictures(pipe):
-    pictures = pipe(PROMPT, num_images=3, seed=0)
-    assert len(pictures) == 3 and pixels(pictures).shape == (3, 32, 32, 3)
-    assert all(isinstance(picture, Image.Image) and picture.mode == "RGB" for picture in pictures)
-    assert pixels(pictures).std() > 1
+def test_pipeline_returns_rgb_images(pipe):
+    results = pipe(PROMPT, num_images=3, seed=0)
+    assert len(results) == 3 and pixels(results).shape == (3, 32, 32, 3)
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in results)
+    assert pixels(results).std() > 1
 
 
-def test_it_is_its_parts_in_a_row(pipe):
-    """Sentence -> embedding -> indices -> picture, by hand."""
+def test_pipeline_matches_its_parts(pipe):
+    """Prompt -> embedding -> indices -> image, by hand."""
     e = pipe.clip.encode_text([PROMPT])
     indices = pipe.transformer.sample(e, seed=9, top_k=5)
     with torch.no_grad():
@@ -48,15 +48,15 @@ def test_it_is_its_parts_in_a_row(pipe):
     assert np.array_equal(np.asarray(pipe(PROMPT, seed=9, top_k=5)[0]), expected)
 
 
-def test_the_same_seed_draws_the_same(pipe):
+def test_seed_determines_the_images(pipe):
     first = pixels(pipe(PROMPT, num_images=2, seed=4))
-    torch.manual_seed(99)  # nobody else's randomness matters
+    torch.manual_seed(99)  # the global state has no influence
     assert np.array_equal(pixels(pipe(PROMPT, num_images=2, seed=4)), first)
     assert not np.array_equal(pixels(pipe(PROMPT, num_images=2, seed=5)), first)
     assert not np.array_equal(pixels(pipe("a small red star on a black background", num_images=2, seed=4)), first)
 
 
-def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
+def test_image_i_uses_seed_plus_i(pipe, monkeypatch):
     monkeypatch.setattr("clipgen.generation.generator.DECODE_BATCH_SIZE", 2)  # three batches
     together = pixels(pipe(PROMPT, num_images=5, seed=20))
     alone = np.concatenate([pixels(pipe(PROMPT, seed=20 + j)) for j in range(5)])
@@ -74,55 +74,64 @@ def test_image_j_is_the_single_image_of_seed_plus_j(pipe, monkeypatch):
         ),
     ],
 )
-def test_prompts_of_any_kind_together_are_what_each_is_alone(pipe, monkeypatch, options):
-    monkeypatch.setattr("clipgen.generation.generator.DECODE_BATCH_SIZE", 4)  # which end in the middle of a prompt
+def test_images_of_a_prompt_do_not_depend_on_the_batch(pipe, monkeypatch, options):
+    monkeypatch.setattr("clipgen.generation.generator.DECODE_BATCH_SIZE", 4)  # batches end within a prompt
     prompts = [PROMPT, {PROMPT: 1.0, "a red star": -0.3}, pipe(PROMPT, seed=8)[0], pipe.embed("a red star")[0]]
     options = options | dict(seed=3, outpaint=prompts[2] if "outpaint" in options else None)
     together = pipe(prompts, 3, **options)
-    alone = [picture for prompt in prompts for picture in pipe(prompt, 3, **options)]
-    assert [picture.info for picture in together] == [picture.info for picture in alone]
+    alone = []
+    for prompt in prompts:
+        alone += pipe(prompt, 3, **options)
+    assert [image.info for image in together] == [image.info for image in alone]
     assert np.array_equal(pixels(together), pixels(alone))
     assert len(np.unique(pixels(together).reshape(12, -1), axis=0)) > 4
 
 
-def test_without_a_seed_the_picture_tells_its_own(pipe):
-    picture = pipe(PROMPT)[0]
-    assert np.array_equal(np.asarray(pipe(PROMPT, seed=picture.info["seed"])[0]), np.asarray(picture))
+def test_random_seed_is_recorded(pipe):
+    image = pipe(PROMPT)[0]
+    assert np.array_equal(np.asarray(pipe(PROMPT, seed=image.info["seed"])[0]), np.asarray(image))
 
 
-def test_metadata(pipe):
+def test_metadata_reproduces_the_image(pipe):
     settings = dict(temperature=0.9, top_k=7, top_p=0.8, guidance_scale=2.0, guidance_power=1.0)
-    pictures = pipe(PROMPT, num_images=2, seed=3, **settings)
-    for j, picture in enumerate(pictures):
-        mine = dict(clipgen=clipgen.__version__, model=pipe.fingerprint)
-        assert picture.info == dict(prompt=PROMPT, seed=3 + j, **settings, **mine)
-        again = pipe(PROMPT, seed=picture.info["seed"], **settings)[0]
-        assert np.abs(np.asarray(again).astype(int) - np.asarray(picture)).max() <= 1
+    for i, image in enumerate(pipe(PROMPT, num_images=2, seed=3, **settings)):
+        model = dict(clipgen=clipgen.__version__, model=pipe.fingerprint)
+        assert image.info == dict(prompt=PROMPT, seed=3 + i, **settings, **model)
+        again = pipe(PROMPT, seed=image.info["seed"], **settings)[0]
+        assert np.abs(np.asarray(again).astype(int) - np.asarray(image)).max() <= 1
+
+
+def test_params_and_keywords_generate_the_same(pipe):
+    settings = dict(temperature=0.9, top_k=7, top_p=0.8, guidance_scale=2.0, guidance_power=1.0)
+    by_name = pixels(pipe(PROMPT, num_images=2, seed=3, **settings))
+    assert np.array_equal(pixels(pipe(PROMPT, 2, SamplingParams(**settings), seed=3)), by_name)
+    other = SamplingParams(**(settings | {"top_k": 1}))
+    assert np.array_equal(pixels(pipe(PROMPT, 2, other, seed=3, top_k=7)), by_name)
 
 
 def test_reranking_returns_the_highest_scores(pipe):
-    """All candidates scored by hand; which seeds come back, and in which order."""
+    """All candidates are scored by hand."""
     candidates = pipe(PROMPT, num_images=12, seed=0)
     images = torch.from_numpy(pixels(candidates)).permute(0, 3, 1, 2) / 127.5 - 1
     scores = (pipe.clip.encode_image(images) @ pipe.clip.encode_text([PROMPT]).T)[:, 0]
     best = scores.argsort(descending=True)[:3].tolist()
     chosen = pipe(PROMPT, num_images=3, rerank_from=12, seed=0)
-    assert [picture.info["seed"] for picture in chosen] == best
+    assert [image.info["seed"] for image in chosen] == best
     assert np.array_equal(pixels(chosen), pixels([candidates[i] for i in best]))
     assert best != [0, 1, 2]
 
 
-def test_reranking_asks_for_the_sentence_itself(pipe):
-    """Not for where the bridge moves it: pictures are drawn from there, and compared with what was said."""
-    pipe.bridge = EmbeddingProjector(shift=5 * torch.nn.functional.normalize(torch.randn(64), dim=0))
+def test_reranking_uses_the_unprojected_embedding(pipe):
+    """The projector only affects generation."""
+    pipe.projector = EmbeddingProjector(shift=5 * torch.nn.functional.normalize(torch.randn(64), dim=0))
     images = pipe.generate(pipe.embed(PROMPT).expand(12, -1), 0)
     scores = pipe.clip_scores(images, pipe.clip.encode_text([PROMPT]).expand(12, -1))
     assert torch.allclose(scores, (pipe.clip.encode_image(images) @ pipe.clip.encode_text([PROMPT]).T)[:, 0])
     chosen = pipe(PROMPT, num_images=3, rerank_from=12, seed=0)
-    assert [picture.info["seed"] for picture in chosen] == scores.argsort(descending=True)[:3].tolist()
+    assert [image.info["seed"] for image in chosen] == scores.argsort(descending=True)[:3].tolist()
 
 
-def test_gradients_and_modes_are_left_alone(pipe):
+def test_generation_changes_no_gradients_or_modes(pipe):
     pipe(PROMPT, rerank_from=2)
     for part in (pipe.vqgan, pipe.transformer, pipe.clip):
         assert not part.training and not any(p.grad is not None for p in part.parameters())
@@ -143,12 +152,12 @@ def test_gradients_and_modes_are_left_alone(pipe):
         (dict(prompt=PROMPT, guidance_scale=-2.0), "guidance_scale must be at least 0"),
     ],
 )
-def test_senseless_requests_are_refused(pipe, arguments, message):
+def test_invalid_requests_raise(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
 
 
-def test_parts_that_do_not_belong_together_are_refused(tiny_vqgan, shapes_clip):
+def test_mismatched_parts_raise(tiny_vqgan, shapes_clip):
     for name, value in (("codebook_size", 17), ("clip_dim", 3), ("num_tokens", 15)):
         with pytest.raises(ValueError, match=name):
             TextToImage(tiny_vqgan, make_transformer(**(TRANSFORMER_SIZES | {name: value})), shapes_clip)
@@ -169,8 +178,8 @@ def test_save_and_load(tmp_path, pipe):
     )
 
 
-def test_a_clip_of_ones_own_travels_along(tmp_path, pipe):
-    """A CLIP folder is copied, so that the pipeline can be moved to another place."""
+def test_clip_folder_is_saved_with_the_pipeline(tmp_path, pipe):
+    """The pipeline can be moved to another place."""
     own = shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "own_clip")
     path = TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own))).save(tmp_path / "pipe")
     shutil.rmtree(own)
@@ -178,14 +187,14 @@ def test_a_clip_of_ones_own_travels_along(tmp_path, pipe):
     assert json.loads((moved / "clip.json").read_text()) == {"model_name": "clip", "pretrained": None}
     again = TextToImage.load(moved)
     assert np.array_equal(pixels(again(PROMPT, seed=1)), pixels(pipe(PROMPT, seed=1)))
-    final = again.save(tmp_path / "final")  # and once more
+    final = again.save(tmp_path / "final")
     assert np.array_equal(pixels(TextToImage.load(final)(PROMPT, seed=1)), pixels(pipe(PROMPT, seed=1)))
-    again.save(moved)  # and onto itself
+    again.save(moved)  # onto itself
     assert np.array_equal(pixels(TextToImage.load(moved)(PROMPT, seed=1)), pixels(pipe(PROMPT, seed=1)))
 
 
-def test_nothing_of_another_clip_stays_behind(tmp_path, pipe):
-    """Byte pairs read by the old CLIP's vocabulary would be quietly wrong."""
+def test_save_removes_the_files_of_an_older_clip(tmp_path, pipe):
+    """A vocabulary of another CLIP would silently give wrong tokens."""
     root = tmp_path / "pipe"
     shutil.copytree(BUNDLED_CLIPS["shapes"], root / "clip")
     (root / "clip" / "leftover.json").write_text("{}")
@@ -199,7 +208,7 @@ def test_half_precision_pipeline(tmp_path, pipe):
     assert np.asarray(again(PROMPT, seed=1)[0]).shape == (32, 32, 3)
 
 
-def test_what_is_missing_is_named(tmp_path, pipe):
+def test_missing_parts_are_named(tmp_path, pipe):
     with pytest.raises(FileNotFoundError, match="clipgen-train stage=transformer"):
         TextToImage.load(tmp_path / "none")
     pipe.vqgan.save(tmp_path / "run" / "vqgan")
@@ -210,7 +219,7 @@ def test_what_is_missing_is_named(tmp_path, pipe):
         TextToImage.load(tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------------------- other things to ask for
+# ------------------------------------------------------------------------------------------- prompts
 
 STAR = "a small red star on a black background"
 
@@ -221,8 +230,8 @@ def test_embeddings_of_prompts(pipe, images):
     torch.testing.assert_close(pipe.embed({PROMPT: 0.7, STAR: -0.2}), mixed)
     torch.testing.assert_close(pipe.embed(PROMPT), text[:1])
     torch.testing.assert_close(pipe.embed(3 * text[0]), text[:1])
-    picture = to_pil(images[:1])[0]
-    torch.testing.assert_close(pipe.embed(picture), pipe.clip.encode_image(images[:1]), atol=0.02, rtol=0)  # 8 bits
+    image = to_pil(images[:1])[0]
+    torch.testing.assert_close(pipe.embed(image), pipe.clip.encode_image(images[:1]), atol=0.02, rtol=0)  # 8 bits
 
 
 @pytest.mark.parametrize(
@@ -235,44 +244,44 @@ def test_embeddings_of_prompts(pipe, images):
         ("- 2 a cat + a dog", {"a cat": -2.0, "a dog": 1.0}),
     ],
 )
-def test_mixtures_are_read_and_said(text, expected):
+def test_mixtures_are_parsed_and_described(text, expected):
     assert parse_mixture(text) == expected
     assert parse_mixture(describe(expected)) == expected
 
 
 @pytest.mark.parametrize("text", ["", "  ", "a cat + ", "+"])
-def test_empty_terms_are_refused(text):
+def test_empty_mixture_terms_raise(text):
     with pytest.raises(ValueError, match="a mixture must be terms such as"):
         parse_mixture(text)
 
 
-def test_a_variation_of_a_picture_and_a_mixture(pipe, images):
-    picture = to_pil(images[:1])[0]
-    e = pipe.clip.encode_image(from_pil(picture))
+def test_image_and_mixture_prompts(pipe, images):
+    image = to_pil(images[:1])[0]
+    e = pipe.clip.encode_image(from_pil(image))
     by_hand = to_pil(pipe.generate(e, 5))[0]
-    assert np.array_equal(np.asarray(pipe(picture, seed=5)[0]), np.asarray(by_hand))
+    assert np.array_equal(np.asarray(pipe(image, seed=5)[0]), np.asarray(by_hand))
     mixed = pipe({PROMPT: 0.5, STAR: 0.5}, seed=5)[0]
-    assert mixed.info["mixture"] == {PROMPT: 0.5, STAR: 0.5} and mixed.info["prompt"] == f"0.5 {PROMPT} + 0.5 {STAR}"
+    assert mixed.info["prompt_mix"] == {PROMPT: 0.5, STAR: 0.5} and mixed.info["prompt"] == f"0.5 {PROMPT} + 0.5 {STAR}"
     with pytest.raises(ValueError, match="prompt must not be empty"):
         pipe({})
 
 
 @torch.no_grad()
-def test_completing_a_picture_keeps_its_upper_indices(pipe, images):
-    picture = to_pil(images[:1])[0]
+def test_outpainting_keeps_the_upper_indices(pipe, images):
+    image = to_pil(images[:1])[0]
     indices = []
-    drawn = pipe.transformer.sample
-    pipe.transformer.sample = lambda *a, **k: indices.append(drawn(*a, **k)) or indices[-1]
-    pipe(PROMPT, num_images=3, outpaint=picture, seed=1)
-    kept = pipe.vqgan.encode(from_pil(picture)).flatten(1)[:, :8]  # two rows of four
+    sample = pipe.transformer.sample
+    pipe.transformer.sample = lambda *a, **k: indices.append(sample(*a, **k)) or indices[-1]
+    pipe(PROMPT, num_images=3, outpaint=image, seed=1)
+    kept = pipe.vqgan.encode(from_pil(image)).flatten(1)[:, :8]  # two rows of four
     assert torch.equal(indices[0][:, :8], kept.expand(3, -1))
     assert len(indices[0][:, 8:].unique(dim=0)) > 1
     with pytest.raises(ValueError, match=r"keep_fraction must be in \(0, 1\), got 1"):
-        pipe(PROMPT, outpaint=picture, keep_fraction=1)
+        pipe(PROMPT, outpaint=image, keep_fraction=1)
 
 
-def test_previews_are_the_upper_rows_of_the_picture(pipe):
-    """Without attention a decoder's rows depend on rows nearby: the first ones are there long before the last."""
+def test_previews_are_the_upper_rows_of_the_image(pipe):
+    """A decoder without attention depends on neighboring rows only, so the first rows can be decoded early."""
     seen = []
     pipe(PROMPT, num_images=2, seed=2, preview=seen.append)
     assert [tuple(images.shape) for images in seen] == [(2, 3, 8 * rows, 32) for rows in (1, 2, 3, 4)]
@@ -281,7 +290,7 @@ def test_previews_are_the_upper_rows_of_the_picture(pipe):
 
 
 def test_progress_needs_no_decoding(pipe, monkeypatch):
-    """Half an image a row, of two; each is decoded once, at the end."""
+    """A row of two images is half an image of work; each image is decoded once, at the end."""
     rows, decoded, decode = [], [], pipe.vqgan.decode
     monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: decoded.append(tuple(indices.shape)) or decode(indices))
     pipe(PROMPT, num_images=2, seed=2, progress=rows.append)
@@ -290,32 +299,33 @@ def test_progress_needs_no_decoding(pipe, monkeypatch):
     assert sum(rows) == 5 and len(decoded) == 5 and "progress" not in strip[0].info
 
 
-def test_interpolation_goes_from_one_to_the_other(pipe):
+def test_interpolation_starts_and_ends_at_the_prompts(pipe):
     strip = pipe.interpolate(PROMPT, STAR, steps=5, seed=7)
     assert len(strip) == 5
-    for picture, prompt in ((strip[0], PROMPT), (strip[-1], STAR)):
-        assert np.abs(np.asarray(picture).astype(int) - np.asarray(pipe(prompt, seed=7)[0])).max() <= 1
-    between = pipe.interpolate({PROMPT: 1.0}, STAR, steps=2, seed=7, top_k=5)[1].info
-    asked = {"interpolate": [{PROMPT: 1.0}, STAR], "steps": 2, "seed": 7, "model": pipe.fingerprint}
-    assert between.items() >= (asked | asdict(SamplingParams()) | {"top_k": 5}).items()
+    for image, prompt in ((strip[0], PROMPT), (strip[-1], STAR)):
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(pipe(prompt, seed=7)[0])).max() <= 1
+    info = pipe.interpolate({PROMPT: 1.0}, STAR, steps=2, seed=7, top_k=5)[1].info
+    request = {"interpolate": [{PROMPT: 1.0}, STAR], "steps": 2, "seed": 7, "model": pipe.fingerprint}
+    assert info.items() >= (request | asdict(SamplingParams()) | {"top_k": 5}).items()
     with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
         pipe.interpolate(PROMPT, STAR, steps=1)
 
 
-def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
-    whole = pipe.generate(pipe.embed(PROMPT).expand(7, -1), 3)
-    sizes, draw = [], pipe.transformer.sample
+def test_out_of_memory_halves_the_batch_and_loses_no_image(pipe, monkeypatch):
+    expected = pipe.generate(pipe.embed(PROMPT).expand(7, -1), 3)
+    sample = pipe.transformer.sample
+    sizes = []
 
-    def sample(condition, **options):
+    def sample_at_most_two(condition, params, **options):
         sizes.append(len(condition))
         if len(condition) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return draw(condition, **options)
+        return sample(condition, params, **options)
 
-    monkeypatch.setattr(pipe.transformer, "sample", sample)
-    again = pipe.generate(pipe.embed(PROMPT).expand(7, -1), 3)
+    monkeypatch.setattr(pipe.transformer, "sample", sample_at_most_two)
+    images = pipe.generate(pipe.embed(PROMPT).expand(7, -1), 3)
     assert sizes == [7, 4, 2, 2, 2, 1]
-    torch.testing.assert_close(again, whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(images, expected, atol=1e-4, rtol=0)
     monkeypatch.setattr(
         pipe.transformer, "sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     )
@@ -323,8 +333,8 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(pipe, monkeypatch):
         pipe(PROMPT)
 
 
-def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
-    """2 x 2 layers x 16 positions x 32 channels x 4 bytes an image (tests/conftest.py), in half of what is free."""
+def test_batch_size_follows_the_free_gpu_memory(pipe, monkeypatch):
+    """An image needs 2 x 2 layers x 16 positions x 32 channels x 4 bytes; half of the free memory is used."""
     row, pipe = 2 * 2 * 16 * 32 * 4, copy.deepcopy(pipe)
     assert pipe.batch_size(guided=False) == clipgen.generation.generator.DECODE_BATCH_SIZE
     monkeypatch.setattr(ConditionalTransformer, "device", torch.device("cuda"))
@@ -345,8 +355,7 @@ def test_a_gpus_memory_decides_how_many_are_drawn_at_a_time(pipe, monkeypatch):
     assert pipe.batch_size(guided=False) == 32
 
 
-def test_bfloat16(pipe):
-    """Half the bytes; nearly the same pictures, where nothing is drawn by chance."""
+def test_bfloat16_gives_nearly_the_same_images(pipe):
     half, settings = copy.deepcopy(pipe).to(dtype=torch.bfloat16), dict(top_k=1, seed=0)
     assert half.transformer.gpt.head.weight.dtype == torch.bfloat16 and half.fingerprint == pipe.fingerprint
     first = pipe.transformer.sample(pipe.embed(PROMPT), **settings)
@@ -357,31 +366,32 @@ def test_bfloat16(pipe):
     assert guided.info["dtype"] == "bfloat16" and "dtype" not in pipe(PROMPT, seed=0)[0].info
 
 
-def test_what_compile_asks_for(pipe, monkeypatch):
-    """Powers of two of rows, each made once; the compiler itself is tested in test_gpt.py."""
-    made = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: made.append(function) or function)
+def test_compiled_batches_are_padded_to_powers_of_two(pipe, monkeypatch):
+    """Each size is compiled once. The compiler itself is tested in test_gpt.py."""
+    compiled_functions = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled_functions.append(function) or function)
     compiled = copy.deepcopy(pipe).compile()
-    assert made.pop().__self__ is compiled.vqgan.active_model.decoder
-    pictures, decoder = [], compiled.vqgan.active_model.decoder
-    hook = decoder.register_forward_hook(lambda module, inputs, output: pictures.append(len(output)))
-    for rows, guidance in ((3, 1.0), (4, 1.0), (1, 1.0), (3, 2.0)):
-        e, settings = pipe.embed(PROMPT).expand(rows, -1), dict(seed=0, guidance_scale=guidance)
+    assert compiled_functions.pop().__self__ is compiled.vqgan.active_model.decoder
+    decoder = compiled.vqgan.active_model.decoder
+    decoded = []
+    hook = decoder.register_forward_hook(lambda module, inputs, output: decoded.append(len(output)))
+    for batch_size, guidance in ((3, 1.0), (4, 1.0), (1, 1.0), (3, 2.0)):
+        e, settings = pipe.embed(PROMPT).expand(batch_size, -1), dict(seed=0, guidance_scale=guidance)
         torch.testing.assert_close(compiled.generate(e, **settings), pipe.generate(e, **settings), atol=1e-4, rtol=0)
-    assert [function.__self__.shape[0] for function in made] == [4, 1, 8]
-    assert pictures == [4, 4, 1, 4]
+    assert [function.__self__.shape[0] for function in compiled_functions] == [4, 1, 8]
+    assert decoded == [4, 4, 1, 4]
     hook.remove()
     other = copy.deepcopy(compiled)
     torch.nn.init.normal_(other.transformer.gpt.head.weight)
     assert other.transformer.decoders == {} and len(compiled.transformer.decoders) == 3
     e = pipe.embed(PROMPT)
-    found = other.transformer.sample(e, seed=0)
+    indices = other.transformer.sample(e, seed=0)
     other.transformer.compiled = False
-    assert torch.equal(found, other.transformer.sample(e, seed=0))  # by its own weights
+    assert torch.equal(indices, other.transformer.sample(e, seed=0))  # the copy uses its own weights
     pickle.loads(pickle.dumps(compiled.transformer))
 
 
-def test_a_pipeline_says_the_type_that_it_draws_in(pipe):
+def test_to_accepts_the_loaded_dtype_or_bfloat16(pipe):
     half = copy.deepcopy(pipe).to(dtype=torch.bfloat16)
     assert half.to("cpu", torch.bfloat16) is half
     assert TextToImage(half.vqgan, half.transformer, half.clip).dtype == torch.bfloat16
@@ -394,54 +404,55 @@ def test_a_pipeline_says_the_type_that_it_draws_in(pipe):
             half.to(**wrong)
 
 
-def test_a_preview_decodes_no_more_at_once(pipe, monkeypatch):
+def test_previews_are_decoded_in_batches(pipe, monkeypatch):
     sizes, decode = [], pipe.vqgan.decode
     monkeypatch.setattr(clipgen.generation.generator, "DECODE_BATCH_SIZE", 2)
     monkeypatch.setattr(type(pipe), "batch_size", lambda self, guided: 5)
     monkeypatch.setattr(pipe.vqgan, "decode", lambda indices: sizes.append(len(indices)) or decode(indices))
     assert len(pipe(PROMPT, 5, seed=0, preview=lambda images: None)) == 5
-    assert set(sizes) == {1}  # on a CPU, where pictures must not depend on their neighbours
+    assert set(sizes) == {1}  # one at a time on a CPU, so that images do not depend on the batch
     monkeypatch.setattr(pipe.transformer, "compiled", True)
     assert pipe.decode(torch.zeros(5, 16, dtype=torch.int64)).shape[0] == 5 and set(sizes) == {1, 2}
 
 
-def test_a_mixtures_weights(pipe):
-    whole, parts = ({"a red star": a, "a blue ring": b} for a, b in ((1, 2), (1.0, 2.0)))
-    assert torch.equal(pipe.embed(whole), pipe.embed(parts))
+def test_mixture_weights_are_numbers_and_not_all_zero(pipe):
+    of_ints = pipe.embed({"a red star": 1, "a blue ring": 2})
+    of_floats = pipe.embed({"a red star": 1.0, "a blue ring": 2.0})
+    assert torch.equal(of_ints, of_floats)
     for mixture in ({"a red star": 0}, {"a red star": 1, "a blue ring": float("nan")}):
         with pytest.raises(ValueError, match="finite weights that are not all 0"):
             pipe(mixture)
 
 
 @pytest.mark.parametrize("prompt", [None, ["a red star", 7], [["a red star"]], 3])
-def test_what_is_no_prompt(pipe, prompt):
-    with pytest.raises(TypeError, match="prompt must be a sentence, a mixture, a picture or an embedding, got"):
+def test_other_types_of_prompts_raise(pipe, prompt):
+    with pytest.raises(TypeError, match="prompt must be a text, a mixture, an image or an embedding, got"):
         pipe(prompt)
 
 
-def test_a_device_that_is_not_there_changes_nothing(pipe):
+def test_missing_device_moves_nothing(pipe):
     with pytest.raises((RuntimeError, AssertionError)):  # of torch with CUDA, and without
         pipe.to("cuda:99")
     assert pipe(PROMPT, seed=0)
 
 
-def test_an_embedding_is_one_vector(pipe):
+def test_embedding_prompt_must_be_a_single_vector(pipe):
     with pytest.raises(ValueError, match=r"an embedding must be \(64,\), got \(2, 32\)"):
         pipe(torch.randn(2, 32))
 
 
-def test_another_bridge_is_another_model(pipe, tmp_path):
+def test_fingerprint_includes_the_projector(pipe, tmp_path):
     plain = pipe(PROMPT, seed=0)[0].info["model"]
-    pipe.bridge = EmbeddingProjector(shift=torch.full((64,), 0.1))
-    bridged = pipe(PROMPT, seed=0)[0].info["model"]
-    assert bridged != plain and TextToImage.load(pipe.save(tmp_path / "pipe")).fingerprint == bridged
-    pipe.bridge = None
+    pipe.projector = EmbeddingProjector(shift=torch.full((64,), 0.1))
+    projected = pipe(PROMPT, seed=0)[0].info["model"]
+    assert projected != plain and TextToImage.load(pipe.save(tmp_path / "pipe")).fingerprint == projected
+    pipe.projector = None
     assert pipe(PROMPT, seed=0)[0].info["model"] == plain
-    assert TextToImage.load(pipe.save(tmp_path / "pipe")).bridge is None
+    assert TextToImage.load(pipe.save(tmp_path / "pipe")).projector is None
 
 
-def test_a_card_says_how_a_run_was_trained(pipe, tmp_path):
-    """And is handed on, but for where its trainer's files lie."""
+def test_model_card_reports_the_training_settings(pipe, tmp_path):
+    """They are kept when a pipeline is saved again. Paths are omitted."""
     run = pipe.save(tmp_path / "run")
     data = {"_target_": "clipgen.data.folder.folder_data", "root": "/home/me/photos", "batch_size": 8, "val_root": None}
     config = {"seed": 0, "data": data, "trainer": {"max_steps": 500, "precision": "bf16-mixed"}}
@@ -453,8 +464,8 @@ def test_a_card_says_how_a_run_was_trained(pipe, tmp_path):
     assert not (pipe.save(twice) / "training.json").exists()
 
 
-def test_the_hub(pipe, monkeypatch, tmp_path):
-    """Up and down again, with a folder in the place of the hub."""
+def test_push_to_hub_and_load(pipe, monkeypatch, tmp_path):
+    """A local folder stands for the hub."""
     import huggingface_hub
 
     class Api:
@@ -468,9 +479,9 @@ def test_the_hub(pipe, monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / name))
-    pipe.bridge = EmbeddingProjector(shift=torch.ones(64))
-    for bridge in (pipe.bridge, None):  # nothing of the first stays where the second is
-        pipe.bridge = bridge
+    pipe.projector = EmbeddingProjector(shift=torch.ones(64))
+    for projector in (pipe.projector, None):  # the second upload removes the projector of the first
+        pipe.projector = projector
         assert pipe.push_to_hub("me/shapes") == "https://huggingface.co/me/shapes"
         assert TextToImage.load("hf-hub:me/shapes").fingerprint == pipe.fingerprint
     card = (tmp_path / "me" / "shapes" / "README.md").read_text()

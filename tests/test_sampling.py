@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from clipgen.cli.sampling_args import add_settings, settings_of
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options, sampling_params
 from clipgen.sampling import (
     SamplingParams,
     per_sample_seeds,
     per_sample_uniforms,
+    resolve_params,
     sample_from_logits,
     sample_sequence,
     with_cfg,
@@ -230,5 +231,23 @@ def test_params_that_are_not_numbers_are_refused(value):
 
 def test_options_have_the_defaults_of_the_params():
     """The command line spells them out, because it must not import torch for --help."""
-    add_settings(parser := argparse.ArgumentParser())
-    assert settings_of(parser.parse_args([])) == asdict(SamplingParams())
+    parser = argparse.ArgumentParser()
+    add_sampling_options(parser)
+    assert sampling_options(parser.parse_args([])) == asdict(SamplingParams())
+    assert sampling_params(parser.parse_args(["--top-k", "7"])) == SamplingParams(top_k=7)
+
+
+def test_only_given_options_override_the_defaults_of_a_model():
+    parser = argparse.ArgumentParser()
+    add_sampling_options(parser, given_only=True)
+    assert sampling_options(parser.parse_args(["--top-p", "0.5"])) == {"top_p": 0.5}
+
+
+def test_params_are_overridden_by_name():
+    params = SamplingParams(top_k=5, top_p=0.5)
+    assert resolve_params(params, {"top_k": 7}) == SamplingParams(top_k=7, top_p=0.5)
+    assert resolve_params(None, {}) == SamplingParams()
+    with pytest.raises(ValueError, match="top_k must be a whole number"):
+        resolve_params(params, {"top_k": 0})
+    with pytest.raises(TypeError, match=r"a sampling parameter must be one of temperature, top_k, .*, got top, k"):
+        resolve_params(params, {"top": 1, "k": 2, "top_k": 3})

@@ -134,7 +134,7 @@ def test_ranks_share_the_work_and_the_last_one_finishes(encode, cache, tmp_path)
         ({"RANK": "5", "WORLD_SIZE": "2"}, None),
     ],
 )
-def test_the_share_of_a_process(monkeypatch, environment, expected):
+def test_rank_and_world_size(monkeypatch, environment, expected):
     for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -142,7 +142,7 @@ def test_the_share_of_a_process(monkeypatch, environment, expected):
     if expected:
         assert rank_and_world_size() == expected
         return
-    with pytest.raises(ValueError, match=r"is none of 2 in a row: leave no gaps"):
+    with pytest.raises(ValueError, match=r"does not fit 2 processes: number them without gaps, such as --array=0-1"):
         rank_and_world_size()
 
 
@@ -282,7 +282,7 @@ def test_the_data_module(cache):
         TokenCacheDataModule(cache, batch_size=51)
 
 
-def test_embeddings_of_a_bridge(cache):
+def test_embeddings_for_a_projector(cache):
     data = TokenCacheDataset(cache / "train")
     every = data.batch(range(len(data)))["condition"]
     assert torch.equal(data.embeddings(), every) and torch.equal(data.embeddings(len(data) // 3), every[::3])
@@ -557,4 +557,4 @@ def test_readmes_python_runs(cache, tmp_path, monkeypatch):
     cache.rename(tmp_path / "encoded")
     monkeypatch.chdir(tmp_path)
     exec(block, {})
-    assert TextToImage.load("bridged").bridge is not None
+    assert TextToImage.load("projected").projector is not None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.console import guarded
 from clipgen.cli.device import default_device
 from clipgen.cli.output_dir import file_name, output_folder
-from clipgen.cli.sampling_args import add_settings, settings_of
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,7 +87,7 @@ def add_search(p: argparse.ArgumentParser) -> None:
     p.add_argument("--threshold", type=float, help="of --table: mean CLIP score of real images, to count images to")
     p.add_argument("--keep-all", action="store_true", help="write every picture drawn, below OUTPUT/all")
     add_prompts(p)
-    add_settings(p.add_argument_group("drawing, by our transformer"), given_only=True)
+    add_sampling_options(p.add_argument_group("drawing, by our transformer"), given_only=True)
 
 
 def add_label(p: argparse.ArgumentParser) -> None:
@@ -96,7 +96,7 @@ def add_label(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpoint", required=True, help="its run folder")
     p.add_argument("--label", action="append", required=True, help="a class's name or number; several times")
     p.add_argument("--num-images", type=int, default=4, help="pictures a class (default: %(default)s)")
-    add_settings(p, given_only=True)
+    add_sampling_options(p, given_only=True)
 
 
 def add_prompts(p: argparse.ArgumentParser) -> None:
@@ -117,7 +117,7 @@ def run() -> None:
     if args.system != "label":
         args.prompts = read_prompts(args)
     args.device = args.device or default_device()
-    with output_folder(args.output, keep="**/*.png"):
+    with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)
 
 
@@ -149,7 +149,7 @@ def run_search(args: argparse.Namespace) -> None:
     from clipgen.baselines.search import encode_labels, search, search_table
 
     names = names_of(args.class_names) if args.class_names else None
-    generator = load_generator(args.generator, args.noise_dim, names, args.device, **settings_of(args))
+    generator = load_generator(args.generator, args.noise_dim, names, args.device, **sampling_options(args))
     clip = load_clip_of(args)
     if args.table:
         rows = search_table(
@@ -193,7 +193,7 @@ def run_label(args: argparse.Namespace) -> None:
 
     from clipgen.baselines.class_conditional import ClassConditionalGenerator
 
-    model = ClassConditionalGenerator.load(args.checkpoint, **settings_of(args)).to(args.device)
+    model = ClassConditionalGenerator.load(args.checkpoint, **sampling_options(args)).to(args.device)
     classes = [model.find(label) for label in args.label]
     sheet = Sheet(args, asdict(model.params))
     for index in classes:
@@ -208,9 +208,9 @@ def run_label(args: argparse.Namespace) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """All sentences."""
-    from clipgen.generation.prompts import read_sentences
+    from clipgen.generation.prompts import read_prompts
 
-    prompts = [*args.prompt, *(line for file in args.prompts_file for line in read_sentences(file))]
+    prompts = [*args.prompt, *(line for file in args.prompts_file for line in read_prompts(file))]
     if not prompts:
         raise ValueError("there must be something to draw: give --prompt or --prompts-file")
     if not all(prompt.strip() for prompt in prompts):

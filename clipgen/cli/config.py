@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from clipgen.models.config import GPTConfig
+from clipgen.type_checks import check_values, parameter_hints
 
 TARGETS = frozenset(
     {  # all that a configuration may have called
@@ -133,54 +130,13 @@ def targets(value: Any, place: str) -> Iterator[tuple[str, Any]]:
             yield from targets(child, name)
 
 
-def check_types(node: DictConfig, given: dict[str, Any]) -> None:
-    """Raise TypeError for the first value in YAML that does not fit the signature; ``given`` replaces such values."""
-    target = get_object(node["_target_"])
-    try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:  # a library that imports a name for its type checker only
-        return
-    if "network" in hints:  # ``**network`` stands for the fields of GPTConfig
-        hints |= get_type_hints(GPTConfig)
+def check_types(node: DictConfig, replaced: dict[str, Any]) -> None:
+    """Raise TypeError for the first value in YAML that does not fit the signature of the node's target.
+
+    Args:
+        replaced: arguments that are passed instead of the values in YAML.
+    """
     values: Any = OmegaConf.to_container(node, resolve=True)
-    checked = {key: value for key, value in values.items() if key not in given}
-    where = node._get_full_key(None)
-    check_values(checked, hints, f"{where}." if where else "")
-
-
-def check_values(values: dict[str, Any], hints: dict[str, Any], where: str) -> None:
-    """Raise TypeError for the first value that does not fit its type; a section is checked by its dataclass."""
-    for key, value in values.items():
-        section = next((kind for kind in get_args(hints.get(key)) if is_dataclass(kind)), None)
-        if section and isinstance(value, dict):
-            check_values(value, get_type_hints(section), f"{where}{key}.")
-        elif key in hints and not fits(value, hints[key]):
-            raise TypeError(f"{where}{key} must be {plain(hints[key])}, got {value!r}")
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from YAML is of a type; a whole number is a float too, and true is no number."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, origin or kind)
-
-
-def plain(kind: Any) -> str:
-    """A type for people: ``int or None``, ``list of int``."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(plain(argument) for argument in arguments)
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        return f"list of {plain(arguments[0])}"
-    return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
+    checked = {key: value for key, value in values.items() if key not in replaced}
+    key = node._get_full_key(None)
+    check_values(checked, parameter_hints(get_object(node["_target_"])), f"{key}." if key else "")

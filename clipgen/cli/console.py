@@ -1,4 +1,4 @@
-"""What the commands say: our own log lines, and one sentence instead of a traceback where the user can fix it."""
+"""Output of the commands: one-line errors, log lines, and a progress bar."""
 
 from __future__ import annotations
 
@@ -11,16 +11,32 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import FrameType
 
 from clipgen.files import printable
 
 logger = logging.getLogger("clipgen")
+# Errors that a user can cause; the others are bugs.
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+# Warnings of libraries that do not apply here, or that clipgen reports in its own words.
+IGNORED_WARNINGS = (
+    "does not have many workers",
+    "LeafSpec",
+    "logs directory",
+    "pre-optimization",
+    "logging interval",
+    "worker processes in total",
+    "could not find the monitored key",
+    "dirpath has changed",
+    "dataloader is not resumable",
+    "Checkpoint directory",
+    "decompression bomb",
+)
 
 
 def guarded(command: str, main: Callable[[], None]) -> None:
-    """Run ``main`` and exit; an error becomes ``command: error: sentence``. CLIPGEN_DEBUG=1 shows tracebacks."""
+    """Run ``main`` and exit. An error is printed as ``COMMAND: error: MESSAGE``; CLIPGEN_DEBUG=1 shows tracebacks."""
     set_up_streams()
     set_up_logging()
     try:
@@ -32,77 +48,116 @@ def guarded(command: str, main: Callable[[], None]) -> None:
     except Exception as error:
         if os.environ.get("CLIPGEN_DEBUG"):
             raise
-        bug = "" if isinstance(error, EXPECTED) else f"{type(error).__name__}: "
-        hint = " (CLIPGEN_DEBUG=1 shows where)" if bug else ""
-        print(f"{command}: error: {bug}{sentence(error)}{hint}", file=sys.stderr)
+        message = error_line(error)
+        if not isinstance(error, EXPECTED):
+            message = f"{type(error).__name__}: {message} (CLIPGEN_DEBUG=1 shows where)"
+        print(f"{command}: error: {message}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP interrupt the work as Ctrl-C does, so that temporary files are removed; not a signal that
-    is ignored, as nohup does."""
-    before = {}
+    """Let SIGTERM and SIGHUP interrupt the work as Ctrl-C does, so that temporary files are removed.
+
+    A signal that is ignored, as by nohup, stays ignored.
+    """
+    previous = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
         for number in numbers:
             if signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, interrupt)
+                previous[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise what Ctrl-C raises."""
+    """Raise the exception of Ctrl-C."""
     raise KeyboardInterrupt
 
 
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
 @contextmanager
-def rate_bar(name: str, total: float | None) -> Iterator[Callable[[float], None]]:
-    """A bar with images a second and time left; without a terminal a line a minute. Gives what to call when some are
-    done."""
+def progress_bar(name: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar with img/s and ETA, or log one line per minute without a terminal.
+
+    Args:
+        name: description of the work.
+        total: number of images; None if it is unknown.
+
+    Yields:
+        A function that is called with the number of images done since the last call.
+    """
     if not sys.stderr.isatty():
-        yield rate_lines(name, total)
+        yield ProgressLog(name, total).advance
         return
     from rich.console import Console
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    speed = TextColumn("{task.fields[rate]:.2f} images/s")
-    with Progress(
-        *Progress.get_default_columns()[:-1], speed, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
-        task = bar.add_task(name, total=total, rate=0.0)
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        TaskProgressColumn(),
+        "{task.fields[rate]}  ETA",
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task_id = progress.add_task(name, total=total, rate="")
 
-        def advance(done: float) -> None:
-            bar.advance(task, done)
-            now = bar.tasks[0]
-            bar.update(task, rate=now.completed / max(now.elapsed or 0, 1e-6))
+        def advance(count: float) -> None:
+            progress.advance(task_id, count)
+            task = progress.tasks[0]
+            rate = task.completed / max(task.elapsed or 0, 1e-6)
+            progress.update(task_id, rate=f"{rate:.3g} img/s")
 
         yield advance
 
 
-def rate_lines(name: str, total: float | None) -> Callable[[float], None]:
-    """What to call when some of the images are done; once a minute it logs how far things are."""
-    start = last = time.monotonic()
-    done = 0.0
+class ProgressLog:
+    """Log the progress once per interval.
 
-    def advance(count: float) -> None:
-        nonlocal done, last
-        done, now = done + count, time.monotonic()
-        if now - last >= 60:
-            last = now
-            counted = f"{done:.0f} of {total:.0f}" if total else f"{done:.0f}"
-            logger.info("%s: %s images, %.3g a second", name, counted, done / (now - start))
+    Args:
+        name: description of the work.
+        total: number of images; None if it is unknown.
+        interval: seconds between two lines.
+    """
 
-    return advance
+    def __init__(self, name: str, total: float | None, interval: float = 60.0):
+        self.name = name
+        self.total = total
+        self.interval = interval
+        self.done = 0.0
+        self.start = time.monotonic()
+        self.last = self.start
+
+    def advance(self, count: float) -> None:
+        """Count images, and log a line if it is time."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.last >= self.interval:
+            self.last = now
+            logger.info("%s", self.line(now - self.start))
+
+    def line(self, seconds: float) -> str:
+        """Return the log line after a number of seconds."""
+        rate = self.done / seconds
+        if not self.total:
+            return f"{self.name}: {self.done:.0f} images, {rate:.3g} img/s"
+        eta = timedelta(seconds=round((self.total - self.done) / max(rate, 1e-9)))
+        return f"{self.name}: {self.done:.0f} of {self.total:.0f} images, {rate:.3g} img/s, ETA {eta}"
+
+
+# -------------------------------------------------------------------------------------------------------------- streams
 
 
 def say(text: object) -> None:
-    """Print a line of results. Where nobody reads them any more, or the disk is full, the work goes on without."""
+    """Print a line of results. If the reader has closed the pipe or the disk is full, the work continues without."""
     try:
         print(printable(str(text)))
     except OSError as error:
@@ -110,17 +165,18 @@ def say(text: object) -> None:
 
 
 def set_up_streams() -> None:
-    """Let no character and no closed stream stop a command."""
+    """Prevent errors from characters that a stream cannot encode, and from closed streams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed: files that are opened later must not get its number
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, open to the end
+        if stream is None:
+            # The stream is closed. A file that is opened later must not get its file descriptor.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def flush_stdout() -> None:
-    """Write what was printed; say on stderr if that is impossible."""
+    """Flush stdout; if that fails, warn on stderr."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -128,52 +184,49 @@ def flush_stdout() -> None:
 
 
 def give_up_stdout(error: OSError) -> None:
-    """Print no more, and say why, unless the reader has left (`| head -1`)."""
+    """Discard further output, and warn unless the reader has closed the pipe (``| head -1``)."""
     if not isinstance(error, BrokenPipeError):
-        logger.warning("what this command prints cannot be written: %s", sentence(error))
+        logger.warning("the output of this command cannot be written: %s", error_line(error))
+    # Replace the descriptor rather than `sys.stdout`, because Python flushes the original stream at exit.
     with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def sentence(error: BaseException) -> str:
-    """Return an error's message on one line; for the system's own errors, what and which file."""
+def error_line(error: BaseException) -> str:
+    """Return an error's message on one line; for an error of the system, its reason and the file."""
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         return printable(f"{error.strerror}{place}")
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
-class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # which Python 3.10 cannot say
-    """Writes to what stderr is now: a bar that is being drawn puts lines above itself."""
+# -------------------------------------------------------------------------------------------------------------- logging
+
+
+class StderrHandler(logging.StreamHandler):  # type: ignore[type-arg]  # not generic in Python 3.10
+    """Write log lines to the current ``sys.stderr``, which a progress bar replaces to print lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a log line."""
         self.stream = sys.stderr
         super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).split("\n")))
+        """Return a log line without control characters."""
+        lines = super().format(record).split("\n")
+        return "\n".join(printable(line) for line in lines)
 
 
 def set_up_logging() -> None:
-    """Our lines as they are; of the libraries' only what is wrong."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are long to read, and what failed is told by us
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
-    logging.getLogger().addFilter(lambda record: False)  # open_clip logs on the root logger what it then raises
-    logging.getLogger("clipgen").setLevel(logging.INFO)
+    """Show all log lines of clipgen, and the warnings of libraries that matter to users."""
+    # The hub's retries are long, and clipgen reports the failure.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StderrHandler()])
+    # open_clip logs its errors on the root logger, and then raises them.
+    logging.getLogger().addFilter(lambda record: False)
+    logging.getLogger("clipgen").setLevel(logging.INFO)
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*decompression bomb")  # we have a limit of our own
-    for message in (
-        "does not have many workers",
-        "LeafSpec",
-        "logs directory",
-        "pre-optimization",
-        "logging interval",
-        "worker processes in total",
-        "could not find the monitored key",
-        "dirpath has changed",
-        "dataloader is not resumable",
-        "Checkpoint directory",
-    ):
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=f"(?s).*{message}")

@@ -64,7 +64,7 @@ def run() -> None:
         from clipgen.cli.output_dir import output_folder
         from clipgen.files import write_json
         from clipgen.pipeline import TextToImage
-    with output_folder(args.output, keep="*/checkpoints/*.ckpt"):
+    with output_folder(args.output, keep_pattern="*/checkpoints/*.ckpt"):
         write_json(args.output / REPORT, {"settings": settings})  # for --resume
         train_stages(stages, args.output, seconds)
     with timed(seconds, "sampling"):
@@ -146,11 +146,11 @@ def plan(output: Path, stages: dict[str, Any]) -> str:
 def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]) -> None:
     """Train the stages that are not finished."""
     from clipgen.cli import train
-    from clipgen.cli.list_runs import folder_of
+    from clipgen.cli.list_runs import finished_model
     from clipgen.training.progress import TotalTime
 
     for name, config in stages.items():
-        if folder_of(output / name, name):
+        if finished_model(output / name, name):
             print(f"Finished before: stage={name}")
             continue
         print(f"Training stage={name} ...", flush=True)

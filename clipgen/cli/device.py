@@ -1,4 +1,4 @@
-"""Where a command runs: on which device, and as which of several processes."""
+"""The device that a command uses, and its rank among several processes."""
 
 from __future__ import annotations
 
@@ -6,35 +6,55 @@ import os
 
 
 def default_device() -> str:
-    """The fastest device of this machine; of several GPUs one for each process that torchrun or SLURM started."""
+    """Return CUDA if available, else MPS, else CPU. torchrun and SLURM processes get one GPU each."""
     import torch
 
     if torch.cuda.is_available():
-        number = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        return f"cuda:{number % torch.cuda.device_count()}"
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        return f"cuda:{local_rank % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def device_type(accelerator: str) -> str:
-    """Return the kind of device that Lightning takes for an accelerator: ``"cuda"``, ``"mps"`` or ``"cpu"``."""
+    """Return the device type of a Lightning accelerator: ``"cuda"``, ``"mps"`` or ``"cpu"``."""
     return default_device().partition(":")[0] if accelerator in ("auto", "gpu") else accelerator
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Which of how many processes this is, by torchrun, or by a SLURM array or step.
+    """Return the rank of this process and the number of processes, as set by torchrun or SLURM; else (0, 1).
 
     Raises:
-        ValueError: it is none of them, so nobody would do the work of some: an array with gaps.
+        ValueError: the rank is out of range, so that some part of the work would not be done by any process.
     """
-    for rank, size, first, step in (
-        ("RANK", "WORLD_SIZE", "", ""),
-        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_STEP"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "", ""),
-    ):
-        if rank in os.environ and size in os.environ:
-            place = int(os.environ[rank]) - int(os.environ.get(first, 0))
-            number, rest = divmod(place, int(os.environ.get(step, 1)))
-            if rest or not 0 <= number < (count := int(os.environ[size])):
-                raise ValueError(f"{rank}={os.environ[rank]} is none of {os.environ[size]} in a row: leave no gaps")
-            return number, count
+    if is_set("RANK", "WORLD_SIZE"):
+        return check_rank("RANK", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if is_set("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
+        return slurm_array_rank()
+    if is_set("SLURM_PROCID", "SLURM_NTASKS"):
+        return check_rank("SLURM_PROCID", int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]))
     return 0, 1
+
+
+def slurm_array_rank() -> tuple[int, int]:
+    """Return the rank in a SLURM array, whose task ids may start anywhere and have a step."""
+    task_id = int(os.environ["SLURM_ARRAY_TASK_ID"])
+    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+    step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", 1))
+    # An id between two steps gets a rank that is out of range.
+    rank = -1 if (task_id - first) % step else (task_id - first) // step
+    return check_rank("SLURM_ARRAY_TASK_ID", rank, int(os.environ["SLURM_ARRAY_TASK_COUNT"]))
+
+
+def check_rank(name: str, rank: int, world_size: int) -> tuple[int, int]:
+    """Return the rank and the number of processes, or raise ValueError if the rank is out of range."""
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"{name}={os.environ[name]} does not fit {world_size} processes: number them without gaps, such as "
+            f"--array=0-{world_size - 1}"
+        )
+    return rank, world_size
+
+
+def is_set(*names: str) -> bool:
+    """Return whether all environment variables are set."""
+    return all(name in os.environ for name in names)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgen.cli.console import guarded, rate_bar
+from clipgen.cli.console import guarded, progress_bar
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -81,8 +81,8 @@ def encode(config: DictConfig) -> None:
     rank, world_size = rank_and_world_size()
     share = None if isinstance(data.train, ImageShards) else (len(data.train) + len(data.val or ())) / world_size
     # processes of several ranks share a cache, two of one rank would do the same work
-    lock = output_folder(Path(config.output), keep="*", lock=f"{LOCK}-{rank}")
-    with lock, rate_bar("encoding", share) as advance:
+    lock = output_folder(Path(config.output), keep_pattern="*", lock=f"{LOCK}-{rank}")
+    with lock, progress_bar("encoding", share) as advance:
         whole = precompute.encode(
             config.output,
             data,

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded, rate_bar
+from clipgen.cli.console import guarded, progress_bar
 from clipgen.cli.device import default_device, rank_and_world_size
 from clipgen.cli.output_dir import output_folder
 from clipgen.cli.run_lock import LOCK
-from clipgen.cli.sampling_args import add_settings, settings_of
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 
 if TYPE_CHECKING:
     from clipgen.evaluation.feature_store import Source
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--image-size", type=int, help="of --images and the reference (default: as the images)")
     draw = p.add_argument_group("drawing")
     draw.add_argument("--seed", type=int, default=0, help="image i draws from seed + i (default: %(default)s)")
-    add_settings(draw)
+    add_sampling_options(draw)
     draw.add_argument("--rerank-from", type=int, default=1, help="draw so many a sentence, keep the one nearest to it")
     p.add_argument("--output", type=Path, default=Path("evaluation"), help="folder (default: %(default)s)")
     p.add_argument("--name", help="of the table's row")
@@ -104,7 +104,7 @@ def run() -> None:
 
     check(args)
     rank, _ = rank_and_world_size()
-    with output_folder(args.output, keep="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
+    with output_folder(args.output, keep_pattern="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
         found = reconstructions(args) if args.vqgan else evaluate_images(args)
         if found is None:
             print(f"This part is finished, others are not: {args.output}")
@@ -120,7 +120,7 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for what no evaluation can do."""
     from clipgen.sampling import SamplingParams
 
-    SamplingParams(**settings_of(args))
+    SamplingParams(**sampling_options(args))
     for name, least in (("num_images", 2), ("batch_size", 1), ("rerank_from", 1), ("image_size", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -152,7 +152,7 @@ def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
     if not measure.anything:
         raise ValueError("there is nothing to measure: give --features, --clip, --captioner or --judge")
     reference = compared(args, size)
-    with rate_bar("images", sum(len(piece) for piece in source.pieces)) as advance:
+    with progress_bar("images", sum(len(piece) for piece in source.pieces)) as advance:
         return evaluate(args.output, source, measure, reference, advance=advance, share=rank_and_world_size())
 
 
@@ -186,7 +186,7 @@ def drawn(args: argparse.Namespace) -> tuple[Source, int]:
 
     captions = choose([caption for _, caption in sentences(args)], args.num_images, args.seed)
     pipe = TextToImage.load(args.checkpoint).to(args.device or default_device())
-    settings = settings_of(args) | {"rerank_from": args.rerank_from}
+    settings = sampling_options(args) | {"rerank_from": args.rerank_from}
     draw = drawing(pipe, **settings)
     source = GeneratedImages(draw, captions, args.seed, settings | {"model": pipe.fingerprint}, args.batch_size)
     return source, args.image_size or pipe.image_size

@@ -1,4 +1,4 @@
-"""What clipgen-sample wrote into a picture, read with the suspicion that a stranger's file deserves."""
+"""Read the metadata that ``clipgen-sample`` writes to PNG files. Files of strangers are checked in every detail."""
 
 from __future__ import annotations
 
@@ -6,141 +6,175 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.sampling_args import DTYPES, SETTINGS
+from clipgen.cli.sampling_args import DTYPES, SAMPLING_OPTIONS
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.files import printable
 
+if TYPE_CHECKING:
+    from clipgen.sampling import SamplingParams
+
+# Limits on what a file may ask for.
 MAX_STEPS = 1000
-MAX_PROMPT = 10_000
-MAX_TERMS = 100
-MAX_JSON = 1 << 18
+MAX_PROMPT_LENGTH = 10_000
+MAX_MIX_TERMS = 100
+MAX_JSON_LENGTH = 1 << 18
+MAX_MIX_WEIGHT = 1e30
 
 
 @dataclass
-class Metadata:
-    """What made a picture.
+class ImageMetadata:
+    """How an image was generated.
 
     Args:
-        seed: of its draw.
-        settings: temperature, top_k, ...
-        dtype: of the networks.
-        prompt: sentence, or what stands for another prompt; None in a strip between two prompts.
-        mixture: sentences with their weights.
-        ends: the two prompts of a strip.
-        steps: pictures of a strip, else 1.
-        complete: whether it completes another picture.
-        model: fingerprint of what drew it.
+        seed: seed of the image.
+        params: sampling parameters.
+        dtype: dtype of the transformer and the decoder.
+        prompt: text, or description of another prompt; None for a strip of an interpolation.
+        prompt_mix: texts and their weights; None for other prompts.
+        ends: the two prompts of an interpolation; None for other images.
+        steps: number of images of a strip, else 1.
+        keep_fraction: fraction of another image that was kept; None unless the image completes another one.
+        model: fingerprint of the model.
     """
 
     seed: int
-    settings: dict[str, Any]
+    params: SamplingParams
     dtype: str
     prompt: str | None
-    mixture: dict[str, float] | None
+    prompt_mix: dict[str, float] | None
     ends: list[Any] | None
     steps: int
-    complete: bool
+    keep_fraction: float | None
     model: str | None
 
 
-def read_metadata(path: Path) -> Metadata:
-    """Read what made a picture of ``clipgen-sample``.
+def read_metadata(path: Path) -> ImageMetadata:
+    """Read the metadata of an image.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a picture of this command, or a value in it is not what the command writes.
+        FileNotFoundError: the file does not exist.
+        ValueError: it was not written by ``clipgen-sample``, or holds a value that the command does not write.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no picture {path}")
+        raise FileNotFoundError(f"there is no image {path}")
     try:
-        text = png_text(path)
-    except UnusableImageError as error:
-        raise ValueError(f"{path} is no picture of clipgen-sample: {error}") from error
-    try:
-        return _parse(text)
+        return parse_metadata(png_text(path))
     except KeyError as error:
-        detail = f"it does not tell its settings ({printable(str(error.args[0]))} is missing)"
-        raise ValueError(f"{path} is no picture of clipgen-sample: {detail}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no picture of clipgen-sample: {error}") from error
+        reason = f"{printable(str(error.args[0]))} is missing in its metadata"
+        raise ValueError(f"{path} is not an image of clipgen-sample: {reason}") from error
+    except (UnusableImageError, ValueError) as error:
+        raise ValueError(f"{path} is not an image of clipgen-sample: {error}") from error
 
 
-def _parse(text: dict[str, str]) -> Metadata:
-    settings = {name: _number(text, name, kind) for name, (kind, _, _) in SETTINGS.items()}
-    ends = _ends(text) if "interpolate" in text else None
-    dtype = text.get("dtype", DTYPES[0])
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {_shown(dtype)}")
-    return Metadata(
-        seed=_number(text, "seed", int),
-        settings=settings,
-        dtype=dtype,
-        prompt=None if ends else _sentence("prompt", text["prompt"]),
-        mixture=_mixture("mixture", _json(text, "mixture")) if "mixture" in text else None,
+def parse_metadata(text: dict[str, str]) -> ImageMetadata:
+    """Parse and check the text chunks of a PNG file.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: an entry is not what ``clipgen-sample`` writes.
+    """
+    from clipgen.sampling import SamplingParams
+
+    sampling = {name: parse_number(text, name, option.type) for name, option in SAMPLING_OPTIONS.items()}
+    ends = parse_ends(text) if "interpolate" in text else None
+    return ImageMetadata(
+        seed=parse_number(text, "seed", int),
+        params=SamplingParams(**sampling),
+        dtype=parse_dtype(text),
+        prompt=None if ends else check_prompt("prompt", text["prompt"]),
+        prompt_mix=check_mix("prompt_mix", parse_json(text, "prompt_mix")) if "prompt_mix" in text else None,
         ends=ends,
-        steps=_steps(text) if ends else 1,
-        complete="complete" in text,
+        steps=parse_steps(text) if ends else 1,
+        keep_fraction=parse_keep_fraction(text),
         model=text.get("model"),
     )
 
 
-def _json(text: dict[str, str], name: str) -> Any:
-    """Parse the JSON of a text chunk."""
+def parse_json(text: dict[str, str], name: str) -> Any:
+    """Parse an entry as JSON."""
     content = text[name]
-    if len(content) > MAX_JSON:
-        raise ValueError(f"{name} must have at most {MAX_JSON} letters, got {len(content)}")
+    if len(content) > MAX_JSON_LENGTH:
+        raise ValueError(f"{name} must have at most {MAX_JSON_LENGTH} letters, got {len(content)}")
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} must be JSON, got {_shown(content)}") from error
+        raise ValueError(f"{name} must be JSON, got {abbreviate(content)}") from error
 
 
-def _number(text: dict[str, str], name: str, kind: type) -> Any:
-    value = _json(text, name)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if kind is int and not whole:
-        raise ValueError(f"{name} must be a whole number, got {_shown(value)}")
-    if not whole and not isinstance(value, float):
-        raise ValueError(f"{name} must be a number, got {_shown(value)}")
+def parse_number(text: dict[str, str], name: str, number_type: type) -> Any:
+    """Parse an entry as a finite number; ``int`` allows whole numbers only."""
+    value = parse_json(text, name)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if number_type is int and not is_whole:
+        raise ValueError(f"{name} must be a whole number, got {abbreviate(value)}")
+    if not is_whole and not isinstance(value, float):
+        raise ValueError(f"{name} must be a number, got {abbreviate(value)}")
     if abs(value) >= 2**63 or not math.isfinite(value):
-        raise ValueError(f"{name} must be finite and below 2**63, got {_shown(value)}")
+        raise ValueError(f"{name} must be finite and below 2**63, got {abbreviate(value)}")
     return value
 
 
-def _steps(text: dict[str, str]) -> int:
-    steps: int = _number(text, "steps", int)
+def parse_dtype(text: dict[str, str]) -> str:
+    """Return the dtype; it is written only if it is not the default."""
+    dtype = text.get("dtype", DTYPES[0])
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {abbreviate(dtype)}")
+    return dtype
+
+
+def parse_steps(text: dict[str, str]) -> int:
+    """Return the number of images of a strip."""
+    steps: int = parse_number(text, "steps", int)
     if not 2 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be in [2, {MAX_STEPS}], got {steps}")
     return steps
 
 
-def _sentence(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a text, got {_shown(value)}")
-    if len(value) > MAX_PROMPT:
-        raise ValueError(f"{name} must have at most {MAX_PROMPT} letters, got {len(value)}")
-    return value
+def parse_keep_fraction(text: dict[str, str]) -> float | None:
+    """Return the fraction of another image that was kept; None unless the image completes another one."""
+    if "keep_fraction" not in text:
+        return None
+    fraction: float = parse_number(text, "keep_fraction", float)
+    if not 0 < fraction < 1:
+        raise ValueError(f"keep_fraction must be in (0, 1), got {fraction}")
+    return fraction
 
 
-def _mixture(name: str, value: Any) -> dict[str, float]:
-    if not isinstance(value, dict) or not 1 <= len(value) <= MAX_TERMS:
-        raise ValueError(f"{name} must be 1 to {MAX_TERMS} sentences with weights, got {_shown(value)}")
-    for sentence, weight in value.items():
-        _sentence(name, sentence)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) < 1e30:
-            raise ValueError(f"{name} must have numbers for weights, got {_shown(weight)}")
-    return value
-
-
-def _ends(text: dict[str, str]) -> list[Any]:
-    value = _json(text, "interpolate")
+def parse_ends(text: dict[str, str]) -> list[Any]:
+    """Return the two prompts of an interpolation: texts or mixtures."""
+    value = parse_json(text, "interpolate")
     if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"interpolate must be two prompts, got {_shown(value)}")
-    return [_mixture("interpolate", v) if isinstance(v, dict) else _sentence("interpolate", v) for v in value]
+        raise ValueError(f"interpolate must be two prompts, got {abbreviate(value)}")
+    return [
+        check_mix("interpolate", end) if isinstance(end, dict) else check_prompt("interpolate", end) for end in value
+    ]
 
 
-def _shown(value: Any) -> str:
-    """Return the beginning of a value; a nested one is not written out."""
-    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else printable(f"{value!r:.60}")
+def check_prompt(name: str, value: Any) -> str:
+    """Return a prompt if it is a text of a sensible length."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {abbreviate(value)}")
+    if len(value) > MAX_PROMPT_LENGTH:
+        raise ValueError(f"{name} must have at most {MAX_PROMPT_LENGTH} letters, got {len(value)}")
+    return value
+
+
+def check_mix(name: str, value: Any) -> dict[str, float]:
+    """Return a mixture if its texts and weights are sensible."""
+    if not isinstance(value, dict) or not 1 <= len(value) <= MAX_MIX_TERMS:
+        raise ValueError(f"{name} must be 1 to {MAX_MIX_TERMS} texts with weights, got {abbreviate(value)}")
+    for text, weight in value.items():
+        check_prompt(name, text)
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not abs(weight) < MAX_MIX_WEIGHT:
+            raise ValueError(f"{name} must have numbers for weights, got {abbreviate(weight)}")
+    return value
+
+
+def abbreviate(value: Any) -> str:
+    """Return the beginning of a value for an error message; only the type of a list or mapping."""
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__}"
+    return printable(f"{value!r:.60}")

@@ -1,16 +1,18 @@
-"""The runs below a folder: which there are, which are finished, and which is the newest of a stage."""
+"""The runs of ``clipgen-train`` below a folder: list them, and find the newest finished one."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
-OUTPUTS = Path("outputs")  # where clipgen-train puts runs by default
-FOLDERS = {"vqgan": ("vqgan",), "transformer": ("transformer", "label_transformer")}  # stage -> finished models
+# Default output folder of clipgen-train.
+OUTPUTS = Path("outputs")
+# Stage -> names of the folders of finished models.
+MODEL_FOLDERS = {"vqgan": ("vqgan",), "transformer": ("transformer", "label_transformer")}
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,10 @@ class Run:
     """A run folder of ``clipgen-train``.
 
     Args:
+        path: the folder.
         stage: ``"vqgan"`` or ``"transformer"``.
         finished: whether it holds a finished model, and not only checkpoints.
-        time: when it was last written to, in seconds since the epoch.
+        time: time of the last change, in seconds since the epoch; 0 if it holds neither model nor checkpoint.
     """
 
     path: Path
@@ -31,69 +34,95 @@ class Run:
 
 def find_runs(outputs: Path) -> list[Run]:
     """Return all runs below a folder, the newest last."""
-    models = (
-        file.parent.parent
-        for names in FOLDERS.values()
-        for name in names
-        for file in outputs.rglob(f"{name}/config.json")
-    )
-    stopped = (file.parent.parent for file in outputs.rglob("checkpoints/last.ckpt"))
-    runs = [describe(path) for path in {*models, *stopped}]
-    # a cache of stage 2 has a tokenizer and a CLIP as a run has them, but neither model nor checkpoint
+    folders = {file.parent.parent for file in outputs.rglob("checkpoints/last.ckpt")}
+    for names in MODEL_FOLDERS.values():
+        for name in names:
+            folders |= {file.parent.parent for file in outputs.rglob(f"{name}/config.json")}
+    runs = [read_run(path) for path in folders]
+    # A token cache holds a VQ-GAN and a CLIP as a run of stage 2 does, but neither its model nor a checkpoint.
     return sorted((run for run in runs if run.time), key=lambda run: (run.time, run.path))
 
 
-def describe(path: Path) -> Run:
-    """Return what a run folder's files tell about it. One of stage 2 holds a copy of its tokenizer and its CLIP."""
-    stage = "transformer" if (path / "clip.json").is_file() or folder_of(path, "transformer") else "vqgan"
-    model = folder_of(path, stage)
-    newest = model / "config.json" if model else path / "checkpoints" / "last.ckpt"
-    time = newest.stat().st_mtime if newest.is_file() else 0.0
+def read_run(path: Path) -> Run:
+    """Return the stage and state of a run folder. A run of stage 2 holds copies of its VQ-GAN and CLIP."""
+    is_stage_2 = (path / "clip.json").is_file() or finished_model(path, "transformer") is not None
+    stage = "transformer" if is_stage_2 else "vqgan"
+    model = finished_model(path, stage)
+    newest_file = model / "config.json" if model else path / "checkpoints" / "last.ckpt"
+    time = newest_file.stat().st_mtime if newest_file.is_file() else 0.0
     return Run(path, stage, model is not None, time)
 
 
-def folder_of(path: Path, stage: str) -> Path | None:
-    """Return the folder of the finished model in a run folder, None if there is none."""
-    folders = [path / name for name in FOLDERS[stage] if (path / name / "config.json").is_file()]
-    return folders[0] if folders else None
+def finished_model(path: Path, stage: str) -> Path | None:
+    """Return the folder of the finished model in a run folder; None if there is none."""
+    for name in MODEL_FOLDERS[stage]:
+        if (path / name / "config.json").is_file():
+            return path / name
+    return None
 
 
 def newest_run(outputs: Path, stage: str = "transformer") -> str | None:
-    """Return the run of a stage that finished last; tell about later ones that are not finished."""
-    runs = [run for run in find_runs(outputs) if run.stage == stage and not (run.path / "label_transformer").is_dir()]
-    finished = [run for run in runs if run.finished]
-    for run in runs[runs.index(finished[-1]) + 1 :] if finished else runs:
+    """Return the run of a stage that finished last, and name later runs that are not finished."""
+    runs = [run for run in find_runs(outputs) if run.stage == stage and not is_class_conditional(run)]
+    newest: Run | None = None
+    unfinished: list[Run] = []
+    for run in runs:
+        if run.finished:
+            newest = run
+            unfinished = []
+        else:
+            unfinished.append(run)
+    for run in unfinished:
         logger.warning("Passed over %s, which is not finished: clipgen-train resume=%s finishes it", run.path, run.path)
-    return str(finished[-1].path) if finished else None
+    return str(newest.path) if newest else None
+
+
+def is_class_conditional(run: Run) -> bool:
+    """Return whether a run trained a class-conditional transformer, which takes no prompts."""
+    return (run.path / "label_transformer").is_dir()
 
 
 def table(runs: Iterable[Run]) -> list[str]:
-    """Return a line per run: stage, step, lowest monitored value, state, path; the newest first."""
+    """Return the lines of a table: stage, step, best monitored value, state and path; the newest run first."""
     rows = [("STAGE", "STEP", "BEST", "STATE", "PATH")]
     for run in sorted(runs, key=lambda run: -run.time):
-        step, best = progress_of(run.path)
+        step, best = read_progress(run.path)
         rows.append((run.stage, step, best, "finished" if run.finished else "unfinished", str(run.path)))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]) for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
-def progress_of(run: Path) -> tuple[str, str]:
-    """Return a run's step and the lowest value of what it monitors, as text; "-" if its checkpoint cannot tell."""
+def read_progress(run: Path) -> tuple[str, str]:
+    """Return the step of a run and the best value of its monitored metric, as text; "-" if they cannot be read."""
     import torch
 
-    try:  # memory-mapped: the weights stay on the disk
+    try:
+        # Map the file into memory, so that the weights are not read.
         checkpoint = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True, mmap=True)
         step = str(checkpoint["global_step"])
-    except Exception:  # damaged bytes raise anything
+    except Exception:  # a damaged file can raise any exception
         return "-", "-"
-    states = checkpoint.get("callbacks", {}).values()
-    scores = [state for state in states if isinstance(state, dict) and state.get("best_model_score") is not None]
-    best = f"{scores[0]['monitor']} {float(scores[0]['best_model_score']):.4g}" if scores else "-"
-    return step, best
+    return step, best_value(checkpoint.get("callbacks", {}).values())
+
+
+def best_value(callback_states: Iterable[Any]) -> str:
+    """Return name and best value of the metric that a checkpoint callback monitors; "-" if there is none yet."""
+    for state in callback_states:
+        if isinstance(state, dict) and state.get("best_model_score") is not None:
+            return f"{state['monitor']} {float(state['best_model_score']):.4g}"
+    return "-"
 
 
 def free_folder(folder: Path, pattern: str) -> Path:
-    """Return the folder if it holds no file of a pattern, else the first of FOLDER-2, FOLDER-3, ... that holds none."""
+    """Return the folder, or the first of FOLDER-2, FOLDER-3, ..., that holds no file that matches a pattern."""
     name = folder.name.strip(".") or "samples"
-    numbered = (folder.parent / f"{name}-{number}" for number in count(2))
-    return next(place for place in chain([folder], numbered) if not any(place.glob(pattern)))
+    candidate = folder
+    number = 1
+    while any(candidate.glob(pattern)):
+        number += 1
+        candidate = folder.parent / f"{name}-{number}"
+    return candidate

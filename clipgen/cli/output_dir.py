@@ -1,4 +1,4 @@
-"""Where a command writes to: file names, and a folder that is checked before the work and removed if it fails."""
+"""Output folders, which are checked before the work and removed if it fails, and file names from prompts."""
 
 from __future__ import annotations
 
@@ -9,48 +9,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from clipgen.cli.run_lock import LOCK, claimed
+from clipgen.cli.run_lock import LOCK, hold_lock
 
 
 @contextmanager
-def output_folder(folder: Path, keep: str = "", lock: str | None = LOCK) -> Iterator[None]:
-    """Make a folder for the work inside the ``with``; where that fails and the folder was new, it is removed.
+def output_folder(folder: Path, keep_pattern: str = "", lock: str | None = LOCK) -> Iterator[None]:
+    """Create and lock a folder for the work inside the ``with``. If the work fails and the folder is new, remove it.
 
     Args:
-        keep: pattern of files that are worth keeping although the work failed.
-        lock: name of the lock file that is held meanwhile; None shares the folder with other processes.
+        folder: the folder.
+        keep_pattern: glob pattern of files for which the folder is kept although the work failed.
+        lock: name of the lock file that is held; None shares the folder with other processes.
 
     Raises:
-        OSError: nothing can be written there, or another process holds the lock.
+        OSError: the folder cannot be written to, or another process holds the lock.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     try:
         check_writable(folder)
-        with claimed(folder, lock) if lock else nullcontext():
-            # asked under the lock: another process may have finished its work there
-            ours = all(path.name.startswith(LOCK) for path in folder.iterdir())
-            with removed_on_failure(folder, keep) if ours else nullcontext():
+        with hold_lock(folder, lock) if lock else nullcontext():
+            # Look under the lock: another process may have finished its work there.
+            is_empty = all(path.name.startswith(LOCK) for path in folder.iterdir())
+            with removed_on_failure(folder, keep_pattern) if is_empty else nullcontext():
                 yield
     except BaseException:
-        with suppress(OSError):  # others may have begun to use them
-            for path in filter(Path.exists, new):
-                path.rmdir()
+        remove_empty(new_folders)
         raise
 
 
 @contextmanager
-def removed_on_failure(folder: Path, keep: str) -> Iterator[None]:
-    """Remove a folder with all that is in it if the work inside the ``with`` fails."""
+def removed_on_failure(folder: Path, keep_pattern: str) -> Iterator[None]:
+    """Remove a folder and its files if the work inside the ``with`` fails."""
     try:
         yield
     except BaseException:
-        if not (keep and any(folder.glob(keep))):
+        if not (keep_pattern and any(folder.glob(keep_pattern))):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, up to the first one that another process has begun to use."""
+    with suppress(OSError):
+        for path in folders:
+            if path.exists():
+                path.rmdir()
+
+
 def check_writable(folder: Path) -> None:
-    """Make a folder, and raise OSError unless files can be made in it."""
+    """Create a folder, and raise OSError if no file can be created in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -60,10 +67,12 @@ def check_writable(folder: Path) -> None:
 
 
 def file_name(*parts: str) -> str:
-    """The name of a picture, of what makes it; empty parts are left out."""
-    return "_".join(filter(None, map(slug, parts))) + ".png"
+    """Return the file name of an image from its number, prompt and seed; empty parts are left out."""
+    slugs = [slug(part) for part in parts]
+    return "_".join(part for part in slugs if part) + ".png"
 
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file name, of which systems take 255 bytes."""
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60].encode()[:100].decode(errors="ignore")
+    """Return a prompt as part of a file name. File systems allow names of 255 bytes."""
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
+    return words[:60].encode()[:100].decode(errors="ignore")

@@ -1,4 +1,4 @@
-"""A folder that one process at a time may write to."""
+"""Lock files, so that one process at a time writes to a folder, also on network file systems."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
-HEARTBEAT = 15.0  # seconds after which a holder renews the time of its lock
-SILENCE = 90.0  # seconds without that, after which a holder on another machine counts as dead
+# Seconds after which the holder of a lock updates its modification time.
+HEARTBEAT = 15.0
+# Seconds without an update after which a holder on another machine is assumed dead.
+TIMEOUT = 90.0
 
 
 @contextmanager
-def claimed(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold the lock file ``name`` of a folder for the work inside the ``with``.
+def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Hold a lock file for the work inside the ``with``.
 
-    The lock of a process of this machine that is dead is taken over. On another machine, which cannot be asked, a
-    process counts as dead when it has not renewed its lock for ``SILENCE`` seconds.
+    The lock of a dead process is taken over. A process on this machine is looked up; a process on another machine is
+    assumed dead if it has not updated its lock for ``TIMEOUT`` seconds.
+
+    Args:
+        folder: the folder that is locked.
+        name: name of the lock file.
 
     Raises:
-        FileExistsError: another process holds it.
+        FileExistsError: another process holds the lock.
     """
     path = folder / name
-    record = {
-        "pid": os.getpid(),
-        "started": start_time(os.getpid()),
-        "place": process_table(),
-        "host": socket.gethostname(),
-        "since": datetime.now().isoformat(" ", "seconds"),
-    }
+    record = holder_record()
     while not create(path, record):
-        take_away_if_dead(path, folder)
+        remove_if_dead(path, folder)
     done = threading.Event()
     thread = threading.Thread(target=renew, args=(path, done), daemon=True)
     thread.start()
@@ -52,24 +52,50 @@ def claimed(folder: Path, name: str = LOCK) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
+def holder_record() -> dict[str, Any]:
+    """Return the content of this process's lock files."""
+    return {
+        "pid": os.getpid(),
+        "started": start_time(os.getpid()),
+        "process_table": process_table(),
+        "host": socket.gethostname(),
+        "since": datetime.now().isoformat(" ", "seconds"),
+    }
+
+
 def create(path: Path, record: dict[str, Any]) -> bool:
-    """Write a lock file in one step, complete from the beginning; return False if there is one."""
-    own = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.new")
+    """Create a lock file together with its content in one step; return False if it exists."""
+    temporary = unique_path(path, "new")
     try:
-        own.write_text(json.dumps(record), encoding="utf-8")
         try:
-            os.link(own, path)
-        except FileExistsError:
-            return False
-        except OSError:  # a file system without hard links
-            return create_exclusively(path, record)
-        return True
+            temporary.write_text(json.dumps(record), encoding="utf-8")
+        except OSError as error:
+            # The system's error in the middle of a write, such as a full disk, does not name the file.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        return link(temporary, path, record)
     finally:
-        own.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def link(temporary: Path, path: Path, record: dict[str, Any]) -> bool:
+    """Give a written lock file its name; return False if the name is taken."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # The file system has no hard links.
+        return create_exclusively(path, record)
+    return True
+
+
+def unique_path(path: Path, suffix: str) -> Path:
+    """Return a path beside a lock file that no other thread or process uses."""
+    return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{suffix}")
 
 
 def create_exclusively(path: Path, record: dict[str, Any]) -> bool:
-    """Write a lock file by opening it for the first time; return False if there is one."""
+    """Create a lock file and then write its content; return False if it exists."""
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(json.dumps(record))
@@ -78,29 +104,30 @@ def create_exclusively(path: Path, record: dict[str, Any]) -> bool:
     return True
 
 
-def take_away_if_dead(path: Path, folder: Path) -> None:
-    """Remove the lock of a process that is dead; raise FileExistsError if it is alive."""
+def remove_if_dead(path: Path, folder: Path) -> None:
+    """Remove the lock of a dead process; raise FileExistsError if the process is alive."""
     holder = read(path)
     if holder is None:
         return  # released in the meantime
-    if alive(holder, path):
-        who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+    if is_alive(holder, path):
+        process = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
         raise FileExistsError(
-            f"output must not be in use, got {folder}, which {who} writes to: wait for it, stop it, or give another "
-            "output"
+            f"output must not be in use, got {folder}, which {process} writes to: wait for it, stop it, or give "
+            "another output"
         )
-    # of several processes that found it dead, one renames it
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.dead")
+    # If several processes notice that the holder is dead, only one of them can rename its lock.
+    renamed = unique_path(path, "dead")
     with suppress(FileNotFoundError):
-        path.rename(aside)
-        if read(aside) != holder:  # another one was quicker, and this is its lock
+        path.rename(renamed)
+        if read(renamed) != holder:
+            # Another process has already replaced the lock by its own: put it back.
             with suppress(OSError):
-                os.link(aside, path)
-        aside.unlink()
+                os.link(renamed, path)
+        renamed.unlink()
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Read a lock file; None if there is none. A damaged one is one of nobody."""
+    """Read a lock file; return None if it does not exist, and an empty record if it is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -110,42 +137,44 @@ def read(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else {}
 
 
-def alive(holder: dict[str, Any], path: Path) -> bool:
-    """Return True if the process of a lock is running."""
+def is_alive(holder: dict[str, Any], path: Path) -> bool:
+    """Return whether the holder of a lock is running. For another machine, wait for an update of the lock."""
     pid = holder.get("pid")
-    if holder.get("place") == process_table() and isinstance(pid, int):
-        return exists(pid) and start_time(pid) == holder.get("started")
+    if holder.get("process_table") == process_table() and isinstance(pid, int):
+        return process_exists(pid) and start_time(pid) == holder.get("started")
     logger.info("%s: waiting to see if process %s on %s is alive", path, pid, holder.get("host"))
-    renewed, deadline = time_of(path), time.monotonic() + SILENCE
+    last_update = modification_time(path)
+    deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
-        time.sleep(min(1.0, SILENCE / 10))
-        if time_of(path) != renewed:
+        time.sleep(min(1.0, TIMEOUT / 10))
+        if modification_time(path) != last_update:
             return path.exists()
     return False
 
 
-def exists(pid: int) -> bool:
-    """Return True if there is a process of this number."""
+def process_exists(pid: int) -> bool:
+    """Return whether a process has this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
-        return True
+    except OSError:
+        return True  # a process of another user
     return True
 
 
 def start_time(pid: int) -> str:
-    """Return when a process was started, which tells it from a later one of the same number; "" if unknown."""
+    """Return the start time of a process, which distinguishes it from a later one with the same id; "" if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if fields[0] == "Z" else fields[19]
+    state = fields[0]
+    return "" if state == "Z" else fields[19]
 
 
 def process_table() -> str:
-    """Return a name of what numbers processes here: this start of this machine, and its container."""
+    """Return a name of the scope of process ids: the machine, its last boot, and the container."""
     parts = [socket.gethostname()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -154,8 +183,8 @@ def process_table() -> str:
     return " ".join(parts)
 
 
-def time_of(path: Path) -> int:
-    """Return when a lock was renewed, by the file server's clock; 0 if it is gone."""
+def modification_time(path: Path) -> int:
+    """Return when a lock was last updated, by the clock of the file server; 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -163,7 +192,7 @@ def time_of(path: Path) -> int:
 
 
 def renew(path: Path, done: threading.Event) -> None:
-    """Renew the time of a lock until its work is done."""
+    """Update the modification time of a lock until the work is done."""
     while not done.wait(HEARTBEAT):
         with suppress(OSError):
             os.utime(path)

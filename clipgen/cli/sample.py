@@ -1,4 +1,4 @@
-"""``clipgen-sample --prompt "..."``: pictures of sentences, of other pictures, and of what lies between them."""
+"""``clipgen-sample --prompt "..."``: generate images of texts, variations of images, and interpolations."""
 
 from __future__ import annotations
 
@@ -7,359 +7,243 @@ import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from itertools import product
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from clipgen.cli.console import flush_stdout, guarded, rate_bar, say
+from clipgen.cli.console import flush_stdout, guarded, say
 from clipgen.cli.device import default_device
 from clipgen.cli.list_runs import OUTPUTS, find_runs, free_folder, newest_run, table
-from clipgen.cli.output_dir import file_name, output_folder
-from clipgen.cli.sampling_args import DTYPES, SETTINGS, add_settings, settings_of
+from clipgen.cli.output_dir import output_folder
+from clipgen.cli.sample_request import check_early, join_words, read_request
+from clipgen.cli.sampling_args import DTYPES, add_sampling_options
 
 if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
+    from clipgen.cli.sample_request import SampleRequest
+    from clipgen.pipeline import TextToImage
 
-    from clipgen.generation.prompts import Prompt
-    from clipgen.pipeline import Preview, TextToImage
+    Group = argparse._ArgumentGroup
 
-    Named = tuple[str, Prompt]  # for captions and file names
-
-NOTHING = (
-    'there must be something to draw: give a sentence in quotes ("a red ring"), --prompt, --prompts-file, --image, '
-    "--mix, --complete, --interpolate or --from"
-)
-SHEET = 1000  # pictures on the sheet of all: more are a file that no viewer opens, and gigabytes of memory
+BUNDLED_MODEL = "shapes"
 
 
 def command() -> None:
-    """Entry point of the process: it ends when its work is done, where Python would tidy up for a second or two."""
+    """Run the console script, and exit by ``os._exit`` to skip 1-2 s of interpreter shutdown."""
     try:
         main()
     except SystemExit as end:
         flush_stdout()
-        os._exit(end.code)  # type: ignore[arg-type]  # a number: see ``guarded``
+        os._exit(end.code)  # type: ignore[arg-type]  # `guarded` exits with a number
 
 
 def main() -> None:
-    """Entry point of the command."""
+    """Run the command."""
     guarded("clipgen-sample", run)
 
 
+# --------------------------------------------------------------------------------------------------------------- parser
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line. Nothing heavy is imported before it is read."""
-    p = argparse.ArgumentParser("clipgen-sample", description="Draw pictures of sentences.")
-    what = p.add_argument_group("what to draw, any of them several times")
-    what.add_argument(
-        "sentences", nargs="*", metavar="SENTENCE", help="as --prompt; words without quotes are taken for one sentence"
+    """Return the parser, without importing torch."""
+    p = argparse.ArgumentParser(
+        "clipgen-sample",
+        description="Generate images.",
+        usage='%(prog)s --prompt "a red ring" [options]',
+        add_help=False,
     )
-    what.add_argument("--prompt", action="append", default=[], help="a sentence")
-    what.add_argument("--prompts-file", type=Path, action="append", default=[], help="a sentence a line")
-    what.add_argument("--image", type=Path, action="append", default=[], help="a picture, for variations of it")
-    what.add_argument("--mix", action="append", default=[], help='"0.7 a cat + 0.3 a dog"; weights may be negative')
-    what.add_argument(
+    add_prompt_options(p.add_argument_group("prompts (all but --reproduce may be repeated)"))
+    add_image_options(p.add_argument_group("images"))
+    sampling = p.add_argument_group("sampling")
+    add_sampling_options(sampling)
+    sampling.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="KEY=A,B",
+        help="values to combine, all images on one labeled grid, as in --sweep top_k=100,300 top_p=0.8,1.0",
+    )
+    add_model_options(p.add_argument_group("model"))
+    other = p.add_argument_group("other")
+    other.add_argument("--list", action="store_true", help="list the runs below outputs/ and the bundled models")
+    other.add_argument("-h", "--help", action="help", help="show this help and exit")
+    return p
+
+
+def add_prompt_options(group: Group) -> None:
+    """Add the options that say what to generate."""
+    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text of the images")
+    group.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="same as --prompt; words without quotes are joined to one text"
+    )
+    group.add_argument(
+        "--prompts-file", type=Path, action="append", default=[], metavar="FILE", help="text file, one prompt per line"
+    )
+    group.add_argument(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="image to generate variations of"
+    )
+    group.add_argument(
+        "--prompt-mix",
+        action="append",
+        default=[],
+        metavar="MIX",
+        help='weighted texts, as in "0.7 a cat + 0.3 a dog"; weights may be negative',
+    )
+    group.add_argument(
         "--interpolate",
         nargs=2,
         metavar=("A", "B"),
         action="append",
         default=[],
-        help="two sentences: a strip of --num-images pictures between them",
+        help="two texts; --num-images images lead from one to the other",
     )
-    what.add_argument("--from", type=Path, dest="origin", help="a picture of this command: draw it again, exactly")
-    p.add_argument(
-        "--complete", type=Path, help="a picture whose upper half is taken over; alone, the rest shall suit it"
+    group.add_argument(
+        "--reproduce",
+        type=Path,
+        metavar="FILE",
+        help="image written by clipgen-sample, to generate again from its metadata",
     )
-    p.add_argument("--num-images", type=int, default=4, help="pictures a prompt (default: %(default)s)")
-    p.add_argument(
-        "--checkpoint",
-        help="stage-2 run folder, checkpoint, pipeline folder or hf-hub: name; default: the "
-        "newest finished run below outputs/, else shapes, the bundled model",
+
+
+def add_image_options(group: Group) -> None:
+    """Add the options of the images and the files."""
+    group.add_argument(
+        "--num-images", type=int, default=4, metavar="N", help="images per prompt (default: %(default)s)"
     )
-    p.add_argument("--list", action="store_true", help="list the runs below outputs/ and the bundled models")
-    p.add_argument(
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed; image i uses seed + i (default: %(default)s)"
+    )
+    group.add_argument(
+        "--rerank-from",
+        type=int,
+        metavar="N",
+        help="number of candidates per prompt, of which CLIP chooses the images (default: no reranking)",
+    )
+    group.add_argument(
+        "--outpaint",
+        type=Path,
+        metavar="FILE",
+        help="image to complete: its upper part is kept; without a prompt it is also the prompt",
+    )
+    group.add_argument(
+        "--keep-fraction",
+        type=float,
+        default=0.5,
+        metavar="FLOAT",
+        help="fraction of the height of --outpaint that is kept (default: %(default)s)",
+    )
+    group.add_argument(
         "--output",
         type=Path,
         default=Path("samples"),
-        help="folder for the PNGs, whose names end in "
-        "their seed; if it holds PNGs already, FOLDER-2, FOLDER-3, ... (default: %(default)s)",
+        metavar="FOLDER",
+        help="folder for the PNGs, whose names end in their seed; FOLDER-2, FOLDER-3, ... if it holds PNGs already "
+        "(default: %(default)s)",
     )
-    p.add_argument("--seed", type=int, default=0, help="picture i draws from seed + i (default: %(default)s)")
-    add_settings(p)
-    p.add_argument("--rerank-from", type=int, help="draw so many and keep those that CLIP finds nearest")
-    p.add_argument(
-        "--sweep",
-        nargs="+",
-        metavar="KEY=A,B",
-        help="all combinations on one labelled sheet: --sweep top_k=100,300 top_p=0.8,1.0",
+    group.add_argument("--preview", action="store_true", help="update preview.png with the rows generated so far")
+
+
+def add_model_options(group: Group) -> None:
+    """Add the options of the model."""
+    group.add_argument(
+        "--checkpoint",
+        metavar="MODEL",
+        help="run folder of stage 2, checkpoint, pipeline folder, hf-hub:OWNER/NAME, or shapes, the bundled model "
+        "(default: the newest finished run below outputs/, else shapes)",
     )
-    p.add_argument("--preview", action="store_true", help="keep preview.png up to date with the rows drawn so far")
-    p.add_argument("--device", help="cpu, cuda, mps (default: the fastest there is)")
-    p.add_argument(
-        "--dtype", choices=DTYPES, default=DTYPES[0], help="of transformer and decoder (default: %(default)s)"
+    group.add_argument("--device", help="cpu, cuda or mps (default: cuda if available, else mps, else cpu)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=DTYPES[0],
+        help="dtype of the transformer and the decoder (default: %(default)s)",
     )
-    p.add_argument("--compile", action="store_true", help="draw by torch.compile: for many pictures on a GPU")
-    return p
+    group.add_argument(
+        "--compile", action="store_true", help="use torch.compile, which pays off for many images on a GPU"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
 
 
 def run() -> None:
-    """Check everything that can be checked, load the model, draw, write."""
+    """Check the request, load the model, generate and write the images."""
     args = parser().parse_intermixed_args()
     if args.list:
-        list_models()
+        print_models()
         return
-    args.prompt += sentences_of(args.sentences)
-    check_arguments(args)
-    args.output = free_folder(args.output, "*.png")
-    gc.disable()  # collecting garbage during the imports takes a second, and frees hardly anything
-    from clipgen.generation.prompts import check_request
-    from clipgen.pipeline import TextToImage
-    from clipgen.sampling import SamplingParams
-
-    gc.enable()
-    if args.origin:
-        repeat_(args)
-    prompts = read_prompts(args)
-    sweeps = read_sweep(args.sweep or [], settings_of(args))
-    for settings in sweeps:
-        SamplingParams(**settings)
-    for prompt in (*(prompt for _, prompt in prompts), *(end for ends in args.interpolate for end in ends)):
-        check_request(prompt, args.num_images, args.rerank_from)
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
-    complete = read_picture(args.complete) if args.complete else None
-    checkpoint = args.checkpoint or newest_run(OUTPUTS) or "shapes"
-    with output_folder(args.output, keep="*.png"):
-        pipe = prepared(TextToImage.load(checkpoint), args)
-        say(f"Model: {'the bundled shapes model' if checkpoint == 'shapes' else checkpoint}")
-        if args.origin and args.fingerprint not in (None, pipe.fingerprint):
-            raise ValueError(f"{args.origin} was drawn by another model than {checkpoint}: name its --checkpoint")
-        if checkpoint == "shapes":
-            for line in remarks_on(prompts, args):
+    args.prompt += join_words(args.texts)
+    check_early(args)
+    output = free_folder(args.output, "*.png")
+    with garbage_collection_paused():
+        from clipgen.cli.sample_output import generate
+    request = read_request(args)
+    checkpoint = args.checkpoint or newest_run(OUTPUTS) or BUNDLED_MODEL
+    with output_folder(output, keep_pattern="*.png"):
+        pipe = load_pipeline(checkpoint, request, args)
+        say(f"Model: {'the bundled shapes model' if checkpoint == BUNDLED_MODEL else checkpoint}")
+        if checkpoint == BUNDLED_MODEL:
+            for line in remarks_on(request):
                 print(line, file=sys.stderr)
-        draw(pipe, prompts, sweeps, complete, args)
+        generate(pipe, request, output, args.preview)
 
 
-def prepared(pipe: TextToImage, args: argparse.Namespace) -> TextToImage:
-    """The model on its device, cast and compiled as asked."""
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Pause the garbage collector, which takes a second of the imports and frees hardly anything."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def load_pipeline(checkpoint: str, request: SampleRequest, args: argparse.Namespace) -> TextToImage:
+    """Load the model, move it to its device, cast and compile it.
+
+    Raises:
+        ValueError: another model generated the image that is to be reproduced.
+    """
     import torch
 
+    from clipgen.pipeline import TextToImage
     from clipgen.processor import require_bf16_units
 
+    pipe = TextToImage.load(checkpoint)
     device = args.device or default_device()
-    if args.dtype == "bfloat16":
+    if request.dtype == "bfloat16":
         require_bf16_units(device, "--dtype bfloat16", "--dtype float32")
-    pipe.to(device, getattr(torch, args.dtype))
+    pipe.to(device, getattr(torch, request.dtype))
+    if request.fingerprint not in (None, pipe.fingerprint):
+        raise ValueError(f"{args.reproduce} was generated by another model than {checkpoint}: name its --checkpoint")
     return pipe.compile() if args.compile else pipe
 
 
-def draw(
-    pipe: TextToImage,
-    prompts: list[Named],
-    sweeps: list[dict[str, Any]],
-    complete: Image.Image | None,
-    args: argparse.Namespace,
-) -> None:
-    """Draw and write every picture, the strips, and the sheet of all pictures."""
-    from clipgen.images import grid, save_png
-
-    images = len(prompts) * (args.rerank_from or args.num_images) + len(args.interpolate) * strip_length(args)
-    with rate_bar("drawing", images * len(sweeps)) as advance:
-        preview = save_preview(args.output) if args.preview else None
-        options = dict(seed=args.seed, outpaint=complete, preview=preview, progress=advance)
-        drawn = draw_pictures(pipe, prompts, sweeps, options, args)
-        draw_strips(pipe, sweeps, options, args)
-    if drawn:
-        columns = args.num_images if len(prompts) * len(sweeps) > 1 else None
-        _, captions, pictures = zip(*sorted(drawn, key=lambda each: each[0]))
-        say(save_png(grid(pictures, columns=columns, captions=captions), args.output / "grid.png"))
-        if len(drawn) < (every := len(prompts) * len(sweeps) * args.num_images):
-            say(f"It shows the first {len(drawn)} of {every} pictures")
-
-
-def draw_pictures(
-    pipe: TextToImage,
-    prompts: list[Named],
-    sweeps: list[dict[str, Any]],
-    options: dict[str, Any],
-    args: argparse.Namespace,
-) -> list[tuple[int, str, Image.Image]]:
-    """Draw and write those of all prompts -> number of prompt and settings, caption, picture, of the first of them."""
-    from clipgen.images import save_png
-
-    drawn, labels = [], labels_of(sweeps)
-    for row, column, picture in all_of(pipe, prompts, sweeps, options, args):
-        number, name, label = row * len(sweeps) + column, prompts[row][0], labels[column]
-        file = file_name(f"{number:02d}", name, label, str(picture.info["seed"]))
-        say(save_png(picture, args.output / file, picture.info))
-        if number * args.num_images < SHEET:
-            drawn.append((number, label or name, picture))
-    return drawn
-
-
-def draw_strips(
-    pipe: TextToImage, sweeps: list[dict[str, Any]], options: dict[str, Any], args: argparse.Namespace
-) -> None:
-    """Draw and write what lies between two prompts."""
-    from clipgen.generation.prompts import describe
-    from clipgen.images import grid, save_png
-
-    labelled = list(zip(labels_of(sweeps), sweeps))
-    for (i, (first, second)), (label, settings) in product(enumerate(args.interpolate), labelled):
-        strip = pipe.interpolate(first, second, strip_length(args), **options, **settings)
-        file = file_name(f"interpolation_{i:02d}", describe(first), describe(second), label)
-        say(save_png(grid(strip, columns=len(strip)), args.output / file, strip[0].info))
-
-
-def strip_length(args: argparse.Namespace) -> int:
-    """Pictures of an interpolation: its ends at least."""
-    return max(args.num_images, 2)
-
-
-def labels_of(sweeps: list[dict[str, Any]]) -> list[str]:
-    """Each as what tells it from the others."""
-    return [" ".join(f"{k}={s[k]}" for k in s if len({t[k] for t in sweeps}) > 1) for s in sweeps]
-
-
-def all_of(
-    pipe: TextToImage,
-    prompts: list[Named],
-    sweeps: list[dict[str, Any]],
-    options: dict[str, Any],
-    args: argparse.Namespace,
-) -> Iterator[tuple[int, int, Image.Image]]:
-    """Every prompt by all settings, as many prompts at once as fit -> index of the prompt, of the settings, picture."""
-    guided = any(settings["guidance_scale"] != 1 for settings in sweeps)
-    at_once = max(pipe.batch_size(guided) // (args.rerank_from or args.num_images), 1)
-    for first, (column, settings) in product(range(0, len(prompts), at_once), enumerate(sweeps)):
-        some = [prompt for _, prompt in prompts[first : first + at_once]]
-        pictures = pipe(some, args.num_images, rerank_from=args.rerank_from, **options, **settings)
-        for i, picture in enumerate(pictures):
-            yield first + i // args.num_images, column, picture
-
-
-def save_preview(folder: Path) -> Preview:
-    """What keeps ``preview.png`` of a folder up to date."""
-    from clipgen.images import grid, save_png, to_pil
-
-    def save(images: Tensor) -> None:
-        save_png(grid(to_pil(images)), folder / "preview.png")
-
-    return save
-
-
-# ------------------------------------------------------------------------------------------------------- what is asked
-
-
-def read_prompts(args: argparse.Namespace) -> list[Named]:
-    """Everything to draw, but interpolations; a picture to complete stands for itself where nothing else does."""
-    from clipgen.generation.prompts import describe, parse_mixture, read_sentences
-
-    lines = [line for file in args.prompts_file for line in read_sentences(file)]
-    mixtures = [parse_mixture(mix) if isinstance(mix, str) else mix for mix in args.mix]
-    prompts: list[Named] = [(describe(prompt), prompt) for prompt in (*args.prompt, *lines, *mixtures)]
-    images = args.image or [args.complete] * bool(args.complete and not (prompts or args.interpolate))
-    prompts += [(path.stem, read_picture(path)) for path in images]
-    if not prompts and not args.interpolate:
-        raise ValueError(NOTHING)
-    return prompts
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture file."""
-    from clipgen.data.decoding import UnusableImageError, decode_image
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture {path}")
-    try:
-        return decode_image(path)
-    except UnusableImageError as error:
-        raise ValueError(f"{path} cannot be used as an image: {error}") from error
-
-
-def read_sweep(sweep: list[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """``["top_k=1,2", "top_p=0.8"]`` -> all combinations, over the other settings."""
-    axes = []
-    for text in sweep:
-        key, _, values = text.partition("=")
-        try:
-            axes.append([(key, SETTINGS[key][0](value)) for value in values.split(",")])
-        except (KeyError, ValueError):
-            names = ", ".join(SETTINGS)
-            raise ValueError(f"sweep must be KEY=VALUE,VALUE with a key of {names}, got {text!r}") from None
-    return [settings | dict(choice) for choice in product(*axes)]
-
-
-def repeat_(args: argparse.Namespace) -> None:
-    """Take over from a picture's metadata what made it."""
-    from clipgen.cli.image_metadata import read_metadata
-
-    made = read_metadata(args.origin)
-    varied = made.prompt == "an image" and args.image
-    for prompt in made.ends or [made.prompt]:
-        if prompt in ("an image", "an embedding") and not varied:
-            raise ValueError(f"{args.origin} was drawn of {prompt}, which it does not hold: give --image")
-    if made.complete and not args.complete:
-        raise ValueError(f"{args.origin} completes a picture which it does not hold: give --complete")
-    if made.mixture:
-        args.mix.append(made.mixture)
-    elif made.ends:
-        args.interpolate.append(made.ends)
-    elif not varied:
-        args.prompt.append(made.prompt)
-    for name, value in made.settings.items():
-        setattr(args, name, value)
-    args.seed, args.dtype = made.seed, made.dtype
-    args.num_images, args.fingerprint = made.steps, made.model
-
-
-def sentences_of(words: list[str]) -> list[str]:
-    """Return what stands on the command line without an option as prompts: several words without a space among them
-    are a sentence whose quotes were forgotten."""
-    return [" ".join(words)] if len(words) > 1 and not any(" " in word.strip() for word in words) else words
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raise an error that needs no torch before its import, which takes seconds.
-
-    Raises:
-        ValueError: there is nothing to draw.
-        FileNotFoundError: a file, or the checkpoint, does not exist.
-    """
-    sources = (args.prompt, args.prompts_file, args.image, args.mix, args.complete, args.interpolate, args.origin)
-    if not any(sources):
-        raise ValueError(NOTHING)
-    for path in (*args.image, *([args.complete] if args.complete else [])):
-        if not path.is_file():
-            raise FileNotFoundError(f"no picture {path}")
-    for path in (*args.prompts_file, *([args.origin] if args.origin else [])):
-        path.stat()  # raises the system's error
-    name = args.checkpoint or "shapes"
-    if name != "shapes" and not name.startswith("hf-hub:") and not Path(name).expanduser().exists():
-        made = "`clipgen-train stage=transformer` makes one, `clipgen-sample --list` shows what there is"
-        raise FileNotFoundError(f"no ConditionalTransformer checkpoint: {name} does not exist; {made}")
-
-
-def list_models() -> None:
+def print_models() -> None:
     """Print the runs below ``outputs/`` and the bundled models."""
-    if runs := find_runs(OUTPUTS):
+    runs = find_runs(OUTPUTS)
+    if runs:
         print(*table(runs), sep="\n")
     else:
-        print(f"There are no runs below {OUTPUTS}/: clipgen-train stage=vqgan begins one")
-    print("Bundled: shapes, a tokenizer and a transformer for coloured shapes of 32 x 32 pixels (--checkpoint shapes)")
+        print(f"There are no runs below {OUTPUTS}/: start one with clipgen-train stage=vqgan")
+    print("Bundled: shapes, a tokenizer and a transformer for colored shapes of 32 x 32 pixels (--checkpoint shapes)")
 
 
-def remarks_on(prompts: list[Named], args: argparse.Namespace) -> list[str]:
-    """Return what to tell about requests that are beyond the bundled model, line by line."""
+def remarks_on(request: SampleRequest) -> list[str]:
+    """Return one line per prompt that the bundled model was not trained for."""
     from PIL import Image
 
     from clipgen.cli.shapes_vocabulary import remarks
 
-    asked = [prompt for _, prompt in prompts] + [end for ends in args.interpolate for end in ends]
-    sentences = [prompt for prompt in asked if isinstance(prompt, str)]
-    sentences += [text for prompt in asked if isinstance(prompt, Mapping) for text in prompt]
-    strange = [name for name, prompt in prompts if isinstance(prompt, Image.Image) and prompt.size != (32, 32)]
-    return remarks(sentences, strange)
+    texts: list[str] = []
+    photographs = []
+    for name, prompt in request.named_prompts():
+        if isinstance(prompt, str):
+            texts.append(prompt)
+        elif isinstance(prompt, Mapping):
+            texts.extend(prompt)
+        elif isinstance(prompt, Image.Image) and prompt.size != (32, 32):
+            photographs.append(name)
+    return remarks(texts, photographs)
 
 
 if __name__ == "__main__":

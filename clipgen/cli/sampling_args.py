@@ -1,33 +1,69 @@
-"""The settings of drawing, as options that several commands have."""
+"""Sampling parameters as command-line options, shared by several commands."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from argparse import Namespace, _ActionsContainer
 
+    from clipgen.sampling import SamplingParams
+
 DTYPES = ("float32", "bfloat16")
-SETTINGS: dict[str, tuple[type, Any, str]] = {
-    "temperature": (float, 1.0, "0 takes the likeliest code"),
-    "top_k": (int, 300, "keep the k likeliest codes; 300 is the paper's"),
-    "top_p": (float, 1.0, "keep the likeliest codes up to p"),
-    "guidance_scale": (float, 1.0, "1 is none; needs a model trained for it"),
-    "guidance_power": (float, 0.0, "above 0 guidance grows along the image, below it fades"),
-}  # type, default, help
 
 
-def add_settings(p: _ActionsContainer, given_only: bool = False) -> None:
-    """Add an option for each. ``given_only``: what is not given is left to what draws."""
-    for name, (kind, default, text) in SETTINGS.items():
-        p.add_argument(
+class SamplingOption(NamedTuple):
+    """A field of ``SamplingParams`` as an option."""
+
+    type: type
+    default: float
+    help: str
+
+
+# The defaults repeat those of `SamplingParams`, whose module imports torch: `--help` must not wait for that. A test
+# compares them.
+SAMPLING_OPTIONS = {
+    "temperature": SamplingOption(float, 1.0, "divisor of the logits; 0 always takes the most likely code"),
+    "top_k": SamplingOption(int, 300, "number of most likely codes that are kept; 300 is the paper's choice"),
+    "top_p": SamplingOption(float, 1.0, "probability of the most likely codes that are kept"),
+    "guidance_scale": SamplingOption(
+        float, 1.0, "scale of classifier-free guidance; 1 disables it; needs a model trained with condition dropout"
+    ),
+    "guidance_power": SamplingOption(
+        float, 0.0, "growth of the guidance along the image if above 0, decay if below 0; 0 keeps it constant"
+    ),
+}
+
+
+def add_sampling_options(parser: _ActionsContainer, given_only: bool = False) -> None:
+    """Add one option per sampling parameter.
+
+    Args:
+        parser: parser or argument group.
+        given_only: let ``sampling_options`` return only the options that were given.
+    """
+    for name, option in SAMPLING_OPTIONS.items():
+        parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=kind,
-            default=None if given_only else default,
-            help=f"{text} (default: {default})",
+            type=option.type,
+            default=None if given_only else option.default,
+            metavar=option.type.__name__.upper(),
+            help=f"{option.help} (default: {option.default})",
         )
 
 
-def settings_of(args: Namespace) -> dict[str, Any]:
-    """Those that have a value."""
-    return {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+def sampling_options(args: Namespace) -> dict[str, Any]:
+    """Return the sampling parameters that have a value, by name."""
+    values = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def sampling_params(args: Namespace) -> SamplingParams:
+    """Return the sampling parameters.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    from clipgen.sampling import SamplingParams
+
+    return SamplingParams(**sampling_options(args))

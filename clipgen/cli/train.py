@@ -157,7 +157,7 @@ def train(
         return fit(trainer, model, data, ckpt, output, resume_by)
     log_summary(config, trainer, model, data)
     warn_of_few_images(data)
-    with output_folder(output, keep="checkpoints/*.ckpt"):
+    with output_folder(output, keep_pattern="checkpoints/*.ckpt"):
         refuse_other_runs(config)  # one that ended before the folder was locked
         bring_best(ckpt, output)
         prepare(output, config, model)

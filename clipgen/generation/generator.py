@@ -22,15 +22,26 @@ from clipgen.vqgan import VQGAN
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-DECODE_BATCH_SIZE = 64  # images decoded at a time; also the largest sampling batch on a CPU
-MAX_GPU_BATCH_SIZE = 1024  # largest sampling batch on a GPU
-CPU_MEMORY = 2**31  # bytes that the KV cache may take on a CPU
-Preview = Callable[[Tensor], None]  # receives the images so far
-Progress = Callable[[float], None]  # receives the work done since the last call, in images
+# Number of images decoded at a time, and the largest sampling batch on a CPU.
+DECODE_BATCH_SIZE = 64
+# Largest sampling batch on a GPU.
+MAX_GPU_BATCH_SIZE = 1024
+# Bytes that the KV cache may take on a CPU.
+CPU_MEMORY = 2**31
+
+# Receives the images so far, (B, 3, h, W).
+Preview = Callable[[Tensor], None]
+# Receives the work done since the last call, in images.
+Progress = Callable[[float], None]
 
 
 class ImageGenerator:
-    """Sample indices with a transformer and decode them with its tokenizer."""
+    """Sample code indices with a transformer and decode them with its VQ-GAN.
+
+    Args:
+        vqgan: decodes code indices to images.
+        transformer: samples code indices.
+    """
 
     def __init__(self, vqgan: VQGAN, transformer: ConditionalTransformer):
         self.vqgan = vqgan.eval()
@@ -57,20 +68,22 @@ class ImageGenerator:
             ValueError: a dtype other than the loaded one or bfloat16.
         """
         if isinstance(device, torch.dtype):
-            raise ValueError(f"a device must be named first; for a type alone: to(dtype={device})")
+            raise ValueError(f"device must be a device, got a dtype: use to(dtype={device})")
         if dtype and dtype not in (self.dtype, torch.bfloat16):
             raise ValueError(f"dtype must be torch.bfloat16, or as loaded, got {dtype} after {self.dtype}")
-        torch.empty(0, device=device)  # fails before anything is moved if there is no such device
+        # Raise an error before any module is moved if the device does not exist.
+        torch.empty(0, device=device)
         for part in self.parts:
             part.to(device)
         if dtype:
-            _ = self._fingerprint  # cache it before the cast changes the weights
+            # Cache the fingerprint before the cast changes the weights.
+            _ = self._fingerprint
             self.dtype = dtype
             self.transformer.to(dtype)
         return self
 
     def compile(self) -> Self:
-        """Compile the transformer's decoding step and the VQ-GAN's decoder; see ``compile_decoder``. Not thread-safe."""
+        """Compile the decoding step and the image decoder, see ``compile_decoder`` (not thread-safe)."""
         self.transformer.compile_decoder()
         self.vqgan.active_model.decoder.compile(dynamic=False)
         return self
@@ -82,10 +95,12 @@ class ImageGenerator:
 
     @cached_property
     def _fingerprint(self) -> str:
-        parts = {"gpt": self.transformer.eval_model, "vqgan": self.vqgan.active_model}
-        return model_folder.fingerprint(
-            {f"{part}.{k}": v for part, net in parts.items() for k, v in net.state_dict().items()}
-        )
+        """A short hash of the weights."""
+        state = {}
+        for part, net in (("gpt", self.transformer.eval_model), ("vqgan", self.vqgan.active_model)):
+            for name, tensor in net.state_dict().items():
+                state[f"{part}.{name}"] = tensor
+        return model_folder.fingerprint(state)
 
     def uniforms(self, seed: int | Sequence[int] | None, batch_size: int) -> Tensor:
         """Return the random numbers (B, T) of ``generate_from_conditions``, see ``per_sample_seeds``."""
@@ -154,15 +169,16 @@ class ImageGenerator:
             return None
 
     def batch_size(self, guided: bool = False) -> int:
-        """Return the sampling batch size: the largest power of two whose KV cache fits into half of the free GPU memory.
+        """Return the sampling batch size: the largest power of two whose KV cache fits into memory.
 
-        On a CPU it fits into ``CPU_MEMORY``. Guidance doubles the KV cache.
+        The KV cache may take half of the free memory of a GPU, or ``CPU_MEMORY`` on a CPU. Guidance doubles it.
         """
-        max_batch_size, memory = DECODE_BATCH_SIZE, CPU_MEMORY
         if self.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self.device)[0] + self.transformer.decoder_cache_nbytes()
-            free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            max_batch_size, memory = MAX_GPU_BATCH_SIZE, free // 2
+            max_batch_size = MAX_GPU_BATCH_SIZE
+            memory = self._free_gpu_memory() // 2
+        else:
+            max_batch_size = DECODE_BATCH_SIZE
+            memory = CPU_MEMORY
         config = self.transformer.gpt_config
         kv_bytes = 2 * config.n_layer * config.num_tokens * config.n_embd * self.dtype.itemsize
         if guided:
@@ -170,9 +186,15 @@ class ImageGenerator:
         largest = max(1, min(max_batch_size, memory // kv_bytes))
         return 1 << (largest.bit_length() - 1)
 
+    def _free_gpu_memory(self) -> int:
+        """Return the free bytes of the GPU, with those that torch or the compiled decoders hold for reuse."""
+        free = torch.cuda.mem_get_info(self.device)[0]
+        reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return free + reserved + self.transformer.decoder_cache_nbytes()
+
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Decode whole rows of indices (B, t) to images (B, 3, h, W) in [-1, 1]."""
+        """Decode complete rows of indices (B, t) to images (B, 3, h, W) in [-1, 1]."""
         # CPU kernels are not bit-identical across batch sizes, so images are decoded one at a time there.
         one_by_one = self.vqgan.device.type == "cpu" and not self.transformer.compiled
         grids = rearrange(indices, "b (h w) -> b h w", w=self.side)
@@ -194,6 +216,8 @@ class ImageGenerator:
             return self.vqgan.decode(F.pad(grids, (0, 0, 0, 0, 0, padding)))[: len(grids)]
 
     def _step_callback(self, preview: Preview | None, progress: Progress | None) -> StepCallback:
+        """Return a function that reports the sampled indices after each row."""
+
         def on_step(indices: Tensor) -> None:
             if indices.shape[1] % self.side:
                 return
@@ -206,7 +230,7 @@ class ImageGenerator:
 
     @torch.no_grad()
     def upper_indices(self, image: Image.Image, keep_fraction: float) -> Tensor:
-        """Return the indices (1, P) of the upper part of an image, in whole rows."""
+        """Return the indices (1, P) of the upper part of an image, in complete rows."""
         if not 0 < keep_fraction < 1:
             raise ValueError(f"keep_fraction must be in (0, 1), got {keep_fraction}")
         images = from_pil(image, self.image_size).to(self.vqgan.device)

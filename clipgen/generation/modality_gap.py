@@ -1,7 +1,7 @@
 """Closing CLIP's modality gap: the transformer is trained on image embeddings but sampled with text embeddings.
 
-``EmbeddingProjector`` moves text embeddings towards image embeddings when sampling; noise augmentation in training is in
-models/conditioning.py.
+``EmbeddingProjector`` moves text embeddings towards image embeddings when sampling. Noise augmentation in training is
+in models/conditioning.py.
 """
 
 from __future__ import annotations
@@ -18,45 +18,56 @@ from clipgen.files import atomic_write, one_line
 
 
 class EmbeddingProjector(nn.Module):
-    """Moves the embeddings of sentences towards those of images; needs images and sentences, but no pairs.
+    """Move text embeddings towards image embeddings. It is built from images and texts that need not be paired.
 
     Args:
-        shift: (E,), added to a sentence's embedding: the mean of images' embeddings less that of sentences' (C3,
-            arXiv:2401.08567); see ``mean_shift``. None: none.
-        memory: (N, E), embeddings of training images, unit norm, onto which a sentence's embedding is projected after
-            the shift: their mean, weighted by ``softmax(cosine / temperature)`` (DeCap, arXiv:2303.03032), over the
-            nearest ``neighbours``. None: no projection.
+        shift: (E,), added to text embeddings: mean image embedding minus mean text embedding (C3, arXiv:2401.08567),
+            see ``mean_shift``. None disables it.
+        memory: (N, E), unit-norm embeddings of training images. After the shift, a text embedding is replaced by the
+            mean of its nearest image embeddings, weighted by ``softmax(cosine / temperature)`` (DeCap,
+            arXiv:2303.03032). None disables it.
+        neighbors: number of nearest image embeddings.
+        temperature: temperature of the softmax; low values select the nearest embedding alone.
     """
 
     shift: Tensor | None
     memory: Tensor | None
 
     def __init__(
-        self, shift: Tensor | None = None, memory: Tensor | None = None, neighbours: int = 8, temperature: float = 0.01
+        self,
+        shift: Tensor | None = None,
+        memory: Tensor | None = None,
+        neighbors: int = 8,
+        temperature: float = 0.01,
     ):
         super().__init__()
-        if neighbours < 1:
-            raise ValueError(f"neighbours must be at least 1, got {neighbours}")
+        if neighbors < 1:
+            raise ValueError(f"neighbors must be at least 1, got {neighbors}")
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        self.neighbours, self.temperature = neighbours, temperature
+        self.neighbors = neighbors
+        self.temperature = temperature
         self.register_buffer("shift", shift)
         self.register_buffer("memory", memory)
 
     @torch.no_grad()
     def forward(self, clip_embedding: Tensor) -> Tensor:
-        """Embeddings of sentences (B, E) -> where images' lie, (B, E), unit norm."""
-        moved = clip_embedding if self.shift is None else F.normalize(clip_embedding + self.shift, dim=-1)
-        return moved if self.memory is None else self._project(moved, self.memory)
+        """Move text embeddings (B, E) to image embeddings (B, E), unit norm."""
+        if self.shift is not None:
+            clip_embedding = F.normalize(clip_embedding + self.shift, dim=-1)
+        if self.memory is not None:
+            clip_embedding = self._project(clip_embedding, self.memory)
+        return clip_embedding
 
     def _project(self, clip_embedding: Tensor, memory: Tensor) -> Tensor:
-        cosine, nearest = (clip_embedding @ memory.T).topk(min(self.neighbours, len(memory)), dim=-1)  # (B, N)
+        """Return the weighted mean of the nearest embeddings in memory."""
+        cosine, nearest = (clip_embedding @ memory.T).topk(min(self.neighbors, len(memory)), dim=-1)  # (B, N)
         weights = (cosine / self.temperature).softmax(dim=-1)
         return F.normalize((weights[..., None] * memory[nearest]).sum(dim=1), dim=-1)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file."""
-        settings = {"neighbours": str(self.neighbours), "temperature": str(self.temperature)}
+        settings = {"neighbors": str(self.neighbors), "temperature": str(self.temperature)}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(path) as partial:
             save_file(tensors, partial, settings)
@@ -64,24 +75,27 @@ class EmbeddingProjector(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> EmbeddingProjector:
-        """Read what ``save`` wrote.
+        """Read a file written by ``save``.
 
         Raises:
-            ValueError: the file is damaged, or something else.
+            ValueError: the file is damaged, or not such a file.
         """
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 settings = file.metadata()
             check_embeddings(**tensors)
-            neighbours, temperature = int(settings["neighbours"]), float(settings["temperature"])
-            return cls(**tensors, neighbours=neighbours, temperature=temperature)
+            return cls(
+                **tensors,
+                neighbors=int(settings["neighbors"]),
+                temperature=float(settings["temperature"]),
+            )
         except (SafetensorError, TypeError, KeyError, ValueError, OverflowError) as error:
-            raise ValueError(f"the bridge {path} is damaged: {one_line(error)}") from error
+            raise ValueError(f"the projector {path} is damaged: {one_line(error)}") from error
 
 
 def check_embeddings(shift: Tensor | None = None, memory: Tensor | None = None) -> None:
-    """Raise ValueError unless the tensors of a bridge are finite embeddings of one width."""
+    """Raise ValueError unless the tensors of a projector are finite embeddings of the same width."""
     for name, tensor, dimensions in (("shift", shift, 1), ("memory", memory, 2)):
         if tensor is None:
             continue
@@ -93,6 +107,6 @@ def check_embeddings(shift: Tensor | None = None, memory: Tensor | None = None) 
         raise ValueError(f"memory must be (N, {len(shift)}), as wide as shift, got {tuple(memory.shape)}")
 
 
-def mean_shift(images: Tensor, sentences: Tensor) -> Tensor:
-    """The way (E,) from the mean of sentences' embeddings (M, E) to that of images' (N, E)."""
-    return images.mean(dim=0) - sentences.mean(dim=0)
+def mean_shift(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+    """Return the mean image embedding minus the mean text embedding: (N, E), (M, E) -> (E,)."""
+    return image_embeddings.mean(dim=0) - text_embeddings.mean(dim=0)

@@ -1,4 +1,4 @@
-"""What is asked for: a sentence, a picture, a mixture of sentences, or an embedding."""
+"""Prompts: texts, images, mixtures of texts, and CLIP embeddings."""
 
 from __future__ import annotations
 
@@ -14,54 +14,94 @@ from clipgen.files import read_text
 
 Prompt = str | Mapping[str, float] | Image.Image | Tensor
 
+# What `describe` returns for prompts that have no text.
+IMAGE_PROMPT = "an image"
+EMBEDDING_PROMPT = "an embedding"
+
 
 def describe(prompt: Prompt) -> str:
-    """A prompt in words, for file names and metadata."""
+    """Return a prompt in words, for file names and metadata."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Mapping):
-        terms = " ".join(f"{'-' if weight < 0 else '+'} {abs(weight):g} {text}" for text, weight in prompt.items())
-        return terms.removeprefix("+ ")
-    return "an image" if isinstance(prompt, Image.Image) else "an embedding"
+        terms = [f"{'-' if weight < 0 else '+'} {abs(weight):g} {text}" for text, weight in prompt.items()]
+        return " ".join(terms).removeprefix("+ ")
+    return IMAGE_PROMPT if isinstance(prompt, Image.Image) else EMBEDDING_PROMPT
 
 
 def parse_mixture(text: str) -> dict[str, float]:
-    """``"0.7 a cat + 0.3 a dog"`` -> ``{"a cat": 0.7, "a dog": 0.3}``; a term without a number counts 1.
+    """Parse ``"0.7 a cat + 0.3 a dog"`` as ``{"a cat": 0.7, "a dog": 0.3}``; the default weight is 1.
 
     Raises:
         ValueError: a term is empty.
     """
-    first, *rest = re.split(r"(?:^|\s)([+-])(?:\s|$)", text.strip())
+    # Texts and the signs between them alternate: ["0.7 a cat", "+", "0.3 a dog"].
+    tokens = re.split(r"(?:^|\s)([+-])(?:\s|$)", text.strip())
+    starts_with_sign = len(tokens) > 1 and not tokens[0]
+    tokens = tokens[1:] if starts_with_sign else ["+", *tokens]
     mixture: dict[str, float] = {}
-    for sign, term in [("+", first)] * bool(first or not rest) + list(zip(rest[::2], rest[1::2])):
-        weighted = re.fullmatch(r"([+-]?\d*\.?\d+)\s+(.*)", term.strip())
-        weight, words = (float(weighted[1]), weighted[2]) if weighted else (1.0, term.strip())
+    for sign, term in zip(tokens[::2], tokens[1::2]):
+        weight, words = parse_term(term.strip())
         if not words:
             raise ValueError(f'a mixture must be terms such as "0.7 a cat + 0.3 a dog", got {text!r}')
         mixture[words] = mixture.get(words, 0.0) + (weight if sign == "+" else -weight)
     return mixture
 
 
-def read_sentences(path: Path) -> list[str]:
-    """A sentence a line; empty lines are none."""
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+def parse_term(term: str) -> tuple[float, str]:
+    """Parse ``"0.7 a cat"`` as ``(0.7, "a cat")``; the default weight is 1."""
+    match = re.fullmatch(r"([+-]?\d*\.?\d+)\s+(.*)", term)
+    return (float(match[1]), match[2]) if match else (1.0, term)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read a file with one prompt per line; empty lines are skipped."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    return [line for line in lines if line]
 
 
 def check_request(prompt: Prompt, num_images: int, rerank_from: int | None) -> None:
-    """Raise ValueError unless the request makes sense."""
-    if not isinstance(prompt, (str, Mapping, Image.Image, Tensor)):
-        raise TypeError(f"prompt must be a sentence, a mixture, a picture or an embedding, got {prompt!r}")
-    texts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Mapping) else ["an image"]
-    for text in texts or [""]:
-        if not text.strip():
-            raise ValueError(f"prompt must not be empty, got {text!r}")
-        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of bytes of no text
-            raise ValueError(f"prompt must be text in UTF-8, got {text!r}")
-    if isinstance(prompt, Mapping) and not (all(map(math.isfinite, prompt.values())) and any(prompt.values())):
-        raise ValueError(f"a mixture must have finite weights that are not all 0, got {dict(prompt)}")
-    if isinstance(prompt, Tensor) and not prompt.isfinite().all():
-        raise ValueError("an embedding must be finite, got NaN or infinity")
+    """Check a prompt, and the number of images to generate for it.
+
+    Raises:
+        TypeError: the prompt is not a text, mixture, image or embedding.
+        ValueError: the prompt is empty or not finite, or a number is out of range.
+    """
+    check_prompt(prompt)
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     if rerank_from is not None and rerank_from < num_images:
         raise ValueError(f"rerank_from must be at least num_images ({num_images}), got {rerank_from}")
+
+
+def check_prompt(prompt: Prompt) -> None:
+    """Raise TypeError or ValueError if a prompt cannot be embedded."""
+    if isinstance(prompt, str):
+        check_text(prompt)
+    elif isinstance(prompt, Mapping):
+        check_mixture(prompt)
+    elif isinstance(prompt, Tensor):
+        if not prompt.isfinite().all():
+            raise ValueError("an embedding must be finite, got NaN or infinity")
+    elif not isinstance(prompt, Image.Image):
+        raise TypeError(f"prompt must be a text, a mixture, an image or an embedding, got {prompt!r}")
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError if a text is empty or cannot be encoded."""
+    if not text.strip():
+        raise ValueError(f"prompt must not be empty, got {text!r}")
+    # Python decodes bytes of the command line that are not UTF-8 to lone surrogates.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"prompt must be text in UTF-8, got {text!r}")
+
+
+def check_mixture(mixture: Mapping[str, float]) -> None:
+    """Raise ValueError if a mixture has an empty text, or weights that are not finite or all 0."""
+    if not mixture:
+        raise ValueError("prompt must not be empty, got {}")
+    for text in mixture:
+        check_text(text)
+    weights = mixture.values()
+    if not all(math.isfinite(weight) for weight in weights) or not any(weights):
+        raise ValueError(f"a mixture must have finite weights that are not all 0, got {dict(mixture)}")

@@ -1,0 +1,129 @@
+"""Generate the images of a request and write them: one PNG per image, strips of interpolations, and a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch import Tensor
+
+from clipgen.cli.console import progress_bar, say
+from clipgen.cli.output_dir import file_name
+from clipgen.cli.sample_request import SampleRequest
+from clipgen.generation.generator import Preview
+from clipgen.generation.prompts import describe
+from clipgen.images import grid, save_png, to_pil
+from clipgen.pipeline import TextToImage
+from clipgen.sampling import SamplingParams
+
+# A grid of more images does not open in most viewers, and takes gigabytes of memory.
+MAX_GRID_IMAGES = 1000
+
+
+class GridCell(NamedTuple):
+    """An image of the grid, with the number of its prompt and sampling parameters."""
+
+    number: int
+    caption: str
+    image: Image.Image
+
+
+def generate(pipe: TextToImage, request: SampleRequest, folder: Path, preview: bool) -> None:
+    """Generate and write every image, the strips, and the grid.
+
+    Args:
+        pipe: the model.
+        request: what to generate.
+        folder: where the files are written.
+        preview: update ``preview.png`` after each row of indices.
+    """
+    with progress_bar("Generating", request.total_images) as advance:
+        options = {
+            "seed": request.seed,
+            "outpaint": request.outpaint,
+            "keep_fraction": request.keep_fraction,
+            "preview": preview_writer(folder) if preview else None,
+            "progress": advance,
+        }
+        cells = write_images(pipe, request, folder, options)
+        write_strips(pipe, request, folder, options)
+    if cells:
+        write_grid(cells, request, folder)
+
+
+def write_images(
+    pipe: TextToImage,
+    request: SampleRequest,
+    folder: Path,
+    options: dict[str, Any],
+) -> list[GridCell]:
+    """Generate and write the images of all prompts; return the first ones for the grid."""
+    labels = sweep_labels(request.sweep)
+    cells = []
+    for prompt_index, params_index, image in generate_images(pipe, request, options):
+        number = prompt_index * len(request.sweep) + params_index
+        name = request.prompts[prompt_index].name
+        label = labels[params_index]
+        file = file_name(f"{number:02d}", name, label, str(image.info["seed"]))
+        say(save_png(image, folder / file, image.info))
+        if number * request.num_images < MAX_GRID_IMAGES:
+            cells.append(GridCell(number, label or name, image))
+    return cells
+
+
+def generate_images(
+    pipe: TextToImage,
+    request: SampleRequest,
+    options: dict[str, Any],
+) -> Iterator[tuple[int, int, Image.Image]]:
+    """Yield (index of the prompt, index of the sampling parameters, image), with as many prompts per batch as fit."""
+    guided = any(params.uses_guidance for params in request.sweep)
+    prompts_per_batch = max(pipe.batch_size(guided) // request.num_candidates, 1)
+    for start in range(0, len(request.prompts), prompts_per_batch):
+        batch = [prompt for _, prompt in request.prompts[start : start + prompts_per_batch]]
+        for params_index, params in enumerate(request.sweep):
+            images = pipe(batch, request.num_images, params, rerank_from=request.rerank_from, **options)
+            for i, image in enumerate(images):
+                yield start + i // request.num_images, params_index, image
+
+
+def write_strips(pipe: TextToImage, request: SampleRequest, folder: Path, options: dict[str, Any]) -> None:
+    """Generate and write one strip of images per interpolation and sampling parameters."""
+    labels = sweep_labels(request.sweep)
+    for number, (first, second) in enumerate(request.interpolations):
+        for label, params in zip(labels, request.sweep):
+            strip = pipe.interpolate(first, second, request.strip_length, params, **options)
+            file = file_name(f"interpolation_{number:02d}", describe(first), describe(second), label)
+            say(save_png(grid(strip, columns=len(strip)), folder / file, strip[0].info))
+
+
+def write_grid(cells: list[GridCell], request: SampleRequest, folder: Path) -> None:
+    """Write the grid of all images, one row per prompt and sampling parameters."""
+    num_rows = len(request.prompts) * len(request.sweep)
+    cells = sorted(cells, key=lambda cell: cell.number)
+    images = [cell.image for cell in cells]
+    captions = [cell.caption for cell in cells]
+    columns = request.num_images if num_rows > 1 else None
+    say(save_png(grid(images, columns=columns, captions=captions), folder / "grid.png"))
+    total = num_rows * request.num_images
+    if len(cells) < total:
+        say(f"The grid shows the first {len(cells)} of {total} images")
+
+
+def sweep_labels(sweep: Sequence[SamplingParams]) -> list[str]:
+    """Return one label per sampling parameters: the values that differ across the sweep."""
+    values = [asdict(params) for params in sweep]
+    varying = [name for name in values[0] if len({entry[name] for entry in values}) > 1]
+    return [" ".join(f"{name}={entry[name]}" for name in varying) for entry in values]
+
+
+def preview_writer(folder: Path) -> Preview:
+    """Return a function that writes the images so far to ``preview.png``."""
+
+    def write(images: Tensor) -> None:
+        save_png(grid(to_pil(images)), folder / "preview.png")
+
+    return write

@@ -1,0 +1,244 @@
+"""The request of ``clipgen-sample``: prompts, images and sampling parameters, checked before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from clipgen.cli.sampling_args import SAMPLING_OPTIONS, sampling_params
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from PIL import Image
+
+    from clipgen.cli.image_metadata import ImageMetadata
+    from clipgen.generation.prompts import Prompt
+    from clipgen.sampling import SamplingParams
+
+NO_PROMPT = (
+    'there must be a prompt: give a text in quotes ("a red ring"), --prompt, --prompts-file, --image, --prompt-mix, '
+    "--outpaint, --interpolate or --reproduce"
+)
+
+
+class NamedPrompt(NamedTuple):
+    """A prompt, and its name in captions and file names."""
+
+    name: str
+    prompt: Prompt
+
+
+@dataclass
+class SampleRequest:
+    """The images to generate.
+
+    Args:
+        prompts: prompts of single images.
+        interpolations: pairs of prompts between which a strip of images is generated.
+        sweep: sampling parameters; every prompt is generated with each of them.
+        num_images: images per prompt.
+        rerank_from: candidates per prompt; None disables reranking.
+        seed: seed of the first image of each prompt.
+        dtype: dtype of the transformer and the decoder.
+        outpaint: image to complete.
+        keep_fraction: fraction of the height of ``outpaint`` that is kept.
+        fingerprint: fingerprint of the model that must be used; None allows any.
+    """
+
+    prompts: list[NamedPrompt]
+    interpolations: list[Sequence[Prompt]]
+    sweep: list[SamplingParams]
+    num_images: int
+    rerank_from: int | None
+    seed: int
+    dtype: str
+    outpaint: Image.Image | None
+    keep_fraction: float
+    fingerprint: str | None = None
+
+    @property
+    def num_candidates(self) -> int:
+        """Images that are generated per prompt."""
+        return self.rerank_from or self.num_images
+
+    @property
+    def strip_length(self) -> int:
+        """Images per interpolation, which has at least its two ends."""
+        return max(self.num_images, 2)
+
+    @property
+    def total_images(self) -> int:
+        """Images that are generated for the whole request."""
+        images = len(self.prompts) * self.num_candidates + len(self.interpolations) * self.strip_length
+        return images * len(self.sweep)
+
+    def named_prompts(self) -> list[NamedPrompt]:
+        """Return all prompts, with the ends of the interpolations."""
+        from clipgen.generation.prompts import describe
+
+        ends = [NamedPrompt(describe(end), end) for pair in self.interpolations for end in pair]
+        return self.prompts + ends
+
+    def check(self) -> None:
+        """Raise ValueError if the request cannot be fulfilled by any model."""
+        from clipgen.generation.prompts import check_request
+        from clipgen.sampling import per_sample_seeds
+
+        if not self.prompts and not self.interpolations:
+            raise ValueError(NO_PROMPT)
+        for _, prompt in self.named_prompts():
+            check_request(prompt, self.num_images, self.rerank_from)
+        per_sample_seeds(self.seed, self.num_candidates)
+
+
+# --------------------------------------------------------------------------------------------------------- early checks
+
+
+def join_words(words: list[str]) -> list[str]:
+    """Return positional arguments as prompts; several single words are one text whose quotes were forgotten."""
+    only_words = not any(" " in word.strip() for word in words)
+    return [" ".join(words)] if len(words) > 1 and only_words else words
+
+
+def check_early(args: Namespace) -> None:
+    """Find the errors that need no torch, whose import takes seconds.
+
+    Raises:
+        ValueError: there is no prompt.
+        FileNotFoundError: a file or the checkpoint does not exist.
+    """
+    sources = (args.prompt, args.prompts_file, args.image, args.prompt_mix)
+    if not any((*sources, args.outpaint, args.interpolate, args.reproduce)):
+        raise ValueError(NO_PROMPT)
+    for path in (*args.image, args.outpaint, args.reproduce):
+        if path and not path.is_file():
+            raise FileNotFoundError(f"there is no image {path}")
+    for path in args.prompts_file:
+        path.stat()  # raises the system's error
+    check_checkpoint(args.checkpoint)
+
+
+def check_checkpoint(name: str | None) -> None:
+    """Raise FileNotFoundError if a checkpoint is a path that does not exist."""
+    if name in (None, "shapes") or name.startswith("hf-hub:") or Path(name).expanduser().exists():
+        return
+    raise FileNotFoundError(
+        f"no ConditionalTransformer checkpoint: {name} does not exist; `clipgen-train stage=transformer` makes one, "
+        "`clipgen-sample --list` shows what there is"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_request(args: Namespace) -> SampleRequest:
+    """Read the request from the command line and the files that it names.
+
+    Raises:
+        ValueError: the request cannot be fulfilled, or a file is damaged.
+        OSError: a file cannot be read.
+    """
+    from clipgen.cli.image_metadata import read_metadata
+
+    request = SampleRequest(
+        prompts=read_text_prompts(args),
+        interpolations=list(args.interpolate),
+        sweep=[sampling_params(args)],
+        num_images=args.num_images,
+        rerank_from=args.rerank_from,
+        seed=args.seed,
+        dtype=args.dtype,
+        outpaint=read_image(args.outpaint) if args.outpaint else None,
+        keep_fraction=args.keep_fraction,
+    )
+    if args.reproduce:
+        add_reproduction(request, read_metadata(args.reproduce), args)
+    request.prompts += [NamedPrompt(path.stem, read_image(path)) for path in args.image]
+    if request.outpaint and not request.prompts and not request.interpolations:
+        request.prompts.append(NamedPrompt(args.outpaint.stem, request.outpaint))
+    request.sweep = expand_sweep(args.sweep or [], request.sweep[0])
+    request.check()
+    return request
+
+
+def read_text_prompts(args: Namespace) -> list[NamedPrompt]:
+    """Return the texts and mixtures of texts of the command line and of prompt files."""
+    from clipgen.generation.prompts import describe, parse_mixture, read_prompts
+
+    prompts: list[Prompt] = list(args.prompt)
+    for path in args.prompts_file:
+        prompts.extend(read_prompts(path))
+    for text in args.prompt_mix:
+        prompts.append(parse_mixture(text))
+    return [NamedPrompt(describe(prompt), prompt) for prompt in prompts]
+
+
+def read_image(path: Path) -> Image.Image:
+    """Read an image file."""
+    from clipgen.data.decoding import UnusableImageError, decode_image
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no image {path}")
+    try:
+        return decode_image(path)
+    except UnusableImageError as error:
+        raise ValueError(f"{path} cannot be used as an image: {error}") from error
+
+
+def expand_sweep(axes: list[str], params: SamplingParams) -> list[SamplingParams]:
+    """Return all combinations of the values of a sweep, as in ``["top_k=1,2", "top_p=0.8"]``."""
+    choices = [parse_axis(text) for text in axes]
+    return [replace(params, **dict(choice)) for choice in product(*choices)]
+
+
+def parse_axis(text: str) -> list[tuple[str, Any]]:
+    """Parse ``"top_k=100,300"`` as ``[("top_k", 100), ("top_k", 300)]``."""
+    name, _, values = text.partition("=")
+    try:
+        value_type = SAMPLING_OPTIONS[name].type
+        return [(name, value_type(value)) for value in values.split(",")]
+    except (KeyError, ValueError):
+        names = ", ".join(SAMPLING_OPTIONS)
+        raise ValueError(f"sweep must be KEY=VALUE,VALUE with a key of {names}, got {text!r}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- reproducing
+
+
+def add_reproduction(request: SampleRequest, metadata: ImageMetadata, args: Namespace) -> None:
+    """Add the prompt of an image to a request, and take over the settings that generated it.
+
+    Raises:
+        ValueError: a file is needed that the image does not hold.
+    """
+    from clipgen.generation.prompts import IMAGE_PROMPT, describe
+
+    is_variation = metadata.prompt == IMAGE_PROMPT and bool(args.image)
+    check_reproducible(metadata, is_variation, args)
+    if metadata.ends:
+        request.interpolations.append(metadata.ends)
+    elif not is_variation:  # the prompt of a variation is `args.image`
+        prompt = metadata.prompt_mix or metadata.prompt or ""
+        request.prompts.append(NamedPrompt(describe(prompt), prompt))
+    request.sweep = [metadata.params]
+    request.seed = metadata.seed
+    request.dtype = metadata.dtype
+    request.num_images = metadata.steps
+    request.fingerprint = metadata.model
+    if metadata.keep_fraction is not None:
+        request.keep_fraction = metadata.keep_fraction
+
+
+def check_reproducible(metadata: ImageMetadata, is_variation: bool, args: Namespace) -> None:
+    """Raise ValueError if an image was generated from another image, or from an embedding, which is not given."""
+    from clipgen.generation.prompts import EMBEDDING_PROMPT, IMAGE_PROMPT
+
+    for prompt in metadata.ends or [metadata.prompt]:
+        if prompt in (IMAGE_PROMPT, EMBEDDING_PROMPT) and not is_variation:
+            raise ValueError(f"{args.reproduce} was generated from {prompt}, which it does not hold: give --image")
+    if metadata.keep_fraction is not None and not args.outpaint:
+        raise ValueError(f"{args.reproduce} completes an image that it does not hold: give --outpaint")
