@@ -24,6 +24,7 @@ from clipgen.type_checks import check_values, parameter_hints
 
 Model = TypeVar("Model")
 
+DEPTHS = ("n_layer", "num_layers", "num_res_blocks")  # numbers of blocks, each with weights of its own
 RANDOM = (Tensor.normal_, Tensor.uniform_)
 SPARE = 1000  # parameters that a model may have beyond those of its file, as a part that is left out
 SPARE_BYTES = 2**26  # of buffers that no file holds
@@ -36,7 +37,7 @@ def build(model: type[Model], arguments: Any, state: State, path: str | Path) ->
         ValueError: they do not fit; the message names the file.
     """
     with named_load_errors(path, model.__name__):
-        check_arguments(model, arguments)
+        check_arguments(model, arguments, len(state))
         rehearse(model, arguments, state)
         made: Model = model.from_state(arguments, state)  # type: ignore[attr-defined]
         return made
@@ -60,11 +61,27 @@ def named_load_errors(path: str | Path, model: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def check_arguments(model: type, arguments: Any) -> None:
-    """Raise TypeError unless the arguments of a file have the types that the model's constructor names."""
+def check_arguments(model: type, arguments: Any, num_tensors: int) -> None:
+    """Check the arguments of a file before anything is built from them.
+
+    Raises:
+        TypeError: an argument is not of the type that the model's constructor names.
+        ValueError: there are more blocks than the tensors of the file can be the weights of.
+    """
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
         raise TypeError(f"its arguments must be values by name, got a {type(arguments).__name__}")
     check_values(arguments, parameter_hints(model))
+    for section in (arguments, *arguments.values()):
+        if isinstance(section, Mapping):
+            check_depth(section, num_tensors)
+
+
+def check_depth(section: Mapping[str, Any], num_tensors: int) -> None:
+    """Raise ValueError if the number of blocks cannot fit the number of tensors in a file: each block has some."""
+    for name in DEPTHS:
+        depth = section.get(name)
+        if isinstance(depth, int) and depth > num_tensors + SPARE:
+            raise ValueError(f"{name} must fit the {num_tensors} tensors of the file, got {depth}")
 
 
 # ------------------------------------------------------------------------------------------------------ meta device
