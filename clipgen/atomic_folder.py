@@ -1,9 +1,9 @@
-"""Replacing a folder by a new version at once, so that a killed process leaves the old or the new, never a mixture.
+"""Atomic replacement of a folder: an interrupted process leaves the old version or the new one, never a mixture.
 
-``replace_folder`` writes the new version to ``.NAME.NODE.PID.xxx.partial`` beside the folder, or inside it where it
-holds other things too. Where the system can exchange two folders (Linux: ``renameat2``), it exchanges the whole folder.
-Otherwise the entries are moved one by one, under a name that ends in ``.swapping``: ``finish_swap``, which every load
-and save begins with, completes the moves that a killed process did not come to.
+``replace_folder`` writes the new version to ``.NAME.HOST.PID.xxx.partial`` beside the folder, or inside it if the
+folder also holds other files. If the system can exchange two folders (Linux: ``renameat2``), the whole folder is
+exchanged. Otherwise the entries are moved one by one from a folder whose name ends in ``.swapping``; every load and
+save first calls ``finish_swap``, which completes interrupted moves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import ctypes
 import errno
 import glob
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -20,21 +19,23 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipgen.files import durable, naming, read_json, write_json
+from clipgen.files import flush_to_disk, host_name, is_running, read_json, with_path_in_errors, write_json
 
-NAMES = "names.json"  # of the new entries, in a folder whose moves have begun
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<node>[\w-]+)\.(?P<pid>\d+)\.\w+\.(?P<state>partial|swapping)")
+# Lists the new entries, in a folder whose moves have begun.
+NAMES = "names.json"
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.\w+\.(?P<state>partial|swapping)")
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
 @contextmanager
 def replace_folder(path: str | Path, entries: Collection[str]) -> Iterator[Path]:
-    """Yield an empty folder to fill; at the end it replaces ``path``, and is removed on an error.
+    """Yield an empty folder to fill; it replaces ``path`` at the end, and is removed on an error.
 
     Args:
-        entries: the names that the folder may hold. Those that the new version lacks are removed; everything else in
-            ``path`` stays where it is.
+        path: folder to replace.
+        entries: names that belong to the folder. Those that the new version lacks are removed; all other files in
+            ``path`` are kept.
     """
     path = Path(path).expanduser().resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def replace_folder(path: str | Path, entries: Collection[str]) -> Iterator[Path]
     inside = path.is_dir() and not replaceable(path, entries)
     staging = stage(path, path if inside else path.parent)
     try:
-        with naming(path):
+        with with_path_in_errors(path):
             (staging / "new").mkdir()
             yield staging / "new"
             flush(staging / "new")
@@ -54,7 +55,7 @@ def replace_folder(path: str | Path, entries: Collection[str]) -> Iterator[Path]
 
 
 def replaceable(path: Path, entries: Collection[str]) -> bool:
-    """Return whether a folder can be exchanged as a whole: it holds nothing else, and no process stands in it."""
+    """Return whether a folder can be exchanged as a whole: it holds no other files and is not the working directory."""
     foreign = {entry.name for entry in path.iterdir()} - set(entries)
     current = Path.cwd()
     pinned = os.path.ismount(path) or path in (current, *current.parents)
@@ -62,26 +63,27 @@ def replaceable(path: Path, entries: Collection[str]) -> bool:
 
 
 def stage(path: Path, place: Path) -> Path:
-    """Make the temporary folder, whose name says which process it belongs to."""
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.{node()}.{os.getpid()}.", suffix=".partial", dir=place))
+    """Create the temporary folder, whose name contains the host and the process."""
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.{host_name()}.{os.getpid()}.", suffix=".partial", dir=place))
 
 
 def put(path: Path, staging: Path, entries: Collection[str]) -> Path:
-    """Put the finished new version in its place; return where the old one is, to be removed."""
+    """Move the finished new version into place; return the folder with the old one, to be removed."""
     new = staging / "new"
     if not path.exists():
         new.rename(path)
     elif staging.parent == path or not exchange(new, path):
         staging = move_entries(path, staging, entries)
-    durable(path.parent)
+    flush_to_disk(path.parent)
     return staging
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders in one step; return False where the system cannot."""
+    """Exchange two folders in one step; return False if the system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError):  # not Linux, or an old C library
+    except (OSError, AttributeError, TypeError):
+        # Not Linux, or an old C library.
         return False
     shutil.copymode(second, first)
     if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0:
@@ -93,12 +95,12 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
-    """Move the new entries in and the old ones out, after a step from which ``finish_swap`` can go on."""
+    """Move the new entries in and the old ones out, so that ``finish_swap`` can resume if this is interrupted."""
     names = [entry.name for entry in (staging / "new").iterdir()]
     write_json(staging / NAMES, {"names": sorted(names), "entries": sorted({*entries, *names})})
     (staging / "old").mkdir()
     swapping = staging.rename(staging.with_suffix(".swapping"))
-    durable(swapping.parent)
+    flush_to_disk(swapping.parent)
     try:
         complete(path, swapping)
     except OSError:
@@ -109,7 +111,7 @@ def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
 
 
 def read_names(swapping: Path) -> tuple[list[str], list[str]]:
-    """Read the names of the new entries, and of all that are replaced or removed."""
+    """Read the names of the new entries, and the names of all entries that are replaced or removed."""
     content = read_json(swapping / NAMES, "names", "entries")
     for name in [*content["names"], *content["entries"]]:
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
@@ -118,20 +120,20 @@ def read_names(swapping: Path) -> tuple[list[str], list[str]]:
 
 
 def complete(path: Path, swapping: Path) -> None:
-    """Do those of the moves that are not done yet."""
+    """Make the moves that have not been made yet."""
     names, entries = read_names(swapping)
     for name in entries:
         new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
-        waits = exists(new)
-        if exists(current) and (waits or name not in names):
+        is_pending = exists(new)
+        if exists(current) and (is_pending or name not in names):
             current.rename(old)
-        if waits:
+        if is_pending:
             new.rename(current)
-    durable(path)
+    flush_to_disk(path)
 
 
 def undo(path: Path, swapping: Path) -> None:
-    """Take back those of the moves that are done."""
+    """Undo the moves that have been made."""
     names, entries = read_names(swapping)
     for name in entries:
         new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
@@ -142,64 +144,53 @@ def undo(path: Path, swapping: Path) -> None:
 
 
 def exists(path: Path) -> bool:
-    """Return whether there is anything under a name, a dangling link too."""
+    """Return whether a path exists; a dangling link does."""
     return os.path.lexists(path)
 
 
 def finish_swap(path: str | Path) -> None:
-    """Complete the moves that a killed ``replace_folder`` did not come to."""
+    """Complete the moves of an interrupted ``replace_folder``."""
     path = Path(path).expanduser().resolve()
     for left in leftovers(path, "swapping"):
         parts = [left / "new", left / "old"]
-        if any(part.is_symlink() or not part.is_dir() for part in parts):  # not ours
+        # Not written by `replace_folder`.
+        if any(part.is_symlink() or not part.is_dir() for part in parts):
             continue
-        with naming(path):
+        with with_path_in_errors(path):
             complete(path, left)
         shutil.rmtree(left, ignore_errors=True)
 
 
 def clear_leftovers(path: str | Path) -> None:
-    """Remove the unfinished new versions of ``path`` that killed processes left."""
+    """Remove unfinished new versions of ``path`` that interrupted processes left."""
     for left in leftovers(Path(path).expanduser().resolve(), "partial"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def leftovers(path: Path, state: str) -> list[Path]:
-    """Return the temporary folders of ``path`` whose process, on this machine, has ended."""
+    """Return the temporary folders of ``path`` whose process, on this host, has ended."""
     places = [place for place in (path.parent, path) if place.is_dir()]
-    found = []
+    paths = []
     for place in places:
         for entry in place.glob(f".{glob.escape(path.name)}.*.{state}"):
             match = LEFTOVER.fullmatch(entry.name)
-            ours = match and match["name"] == path.name and match["node"] == node()
-            if match and ours and entry.is_dir() and not entry.is_symlink() and not running(int(match["pid"]), state):
-                found.append(entry)
-    return found
+            ours = match and match["name"] == path.name and match["host"] == host_name()
+            if match and ours and entry.is_dir() and not entry.is_symlink() and not in_use(int(match["pid"]), state):
+                paths.append(entry)
+    return paths
 
 
-def node() -> str:
-    """Return the machine's name, as it stands in the names of temporary folders."""
-    return re.sub(r"[^\w-]", "-", platform.node()) or "unknown"
-
-
-def running(pid: int, state: str) -> bool:
-    """Return whether the process of a temporary folder still works on it."""
-    if pid == os.getpid():  # moves of this process that failed wait; another thread may be writing
+def in_use(pid: int, state: str) -> bool:
+    """Return whether the process of a temporary folder is still working on it."""
+    # Interrupted moves of this process can be completed; another of its threads may still be writing a new version.
+    if pid == os.getpid():
         return state == "partial"
-    if os.name == "nt":  # where os.kill ends the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
+    return is_running(pid)
 
 
 def flush(folder: Path) -> None:
     """Flush all files and folders below a folder to the disk."""
     for parent, _, files in os.walk(folder):
         for name in files:
-            durable(Path(parent) / name)
-        durable(Path(parent))
+            flush_to_disk(Path(parent) / name)
+        flush_to_disk(Path(parent))

@@ -1,4 +1,4 @@
-"""The frozen CLIP: images and sentences into one space (Eq. 1 of CLIP-GEN, arXiv:2203.00386)."""
+"""The frozen CLIP, which embeds images and texts in one space (Eq. 1 of CLIP-GEN, arXiv:2203.00386)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
 from clipgen import clip_folder
@@ -23,14 +24,16 @@ logger = logging.getLogger(__name__)
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 BUNDLED_CLIPS = {"shapes": Path(__file__).parent / "bundled" / "clip"}
-_CUT_WARNINGS = 10  # sentences that are named as too long
+# Number of warnings about texts that are too long.
+MAX_TRUNCATION_WARNINGS = 10
 VOCABULARY_FILE = clip_folder.VOCABULARY
 
 
 class WordTokenizer:
-    """Whole words -> indices, for the small CLIPs that clipgen's scripts train.
+    """Tokenizer of whole words, for the small CLIPs that clipgen's scripts train.
 
-    Index 0 pads, 1 starts; the largest index ends a sentence, where open_clip's text tower reads the embedding.
+    Index 0 is padding and 1 the start token. The largest index is the end token, at which open_clip's text tower reads
+    the embedding.
     """
 
     def __init__(self, words: Sequence[str], context_length: int):
@@ -40,7 +43,7 @@ class WordTokenizer:
         self.end = len(self.words) + 2
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Sentences -> (B, context_length) int64. Unknown words are left out, with a warning that lists the known."""
+        """Tokenize texts: (B, context_length) int64. Unknown words are skipped with a warning."""
         texts = [texts] if isinstance(texts, str) else texts
         return torch.stack([self._encode(text) for text in texts])
 
@@ -56,8 +59,10 @@ class WordTokenizer:
         return F.pad(torch.tensor(tokens), (0, self.context_length - len(tokens)))
 
 
-class FrozenCLIP(nn.Module):
-    """A CLIP that never trains: images and sentences -> unit vectors in one space (Eq. 1).
+class FrozenCLIP(pl.LightningModule):
+    """A CLIP that is never trained and maps images and texts to unit vectors in one space (Eq. 1).
+
+    It is a LightningModule without a training step. Modules that use it keep it out of their checkpoints.
 
     Args:
         model_name: ``"shapes"`` (bundled), any open_clip architecture such as ``"ViT-B-32-quickgelu"``, a ``hf-hub:``
@@ -66,12 +71,12 @@ class FrozenCLIP(nn.Module):
             weights need QuickGELU: a name without it is corrected, with a warning.
 
     Raises:
-        ValueError: the name is unknown or its weights cannot be had; the message says what to do.
+        ValueError: the name is unknown or its weights cannot be loaded; the message says what to do.
     """
 
     mean: Tensor
     std: Tensor
-    cut_warnings = 0
+    num_truncation_warnings = 0
 
     def __init__(self, model_name: str, pretrained: str | None = None):
         super().__init__()
@@ -103,68 +108,76 @@ class FrozenCLIP(nn.Module):
         self.eval()
 
     @classmethod
-    def named(cls, name: str) -> FrozenCLIP:
-        """A CLIP by ``MODEL`` or ``MODEL:TAG``, as command lines write it; ``hf-hub:`` names have no tag."""
-        model, _, tag = (name, "", "") if name.startswith(("hf-hub:", "local-dir:")) else name.partition(":")
-        return cls(model, tag or None)
+    def from_spec(cls, spec: str) -> FrozenCLIP:
+        """Load a CLIP named ``MODEL`` or ``MODEL:TAG``, as in ``"ViT-B-32-quickgelu:openai"``.
+
+        Folders and ``hf-hub:`` names have no tag.
+        """
+        if spec.startswith(("hf-hub:", "local-dir:")) or find_folder(spec):
+            return cls(spec, None)
+        model_name, _, pretrained = spec.partition(":")
+        return cls(model_name, pretrained or None)
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.mean.device
 
     def train(self, mode: bool = True) -> FrozenCLIP:
-        """Stay in evaluation mode, whatever an owning module is put into."""
+        """Stay in evaluation mode, even if an owning module is put into training mode."""
         return super().train(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of any size -> CLIP's input size, mean and std; differentiable."""
+        """Resize and normalize images (B, 3, H, W) in [-1, 1] of any size as CLIP expects them; differentiable."""
         square = [self.image_size, self.image_size]
         size = square if self.resize_mode == "squash" else square[:1]  # one number: of the short side
         images = TF.resize((images + 1) / 2, size, self.interpolation, antialias=True)
         return (TF.center_crop(images, square) - self.mean) / self.std
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], any size -> (B, E), unit norm. Gradients reach the images."""
+        """Embed images (B, 3, H, W) in [-1, 1] of any size: -> (B, E), unit norm; differentiable."""
         check_images(images)
         return F.normalize(self.model.encode_image(self.preprocess(images)).float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Sentences -> (B, E), unit norm. A sentence longer than the context is cut, its end token kept."""
+        """Embed texts: -> (B, E), unit norm. A text longer than the context is truncated, and its end token is kept."""
         if isinstance(texts, str):
-            raise TypeError(f"texts must be a list of sentences, got the sentence {texts!r}")
+            raise TypeError(f"texts must be a list of texts, got the string {texts!r}")
         tokens = self.tokenizer(texts)
-        self._warn_of_cut(texts, tokens)
+        self._warn_about_truncation(texts, tokens)
         return F.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=-1)
 
-    def _warn_of_cut(self, texts: Sequence[str], tokens: Tensor) -> None:
-        """Warn about sentences whose end the model does not read."""
-        if tokens.shape[1] < 3 or self.cut_warnings >= _CUT_WARNINGS:
+    def _warn_about_truncation(self, texts: Sequence[str], tokens: Tensor) -> None:
+        """Warn about texts that are truncated."""
+        if tokens.shape[1] < 3 or self.num_truncation_warnings >= MAX_TRUNCATION_WARNINGS:
             return
         padding = self.tokenizer([""])[0, -1]
         for number in (tokens[:, -2] != padding).nonzero().flatten().tolist():
-            # Only where the end is not read does a letter less, or a word of those that are whole, make no difference.
+            # A text is truncated if removing its last letter (or its last word) does not change the tokens.
             shorter = texts[number].rstrip(" .,;:!?")[:-1]
             if isinstance(self.tokenizer, WordTokenizer):
                 shorter = texts[number].rpartition(" ")[0]
-            if torch.equal(self.tokenizer([shorter])[0], tokens[number]) and self.cut_warnings < _CUT_WARNINGS:
-                self.cut_warnings += 1
+            if (
+                torch.equal(self.tokenizer([shorter])[0], tokens[number])
+                and self.num_truncation_warnings < MAX_TRUNCATION_WARNINGS
+            ):
+                self.num_truncation_warnings += 1
                 logger.warning(
-                    "This CLIP reads %d tokens of a sentence, and not the end of %r (%d letters).%s",
+                    "This CLIP reads %d tokens of a text, and not the end of %r (%d letters).%s",
                     tokens.shape[1],
                     texts[number][:100],
                     len(texts[number]),
-                    " Further ones are not named." if self.cut_warnings == _CUT_WARNINGS else "",
+                    " Further ones are not named." if self.num_truncation_warnings == MAX_TRUNCATION_WARNINGS else "",
                 )
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, to be written beside a model that was trained with this CLIP."""
+        """Return the constructor's arguments, which are saved with a model that was trained with this CLIP."""
         return {"model_name": self.model_name, "pretrained": self.pretrained}
 
 
 def find_folder(model_name: str) -> Path | None:
-    """The folder of a bundled name, or of a path to a folder; None for open_clip's and the hub's names."""
+    """Return the folder of a bundled name or of a path; None for names of open_clip or the hub."""
     path = BUNDLED_CLIPS.get(model_name, Path(model_name.removeprefix("local-dir:")).expanduser())
     if (path / "open_clip_config.json").is_file():
         return path.resolve()
@@ -176,30 +189,40 @@ def find_folder(model_name: str) -> Path | None:
 
 
 def match_activation(model_name: str, pretrained: str | None) -> tuple[str, bool]:
-    """Make architecture and weights agree on QuickGELU: -> (name, force_quick_gelu).
+    """Match the activation of the architecture to the weights: -> (name, force_quick_gelu).
 
-    The weights of some tags (``openai`` first) were trained with QuickGELU; under the plain architecture they load
-    without complaint and are quietly wrong.
+    The weights of some tags (such as ``openai``) were trained with QuickGELU. They also load into the architecture
+    without it, whose embeddings are then wrong.
     """
-    plain = model_name.removesuffix("-quickgelu")
+    base_name = model_name.removesuffix("-quickgelu")
     with clip_folder.open_clip_interface():
-        tag = open_clip.pretrained.get_pretrained_cfg(plain, pretrained) if pretrained else None
+        tag = open_clip.pretrained.get_pretrained_cfg(base_name, pretrained) if pretrained else None
     if not tag:
-        if pretrained and plain == model_name and f"{plain}-quickgelu" in open_clip.list_models():
-            logger.warning("If %s holds OpenAI's weights, the model must be %s-quickgelu.", pretrained, plain)
+        if pretrained and base_name == model_name and f"{base_name}-quickgelu" in open_clip.list_models():
+            logger.warning("If %s holds OpenAI's weights, the model must be %s-quickgelu.", pretrained, base_name)
         return model_name, False
-    wanted = tag.get("quick_gelu", False)
-    has = (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False)
-    if wanted != has:
-        logger.warning("%s weights need quick_gelu=%s, which %s is not: corrected.", pretrained, wanted, model_name)
-    return (model_name, wanted) if wanted or not has else (plain, False)
+    required = tag.get("quick_gelu", False)
+    actual = (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False)
+    if required == actual:
+        return model_name, required
+    logger.warning(
+        "Weights %s require quick_gelu=%s, but %s has %s: corrected.", pretrained, required, model_name, actual
+    )
+    if required:
+        return model_name, True
+    return base_name, False
 
 
 def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch.nn.Module:
-    """Build a model of open_clip with its weights; ValueError in one sentence where that fails."""
+    """Build a model of open_clip with its weights.
+
+    Raises:
+        ValueError: the model is unknown or its weights cannot be loaded.
+    """
     if name not in open_clip.list_models():
         raise ValueError(
-            f"CLIP {name!r} is no bundled model ({', '.join(BUNDLED_CLIPS)}), folder, hf-hub: name or open_clip model"
+            f"CLIP {name!r} must be a bundled model ({', '.join(BUNDLED_CLIPS)}), a folder, an hf-hub: name or a model "
+            "of open_clip"
         )
     if not pretrained:
         raise ValueError(
@@ -210,9 +233,11 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
             model = open_clip.create_model(
                 name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
             )
-        except (ImportError, TypeError, AttributeError, NameError):  # another version's interface, not the weights
+        except (ImportError, TypeError, AttributeError, NameError):
+            # Another version of open_clip; the weights are not the cause.
             raise
-        except Exception as error:  # open_clip raises anything from KeyError to the hub's own errors
+        except Exception as error:
+            # open_clip raises various types, from KeyError to the hub's own errors.
             raise ValueError(
                 f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded ({one_line(error)}): "
                 "download them once where there is a network, or name their file in clip.pretrained"
@@ -230,7 +255,7 @@ def load_tokenizer(name: str, context_length: int) -> Any:
 
 
 def load_folder_tokenizer(folder: Path, config: dict[str, Any], context_length: int) -> Any:
-    """Load the tokenizer of a folder: its vocabulary of whole words if it has one, else open_clip's kind."""
+    """Load the tokenizer of a folder: of whole words if it has a vocabulary of them, else open_clip's."""
     if not (folder / VOCABULARY_FILE).exists():
         return clip_folder.load_tokenizer(folder, config)
     size = config["text_cfg"].get("vocab_size", clip_folder.BYTE_PAIRS)

@@ -1,10 +1,11 @@
-"""Atomic and durable writes of files, readers of text, JSON and YAML, and errors that name the file."""
+"""Atomic and flush_to_disk writes of files, readers of text, JSON and YAML, and errors that name the file."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from typing import Any
 
 MAX_JSON = 64 * 2**20  # bytes; parsed JSON takes 10 to 30 times as much memory
 MAX_YAML = 2**20
+PARTIAL_FILE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.partial")
+_cleaned_folders: set[Path] = set()
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add the path to an OSError raised inside: errors in the middle of a write (a full disk) carry none."""
+def with_path_in_errors(path: Path) -> Iterator[None]:
+    """Add the path to an OSError raised inside: errors during a write (a full disk) do not name the file."""
     try:
         yield
     except OSError as error:
@@ -26,28 +29,63 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it replaces ``path`` at the end, or is removed on an error."""
+    """Yield a temporary path beside ``path``; it replaces ``path`` at the end, and is removed on an error.
+
+    Temporary files of interrupted processes are removed at the first write into their folder.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    remove_partial_files(path.parent)
+    partial = path.with_name(f".{path.name}.{host_name()}.{os.getpid()}.partial")
     try:
-        with naming(path):
+        with with_path_in_errors(path):
             yield partial
-            durable(partial)
+            flush_to_disk(partial)
             partial.replace(path)
-            durable(path.parent)
+            flush_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def durable(path: Path) -> None:
-    """Flush a file or folder to the disk: without it, a rename can survive a power loss that its content does not."""
-    if path.is_dir() and os.name == "nt":  # Windows does not open folders
+def remove_partial_files(folder: Path) -> None:
+    """Remove the temporary files that interrupted processes of this host left in a folder, once per process."""
+    if folder in _cleaned_folders or not folder.is_dir():
+        return
+    _cleaned_folders.add(folder)
+    for entry in folder.glob(".*.partial"):
+        match = PARTIAL_FILE.fullmatch(entry.name)
+        if match and match["host"] == host_name() and entry.is_file() and not is_running(int(match["pid"])):
+            entry.unlink(missing_ok=True)
+
+
+def host_name() -> str:
+    """Return the name of this host as part of a file name."""
+    return re.sub(r"[^\w-]", "-", platform.node()) or "unknown"
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process of this host exists; True on Windows, where ``os.kill`` would end it."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        # The process of another user.
+        return True
+    return True
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flush a file or folder to the disk, so that after a power loss its content exists if its name does."""
+    # Windows cannot open folders.
+    if path.is_dir() and os.name == "nt":
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        # file systems that cannot flush a folder, and devices
+        # Some file systems cannot flush a folder, and devices cannot be flushed.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF):
             raise
     finally:
@@ -61,7 +99,7 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A text file, with or without a byte order mark."""
+    """Read a text file in UTF-8, with or without a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -84,11 +122,16 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def parse_json(path: Path) -> Any:
-    """Read any JSON value; ValueError with the path where it is damaged, too large or nested too deeply."""
+    """Read any JSON value.
+
+    Raises:
+        ValueError: the file is damaged, too large or nested too deeply; the message names it.
+    """
     check_size(path, MAX_JSON)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except ValueError as error:
+        # Not JSON, or not UTF-8.
         raise ValueError(f"{path} is damaged: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: its values are nested too deeply") from error
@@ -101,21 +144,32 @@ def read_yaml(path: Path) -> Any:
         ValueError: the file is damaged, too large or nested too deeply, or holds a tag or an alias; the message names
             it.
     """
-    import yaml  # the bundled model is drawn from without it
+    # Imported here: generating images with the bundled model does not need it.
+    import yaml
 
     class PlainLoader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it holds an alias (*name), which is not allowed")
+                line = self.peek_event().start_mark.line + 1
+                raise yaml.YAMLError(f"aliases (*name) are not allowed, got one in line {line}")
             return super().compose_node(parent, index)
 
     check_size(path, MAX_YAML)
     try:
         return yaml.load(path.read_text(encoding="utf-8"), PlainLoader)
-    except (yaml.YAMLError, ValueError) as error:  # the latter: not UTF-8, or a date that there is not
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: not UTF-8, or an impossible date.
         raise ValueError(f"{path} is damaged: {one_line(error)}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: its values are nested too deeply") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; see ``read_yaml`` for what is refused."""
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping, got a {type(content).__name__}")
+    return content
 
 
 def check_size(path: Path, limit: int) -> None:
@@ -126,7 +180,7 @@ def check_size(path: Path, limit: int) -> None:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's message on one line, cut to ``limit`` characters."""
+    """Return the message of an error on one line, cut to ``limit`` characters."""
     return " ".join(str(error).split())[:limit]
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import html
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 import clipgen
 from clipgen.clip import FrozenCLIP
@@ -18,12 +21,9 @@ from clipgen.vqgan import VQGAN
 logger = logging.getLogger(__name__)
 
 KEY = re.compile(r"\w{1,60}")
-TRAINING = "training.json"  # in a pipeline's folder
-CARD = """---
-library_name: clipgen
-pipeline_tag: text-to-image
----
-
+# Holds the training settings in the folder of a pipeline.
+TRAINING = "training.json"
+CARD = """
 A text-to-image model after CLIP-GEN (arXiv:2203.00386), trained by clipgen {version} from images alone.
 Its CLIP: {clip}.
 
@@ -40,10 +40,10 @@ TextToImage.load("hf-hub:OWNER/NAME")("a sentence")[0].save("picture.png")
 
 
 def training_settings(root: Path) -> dict[str, Any]:
-    """Return on which data and for how long stage 2 was trained, by the folder of its run or pipeline.
+    """Return the data and trainer settings of stage 2, read from its run or pipeline folder.
 
-    Paths are left out: they are the trainer's own. Only the card needs these settings, so a file that cannot be read
-    is a warning, and no reason not to load a model.
+    Paths are omitted because they are local to the machine that trained the model. Only the card needs these settings,
+    so a file that cannot be read causes a warning, and the model is loaded.
     """
     try:
         if (root / TRAINING).is_file():
@@ -56,29 +56,46 @@ def training_settings(root: Path) -> dict[str, Any]:
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """Return the plain settings of data and trainer in a configuration; whatever else it holds is left out."""
+    """Return the plain settings of data and trainer in a configuration, and nothing else."""
     parts = {part: config.get(part) for part in ("data", "trainer")} if isinstance(config, dict) else {}
-    found = {}
+    settings = {}
     for part, values in parts.items():
         if isinstance(values, dict):
-            found[part] = {key: value for key, value in values.items() if is_plain(key, value)}
-    return {part: values for part, values in found.items() if values}
+            settings[part] = {key: value for key, value in values.items() if is_plain(key, value)}
+    return {part: values for part, values in settings.items() if values}
 
 
 def is_plain(key: Any, value: Any) -> bool:
-    """Return whether a setting is a short name with a number or a short text that is no path."""
+    """Return whether a setting is a short name with a number or a short text that is not a path."""
     named = isinstance(key, str) and KEY.fullmatch(key) is not None
     scalar = isinstance(value, (bool, int, float, str)) and len(str(value)) <= 200
     return named and scalar and "/" not in str(value)
 
 
 def model_card(vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCLIP, training: dict[str, Any]) -> str:
-    """Return a model card: what the model is, how to generate with it, how it was trained."""
-    settings = {"transformer": dict(transformer.hparams), "vqgan": dict(vqgan.hparams), **settings_of(training)}
+    """Return a model card: what the model is, how to generate images with it, how it was trained."""
+    settings = {
+        "transformer": flatten(transformer.hparams),
+        "vqgan": flatten(vqgan.hparams),
+        **settings_of(training),
+    }
     rows = []
     for part, values in settings.items():
         rows += [f"| {part} | {cell(key)} | {cell(value)} |" for key, value in values.items()]
-    return CARD.format(clip=cell(Path(clip.model_name).name), version=clipgen.__version__, rows="\n".join(rows))
+    text = CARD.format(clip=cell(Path(clip.model_name).name), version=clipgen.__version__, rows="\n".join(rows))
+    metadata = ModelCardData(library_name="clipgen", pipeline_tag="text-to-image")
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}"))
+
+
+def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings by dotted names, as in "gan.weight"."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": item for name, item in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def cell(value: Any) -> str:

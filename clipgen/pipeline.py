@@ -71,7 +71,7 @@ class TextToImage(ImageGenerator):
             path_or_name: ``"shapes"`` (bundled); a run folder of stage 2, or a checkpoint inside one; a folder written
                 by ``save``; or ``"hf-hub:OWNER/NAME"``, uploaded by ``push_to_hub``.
         """
-        path = model_folder.located(path_or_name)
+        path = model_folder.resolve_path(path_or_name)
         root = run_folder(path)
         finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
@@ -79,7 +79,7 @@ class TextToImage(ImageGenerator):
         projector = EmbeddingProjector.load(root / PROJECTOR) if (root / PROJECTOR).is_file() else None
         transformer = ConditionalTransformer.load(path)
         vqgan = VQGAN.load(root)
-        check_bound(model_folder.find(path, "ConditionalTransformer"), vqgan)
+        check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
         pipe = cls(vqgan, transformer, load_clip(root), projector)
         pipe.training = training_settings(root)
         return pipe

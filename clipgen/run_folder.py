@@ -15,9 +15,9 @@ import open_clip
 from clipgen import clip_folder
 from clipgen.atomic_folder import replace_folder
 from clipgen.checkpoint import model_folder
-from clipgen.checkpoint.safe_load import State, below
+from clipgen.checkpoint.safe_load import State, strip_prefix
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
-from clipgen.files import durable, read_json, write_json
+from clipgen.files import flush_to_disk, read_json, write_json
 from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
 from clipgen.vqgan import OPTIONAL_PARTS, VQGAN
 
@@ -86,7 +86,7 @@ def copy_frozen(source: Path, root: Path) -> None:
         (root / "vqgan").mkdir(parents=True, exist_ok=True)
         for name in model_folder.FILES:
             shutil.copyfile(clip_folder.member(source / "vqgan", name), root / "vqgan" / name)
-            durable(root / "vqgan" / name)
+            flush_to_disk(root / "vqgan" / name)
     config = read_clip_json(source)
     if config["model_name"] == "clip":
         copy_clip(source / "clip", root / "clip")
@@ -185,7 +185,9 @@ def saved_identity(path: str | Path) -> str:
     """Return the ``vqgan_identity`` of a file or folder, without building the network."""
     arguments, state = model_folder.load(path, "VQGAN")
     prefix = next((p for p in ("ema.module.", "autoencoder.") if any(k.startswith(p) for k in state)), "")
-    return identity(arguments, {k: v for k, v in below(prefix, state).items() if not k.startswith(OPTIONAL_PARTS)})
+    return identity(
+        arguments, {k: v for k, v in strip_prefix(prefix, state).items() if not k.startswith(OPTIONAL_PARTS)}
+    )
 
 
 def identity(arguments: Mapping[str, Any], state: State) -> str:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
-from clipgen.checkpoint.safe_load import below
+from clipgen.checkpoint.safe_load import strip_prefix
 from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
 from clipgen.images import images_from_batch
@@ -352,7 +352,7 @@ class ConditionalTransformer(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_weights(self, self.global_step)
-        checkpoint["clipgen_model"] = model_folder.kind(type(self))
+        checkpoint["clipgen_model"] = model_folder.model_name_of(type(self))
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write a model folder with the EMA weights if there are any, else the trained ones; return its path.
@@ -363,7 +363,7 @@ class ConditionalTransformer(pl.LightningModule):
         """
         check_weights(self.eval_model)
         state = {f"gpt.{name}": tensor for name, tensor in self.eval_model.state_dict().items()}
-        return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
+        return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -373,7 +373,7 @@ class ConditionalTransformer(pl.LightningModule):
             path: a model folder, a run folder or a checkpoint of stage 2; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose transformer is loaded.
         """
-        arguments, state = model_folder.load(path, model_folder.kind(cls))
+        arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 
     @classmethod
@@ -383,7 +383,7 @@ class ConditionalTransformer(pl.LightningModule):
         ``model_folder.build`` checks both first.
         """
         # A model folder holds one set of weights, so no EMA is allocated for it.
-        if not below("ema.", state):
+        if not strip_prefix("ema.", state):
             arguments = arguments | {"optimizer": arguments.get("optimizer", {}) | {"ema_decay": 0.0}}
         model = cls(**arguments)
         model.load_state_dict(state)
@@ -404,8 +404,8 @@ class ConditionalTransformer(pl.LightningModule):
         """
         network: Any = self.gpt.transformer
         state = gpt2.load_gpt2_weights(name, network.config)
-        network.h.load_state_dict(below("h.", state))
-        network.ln_f.load_state_dict(below("ln_f.", state))
+        network.h.load_state_dict(strip_prefix("h.", state))
+        network.ln_f.load_state_dict(strip_prefix("ln_f.", state))
         if self.gpt_config.pos_embed_init == "normal":
             positions = state["wpe.weight"][: self.num_tokens]
             network.wpe.weight.data[: len(positions)] = positions
@@ -422,6 +422,6 @@ class ConditionalTransformer(pl.LightningModule):
             n_head: number of attention heads, which cannot be inferred from the weights; None assumes a head dimension
                 of 64, as in all models of that project.
         """
-        with model_folder.fitting(checkpoint, cls.__name__):
+        with model_folder.named_load_errors(checkpoint, cls.__name__):
             arguments, state = hfailab.transformer(checkpoint, n_head)
         return model_folder.build(cls, arguments, state, checkpoint)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
-from clipgen.checkpoint.safe_load import below
+from clipgen.checkpoint.safe_load import strip_prefix
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
 from clipgen.images import check_images, images_from_batch, to_bytes
@@ -435,7 +435,7 @@ class VQGAN(pl.LightningModule):
         if self.discriminator is not None:
             average_statistics(self.discriminator)
         check_weights(self, self.global_step)
-        checkpoint["clipgen_model"] = model_folder.kind(type(self))
+        checkpoint["clipgen_model"] = model_folder.model_name_of(type(self))
 
     def save(self, path: str | Path, half: bool = False, training: bool = False) -> Path:
         """Write a model folder and return its path.
@@ -451,7 +451,7 @@ class VQGAN(pl.LightningModule):
             for prefix, network in zip(OPTIONAL_PARTS, (self.discriminator, *self._lpips)):
                 if network is not None:
                     state |= {prefix + name: tensor for name, tensor in network.state_dict().items()}
-        return model_folder.save_folder(path, model_folder.kind(type(self)), dict(self.hparams), state, half)
+        return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -461,7 +461,7 @@ class VQGAN(pl.LightningModule):
             path: a model folder, a run folder or a checkpoint of stage 1; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose tokenizer is loaded.
         """
-        arguments, state = model_folder.load(path, model_folder.kind(cls))
+        arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 
     @classmethod
@@ -471,7 +471,7 @@ class VQGAN(pl.LightningModule):
         ``model_folder.build`` checks both first. A discriminator that the file does not hold is not built.
         """
         gan = as_config(GANConfig, arguments.get("gan"))
-        has_discriminator = bool(below("discriminator.", state))
+        has_discriminator = bool(strip_prefix("discriminator.", state))
         built = arguments | {"gan": to_plain(gan if has_discriminator else replace(gan, weight=0.0))}
         model = cls(**without_kmeans(built))
         model.gan_config = gan
@@ -498,7 +498,7 @@ class VQGAN(pl.LightningModule):
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode. No code in it is executed."""
-        with model_folder.fitting(checkpoint, cls.__name__):
+        with model_folder.named_load_errors(checkpoint, cls.__name__):
             arguments, state = hfailab.vqgan(checkpoint)
         return model_folder.build(cls, arguments, state, checkpoint)
 
@@ -508,7 +508,7 @@ class VQGAN(pl.LightningModule):
         The discriminator is removed if the folder has none.
         """
         self.load_tokenizer_(state)
-        discriminator, lpips = (below(prefix, state) for prefix in OPTIONAL_PARTS)
+        discriminator, lpips = (strip_prefix(prefix, state) for prefix in OPTIONAL_PARTS)
         if not discriminator:
             self.discriminator = self.lecam = None
         elif self.discriminator is not None:

@@ -33,7 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import clipgen
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP
-from clipgen.files import read_json
+from clipgen.files import read_json, read_mapping
 
 BUNDLED = Path(clipgen.__file__).parent / "bundled"
 SEEDS = Path(__file__).with_name("fuzz_seeds.json")
@@ -276,7 +276,7 @@ def read_taming(path: Path) -> object:
     """Read a configuration of taming-transformers."""
     from clipgen.checkpoint import taming
 
-    return taming.arguments_of(taming.read_yaml(path))
+    return taming.arguments_of(read_mapping(path))
 
 
 def make_arguments(rng: random.Random, folder: Path) -> Path:

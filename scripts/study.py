@@ -180,7 +180,7 @@ class Study:
         self.args = args
         self.output: Path = args.output
         self.vqgan: str = args.vqgan or "shapes"
-        self.clip = FrozenCLIP.named(args.clip)
+        self.clip = FrozenCLIP.from_spec(args.clip)
         self.experiment = [f"experiment={args.experiment}"]
         self.setting = SHAPES
         if args.experiment == "cifar10":

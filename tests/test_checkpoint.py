@@ -100,11 +100,11 @@ def test_run_folders(tmp_path, tiny_vqgan, fit):
     last = tmp_path / "checkpoints" / "last.ckpt"
     trained = VQGAN(**dict(tiny_vqgan.hparams))
     fit(trained, 1, batch=2).save_checkpoint(last)
-    assert model_folder.find(tmp_path, "VQGAN") == last and not changed(VQGAN.load(tmp_path), weights_of(trained))
+    assert model_folder.find_model(tmp_path, "VQGAN") == last and not changed(VQGAN.load(tmp_path), weights_of(trained))
     last.with_name("best.ckpt").write_bytes(last.read_bytes())
-    assert model_folder.find(tmp_path, "VQGAN").name == "best.ckpt"
+    assert model_folder.find_model(tmp_path, "VQGAN").name == "best.ckpt"
     tiny_vqgan.save(tmp_path / "vqgan")
-    assert model_folder.find(tmp_path, "VQGAN") == tmp_path / "vqgan"
+    assert model_folder.find_model(tmp_path, "VQGAN") == tmp_path / "vqgan"
     assert not changed(VQGAN.load(tmp_path), weights_of(tiny_vqgan))
 
 

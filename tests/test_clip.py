@@ -215,7 +215,7 @@ def test_a_local_file_of_unknown_origin_warns(caplog):
 @pytest.mark.parametrize(
     ("name", "tag", "message"),
     [
-        ("VIT-Z", "openai", "'VIT-Z' is no bundled model .*shapes"),
+        ("VIT-Z", "openai", "'VIT-Z' must be a bundled model .*shapes"),
         ("ViT-B-32-quickgelu", None, "must name the weights of ViT-B-32-quickgelu"),
         ("ViT-B-32-quickgelu", "/no/such/file.pt", "cannot be loaded"),
     ],
@@ -236,7 +236,7 @@ def test_unknown_names_and_weights(name, tag, message):
 def test_names_of_command_lines(monkeypatch, name, expected):
     asked = []
     monkeypatch.setattr(FrozenCLIP, "__init__", lambda self, *arguments: asked.append(arguments))
-    FrozenCLIP.named(name)
+    FrozenCLIP.from_spec(name)
     assert asked == [expected]
 
 
@@ -265,25 +265,25 @@ def test_mid_grey_is_one_half_before_the_mean_is_subtracted(byte_pair_clip):
 
 
 def test_a_prompt_longer_than_the_context_warns(shapes_clip, caplog, monkeypatch):
-    monkeypatch.setattr(shapes_clip, "cut_warnings", 0)
+    monkeypatch.setattr(shapes_clip, "num_truncation_warnings", 0)
     sentence = "a large blue ring on a white background"
     shapes_clip.encode_text([sentence])
     assert not caplog.messages
     shapes_clip.encode_text([" ".join([sentence] * 3)])
     (message,) = caplog.messages
-    assert message.startswith("This CLIP reads 16 tokens of a sentence, and not the end of 'a large blue ring")
+    assert message.startswith("This CLIP reads 16 tokens of a text, and not the end of 'a large blue ring")
 
 
 @pytest.mark.parametrize(("words", "cut"), [(5, False), (6, False), (7, True), (30, True)])
 def test_byte_pairs_that_fill_the_context_exactly_are_not_called_cut(byte_pair_clip, caplog, monkeypatch, words, cut):
     """Of 8 tokens, two mark the beginning and the end."""
-    monkeypatch.setattr(byte_pair_clip, "cut_warnings", 0)
+    monkeypatch.setattr(byte_pair_clip, "num_truncation_warnings", 0)
     byte_pair_clip.encode_text([" ".join(["cat"] * (words - 1) + ["dog"])])
     assert [("not the end of" in message) for message in caplog.messages] == [True] * cut
 
 
 def test_warnings_of_long_prompts_end(shapes_clip, caplog, monkeypatch):
-    monkeypatch.setattr(shapes_clip, "cut_warnings", 0)
+    monkeypatch.setattr(shapes_clip, "num_truncation_warnings", 0)
     long = "a large blue ring on a white background " * 2
     shapes_clip.encode_text([long + "ring " * i for i in range(1, 40)])
     assert len(caplog.messages) == 10 and "Further ones are not named" in caplog.messages[-1]

@@ -14,7 +14,7 @@ from hydra.utils import get_object
 from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS
 from omegaconf import OmegaConf
 
-from clipgen.cli.config import composed, config_dir, fits, make, plain
+from clipgen.cli.config import composed, config_dir, make
 from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import shapes_data
@@ -24,6 +24,7 @@ from clipgen.run_folder import identity
 from clipgen.sampling import SamplingParams
 from clipgen.training import callbacks
 from clipgen.transformer import ConditionalTransformer
+from clipgen.type_checks import describe, fits
 from clipgen.vqgan import VQGAN
 
 STAGES = ("vqgan", "transformer")
@@ -319,4 +320,4 @@ def test_values_fit_type_annotations(value, annotation, expected):
 
 
 def test_type_annotations_in_messages():
-    assert plain(str | list[int] | None) == "str or list of int or null"
+    assert describe(str | list[int] | None) == "str or list of int or null"

@@ -15,17 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS, nested
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_published import CONFIG
 
-from clipgen.checkpoint import gpt2, model_folder, safe_load, taming
+from clipgen.checkpoint import gpt2, model_folder, pickle_stubs, safe_load, taming
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.models.quantizers.fsq import FSQ
 from clipgen.pipeline import TextToImage
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
+SECTIONS = {"VQGAN": VQGAN_SECTIONS, "ConditionalTransformer": TRANSFORMER_SECTIONS}
 MODELS = {"VQGAN": VQGAN, "ConditionalTransformer": ConditionalTransformer}
 FIRST = "encoder.conv_in.weight"
 
@@ -51,9 +53,18 @@ def folder(tiny_vqgan, tiny_transformer, tmp_path):
     }
 
 
-def change_config(folder: Path, **arguments: object) -> Path:
+def merged(model: str, arguments: dict, **flat: object) -> dict:
+    """Return the arguments of a model with some values changed, which are named as in ``make_vqgan``."""
+    arguments = json.loads(json.dumps(arguments))
+    for name, value in nested(SECTIONS[model], flat).items():
+        arguments[name] = arguments[name] | value if isinstance(arguments.get(name), dict) else value
+    return arguments
+
+
+def change_config(folder: Path, **flat: object) -> Path:
+    """Change arguments in a model folder."""
     config = json.loads((folder / "config.json").read_text())
-    config["arguments"] |= arguments
+    config["arguments"] = merged(config["model"], config["arguments"], **flat)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -90,9 +101,9 @@ ABSURD = [
     ("VQGAN", {"ch": 8192}),
     ("VQGAN", {"z_channels": 10**6}),
     ("VQGAN", {"patch_size": 4096}),
-    ("VQGAN", {"ndf": 10**6, "gan_weight": 1.0, "n_layers": 10**9}),
-    ("VQGAN", {"quantizer": "lfq", "dead_code_reset_after": 0, "codebook_dim": 10**9, "codebook_size": 2**60}),
-    ("VQGAN", {"quantizer": "fsq", "dead_code_reset_after": 0, "levels": [1000] * 500}),
+    ("VQGAN", {"gan_channels": 10**6, "gan_weight": 1.0, "gan_num_layers": 10**9}),
+    ("VQGAN", {"quantizer_type": "lfq", "dead_code_reset_after": 0, "codebook_dim": 10**9, "codebook_size": 2**60}),
+    ("VQGAN", {"quantizer_type": "fsq", "dead_code_reset_after": 0, "fsq_levels": [1000] * 500}),
     ("ConditionalTransformer", {"n_layer": 10**9}),
     ("ConditionalTransformer", {"n_layer": 3000}),
     ("ConditionalTransformer", {"n_embd": 8192}),
@@ -111,13 +122,13 @@ def test_absurd_sizes_of_a_configuration_cost_no_memory(folder, little, model, a
 def test_a_discriminator_that_is_not_in_the_file_is_not_built(folder, little):
     path = change_config(folder["VQGAN"], gan_channels=4096, gan_weight=0.5)
     vqgan = VQGAN.load(path)
-    assert vqgan.discriminator is None and vqgan.h.discriminator_weight == 0.5
+    assert vqgan.discriminator is None and vqgan.gan_config.weight == 0.5
 
 
 @pytest.mark.parametrize(("model", "arguments"), [ABSURD[0], ABSURD[3], ABSURD[13]])
 def test_absurd_sizes_of_a_checkpoint_cost_no_memory(tmp_path, tiny_vqgan, tiny_transformer, little, model, arguments):
     made = tiny_vqgan if model == "VQGAN" else tiny_transformer
-    path = checkpoint_of(made, tmp_path / "x.ckpt", hyper_parameters=dict(made.hparams) | arguments)
+    path = checkpoint_of(made, tmp_path / "x.ckpt", hyper_parameters=merged(model, made.hparams, **arguments))
     refused(lambda: MODELS[model].load(path), path)
 
 
@@ -303,9 +314,9 @@ def test_a_tokenizer_with_nan_draws_no_black_picture(call, pipe, tmp_path):
         ("VQGAN", {"ch_mult": 4}),
         ("VQGAN", {"ch_mult": [1, "2"]}),
         ("VQGAN", {"ch_mult": [0, 0]}),
-        ("VQGAN", {"levels": {"a": 1}}),
-        ("VQGAN", {"quantizer": ["cosine"]}),
-        ("VQGAN", {"quantizer": "none"}),
+        ("VQGAN", {"fsq_levels": {"a": 1}}),
+        ("VQGAN", {"quantizer_type": ["cosine"]}),
+        ("VQGAN", {"quantizer_type": "none"}),
         ("VQGAN", {"codebook_size": "many"}),
         ("VQGAN", {"codebook_size": True}),
         ("VQGAN", {"ema_decay": 2}),
@@ -483,16 +494,16 @@ def test_wrapped_names_of_our_own_checkpoints_load(tmp_path, tiny_vqgan, tiny_tr
 @pytest.mark.parametrize("kind", ["namespace", "dictconfig", "numpy"])
 def test_hyperparameters_of_other_types_are_read(tmp_path, tiny_vqgan, kind, layout):
     arguments = dict(tiny_vqgan.hparams)
+    sizes = arguments["autoencoder"]
     made = {
         "namespace": lambda: argparse.Namespace(**arguments),
         "dictconfig": lambda: OmegaConf.create({"x": arguments}).x,
-        "numpy": lambda: arguments | {"ch": np.int64(arguments["ch"]), "learning_rate": np.float32(0.5)},
+        "numpy": lambda: arguments | {"autoencoder": sizes | {"ch": np.int64(sizes["ch"])}, "compile": np.bool_(False)},
     }[kind]()
     content = {"clipgen_model": "VQGAN", "hyper_parameters": made, "state_dict": dict(tiny_vqgan.state_dict())}
     torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=layout == "zip")
     again = VQGAN.load(tmp_path / "x.ckpt")
-    assert again.h.ch == arguments["ch"] and list(again.h.ch_mult) == arguments["ch_mult"]
-    assert again.h.learning_rate == (0.5 if kind == "numpy" else arguments["learning_rate"])
+    assert dict(again.hparams) == arguments
 
 
 def test_a_file_of_several_models_is_refused(tmp_path):
@@ -545,11 +556,11 @@ def test_functions_stay_refused(tmp_path, tiny_vqgan, function):
 def test_stand_ins_execute_nothing(tmp_path):
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pt")
     found = safe_load.read_checkpoint(tmp_path / "x.pt")["args"]
-    assert type(found) is safe_load.PickleStub and found.state == {"a": 1}
+    assert type(found) is pickle_stubs.PickleStub and found.state == {"a": 1}
 
 
 def test_the_bundled_pipeline_still_loads_and_draws_the_same(tmp_path):
     pipe = TextToImage.load("shapes")
     again = TextToImage.load(pipe.save(tmp_path / "again"))
     assert pipe.fingerprint == again.fingerprint
-    assert model_folder.load("shapes", "VQGAN")[0]["ch"] == pipe.vqgan.h.ch
+    assert model_folder.load("shapes", "VQGAN")[0]["autoencoder"]["ch"] == pipe.vqgan.autoencoder_config.ch

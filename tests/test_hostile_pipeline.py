@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from clipgen import TextToImage, atomic_folder, files
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
-from clipgen.files import atomic_write, durable, read_json, read_yaml, write_json
+from clipgen.files import atomic_write, flush_to_disk, read_json, read_yaml, write_json
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.model_card import cell, settings_of, training_settings
 from clipgen.run_folder import vqgan_identity
@@ -123,20 +123,20 @@ def test_a_save_that_fails_leaves_the_old_pipeline_and_nothing_else(pipe, other,
 def test_what_a_running_process_writes_is_left_alone(pipe, tmp_path):
     root = pipe.save(tmp_path / "pipe")
     names = [
-        f".pipe.{atomic_folder.node()}.{os.getppid()}.ab12.partial",
+        f".pipe.{files.host_name()}.{os.getppid()}.ab12.partial",
         ".pipe.another-machine.1.ab12.partial",
         ".pipe.mine.partial",
     ]
     for name in names:
         (tmp_path / name).mkdir()
-    (tmp_path / f".pipe.{atomic_folder.node()}.4194305.ab12.partial").mkdir()  # more than Linux's largest process id
+    (tmp_path / f".pipe.{files.host_name()}.4194305.ab12.partial").mkdir()  # more than Linux's largest process id
     pipe.save(root)
     assert entries(tmp_path) == {"pipe", *names}
 
 
 def test_a_strangers_unfinished_swap_moves_nothing_out_of_the_folder(pipe, tmp_path):
     root = pipe.save(tmp_path / "pipe")
-    swapping = root / f".pipe.{atomic_folder.node()}.4194305.ab12.swapping"
+    swapping = root / f".pipe.{files.host_name()}.4194305.ab12.swapping"
     (tmp_path / "outside").mkdir()
     (swapping / "new").mkdir(parents=True)
     (swapping / "old").symlink_to(tmp_path / "outside")
@@ -352,7 +352,9 @@ def test_yaml_with_aliases_is_refused_at_once(tmp_path):
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 11)]
     (tmp_path / "bomb.yaml").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"bomb.yaml is damaged: it holds an alias"):
+    with pytest.raises(
+        ValueError, match=r"bomb.yaml is damaged: aliases \(\*name\) are not allowed, got one in line 2"
+    ):
         read_yaml(tmp_path / "bomb.yaml")
 
 
@@ -384,6 +386,15 @@ def test_files_that_are_too_large_to_parse_are_refused(tmp_path, monkeypatch):
     for read in (read_json, read_yaml):
         with pytest.raises(ValueError, match="x must hold at most 10 bytes, got 13"):
             read(tmp_path / "x")
+
+
+def test_partial_files_of_interrupted_processes_are_removed_at_the_next_write(tmp_path):
+    dead, running = 4194305, os.getppid()
+    kept = [f".a.json.{files.host_name()}.{running}.partial", f".a.json.another-host.{dead}.partial", ".mine.partial"]
+    for name in [*kept, f".b.json.{files.host_name()}.{dead}.partial"]:
+        (tmp_path / name).touch()
+    write_json(tmp_path / "a.json", {})
+    assert entries(tmp_path) == {"a.json", *kept}
 
 
 @pytest.fixture
@@ -421,7 +432,7 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", refuse)
-    durable(tmp_path)
+    flush_to_disk(tmp_path)
 
 
 def test_training_settings_of_nothing(tmp_path):

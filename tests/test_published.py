@@ -14,7 +14,7 @@ import train_clip
 from commands import command
 from conftest import changed, weights_of
 
-from clipgen.checkpoint import safe_load, taming
+from clipgen.checkpoint import pickle_stubs, safe_load, taming
 from clipgen.models.lpips import lpips_from_state
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -187,7 +187,7 @@ def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
         torch.save({"callbacks": {Fake: {"best": 1.0}}, "state_dict": {}}, tmp_path / "old.ckpt")
     finally:
         real.ModelCheckpoint = original
-    assert list(safe_load.read_checkpoint(tmp_path / "old.ckpt")["callbacks"]) == [safe_load.PickleStub]
+    assert list(safe_load.read_checkpoint(tmp_path / "old.ckpt")["callbacks"]) == [pickle_stubs.PickleStub]
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,8 @@ def test_clear_errors(tmp_path, tiny_vqgan):
         ("list.ckpt", CONFIG, "it holds a list"),
         ("cut.ckpt", CONFIG, "cut.ckpt is no readable checkpoint"),
         ("good.ckpt", tmp_path / "none.yaml", "none.yaml"),
-        ("good.ckpt", tmp_path / "bad.yaml", "bad.yaml is no YAML"),
-        ("good.ckpt", tmp_path / "list.yaml", "list.yaml is no configuration"),
+        ("good.ckpt", tmp_path / "bad.yaml", "bad.yaml is damaged"),
+        ("good.ckpt", tmp_path / "list.yaml", "list.yaml must hold a mapping"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             VQGAN.from_taming(tmp_path / name, config)
@@ -278,7 +278,7 @@ def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
     sizes = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
     train_clip.write_config(tmp_path / "clip", sizes, ["a bus"], (0.5,) * 3, (0.5,) * 3)
     train_clip.save(open_clip.create_model(f"local-dir:{tmp_path / 'clip'}", load_weights=False), tmp_path / "clip")
-    files = (folder / "vqgan.pt", folder / "gpt.pt", "--n-head", 4, "--clip", "clip", "--clip-pretrained", "")
+    files = (folder / "vqgan.pt", folder / "gpt.pt", "--n-head", 4, "--clip", "clip")
     ran = command("clipgen-convert", "hfailab", *files, "--output", "pair", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     ran = command("clipgen-sample", "--checkpoint", "pair", "--prompt", "a bus", "--num-images", 1, cwd=tmp_path)

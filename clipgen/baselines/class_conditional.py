@@ -87,7 +87,7 @@ class ClassConditionalGenerator(ImageGenerator):
         """Load a run folder, or a checkpoint inside one, of a training with ``data.conditioning=class``."""
         transformer = ClassConditionalTransformer.load(path)
         vqgan = VQGAN.load(run_folder(path))
-        check_bound(model_folder.find(model_folder.located(path), "ClassConditionalTransformer"), vqgan)
+        check_bound(model_folder.find_model(model_folder.resolve_path(path), "ClassConditionalTransformer"), vqgan)
         return cls(vqgan, transformer, params)
 
     def class_index(self, name_or_number: str | int) -> int:

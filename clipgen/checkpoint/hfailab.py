@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgen.checkpoint.model_folder import Model
-from clipgen.checkpoint.safe_load import State, below, read_weights
+from clipgen.checkpoint.safe_load import State, read_weights, strip_prefix
 from clipgen.models.discriminator import sizes_from_state
 
 PROJECT = "HFAiLab/clip-gen"
@@ -20,9 +20,9 @@ RESNET = {"block.0": "norm1", "block.2": "conv1", "block.3": "norm2", "block.6":
 def vqgan(checkpoint: str | Path) -> Model:
     """``vqgan_*.pt`` of HFAiLab/clip-gen; the sizes are read off the weights."""
     state = read_weights(checkpoint, "model", "encoder.conv_in.weight", PROJECT)
-    levels = [resolution_level(blocks) for blocks in resolutions(below("encoder.down.", state))]
+    levels = [resolution_level(blocks) for blocks in resolutions(strip_prefix("encoder.down.", state))]
     first = state["encoder.conv_in.weight"].shape[0]
-    codes, discriminator = state["quantizer.embedding.weight"], below("discriminator.", state)
+    codes, discriminator = state["quantizer.embedding.weight"], strip_prefix("discriminator.", state)
     gan = sizes_from_state(discriminator)
     arguments: dict[str, Any] = {
         "autoencoder": {
@@ -40,20 +40,20 @@ def vqgan(checkpoint: str | Path) -> Model:
     }
     weights: State = {"quantize.embedding.weight": codes}
     for half, sequence in (("encoder", "down"), ("decoder", "up")):
-        parts = resolutions(below(f"{half}.{sequence}.", state))
+        parts = resolutions(strip_prefix(f"{half}.{sequence}.", state))
         for i, blocks in enumerate(parts if half == "encoder" else reversed(parts)):
             weights |= {f"{half}.{sequence}.{i}.{k}": v for k, v in level_names(blocks, sequence).items()}
-        middle = numbered(below(f"{half}.mid.", state))
+        middle = numbered(strip_prefix(f"{half}.mid.", state))
         for name, part in zip(("block_1", "attn_1", "block_2"), middle):
             weights |= {f"{half}.mid.{name}.{k}": v for k, v in block_names(part).items()}
-        weights |= {f"{half}.conv_in.{k}": v for k, v in below(f"{half}.conv_in.", state).items()}
+        weights |= {f"{half}.conv_in.{k}": v for k, v in strip_prefix(f"{half}.conv_in.", state).items()}
         for number, name in (("0", "norm_out"), ("2", "conv_out")):
-            weights |= {f"{half}.{name}.{k}": v for k, v in below(f"{half}.final.{number}.", state).items()}
-    weights |= {f"quant_conv.{k}": v for k, v in below("encoder.final.3.", state).items()}
-    weights |= {f"post_quant_conv.{k}": v for k, v in below("decoder.quant_conv_in.", state).items()}
-    weights |= {f"discriminator.main.{k}": v for k, v in below("features.", discriminator).items()}
+            weights |= {f"{half}.{name}.{k}": v for k, v in strip_prefix(f"{half}.final.{number}.", state).items()}
+    weights |= {f"quant_conv.{k}": v for k, v in strip_prefix("encoder.final.3.", state).items()}
+    weights |= {f"post_quant_conv.{k}": v for k, v in strip_prefix("decoder.quant_conv_in.", state).items()}
+    weights |= {f"discriminator.main.{k}": v for k, v in strip_prefix("features.", discriminator).items()}
     last = 2 + 3 * gan.get("num_layers", 0)
-    weights |= {f"discriminator.main.{last}.{k}": v for k, v in below("head.", discriminator).items()}
+    weights |= {f"discriminator.main.{last}.{k}": v for k, v in strip_prefix("head.", discriminator).items()}
     return arguments, weights
 
 
@@ -126,7 +126,7 @@ def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
     """``gpt_*.pt``; heads leave no trace in the weights: without ``n_head`` they are 64 wide, as in all its sizes."""
     state = read_weights(checkpoint, "model", "tok_emb.weight", PROJECT)
     codes, width = state["tok_emb.weight"].shape
-    clip_dim, blocks = state["cond_proj.weight"].shape[1], numbered(below("blocks.", state))
+    clip_dim, blocks = state["cond_proj.weight"].shape[1], numbered(strip_prefix("blocks.", state))
     arguments = dict(
         n_layer=len(blocks),
         n_head=n_head or max(width // 64, 1),
@@ -139,11 +139,11 @@ def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
         activation="gelu",
     )
     weights = {"wte.weight": state["tok_emb.weight"], "wpe.weight": state["pos_emb"][0]}
-    weights |= {f"ln_f.{name}": tensor for name, tensor in below("norm.", state).items()}
+    weights |= {f"ln_f.{name}": tensor for name, tensor in strip_prefix("norm.", state).items()}
     for i, block in enumerate(blocks):
-        weights |= {f"h.{i}.{name}": tensor for name, tensor in gpt2_names(below("encoder.", block)).items()}
+        weights |= {f"h.{i}.{name}": tensor for name, tensor in gpt2_names(strip_prefix("encoder.", block)).items()}
     weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
-    weights |= {f"head.{name}": tensor for name, tensor in below("head.", state).items()}
+    weights |= {f"head.{name}": tensor for name, tensor in strip_prefix("head.", state).items()}
     projection = state["cond_proj.weight"]
     # ours scales the embedding first; in the type of the file, so that integers are noticed
     weights["clip_proj.weight"] = (projection / clip_dim**0.5).to(projection.dtype)

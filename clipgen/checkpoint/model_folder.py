@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save
 import clipgen
 from clipgen.atomic_folder import finish_swap, replace_folder
 from clipgen.checkpoint.pickle_stubs import thaw
-from clipgen.checkpoint.safe_load import State, check_finite, checked, read_checkpoint, unwrapped
-from clipgen.checkpoint.verified_build import build, fitting
+from clipgen.checkpoint.safe_load import State, check_finite, check_tensors, read_checkpoint, strip_wrappers
+from clipgen.checkpoint.verified_build import build, named_load_errors
 from clipgen.files import one_line, read_json
 
-__all__ = ["build", "fitting"]  # for the models, which know files by this module
+__all__ = ["build", "named_load_errors"]  # for the models, which know files by this module
 
 COMMANDS = {
     "VQGAN": "clipgen-train stage=vqgan",
@@ -48,22 +48,9 @@ BUNDLED = {"shapes": Path(clipgen.__file__).parent / "bundled"}
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
 
-def kind(model: type) -> str:
+def model_name_of(model: type) -> str:
     """By which name files know a model: its own, or for a user's subclass that of ours."""
     return next(each.__name__ for each in model.__mro__ if each.__name__ in FOLDERS)
-
-
-def plain(value: Any) -> Any:
-    """A constructor's argument as JSON and safe checkpoints hold it: nothing of numpy, OmegaConf or pathlib."""
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return (tuple if isinstance(value, tuple) else list)(plain(each) for each in value)
-    return value
 
 
 def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
@@ -91,7 +78,7 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
     return path
 
 
-def located(path_or_name: str | Path) -> Path:
+def resolve_path(path_or_name: str | Path) -> Path:
     """Where files are: a path; ``"shapes"``, the bundled models; or what ``"hf-hub:OWNER/NAME"`` downloads."""
     name = str(path_or_name)
     if not name.startswith("hf-hub:"):
@@ -106,20 +93,20 @@ def located(path_or_name: str | Path) -> Path:
 
 
 def load(path: str | Path, model: str) -> Model:
-    """Constructor's arguments and weights of a model folder, a run folder, a ``.ckpt``, or what ``located`` knows.
+    """Constructor's arguments and weights of a model folder, a run folder, a ``.ckpt``, or what ``resolve_path`` knows.
 
     Raises:
         FileNotFoundError: nothing there; names the command that makes it.
         ValueError: the file is damaged, or of the other stage.
     """
-    place = located(path)
+    place = resolve_path(path)
     for folder in (place, place / FOLDERS[model]):
         finish_swap(folder)
-    found = find(place, model)
+    found = find_model(place, model)
     return load_ckpt(found, model) if found.is_file() else load_folder(found, model)
 
 
-def find(path: Path, model: str) -> Path:
+def find_model(path: Path, model: str) -> Path:
     """The model folder or checkpoint that ``path`` stands for; in a run folder the finished model comes first."""
     if path.is_file():
         return path
@@ -197,7 +184,7 @@ def load_ckpt(path: Path, model: str) -> Model:
             raise ValueError(f"{path} is damaged: its {key} must be values by name, got {got}")
     if strange := [name for name in state if not isinstance(name, str)]:  # type: ignore[union-attr]
         raise ValueError(f"{path} is damaged: the names of its weights must be texts, got {strange[0]!r:.60}")
-    return dict(arguments), checked(unwrapped(state, FIRST[model], path), path)  # type: ignore[arg-type]
+    return dict(arguments), check_tensors(strip_wrappers(state, FIRST[model], path), path)  # type: ignore[arg-type]
 
 
 def fingerprint(state: State) -> str:

@@ -16,12 +16,12 @@ from clipgen.checkpoint.pickle_stubs import stand_in
 
 __all__ = [
     "State",
-    "below",
     "check_archive",
     "check_finite",
     "read_checkpoint",
     "read_weights",
-    "unwrapped",
+    "strip_prefix",
+    "strip_wrappers",
 ]
 
 State = dict[str, Tensor]
@@ -50,7 +50,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes raise anything from KeyError to OSError
         if isinstance(error, OSError) and error.filename:  # the system's, not torch's
             raise
-        raise ValueError(f"{path} is no readable checkpoint: {unreadable(error)}") from error
+        raise ValueError(f"{path} is no readable checkpoint: {short_reason(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no readable checkpoint: it holds a {type(found).__name__}")
     return found
@@ -97,7 +97,7 @@ def refused_name(error: Exception) -> str | None:
     return name if "." in name else f"builtins.{name}"  # torch leaves the module out there
 
 
-def unreadable(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """Return torch's reason in short; the function's name where a file asks for one that no weights need."""
     reason = " ".join(str(error).split()) or "it ends too early"
     if name := refused_name(error):
@@ -120,16 +120,16 @@ def read_weights(path: str | Path, key: str, first: str, project: str) -> State:
     for place in (key, *STATES):
         state = checkpoint.get(place)
         if isinstance(state, Mapping):
-            names = unwrapped(state, first, path)
+            names = strip_wrappers(state, first, path)
             if first in names:
-                return checked(names, path)
-    names = unwrapped(checkpoint, first, path)
+                return check_tensors(names, path)
+    names = strip_wrappers(checkpoint, first, path)
     if first not in names:
         raise ValueError(f"{path} is no checkpoint of {project}: there is no {first} in it")
-    return checked(names, path)
+    return check_tensors(names, path)
 
 
-def unwrapped(state: Mapping[Any, Any], first: str, path: str | Path) -> dict[str, Any]:
+def strip_wrappers(state: Mapping[Any, Any], first: str, path: str | Path) -> dict[str, Any]:
     """Return the weights by the names of the model itself, which has one called ``first``.
 
     Raises:
@@ -141,10 +141,10 @@ def unwrapped(state: Mapping[Any, Any], first: str, path: str | Path) -> dict[st
     if not known and len(prefixes) > 1:
         raise ValueError(f"{path} holds several models ({', '.join(sorted(prefixes))[:200]}): keep one in the file")
     prefix = (known or prefixes or [""])[0]
-    return below(prefix, named)
+    return strip_prefix(prefix, named)
 
 
-def checked(state: dict[str, Any], path: str | Path) -> State:
+def check_tensors(state: dict[str, Any], path: str | Path) -> State:
     """Return the tensors of a checkpoint, which must be as large as they say, and finite.
 
     Raises:
@@ -195,6 +195,6 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(lowest) and torch.isfinite(highest))
 
 
-def below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+def strip_prefix(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     """Return the tensors whose names begin with ``prefix``, which is taken off."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -10,61 +10,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clipgen.checkpoint.model_folder import Model
-from clipgen.checkpoint.safe_load import below, read_weights
-from clipgen.files import one_line
+from clipgen.checkpoint.safe_load import read_weights, strip_prefix
+from clipgen.files import read_mapping
 from clipgen.models.discriminator import sizes_from_state
 
 TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
 DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # what ddconfig may leave out
-MAX_YAML = 2**20  # bytes of a configuration
 GAN_LOSSES = {"hinge": "hinge", "vanilla": "log"}
 
 
 def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Model:
     """VQModel and GumbelVQ of CompVis/taming-transformers: ``last.ckpt`` and its ``model.yaml``."""
     if not isinstance(config, Mapping):
-        config = read_yaml(Path(config).expanduser())
+        config = read_mapping(Path(config).expanduser())
     state = read_weights(checkpoint, "state_dict", "encoder.conv_in.weight", "taming-transformers")
     weights = {k: v for k, v in state.items() if k.startswith(TOKENIZER)}
-    discriminator = below("loss.discriminator.main.", state)
+    discriminator = strip_prefix("loss.discriminator.main.", state)
     if any(name.endswith(".loc") for name in discriminator):  # ActNorm in the place of batch norm: not ours
         discriminator = {}
     weights |= {f"discriminator.main.{k}": v for k, v in discriminator.items()}
-    weights |= {f"lpips.{k}": v for k, v in below("loss.perceptual_loss.", state).items() if "scaling" not in k}
+    weights |= {f"lpips.{k}": v for k, v in strip_prefix("loss.perceptual_loss.", state).items() if "scaling" not in k}
     arguments = arguments_of(config)
     arguments["gan"] |= sizes_from_state(discriminator)
     return arguments, weights
-
-
-class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a file of a few lines can describe lists of billions of values."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            place = self.peek_event().start_mark
-            raise yaml.YAMLError(f"aliases (*name) are not allowed, got one in line {place.line + 1}")
-        return super().compose_node(parent, index)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping, without references from one place to another.
-
-    Raises:
-        ValueError: it is not such a file; the message names it.
-    """
-    if path.is_file() and path.stat().st_size > MAX_YAML:
-        raise ValueError(f"{path} is no YAML: a configuration must have at most {MAX_YAML} bytes")
-    try:
-        found = yaml.load(path.read_text("utf-8"), PlainLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date, no number
-        raise ValueError(f"{path} is no YAML: {one_line(error, 200)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is no configuration of taming-transformers: there is no model.params in it")
-    return found
 
 
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,9 @@ What a file says of itself is not believed: a configuration of a hundred bytes m
 
 from __future__ import annotations
 
-import inspect
-import math
 import threading
-import types
-import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,26 +20,11 @@ from torch.overrides import TorchFunctionMode
 import clipgen
 from clipgen.checkpoint.safe_load import State
 from clipgen.files import one_line
+from clipgen.type_checks import check_values, parameter_hints
 
 Model = TypeVar("Model")
 
-AT_LEAST_ONE = (
-    "ch",
-    "codebook_size",
-    "codebook_dim",
-    "resolution",
-    "z_channels",
-    "patch_size",
-    "ndf",
-    "n_layers",
-    "n_head",
-    "n_embd",
-    "num_tokens",
-    "clip_dim",
-)
-DEPTHS = ("n_layer", "n_layers", "num_res_blocks")  # how many blocks are made, each with weights of its own
-MAX_NUMBERS = 1000  # in an argument that is a list of numbers
-MAX_INTEGER = 2**63
+DEPTHS = ("n_layer", "num_layers", "num_res_blocks")  # numbers of blocks, each with weights of its own
 RANDOM = (Tensor.normal_, Tensor.uniform_)
 SPARE = 1000  # parameters that a model may have beyond those of its file, as a part that is left out
 SPARE_BYTES = 2**26  # of buffers that no file holds
@@ -55,7 +36,7 @@ def build(model: type[Model], arguments: Any, state: State, path: str | Path) ->
     Raises:
         ValueError: they do not fit; the message names the file.
     """
-    with fitting(path, model.__name__):
+    with named_load_errors(path, model.__name__):
         check_arguments(model, arguments, len(state))
         rehearse(model, arguments, state)
         made: Model = model.from_state(arguments, state)  # type: ignore[attr-defined]
@@ -63,7 +44,7 @@ def build(model: type[Model], arguments: Any, state: State, path: str | Path) ->
 
 
 @contextmanager
-def fitting(path: str | Path, model: str) -> Iterator[None]:
+def named_load_errors(path: str | Path, model: str) -> Iterator[None]:
     """Name the file in every error that its arguments or weights lead to."""
     try:
         yield
@@ -80,86 +61,27 @@ def fitting(path: str | Path, model: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
-def check_arguments(model: type, arguments: Any, tensors: int) -> None:
-    """Raise ValueError unless arguments are of the types that a model's constructor names, and of possible sizes.
+def check_arguments(model: type, arguments: Any, num_tensors: int) -> None:
+    """Check the arguments of a file before anything is built from them.
 
-    Args:
-        tensors: number of tensors in the file; each block needs some.
+    Raises:
+        TypeError: an argument is not of the type that the model's constructor names.
+        ValueError: there are more blocks than the tensors of the file can be the weights of.
     """
     if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
-        raise ValueError(f"its arguments must be values by name, got a {type(arguments).__name__}")
-    hints = constructor_hints(model)
-    for name, value in arguments.items():
-        if not accepts(hints.get(name, Any), value):
-            raise ValueError(f"{name} must be {described(hints[name])}, got {value!r:.60}")
-    for name in (*AT_LEAST_ONE, *DEPTHS):
-        least = 1 if name in AT_LEAST_ONE else 0
-        if isinstance(arguments.get(name), int) and arguments[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {arguments[name]}")
+        raise TypeError(f"its arguments must be values by name, got a {type(arguments).__name__}")
+    check_values(arguments, parameter_hints(model))
+    for section in (arguments, *arguments.values()):
+        if isinstance(section, Mapping):
+            check_depth(section, num_tensors)
+
+
+def check_depth(section: Mapping[str, Any], num_tensors: int) -> None:
+    """Raise ValueError if the number of blocks cannot fit the number of tensors in a file: each block has some."""
     for name in DEPTHS:
-        if isinstance(arguments.get(name), int) and arguments[name] > tensors + SPARE:
-            raise ValueError(f"{name} must fit the {tensors} tensors of the file, got {arguments[name]}")
-
-
-def constructor_hints(model: type) -> dict[str, Any]:
-    """Return the types of a constructor's arguments by name; of the parents', too, where it passes them on."""
-    hints: dict[str, Any] = {}
-    for parent in model.__mro__:
-        init = vars(parent).get("__init__")
-        if init is None:
-            continue
-        try:
-            found = typing.get_type_hints(init)
-        except Exception:  # a subclass may name types that only a type checker imports
-            found = {}
-        hints = found | hints
-        if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(init).parameters.values()):
-            break
-    return hints
-
-
-def accepts(hint: Any, value: Any) -> bool:
-    """Return True if a value of a file may be an argument of this type; True for types that are not known here."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(accepts(part, value) for part in typing.get_args(hint))
-    if origin is Sequence:
-        return is_list_of(typing.get_args(hint)[0], value)
-    if hint is type(None):
-        return value is None
-    if hint is bool:
-        return value in (False, True) and isinstance(value, (bool, int))
-    if hint is str:
-        return isinstance(value, str)
-    if hint in (int, float):
-        return is_number(value, whole=hint is int)
-    return True
-
-
-def is_list_of(hint: Any, value: Any) -> bool:
-    """Return True if a value is a list of elements of one type; of numbers only so many."""
-    if not isinstance(value, (list, tuple)) or (hint in (int, float) and len(value) > MAX_NUMBERS):
-        return False
-    return all(accepts(hint, item) for item in value)
-
-
-def is_number(value: Any, whole: bool) -> bool:
-    """Return True if a value is a number that a 64-bit variable holds; 1e4 counts as whole, as YAML writes it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        return False
-    if isinstance(value, float):
-        return not whole or value.is_integer()
-    return abs(value) < MAX_INTEGER
-
-
-def described(hint: Any) -> str:
-    """Return the words for a type in a message."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    if typing.get_origin(hint) is Sequence:
-        return f"a list, each element {described(typing.get_args(hint)[0])}"
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(described(part) for part in typing.get_args(hint))
-    return words.get(hint, str(hint))
+        depth = section.get(name)
+        if isinstance(depth, int) and depth > num_tensors + SPARE:
+            raise ValueError(f"{name} must fit the {num_tensors} tensors of the file, got {depth}")
 
 
 # ------------------------------------------------------------------------------------------------------ meta device

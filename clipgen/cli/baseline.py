@@ -294,7 +294,7 @@ def load_vqgan_and_clip(args: argparse.Namespace) -> tuple[VQGAN, FrozenCLIP]:
 
     pipe = None if args.vqgan and args.clip else TextToImage.load(args.checkpoint)
     vqgan = VQGAN.load(args.vqgan) if args.vqgan or pipe is None else pipe.vqgan
-    clip = FrozenCLIP.named(args.clip) if args.clip or pipe is None else pipe.clip
+    clip = FrozenCLIP.from_spec(args.clip) if args.clip or pipe is None else pipe.clip
     return vqgan.to(args.device), clip.to(args.device)
 
 
@@ -305,11 +305,11 @@ def load_search_clip(args: argparse.Namespace) -> FrozenCLIP:
     from clipgen.run_folder import load_clip, run_folder
 
     if args.clip:
-        clip = FrozenCLIP.named(args.clip)
+        clip = FrozenCLIP.from_spec(args.clip)
     elif is_run(args.generator):
         clip = load_clip(run_folder(Path(args.generator).expanduser()))
     else:
-        clip = FrozenCLIP.named(PAPER_CLIP)
+        clip = FrozenCLIP.from_spec(PAPER_CLIP)
     return clip.to(args.device)
 
 

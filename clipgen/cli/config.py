@@ -15,8 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipgen.training import factory
 from clipgen.training.factory import config_dir as config_dir
-from clipgen.training.factory import fits as fits
-from clipgen.training.factory import plain as plain
 
 # Pattern of an error of Hydra -> our message
 MESSAGES = (

@@ -304,7 +304,7 @@ def make_metrics(args: argparse.Namespace, with_captions: bool) -> ImageMetrics:
     return ImageMetrics(
         features=features,
         radii=sorted(set(args.blur)),
-        clips={name: FrozenCLIP.named(name).to(device) for name in clip_names if name != "none"},
+        clips={name: FrozenCLIP.from_spec(name).to(device) for name in clip_names if name != "none"},
         captioner=load_captioner(args.captioner) if args.captioner else None,
         captioner_name=args.captioner,
         classes=classes,

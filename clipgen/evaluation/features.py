@@ -80,7 +80,7 @@ def feature_extractor(name: str) -> Features:
     if not rest:
         raise ValueError(f"features must be {FORMATS}, got {name!r}")
     if prefix == "clip":
-        clip = FrozenCLIP.named(rest)
+        clip = FrozenCLIP.from_spec(rest)
         return Features(clip.encode_image, f"{name} {fingerprint(clip.state_dict())}")
     if prefix in CLASSIFIERS:
         return classifier_features(name)

@@ -6,16 +6,13 @@ A configuration may come from the run folder of somebody else, so a section must
 from __future__ import annotations
 
 import importlib
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from clipgen.files import read_yaml
-from clipgen.models.config import GPTConfig
+from clipgen.type_checks import check_values, parameter_hints
 
 # Everything that a ``_target_`` may name, besides the data sources of configs/data: see ``allowed_targets``
 TARGETS = frozenset(
@@ -53,7 +50,7 @@ def make(section: Mapping[str, Any], place: str = "", **overrides: Any) -> Any:
     check_targets(section, place)
     target = find_target(section["_target_"])
     arguments = {key: value for key, value in section.items() if key != "_target_" and key not in overrides}
-    check_types(target, arguments, place)
+    check_values(arguments, parameter_hints(target), f"{place}." if place else "")
     return target(**{key: make_nested(value) for key, value in arguments.items()}, **overrides)
 
 
@@ -107,66 +104,3 @@ def find_targets(value: Any, place: str) -> Iterator[tuple[str, Any]]:
         if key == "_target_":
             yield name, child
         yield from find_targets(child, name)
-
-
-# --------------------------------------------------------------------------------------------------------------- types
-
-
-def check_types(target: Any, arguments: Mapping[str, Any], place: str) -> None:
-    """Raise TypeError for the first argument that does not fit the signature of a class or function."""
-    try:
-        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except NameError:
-        # some libraries import the names in their annotations for type checkers only
-        return
-    if "network" in hints:
-        # ``**network`` stands for the fields of GPTConfig
-        hints |= get_type_hints(GPTConfig)
-    check_values(arguments, hints, f"{place}." if place else "")
-
-
-def check_values(values: Mapping[str, Any], hints: Mapping[str, Any], prefix: str) -> None:
-    """Raise TypeError for the first value that does not fit its type; a dataclass checks nested dictionaries."""
-    for key, value in values.items():
-        if key not in hints:
-            continue
-        config_class = dataclass_of(hints[key])
-        if config_class is not None and isinstance(value, dict):
-            check_values(value, get_type_hints(config_class), f"{prefix}{key}.")
-        elif not fits(value, hints[key]):
-            raise TypeError(f"{prefix}{key} must be {plain(hints[key])}, got {value!r}")
-
-
-def dataclass_of(hint: Any) -> Any:
-    """Return the dataclass among the alternatives of a type, or None."""
-    return next((alternative for alternative in get_args(hint) if is_dataclass(alternative)), None)
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Return True if a value from YAML is of a type. An integer is a valid float; a boolean is not a number."""
-    origin = get_origin(hint)
-    arguments = get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin is Literal:
-        return value in arguments
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
-
-
-def plain(hint: Any) -> str:
-    """Return the name of a type for error messages, such as ``int or null`` or ``list of int``."""
-    origin = get_origin(hint)
-    arguments = get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(plain(argument) for argument in arguments)
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if inspect.isclass(origin) and issubclass(origin, Sequence):
-        return f"list of {plain(arguments[0])}"
-    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -14,7 +14,8 @@ from clipgen.models.config import model_settings
 from clipgen.precompute import clip_identity, saved_identity
 from clipgen.run_folder import load_clip
 from clipgen.training.config import TrainingConfig
-from clipgen.training.factory import check_types, find_target, make
+from clipgen.training.factory import find_target, make
+from clipgen.type_checks import check_values, parameter_hints
 from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)
@@ -121,5 +122,5 @@ def build_class_conditional(config: TrainingConfig, sizes: dict[str, Any], names
     overrides = unset_values(config, sizes | {"clip_dim": len(names)}) | {"class_names": names}
     settings = {name: value for name, value in config.model.items() if name != "_target_" and name not in overrides}
     # the class-conditional transformer passes its arguments on, so its own signature does not name their types
-    check_types(find_target(config.model["_target_"]), settings, "model")
+    check_values(settings, parameter_hints(find_target(config.model["_target_"])), "model.")
     return make(config.model | {"_target_": CLASS_CONDITIONAL}, "model", **overrides)

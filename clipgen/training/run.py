@@ -18,7 +18,7 @@ import torch
 import yaml
 from pytorch_lightning.strategies import ModelParallelStrategy
 
-from clipgen.checkpoint.model_folder import FOLDERS, kind
+from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.files import atomic_write, write_json
 from clipgen.output_folder import output_folder
@@ -256,7 +256,7 @@ def export(model: Any, last: Path, output: Path) -> None:
     best = last.with_name("best.ckpt")
     # without a validation there is no best checkpoint
     source = last if model.last_is_best or not best.is_file() else best
-    finished = type(model).load(source).save(output / FOLDERS[kind(type(model))])
+    finished = type(model).load(source).save(output / FOLDERS[model_name_of(type(model))])
     if isinstance(model, ConditionalTransformer):
         bind(finished, output / "vqgan")
 

@@ -38,8 +38,9 @@ class LFQ(nn.Module):
     def from_config(cls, config: QuantizerConfig) -> LFQ:
         """Return the quantizer of type ``"lfq"``."""
         config.refuse_codebook_updates()
-        config.require_sizes(2**config.codebook_dim, config.codebook_dim)
-        return cls(config.codebook_dim)
+        quantizer = cls(config.codebook_dim)
+        config.require_sizes(quantizer.codebook_size, config.codebook_dim)
+        return quantizer
 
     @property
     def codebook(self) -> Tensor:
