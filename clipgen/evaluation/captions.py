@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ def read_captions(source: str | Path) -> list[Caption]:
         ValueError: it does not hold captions.
     """
     if source == "shapes":
-        return [Caption(None, str(attributes)) for attributes in ALL_ATTRIBUTES]
+        return without_files(map(str, ALL_ATTRIBUTES))
     path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"captions must be 'shapes' or an existing file, got {path}")
@@ -48,15 +49,16 @@ def read_captions(source: str | Path) -> list[Caption]:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     if not captions:
         raise ValueError(f"captions must be texts, got none in {path}")
-    if not all(caption.text.strip() for caption in captions):
-        raise ValueError(f"captions must be texts, got an empty one in {path}")
+    for caption in captions:
+        if not caption.text.strip():
+            raise ValueError(f"captions must be texts, got an empty one in {path}")
     return captions
 
 
 def read_classes(source: str | Path) -> list[Caption]:
     """Read class names: ``"imagenet"``, or any source of ``read_captions``."""
     if source == "imagenet":
-        return [Caption(None, name) for name in imagenet_class_names()]
+        return without_files(imagenet_class_names())
     return read_captions(source)
 
 
@@ -65,6 +67,11 @@ def imagenet_class_names() -> list[str]:
     from open_clip import IMAGENET_CLASSNAMES
 
     return list(IMAGENET_CLASSNAMES)
+
+
+def without_files(texts: Iterable[str]) -> list[Caption]:
+    """Return captions of which it is not known what file they describe."""
+    return [Caption(None, text) for text in texts]
 
 
 def parse_lines(text: str) -> list[Caption]:
@@ -84,14 +91,14 @@ def parse_lines(text: str) -> list[Caption]:
 def parse_json(content: Any) -> list[Caption]:
     """Parse a list, a mapping, or COCO's layout."""
     if isinstance(content, list):
-        captions = [Caption(None, text) for text in content]
+        captions = without_files(content)
     elif not isinstance(content, dict):
         raise ValueError(f"it must hold a list, a mapping or COCO's layout, got {content!r:.60}")
     elif "annotations" in content:
         files = {image["id"]: image["file_name"] for image in content["images"]}
         captions = [Caption(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
     else:
-        captions = [Caption(file, text) for file, text in content.items()]
+        captions = list(starmap(Caption, content.items()))
     for caption in captions:
         if not isinstance(caption.text, str):
             raise ValueError(f"each caption must be a text, got {caption.text!r:.60}")
