@@ -103,7 +103,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """What depends on the dataset.
+    """Settings that depend on the dataset.
 
     Args:
         noise: conditioning.noise_cosine of the modern recipe.

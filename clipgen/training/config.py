@@ -90,7 +90,7 @@ class TrainingConfig:
 
         Keys at the top that are not fields are left out: they only hold values that other keys refer to.
         """
-        names = [each.name for each in fields(cls)]
+        names = [config_field.name for config_field in fields(cls)]
         return cls(**{name: values[name] for name in names if values.get(name) is not None})
 
     @property
