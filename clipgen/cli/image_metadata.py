@@ -25,7 +25,7 @@ MAX_MIX_WEIGHT = 1e30
 
 @dataclass
 class ImageMetadata:
-    """How an image was generated.
+    """Settings that generated an image.
 
     Args:
         seed: seed of the image.

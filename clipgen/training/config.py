@@ -88,9 +88,9 @@ class TrainingConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
         """Return the configuration in nested dictionaries, such as the content of a ``config.yaml``.
 
-        Keys at the top that are no field are left out: they only hold values that other keys refer to.
+        Keys at the top that are not fields are left out: they only hold values that other keys refer to.
         """
-        names = [each.name for each in fields(cls)]
+        names = [config_field.name for config_field in fields(cls)]
         return cls(**{name: values[name] for name in names if values.get(name) is not None})
 
     @property

@@ -119,7 +119,7 @@ def check_num_processes(world_size: int) -> None:
 
 
 def set_precision(config: TrainingConfig) -> None:
-    """Refuse bfloat16 on processors where it is slow, and set the precision of float32 matrix products on GPUs."""
+    """Refuse bfloat16 on processors that emulate it, and set the precision of float32 matrix products on GPUs."""
     if config.matmul_precision not in MATMUL_PRECISIONS:
         names = ", ".join(MATMUL_PRECISIONS)
         raise ValueError(f"matmul_precision must be one of {names}, got {config.matmul_precision!r}")
