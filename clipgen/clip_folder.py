@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipgen.checkpoint.safe_load import State, read_checkpoint
+from clipgen.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
 from clipgen.files import one_line, parse_json, read_json, write_json
 
 CONFIG = "open_clip_config.json"
@@ -51,162 +52,6 @@ TOKENIZER_DATA = (
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 FILES = (CONFIG, VOCABULARY, *WEIGHTS, *TOKENIZER_DATA, *TOKENIZER_SETTINGS)
 BYTE_PAIRS = 49408  # tokens of open_clip's own tokenizer
-
-# ------------------------------------------------------------------------------------------------------ which values
-
-Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words, and as a function
-
-
-def whole_number(low: int, high: int) -> Rule:
-    """Allow an integer."""
-    return f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high
-
-
-def number(low: float, high: float) -> Rule:
-    """Allow a finite number."""
-    return f"a number from {low} to {high}", lambda value: type(value) in (int, float) and low <= value <= high
-
-
-def one_of(*choices: str) -> Rule:
-    """Allow some words."""
-    return f"one of {', '.join(map(repr, choices))}", lambda value: isinstance(value, str) and value in choices
-
-
-def list_of(length: int, rule: Rule) -> Rule:
-    """Allow a list of a fixed length."""
-    check = lambda value: isinstance(value, list) and len(value) == length and all(map(rule[1], value))
-    return f"a list of {length}, each {rule[0]}", check
-
-
-def either(first: Rule, second: Rule) -> Rule:
-    """Allow what one of two rules allows."""
-    return f"{first[0]} or {second[0]}", lambda value: first[1](value) or second[1](value)
-
-
-def table(rules: Mapping[str, Rule]) -> Rule:
-    """Allow an object with some keys."""
-    check = lambda value: isinstance(value, dict) and all(key in rules and rules[key][1](value[key]) for key in value)
-    return f"an object with no other keys than {', '.join(rules)}", check
-
-
-def architecture(value: Any) -> bool:
-    """Return whether timm has a network of this name; a name of the hub or a folder is none."""
-    if not isinstance(value, str) or not re.fullmatch(r"[\w.]{1,80}", value):
-        return False
-    import timm
-
-    return bool(timm.is_model(value))
-
-
-SWITCH: Rule = ("true or false", lambda value: isinstance(value, bool))
-NOTHING: Rule = ("null", lambda value: value is None)
-ANYTHING: Rule = ("anything", lambda value: True)
-WIDTH, LAYERS, PIXELS = whole_number(1, 16384), whole_number(1, 256), whole_number(1, 2048)
-SCALE = either(number(0, 100), NOTHING)
-EPS = either(table({"eps": number(0, 1)}), NOTHING)
-ACTIVATION = either(table({"approximate": one_of("tanh", "none")}), NOTHING)
-BLOCK: dict[str, Rule] = {
-    "block_type": either(one_of("default", "custom"), NOTHING),
-    **{key: SWITCH for key in ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn")},
-    "scale_fc": SWITCH,
-    "width": WIDTH,
-    "mlp_ratio": number(0.01, 64),
-    "ls_init_value": SCALE,
-    "final_ln_after_pool": SWITCH,
-    "output_tokens": SWITCH,
-    "act_kwargs": ACTIVATION,
-    "norm_kwargs": EPS,
-}
-VISION: dict[str, Rule] = BLOCK | {
-    "layers": either(LAYERS, list_of(4, LAYERS)),
-    "head_width": whole_number(1, 4096),
-    "patch_size": either(PIXELS, NOTHING),
-    "image_size": either(PIXELS, list_of(2, PIXELS)),
-    "patch_dropout": number(0, 1),
-    "attentional_pool": SWITCH,
-    "attn_pooler_queries": whole_number(1, 4096),
-    "attn_pooler_heads": whole_number(1, 256),
-    "no_ln_pre": SWITCH,
-    "pos_embed_type": one_of("learnable"),
-    "pool_type": one_of("tok", "avg", "none"),
-    "timm_model_name": either(("the name of a network that timm has", architecture), NOTHING),
-    "timm_model_pretrained": ANYTHING,  # never used
-    "timm_pool": one_of("", "avg", "avgmax", "max", "token", "map", "abs_attn", "rot_attn"),
-    "timm_proj": either(one_of("linear", "mlp", "none", ""), NOTHING),
-    "timm_proj_bias": SWITCH,
-    "timm_drop": number(0, 1),
-    "timm_drop_path": either(number(0, 1), NOTHING),
-}
-TOKENIZER_OPTIONS: dict[str, Rule] = {
-    "clean": one_of("canonicalize", "lower", "whitespace"),
-    "strip_sep_token": SWITCH,
-    "language": ("a short word", lambda value: isinstance(value, str) and re.fullmatch(r"\w{1,20}", value) is not None),
-}
-TEXT: dict[str, Rule] = BLOCK | {
-    "context_length": whole_number(2, 4096),
-    "vocab_size": whole_number(1, 2_000_000),
-    "hf_tokenizer_name": (
-        "a text",
-        lambda value: value is None or isinstance(value, str),
-    ),  # says only that there is one
-    "tokenizer_mode": either(one_of("clips", ""), NOTHING),
-    "tokenizer_kwargs": either(table(TOKENIZER_OPTIONS), NOTHING),
-    "heads": whole_number(1, 256),
-    "layers": LAYERS,
-    "embed_cls": SWITCH,
-    "pad_id": whole_number(0, 2_000_000),
-    "eos_id": whole_number(0, 2_000_000),
-    "no_causal_mask": SWITCH,
-    "pool_type": one_of("first", "last", "argmax", "eos", "none"),
-    "proj_bias": SWITCH,
-    "proj_type": either(one_of("linear", "none"), NOTHING),
-    "hf_model_name": NOTHING,
-    "hf_model_pretrained": ANYTHING,
-    "hf_proj_type": ANYTHING,
-    "hf_pooler_type": ANYTHING,
-}
-DECODER: dict[str, Rule] = TEXT | {
-    "dim_head": whole_number(1, 4096),
-    "n_queries": whole_number(1, 4096),
-    "attn_pooler_heads": whole_number(1, 256),
-}
-MODEL: dict[str, Rule] = {
-    "embed_dim": WIDTH,
-    "quick_gelu": SWITCH,
-    "custom_text": SWITCH,
-    "init_logit_scale": number(-100, 100),
-    "init_logit_bias": either(number(-100, 100), NOTHING),
-    "nonscalar_logit_scale": SWITCH,
-}
-CHANNELS = list_of(3, number(-10, 10))
-PREPROCESSING: dict[str, Rule] = {
-    "size": VISION["image_size"],
-    "mode": one_of("RGB"),
-    "mean": CHANNELS,
-    "std": list_of(3, number(1e-3, 10)),
-    "interpolation": one_of("bicubic", "bilinear", "random"),
-    "resize_mode": one_of("shortest", "longest", "squash"),
-    "fill_color": either(whole_number(0, 255), list_of(3, whole_number(0, 255))),
-}
-
-
-def check(path: Path, place: str, values: Any, rules: Mapping[str, Rule]) -> None:
-    """Raise ValueError if a settings file holds a key that is not allowed, or a value."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{place} of {path} must be an object, got {shown(values)}")
-    for key, value in values.items():
-        if key not in rules:
-            raise ValueError(
-                f"{place} of {path} must not hold {shown(key)}: clipgen does not know it, or it is not safe"
-            )
-        wanted, allowed = rules[key]
-        if not allowed(value):
-            raise ValueError(f"{place}.{key} of {path} must be {wanted}, got {shown(value)}")
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message, short and without control characters."""
-    return repr(value)[:80]
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

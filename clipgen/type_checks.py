@@ -99,10 +99,11 @@ def is_list_of(value: Any, hint: Any) -> bool:
 
 def is_number(value: Any, hint: type) -> bool:
     """Return whether a value is a number of the given type, not NaN, and within 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, (int, hint)):
+    if isinstance(value, bool):
         return False
-    number: Any = value
-    return not math.isnan(number) and (isinstance(value, float) or abs(number) < MAX_INTEGER)
+    if isinstance(value, int):
+        return abs(value) < MAX_INTEGER
+    return hint is float and isinstance(value, float) and not math.isnan(value)
 
 
 def is_instance(value: Any, hint: Any) -> bool:

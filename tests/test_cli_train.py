@@ -432,7 +432,7 @@ ERRORS = {
         [*TRANSFORMER, *SHAPES, "vqgan={transformer}/checkpoints/best.ckpt"],
         "is a ConditionalTransformer checkpoint",
     ),
-    "unknown clip": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "clip.model_name=x"], "CLIP 'x' is no bundled model"),
+    "unknown clip": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "clip.model_name=x"], "CLIP 'x' must be a bundled model"),
     "no clip folder": (
         [*TRANSFORMER, *SHAPES, "vqgan={vqgan}", "clip.model_name={vqgan}"],
         "no open_clip_config.json in",

@@ -126,7 +126,7 @@ def test_wrong_shapes_are_refused(shapes_clip):
         shapes_clip.encode_image(torch.zeros(3, 32, 32))
     with pytest.raises(ValueError, match=r"images must be .*, got float32 of \(2, 1, 32, 32\)"):
         shapes_clip.encode_image(torch.zeros(2, 1, 32, 32))
-    with pytest.raises(TypeError, match="list of sentences"):
+    with pytest.raises(TypeError, match="list of texts"):
         shapes_clip.encode_text("a red ring")
 
 
