@@ -710,5 +710,5 @@ def test_a_checkpoint_without_a_place_is_read_as_before(tmp_path):
 
 
 def test_too_few_items_are_refused():
-    with pytest.raises(ValueError, match="batch_size must be at most 3, the training images a device, got 4"):
+    with pytest.raises(ValueError, match="batch_size must be at most 3, the training images per device, got 4"):
         ResumableSampler(range(7), 4, seed=0, world_size=2)

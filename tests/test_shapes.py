@@ -56,15 +56,15 @@ def test_sample_shapes_and_ranges():
 
 
 def test_images_depend_only_on_the_seed():
-    draw = lambda seed: ShapesDataset(64, seed=seed).render(range(64))
-    assert torch.equal(draw(3), draw(3))
+    render = lambda seed: ShapesDataset(64, seed=seed).render(range(64))
+    assert torch.equal(render(3), render(3))
     torch.rand(5)
     state = torch.random.get_rng_state()
-    assert torch.equal(draw(3), draw(3)) and torch.equal(torch.random.get_rng_state(), state)
-    same = (draw(3) == draw(4)).flatten(1).all(1)
+    assert torch.equal(render(3), render(3)) and torch.equal(torch.random.get_rng_state(), state)
+    same = (render(3) == render(4)).flatten(1).all(1)
     assert not same.any()
     data = ShapesDataset(64, seed=3)
-    assert torch.equal(torch.stack([data[i]["images"] for i in range(64)]), draw(3))  # one by one as in a batch
+    assert torch.equal(torch.stack([data[i]["images"] for i in range(64)]), render(3))  # one by one as in a batch
 
 
 def test_images_of_a_sentence_vary_in_position_and_radius():
@@ -113,10 +113,10 @@ def test_training_and_validation_images_differ():
 
 
 def test_attributes_are_uniform():
-    drawn = ShapesDataset(6000, seed=2).attributes
+    sampled = ShapesDataset(6000, seed=2).attributes
     for name, known in (("shape", SHAPES), ("color", COLORS), ("size", RADII), ("background", BACKGROUNDS)):
         for value in known:
-            part = sum(getattr(a, name) == value for a in drawn) / 6000
+            part = sum(getattr(a, name) == value for a in sampled) / 6000
             assert part == pytest.approx(1 / len(known), abs=0.03), value
 
 
@@ -191,9 +191,9 @@ def test_length_is_checked():
 
 def test_evaluator_reads_rendered_shapes():
     data = ShapesDataset(2000, seed=424_242)
-    found = accuracy(data.render(range(2000)), data.attributes)
-    assert set(found) == {"shape", "color", "size", "background", "all"}
-    assert min(found.values()) >= 0.99 and found["all"] == min(found.values())
+    accuracies = accuracy(data.render(range(2000)), data.attributes)
+    assert set(accuracies) == {"shape", "color", "size", "background", "all"}
+    assert min(accuracies.values()) >= 0.99 and accuracies["all"] == min(accuracies.values())
 
 
 def test_evaluator_tolerates_noise_and_8_bits():
@@ -219,8 +219,8 @@ def test_evaluator_rejects_wrong_attributes():
         Attributes(a.size, a.color, "star" if a.shape != "star" else "ring", a.background)
         for a in ShapesDataset(300, seed=13).attributes
     ]
-    found = accuracy(images, wrong)
-    assert found["shape"] < 0.02 and found["color"] > 0.98
+    accuracies = accuracy(images, wrong)
+    assert accuracies["shape"] < 0.02 and accuracies["color"] > 0.98
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 32, 32), torch.rand(3, 32, 32) * 2 - 1, torch.ones(3, 32, 32)])
@@ -229,10 +229,10 @@ def test_evaluator_finds_nothing_in_images_without_a_shape(image):
 
 
 def test_evaluator_rejects_half_a_shape():
-    whole = parse("a large red circle on a white background")
-    images = ShapesDataset(100, seed=15, attributes=[whole]).render(range(100))
+    attributes = parse("a large red circle on a white background")
+    images = ShapesDataset(100, seed=15, attributes=[attributes]).render(range(100))
     images[:, :, :, 14:] = 1.0  # white
-    assert accuracy(images, [whole] * 100)["all"] < 0.05
+    assert accuracy(images, [attributes] * 100)["all"] < 0.05
 
 
 def test_evaluator_refuses_images_that_are_not_square():
