@@ -126,9 +126,9 @@ def test_conversion_in_bands_changes_no_pixel(mode, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
     image = Image.fromarray(noise, "RGBA")
     image = Image.fromarray(noise[..., 0].astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
-    whole = images_module.to_rgb(image)
+    expected = images_module.to_rgb(image)
     monkeypatch.setattr(images_module, "_BAND_PIXELS", 100)
-    assert np.array_equal(whole, images_module.to_rgb(image)) and whole.mode == "RGB"
+    assert np.array_equal(expected, images_module.to_rgb(image)) and expected.mode == "RGB"
 
 
 def test_images_above_the_size_limit_are_refused_by_their_header():
@@ -423,16 +423,16 @@ def test_compressed_shards_do_not_fill_memory(tmp_path):
 
 def test_any_damage_of_a_shard_is_counted(tmp_path):
     path = make_tar(tmp_path / "a.tar", [(f"{number}.png", square(number)) for number in range(4)])
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     size = 512 + (len(square(0)) + 511) // 512 * 512
     assert reds(ImageShards(str(path), 8, train=False)) == [0, 1, 2, 3]
-    damaged = bytearray(whole)
+    damaged = bytearray(intact)
     damaged[2 * size + 10] ^= 255  # in the third header, which tarfile would take for the end
-    for content in (bytes(damaged), whole[: 2 * size], whole[: 2 * size + 100], whole[: 2 * size + 540]):
+    for content in (bytes(damaged), intact[: 2 * size], intact[: 2 * size + 100], intact[: 2 * size + 540]):
         path.write_bytes(content)
         dataset = ImageShards(str(path), 8, train=False)
         assert reds(dataset) == [0, 1] and str(dataset.skip_counter) == "2 images, 1 skipped: 1 broken shard"
-    path.write_bytes(whole + whole)  # cat a.tar a.tar
+    path.write_bytes(intact + intact)  # cat a.tar a.tar
     assert reds(ImageShards(str(path), 8, train=False)) == [0, 1, 2, 3] * 2
 
 

@@ -403,7 +403,7 @@ def test_split_is_independent_of_the_seed(tmp_path: Path) -> None:
     sides = [ImageFolder(tmp_path, 8, train=seed == 3, val_fraction=0.3, seed=seed) for seed in (3, 4)]
     assert set(sides[0].files).isdisjoint(sides[1].files) and len(sides[0]) + len(sides[1]) == 20
     assert [*sides[0].held_out().files] == [*sides[1].files]
-    assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # without a split, the whole folder
+    assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # without a split, the expected folder
 
 
 def test_folder_data_scans_once_and_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -761,10 +761,10 @@ def test_resumed_stream_is_identical_and_decodes_nothing_it_skips(
     decoded: list[int] = []
     decode = shards_module.decode_image
     monkeypatch.setattr(shards_module, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
-    whole = stream(0, 60)
-    assert len({image.mean().item() for image in whole}) == 6
+    expected = stream(0, 60)
+    assert len({image.mean().item() for image in expected}) == 6
     for start in range(30):
-        assert all(map(torch.equal, stream(start, 10), whole[start:]))
+        assert all(map(torch.equal, stream(start, 10), expected[start:]))
     assert len(stream(59, 1)) == 1 and len(decoded) < 10
 
 
@@ -787,10 +787,10 @@ def test_late_resume_rereads_at_most_one_segment(tmp_path: Path, monkeypatch: py
         read.clear()
         return [red(sample) for sample in islice(dataset, count)]
 
-    whole = stream(0, 250)
-    assert all(stream(start, 30) == whole[start : start + 30] for start in (0, 1, 19, 20, 21, 139))
-    assert len({tuple(whole[start : start + 20]) for start in range(0, 240, 20)}) == 12
-    assert stream(239, 1) == [whole[239]] and len(read) < 40
+    expected = stream(0, 250)
+    assert all(stream(start, 30) == expected[start : start + 30] for start in (0, 1, 19, 20, 21, 139))
+    assert len({tuple(expected[start : start + 20]) for start in range(0, 240, 20)}) == 12
+    assert stream(239, 1) == [expected[239]] and len(read) < 40
 
 
 @pytest.mark.parametrize(("size", "decoded"), [((2000, 1040), (1000, 520)), ((1023, 1200), (1023, 1200))])

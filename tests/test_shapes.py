@@ -56,15 +56,15 @@ def test_sample_shapes_and_ranges():
 
 
 def test_images_depend_only_on_the_seed():
-    draw = lambda seed: ShapesDataset(64, seed=seed).render(range(64))
-    assert torch.equal(draw(3), draw(3))
+    render = lambda seed: ShapesDataset(64, seed=seed).render(range(64))
+    assert torch.equal(render(3), render(3))
     torch.rand(5)
     state = torch.random.get_rng_state()
-    assert torch.equal(draw(3), draw(3)) and torch.equal(torch.random.get_rng_state(), state)
-    same = (draw(3) == draw(4)).flatten(1).all(1)
+    assert torch.equal(render(3), render(3)) and torch.equal(torch.random.get_rng_state(), state)
+    same = (render(3) == render(4)).flatten(1).all(1)
     assert not same.any()
     data = ShapesDataset(64, seed=3)
-    assert torch.equal(torch.stack([data[i]["images"] for i in range(64)]), draw(3))  # one by one as in a batch
+    assert torch.equal(torch.stack([data[i]["images"] for i in range(64)]), render(3))  # one by one as in a batch
 
 
 def test_images_of_a_sentence_vary_in_position_and_radius():
@@ -113,10 +113,10 @@ def test_training_and_validation_images_differ():
 
 
 def test_attributes_are_uniform():
-    drawn = ShapesDataset(6000, seed=2).attributes
+    sampled = ShapesDataset(6000, seed=2).attributes
     for name, known in (("shape", SHAPES), ("color", COLORS), ("size", RADII), ("background", BACKGROUNDS)):
         for value in known:
-            part = sum(getattr(a, name) == value for a in drawn) / 6000
+            part = sum(getattr(a, name) == value for a in sampled) / 6000
             assert part == pytest.approx(1 / len(known), abs=0.03), value
 
 

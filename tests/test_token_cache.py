@@ -95,8 +95,8 @@ def test_one_augmentation_is_the_center_crop(tmp_path, tiny_vqgan, shapes_clip):
     data = folder_data(tmp_path / "images", 32, batch_size=1, val_fraction=0)
     precompute.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
     center = folder_data(tmp_path / "images", 32, batch_size=1, val_root=tmp_path / "images").val[0]["images"]
-    found = TokenCacheDataset(tmp_path / "cache" / "train")[0]["indices"]
-    assert torch.equal(found, tiny_vqgan.encode(center[None]).flatten())
+    indices = TokenCacheDataset(tmp_path / "cache" / "train")[0]["indices"]
+    assert torch.equal(indices, tiny_vqgan.encode(center[None]).flatten())
 
 
 def test_augmentations_of_shapes_are_refused(encode, tmp_path):
@@ -195,13 +195,13 @@ def test_each_process_has_its_own_gpu(monkeypatch, local, expected):
 @pytest.mark.parametrize("after", [1, 2, 4])
 def test_interrupted_encoding_resumes_to_identical_bytes(encode, cache, tmp_path, monkeypatch, after):
     """Complete shards are kept, and the others are written with the same bytes."""
-    whole, count = precompute.encode_shard, []
+    encode_shard, count = precompute.encode_shard, []
 
     def broken(path, batches, *models):
         count.append(path)
         if len(count) == after:
             batches = iter([next(batches), None])  # the second batch is not a batch
-        whole(path, batches, *models)
+        encode_shard(path, batches, *models)
 
     with monkeypatch.context() as patch:
         patch.setattr(precompute, "encode_shard", broken)
@@ -236,12 +236,12 @@ def test_cache_of_other_settings_or_models_is_not_extended(encode, cache, data, 
 
 def test_model_identity_depends_only_on_the_weights(tmp_path, tiny_vqgan, fit):
     """Whichever file holds them."""
-    mine = precompute.vqgan_identity(tiny_vqgan)
-    assert precompute.saved_identity(tiny_vqgan.save(tmp_path / "folder", training=True)) == mine
+    identity = precompute.vqgan_identity(tiny_vqgan)
+    assert precompute.saved_identity(tiny_vqgan.save(tmp_path / "folder", training=True)) == identity
     averaged = make_vqgan(**VQGAN_SIZES, ema_decay=0.5)
     fit(averaged, 2, batch=4).save_checkpoint(tmp_path / "last.ckpt")
     saved = precompute.saved_identity(tmp_path / "last.ckpt")
-    assert saved == precompute.vqgan_identity(averaged.eval()) != mine
+    assert saved == precompute.vqgan_identity(averaged.eval()) != identity
     assert precompute.clip_identity("ViT-B-32-quickgelu", "openai") == "ViT-B-32-quickgelu openai"
     assert re.fullmatch("[0-9a-f]{16}", precompute.clip_identity("shapes", None))
 
@@ -262,13 +262,13 @@ def test_model_identity_includes_arguments_that_weights_do_not_show():
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
 def test_clip_identity_depends_on_weights_not_on_the_path(tmp_path, name):
-    found = []
+    identities = []
     for place, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
         (tmp_path / place).mkdir()
         (tmp_path / place / "open_clip_config.json").write_text("{}")
         (tmp_path / place / name).write_bytes(weights)
-        found.append(precompute.clip_identity(str(tmp_path / place), None))
-    assert found[0] == found[1] != found[2]
+        identities.append(precompute.clip_identity(str(tmp_path / place), None))
+    assert identities[0] == identities[1] != identities[2]
 
 
 def test_data_module_loads_full_batches(cache):
@@ -386,10 +386,10 @@ def test_command_errors_are_one_line(call, tiny_vqgan, tmp_path, arguments, mess
 
 def test_damaged_cache_is_refused(call, encoded, tmp_path):
     """Without its tokenizer or a shard, or with a truncated shard or manifest."""
-    whole = contents(encoded)
+    intact = contents(encoded)
 
     def cut(name: str, size: int) -> None:
-        (encoded / name).write_bytes(whole[name][:size])
+        (encoded / name).write_bytes(intact[name][:size])
 
     for damage, message in (
         (lambda: shutil.rmtree(encoded / "vqgan"), "no VQGAN checkpoint"),
@@ -405,7 +405,7 @@ def test_damaged_cache_is_refused(call, encoded, tmp_path):
         damage()
         result = call("clipgen-train", *TRANSFORMER, "data=cached", f"data.root={encoded}", "output=run")
         assert result.code == 1 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
-        for name, data in whole.items():
+        for name, data in intact.items():
             (encoded / name).parent.mkdir(exist_ok=True)
             (encoded / name).write_bytes(data)
 
@@ -461,9 +461,9 @@ def test_killed_encoding_resumes_to_identical_bytes(tmp_path, tiny_vqgan):
     assert kills and (tmp_path / "killed" / "manifest.json").is_file()
     done = command("clipgen-encode", *arguments, "output=killed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = contents(tmp_path / "killed")
-    assert found == contents(tmp_path / "straight")
-    assert sum(json.loads(found["manifest.json"])["images"].values()) == 40
+    resumed = contents(tmp_path / "killed")
+    assert resumed == contents(tmp_path / "straight")
+    assert sum(json.loads(resumed["manifest.json"])["images"].values()) == 40
 
 
 # -------------------------------------------------------------------------------------------------------------- labels

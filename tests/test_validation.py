@@ -64,12 +64,12 @@ def data(kind: str, folder: Path, count: int) -> pl.LightningDataModule:
     """Make the data of a run with ``count`` validation images."""
     if kind == "cache":
         return ImageDataModule(Cached(8), Cached(count), batch_size=2)
-    pictures = to_pil(ShapesDataset(count, image_size=32, seed=2).render(range(count)))
+    images = to_pil(ShapesDataset(count, image_size=32, seed=2).render(range(count)))
     (folder / "images").mkdir()
-    for i, picture in enumerate(pictures):
-        picture.save(folder / "images" / f"{i}.png")
-    for name, some in (("a", pictures[:1]), ("b", pictures[1:] or pictures)):
-        make_tar(folder / f"{name}.tar", {f"{i}.png": encoded(picture, "PNG") for i, picture in enumerate(some)})
+    for i, image in enumerate(images):
+        image.save(folder / "images" / f"{i}.png")
+    for name, part in (("a", images[:1]), ("b", images[1:] or images)):
+        make_tar(folder / f"{name}.tar", {f"{i}.png": encoded(image, "PNG") for i, image in enumerate(part)})
     if kind == "folder":
         make = folder_data(folder / "images", 32, 1, val_root=folder / "images")
         make.train, make.batch_size = ShapesDataset(8), 2
@@ -110,6 +110,6 @@ def metrics(kind: str, folder: Path, count: int, devices: int) -> dict[str, floa
 )
 def test_two_processes_give_the_validation_metrics_of_one(tmp_path, kind, count):
     """Also if one of them has fewer batches, or none."""
-    one, two = (metrics(kind, tmp_path / str(devices), count, devices) for devices in (1, 2))
-    assert len(one) >= (1 if kind == "cache" else 7)
-    assert two == pytest.approx(one, rel=1e-4)
+    single, double = (metrics(kind, tmp_path / str(devices), count, devices) for devices in (1, 2))
+    assert len(single) >= (1 if kind == "cache" else 7)
+    assert double == pytest.approx(single, rel=1e-4)
