@@ -43,7 +43,7 @@ class WordTokenizer:
         self.end = len(self.words) + 2
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        """Tokenize texts: -> (B, context_length) int64. Unknown words are skipped, with a warning that lists known ones."""
+        """Tokenize texts: -> (B, context_length) int64. Unknown words are skipped, with a warning."""
         texts = [texts] if isinstance(texts, str) else texts
         return torch.stack([self._encode(text) for text in texts])
 
@@ -221,7 +221,8 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
     """
     if name not in open_clip.list_models():
         raise ValueError(
-            f"CLIP {name!r} must be a bundled model ({', '.join(BUNDLED_CLIPS)}), a folder, an hf-hub: name or a model of open_clip"
+            f"CLIP {name!r} must be a bundled model ({', '.join(BUNDLED_CLIPS)}), a folder, an hf-hub: name "
+            "or a model of open_clip"
         )
     if not pretrained:
         raise ValueError(
