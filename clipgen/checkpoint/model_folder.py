@@ -79,7 +79,7 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
 
 
 def resolve_path(path_or_name: str | Path) -> Path:
-    """Return the path of ``"shapes"`` (the bundled models), of a download of ``"hf-hub:OWNER/NAME"``, or the path itself."""
+    """Return a path, that of the bundled ``"shapes"``, or that of a downloaded ``"hf-hub:OWNER/NAME"``."""
     name = str(path_or_name)
     if not name.startswith("hf-hub:"):
         # a Path is one, whatever its name
