@@ -1,4 +1,4 @@
-"""The frozen pair beside a transformer: its tokenizer and CLIP in the folder of a run, a pipeline or a cache."""
+"""Save and load the VQ-GAN and CLIP beside a transformer, in the folder of a run, a pipeline or a token cache."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def names_in(folder: Path) -> set[str]:
 def check_clip_folder(path: Path) -> None:
     """Raise FileExistsError if a path that a CLIP is to be written to holds something else."""
     if path.exists() and not (path / clip_folder.CONFIG).is_file():
-        raise FileExistsError(f"{path} exists and is no CLIP: move it away, or name another place")
+        raise FileExistsError(f"{path} exists and is not a CLIP folder: move it away, or name another place")
 
 
 def copy_clip(folder: Path, target: Path) -> None:
@@ -150,9 +150,15 @@ def is_own_or_public(name: str, tag: str | None) -> bool:
 
 
 def run_folder(path: str | Path) -> Path:
-    """The folder of a run or pipeline, to which a model folder or a checkpoint inside it belongs, or which it is."""
+    """Return the run or pipeline folder that contains ``path``, or ``path`` itself."""
     path = Path(path).expanduser()
-    return path.parent.parent if path.is_file() else path.parent if (path / "config.json").is_file() else path
+    # RUN/checkpoints/last.ckpt
+    if path.is_file():
+        return path.parent.parent
+    # RUN/transformer
+    if (path / "config.json").is_file():
+        return path.parent
+    return path
 
 
 # ------------------------------------------------------------------------------------- which tokenizer belongs to what

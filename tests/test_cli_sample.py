@@ -226,7 +226,7 @@ ERRORS = {
     "wrong stage, run": ([*ONE, "--checkpoint", "{vqgan}"], "is a VQGAN checkpoint .*Transformer is needed"),
     "wrong stage, folder": ([*ONE, "--checkpoint", "{vqgan}/vqgan"], "is a VQGAN checkpoint"),
     "wrong stage, file": ([*ONE, "--checkpoint", "{vqgan}/checkpoints/best.ckpt"], "is a VQGAN checkpoint"),
-    "damaged": ([*ONE, "--checkpoint", "{tmp}/damaged.ckpt"], "damaged.ckpt is no readable checkpoint"),
+    "damaged": ([*ONE, "--checkpoint", "{tmp}/damaged.ckpt"], "damaged.ckpt is not a readable checkpoint"),
     "damaged CLIP": ([*ONE, "--checkpoint", "{tmp}/broken"], "clip.json is damaged"),
     "output in a file": ([*OURS, "--output", "{tmp}/damaged.ckpt/s"], "output must be a folder .*, got .*s:"),
     "output is a file": ([*OURS, "--output", "{tmp}/damaged.ckpt"], "output must be .*damaged.ckpt: File exists"),

@@ -423,7 +423,7 @@ ERRORS = {
     "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a tokenizer: give vqgan=RUN"),
     "missing vqgan": ([*TRANSFORMER, *SHAPES, "vqgan=x"], "x does not exist; `clipgen-train stage=vqgan` makes"),
     "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/pictures"], "pictures holds no such model"),
-    "damaged vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={damaged}"], "damaged.ckpt is no readable checkpoint"),
+    "damaged vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={damaged}"], "damaged.ckpt is not a readable checkpoint"),
     "wrong vqgan folder": (
         [*TRANSFORMER, *SHAPES, "vqgan={transformer}/transformer"],
         "is a ConditionalTransformer .* VQGAN is needed",
@@ -467,7 +467,7 @@ ERRORS = {
     "missing resume": ([*VQGAN, *SHAPES, "resume=x"], r"resume must name a .ckpt or a run folder .*, got x"),
     "resume a model": ([*VQGAN, *SHAPES, "resume={vqgan}/vqgan"], "resume must name a .ckpt or a run folder"),
     "resume the wrong stage": ([*VQGAN, *SHAPES, "resume={transformer}"], "but a VQGAN is needed"),
-    "resume nonsense": ([*VQGAN, *SHAPES, "resume={damaged}"], "damaged.ckpt is no readable checkpoint"),
+    "resume nonsense": ([*VQGAN, *SHAPES, "resume={damaged}"], "damaged.ckpt is not a readable checkpoint"),
     "resume another size": (
         [*VQGAN, *SHAPES, "resume={vqgan}", "model.autoencoder.ch=64"],
         "the same model, .* with .*ch=32",

@@ -550,7 +550,7 @@ def test_functions_stay_refused(tmp_path, tiny_vqgan, function):
         for name, data in content.items():
             archive.writestr(name, Call(function, "1 + 1").written() if name.endswith("data.pkl") else data)
     path.write_bytes(written.getvalue())
-    refused(lambda: VQGAN.load(path), path, "no readable checkpoint")
+    refused(lambda: VQGAN.load(path), path, "not a readable checkpoint")
 
 
 def test_stand_ins_execute_nothing(tmp_path):

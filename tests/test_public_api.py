@@ -338,7 +338,7 @@ def test_saving_keeps_files_of_others(tmp_path, pipe):
     (tmp_path / "clip" / "thesis.txt").write_text("years")
     shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "mine")
     other = TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(tmp_path / "mine")))
-    with pytest.raises(FileExistsError, match="clip exists and is no CLIP"):
+    with pytest.raises(FileExistsError, match="clip exists and is not a CLIP folder"):
         other.save(tmp_path)
     assert (tmp_path / "clip" / "thesis.txt").read_text() == "years"
 

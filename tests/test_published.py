@@ -117,7 +117,11 @@ def test_a_ddconfig_may_leave_out_what_taming_has_a_value_for():
     params = CONFIG["model"]["params"]
     net = {name: value for name, value in params["ddconfig"].items() if name not in ("ch_mult", "dropout")}
     found = taming.arguments_of({"model": CONFIG["model"] | {"params": params | {"ddconfig": net}}})
-    assert (found["ch_mult"], found["dropout"], found["resamp_with_conv"]) == ([1, 2, 4, 8], 0.0, True)
+    assert (
+        found["autoencoder"]["ch_mult"],
+        found["autoencoder"]["dropout"],
+        found["autoencoder"]["resamp_with_conv"],
+    ) == ([1, 2, 4, 8], 0.0, True)
 
 
 def test_a_pipeline_keeps_nothing_for_training(tmp_path):
@@ -165,7 +169,7 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(tmp_path, layout):
     for read in (lambda: VQGAN.from_taming(path, CONFIG), lambda: VQGAN.from_hfailab(path), lambda: VQGAN.load(path)):
         with pytest.raises(
             ValueError,
-            match=r"last\.ckpt is no readable checkpoint: it wants to run (\w+\.mkdir|torch\.storage\.\w+),",
+            match=r"last\.ckpt is not a readable checkpoint: it references (\w+\.mkdir|torch\.storage\.\w+),",
         ):
             read()
     assert not trap.exists()
@@ -218,9 +222,9 @@ def test_clear_errors(tmp_path, tiny_vqgan):
     (tmp_path / "list.yaml").write_text("- 1")
     for name, config, message in (
         ("none.ckpt", CONFIG, "no checkpoint .*none.ckpt"),
-        ("other.ckpt", CONFIG, "other.ckpt is no checkpoint of taming-transformers"),
+        ("other.ckpt", CONFIG, "other.ckpt is not a checkpoint of taming-transformers"),
         ("list.ckpt", CONFIG, "it holds a list"),
-        ("cut.ckpt", CONFIG, "cut.ckpt is no readable checkpoint"),
+        ("cut.ckpt", CONFIG, "cut.ckpt is not a readable checkpoint"),
         ("good.ckpt", tmp_path / "none.yaml", "none.yaml"),
         ("good.ckpt", tmp_path / "bad.yaml", "bad.yaml is damaged"),
         ("good.ckpt", tmp_path / "list.yaml", "list.yaml must hold a mapping"),

@@ -1,4 +1,4 @@
-"""GPT-2's language weights, as transformers keeps them."""
+"""Load the language weights of GPT-2 in the format of transformers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ MAX_ROWS = 2**20  # of the tables that are not compared with ours
 
 
 def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
-    """The weights of a GPT-2 without its head: ``wte``, ``wpe``, ``h``, ``ln_f``.
+    """Load the weights of a GPT-2 without its head: ``wte``, ``wpe``, ``h``, ``ln_f``.
 
     Args:
-        name: on the Hugging Face hub, or a folder of ``save_pretrained``. like: what its size must agree with.
+        name: name on the Hugging Face hub, or a folder written by ``save_pretrained``.
+        like: configuration whose sizes the weights must have.
 
     Raises:
-        ValueError: it cannot be had, is no GPT-2, or of another size.
+        ValueError: the weights cannot be loaded, are not those of a GPT-2, or have another size.
     """
     config = from_pretrained(AutoConfig, name)
     if not isinstance(config, GPT2Config):
@@ -43,10 +44,10 @@ def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
     return state
 
 
-def from_pretrained(kind: Any, name: str | Path, **options: Any) -> Any:
-    """``kind.from_pretrained``, or one sentence on why not."""
+def from_pretrained(transformers_class: Any, name: str | Path, **options: Any) -> Any:
+    """Call ``from_pretrained`` of a class of transformers; ValueError with a one-line reason if it fails."""
     try:
-        return kind.from_pretrained(str(name), trust_remote_code=False, **options)
+        return transformers_class.from_pretrained(str(name), trust_remote_code=False, **options)
     except Exception as error:  # no such name or folder, no network; a damaged file raises anything
         raise ValueError(
             "init_from_gpt2 must name a GPT-2 on the Hugging Face hub, or a folder of one, "

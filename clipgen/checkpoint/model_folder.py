@@ -1,4 +1,4 @@
-"""Models in and out of files: our folders (JSON + safetensors), training checkpoints, and run folders.
+"""Save and load models: model folders (JSON and safetensors), training checkpoints, and run folders.
 
 A model folder holds ``config.json`` (which model, its constructor's arguments) and ``model.safetensors``. A run folder
 is what a training run leaves: ``checkpoints/`` while it trains, and a model folder named after the model once it is
@@ -49,8 +49,8 @@ Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
 
 def model_name_of(model: type) -> str:
-    """By which name files know a model: its own, or for a user's subclass that of ours."""
-    return next(each.__name__ for each in model.__mro__ if each.__name__ in FOLDERS)
+    """Return the model name stored in files: the class name, or that of the clipgen base class of a subclass."""
+    return next(parent.__name__ for parent in model.__mro__ if parent.__name__ in FOLDERS)
 
 
 def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
@@ -79,7 +79,7 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
 
 
 def resolve_path(path_or_name: str | Path) -> Path:
-    """Where files are: a path; ``"shapes"``, the bundled models; or what ``"hf-hub:OWNER/NAME"`` downloads."""
+    """Return a path, that of the bundled ``"shapes"``, or that of a downloaded ``"hf-hub:OWNER/NAME"``."""
     name = str(path_or_name)
     if not name.startswith("hf-hub:"):
         # a Path is one, whatever its name
@@ -93,11 +93,11 @@ def resolve_path(path_or_name: str | Path) -> Path:
 
 
 def load(path: str | Path, model: str) -> Model:
-    """Constructor's arguments and weights of a model folder, a run folder, a ``.ckpt``, or what ``resolve_path`` knows.
+    """Load the constructor's arguments and the weights of a model folder, a run folder, a ``.ckpt``, or a public name.
 
     Raises:
-        FileNotFoundError: nothing there; names the command that makes it.
-        ValueError: the file is damaged, or of the other stage.
+        FileNotFoundError: there is no such model; the message names the command that makes one.
+        ValueError: the file is damaged, or holds a model of the other stage.
     """
     place = resolve_path(path)
     for folder in (place, place / FOLDERS[model]):
@@ -107,7 +107,7 @@ def load(path: str | Path, model: str) -> Model:
 
 
 def find_model(path: Path, model: str) -> Path:
-    """The model folder or checkpoint that ``path`` stands for; in a run folder the finished model comes first."""
+    """Find the model folder or checkpoint in ``path``; in a run folder the finished model takes precedence."""
     if path.is_file():
         return path
     places = [path, path / FOLDERS[model], path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"]
@@ -121,7 +121,7 @@ def find_model(path: Path, model: str) -> Path:
 
 
 def check_model(found: str | None, model: str, path: Path) -> None:
-    """Raise ValueError where a file holds another model than the one asked for."""
+    """Raise ValueError if a file holds another model than the one requested."""
     if found != model:
         what = f"a {found} checkpoint (from `{COMMANDS[found]}`)" if found in COMMANDS else "no clipgen checkpoint"
         raise ValueError(f"{path} is {what}, but a {model} is needed; `{COMMANDS[model]}` makes one")
@@ -188,7 +188,7 @@ def load_ckpt(path: Path, model: str) -> Model:
 
 
 def fingerprint(state: State) -> str:
-    """A short hash of weights."""
+    """Return a short hash of weights."""
     digest = hashlib.sha256()
     for name in sorted(state):
         digest.update(name.encode() + state[name].detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Reading what torch.save wrote: nothing in it is executed, and no size in it is believed."""
+"""Read files written by torch.save without executing code or trusting sizes in them."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # damaged bytes raise anything from KeyError to OSError
         if isinstance(error, OSError) and error.filename:  # the system's, not torch's
             raise
-        raise ValueError(f"{path} is no readable checkpoint: {short_reason(error)}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {short_reason(error)}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is no readable checkpoint: it holds a {type(found).__name__}")
+        raise ValueError(f"{path} is not a readable checkpoint: it holds a {type(found).__name__}")
     return found
 
 
@@ -101,7 +101,7 @@ def short_reason(error: Exception) -> str:
     """Return torch's reason in short; the function's name where a file asks for one that no weights need."""
     reason = " ".join(str(error).split()) or "it ends too early"
     if name := refused_name(error):
-        return f"it wants to run {name}, which no weights need: refused"
+        return f"it references {name}, which weights do not need: refused"
     return reason.rpartition("WeightsUnpickler error: ")[2][:200]
 
 
@@ -125,7 +125,7 @@ def read_weights(path: str | Path, key: str, first: str, project: str) -> State:
                 return check_tensors(names, path)
     names = strip_wrappers(checkpoint, first, path)
     if first not in names:
-        raise ValueError(f"{path} is no checkpoint of {project}: there is no {first} in it")
+        raise ValueError(f"{path} is not a checkpoint of {project}: it holds no {first}")
     return check_tensors(names, path)
 
 
