@@ -403,7 +403,7 @@ def test_split_is_independent_of_the_seed(tmp_path: Path) -> None:
     sides = [ImageFolder(tmp_path, 8, train=seed == 3, val_fraction=0.3, seed=seed) for seed in (3, 4)]
     assert set(sides[0].files).isdisjoint(sides[1].files) and len(sides[0]) + len(sides[1]) == 20
     assert [*sides[0].held_out().files] == [*sides[1].files]
-    assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # without a split, the expected folder
+    assert len(ImageFolder(tmp_path, 8, train=False)) == 20  # without a split, the whole folder
 
 
 def test_folder_data_scans_once_and_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
