@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def biggan_state(piece: int = 2, shared: int = 3, classes: int = 5) -> State:
     """Return BigGAN of ajbrock: two blocks, attention after the first, 16 x 16 pixels."""
     state: State = {"shared.weight": torch.randn(classes, shared)}
     power_norm(state, "linear", 16 * CHANNELS[0], piece, bias=True)
-    for i, (c_in, c_out) in enumerate(zip(CHANNELS, CHANNELS[1:])):
+    for i, (c_in, c_out) in enumerate(pairwise(CHANNELS)):
         power_norm(state, f"blocks.{i}.0.conv1", c_out, c_in, 3, 3, bias=True)
         power_norm(state, f"blocks.{i}.0.conv2", c_out, c_out, 3, 3, bias=True)
         power_norm(state, f"blocks.{i}.0.conv_sc", c_out, c_in, 1, 1, bias=True)

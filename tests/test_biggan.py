@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
 from gan_states import biggan_state, deep_state, sagan_state
+from PIL import Image
 from torch import Tensor
 
 from clipgen.baselines import load_generator
 from clipgen.baselines.biggan import interpolate_rows, load_biggan
 from clipgen.baselines.gan_layers import truncated_normal
+from clipgen.baselines.search import encode_labels
+from clipgen.cli import baseline
+from clipgen.clip import FrozenCLIP
 
 
 def assert_equal(images: Tensor, expected: np.ndarray) -> None:
@@ -46,7 +51,7 @@ def test_every_tensor_is_needed_and_used(tmp_path, make, side, noise_dim):
     assert generator.noise_dim == noise_dim and images.shape == (3, 3, side, side) and images.std() > 0.1
     for name in state:
         torch.save({key: value for key, value in state.items() if key != name}, path)
-        with pytest.raises(ValueError, match="weights.bin"):
+        with pytest.raises(ValueError, match=r"weights\.bin"):
             load_generator(f"biggan:{path}")
     torch.save({**state, "extra.weight_x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"1 of its tensors have no place, such as 'extra.weight_x'"):
@@ -109,13 +114,17 @@ def test_files_converted_from_tf_hub_have_no_record_of_singular_values(tmp_path)
         (sagan_state, r"must be a BigGAN, got StudioGAN's SAGAN: name it sagan:"),
         (
             lambda: {**sagan_state(), "shared.weight": torch.ones(5, 3)},
-            "got StudioGAN's BigGAN, which is not supported",
+            "got StudioGAN's BigGAN, which is not",
         ),
         (lambda: {"state": {}, "param_groups": []}, "got an optimizer's state: take the generator's file beside it"),
         (lambda: {"itr": 3, "epoch": 1, "config": {}}, "got the counters of a training run"),
         (lambda: {"embed.weight": torch.ones(5, 3)}, "must hold a generator, got a discriminator"),
         (lambda: {"a": torch.ones(5, 3)}, "must be a BigGAN, got another network"),
         (lambda: {**biggan_state(), "blocks.0.0.bn1.bn.running_mean": torch.ones(1)}, "--cross_replica or --mybn"),
+        (lambda: {**deep_state(), "classes.weight": torch.ones(4, 5)}, "has no place in it"),
+        (lambda: {**biggan_state(), "shared.weight": torch.tensor(1.0)}, "the sizes of its BigGAN cannot be read"),
+        (lambda: {**biggan_state(), "linear.weight": torch.tensor(1.0)}, "must hold a matrix or kernel at linear"),
+        (lambda: {**deep_state(), "generator.layers.x.a": torch.ones(1)}, "holds another network"),
         (lambda: {**deep_state(), "embeddings.weight": torch.full((4, 5), torch.nan)}, "must be finite"),
     ],
 )
@@ -135,3 +144,22 @@ def test_folder_without_weights_is_refused(tmp_path):
         load_generator(f"biggan:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_generator(f"biggan:{tmp_path / 'missing.pth'}")
+
+
+def test_search_asks_for_the_names_of_other_classes_than_imagenets(tmp_path):
+    torch.save(biggan_state(), tmp_path / "G_ema.pth")
+    generator = load_generator(f"biggan:{tmp_path}")
+    with pytest.raises(ValueError, match=r"class_names must name the classes of the generator, got none"):
+        encode_labels(FrozenCLIP("shapes"), generator.class_names)
+
+
+def test_search_reports_its_truncation(monkeypatch, tmp_path):
+    torch.save(deep_state(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "names.txt").write_text("circle\nsquare\nstar\nring\ncross\n")
+    options = ["--generator", f"biggan:{tmp_path}", "--class-names", tmp_path / "names.txt", "--truncation", 0.4]
+    options += ["--prompt", "a red circle", "--clip", "shapes", "--k", 2, "--num-images", 3, "--device", "cpu"]
+    arguments = ["clipgen-baseline", "search", *options, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    baseline.run()
+    with Image.open(next((tmp_path / "out").glob("00*.png"))) as image:
+        assert '"truncation": 0.4' in " ".join(map(str, image.info.values()))

@@ -35,7 +35,7 @@ def test_torchscript_generator(tmp_path):
     with pytest.raises(ValueError, match=r"plain.pt failed on noise \(3, 2\) and class_indices \(4,\): "):
         generator(torch.randn(3, 2), torch.zeros(4, dtype=torch.int64))
     Path(path).write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"plain.pt is not a TorchScript file"):
+    with pytest.raises(ValueError, match=r"plain.pt is not a TorchScript file; name a state dict biggan:FILE or sagan"):
         load_generator(path, 2, NAMES)
     with pytest.raises(FileNotFoundError, match=r"no TorchScript file .*other.pt"):
         load_generator(str(tmp_path / "other.pt"), 2, NAMES)

@@ -33,7 +33,7 @@ def test_every_tensor_is_needed_and_used(tmp_path, year):
         if name.endswith("num_batches_tracked"):
             continue
         torch.save({"state_dict": {key: value for key, value in state.items() if key != name}}, path)
-        with pytest.raises(ValueError, match="model.ckpt"):
+        with pytest.raises(ValueError, match=r"model\.ckpt"):
             load_generator(f"sagan:{path}")
     torch.save({"state_dict": {**state, "blocks.0.0.extra": torch.ones(1)}}, path)
     with pytest.raises(ValueError, match=r"1 of its tensors have no place, such as 'blocks.0.extra'"):
@@ -84,6 +84,12 @@ def test_truncation_cuts_the_noise(tmp_path):
         (lambda: {**sagan_state(), "shared.weight": torch.ones(5, 3)}, "got its BigGAN, which is not supported"),
         (lambda: {"state": {}, "param_groups": []}, "must hold a generator, got an optimizer's state"),
         (lambda: {"linear1.weight_orig": torch.ones(1, 3)}, "must hold a generator, got a discriminator"),
+        (
+            lambda: {**sagan_state(), "linear0.weight_orig": torch.tensor(1.0)},
+            "must hold a matrix or kernel at linear0",
+        ),
+        (lambda: {**sagan_state(), "blocks.x": torch.ones(1)}, "1 of its tensors have no place, such as 'blocks.x'"),
+        (lambda: {**sagan_state(), "linear0.weight": torch.ones(1)}, "must hold linear0.weight or linear0.weight_orig"),
         (lambda: {"mapping.fc0.weight": torch.ones(1, 3)}, "must be StudioGAN's SAGAN, got another model"),
     ],
 )

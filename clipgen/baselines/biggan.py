@@ -1,13 +1,15 @@
 """BigGAN and BigGAN-deep (Brock et al. 2018, arXiv:1809.11096) from their published state dicts.
 
-Two layouts are read and told apart by their keys: BigGAN-deep of Hugging Face's pytorch-pretrained-biggan, and BigGAN of
-ajbrock's BigGAN-PyTorch. Sizes are read from the state dict; which blocks double the resolution and the epsilons are not
-in it, and are taken from ``config.json`` beside the file if there is one, else they are those of the published files.
+Two layouts are read and told apart by their keys: BigGAN-deep of Hugging Face's pytorch-pretrained-biggan, and BigGAN
+of ajbrock's BigGAN-PyTorch. Sizes are read from the state dict. The epsilons, and which blocks of BigGAN-deep double
+the resolution, are taken from ``config.json`` beside the file if there is one, else they are those of the published
+files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,9 @@ class StatisticsTable(nn.Module):
         rows: number of truncations, evenly spaced.
         channels: channels of the input.
     """
+
+    means: Tensor
+    vars: Tensor
 
     def __init__(self, rows: int, channels: int):
         super().__init__()
@@ -269,14 +274,14 @@ class BigGAN(nn.Module):
         self.classes = nn.Embedding(num_classes, class_dim)
         self.first = nn.Linear(piece, 16 * channels[0])
         self.blocks = nn.ModuleList()
-        for channels_in, channels_out in zip(channels, channels[1:]):
+        for channels_in, channels_out in pairwise(channels):
             self.blocks.append(ResidualBlock(channels_in, channels_out, class_dim + piece, eps))
         self.attention = nn.ModuleDict({str(i): SelfAttention(channels[i + 1]) for i in attention_after})
         self.norm = FixedBatchNorm(channels[-1], eps)
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, noise: Tensor, class_indices: Tensor, truncation: float = 1.0) -> Tensor:
-        """Generate images: (B, noise_dim), (B,) -> (B, 3, H, W) in [-1, 1]; ``truncation`` changes no statistics here."""
+        """Generate images: (B, noise_dim), (B,) -> (B, 3, H, W) in [-1, 1]; ``truncation`` has no effect here."""
         pieces = noise.chunk(len(self.blocks) + 1, dim=1)
         class_embedding = self.classes(class_indices)
         x = self.first(pieces[0]).view(len(noise), -1, 4, 4)
@@ -337,7 +342,7 @@ def other_model(state: State, file: Path) -> str:
 
 def load_deep(state: State, config: dict[str, Any], file: Path) -> BigGANDeep:
     """Build BigGAN-deep from Hugging Face's layout."""
-    folded = number_layers(rename(fold_spectral_norms(state, file), DEEP_NAMES))
+    folded = number_layers(rename(fold_spectral_norms(state, file), DEEP_NAMES, file))
     try:
         noise_dim, num_classes = folded["classes.weight"].shape
         rows = len(folded["norm.means"])
@@ -390,7 +395,7 @@ def attention_of(state: State, blocks: int, file: Path) -> list[int]:
 
 
 def doubling_blocks(config: dict[str, Any], channels: list[int], file: Path) -> list[bool]:
-    """Return which blocks double the resolution: as config.json says, else every other one, as in all published files."""
+    """Return which blocks double the resolution: as in config.json, else every other one as in the published files."""
     blocks = len(channels) - 1
     layers = config.get("layers")
     if layers is None:
@@ -425,7 +430,7 @@ def load_ajbrock(state: State, config: dict[str, Any], file: Path) -> BigGAN:
     converted = not any(name.endswith(".sv0") for name in state)
     spectral_eps = positive(config, "SN_eps", CONVERTED_EPS if converted else SPECTRAL_EPS, file)
     eps = positive(config, "BN_eps", CONVERTED_EPS if converted else NORM_EPS, file)
-    folded = rename(fold_power_iteration(state, ["shared.weight"], spectral_eps, file), NAMES)
+    folded = rename(fold_power_iteration(state, ["shared.weight"], spectral_eps, file), NAMES, file)
     folded = {name: scalar(name, tensor) for name, tensor in folded.items()}
     try:
         num_classes, class_dim = folded["classes.weight"].shape
@@ -447,7 +452,5 @@ def refuse_variants(state: State, file: Path) -> None:
     if any(".bn1.bn." in name for name in state):
         raise ValueError(f"{file} was trained with --cross_replica or --mybn, which is not supported")
     gain, shared = state.get("blocks.0.0.bn1.gain.weight"), state["shared.weight"]
-    if gain is not None and gain.shape[-1] == shared.shape[-1]:
-        raise ValueError(
-            f"{file} was trained without --hier, which is not supported: no block has a piece of the noise"
-        )
+    if gain is not None and gain.shape[-1:] == shared.shape[-1:]:
+        raise ValueError(f"{file} was trained without --hier, which is not supported: its blocks get no noise")

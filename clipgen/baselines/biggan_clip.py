@@ -78,9 +78,10 @@ class BigGANCLIPParams:
         for name, value, minimum in (("steps", self.steps, 0), ("cutouts", self.cutouts, 1)):
             if value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
-        for name, value in (("learning_rate", self.learning_rate), ("class_temperature", self.class_temperature)):
-            if not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not self.class_temperature > 0:
+            raise ValueError(f"class_temperature must be above 0, got {self.class_temperature}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.keep_best_every is not None and self.keep_best_every < 1:
@@ -205,8 +206,8 @@ class Optimization:
 def class_weights(logits: Tensor, max_classes: int | None = None, temperature: float = 2.0) -> Tensor:
     """Return the weights of the classes in each layer, (R, C) -> (R, C).
 
-    Without ``max_classes`` they are sigmoids. With it, the most probable class is taken ``max_classes`` times, each time
-    by a softmax over the classes that are left; the others get 0.
+    Without ``max_classes`` they are sigmoids. With it, the most probable class is taken ``max_classes`` times, each
+    time by a softmax over the classes that are left; the others get 0.
     """
     if max_classes is None:
         return logits.sigmoid()

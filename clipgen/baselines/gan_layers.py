@@ -1,4 +1,4 @@
-"""Layers of the class-conditional GANs, for inference: spectral norms are folded into plain weights before they are loaded.
+"""Layers of class-conditional GANs for inference: spectral norms are folded into the weights before they are loaded.
 
 SAGAN: Zhang et al. 2018, arXiv:1805.08318. BigGAN and BigGAN-deep: Brock et al. 2018, arXiv:1809.11096, Appendix B.
 """
@@ -50,6 +50,9 @@ class ConditionalBatchNorm(nn.Module):
         eps: added to the variance.
     """
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self, channels: int, condition_dim: int, eps: float):
         super().__init__()
         self.gain = nn.Linear(condition_dim, channels, bias=False)
@@ -72,6 +75,9 @@ class FixedBatchNorm(nn.Module):
         eps: added to the variance.
     """
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self, channels: int, eps: float):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
@@ -85,7 +91,7 @@ class FixedBatchNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """The generator block of BigGAN and of StudioGAN's SAGAN, which doubles the resolution (arXiv:1809.11096, Fig. 15b).
+    """Generator block of BigGAN and of StudioGAN's SAGAN, which doubles the resolution (arXiv:1809.11096, Fig. 15b).
 
     Args:
         channels_in: channels of the input.

@@ -1,4 +1,4 @@
-"""State dicts of published GAN generators: read without executing anything, spectral norms folded, loaded completely."""
+"""State dicts of published GANs: read without executing anything, spectral norms folded, loaded completely."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgen.checkpoint.safe_load import check_finite, read_checkpoint
+from clipgen.checkpoint.safe_load import check_dense, check_finite, read_checkpoint
 
 __all__ = ["fold_power_iteration", "fold_spectral_norms", "load_completely", "read_generator_state", "rename"]
 
@@ -35,10 +34,7 @@ def read_generator_state(path: str | Path) -> State:
         state = {name.removeprefix(WRAPPER): value for name, value in state.items()}
     refuse_discriminators(state, path)
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise ValueError(
-                f"{path} must hold a generator's dense weights, got a {type(value).__name__} at {name!r:.100}"
-            )
+        check_dense(name, value, path)
     check_finite(state, path)
     return {name: value.float() for name, value in state.items()}
 
@@ -63,8 +59,8 @@ def refuse_discriminators(state: State, path: str | Path) -> None:
     last = {"linear1.weight", "linear1.weight_orig"}
     if "linear0.bias" not in state and (embeds | last) & state.keys():
         raise ValueError(
-            f"{path} must hold a generator, got a discriminator: take the generator's file beside it, such as G_ema.pth "
-            "or model=G-...pth"
+            f"{path} must hold a generator, got a discriminator: take the generator's file beside it, "
+            "such as G_ema.pth or model=G-...pth"
         )
 
 
@@ -85,6 +81,8 @@ def fold_spectral_norms(state: State, path: str | Path) -> State:
         weight = folded.pop(name)
         u = take(folded, f"{stem}_u", path)
         v = take(folded, f"{stem}_v", path)
+        if stem in state:
+            raise ValueError(f"{path} must hold {stem} or {name}, got both")
         folded[stem] = weight / singular_value(weight, u, v, stem, path)
     return folded
 
@@ -114,7 +112,7 @@ def fold_power_iteration(state: State, plain: Sequence[str], eps: float, path: s
 
 def power_iteration(weight: Tensor, u: Tensor, name: str, eps: float, path: str | Path) -> Tensor:
     """Return the singular value (1,) of weight (O, ...) after one step from u (1, O)."""
-    matrix = weight.flatten(1)
+    matrix = as_matrix(weight, name, path)
     if u.shape != (1, len(matrix)):
         raise ValueError(f"{path} must hold a vector (1, {len(matrix)}) beside {name}, got {tuple(u.shape)}")
     v = F.normalize(u @ matrix, eps=eps)  # (1, I)
@@ -124,7 +122,7 @@ def power_iteration(weight: Tensor, u: Tensor, name: str, eps: float, path: str 
 
 def singular_value(weight: Tensor, u: Tensor, v: Tensor, name: str, path: str | Path) -> Tensor:
     """Return ``u^T W v`` with W (O, I), u (O,) and v (I,)."""
-    matrix = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
+    matrix = as_matrix(weight, name, path)
     if (*u.shape, *v.shape) != tuple(matrix.shape):
         raise ValueError(
             f"{path} must hold vectors for the {tuple(matrix.shape)} matrix of {name}, "
@@ -134,6 +132,13 @@ def singular_value(weight: Tensor, u: Tensor, v: Tensor, name: str, path: str | 
     if not sigma.abs() > 0:
         raise ValueError(f"{path} is damaged: the spectral norm of {name} must not be 0")
     return sigma
+
+
+def as_matrix(weight: Tensor, name: str, path: str | Path) -> Tensor:
+    """Return a weight (O, ...) as (O, I)."""
+    if weight.ndim < 2:
+        raise ValueError(f"{path} must hold a matrix or kernel at {name}, got {tuple(weight.shape)}")
+    return weight.flatten(1)
 
 
 def take(state: State, name: str, path: str | Path) -> Tensor:
@@ -146,12 +151,15 @@ def take(state: State, name: str, path: str | Path) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def rename(state: State, patterns: Sequence[tuple[str, str]]) -> State:
+def rename(state: State, patterns: Sequence[tuple[str, str]], path: str | Path) -> State:
     """Return the state dict with each regular expression replaced in all names, in order."""
     renamed = {}
-    for name, tensor in state.items():
+    for old, tensor in state.items():
+        name = old
         for pattern, replacement in patterns:
             name = re.sub(pattern, replacement, name)
+        if name in renamed:
+            raise ValueError(f"{path} holds another network: {old!r:.100} has no place in it")
         renamed[name] = tensor
     return renamed
 

@@ -185,7 +185,9 @@ def load_torchscript(path: Path, device: str | torch.device) -> Any:
         return torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         reason = one_line(error, 200)
-        raise ValueError(f"{path} is not a TorchScript file, as torch.jit.save writes them: {reason}") from error
+        raise ValueError(
+            f"{path} is not a TorchScript file; name a state dict biggan:FILE or sagan:FILE ({reason})"
+        ) from error
 
 
 def load_function(module: str, name: str) -> Any:

@@ -6,6 +6,8 @@ in the one-hot class. Every size is read from the state dict, so no configuratio
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -50,14 +52,14 @@ class SAGAN(nn.Module):
         self.noise_dim, self.num_classes = noise_dim, num_classes
         self.first = nn.Linear(noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
-        for channels_in, channels_out in zip(channels, channels[1:]):
+        for channels_in, channels_out in pairwise(channels):
             self.blocks.append(ResidualBlock(channels_in, channels_out, num_classes, EPS))
         self.attention = nn.ModuleDict({str(i): SelfAttention(channels[i + 1]) for i in attention_after})
         self.norm = FixedBatchNorm(channels[-1], EPS)
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, noise: Tensor, class_indices: Tensor, truncation: float = 1.0) -> Tensor:
-        """Generate images: (B, noise_dim), (B,) -> (B, 3, H, W) in [-1, 1]; ``truncation`` changes no statistics here."""
+        """Generate images: (B, noise_dim), (B,) -> (B, 3, H, W) in [-1, 1]; ``truncation`` has no effect here."""
         one_hot = F.one_hot(class_indices.long(), self.num_classes).to(noise)
         x = self.first(noise).view(len(noise), -1, 4, 4)
         for i, block in enumerate(self.blocks):
@@ -76,7 +78,7 @@ def load_sagan(path: str | Path) -> SAGAN:
     """
     state = read_generator_state(path)
     check_layout(state, path)
-    folded = rename(fold_spectral_norms(without_counters(state), path), NAMES)
+    folded = rename(fold_spectral_norms(without_counters(state), path), NAMES, path)
     if any(".embed0." in name for name in state):
         folded = transpose_embeddings(folded)
     return build(number_blocks(folded), path)
@@ -92,7 +94,8 @@ def check_layout(state: State, path: str | Path) -> None:
     conditional = any(".bn1.embed0." in name or ".bn1.gain." in name for name in state)
     if not studiogan or not conditional:
         raise ValueError(
-            f"{path} must be StudioGAN's SAGAN, got another model: there is no linear0 with class-conditional norms in it"
+            f"{path} must be StudioGAN's SAGAN, got another model: "
+            "there is no linear0 with class-conditional norms in it"
         )
 
 
@@ -109,7 +112,8 @@ def transpose_embeddings(state: State) -> State:
 
 def number_blocks(state: State) -> State:
     """Name ``blocks.4.0.gamma`` as attention after block 3, and the blocks behind it by their own number."""
-    indices = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
+    matches = {name: re.fullmatch(r"blocks\.(\d+)\.0\.(.+)", name) for name in state}
+    indices = {int(match[1]) for match in matches.values() if match}
     attention = {index for index in indices if f"blocks.{index}.0.gamma" in state}
     places = {}
     blocks = 0
@@ -121,9 +125,9 @@ def number_blocks(state: State) -> State:
             blocks += 1
     renamed = {}
     for name, tensor in state.items():
-        if name.startswith("blocks."):
-            index, inner, rest = name.removeprefix("blocks.").split(".", 2)
-            name = places[int(index)] + rest if inner == "0" else name
+        match = matches[name]
+        if match:
+            name = places[int(match[1])] + match[2]
         renamed[name] = tensor.reshape(()) if name.endswith(".gamma") and tensor.numel() == 1 else tensor
     return renamed
 
@@ -138,7 +142,8 @@ def build(state: State, path: str | Path) -> SAGAN:
             channels.append(len(state[f"blocks.{len(channels) - 1}.conv1.weight"]))
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is incomplete: the sizes of its SAGAN cannot be read ({error})") from error
-    attention_after = sorted({int(name.split(".")[1]) for name in state if name.startswith("attention.")})
+    places = [re.match(r"attention\.(-?\d+)\.", name) for name in state]
+    attention_after = sorted({int(place[1]) for place in places if place})
     if attention_after and not 0 <= attention_after[0] <= attention_after[-1] < len(channels) - 1:
         raise ValueError(f"{path} is incomplete: its attention must follow a block, got none before it")
     with torch.device("meta"):
