@@ -162,4 +162,4 @@ def test_search_reports_its_truncation(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     baseline.run()
     with Image.open(next((tmp_path / "out").glob("00*.png"))) as image:
-        assert '"truncation": 0.4' in " ".join(map(str, image.info.values()))
+        assert image.info["truncation"] == "0.4"

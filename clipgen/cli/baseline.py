@@ -202,7 +202,8 @@ def run_search(args: argparse.Namespace) -> None:
     clip = load_search_clip(args)
     if args.table:
         return run_search_table(args, generator, clip)
-    output = ImageOutput(args, {"k": args.k, "num_images": args.num_images, "truncation": args.truncation})
+    truncation = {} if args.truncation is None else {"truncation": args.truncation}
+    output = ImageOutput(args, {"k": args.k, "num_images": args.num_images, **truncation})
     label_embeddings = encode_labels(clip, generator.class_names, args.template)
     for number, prompt in enumerate(args.prompts):
         result = search(
