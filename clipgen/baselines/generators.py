@@ -10,16 +10,15 @@ A generator also has ``noise_dim``, ``class_names``, and ``device``, the device 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.baselines.class_conditional import ClassConditionalGenerator
+from clipgen.baselines.gan_files import is_gan_file, load_gan_file
 from clipgen.data.webdataset import read_names
 from clipgen.evaluation.captions import imagenet_class_names
 from clipgen.evaluation.features import import_function
@@ -106,6 +105,7 @@ def load_generator(
     class_names: Sequence[str] | None = None,
     device: str | torch.device = "cpu",
     params: SamplingParams | None = None,
+    truncation: float | None = None,
 ) -> Generator:
     """Load a generator by name.
 
@@ -113,19 +113,24 @@ def load_generator(
         source: one of
 
             - a run folder of the class-conditional transformer,
-            - ``biggan-deep-128``, ``-256``, ``-512`` or ``biggan:FOLDER``, see ``load_biggan``,
+            - ``biggan:FILE_OR_FOLDER`` or ``sagan:FILE``, published weights, see ``load_gan_file``,
             - a TorchScript file (``.pt``, ``.pth``, ``.ts``) whose forward takes (noise, class_indices),
             - ``module:function``, an importable function or object; the current folder is searched, too.
         noise_dim: dimension of the noise; None: the attribute of this name of the function or module.
         class_names: names of the classes; None: the attribute of this name.
         device: device of the generator.
         params: sampling parameters of the class-conditional transformer.
+        truncation: truncation of a BigGAN or SAGAN, in (0, 1]; None: noise is used as it is.
 
     Raises:
         FileNotFoundError: the source does not exist.
         ValueError: it cannot be loaded, or something is missing.
     """
     path = Path(source).expanduser()
+    if is_gan_file(source) and params is None:
+        return load_gan_file(source, noise_dim, class_names, device, truncation)
+    if truncation is not None:
+        raise ValueError(f"truncation applies to biggan: and sagan: only, got {truncation} for {source}")
     if is_run(source):
         return ClassConditionalGenerator.load(path, params).to(device)
     if params is not None:
@@ -136,20 +141,18 @@ def load_generator(
 def is_run(source: str) -> bool:
     """Return whether a generator is a run of the class-conditional transformer."""
     path = Path(source).expanduser()
-    return path.is_dir() or path.suffix == ".ckpt"
+    return not is_gan_file(source) and (path.is_dir() or path.suffix == ".ckpt")
 
 
 def load_external(source: str, path: Path, device: str | torch.device) -> Any:
     """Load a generator of others, as a function of (noise, class_indices)."""
-    if source.startswith(("biggan-deep-", "biggan:")):
-        return load_biggan(source.removeprefix("biggan:"), device)
     if path.suffix in (".pt", ".pth", ".ts"):
         return load_torchscript(path, device)
     module, colon, name = source.partition(":")
     if colon:
         return load_function(module, name)
     raise FileNotFoundError(
-        "generator must be a run folder, biggan-deep-256, a TorchScript file or module:function, "
+        "generator must be a run folder, biggan:FILE, sagan:FILE, a TorchScript file or module:function, "
         f"got {source}, which does not exist"
     )
 
@@ -174,50 +177,6 @@ def with_metadata(
     return ExternalGenerator(function, name, int(noise_dim), class_names, device)
 
 
-class BigGAN:
-    """BigGAN-deep (arXiv:1809.11096) of the package pytorch-pretrained-biggan, without truncation of the noise."""
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.noise_dim = model.config.z_dim
-        self.num_classes = model.config.num_classes
-        self.class_names = imagenet_class_names() if self.num_classes == 1000 else None
-
-    def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor:
-        """Return images (B, 3, H, W)."""
-        one_hot = F.one_hot(class_indices, self.num_classes).to(noise)
-        return self.model(noise, one_hot, 1.0)
-
-
-def load_biggan(name: str, device: str | torch.device) -> BigGAN:
-    """Load DeepMind's BigGAN-deep of ImageNet; needs the extra ``clipgen[biggan]``.
-
-    Args:
-        name: ``biggan-deep-128``, ``-256`` or ``-512``, which the package downloads; or a folder with the same files,
-            ``config.json`` and ``pytorch_model.bin``.
-        device: device of the model.
-
-    Raises:
-        ImportError: the package is not installed.
-        ValueError: the weights cannot be loaded.
-    """
-    try:
-        import pytorch_pretrained_biggan as package
-    except ImportError as error:
-        raise ImportError(f"BigGAN needs pip install 'clipgen[biggan]': {error}") from error
-    # The package logs errors before it raises them.
-    logging.getLogger(package.__name__).setLevel(logging.CRITICAL)
-    try:
-        model = package.BigGAN.from_pretrained(name)
-    # The network, files and torch raise exceptions of any type.
-    except Exception as error:
-        raise ValueError(
-            f"the weights of BigGAN {name} cannot be loaded; with its config.json and pytorch_model.bin in a folder, "
-            f"biggan:FOLDER needs no network ({one_line(error, 200)})"
-        ) from error
-    return BigGAN(model.to(device).eval())
-
-
 def load_torchscript(path: Path, device: str | torch.device) -> Any:
     """Load a TorchScript module in evaluation mode."""
     if not path.is_file():
@@ -226,7 +185,9 @@ def load_torchscript(path: Path, device: str | torch.device) -> Any:
         return torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         reason = one_line(error, 200)
-        raise ValueError(f"{path} is not a TorchScript file, as torch.jit.save writes them: {reason}") from error
+        raise ValueError(
+            f"{path} is not a TorchScript file; name a state dict biggan:FILE or sagan:FILE ({reason})"
+        ) from error
 
 
 def load_function(module: str, name: str) -> Any:

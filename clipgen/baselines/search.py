@@ -52,8 +52,10 @@ def encode_labels(clip: FrozenCLIP, class_names: Sequence[str], template: str | 
             vocabulary does not know the words of the template.
 
     Raises:
-        ValueError: the template has no {label}.
+        ValueError: the template has no {label}, or there are no class names.
     """
+    if not class_names:
+        raise ValueError("class_names must name the classes of the generator, got none: give --class-names")
     if template is None:
         template = PAPER_TEMPLATE if knows_template(clip) else "{label}"
     if "{label}" not in template:

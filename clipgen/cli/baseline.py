@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgen.cli.biggan_clip import add_biggan_clip
 from clipgen.cli.console import guarded
 from clipgen.cli.device import default_device
 from clipgen.cli.output_dir import file_name, output_folder
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("clipgen-baseline", description=__doc__.replace("``", ""), formatter_class=raw)
     systems = p.add_subparsers(dest="system", required=True)
     add_vqgan_clip(systems.add_parser("vqgan-clip", help="optimize a tokenizer's latents until they match the prompt"))
+    add_biggan_clip(systems.add_parser("biggan-clip", help="optimize a BigGAN's latents until they match the prompt"))
     add_search(systems.add_parser("search", help="generate images of the classes nearest to the prompt, keep the best"))
     add_class(systems.add_parser("class", help="generate images of classes with the class-conditional transformer"))
     for system in systems.choices.values():
@@ -80,9 +82,10 @@ def add_search(p: argparse.ArgumentParser) -> None:
     models.add_argument(
         "--generator",
         required=True,
-        help="run folder of the class-conditional transformer, biggan-deep-256, TorchScript file, or module:function "
-        "that is called with (noise, class_indices)",
+        help="run folder of the class-conditional transformer, biggan:FILE_OR_FOLDER, sagan:FILE, TorchScript file, "
+        "or module:function that is called with (noise, class_indices)",
     )
+    models.add_argument("--truncation", type=float, help="truncation of BigGAN or SAGAN in (0, 1] (default: none)")
     models.add_argument("--noise-dim", type=int, help="noise dimension, if the generator has no noise_dim attribute")
     models.add_argument(
         "--class-names",
@@ -194,11 +197,13 @@ def run_search(args: argparse.Namespace) -> None:
     from clipgen.baselines.search import encode_labels, search
 
     class_names = read_class_names(args.class_names) if args.class_names else None
-    generator = load_generator(args.generator, args.noise_dim, class_names, args.device, sampling_params(args))
+    params = sampling_params(args)
+    generator = load_generator(args.generator, args.noise_dim, class_names, args.device, params, args.truncation)
     clip = load_search_clip(args)
     if args.table:
         return run_search_table(args, generator, clip)
-    output = ImageOutput(args, {"k": args.k, "num_images": args.num_images})
+    truncation = {} if args.truncation is None else {"truncation": args.truncation}
+    output = ImageOutput(args, {"k": args.k, "num_images": args.num_images, **truncation})
     label_embeddings = encode_labels(clip, generator.class_names, args.template)
     for number, prompt in enumerate(args.prompts):
         result = search(
@@ -379,6 +384,7 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace) -> None:
         print(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
     report = {
         "generator": args.generator,
+        "truncation": args.truncation,
         "prompts": len(args.prompts),
         "num_images": args.num_images,
         "seeds": args.seeds,
