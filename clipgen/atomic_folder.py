@@ -42,13 +42,13 @@ def replace_folder(path: str | Path, entries: Collection[str]) -> Iterator[Path]
     finish_swap(path)
     clear_leftovers(path)
     inside = path.is_dir() and not replaceable(path, entries)
-    staging = stage(path, path if inside else path.parent)
+    staging = make_staging(path, path if inside else path.parent)
     try:
         with with_path_in_errors(path):
             (staging / "new").mkdir()
             yield staging / "new"
             flush(staging / "new")
-            staging = put(path, staging, entries)
+            staging = install(path, staging, entries)
     finally:
         if staging.suffix == ".partial":
             shutil.rmtree(staging, ignore_errors=True)
@@ -62,12 +62,12 @@ def replaceable(path: Path, entries: Collection[str]) -> bool:
     return not foreign and not pinned and os.access(path.parent, os.W_OK)
 
 
-def stage(path: Path, place: Path) -> Path:
+def make_staging(path: Path, place: Path) -> Path:
     """Create the temporary folder, whose name contains the host and the process."""
     return Path(tempfile.mkdtemp(prefix=f".{path.name}.{host_name()}.{os.getpid()}.", suffix=".partial", dir=place))
 
 
-def put(path: Path, staging: Path, entries: Collection[str]) -> Path:
+def install(path: Path, staging: Path, entries: Collection[str]) -> Path:
     """Move the finished new version into place; return the folder with the old one, to be removed."""
     new = staging / "new"
     if not path.exists():
@@ -189,7 +189,7 @@ def in_use(pid: int, state: str) -> bool:
 
 
 def flush(folder: Path) -> None:
-    """Flush all files and folders below a folder to the disk."""
+    """Flush all files and folders below a folder to disk."""
     for parent, _, files in os.walk(folder):
         for name in files:
             flush_to_disk(Path(parent) / name)

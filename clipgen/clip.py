@@ -37,7 +37,8 @@ class WordTokenizer:
     """
 
     def __init__(self, words: Sequence[str], context_length: int):
-        self.words, self.context_length = list(words), context_length
+        self.words = list(words)
+        self.context_length = context_length
         self.warned: set[str] = set()
         self.index = {word: i for i, word in enumerate(self.words, start=2)}
         self.end = len(self.words) + 2
@@ -52,7 +53,8 @@ class WordTokenizer:
         unknown = [word for word in words if word not in self.index]
         if unknown and text not in self.warned:
             self.warned.add(text)
-            names, vocabulary = ", ".join(map(repr, unknown)), ", ".join(sorted(self.words))
+            names = ", ".join(map(repr, unknown))
+            vocabulary = ", ".join(sorted(self.words))
             logger.warning("This CLIP does not know %s in %r; it knows: %s.", names, text, vocabulary)
         known = [self.index[word] for word in words if word in self.index]
         tokens = [1, *known][: self.context_length - 1] + [self.end]
@@ -68,7 +70,7 @@ class FrozenCLIP(pl.LightningModule):
         model_name: ``"shapes"`` (bundled), any open_clip architecture such as ``"ViT-B-32-quickgelu"``, a ``hf-hub:``
             name, or a folder with ``open_clip_config.json`` and weights (what ``scripts/train_clip.py`` writes).
         pretrained: an open_clip tag (``"openai"``) or a checkpoint file; only for open_clip architectures. OpenAI's
-            weights need QuickGELU: a name without it is corrected, with a warning.
+            weights need QuickGELU; a name without it is corrected with a warning.
 
     Raises:
         ValueError: the name is unknown or its weights cannot be loaded; the message says what to do.
@@ -81,8 +83,10 @@ class FrozenCLIP(pl.LightningModule):
     def __init__(self, model_name: str, pretrained: str | None = None):
         super().__init__()
         folder = find_folder(model_name)
-        absolute = folder and model_name not in BUNDLED_CLIPS  # so that a later os.chdir does not lose it
-        self.model_name, self.pretrained = str(folder) if absolute else model_name, pretrained
+        # An absolute path stays valid after os.chdir.
+        use_path = folder and model_name not in BUNDLED_CLIPS
+        self.model_name = str(folder) if use_path else model_name
+        self.pretrained = pretrained
         if folder is None and model_name.startswith("hf-hub:"):
             folder = clip_folder.download(model_name)
         self.folder = folder
@@ -99,7 +103,8 @@ class FrozenCLIP(pl.LightningModule):
         size = model.visual.image_size
         self.image_size = size if isinstance(size, int) else size[0]
         self.resize_mode = preprocessing.get("resize_mode", "shortest")
-        bilinear = preprocessing.get("interpolation") == "bilinear"  # MobileCLIP, CLIPA, PE; as open_clip's own
+        # MobileCLIP, CLIPA and PE are bilinear, all other models of open_clip bicubic.
+        bilinear = preprocessing.get("interpolation") == "bilinear"
         self.interpolation = InterpolationMode.BILINEAR if bilinear else InterpolationMode.BICUBIC
         for key, default in (("mean", OPENAI_MEAN), ("std", OPENAI_STD)):
             value = torch.tensor(preprocessing.get(key) or default)
@@ -130,7 +135,7 @@ class FrozenCLIP(pl.LightningModule):
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize and normalize images (B, 3, H, W) in [-1, 1] of any size as CLIP expects them; differentiable."""
         square = [self.image_size, self.image_size]
-        size = square if self.resize_mode == "squash" else square[:1]  # one number: of the short side
+        size = square if self.resize_mode == "squash" else square[:1]  # one number is the short side
         images = TF.resize((images + 1) / 2, size, self.interpolation, antialias=True)
         return (TF.center_crop(images, square) - self.mean) / self.std
 
@@ -168,7 +173,9 @@ class FrozenCLIP(pl.LightningModule):
                     tokens.shape[1],
                     texts[number][:100],
                     len(texts[number]),
-                    " Further ones are not named." if self.num_truncation_warnings == MAX_TRUNCATION_WARNINGS else "",
+                    " Further texts are not reported."
+                    if self.num_truncation_warnings == MAX_TRUNCATION_WARNINGS
+                    else "",
                 )
 
     def config(self) -> dict[str, Any]:
@@ -225,9 +232,7 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
             "of open_clip"
         )
     if not pretrained:
-        raise ValueError(
-            f"clip.pretrained must name the weights of {name} (a tag such as openai, or a file), got nothing"
-        )
+        raise ValueError(f"clip.pretrained must name the weights of {name} (a tag such as openai, or a file), got none")
     with clip_folder.open_clip_interface():
         try:
             model = open_clip.create_model(
@@ -240,7 +245,7 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
             # open_clip raises various types, from KeyError to the hub's own errors.
             raise ValueError(
                 f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded ({one_line(error)}): "
-                "download them once where there is a network, or name their file in clip.pretrained"
+                "download them once on a machine with a network, or give their file as clip.pretrained"
             ) from error
     clip_folder.check_finite(model, f"CLIP {name!r} (pretrained={pretrained!r})")
     return model

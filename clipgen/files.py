@@ -103,7 +103,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a text in UTF-8: {error}") from error
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from error
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def parse_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """Read plain YAML: no tags, and no aliases, with which a small file can fill the memory.
+    """Read plain YAML, without tags and without aliases, by which a small file can fill the memory.
 
     Raises:
         ValueError: the file is damaged, too large or nested too deeply, or holds a tag or an alias; the message names
@@ -185,7 +185,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def natural_key(path: str) -> tuple[list[Any], str]:
-    """Return a sort key that puts paths in the order in which people number files: 2.png before 10.png."""
+    """Return a sort key for natural order: 2.png before 10.png."""
     key = []
     for part in path.split("/"):
         pieces = re.split("([0-9]+)", part)
@@ -195,7 +195,7 @@ def natural_key(path: str) -> tuple[list[Any], str]:
 
 
 def printable(text: str) -> str:
-    """Return a text with every character that a terminal would obey or hide written as Python's ``repr`` writes it."""
+    """Escape control and invisible characters as ``repr`` does, so that a terminal does not interpret them."""
     if text.isprintable():
         return text
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -99,6 +99,6 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cell(value: Any) -> str:
-    """Return a value as plain text of a Markdown table, on one line and without markup."""
+    """Return a value as plain text for a Markdown table, on one line and without markup."""
     text = html.escape(" ".join(str(value).split())[:200])
     return re.sub(r"([\\`*|!\[\]~])", r"\\\1", text)

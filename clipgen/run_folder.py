@@ -21,13 +21,13 @@ from clipgen.files import flush_to_disk, read_json, write_json
 from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
 from clipgen.vqgan import OPTIONAL_PARTS, VQGAN
 
-ALLOW = "CLIPGEN_ALLOW_CLIP"  # environment variable: the one CLIP that clip.json of a folder may name besides its own
+ALLOW = "CLIPGEN_ALLOW_CLIP"  # environment variable: a CLIP that clip.json may name besides the folder's own
 
 
 def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) -> None:
-    """Write what a transformer needs beside it: ``vqgan/``, and ``clip.json`` with the CLIP's name.
+    """Write the tokenizer to ``vqgan/`` and the name of the CLIP to ``clip.json``.
 
-    A CLIP that was read from a folder, a file or the hub is copied to ``clip/``, so that the whole can be moved.
+    A CLIP from a folder, a file or the hub is copied to ``clip/``, so that the folder can be moved.
     """
     check_clip_folder(root / "clip")
     root.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) 
 
 
 def save_clip(target: Path, clip: FrozenCLIP) -> dict[str, Any]:
-    """Copy a CLIP that has no public name to a folder; return what ``clip.json`` says of it."""
+    """Copy a CLIP without a public name to a folder; return the content of ``clip.json``."""
     own = {"model_name": "clip", "pretrained": None}
     if is_own_or_public(clip.model_name, clip.pretrained):
         return clip.config()
@@ -45,7 +45,8 @@ def save_clip(target: Path, clip: FrozenCLIP) -> dict[str, Any]:
             copy_clip(clip.folder, target)
         return own
     config = open_clip.get_model_config(clip.model_name)
-    if config is None or config["text_cfg"].get("hf_model_name"):  # a text network that only its own name can build
+    # A text encoder of Hugging Face can only be built by its name.
+    if config is None or config["text_cfg"].get("hf_model_name"):
         return clip.config()
     preprocessing = {
         "mean": clip.mean.flatten().tolist(),
@@ -61,18 +62,18 @@ def save_clip(target: Path, clip: FrozenCLIP) -> dict[str, Any]:
 
 
 def names_in(folder: Path) -> set[str]:
-    """Return the names in a folder; none where there is no folder."""
+    """Return the names of the entries of a folder; an empty set if there is no folder."""
     return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
 def check_clip_folder(path: Path) -> None:
-    """Raise FileExistsError if a path that a CLIP is to be written to holds something else."""
+    """Raise FileExistsError if the path exists and is not a CLIP folder."""
     if path.exists() and not (path / clip_folder.CONFIG).is_file():
         raise FileExistsError(f"{path} exists and is not a CLIP folder: move it away, or name another place")
 
 
 def copy_clip(folder: Path, target: Path) -> None:
-    """Copy the files that a CLIP folder is made of; nothing of another CLIP stays, as a vocabulary would be read."""
+    """Copy the files of a CLIP folder, replacing all files of another CLIP."""
     files = clip_folder.files_of(folder)
     with replace_folder(target, names_in(target) | {file.name for file in files}) as partial:
         for file in files:
@@ -80,7 +81,7 @@ def copy_clip(folder: Path, target: Path) -> None:
 
 
 def copy_frozen(source: Path, root: Path) -> None:
-    """Copy what ``save_frozen`` left in one folder, which may be a stranger's, into another."""
+    """Copy the frozen models of one folder, which is not trusted, into another."""
     check_inside(source, "vqgan", "clip", "clip.json")
     if (source / "vqgan").is_dir():
         (root / "vqgan").mkdir(parents=True, exist_ok=True)
@@ -94,18 +95,18 @@ def copy_frozen(source: Path, root: Path) -> None:
 
 
 def check_inside(root: Path, *names: str) -> None:
-    """Raise ValueError if an entry of a folder is a link out of it."""
+    """Raise ValueError if an entry of a folder is a link to outside of the folder."""
     for name in names:
         if not clip_folder.contained(root / name, root):
             raise ValueError(f"{root / name} must lie in {root}, got a link to {(root / name).resolve()}")
 
 
 def load_clip(root: Path) -> FrozenCLIP:
-    """Load the CLIP that ``clip.json`` of a folder names: the folder's own ``clip/``, or a model and tag of open_clip.
+    """Load the CLIP of a folder: its own ``clip/``, or a model and tag of open_clip that ``clip.json`` names.
 
     Raises:
         FileNotFoundError: there is no ``clip.json``.
-        ValueError: it names anything else, which its maker chose; says how to allow it.
+        ValueError: it names any other CLIP; the message says how to allow it.
     """
     config = read_clip_json(root)
     name = config["model_name"]
@@ -116,7 +117,7 @@ def load_clip(root: Path) -> FrozenCLIP:
 
 
 def read_clip_json(root: Path) -> dict[str, Any]:
-    """Read and check ``clip.json`` of a folder; for what it raises see ``load_clip``."""
+    """Read and check ``clip.json`` of a folder; raises the errors of ``load_clip``."""
     path = root / "clip.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -126,7 +127,7 @@ def read_clip_json(root: Path) -> dict[str, Any]:
     config = read_json(path, "model_name", "pretrained")
     name, tag = config["model_name"], config["pretrained"]
     if not isinstance(name, str) or not isinstance(tag, (str, type(None))):
-        raise ValueError(f"{path} must name a CLIP by two texts, got {str(name)[:80]!r} and {str(tag)[:80]!r}")
+        raise ValueError(f"{path} must name a CLIP by two strings, got {str(name)[:80]!r} and {str(tag)[:80]!r}")
     if name == "clip" and not (root / "clip").is_dir():
         raise ValueError(f"{path} names the CLIP in {root / 'clip'}, which is missing: copy the whole folder")
     if not is_own_or_public(name, tag):
@@ -146,7 +147,7 @@ def is_own_or_public(name: str, tag: str | None) -> bool:
     if name not in open_clip.list_models() or tag is None:
         return False
     names = (name, name.removesuffix("-quickgelu"))
-    return any(tag in open_clip.list_pretrained_tags_by_model(each) for each in names)
+    return any(tag in open_clip.list_pretrained_tags_by_model(model) for model in names)
 
 
 def run_folder(path: str | Path) -> Path:
@@ -161,24 +162,24 @@ def run_folder(path: str | Path) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------- which tokenizer belongs to what
+# -------------------------------------------------------------------------------------------- identity of a tokenizer
 
 
 def bind(transformer: Path, vqgan: Path) -> None:
-    """Write into the folder of a transformer which tokenizer, of another folder, its indices mean."""
+    """Record in the folder of a transformer which tokenizer its indices belong to."""
     config = read_json(transformer / "config.json")
     write_json(transformer / "config.json", config | {"vqgan": saved_identity(vqgan)})
 
 
 def check_bound(transformer: Path, vqgan: VQGAN) -> None:
-    """Raise ValueError if the folder of a transformer says that its indices are another tokenizer's."""
+    """Raise ValueError if a transformer was trained with another tokenizer."""
     if not (transformer / "config.json").is_file():  # a checkpoint
         return
     bound = read_json(transformer / "config.json").get("vqgan")
     if bound is not None and bound != vqgan_identity(vqgan):
         raise ValueError(
-            f"{transformer} was trained with another tokenizer than the one beside it: their folders were mixed, or "
-            "a save was cut off; save or copy the whole pipeline again"
+            f"{transformer} was trained with another tokenizer than the one beside it: the folders were mixed up, "
+            "or a save was interrupted; save or copy the whole pipeline again"
         )
 
 

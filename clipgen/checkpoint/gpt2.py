@@ -12,7 +12,7 @@ from clipgen.files import one_line
 
 SIZES = ("n_layer", "n_head", "n_embd")
 TABLES = ("vocab_size", "n_positions")
-MAX_ROWS = 2**20  # of the tables that are not compared with ours
+MAX_ROWS = 2**20  # rows of the embedding tables, whose sizes may differ from ours
 
 
 def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
@@ -36,9 +36,10 @@ def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
         rows = getattr(config, size)
         if not isinstance(rows, int) or not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"init_from_gpt2 must name a GPT-2, got {name} whose {size} is {rows!r:.60}")
-    model, found = from_pretrained(GPT2Model, name, output_loading_info=True)
-    if missing := found["missing_keys"]:
-        raise ValueError(f"init_from_gpt2 must name a whole GPT-2, got {name} without {min(missing)}")
+    model, loading_info = from_pretrained(GPT2Model, name, output_loading_info=True)
+    missing = loading_info["missing_keys"]
+    if missing:
+        raise ValueError(f"init_from_gpt2 must name a complete GPT-2, got {name} without {min(missing)}")
     state: State = model.state_dict()
     check_finite(state, name)
     return state
@@ -48,7 +49,7 @@ def from_pretrained(transformers_class: Any, name: str | Path, **options: Any) -
     """Call ``from_pretrained`` of a class of transformers; ValueError with a one-line reason if it fails."""
     try:
         return transformers_class.from_pretrained(str(name), trust_remote_code=False, **options)
-    except Exception as error:  # no such name or folder, no network; a damaged file raises anything
+    except Exception as error:  # no such name, no network, or a damaged file, which can raise anything
         raise ValueError(
             "init_from_gpt2 must name a GPT-2 on the Hugging Face hub, or a folder of one, "
             f"got {name}: {one_line(error)}"

@@ -37,7 +37,7 @@ FOLDERS = {  # name of the model folder in a run folder
     "ClassConditionalTransformer": "label_transformer",
 }
 FILES = ("config.json", "model.safetensors")
-FIRST = {  # a weight that every such model has, by which the names of a wrapped one are told
+FIRST = {  # a weight that every such model has; it reveals a prefix that a wrapper has added
     "VQGAN": "autoencoder.encoder.conv_in.weight",
     "ConditionalTransformer": "gpt.clip_proj.weight",
     "ClassConditionalTransformer": "gpt.clip_proj.weight",
@@ -57,20 +57,24 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
     """Write a model folder atomically, in the place of an older one.
 
     Args:
+        path: model folder.
+        model: name of the model.
+        arguments: constructor arguments.
+        state: weights.
         half: store floating-point weights in 16 bits.
 
     Raises:
-        FileExistsError: the path holds something else, which would be lost.
+        FileExistsError: the path holds something other than a model folder.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= set(FILES)):
         raise FileExistsError(f"{path} exists and is more than a model folder: move it away, or name another place")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # tied weights are stored once by name and cloned here: safetensors refuses shared memory
-    tensors = {
-        k: (v.half() if half and v.is_floating_point() else v).detach().cpu().clone().contiguous()
-        for k, v in state.items()
-    }
+    tensors = {}
+    for name, tensor in state.items():
+        stored = tensor.half() if half and tensor.is_floating_point() else tensor
+        # Cloned, because safetensors refuses tied weights, which share memory.
+        tensors[name] = stored.detach().cpu().clone().contiguous()
     config = {"model": model, "clipgen": clipgen.__version__, "arguments": arguments}
     with replace_folder(path, FILES) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -88,7 +92,7 @@ def resolve_path(path_or_name: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(name.removeprefix("hf-hub:")))
-    except (OSError, ValueError) as error:  # no network, no such name, no right to it
+    except (OSError, ValueError) as error:  # no network, no such name, or no permission
         raise FileNotFoundError(f"{name} could not be downloaded: {one_line(error)}") from error
 
 
@@ -123,16 +127,16 @@ def find_model(path: Path, model: str) -> Path:
 def check_model(found: str | None, model: str, path: Path) -> None:
     """Raise ValueError if a file holds another model than the one requested."""
     if found != model:
-        what = f"a {found} checkpoint (from `{COMMANDS[found]}`)" if found in COMMANDS else "no clipgen checkpoint"
+        what = f"a {found} checkpoint (from `{COMMANDS[found]}`)" if found in COMMANDS else "not a clipgen checkpoint"
         raise ValueError(f"{path} is {what}, but a {model} is needed; `{COMMANDS[model]}` makes one")
 
 
 def load_folder(path: Path, model: str) -> Model:
-    """Read a model folder; its weights are finite, and mapped until they are used."""
+    """Read a model folder; the weights are checked to be finite, and memory-mapped."""
     config, weights = read_config(path / "config.json"), path / "model.safetensors"
     check_model(config["model"], model, path)
     if not weights.is_file():
-        raise FileNotFoundError(f"no weights {weights}: the model folder is not complete")
+        raise FileNotFoundError(f"no weights {weights}: the model folder is incomplete")
     try:
         state = load_file(weights)
     except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
@@ -142,25 +146,22 @@ def load_folder(path: Path, model: str) -> Model:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a model folder's ``config.json``: the name of a model, and its constructor's arguments.
+    """Read ``config.json`` of a model folder: the name of the model and its constructor arguments.
 
     Raises:
         ValueError: it is damaged.
     """
     if path.stat().st_size > MAX_CONFIG:
         raise ValueError(f"{path} is damaged: a configuration must have at most {MAX_CONFIG} bytes")
-    try:
-        config = read_json(path, "model", "arguments")
-    except RecursionError as error:
-        raise ValueError(f"{path} is damaged: it is nested too deeply") from error
-    for key, kind in (("model", str), ("arguments", dict)):
-        if not isinstance(config[key], kind):
-            raise ValueError(f"{path} is damaged: {key!r} must be a {kind.__name__}, got {config[key]!r:.60}")
+    config = read_json(path, "model", "arguments")
+    for key, expected in (("model", str), ("arguments", dict)):
+        if not isinstance(config[key], expected):
+            raise ValueError(f"{path} is damaged: {key!r} must be a {expected.__name__}, got {config[key]!r:.60}")
     return config
 
 
 def codebook_rows(path: Path) -> int | None:
-    """Return the number of codes in a tokenizer's folder by its header; None if it has no table of them."""
+    """Return the number of codes in a tokenizer's folder, read from its header; None if it has no codebook."""
     weights = path / "model.safetensors"
     if not weights.is_file():
         return None
@@ -173,7 +174,7 @@ def codebook_rows(path: Path) -> int | None:
 
 
 def load_ckpt(path: Path, model: str) -> Model:
-    """Read a training checkpoint of ours; its weights are finite, and mapped until they are used."""
+    """Read a training checkpoint; the weights are checked to be finite, and memory-mapped."""
     checkpoint = read_checkpoint(path)
     found = checkpoint.get("clipgen_model")
     check_model(found if isinstance(found, str) else None, model, path)
@@ -181,9 +182,10 @@ def load_ckpt(path: Path, model: str) -> Model:
     for key, value in (("hyper_parameters", arguments), ("state_dict", state)):
         if not isinstance(value, Mapping):
             got = "nothing" if value is None else f"a {type(value).__name__}"
-            raise ValueError(f"{path} is damaged: its {key} must be values by name, got {got}")
-    if strange := [name for name in state if not isinstance(name, str)]:  # type: ignore[union-attr]
-        raise ValueError(f"{path} is damaged: the names of its weights must be texts, got {strange[0]!r:.60}")
+            raise ValueError(f"{path} is damaged: its {key} must be a mapping, got {got}")
+    for name in state:  # type: ignore[union-attr]
+        if not isinstance(name, str):
+            raise ValueError(f"{path} is damaged: the names of its weights must be strings, got {name!r:.60}")
     return dict(arguments), check_tensors(strip_wrappers(state, FIRST[model], path), path)  # type: ignore[arg-type]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-# Configurations, paths and numbers that trainers store beside the weights. Everything else is refused: a file that
-# names os.system is better not used at all.
+# Configurations, paths and numbers that trainers store beside the weights. A file that names anything else, such as
+# os.system, is refused.
 NAMES = {
     "argparse.Namespace",
     "types.SimpleNamespace",
@@ -31,11 +31,11 @@ NAMES = {
 }
 PACKAGES = ("omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.dtypes.")
 DICTIONARIES = ("defaultdict", "AttributeDict", "AttrDict", "EasyDict", "CfgNode", "ConfigDict", "Munch")
-NUMBERS = "biuf"  # kinds of numpy's types that a stand-in is read as
+NUMBERS = "biuf"  # kinds of NumPy types whose scalars are converted
 
 
 class PickleStub:
-    """Stand-in for a class or function: it keeps what the file says about the object, and does nothing."""
+    """Inert stand-in for a class or function; it stores the arguments and state of the object."""
 
     arguments: tuple[Any, ...]
     state: Any
@@ -46,13 +46,13 @@ class PickleStub:
         return made
 
     def __init__(self, *arguments: Any):
-        """Accept the arguments that ``__new__`` has kept."""
+        """Accept the arguments, which ``__new__`` has stored."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-class InertDict:
+class DictStub:
     """Stand-in for a subclass of dict, whose items are kept in an ``OrderedDict``."""
 
     def __new__(cls, *arguments: Any) -> Any:
@@ -60,14 +60,14 @@ class InertDict:
 
 
 def stand_in(name: str) -> type | None:
-    """Return the stand-in for a class or function by its full name; None if it is to be refused."""
+    """Return the stand-in for a class or function by its full name; None refuses it."""
     if name.rpartition(".")[2] in DICTIONARIES:
-        return InertDict
+        return DictStub
     return PickleStub if name in NAMES or name.startswith(PACKAGES) else None
 
 
 def thaw(value: Any) -> Any:
-    """Return the plain dictionaries, lists and numbers of stand-ins: a Namespace, a DictConfig or a numpy scalar."""
+    """Convert stand-ins (Namespace, DictConfig, NumPy scalars) to plain dictionaries, lists and numbers."""
     if isinstance(value, PickleStub):
         return thaw_stand_in(value)
     if isinstance(value, Mapping):
@@ -79,8 +79,8 @@ def thaw(value: Any) -> Any:
 
 
 def thaw_stand_in(value: PickleStub) -> Any:
-    """Return what one stand-in holds; itself if that is not known."""
-    # OmegaConf's containers and nodes
+    """Return the content of a stand-in; the stand-in itself if its content is unknown."""
+    # OmegaConf stores containers in ``_content`` and nodes in ``_val``.
     for key in ("_content", "_val"):
         if isinstance(value.state, dict) and key in value.state:
             return thaw(value.state[key])
@@ -90,7 +90,7 @@ def thaw_stand_in(value: PickleStub) -> Any:
 
 
 def numpy_number(value: PickleStub) -> Any:
-    """Return the number of a numpy scalar, which is stored as its type and bytes."""
+    """Return the number of a NumPy scalar, which is stored as its type and bytes."""
     arguments = value.arguments
     if len(arguments) != 2 or not isinstance(arguments[0], PickleStub) or not isinstance(arguments[1], bytes):
         return value

@@ -36,7 +36,7 @@ MAX_SHARING = 4
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read what torch.save wrote as a dict; nothing in it is executed.
+    """Read a dictionary written by torch.save; nothing in it is executed.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -57,7 +57,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def unpickle(path: Path) -> Any:
-    """Read a file of torch.save with stand-ins for the harmless classes that it names, added as they are met."""
+    """Read a file of torch.save with inert stand-ins for the harmless classes that it names."""
     with path.open("rb") as file:
         archive = file.read(len(ZIP)) == ZIP
     if archive:
@@ -66,7 +66,7 @@ def unpickle(path: Path) -> Any:
     while True:
         try:
             with torch.serialization.safe_globals([(kind, name) for name, kind in names.items()]):
-                # mapped: tensors are read when they are used, and are not believed beyond the end of the file
+                # Memory-mapped: tensors are read when they are used, and cannot extend beyond the end of the file.
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
         except UnpicklingError as error:
             name = refused_name(error)
@@ -94,7 +94,7 @@ def refused_name(error: Exception) -> str | None:
     if found is None:
         return None
     name = found[1].rstrip(".")
-    return name if "." in name else f"builtins.{name}"  # torch leaves the module out there
+    return name if "." in name else f"builtins.{name}"  # torch omits this module
 
 
 def short_reason(error: Exception) -> str:
@@ -185,16 +185,16 @@ def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return True if no element is NaN or infinite; in one pass that needs no memory."""
+    """Return True if no element is NaN or infinite, in one pass without temporary memory."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.detach().resolve_conj())
     if not tensor.is_floating_point():
         return True
-    # 8-bit types have no comparison
+    # 8-bit floating-point types cannot be compared.
     lowest, highest = (tensor if tensor.itemsize > 1 else tensor.float()).detach().aminmax()
     return bool(torch.isfinite(lowest) and torch.isfinite(highest))
 
 
 def strip_prefix(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensors whose names begin with ``prefix``, which is taken off."""
+    """Return the entries whose names begin with ``prefix``, without the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,7 +1,7 @@
-"""Published tokenizers of CompVis/taming-transformers: checkpoint and configuration -> arguments and weights of ours.
+"""Convert published tokenizers of CompVis/taming-transformers to constructor arguments and weights of ``VQGAN``.
 
-The weights come out as a model folder holds them: the tokenizer's by its own names, which are taming's,
-``discriminator.``, ``lpips.``.
+The weights are returned as a model folder stores them: the tokenizer's under taming's names, and those with the prefixes
+``discriminator.`` and ``lpips.``.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from clipgen.models.discriminator import sizes_from_state
 
 TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
-DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # what ddconfig may leave out
+DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # used if ddconfig omits them
 GAN_LOSSES = {"hinge": "hinge", "vanilla": "log"}
 
 
 def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Model:
-    """VQModel and GumbelVQ of CompVis/taming-transformers: ``last.ckpt`` and its ``model.yaml``."""
+    """Convert a VQModel or GumbelVQ: ``last.ckpt`` and its ``model.yaml``, or the parsed configuration."""
     if not isinstance(config, Mapping):
         config = read_mapping(Path(config).expanduser())
     state = read_weights(checkpoint, "state_dict", "encoder.conv_in.weight", "taming-transformers")
     weights = {k: v for k, v in state.items() if k.startswith(TOKENIZER)}
     discriminator = strip_prefix("loss.discriminator.main.", state)
-    if any(name.endswith(".loc") for name in discriminator):  # ActNorm in the place of batch norm: not ours
+    # A discriminator with ActNorm instead of batch norm is not supported.
+    if any(name.endswith(".loc") for name in discriminator):
         discriminator = {}
     weights |= {f"discriminator.main.{k}": v for k, v in discriminator.items()}
     weights |= {f"lpips.{k}": v for k, v in strip_prefix("loss.perceptual_loss.", state).items() if "scaling" not in k}
@@ -38,10 +39,10 @@ def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Mod
 
 
 def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor's arguments of ``VQGAN`` from taming's configuration.
+    """Return the constructor arguments of ``VQGAN`` for a configuration of taming-transformers.
 
     Raises:
-        ValueError: it is incomplete, or of a model that is not a VQModel or GumbelVQ of RGB images.
+        ValueError: it is incomplete, or describes another model than a VQModel or GumbelVQ of RGB images.
     """
     try:
         model, params = config["model"], config["model"]["params"]
@@ -50,7 +51,7 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         autoencoder = {name: net[name] for name in SIZES}
         autoencoder |= {name: net.get(name, value) for name, value in DEFAULTS.items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the configuration is none of taming-transformers' tokenizers: {error!r}") from error
+        raise ValueError(f"not a configuration of a taming-transformers tokenizer: {error!r}") from error
     kinds = {"VQModel": "euclidean", "GumbelVQ": "gumbel"}
     for name, value, possible in (
         ("target", kind, kinds),

@@ -1,6 +1,6 @@
-"""Building a model from a file's arguments and weights: on the meta device first, where sizes cost no memory.
+"""Build a model from a file's arguments and weights, first on the meta device, where sizes cost no memory.
 
-What a file says of itself is not believed: a configuration of a hundred bytes may ask for a billion layers.
+A file is not trusted: a configuration of a hundred bytes may ask for a billion layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPARE_BYTES = 2**26  # of buffers that no file holds
 
 
 def build(model: type[Model], arguments: Any, state: State, path: str | Path) -> Model:
-    """Build a model of ours from the arguments and weights of the file ``path``; nothing is allocated before they fit.
+    """Build a model from the arguments and weights of the file ``path``, after checking that they fit together.
 
     Raises:
         ValueError: they do not fit; the message names the file.
@@ -45,12 +45,12 @@ def build(model: type[Model], arguments: Any, state: State, path: str | Path) ->
 
 @contextmanager
 def named_load_errors(path: str | Path, model: str) -> Iterator[None]:
-    """Name the file in every error that its arguments or weights lead to."""
+    """Raise every error that arguments or weights of a file cause as a ValueError that names the file."""
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # other people's values raise anything
+    except Exception as error:  # values of unknown origin can raise anything
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         what = "it lacks " if isinstance(error, KeyError) else ""
