@@ -162,7 +162,7 @@ def download(name: str) -> Path:
                 break
     except (OSError, ValueError) as error:  # no network, no such name, no right to it
         raise ValueError(
-            f"CLIP {name!r} cannot be downloaded ({one_line(error)}): download it once where there is a network"
+            f"CLIP {name!r} cannot be downloaded ({one_line(error)}): download it once on a machine with a network"
         ) from error
     return folder
 
@@ -227,7 +227,7 @@ def read_header(path: Path) -> State:
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: empty(each.get_shape(), each.get_dtype()) for name, each in slices.items()}
+            return {name: empty(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}") from error
 
@@ -401,6 +401,6 @@ def is_setting(key: str, value: Any) -> bool:
 def is_token(value: Any) -> bool:
     """Return whether a value stands for one token: a text, or a text with its flags."""
     if isinstance(value, dict):
-        plain = all(isinstance(each, (str, bool)) for each in value.values())
+        plain = all(isinstance(setting, (str, bool)) for setting in value.values())
         return set(value) <= TOKEN_KEYS and "content" in value and plain
     return value is None or isinstance(value, str)

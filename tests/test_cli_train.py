@@ -475,7 +475,10 @@ ERRORS = {
     "output in a file": ([*VQGAN, *SHAPES, "output={damaged}/run"], "output must be a folder .*, got .*run"),
     "output that cannot be": ([*VQGAN, *SHAPES, "output=/proc/none/run"], "output must be a folder .*, got /proc"),
     "sweep over stages": (["--multirun", "stage=vqgan,transformer"], "--multirun cannot sweep over stage"),
-    "no VGG": ([*VQGAN, *SHAPES, "model.loss.perceptual_weight=1", "model.loss.vgg_weights=/none"], "or go without"),
+    "no VGG": (
+        [*VQGAN, *SHAPES, "model.loss.perceptual_weight=1", "model.loss.vgg_weights=/none"],
+        "or disable the loss",
+    ),
 }
 
 

@@ -69,7 +69,7 @@ def numbered(state: State) -> list[State]:
 
 
 def resolutions(state: State) -> list[list[State]]:
-    """The members of a Sequential over all resolutions -> those of each; a bare convolution ends one."""
+    """Split the members of a Sequential by resolution; a bare convolution ends a resolution."""
     levels: list[list[State]] = [[]]
     for part in numbered(state):
         levels[-1].append(part)
@@ -85,7 +85,7 @@ def resolution_level(blocks: list[State]) -> tuple[int, int, bool]:
 
 
 def level_names(blocks: list[State], sequence: str) -> State:
-    """The blocks of one resolution, by our names."""
+    """Rename the blocks of one resolution."""
     named: State = {}
     count = {"block": 0, "attn": 0}
     for block in blocks:

@@ -106,8 +106,8 @@ def load(path: str | Path, model: str) -> Model:
     place = resolve_path(path)
     for folder in (place, place / FOLDERS[model]):
         finish_swap(folder)
-    found = find_model(place, model)
-    return load_ckpt(found, model) if found.is_file() else load_folder(found, model)
+    source = find_model(place, model)
+    return load_ckpt(source, model) if source.is_file() else load_folder(source, model)
 
 
 def find_model(path: Path, model: str) -> Path:
@@ -124,10 +124,12 @@ def find_model(path: Path, model: str) -> Path:
     raise FileNotFoundError(f"no {model} checkpoint: {path} {state}; {hint}")
 
 
-def check_model(found: str | None, model: str, path: Path) -> None:
+def check_model(stored: str | None, model: str, path: Path) -> None:
     """Raise ValueError if a file holds another model than the one requested."""
-    if found != model:
-        what = f"a {found} checkpoint (from `{COMMANDS[found]}`)" if found in COMMANDS else "not a clipgen checkpoint"
+    if stored != model:
+        what = (
+            f"a {stored} checkpoint (from `{COMMANDS[stored]}`)" if stored in COMMANDS else "not a clipgen checkpoint"
+        )
         raise ValueError(f"{path} is {what}, but a {model} is needed; `{COMMANDS[model]}` makes one")
 
 
@@ -176,8 +178,8 @@ def codebook_rows(path: Path) -> int | None:
 def load_ckpt(path: Path, model: str) -> Model:
     """Read a training checkpoint; the weights are checked to be finite, and memory-mapped."""
     checkpoint = read_checkpoint(path)
-    found = checkpoint.get("clipgen_model")
-    check_model(found if isinstance(found, str) else None, model, path)
+    stored = checkpoint.get("clipgen_model")
+    check_model(stored if isinstance(stored, str) else None, model, path)
     arguments, state = thaw(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
     for key, value in (("hyper_parameters", arguments), ("state_dict", state)):
         if not isinstance(value, Mapping):

@@ -46,14 +46,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
-        found = unpickle(path)
+        content = unpickle(path)
     except Exception as error:  # damaged bytes raise anything from KeyError to OSError
         if isinstance(error, OSError) and error.filename:  # the system's, not torch's
             raise
         raise ValueError(f"{path} is not a readable checkpoint: {short_reason(error)}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a readable checkpoint: it holds a {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a readable checkpoint: it holds a {type(content).__name__}")
+    return content
 
 
 def unpickle(path: Path) -> Any:
@@ -90,10 +90,10 @@ def check_archive(path: Path) -> None:
 
 def refused_name(error: Exception) -> str | None:
     """Return the full name of the class or function that torch refused, if that is the error."""
-    found = re.search(r"[Uu]nsupported (?:global: |class )?GLOBAL ([\w.]+)", " ".join(str(error).split()))
-    if found is None:
+    match = re.search(r"[Uu]nsupported (?:global: |class )?GLOBAL ([\w.]+)", " ".join(str(error).split()))
+    if match is None:
         return None
-    name = found[1].rstrip(".")
+    name = match[1].rstrip(".")
     return name if "." in name else f"builtins.{name}"  # torch omits this module
 
 

@@ -1,7 +1,7 @@
 """Convert published tokenizers of CompVis/taming-transformers to constructor arguments and weights of ``VQGAN``.
 
-The weights are returned as a model folder stores them: the tokenizer's under taming's names, and those with the prefixes
-``discriminator.`` and ``lpips.``.
+The weights are returned as a model folder stores them: the tokenizer's under taming's names, the others with the
+prefixes ``discriminator.`` and ``lpips.``.
 """
 
 from __future__ import annotations

@@ -288,7 +288,8 @@ def sample_attributes(length: int, held_out: float, generator: torch.Generator) 
     """Sample attributes uniformly, without the held-out pairs."""
     excluded = set(held_out_attributes(held_out))
     pool = [attributes for attributes in ALL_ATTRIBUTES if attributes not in excluded]
-    return [pool[choice] for choice in torch.randint(len(pool), (length,), generator=generator)]
+    choices = torch.randint(len(pool), (length,), generator=generator).tolist()
+    return [pool[choice] for choice in choices]
 
 
 def shapes_data(
