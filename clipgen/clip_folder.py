@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from clipgen.checkpoint.safe_load import State, read_checkpoint
 from clipgen.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
 from clipgen.files import one_line, parse_json, read_json, write_json
+from clipgen.type_checks import fits
 
 CONFIG = "open_clip_config.json"
 VOCABULARY = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
@@ -297,7 +298,7 @@ def check_finite(model: nn.Module, source: str | Path) -> None:
 def read_vocabulary(path: Path, size: int) -> list[str]:
     """Read the words of a CLIP, which must fit an embedding of ``size`` tokens."""
     words = parse_json(path)
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+    if not fits(words, list[str]):
         raise ValueError(f"{path} must hold a list of words, got {shown(words)}")
     if len(words) + 3 > size:  # padding, start and end
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 import clipgen
+from clipgen.checkpoint.safe_load import add_prefix
 from clipgen.clip import FrozenCLIP
 from clipgen.clip_folder import member
 from clipgen.files import one_line, read_json, read_yaml
@@ -57,12 +58,15 @@ def training_settings(root: Path) -> dict[str, Any]:
 
 def settings_of(config: Any) -> dict[str, Any]:
     """Return the plain settings of data and trainer in a configuration, and nothing else."""
-    parts = {part: config.get(part) for part in ("data", "trainer")} if isinstance(config, dict) else {}
     settings = {}
-    for part, values in parts.items():
-        if isinstance(values, dict):
-            settings[part] = {key: value for key, value in values.items() if is_plain(key, value)}
-    return {part: values for part, values in settings.items() if values}
+    for part in ("data", "trainer"):
+        values = config.get(part) if isinstance(config, dict) else None
+        plain = (
+            {key: value for key, value in values.items() if is_plain(key, value)} if isinstance(values, dict) else {}
+        )
+        if plain:
+            settings[part] = plain
+    return settings
 
 
 def is_plain(key: Any, value: Any) -> bool:
@@ -81,7 +85,8 @@ def model_card(vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCL
     }
     rows = []
     for part, values in settings.items():
-        rows += [f"| {part} | {cell(key)} | {cell(value)} |" for key, value in values.items()]
+        for key, value in values.items():
+            rows.append(f"| {part} | {cell(key)} | {cell(value)} |")
     text = CARD.format(clip=cell(Path(clip.model_name).name), version=clipgen.__version__, rows="\n".join(rows))
     metadata = ModelCardData(library_name="clipgen", pipeline_tag="text-to-image")
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}"))
@@ -92,7 +97,7 @@ def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": item for name, item in flatten(value).items()}
+            flat |= add_prefix(f"{key}.", flatten(value))
         else:
             flat[key] = value
     return flat

@@ -114,7 +114,7 @@ class Muon(Optimizer):
             group["ns_steps"],
             group["eps"],
         )
-        weights = [local(p) for p in parameters]
+        weights = list(map(local, parameters))
         decay: Any = 1 - group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
             decay = torch.where(self.found_inf > 0, 1.0, decay)
@@ -122,8 +122,8 @@ class Muon(Optimizer):
         torch._foreach_mul_(weights, decay)
         for shape, members in indices_by_shape(parameters).items():
             torch._foreach_add_(
-                [weights[i] for i in members],
-                [updates[i] for i in members],
+                select(weights, members),
+                select(updates, members),
                 alpha=-adjusted_lr(group["lr"], group["adjust_lr_fn"], shape),
             )
 
@@ -193,11 +193,16 @@ def orthogonalize(
     wide = [m.mT if m.shape[0] > m.shape[1] else m for m in matrices]
     results: list[Any] = [None] * len(matrices)
     for members in group_by_shape(wide):
-        stack = torch.stack([wide[i] for i in members])
+        stack = torch.stack(select(wide, members))
         orthogonal = iteration(stack.device.type)(stack, coefficients, steps, eps)
         for i, result in zip(members, orthogonal):
             results[i] = result.mT if wide[i] is not matrices[i] else result
     return results
+
+
+def select(tensors: Sequence[Tensor], indices: Iterable[int]) -> list[Tensor]:
+    """Return the tensors at some indices."""
+    return [tensors[i] for i in indices]
 
 
 def indices_by_shape(tensors: Sequence[Tensor]) -> dict[torch.Size, list[int]]:
@@ -240,8 +245,8 @@ def orthogonalize_distributed(
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return orthogonalize(matrices, *options)
     owners = owners_of(parameters, dist.get_world_size())
-    mine = [i for i, owner in enumerate(owners) if owner == dist.get_rank()]
-    return all_gather_results(matrices, owners, orthogonalize([matrices[i] for i in mine], *options))
+    own = select(matrices, indices_of(owners, dist.get_rank()))
+    return all_gather_results(matrices, owners, orthogonalize(own, *options))
 
 
 def owners_of(parameters: Sequence[Tensor], world_size: int) -> list[int]:
@@ -251,6 +256,11 @@ def owners_of(parameters: Sequence[Tensor], world_size: int) -> list[int]:
     for position, i in enumerate(order):
         owners[i] = position % world_size
     return owners
+
+
+def indices_of(owners: Sequence[int], rank: int) -> list[int]:
+    """Return the indices of the matrices that a rank owns."""
+    return [i for i, owner in enumerate(owners) if owner == rank]
 
 
 def all_gather_results(matrices: list[Tensor], owners: list[int], results: list[Tensor]) -> list[Tensor]:
@@ -302,12 +312,14 @@ def orthogonalize_rows(
     check_sharding(parameters)
     world_size = mesh.size()
     owners = owners_of(parameters, world_size)
-    mine = [i for i, owner in enumerate(owners) if owner == mesh.get_local_rank()]
+    mine = indices_of(owners, mesh.get_local_rank())
 
     # All ranks send their rows of each matrix to its owner.
     outgoing = lists_by_rank(world_size)
+    own_shapes = lists_by_rank(world_size)
     for tensor, owner in zip(rows, owners):
         outgoing[owner].append(tensor)
+        own_shapes[owner].append(tuple(tensor.shape))
     incoming_shapes = lists_by_rank(world_size)
     for i in mine:
         for sender, height in enumerate(row_counts(parameters[i], world_size)):
@@ -317,13 +329,12 @@ def orthogonalize_rows(
     results = orthogonalize(matrices, coefficients, steps, eps)
 
     # The owner sends the rows of the results back.
-    own_shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in outgoing]
     outgoing = lists_by_rank(world_size)
     for i, result in zip(mine, results):
         for receiver, part in enumerate(result.split(row_counts(parameters[i], world_size))):
             outgoing[receiver].append(part)
     returned = exchange(outgoing, own_shapes, rows[0], mesh.get_group())
-    remaining = [iter(tensors) for tensors in returned]
+    remaining = list(map(iter, returned))
     return [next(remaining[owner]) for owner in owners]
 
 

@@ -14,7 +14,9 @@ The Lightning callback is in this file rather than in ``training/``, because bot
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import pytorch_lightning as pl
@@ -74,7 +76,7 @@ class StepGuard:
     @torch.no_grad()
     def before_step(self, optimizers: list[Optimizer], step: int) -> None:
         """Decide whether the optimizers skip step number ``step``, once their gradients are complete."""
-        gradients = [gradient for optimizer in optimizers for gradient in gradients_of(optimizer)]
+        gradients = list(chain.from_iterable(map(gradients_of, optimizers)))
         if not gradients:
             return
         values = self.losses | {"gradient": sum_of_norms(gradients)}
@@ -184,7 +186,7 @@ class StopOnNonFinite(pl.Callback):
 
 def check_losses(losses: dict[str, float], step: int) -> None:
     """Raise NonFiniteError if a validation loss, which must be equal on all ranks, is not finite."""
-    bad = [name for name, value in losses.items() if not abs(value) < float("inf")]
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(f"validation at step {step} has a non-finite {' and '.join(bad)}; {HELP}")
 
@@ -197,7 +199,10 @@ def check_weights(module: nn.Module, step: int | None = None) -> None:
         module: the module to check.
         step: step to name in the message. If given, all ranks must call this, and all raise if one of them must.
     """
-    weights = {name: local(tensor) for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+    weights = {}
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            weights[name] = local(tensor)
     bad = (~torch.isfinite(sum_of_norms(list(weights.values())))).float()
     if step is not None and dist.is_initialized():
         dist.all_reduce(bad, dist.ReduceOp.MAX)

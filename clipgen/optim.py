@@ -132,6 +132,11 @@ def make_optimizer(
     return OptimizerList(muon, torch.optim.AdamW(groups, **adamw))
 
 
+def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
+    """Return the parameters of an optimizer, in the order of its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def has_fused_kernels(parameters: Iterable[torch.Tensor]) -> bool:
     """Return True if torch's optimizers have fused kernels on the devices of all parameters."""
     devices = set(_get_fused_kernels_supported_devices())
@@ -179,7 +184,8 @@ class OptimizerList(Optimizer):
 
 def weight_decay_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Return parameter groups with weight decay for matrices only, not for biases and norms (the GPT-2 convention)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
+    matrices, vectors = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            (matrices if parameter.ndim >= 2 else vectors).append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

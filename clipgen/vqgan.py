@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
-from clipgen.checkpoint.safe_load import strip_prefix
+from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
 from clipgen.images import check_images, images_from_batch, to_bytes
@@ -34,7 +34,7 @@ from clipgen.models.discriminator import PatchDiscriminator, average_statistics
 from clipgen.models.lpips import load_lpips, lpips_from_state
 from clipgen.models.quantizers.base import QuantizerOutput, code_counts, usage_and_perplexity
 from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
-from clipgen.optim import EMA, has_fused_kernels, make_lr_scheduler, total_optimizer_steps
+from clipgen.optim import EMA, has_fused_kernels, make_lr_scheduler, parameters_of, total_optimizer_steps
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -348,7 +348,7 @@ class VQGAN(pl.LightningModule):
         logits_real = self.discriminator(images)
         loss = losses.discriminator_loss(logits_real, logits_fake, self.gan_config.loss)
         logged = {"discriminator_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
-        self.log_dict({f"train/{name}": value.detach() for name, value in logged.items()})
+        self.log_dict(add_prefix("train/", detached(logged)))
         self.guard.watch({"discriminator_loss": loss})
         if self.lecam is not None:
             lecam_loss = self.gan_config.lecam_weight * self.lecam(logits_real, logits_fake)
@@ -369,8 +369,7 @@ class VQGAN(pl.LightningModule):
         self.guard.before_step(raw, self.global_step + 1)
         for optimizer, stepper in zip(raw, steppers):
             if config.grad_clip > 0:
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+                nn.utils.clip_grad_norm_(parameters_of(optimizer), config.grad_clip)
             stepper.step()
         # A subclass may have no schedulers.
         for scheduler in as_list(self.lr_schedulers())[:num_optimizers]:
@@ -379,8 +378,8 @@ class VQGAN(pl.LightningModule):
             self.ema.update_parameters(self.autoencoder)
 
     def _log_losses(self, loss_terms: dict[str, Tensor], quantized: QuantizerOutput) -> None:
-        terms = {name: value.detach() for name, value in loss_terms.items()}
-        self.log_dict({f"train/{name}": value for name, value in terms.items()})
+        terms = detached(loss_terms)
+        self.log_dict(add_prefix("train/", terms))
         adversarial_loss = terms.pop("adaptive_weight", 0.0) * terms.pop("generator_loss", 0.0)
         self.log("train/loss", torch.stack(list(terms.values())).sum() + adversarial_loss)
         self.log("train/perplexity", usage_and_perplexity(code_counts(quantized.indices, self.codebook_size))[1])
@@ -408,7 +407,7 @@ class VQGAN(pl.LightningModule):
         squared = ((rounded - images) / 2).square().mean(dim=(1, 2, 3))
         # In dB, averaged over images, for pixel values in [0, 1].
         terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()
-        self.averages.add({f"val/{name}": value for name, value in terms.items()}, len(images))
+        self.averages.add(add_prefix("val/", terms), len(images))
         return rounded
 
     def on_validation_epoch_end(self) -> None:
@@ -450,7 +449,7 @@ class VQGAN(pl.LightningModule):
         if training:
             for prefix, network in zip(OPTIONAL_PARTS, (self.discriminator, *self._lpips)):
                 if network is not None:
-                    state |= {prefix + name: tensor for name, tensor in network.state_dict().items()}
+                    state |= add_prefix(prefix, network.state_dict())
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
@@ -554,3 +553,8 @@ def as_list(one_or_more: Any) -> list[Any]:
     if one_or_more is None:
         return []
     return list(one_or_more) if isinstance(one_or_more, list) else [one_or_more]
+
+
+def detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return values by name, without their graphs."""
+    return {name: value.detach() for name, value in values.items()}

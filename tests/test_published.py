@@ -205,7 +205,7 @@ def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
             dict(target="taming.models.cond_transformer.Net2NetTransformer"),
             "target must be VQModel or GumbelVQ.*got Net2",
         ),
-        (dict(params={}), "none of taming-transformers' tokenizers: KeyError.*ddconfig"),
+        (dict(params={}), "not a configuration of a taming-transformers tokenizer: KeyError.*ddconfig"),
         *[
             (dict(params=CONFIG["model"]["params"] | {"lossconfig": loss}), "disc_loss is hinge or vanilla, got")
             for loss in ({"params": {"disc_loss": "wgan"}}, [1])

@@ -1,6 +1,6 @@
 """BigGAN and BigGAN-deep (Brock et al. 2018, arXiv:1809.11096) from their published state dicts.
 
-Two layouts are read and told apart by their keys: BigGAN-deep of Hugging Face's pytorch-pretrained-biggan, and BigGAN
+Two layouts are read, and recognized by their keys: BigGAN-deep of Hugging Face's pytorch-pretrained-biggan, and BigGAN
 of ajbrock's BigGAN-PyTorch. Sizes are read from the state dict. The epsilons, and which blocks of BigGAN-deep double
 the resolution, are taken from ``config.json`` beside the file if there is one, else they are those of the published
 files.
@@ -90,7 +90,7 @@ class StatisticsTable(nn.Module):
 
 
 def interpolate_rows(table: Tensor, truncation: float) -> Tensor:
-    """Return the row of a truncation, interpolated linearly between its neighbours: (N, C) -> (C,).
+    """Return the row of a truncation, interpolated linearly between its neighbors: (N, C) -> (C,).
 
     The published code swaps the two weights, and misses rows by floating-point rounding.
     """
@@ -403,10 +403,12 @@ def doubling_blocks(config: dict[str, Any], channels: list[int], file: Path) -> 
     width = config.get("channel_width")
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"{file.with_name('config.json')}: channel_width must be at least 1, got {width!r:.100}")
+    sizes, doubles = [], []
     expected = [[channels[i] / width, channels[i + 1] / width] for i in range(blocks)]
     try:
-        sizes = [[channels_in, channels_out] for _, channels_in, channels_out in layers]
-        doubles = [bool(flag) for flag, _, _ in layers]
+        for flag, channels_in, channels_out in layers:
+            sizes.append([channels_in, channels_out])
+            doubles.append(bool(flag))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{file.with_name('config.json')}: layers must be [doubles, in, out] each ({error})"

@@ -280,7 +280,7 @@ class AveragedLatents:
 
 
 def cut_views(image: Tensor, cutouts: int, size: int, random: torch.Generator, center_bias: bool = False) -> Tensor:
-    """Return random square views of an image, (1, 3, W, W) -> (cutouts, 3, size, size), by nearest neighbour.
+    """Return random square views of an image, (1, 3, W, W) -> (cutouts, 3, size, size), by nearest neighbor.
 
     Args:
         image: the image.

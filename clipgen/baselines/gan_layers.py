@@ -32,7 +32,7 @@ def truncated_normal(noise: Tensor, truncation: float) -> Tensor:
 
 
 def upsample(x: Tensor) -> Tensor:
-    """Double height and width by nearest neighbour: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """Double height and width by nearest neighbor: (B, C, H, W) -> (B, C, 2H, 2W)."""
     return F.interpolate(x, scale_factor=2)
 
 

@@ -112,13 +112,16 @@ def transpose_embeddings(state: State) -> State:
 
 def number_blocks(state: State) -> State:
     """Name ``blocks.4.0.gamma`` as attention after block 3, and the blocks behind it by their own number."""
-    matches = {name: re.fullmatch(r"blocks\.(\d+)\.0\.(.+)", name) for name in state}
-    indices = {int(match[1]) for match in matches.values() if match}
-    attention = {index for index in indices if f"blocks.{index}.0.gamma" in state}
+    matches = {}
+    indices = set()
+    for name in state:
+        matches[name] = match = re.fullmatch(r"blocks\.(\d+)\.0\.(.+)", name)
+        if match:
+            indices.add(int(match[1]))
     places = {}
     blocks = 0
     for index in sorted(indices):
-        if index in attention:
+        if f"blocks.{index}.0.gamma" in state:
             places[index] = f"attention.{blocks - 1}."
         else:
             places[index] = f"blocks.{blocks}."

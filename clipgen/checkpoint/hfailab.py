@@ -1,6 +1,6 @@
-"""Published models of HFAiLab/clip-gen: checkpoints -> arguments and weights of ours.
+"""Convert the published models of HFAiLab/clip-gen to constructor arguments and weights of clipgen.
 
-The weights come out as a model folder holds them; of the tokenizer also ``discriminator.``. The sizes are read off.
+The weights have the names of a model folder; a tokenizer's include ``discriminator.``. Sizes are read from the weights.
 """
 
 from __future__ import annotations
@@ -8,111 +8,159 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from clipgen.checkpoint.model_folder import Model
-from clipgen.checkpoint.safe_load import State, read_weights, strip_prefix
+from clipgen.checkpoint.safe_load import State, add_prefix, read_weights, strip_prefix
 from clipgen.models.discriminator import sizes_from_state
 
 PROJECT = "HFAiLab/clip-gen"
-MAX_GAP = 8  # modules without weights for each weight of a Sequential
+RESOLUTION = 256
+# Modules of a Sequential per tensor, above which a file is refused
+MAX_GAP = 8
 RESNET = {"block.0": "norm1", "block.2": "conv1", "block.3": "norm2", "block.6": "conv2", "shortcut": "nin_shortcut"}
 
 
 def vqgan(checkpoint: str | Path) -> Model:
-    """``vqgan_*.pt`` of HFAiLab/clip-gen; the sizes are read off the weights."""
+    """Convert ``vqgan_*.pt``."""
     state = read_weights(checkpoint, "model", "encoder.conv_in.weight", PROJECT)
-    levels = [resolution_level(blocks) for blocks in resolutions(strip_prefix("encoder.down.", state))]
-    first = state["encoder.conv_in.weight"].shape[0]
-    codes, discriminator = state["quantizer.embedding.weight"], strip_prefix("discriminator.", state)
+    discriminator = strip_prefix("discriminator.", state)
     gan = sizes_from_state(discriminator)
+    codes = state["quantizer.embedding.weight"]
     arguments: dict[str, Any] = {
-        "autoencoder": {
-            "z_channels": codes.shape[1],
-            "ch": first,
-            "ch_mult": [channels // first for channels, _, _ in levels],
-            "num_res_blocks": levels[0][1],
-            "resolution": 256,
-            "attn_resolutions": [256 >> i for i, (_, _, attention) in enumerate(levels) if attention],
-            "norm_eps": 1e-5,
-        },
+        "autoencoder": autoencoder_sizes(state),
         "quantizer": {"codebook_size": codes.shape[0], "codebook_dim": codes.shape[1]},
         "loss": {"codebook_weight": 0.2, "commitment_weight": 1.0},
         "gan": gan,
     }
-    weights: State = {"quantize.embedding.weight": codes}
-    for half, sequence in (("encoder", "down"), ("decoder", "up")):
-        parts = resolutions(strip_prefix(f"{half}.{sequence}.", state))
-        for i, blocks in enumerate(parts if half == "encoder" else reversed(parts)):
-            weights |= {f"{half}.{sequence}.{i}.{k}": v for k, v in level_names(blocks, sequence).items()}
-        middle = numbered(strip_prefix(f"{half}.mid.", state))
-        for name, part in zip(("block_1", "attn_1", "block_2"), middle):
-            weights |= {f"{half}.mid.{name}.{k}": v for k, v in block_names(part).items()}
-        weights |= {f"{half}.conv_in.{k}": v for k, v in strip_prefix(f"{half}.conv_in.", state).items()}
-        for number, name in (("0", "norm_out"), ("2", "conv_out")):
-            weights |= {f"{half}.{name}.{k}": v for k, v in strip_prefix(f"{half}.final.{number}.", state).items()}
-    weights |= {f"quant_conv.{k}": v for k, v in strip_prefix("encoder.final.3.", state).items()}
-    weights |= {f"post_quant_conv.{k}": v for k, v in strip_prefix("decoder.quant_conv_in.", state).items()}
-    weights |= {f"discriminator.main.{k}": v for k, v in strip_prefix("features.", discriminator).items()}
-    last = 2 + 3 * gan.get("num_layers", 0)
-    weights |= {f"discriminator.main.{last}.{k}": v for k, v in strip_prefix("head.", discriminator).items()}
+    weights: State = {
+        "quantize.embedding.weight": codes,
+        **rename_prefix("encoder.final.3.", "quant_conv.", state),
+        **rename_prefix("decoder.quant_conv_in.", "post_quant_conv.", state),
+        **half_names("encoder", "down", state),
+        **half_names("decoder", "up", state),
+        **rename_prefix("features.", "discriminator.main.", discriminator),
+        **rename_prefix("head.", f"discriminator.main.{2 + 3 * gan.get('num_layers', 0)}.", discriminator),
+    }
     return arguments, weights
 
 
-def numbered(state: State) -> list[State]:
-    """``0.a, 0.b, 1.a, ...`` -> the states of the members of a Sequential."""
-    members: dict[int, State] = {}
+def autoencoder_sizes(state: State) -> dict[str, Any]:
+    """Return the arguments of ``AutoencoderConfig``, read from the encoder's weights."""
+    ch = state["encoder.conv_in.weight"].shape[0]
+    ch_mult, attn_resolutions = [], []
+    resolution = RESOLUTION
+    num_res_blocks = 0
+    for i, blocks in enumerate(split_by_resolution(strip_prefix("encoder.down.", state))):
+        channels, number, has_attention = describe_blocks(blocks)
+        ch_mult.append(channels // ch)
+        num_res_blocks = num_res_blocks or number
+        if has_attention:
+            attn_resolutions.append(resolution >> i)
+    return {
+        "z_channels": state["quantizer.embedding.weight"].shape[1],
+        "ch": ch,
+        "ch_mult": ch_mult,
+        "num_res_blocks": num_res_blocks,
+        "resolution": resolution,
+        "attn_resolutions": attn_resolutions,
+        "norm_eps": 1e-5,
+    }
+
+
+def half_names(half: str, sequence: str, state: State) -> State:
+    """Rename the weights of the encoder (``sequence`` is "down") or the decoder ("up")."""
+    named = rename_prefix(f"{half}.conv_in.", f"{half}.conv_in.", state)
+    named |= rename_prefix(f"{half}.final.0.", f"{half}.norm_out.", state)
+    named |= rename_prefix(f"{half}.final.2.", f"{half}.conv_out.", state)
+    for name, block in zip(("block_1", "attn_1", "block_2"), members(strip_prefix(f"{half}.mid.", state))):
+        named |= add_prefix(f"{half}.mid.{name}.", block_names(block))
+    levels = split_by_resolution(strip_prefix(f"{half}.{sequence}.", state))
+    if half == "decoder":
+        levels.reverse()  # ours counts from the highest resolution in both halves
+    for i, blocks in enumerate(levels):
+        named |= add_prefix(f"{half}.{sequence}.{i}.", level_names(blocks, sequence))
+    return named
+
+
+def rename_prefix(old: str, new: str, state: State) -> State:
+    """Return the weights whose names begin with ``old``, with ``new`` in its place."""
+    return add_prefix(new, strip_prefix(old, state))
+
+
+def members(state: State) -> list[State]:
+    """Split the weights of a Sequential, ``0.a, 0.b, 1.a, ...``, by its members.
+
+    Raises:
+        ValueError: the numbers have such gaps that the list would be far longer than the state.
+    """
+    states: dict[int, State] = {}
     for name, tensor in state.items():
         number, _, rest = name.partition(".")
-        members.setdefault(int(number), {})[rest] = tensor
-    if members and max(members) > len(state) * MAX_GAP:
-        raise ValueError(f"its modules must be numbered in a row, got {max(members)}")
-    return [members.get(number, {}) for number in range(max(members, default=-1) + 1)]
+        states.setdefault(int(number), {})[rest] = tensor
+    length = max(states, default=-1) + 1
+    if length > len(state) * MAX_GAP + 1:
+        raise ValueError(f"its modules must be numbered consecutively, got module {length - 1}")
+    return [states.get(number, {}) for number in range(length)]
 
 
-def resolutions(state: State) -> list[list[State]]:
+def split_by_resolution(state: State) -> list[list[State]]:
     """Split the members of a Sequential by resolution; a bare convolution ends a resolution."""
     levels: list[list[State]] = [[]]
-    for part in numbered(state):
-        levels[-1].append(part)
-        if "conv.weight" in part:
+    for block in members(state):
+        levels[-1].append(block)
+        if "conv.weight" in block:
             levels.append([])
     return levels
 
 
-def resolution_level(blocks: list[State]) -> tuple[int, int, bool]:
-    """Channels, residual blocks, and whether there is attention, of one resolution."""
+def describe_blocks(blocks: list[State]) -> tuple[int, int, bool]:
+    """Return the channels of one resolution, its number of residual blocks, and whether it has attention."""
     residual = [block for block in blocks if "block.0.weight" in block]
-    return residual[-1]["block.6.weight"].shape[0], len(residual), any("attn.in_proj_weight" in b for b in blocks)
+    has_attention = any("attn.in_proj_weight" in block for block in blocks)
+    return residual[-1]["block.6.weight"].shape[0], len(residual), has_attention
 
 
 def level_names(blocks: list[State], sequence: str) -> State:
     """Rename the blocks of one resolution."""
     named: State = {}
-    count = {"block": 0, "attn": 0}
+    counts = {"block": 0, "attn": 0}
     for block in blocks:
         if "conv.weight" in block:
-            named |= {f"{sequence}sample.{name}": tensor for name, tensor in block.items()}
+            named |= add_prefix(f"{sequence}sample.", block)
             continue
         kind = "attn" if "attn.in_proj_weight" in block else "block"
-        named |= {f"{kind}.{count[kind]}.{name}": tensor for name, tensor in block_names(block).items()}
-        count[kind] += 1
+        named |= add_prefix(f"{kind}.{counts[kind]}.", block_names(block))
+        counts[kind] += 1
     return named
 
 
 def block_names(block: State) -> State:
-    """One residual or attention block, by our names."""
-    if "attn.in_proj_weight" not in block:
-        return {f"{RESNET[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": v for name, v in block.items()}
-    named = {name: tensor for name, tensor in block.items() if name.startswith("norm.")}
+    """Rename the weights of a residual block, or split those of an attention block."""
+    if "attn.in_proj_weight" in block:
+        return attention_names(block)
+    named: State = {}
+    for name, tensor in block.items():
+        module, _, kind = name.rpartition(".")
+        named[f"{RESNET[module]}.{kind}"] = tensor
+    return named
+
+
+def attention_names(block: State) -> State:
+    """Split the weights of ``torch.nn.MultiheadAttention`` into four 1 x 1 convolutions."""
+    named = add_prefix("norm.", strip_prefix("norm.", block))
     weights = (*block["attn.in_proj_weight"].chunk(3), block["attn.out_proj.weight"])
     biases = (*block["attn.in_proj_bias"].chunk(3), block["attn.out_proj.bias"])
     for name, weight, bias in zip(("q", "k", "v", "proj_out"), weights, biases):
-        named |= {f"{name}.weight": weight[:, :, None, None], f"{name}.bias": bias}  # a linear layer is a 1 x 1 kernel
+        named[f"{name}.weight"] = weight[:, :, None, None]
+        named[f"{name}.bias"] = bias
     return named
 
 
 # -------------------------------------------------------------------------------------------------------- transformer
 
-LAYER = {  # of torch's TransformerEncoderLayer -> of GPT-2
+# Names of torch.nn.TransformerEncoderLayer -> GPT-2
+LAYER = {
     "norm1": "ln_1",
     "norm2": "ln_2",
     "self_attn.in_proj": "attn.c_attn",
@@ -123,36 +171,48 @@ LAYER = {  # of torch's TransformerEncoderLayer -> of GPT-2
 
 
 def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
-    """``gpt_*.pt``; heads leave no trace in the weights: without ``n_head`` they are 64 wide, as in all its sizes."""
+    """Convert ``gpt_*.pt``.
+
+    Args:
+        checkpoint: the file.
+        n_head: number of heads, which the weights do not show; None assumes heads of 64 dimensions, as in all sizes
+            of the project.
+    """
     state = read_weights(checkpoint, "model", "tok_emb.weight", PROJECT)
-    codes, width = state["tok_emb.weight"].shape
-    clip_dim, blocks = state["cond_proj.weight"].shape[1], numbered(strip_prefix("blocks.", state))
+    codebook_size, width = state["tok_emb.weight"].shape
+    blocks = members(strip_prefix("blocks.", state))
     arguments = dict(
         n_layer=len(blocks),
         n_head=n_head or max(width // 64, 1),
         n_embd=width,
-        codebook_size=codes,
+        codebook_size=codebook_size,
         num_tokens=state["pos_emb"].shape[1],
-        clip_dim=clip_dim,
+        clip_dim=state["cond_proj.weight"].shape[1],
         tie_embeddings=False,
         lm_head_bias=True,
         activation="gelu",
     )
-    weights = {"wte.weight": state["tok_emb.weight"], "wpe.weight": state["pos_emb"][0]}
-    weights |= {f"ln_f.{name}": tensor for name, tensor in strip_prefix("norm.", state).items()}
+    weights = {
+        "transformer.wte.weight": state["tok_emb.weight"],
+        "transformer.wpe.weight": state["pos_emb"][0],
+        "clip_proj.weight": unscaled_projection(state["cond_proj.weight"]),
+        "clip_proj.bias": state["cond_proj.bias"],
+        **rename_prefix("norm.", "transformer.ln_f.", state),
+        **rename_prefix("head.", "head.", state),
+    }
     for i, block in enumerate(blocks):
-        weights |= {f"h.{i}.{name}": tensor for name, tensor in gpt2_names(strip_prefix("encoder.", block)).items()}
-    weights = {f"transformer.{name}": tensor for name, tensor in weights.items()}
-    weights |= {f"head.{name}": tensor for name, tensor in strip_prefix("head.", state).items()}
-    projection = state["cond_proj.weight"]
-    # ours scales the embedding first; in the type of the file, so that integers are noticed
-    weights["clip_proj.weight"] = (projection / clip_dim**0.5).to(projection.dtype)
-    weights["clip_proj.bias"] = state["cond_proj.bias"]
-    return arguments, {f"gpt.{name}": tensor for name, tensor in weights.items()}
+        weights |= add_prefix(f"transformer.h.{i}.", gpt2_names(strip_prefix("encoder.", block)))
+    return arguments, add_prefix("gpt.", weights)
+
+
+def unscaled_projection(weight: Tensor) -> Tensor:
+    """Return the weight of the projection for conditions that clipgen scales by the square root of their width."""
+    # The dtype of the file is kept, so that a file of integers is refused.
+    return (weight / weight.shape[1] ** 0.5).to(weight.dtype)
 
 
 def gpt2_names(layer: State) -> State:
-    """One layer by GPT-2's names, whose matrices are the other way round."""
+    """Rename the weights of one layer as in GPT-2, whose matrices are transposed."""
     named: State = {}
     for name, tensor in layer.items():
         module, _, kind = name.replace("in_proj_", "in_proj.").rpartition(".")

@@ -195,6 +195,11 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(lowest) and torch.isfinite(highest))
 
 
+def add_prefix(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by name, with a prefix before each name."""
+    return {prefix + name: value for name, value in values.items()}
+
+
 def strip_prefix(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     """Return the entries whose names begin with ``prefix``, without the prefix."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgen.checkpoint.model_folder import Model
-from clipgen.checkpoint.safe_load import read_weights, strip_prefix
+from clipgen.checkpoint.safe_load import add_prefix, read_weights, strip_prefix
 from clipgen.files import read_mapping
 from clipgen.models.discriminator import sizes_from_state
 
@@ -31,7 +31,7 @@ def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Mod
     # A discriminator with ActNorm instead of batch norm is not supported.
     if any(name.endswith(".loc") for name in discriminator):
         discriminator = {}
-    weights |= {f"discriminator.main.{k}": v for k, v in discriminator.items()}
+    weights |= add_prefix("discriminator.main.", discriminator)
     weights |= {f"lpips.{k}": v for k, v in strip_prefix("loss.perceptual_loss.", state).items() if "scaling" not in k}
     arguments = arguments_of(config)
     arguments["gan"] |= sizes_from_state(discriminator)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 import clipgen
 from clipgen.checkpoint.safe_load import State
 from clipgen.files import one_line
-from clipgen.type_checks import check_values, parameter_hints
+from clipgen.type_checks import check_values, fits, parameter_hints
 
 Model = TypeVar("Model")
 
@@ -68,7 +68,7 @@ def check_arguments(model: type, arguments: Any, num_tensors: int) -> None:
         TypeError: an argument is not of the type that the model's constructor names.
         ValueError: there are more blocks than the tensors of the file can be the weights of.
     """
-    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+    if not isinstance(arguments, Mapping) or not fits(list(arguments), list[str]):
         raise TypeError(f"its arguments must be values by name, got a {type(arguments).__name__}")
     check_values(arguments, parameter_hints(model))
     for section in (arguments, *arguments.values()):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -221,7 +222,7 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         if attributes is None:
             self.attributes = sampled
         else:
-            self.attributes = [attributes[i % len(attributes)] for i in range(length)]
+            self.attributes = list(itertools.islice(itertools.cycle(attributes), length))
         scale = image_size / REFERENCE_SIZE
         smallest, largest = torch.tensor([RADII[attributes.size] for attributes in self.attributes]).T
         self.radii = (smallest + (largest - smallest) * torch.rand(length, generator=generator)) * scale
@@ -276,8 +277,9 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         """Render the masks (B, H, W) of images with the given shapes, all images of one shape at a time."""
         masks = torch.empty(len(indices), self.image_size, self.image_size)
         items = torch.as_tensor(indices)
+        names = np.array(shapes)
         for shape in set(shapes):
-            has_shape = torch.tensor([name == shape for name in shapes])
+            has_shape = torch.from_numpy(names == shape)
             radii = self.radii[items[has_shape]]
             centers = self.centers[items[has_shape]]
             masks[has_shape] = silhouettes(shape, radii, centers, self.image_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import starmap
+from itertools import cycle, islice, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,8 +95,7 @@ def parse_json(content: Any) -> list[Caption]:
     elif not isinstance(content, dict):
         raise ValueError(f"it must hold a list, a mapping or COCO's layout, got {content!r:.60}")
     elif "annotations" in content:
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        captions = [Caption(files[entry["image_id"]], entry["caption"]) for entry in content["annotations"]]
+        captions = parse_coco(content)
     else:
         captions = list(starmap(Caption, content.items()))
     for caption in captions:
@@ -105,10 +104,21 @@ def parse_json(content: Any) -> list[Caption]:
     return captions
 
 
+def parse_coco(content: Any) -> list[Caption]:
+    """Parse COCO's ``captions_*.json``: ``images`` with their files, and ``annotations`` of their ids."""
+    files = {}
+    for image in content["images"]:
+        files[image["id"]] = image["file_name"]
+    captions = []
+    for annotation in content["annotations"]:
+        captions.append(Caption(files[annotation["image_id"]], annotation["caption"]))
+    return captions
+
+
 def select_captions(captions: Sequence[Caption], count: int, seed: int) -> list[Caption]:
     """Return ``count`` captions in the order of the file: a random subset, or all in turn if there are fewer."""
     if count >= len(captions):
-        return [captions[i % len(captions)] for i in range(count)]
+        return list(islice(cycle(captions), count))
     subset = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]
     return [captions[i] for i in subset.sort().values.tolist()]
 

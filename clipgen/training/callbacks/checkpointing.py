@@ -17,6 +17,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.distributed.tensor import DTensor
 
 from clipgen.files import atomic_write
+from clipgen.optim import parameters_of
 from clipgen.training.callbacks.validation import ResumeValidation, validation_due
 
 
@@ -80,8 +81,8 @@ class ParameterOrder(pl.Callback):
             return
         numbers = {id(parameter): number for number, parameter in enumerate(module.parameters())}
         for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            renumber(state, {old: numbers[id(parameter)] for old, parameter in enumerate(parameters)})
+            order = [numbers[id(parameter)] for parameter in parameters_of(optimizer)]
+            renumber(state, dict(enumerate(order)))
 
 
 def renumber(state: dict[str, Any], numbers: Mapping[int, int]) -> None:
