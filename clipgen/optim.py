@@ -184,7 +184,8 @@ class OptimizerList(Optimizer):
 
 def weight_decay_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Return parameter groups with weight decay for matrices only, not for biases and norms (the GPT-2 convention)."""
-    matrices, vectors = [], []
+    matrices: list[torch.Tensor] = []
+    vectors: list[torch.Tensor] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             (matrices if parameter.ndim >= 2 else vectors).append(parameter)

@@ -403,7 +403,8 @@ def doubling_blocks(config: dict[str, Any], channels: list[int], file: Path) -> 
     width = config.get("channel_width")
     if not isinstance(width, int) or width < 1:
         raise ValueError(f"{file.with_name('config.json')}: channel_width must be at least 1, got {width!r:.100}")
-    sizes, doubles = [], []
+    sizes: list[list[int]] = []
+    doubles: list[bool] = []
     expected = [[channels[i] / width, channels[i + 1] / width] for i in range(blocks)]
     try:
         for flag, channels_in, channels_out in layers:
