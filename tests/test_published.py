@@ -294,7 +294,7 @@ def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_a_folder_by_command(shared, tmp_path):
+def test_command_trains_a_converted_model_further(shared, tmp_path):
     vqgan = load(shared / "parity" / "taming_vqgan")
     vqgan.save(tmp_path / "f4", training=True)
     arguments = [
@@ -315,7 +315,7 @@ def test_training_goes_on_from_a_folder_by_command(shared, tmp_path):
     assert ran.returncode == 0, ran.stderr
     trained = VQGAN.load(tmp_path / "run")
     assert not changed(trained.autoencoder.encoder, weights_of(vqgan.autoencoder.encoder))
-    assert trained.h.codebook_weight == 1.0  # the training's own
+    assert trained.loss_config.codebook_weight == 1.0  # of the new training, not of the file
 
 
 def test_lpips_of_a_state_is_frozen():
