@@ -292,9 +292,9 @@ def make_arguments(rng: random.Random, folder: Path) -> Path:
 
 def read_arguments_of(folder: Path) -> object:
     """Read the arguments that ``resume=RUN`` takes over."""
-    from clipgen.cli.resume_args import with_the_runs
+    from clipgen.cli.resume_args import add_run_arguments
 
-    return with_the_runs([f"resume={folder}"])
+    return add_run_arguments([f"resume={folder}"])
 
 
 def read_png(path: Path) -> object:

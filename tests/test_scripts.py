@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 import webdataset as wds
@@ -87,3 +88,10 @@ def test_clip_is_trained_for_ten_steps(shards, tmp_path):
     done = run_module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout
+
+
+@pytest.mark.parametrize("name", fuzz.targets())
+def test_fuzzed_files_are_read_or_refused_in_one_sentence(name):
+    for seed in range(3):
+        finding = fuzz.run_input(name, fuzz.targets()[name], seed, fuzz.Limits(seconds=10, memory=512))
+        assert finding is None, f"{name} --seed {seed}: {finding}"
