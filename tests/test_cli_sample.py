@@ -438,7 +438,7 @@ def test_sweep_over_several_prompts_and_batches(call, runs, monkeypatch, tmp_pat
         (["--reproduce", "text.png"], "text.png is not an image of clipgen-sample"),
         (["--prompt-mix", "a + "], "a mixture must be terms"),
         (["--prompts-file", "none.txt"], "No such file or directory: none.txt"),
-        (["--prompts-file", "latin.txt"], "latin.txt must be a text in UTF-8"),
+        (["--prompts-file", "latin.txt"], "latin.txt must be UTF-8 text"),
         (["--prompt", "a \udce9"], "prompt must be text in UTF-8"),
         (["--interpolate", "", "a red star"], "prompt must not be empty"),
         (["--prompt-mix", "1 a red star - 1 a red star"], "a mixture must have finite weights that are not all 0"),

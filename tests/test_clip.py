@@ -286,4 +286,4 @@ def test_warnings_of_long_prompts_end(shapes_clip, caplog, monkeypatch):
     monkeypatch.setattr(shapes_clip, "num_truncation_warnings", 0)
     long = "a large blue ring on a white background " * 2
     shapes_clip.encode_text([long + "ring " * i for i in range(1, 40)])
-    assert len(caplog.messages) == 10 and "Further ones are not named" in caplog.messages[-1]
+    assert len(caplog.messages) == 10 and "Further texts are not" in caplog.messages[-1]

@@ -57,5 +57,5 @@ def test_empty_sidecar_file_is_not_a_caption(tmp_path):
     with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt beside it holds one"):
         FolderImages(tmp_path, captions="embedded")
     (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a\.txt must be a text in UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.txt must be UTF-8 text"):
         FolderImages(tmp_path, captions="embedded")

@@ -309,7 +309,7 @@ def test_clip_json_names_nothing_that_its_maker_chose(folder, no_network, monkey
 @pytest.mark.parametrize("config", [{"model_name": 5, "pretrained": None}, {"model_name": "clip", "pretrained": [1]}])
 def test_clip_json_of_other_types_is_named(folder, config):
     write_json(folder.parent / "clip.json", config)
-    with pytest.raises(ValueError, match=r"clip.json must name a CLIP by two texts"):
+    with pytest.raises(ValueError, match=r"clip.json must name a CLIP by two strings"):
         load_clip(folder.parent)
 
 
