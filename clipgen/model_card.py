@@ -61,9 +61,9 @@ def settings_of(config: Any) -> dict[str, Any]:
     settings = {}
     for part in ("data", "trainer"):
         values = config.get(part) if isinstance(config, dict) else None
-        plain = (
-            {key: value for key, value in values.items() if is_plain(key, value)} if isinstance(values, dict) else {}
-        )
+        if not isinstance(values, dict):
+            continue
+        plain = {key: value for key, value in values.items() if is_plain(key, value)}
         if plain:
             settings[part] = plain
     return settings

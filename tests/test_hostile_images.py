@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -640,3 +641,18 @@ def test_a_folders_distance_from_itself_is_zero(tmp_path):
     for source in (FolderImages(tmp_path, 32), RealImages(str(tmp_path), 32)):
         sides.append(torch.cat([images for chunk in source.chunks for images, _ in source.read(chunk)]))
     assert torch.equal(*sides)
+
+
+def test_claimed_length_of_a_png_chunk_reserves_no_memory(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (24, 16)).save(buffer, "PNG")
+    content = buffer.getvalue()
+    start = content.index(b"IDAT") - 4
+    path = tmp_path / "long.png"
+    path.write_bytes(content[:start] + struct.pack(">I", 2**31 - 1) + content[start + 4 :])
+    tracemalloc.start()
+    try:
+        decode_image(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()

@@ -96,10 +96,10 @@ def rehearse(model: Any, arguments: Mapping[str, Any], state: State) -> None:
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     with warnings.catch_warnings(), at_most(2 * len(state) + SPARE), torch.device("meta"), WithoutInitialization():
         warnings.simplefilter("ignore")
-        made = model.from_state(arguments, shapes)
-    kept = made.state_dict()
-    check_types(state, {name for name, tensor in kept.items() if not tensor.is_floating_point()})
-    check_buffers(made, set(kept), sum(tensor.nbytes for tensor in state.values()))
+        built = model.from_state(arguments, shapes)
+    stored = built.state_dict()
+    check_types(state, {name for name, tensor in stored.items() if not tensor.is_floating_point()})
+    check_buffers(built, set(stored), sum(tensor.nbytes for tensor in state.values()))
 
 
 class WithoutInitialization(TorchFunctionMode):
@@ -114,12 +114,13 @@ class WithoutInitialization(TorchFunctionMode):
 @contextmanager
 def at_most(count: int) -> Iterator[None]:
     """Stop the construction of modules in this thread when they have more than ``count`` parameters."""
-    thread, made = threading.get_ident(), 0
+    thread = threading.get_ident()
+    num_parameters = 0
 
     def registered(module: Any, name: str, parameter: Any) -> None:
-        nonlocal made
-        made += threading.get_ident() == thread
-        if made > count:
+        nonlocal num_parameters
+        num_parameters += threading.get_ident() == thread
+        if num_parameters > count:
             raise ValueError("its arguments ask for more layers than it has weights for")
 
     hook = register_module_parameter_registration_hook(registered)
@@ -136,17 +137,17 @@ def check_types(state: State, integers: set[str]) -> None:
         integers: names of the model's tensors that count something.
     """
     for name, tensor in state.items():
-        counts = not tensor.is_complex() and any(other == name or other.endswith(f".{name}") for other in integers)
-        if not tensor.is_floating_point() and not counts:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"its weights must be floating-point numbers, got {kind} in {name!r:.100}")
+        is_counter = not tensor.is_complex() and any(other == name or other.endswith(f".{name}") for other in integers)
+        if not tensor.is_floating_point() and not is_counter:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"its weights must be floating-point numbers, got {dtype} in {name!r:.100}")
 
 
-def check_buffers(made: torch.nn.Module, kept: set[str], file_bytes: int) -> None:
-    """Raise ValueError if what a model needs beside its weights is out of proportion to them."""
-    beside = sum(size(buffer) for name, buffer in made.named_buffers() if name not in kept)
-    if beside > 2 * file_bytes + SPARE_BYTES:
-        raise ValueError(f"its arguments ask for {beside} bytes beside the {file_bytes} of its weights")
+def check_buffers(module: torch.nn.Module, stored: set[str], file_bytes: int) -> None:
+    """Raise ValueError if the buffers that a model creates itself are out of proportion to the weights of its file."""
+    buffer_bytes = sum(size(buffer) for name, buffer in module.named_buffers() if name not in stored)
+    if buffer_bytes > 2 * file_bytes + SPARE_BYTES:
+        raise ValueError(f"its arguments ask for {buffer_bytes} bytes beside the {file_bytes} of its weights")
 
 
 def size(tensor: Tensor) -> int:

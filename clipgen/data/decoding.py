@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
-from io import BytesIO
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,21 @@ def _gray_values(image: Image.Image) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ opening
 
 
+class _BoundedReader(BufferedReader):
+    """Read no more than the rest of a file, whatever length its chunks claim.
+
+    `BufferedReader.read` allocates the requested size first, which Pillow takes from the file.
+    """
+
+    def __init__(self, path: Path, length: int) -> None:
+        super().__init__(FileIO(path))
+        self._length = length
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        remaining = max(self._length - self.tell(), 0)
+        return super().read(remaining if size is None or size < 0 else min(size, remaining))
+
+
 @contextmanager
 def _opened(source: Path | bytes, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
     """Open an image without decoding it; errors inside the `with` become UnusableImageError."""
@@ -243,8 +258,10 @@ def _opened(source: Path | bytes, formats: tuple[str, ...] | None = None) -> Ite
         size = len(source) if isinstance(source, bytes) else _regular_file_size(source)
         if not size:
             raise UnusableImageError("empty")
-        file = BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=formats or _formats()) as image:
+        with (
+            BytesIO(source) if isinstance(source, bytes) else _BoundedReader(source, size) as file,
+            Image.open(file, formats=formats or _formats()) as image,
+        ):
             yield image
     except UnusableImageError:
         raise
