@@ -15,12 +15,14 @@ import torch
 from commands import TINY_VQGAN, command, interrupt_at
 from models import VQGAN_SIZES, make_vqgan
 from test_image_data import encoded, make_tar
+from torch.distributed import TCPStore
 
 from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
 from clipgen.training.callbacks.checkpointing import renumber
+from clipgen.training.cluster import use_own_store
 from clipgen.training.resume import check_strategy
 from clipgen.training.run import make_strategy
 from clipgen.transformer import ConditionalTransformer
@@ -458,7 +460,46 @@ def torchrun(folder: Path, options: list[str], *arguments: str) -> subprocess.Co
     """Run a script with torchrun on this machine."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    process = subprocess.Popen(program, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        _, stderr = process.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        # SIGTERM lets torchrun stop the processes that it has started, SIGKILL would leave them
+        process.terminate()
+        _, stderr = process.communicate()
+    return subprocess.CompletedProcess(program, process.returncode, "", stderr)
+
+
+def test_restarted_processes_do_not_share_the_store_of_the_last_attempt(monkeypatch):
+    """A stale address in torchrun's store made restarted processes wait for dead ones."""
+    agent = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    ports = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("MASTER_PORT", str(agent.port))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        use_own_store()
+        ports.append(os.environ["MASTER_PORT"])
+        assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+    assert ports[0] == ports[1] != str(agent.port)
+
+
+def test_a_first_attempt_keeps_the_store_of_torchrun(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    use_own_store()
+    assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+
+
+def test_a_restart_on_several_machines_needs_a_new_store_from_torchrun(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE must be 1"):
+        use_own_store()
 
 
 def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
@@ -33,6 +31,7 @@ from clipgen.training.callbacks import (
     PerStepSeed,
     ProgressReport,
 )
+from clipgen.training.cluster import check_num_processes, requeue_slurm_job, use_own_store
 from clipgen.training.config import TrainingConfig
 from clipgen.training.factory import make
 from clipgen.training.model_builder import build
@@ -83,6 +82,7 @@ def train(
     automatic_interval = set_default_interval(config)
     trainer = make_trainer(config, output, callbacks)
     check_num_processes(trainer.world_size)
+    use_own_store()
     data = make(config.data, "data")
     if automatic_interval:
         scale_interval(config, trainer, data)
@@ -104,18 +104,6 @@ def train(
 
 
 # ----------------------------------------------------------------------------------------------- before the first step
-
-
-def check_num_processes(world_size: int) -> None:
-    """Raise ValueError if torchrun has started another number of processes than the trainer expects."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    started = int(os.environ.get("WORLD_SIZE") or 0)
-    if started != world_size:
-        raise ValueError(
-            f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
-            f"started, got {world_size}"
-        )
 
 
 def set_precision(config: TrainingConfig) -> None:
@@ -259,15 +247,3 @@ def export(model: Any, last: Path, output: Path) -> None:
     finished = type(model).load(source).save(output / FOLDERS[model_name_of(type(model))])
     if isinstance(model, ConditionalTransformer):
         bind(finished, output / "vqgan")
-
-
-def requeue_slurm_job() -> None:
-    """Ask SLURM to run this job again, which resumes it with resume=auto."""
-    job = os.environ["SLURM_JOB_ID"]
-    array_job = os.environ.get("SLURM_ARRAY_JOB_ID")
-    if array_job:
-        job = f"{array_job}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        logger.warning("The job %s could not be requeued: %s", job, error)

@@ -1,0 +1,70 @@
+"""Support for torchrun and SLURM: the number of processes, restarts, and requeued jobs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+
+from torch.distributed import TCPStore
+
+logger = logging.getLogger(__name__)
+
+
+def check_num_processes(world_size: int) -> None:
+    """Raise ValueError if torchrun has started another number of processes than the trainer expects."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    started = int(os.environ.get("WORLD_SIZE") or 0)
+    if started != world_size:
+        raise ValueError(
+            f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
+            f"started, got {world_size}"
+        )
+
+
+def use_own_store() -> None:
+    """Give the processes that torchrun has restarted a store of their own.
+
+    By default, torchrun keeps one store over all restarts (pytorch/pytorch#135712). It still contains the addresses of
+    the processes of the last attempt, and a new process that reads them waits for a dead one. Attempts are told apart
+    by TORCHELASTIC_RESTART_COUNT, which is the same in all processes of one machine only.
+
+    Raises:
+        RuntimeError: the processes were restarted on several machines, with the store of torchrun.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    if os.environ["GROUP_WORLD_SIZE"] != "1":
+        raise RuntimeError(
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE must be 1 in the environment of torchrun, so that it can restart "
+            "processes on several machines"
+        )
+    shared = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    key = f"clipgen/port/{attempt}"
+    if os.environ["RANK"] == "0":
+        shared.set(key, str(free_port()))
+    os.environ["MASTER_PORT"] = shared.get(key).decode()
+    # now rank 0 serves the store
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
+
+
+def requeue_slurm_job() -> None:
+    """Ask SLURM to run this job again, which resumes it with resume=auto."""
+    job = os.environ["SLURM_JOB_ID"]
+    array_job = os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array_job:
+        job = f"{array_job}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning("The job %s could not be requeued: %s", job, error)
