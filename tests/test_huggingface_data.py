@@ -265,7 +265,7 @@ def test_the_only_column_of_images_is_found(package):
     with pytest.raises(KeyError, match="img"):  # the rows of the stand-in have another name
         huggingface_data("photos", 8, 4)
     package.features = {"text": Feature("string"), "label": Feature("int64")}
-    with pytest.raises(ValueError, match="data.image_column must name the column of images, one of text, label"):
+    with pytest.raises(ValueError, match=r"data.image_column must name the column of images, one of text, label"):
         huggingface_data("photos", 8, 4)
 
 
