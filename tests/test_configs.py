@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from clipgen.cli.config import composed, config_dir, make
 from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
+from clipgen.data.huggingface import huggingface_data
 from clipgen.data.shapes import shapes_data
 from clipgen.data.webdataset import shard_data
 from clipgen.models.config import AutoencoderConfig, GPTConfig, QuantizerConfig, is_training_only, to_plain
@@ -121,7 +122,13 @@ def test_yaml_defaults_are_the_dataclass_defaults(stage):
 
 
 @pytest.mark.parametrize(
-    ("name", "factory"), [("shapes", shapes_data), ("folder", folder_data), ("webdataset", shard_data)]
+    ("name", "factory"),
+    [
+        ("shapes", shapes_data),
+        ("folder", folder_data),
+        ("webdataset", shard_data),
+        ("huggingface", huggingface_data),
+    ],
 )
 def test_data_keys_are_factory_arguments(name, factory):
     node = group("data")[name]
