@@ -1,0 +1,102 @@
+"""Serve a request: wait for the model, generate in a thread, and yield what the page shows meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from clipgen.app.messages import status
+from clipgen.app.models import ModelStore
+from clipgen.app.partial_images import PartialImages, Progress
+from clipgen.app.results import Result, make_results
+from clipgen.app.streaming import Report, stream
+from clipgen.generation.shapes_vocabulary import remarks
+from clipgen.visualization import grid
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from clipgen.app.request import ImageRequest
+
+# Side in pixels of a cell of the sheet of a sweep.
+SHEET_CELL = 160
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the page shows.
+
+    Args:
+        status: HTML.
+        partial: images that are not complete yet; empty to leave the gallery as it is.
+        results: complete images.
+        sheet: all images of a sweep on one image.
+    """
+
+    status: str
+    partial: list[Image.Image] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+    sheet: Image.Image | None = None
+
+
+def serve_request(store: ModelStore, request: ImageRequest) -> Iterator[Update]:
+    """Generate the images of a request; closing the generator stops the work after the current row."""
+    start = time.monotonic()
+    yield Update(status("Waiting for the model ..."))
+    for message in stream(lambda report: work(store, request, report)):
+        if message.kind == "result":
+            seconds = time.monotonic() - start
+            yield finished(request, message.value, seconds)
+        else:
+            progress: Progress = message.value
+            text = f"Row {progress.rows} of {progress.num_rows} ..."
+            yield Update(status(text), partial=progress.images)
+
+
+def work(store: ModelStore, request: ImageRequest, report: Report) -> list[Image.Image]:
+    """Load the model and generate the images of a request."""
+    pipe = store.load(request.model)
+    partial = PartialImages(pipe.image_size, pipe.side, request.total)
+
+    def preview(images: Tensor) -> None:
+        report(partial.update(images))
+
+    with store.generating:
+        return request.generate(pipe, preview)
+
+
+def finished(request: ImageRequest, images: list[Image.Image], seconds: float) -> Update:
+    """Return the results of a request."""
+    results = make_results(request, images)
+    is_sweep = len(request.sweep) > 1
+    sheet = make_sheet(results, request) if is_sweep else None
+    noun = "image" if len(images) == 1 else "images"
+    text = f"{len(images)} {noun} in {seconds:.1f} s. Choose one to see its settings."
+    return Update(status(text, notes(request)), results=results, sheet=sheet)
+
+
+def make_sheet(results: list[Result], request: ImageRequest) -> Image.Image:
+    """Return all images of a sweep on one image, one row per value of the first parameter."""
+    first = request.sweep[0].top_k
+    columns = sum(params.top_k == first for params in request.sweep) * request.num_images
+    captions = [result.caption for result in results]
+    return grid([result.image for result in results], columns=columns, captions=captions, cell=SHEET_CELL)
+
+
+def notes(request: ImageRequest) -> list[str]:
+    """Return what a visitor should know about the prompts that the bundled model was not trained for."""
+    if request.model != "shapes":
+        return []
+    texts: list[str] = []
+    images: list[Any] = []
+    for prompt in request.prompts:
+        if isinstance(prompt, str):
+            texts.append(prompt)
+        elif isinstance(prompt, dict):
+            texts.extend(prompt)
+        elif getattr(prompt, "size", None) != (32, 32):
+            images.append("the upload")
+    return remarks(texts, images)
