@@ -13,9 +13,8 @@ logger = logging.getLogger(__name__)
 OUTPUTS = Path("outputs")
 # Stage -> names of the folders of finished models.
 MODEL_FOLDERS = {"vqgan": ("vqgan",), "transformer": ("transformer", "label_transformer")}
-# Names of the models in the package, and what they generate. They repeat those of `clipgen.checkpoint.model_folder`,
-# which imports torch.
-BUNDLED_MODELS = {"shapes": "colored shapes of 32 x 32 pixels"}
+# Names of the models in the package. They repeat those of `clipgen.checkpoint.model_folder`, which imports torch.
+BUNDLED_MODELS = ("shapes",)
 
 
 @dataclass(frozen=True)

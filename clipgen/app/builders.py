@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clipgen.app.controls import Settings
 from clipgen.app.request import ImageRequest, random_seed
+from clipgen.app.settings import Settings
 from clipgen.app.uploads import read_upload
 from clipgen.generation.sweep import expand_sweep
 from clipgen.sampling import SamplingParams

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gradio as gr
 
@@ -11,7 +11,7 @@ from clipgen.generation.sampling_options import SAMPLING_OPTIONS
 
 
 class Controls(NamedTuple):
-    """The components of the shared settings, in the order in which handlers receive their values."""
+    """The components of the shared settings, in the order of the fields of ``Settings``."""
 
     model: gr.Dropdown
     num_images: gr.Slider
@@ -22,37 +22,6 @@ class Controls(NamedTuple):
     top_p: gr.Slider
     guidance_scale: gr.Slider
     guidance_power: gr.Slider
-
-
-class Settings(NamedTuple):
-    """The values of ``Controls``."""
-
-    model: str
-    num_images: float
-    seed: str
-    rerank_from: float
-    temperature: float
-    top_k: float
-    top_p: float
-    guidance_scale: float
-    guidance_power: float
-
-    def sampling(self) -> dict[str, Any]:
-        """Return the sampling parameters by name, with the types of ``SamplingParams``."""
-        return {name: option.type(getattr(self, name)) for name, option in SAMPLING_OPTIONS.items()}
-
-    def first_seed(self) -> int | None:
-        """Return the seed; None if the field is empty.
-
-        Raises:
-            ValueError: the text is not a whole number.
-        """
-        text = str(self.seed or "").strip()
-        if not text:
-            return None
-        if not text.isascii() or not text.isdigit() or len(text) > 19:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, or empty, got {text[:30]!r}")
-        return int(text)
 
 
 def sampling_slider(name: str, label: str, minimum: float, maximum: float, step: float) -> gr.Slider:

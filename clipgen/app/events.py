@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from clipgen.app.controls import Settings
 from clipgen.app.messages import error_status, status
 from clipgen.app.models import ModelStore
 from clipgen.app.results import details, save_result
+from clipgen.app.settings import Settings
 
 if TYPE_CHECKING:
     from clipgen.app.generation import Update
@@ -88,7 +88,7 @@ class Handlers:
 
     def stop(self) -> str:
         """Return what the page says after Stop, which cancels the request."""
-        return status("Stopped. The rows that are missing were not generated.")
+        return status("Stopped.")
 
     def serve(self, build: Callable[[], ImageRequest]) -> Iterator[Any]:
         """Make a request and yield the state of the page until it is finished; an error becomes a sentence."""
@@ -112,7 +112,7 @@ class Handlers:
         size = (update.partial or [update.results[0].image])[0].width
         return (
             update.status,
-            gr.update(value=images, columns=gallery_columns(len(images)), elem_classes=image_classes(size)),
+            gr.update(value=images, columns=update.columns, elem_classes=image_classes(size)),
             gr.update(value=update.sheet, visible=update.sheet is not None),
             update.results,
             gr.update(visible=False),
@@ -171,11 +171,6 @@ def chosen(results: list[Result], selected: int) -> Result:
 def show_message(text: str) -> tuple[Any, ...]:
     """Return the values of ``OutputPanel.shown`` that change the status only."""
     return (text, gr.skip(), gr.skip(), gr.skip(), gr.skip())
-
-
-def gallery_columns(number: int) -> int:
-    """Return the number of columns for a number of images: at most 4."""
-    return next((columns for columns in (1, 2, 3) if number <= columns**2), 4)
 
 
 def image_classes(size: int) -> list[str]:

@@ -33,12 +33,14 @@ class Update:
         status: HTML.
         partial: images that are not complete yet; empty to leave the gallery as it is.
         results: complete images.
+        columns: columns of the gallery.
         sheet: all images of a sweep on one image.
     """
 
     status: str
     partial: list[Image.Image] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
+    columns: int = 1
     sheet: Image.Image | None = None
 
 
@@ -53,7 +55,7 @@ def serve_request(store: ModelStore, request: ImageRequest) -> Iterator[Update]:
         else:
             progress: Progress = message.value
             text = f"Row {progress.rows} of {progress.num_rows} ..."
-            yield Update(status(text), partial=progress.images)
+            yield Update(status(text), partial=progress.images, columns=gallery_columns(request))
 
 
 def work(store: ModelStore, request: ImageRequest, report: Report) -> list[Image.Image]:
@@ -75,15 +77,28 @@ def finished(request: ImageRequest, images: list[Image.Image], seconds: float) -
     sheet = make_sheet(results, request) if is_sweep else None
     noun = "image" if len(images) == 1 else "images"
     text = f"{len(images)} {noun} in {seconds:.1f} s. Choose one to see its settings."
-    return Update(status(text, notes(request)), results=results, sheet=sheet)
+    columns = gallery_columns(request)
+    return Update(status(text, notes(request)), results=results, columns=columns, sheet=sheet)
 
 
 def make_sheet(results: list[Result], request: ImageRequest) -> Image.Image:
-    """Return all images of a sweep on one image, one row per value of the first parameter."""
-    first = request.sweep[0].top_k
-    columns = sum(params.top_k == first for params in request.sweep) * request.num_images
+    """Return all images of a sweep on one image, one row per value of top-k."""
     captions = [result.caption for result in results]
-    return grid([result.image for result in results], columns=columns, captions=captions, cell=SHEET_CELL)
+    images = [result.image for result in results]
+    return grid(images, columns=sheet_columns(request), captions=captions, cell=SHEET_CELL)
+
+
+def sheet_columns(request: ImageRequest) -> int:
+    """Return the number of images with the same top-k in a sweep."""
+    first = request.sweep[0].top_k
+    return sum(params.top_k == first for params in request.sweep) * request.num_images
+
+
+def gallery_columns(request: ImageRequest) -> int:
+    """Return the number of columns of the gallery, at most 4."""
+    if len(request.sweep) > 1:
+        return min(sheet_columns(request), 4)
+    return next((columns for columns in (1, 2, 3) if request.total <= columns**2), 4)
 
 
 def notes(request: ImageRequest) -> list[str]:

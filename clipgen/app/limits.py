@@ -12,6 +12,8 @@ MAX_PROMPT_LENGTH = 1000
 # An uploaded file.
 MAX_UPLOAD_BYTES = 20 << 20
 MAX_UPLOAD_PIXELS = 50_000_000
+# Larger uploads are resized to this width or height in pixels.
+MAX_KEPT_SIDE = 2048
 # Requests that wait; further ones are refused.
 MAX_QUEUE_LENGTH = 20
 # Visitors whose results are kept in memory.

@@ -60,8 +60,8 @@ class ModelStore:
         for run in runs:
             state = "" if run.finished else " (unfinished)"
             choices.append((f"{run.path}{state}", str(run.path)))
-        for name, content in BUNDLED_MODELS.items():
-            choices.append((f"{name} (bundled): {content}", name))
+        for name in BUNDLED_MODELS:
+            choices.append((f"{name} (bundled)", name))
         return list({name: (label, name) for label, name in choices}.values())
 
     def default(self) -> str:
@@ -71,7 +71,7 @@ class ModelStore:
         finished = [run for run in self._runs().values() if run.finished]
         if finished:
             return str(max(finished, key=lambda run: run.time).path)
-        return next(iter(BUNDLED_MODELS))
+        return BUNDLED_MODELS[0]
 
     def _runs(self) -> dict[str, Run]:
         """Return the runs that take prompts, by name."""

@@ -52,10 +52,11 @@ class OutputPanel(NamedTuple):
 def output_panel() -> OutputPanel:
     """Add the part of the page that shows the generated images."""
     with gr.Row():
-        message = gr.HTML(status(WELCOME), elem_id="status")
+        message = gr.HTML(status(WELCOME), padding=False, elem_id="status")
         stop = gr.Button("Stop", variant="stop", scale=0, min_width=90, elem_id="stop")
     gallery = gr.Gallery(
         label="Images",
+        show_label=False,
         format="png",
         columns=2,
         height="auto",
@@ -66,9 +67,16 @@ def output_panel() -> OutputPanel:
         elem_id="gallery",
         elem_classes=["generated"],
     )
-    sheet = gr.Image(label="Sheet", format="png", visible=False, interactive=False, elem_id="sheet")
+    sheet = gr.Image(
+        label="Sheet",
+        format="png",
+        visible=False,
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id="sheet",
+    )
     with gr.Column(visible=False, elem_id="details") as details:
-        table = gr.HTML()
+        table = gr.HTML(padding=False)
         with gr.Row():
             again = gr.Button("Again", size="sm", min_width=100, elem_id="again")
             more = gr.Button("More like this", size="sm", min_width=140, elem_id="more")

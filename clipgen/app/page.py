@@ -11,11 +11,12 @@ from clipgen.app import tabs
 from clipgen.app.controls import Controls, shared_controls
 from clipgen.app.events import Handler, Handlers
 from clipgen.app.limits import CLEANING_INTERVAL, MAX_AGE
+from clipgen.app.messages import status
 from clipgen.app.models import HUB_PREFIX, ModelStore
 from clipgen.app.output_panel import OutputPanel, output_panel
 
 TITLE = "clipgen"
-HEADING = "# clipgen\nText to image, learned from images alone."
+HEADING = "# clipgen\nText to image, learned from images alone"
 # Requests of all visitors share one queue, of which one is served at a time.
 QUEUE = "generation"
 
@@ -29,14 +30,17 @@ def build_page(store: ModelStore, folder: Path) -> gr.Blocks:
     """
     cleaning = (CLEANING_INTERVAL, MAX_AGE)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=cleaning, fill_width=True) as page:
-        gr.Markdown(HEADING)
-        model = model_chooser(store)
-        facts = gr.HTML()
+        with gr.Row(equal_height=True):
+            with gr.Column(min_width=320):
+                gr.Markdown(HEADING)
+                facts = gr.HTML(status("Loading the model ..."), padding=False, elem_id="facts")
+            with gr.Column(min_width=320):
+                model = model_chooser(store)
         with gr.Row():
-            with gr.Column(scale=5, min_width=320):
+            with gr.Column(min_width=320):
                 generating_tabs, tokenizer = tabs.add_tabs()
                 controls = shared_controls(model)
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(min_width=320):
                 panel = output_panel()
         handlers = Handlers(store, folder)
         connect_model(page, controls, facts, handlers)

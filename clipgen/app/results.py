@@ -90,12 +90,13 @@ def title(info: Mapping[Any, Any]) -> str:
 def details(result: Result) -> str:
     """Return prompt, seed and settings of an image as an HTML table."""
     info = result.image.info
-    rows = {"Prompt": title(info), "Seed": str(info["seed"])}
-    for name in SAMPLING_OPTIONS:
-        rows[name.replace("_", " ").capitalize()] = f"{info[name]:g}"
+    sampling = [f"{name.replace('_', ' ')} {info[name]:g}" for name in SAMPLING_OPTIONS]
+    rows = {"Prompt": title(info), "Seed": str(info["seed"]), "Sampling": ", ".join(sampling)}
     if "keep_fraction" in info:
-        rows["Kept from the upload"] = f"{info['keep_fraction']:.0%}"
-    rows["Model"] = f"{result.request.model} ({info['model']})"
+        rows["Kept"] = f"the upper {info['keep_fraction']:.0%} of the upload"
+    rows["Model"] = f"{result.request.model}, weights {info['model']}"
     rows["Size"] = f"{result.image.width} x {result.image.height} pixels"
-    cells = "".join(f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
+    cells = "".join(
+        f"<tr><th scope='row'>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items()
+    )
     return f"<table class='details'>{cells}</table>"

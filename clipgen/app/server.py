@@ -7,7 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from clipgen.run_list import OUTPUTS
 logger = logging.getLogger(__name__)
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 CSS = Path(__file__).with_name("page.css")
+SCRIPT = Path(__file__).with_name("page.js")
 CACHE_VARIABLE = "GRADIO_TEMP_DIR"
 
 
@@ -42,6 +43,8 @@ def serve(
         device: device of the models; None chooses one.
         allow_hub: let visitors name models on the Hugging Face hub; None allows it on this computer only.
     """
+    # The threads of torch must not compete with those of the server while they wait. (No effect if torch is imported.)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOCAL_HOSTS[0]
     if allow_hub is None:
         allow_hub = host in LOCAL_HOSTS
@@ -90,15 +93,14 @@ def launch_options() -> dict[str, Any]:
         "max_file_size": MAX_UPLOAD_BYTES,
         "state_session_capacity": MAX_SESSIONS,
         "css_paths": [CSS],
+        "js": SCRIPT.read_text("utf-8"),
     }
 
 
 def preload(store: ModelStore) -> None:
     """Load the default model; the page shows the error if that fails."""
-    try:
+    with suppress(Exception):
         store.load(store.default())
-    except Exception:
-        pass
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from clipgen.app.uploads import image_upload
+from clipgen.app.upload_box import image_upload
 
 EXAMPLES = (
     "a large blue ring on a white background",
@@ -54,11 +54,11 @@ def add_tabs() -> tuple[list[GeneratingTab], TokenizerTab]:
             text = text_tab()
         with gr.Tab("Image"):
             image = image_tab()
-        with gr.Tab("Mixture"):
+        with gr.Tab("Mix"):
             mixture = mixture_tab()
-        with gr.Tab("Interpolation"):
+        with gr.Tab("Interpolate"):
             interpolation = interpolation_tab()
-        with gr.Tab("Completion"):
+        with gr.Tab("Complete"):
             completion = completion_tab()
         with gr.Tab("Sweep"):
             sweep = sweep_tab()
@@ -118,9 +118,7 @@ def completion_tab() -> GeneratingTab:
     upload = image_upload("Image to complete")
     keep_fraction = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Part of the height that is kept")
     prompt = gr.Textbox(label="Prompt (if empty, the image itself)", lines=1, max_lines=1)
-    return GeneratingTab(
-        "completion_request", [upload, keep_fraction, prompt], generate_button("completion"), upload
-    )
+    return GeneratingTab("completion_request", [upload, keep_fraction, prompt], generate_button("completion"), upload)
 
 
 def sweep_tab() -> GeneratingTab:
@@ -136,19 +134,28 @@ def sweep_tab() -> GeneratingTab:
 
 def tokenizer_tab() -> TokenizerTab:
     """Add the tab that shows the codes and the reconstruction of an image."""
-    gr.Markdown("Encode the central square of an image as codes, and decode these again.")
+    gr.Markdown(
+        "Encode the central square of an image as codes, and decode these again. Similar codes have similar colors."
+    )
     image = image_upload("Image")
     button = gr.Button("Tokenize", variant="primary", elem_id="tokenize")
-    summary = gr.HTML(elem_id="tokenizer-summary")
+    summary = gr.HTML(padding=False, elem_id="tokenizer-summary")
     with gr.Row():
-        original = tokenizer_output("Image at the size of the model", ["generated", "pixelated"])
-        reconstruction = tokenizer_output("Reconstruction", ["generated", "pixelated"])
-    codes = tokenizer_output("Codes; similar codes have similar colors", [])
+        original = tokenizer_output("Size of the model", ["pixelated", "filled"])
+        reconstruction = tokenizer_output("Reconstruction", ["pixelated", "filled"])
+    codes = tokenizer_output("Codes", [])
     return TokenizerTab(image, button, [summary, original, reconstruction, codes])
 
 
 def tokenizer_output(label: str, classes: list[str]) -> gr.Image:
     """Add an image that the tokenizer tab shows."""
     return gr.Image(
-        label=label, format="png", interactive=False, buttons=["download"], min_width=140, elem_classes=classes
+        label=label,
+        # It would cover the first codes.
+        show_label=label != "Codes",
+        format="png",
+        interactive=False,
+        buttons=["download"],
+        min_width=140,
+        elem_classes=classes,
     )
