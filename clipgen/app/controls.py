@@ -35,7 +35,7 @@ def shared_controls(model: gr.Dropdown) -> Controls:
     """Add the shared settings to the page."""
     with gr.Row():
         num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of images", min_width=140)
-        seed = gr.Textbox(label="Seed", placeholder="random", max_length=19, min_width=100)
+        seed = gr.Textbox(label="Seed", placeholder="random", max_length=19, min_width=100, elem_id="seed")
     with gr.Accordion("Sampling settings", open=False):
         rerank_from = gr.Slider(
             0,

@@ -50,6 +50,7 @@ class ImageRequest:
         for prompt in self.prompts:
             check_request(prompt, self.num_images, self.rerank_from)
             check_length(prompt)
+        per_sample_seeds(self.seed, self.rerank_from or self.num_images)
         if self.num_images > MAX_IMAGES:
             raise ValueError(f"the number of images must be at most {MAX_IMAGES}, got {self.num_images}")
         if (self.rerank_from or 0) > MAX_CANDIDATES:
