@@ -10,13 +10,14 @@ import gradio as gr
 
 from clipgen.app.messages import error_status, status
 from clipgen.app.models import ModelStore
-from clipgen.app.results import details, save_result
+from clipgen.app.results import Result, details, save_result
+from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
+from clipgen.app.streaming import Stopped
 
 if TYPE_CHECKING:
     from clipgen.app.generation import Update
     from clipgen.app.request import ImageRequest
-    from clipgen.app.results import Result
     from clipgen.pipeline import TextToImage
 
 # Images with fewer pixels per side are enlarged with sharp pixels.
@@ -28,6 +29,8 @@ Handler = Callable[..., Iterator[Any]]
 class Handlers:
     """The handlers of the page's events; their arguments are the values of components.
 
+    Gradio recognizes ``gr.Request`` and ``gr.SelectData`` by the annotations, which must be importable.
+
     Args:
         store: the models.
         folder: folder for the files of generated images.
@@ -36,6 +39,7 @@ class Handlers:
     def __init__(self, store: ModelStore, folder: Path):
         self.store = store
         self.folder = folder
+        self.running = RunningRequests()
 
     # ------------------------------------------------------------------------------------------------------- models
 
@@ -62,7 +66,7 @@ class Handlers:
             builder: name of a function of ``clipgen.app.builders``.
         """
 
-        def handler(*values: Any) -> Iterator[Any]:
+        def handler(visit: gr.Request, *values: Any) -> Iterator[Any]:
             def build() -> ImageRequest:
                 from clipgen.app import builders
 
@@ -70,35 +74,42 @@ class Handlers:
                 request: ImageRequest = getattr(builders, builder)(settings, *values[NUM_SETTINGS:])
                 return request
 
-            yield from self.serve(build)
+            yield from self.serve(visit, build)
 
         return handler
 
-    def again(self, results: list[Result], selected: int) -> Iterator[Any]:
+    def again(self, visit: gr.Request, results: list[Result], selected: int) -> Iterator[Any]:
         """Generate the chosen image again."""
-        yield from self.serve(lambda: chosen(results, selected).again())
+        yield from self.serve(visit, lambda: chosen(results, selected).again())
 
-    def more(self, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
+    def more(self, visit: gr.Request, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
         """Generate images with the settings of the chosen image and another seed."""
-        yield from self.serve(lambda: chosen(results, selected).more(int(num_images)))
+        yield from self.serve(visit, lambda: chosen(results, selected).more(int(num_images)))
 
-    def variations(self, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
+    def variations(self, visit: gr.Request, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
         """Generate images with the chosen image as the prompt."""
-        yield from self.serve(lambda: chosen(results, selected).variations(int(num_images)))
+        yield from self.serve(visit, lambda: chosen(results, selected).variations(int(num_images)))
 
     def stop(self) -> str:
         """Return what the page says after Stop, which cancels the request."""
         return status("Stopped.")
 
-    def serve(self, build: Callable[[], ImageRequest]) -> Iterator[Any]:
+    def leave(self, visit: gr.Request) -> None:
+        """Stop the requests of a visitor who has closed the page."""
+        self.running.stop(str(visit.session_hash))
+
+    def serve(self, visit: gr.Request, build: Callable[[], ImageRequest]) -> Iterator[Any]:
         """Make a request and yield the state of the page until it is finished; an error becomes a sentence."""
         try:
             # The page appears before torch is imported.
             yield show_message(status("Starting ..."))
             from clipgen.app.generation import serve_request
 
-            for update in serve_request(self.store, build()):
-                yield self.show_update(update)
+            with self.running.register(str(visit.session_hash)) as stopped:
+                for update in serve_request(self.store, build(), stopped):
+                    yield self.show_update(update)
+        except Stopped:
+            return
         except Exception as error:
             yield show_message(error_status(error))
 
@@ -120,8 +131,7 @@ class Handlers:
 
     # ------------------------------------------------------------------------------------------------ chosen images
 
-    # Gradio finds the event by its annotation, so that all annotations must be importable.
-    def choose(self, results: list[Any], event: gr.SelectData) -> tuple[Any, ...]:
+    def choose(self, results: list[Result], event: gr.SelectData) -> tuple[Any, ...]:
         """Return the number, details and file of a chosen image; an incomplete image has none."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(results):
             return (gr.skip(), gr.update(visible=False), gr.skip(), gr.skip())

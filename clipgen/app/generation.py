@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,11 +45,21 @@ class Update:
     sheet: Image.Image | None = None
 
 
-def serve_request(store: ModelStore, request: ImageRequest) -> Iterator[Update]:
-    """Generate the images of a request; closing the generator stops the work after the current row."""
+def serve_request(
+    store: ModelStore,
+    request: ImageRequest,
+    stopped: threading.Event | None = None,
+) -> Iterator[Update]:
+    """Generate the images of a request; closing the generator stops the work after the current row.
+
+    Args:
+        store: the models.
+        request: what to generate.
+        stopped: stops the work, too, when it is set; ``Stopped`` is raised then.
+    """
     start = time.monotonic()
     yield Update(status("Waiting for the model ..."))
-    for message in stream(lambda report: work(store, request, report)):
+    for message in stream(lambda report: work(store, request, report), stopped):
         if message.kind == "result":
             seconds = time.monotonic() - start
             yield finished(request, message.value, seconds)

@@ -30,7 +30,7 @@ def build_page(store: ModelStore, folder: Path) -> gr.Blocks:
     """
     cleaning = (CLEANING_INTERVAL, MAX_AGE)
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=cleaning, fill_width=True) as page:
-        with gr.Row(equal_height=True):
+        with gr.Row():
             with gr.Column(min_width=320):
                 gr.Markdown(HEADING)
                 facts = gr.HTML(status("Loading the model ..."), padding=False, elem_id="facts")
@@ -55,6 +55,7 @@ def build_page(store: ModelStore, folder: Path) -> gr.Blocks:
             api_visibility="private",
             show_progress="hidden",
         )
+        page.unload(handlers.leave)
         tokenizer.button.click(
             handlers.tokenize,
             [model, tokenizer.image],

@@ -16,7 +16,7 @@ Report = Callable[[Any], None]
 
 
 class Stopped(Exception):
-    """The reader of the reports has gone."""
+    """Nobody wants the result of the work any more."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Message:
     value: Any
 
 
-def stream(work: Callable[[Report], Any]) -> Iterator[Message]:
+def stream(work: Callable[[Report], Any], stopped: threading.Event | None = None) -> Iterator[Message]:
     """Yield the reports of the work as they arrive, then its result.
 
     Reports that arrive faster than they are read are dropped, except for the newest. Closing the generator stops the
@@ -40,12 +40,14 @@ def stream(work: Callable[[Report], Any]) -> Iterator[Message]:
 
     Args:
         work: runs in a thread of its own.
+        stopped: stops the work when it is set.
 
     Raises:
+        Stopped: ``stopped`` was set.
         Exception: the error of the work.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    stopped = threading.Event()
+    stopped = stopped or threading.Event()
 
     def report(value: Any) -> None:
         if stopped.is_set():
