@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
+from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
@@ -48,7 +49,7 @@ DISCRIMINATOR = 1
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
 
-class VQGAN(pl.LightningModule):
+class VQGAN(PretrainedMixin, pl.LightningModule):
     """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
     The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss. The adversarial
@@ -451,13 +452,16 @@ class VQGAN(pl.LightningModule):
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
         """Load a trained tokenizer, in evaluation mode.
 
         Args:
             path: a model folder, a run folder or a checkpoint of stage 1; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose tokenizer is loaded.
+            revision: branch, tag or commit on the hub.
+            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
+        path = model_folder.resolve_path(path, revision, token)
         arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from clipgen.app.models import ModelStore
-from clipgen.app.partial_images import PartialImages
 from clipgen.app.server import running_page
+from clipgen.generation.partial_images import PartialImages
 
 
 @contextmanager

@@ -10,20 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from clipgen.app import builders, generation, limits, models, results
 from clipgen.app.messages import error_status
 from clipgen.app.models import ModelStore
-from clipgen.app.partial_images import PartialImages
 from clipgen.app.settings import Settings
-from clipgen.app.streaming import THREAD_NAME, stream
 from clipgen.app.tokenizer import tokenize
 from clipgen.app.uploads import read_upload
 from clipgen.checkpoint.model_folder import BUNDLED
 from clipgen.cli import app as command
 from clipgen.cli.image_metadata import read_metadata
+from clipgen.generation.partial_images import PartialImages
 from clipgen.pipeline import TextToImage
 from clipgen.run_list import BUNDLED_MODELS
 from clipgen.sampling import SamplingParams
@@ -186,59 +184,6 @@ def test_previews_are_squares_whose_missing_rows_are_transparent(store):
     assert (alpha[:16] == 255).all() and (alpha[16:] == 0).all()
 
 
-def test_previews_of_later_batches_keep_the_complete_images():
-    partial = PartialImages(image_size=8, num_rows=2, total=3)
-    partial.update(torch.zeros(2, 3, 4, 8))
-    partial.update(torch.zeros(2, 3, 8, 8))
-    state = partial.update(torch.ones(1, 3, 4, 8))
-    assert state.rows == 1 and len(state.images) == 3
-    assert state.images[0].getpixel((0, 7)) == (128, 128, 128, 255)
-    assert state.images[2].getpixel((0, 0)) == (255, 255, 255, 255) and state.images[2].getpixel((0, 7))[3] == 0
-
-
-def test_a_batch_that_is_repeated_in_halves_is_not_shown_twice():
-    partial = PartialImages(image_size=8, num_rows=2, total=2)
-    partial.update(torch.zeros(2, 3, 4, 8))
-    assert len(partial.update(torch.zeros(1, 3, 4, 8)).images) == 2
-
-
-# ----------------------------------------------------------------------------------------------------------- streaming
-
-
-def test_stream_yields_reports_and_the_result():
-    read = threading.Event()
-
-    def work(report):
-        report(1)
-        read.wait(10)
-        return "done"
-
-    messages = stream(work)
-    first = next(messages)
-    read.set()
-    assert (first.kind, first.value) == ("report", 1)
-    assert [(message.kind, message.value) for message in messages] == [("result", "done")]
-
-
-def test_closing_the_stream_ends_the_thread():
-    steps = []
-
-    def work(report):
-        for step in range(10_000):
-            steps.append(step)
-            report(step)
-            time.sleep(0.001)
-
-    messages = stream(work)
-    next(messages)
-    messages.close()
-    deadline = time.monotonic() + 5
-    while any(thread.name == THREAD_NAME for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert len(steps) < 10_000
-
-
 def test_closing_a_request_stops_the_generation(store, monkeypatch):
     rows = []
     update = PartialImages.update
@@ -258,32 +203,6 @@ def test_closing_a_request_stops_the_generation(store, monkeypatch):
     assert count < 8
     time.sleep(0.2)
     assert len(rows) == count
-
-
-def test_slow_readers_get_the_newest_report():
-    reported = threading.Event()
-
-    def work(report):
-        for step in range(5):
-            report(step)
-        reported.set()
-        time.sleep(0.2)
-
-    messages = stream(work)
-    assert not reported.is_set()
-    values = []
-    for message in messages:
-        reported.wait(5)
-        values.append(message.value)
-    assert values[-2:] == [4, None] and len(values) <= 3
-
-
-def test_errors_of_the_work_are_raised():
-    def work(report):
-        raise ValueError("wrong")
-
-    with pytest.raises(ValueError, match="wrong"):
-        list(stream(work))
 
 
 # -------------------------------------------------------------------------------------------------------------- models

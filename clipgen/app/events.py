@@ -13,7 +13,7 @@ from clipgen.app.models import ModelStore
 from clipgen.app.results import Result, details, save_result
 from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
-from clipgen.app.streaming import Stopped
+from clipgen.generation.streaming import Stopped
 
 if TYPE_CHECKING:
     from clipgen.app.generation import Update
@@ -90,8 +90,9 @@ class Handlers:
         """Generate images with the chosen image as the prompt."""
         yield from self.serve(visit, lambda: chosen(results, selected).variations(int(num_images)))
 
-    def stop(self) -> str:
-        """Return what the page says after Stop, which cancels the request."""
+    def stop(self, visit: gr.Request) -> str:
+        """Stop the requests of a visitor, and return what the page says then."""
+        self.running.stop(str(visit.session_hash))
         return status("Stopped.")
 
     def leave(self, visit: gr.Request) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.app.messages import status
 from clipgen.app.models import ModelStore
-from clipgen.app.partial_images import PartialImages, Progress
 from clipgen.app.results import Result, make_results
-from clipgen.app.streaming import Report, stream
+from clipgen.generation.partial_images import PartialImages, PartialRequest
 from clipgen.generation.shapes_vocabulary import remarks
+from clipgen.generation.streaming import Report, stream
 from clipgen.visualization import grid
 
 if TYPE_CHECKING:
@@ -59,12 +59,13 @@ def serve_request(
     """
     start = time.monotonic()
     yield Update(status("Waiting for the model ..."))
-    for message in stream(lambda report: work(store, request, report), stopped):
+    # The page must not wait for the end of the work; `ModelStore.generating` keeps others from the pipeline meanwhile.
+    for message in stream(lambda report: work(store, request, report), stopped, join=False):
         if message.kind == "result":
             seconds = time.monotonic() - start
             yield finished(request, message.value, seconds)
         else:
-            progress: Progress = message.value
+            progress: PartialRequest = message.value
             text = f"Row {progress.rows} of {progress.num_rows} ..."
             yield Update(status(text), partial=progress.images, columns=gallery_columns(request))
 

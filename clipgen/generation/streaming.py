@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # The name of the thread, for logs and tests.
-THREAD_NAME = "clipgen-app-work"
+THREAD_NAME = "clipgen-stream"
 
 # Called by the work with intermediate results; raises `Stopped` if nobody wants them any more.
 Report = Callable[[Any], None]
@@ -32,19 +32,26 @@ class Message:
     value: Any
 
 
-def stream(work: Callable[[Report], Any], stopped: threading.Event | None = None) -> Iterator[Message]:
+def stream(
+    work: Callable[[Report], Any],
+    stopped: threading.Event | None = None,
+    join: bool = True,
+) -> Iterator[Message]:
     """Yield the reports of the work as they arrive, then its result.
 
-    Reports that arrive faster than they are read are dropped, except for the newest. Closing the generator stops the
-    work at its next report.
+    ``stream(lambda report: pipe(prompt, preview=report))`` yields the images so far after each row of indices. Reports
+    that arrive faster than they are read are dropped, except for the newest. Closing the generator stops the work at
+    its next report, and waits for that: a pipeline must not serve two threads at once.
 
     Args:
         work: runs in a thread of its own.
-        stopped: stops the work when it is set.
+        stopped: stops the work at its next report, too, when it is set.
+        join: wait for the end of the work when the generator is closed. Without this the caller has to see to it that
+            no other work uses the pipeline meanwhile.
 
     Raises:
         Stopped: ``stopped`` was set.
-        Exception: the error of the work.
+        BaseException: the error of the work.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     stopped = stopped or threading.Event()
@@ -54,7 +61,8 @@ def stream(work: Callable[[Report], Any], stopped: threading.Event | None = None
             raise Stopped
         messages.put(Message("report", value))
 
-    threading.Thread(target=run, args=(work, report, messages), name=THREAD_NAME, daemon=True).start()
+    thread = threading.Thread(target=run, args=(work, report, messages), name=THREAD_NAME, daemon=True)
+    thread.start()
     try:
         while True:
             message = newest(messages)
@@ -65,13 +73,15 @@ def stream(work: Callable[[Report], Any], stopped: threading.Event | None = None
                 return
     finally:
         stopped.set()
+        if join:
+            thread.join()
 
 
 def run(work: Callable[[Report], Any], report: Report, messages: queue.SimpleQueue[Message]) -> None:
     """Run the work and send its result or error."""
     try:
         messages.put(Message("result", work(report)))
-    except Exception as error:
+    except BaseException as error:  # also SystemExit, or the reader would wait for ever
         messages.put(Message("error", error))
 
 

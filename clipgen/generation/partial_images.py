@@ -11,8 +11,8 @@ from clipgen.images import to_pil
 
 
 @dataclass(frozen=True)
-class Progress:
-    """The state of a request.
+class PartialRequest:
+    """The state of a request whose images are being generated.
 
     Args:
         images: all images of the request; rows that are not generated yet are transparent.
@@ -42,7 +42,7 @@ class PartialImages:
         self.current: list[Image.Image] = []
         self.height = 0
 
-    def update(self, images: Tensor) -> Progress:
+    def update(self, images: Tensor) -> PartialRequest:
         """Take a preview (B, 3, h, W), and return the state of all images.
 
         A preview with fewer rows than the one before belongs to a new batch, or to the same batch once more if it did
@@ -57,7 +57,7 @@ class PartialImages:
         waiting = max(self.total - len(visible), 0)
         empty = Image.new("RGBA", (self.image_size, self.image_size))
         rows = height * self.num_rows // self.image_size
-        return Progress(visible + [empty] * waiting, rows, self.num_rows)
+        return PartialRequest(visible + [empty] * waiting, rows, self.num_rows)
 
 
 def paste_into_square(strip: Image.Image, size: int) -> Image.Image:
