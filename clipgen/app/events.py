@@ -1,4 +1,4 @@
-"""What the page does when a visitor presses a button. Modules that need torch are imported by the first request."""
+"""Handle the events of the page, such as a press of a button. Modules that need torch are imported by the first request."""
 
 from __future__ import annotations
 
