@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
+from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import strip_prefix
 from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class ConditionalTransformer(pl.LightningModule):
+class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
     """GPT-2 over code indices with the CLIP embedding as its first token, stage 2 of CLIP-GEN (Eq. 6, 8-10).
 
     Training on images needs the frozen VQ-GAN and CLIP, see ``attach_encoders``; batches are then
@@ -375,13 +376,16 @@ class ConditionalTransformer(pl.LightningModule):
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
         """Load a trained transformer, in evaluation mode.
 
         Args:
             path: a model folder, a run folder or a checkpoint of stage 2; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose transformer is loaded.
+            revision: branch, tag or commit on the hub.
+            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
+        path = model_folder.resolve_path(path, revision, token)
         arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 

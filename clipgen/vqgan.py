@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
+from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
-from clipgen.images import check_images, images_from_batch, to_bytes
+from clipgen.images import check_images, images_from_batch, psnr, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
 from clipgen.models.config import (
@@ -50,7 +51,7 @@ SUMMED_LOSSES = {"codebook_loss", "commitment_loss"}
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
 
-class VQGAN(pl.LightningModule):
+class VQGAN(PretrainedMixin, pl.LightningModule):
     """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
     The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss. The adversarial
@@ -408,9 +409,7 @@ class VQGAN(pl.LightningModule):
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
         rounded = to_bytes(reconstruction).float() / 127.5 - 1
-        squared = ((rounded - images) / 2).square().mean(dim=(1, 2, 3))
-        # In dB, averaged over images, for pixel values in [0, 1].
-        terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()
+        terms["psnr"] = psnr(images, rounded).mean()
         self.averages.add(add_prefix("val/", terms), len(images))
         return rounded
 
@@ -457,13 +456,16 @@ class VQGAN(pl.LightningModule):
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
         """Load a trained tokenizer, in evaluation mode.
 
         Args:
             path: a model folder, a run folder or a checkpoint of stage 1; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose tokenizer is loaded.
+            revision: branch, tag or commit on the hub.
+            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
+        path = model_folder.resolve_path(path, revision, token)
         arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 
