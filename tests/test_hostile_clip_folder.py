@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipgen import clip_folder
+from clipgen import clip_folder, clip_tokenizer
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.files import read_json, write_json
 from clipgen.run_folder import ALLOW, copy_frozen, load_clip, save_frozen
@@ -132,7 +132,7 @@ def test_a_tokenizers_settings_name_no_files(folder, tmp_path):
         "chat_template": "x",
     }
     write_json(folder / "tokenizer_config.json", settings | secret)
-    kept = clip_folder.harmless("tokenizer_config.json", folder / "tokenizer_config.json")
+    kept = clip_tokenizer.harmless("tokenizer_config.json", folder / "tokenizer_config.json")
     assert kept == settings
     FrozenCLIP(str(folder))
 
