@@ -678,18 +678,18 @@ def pax_record(key: str, value: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("headers", "num_images"),
+    "headers",
     [
-        (tar_header(tarfile.GNUTYPE_LONGNAME, b"b.png\0") * 2000, 0),
-        (tar_header(tarfile.XHDTYPE, pax_record("path", "b.png")) * 2000, 0),
-        (tar_header(tarfile.XHDTYPE, pax_record("size", str(10**15))), 0),
-        (tar_header(tarfile.XHDTYPE, pax_record("size", "-512")), 0),
-        (tar_header(tarfile.XHDTYPE, pax_record("GNU.sparse.map", "0,x")), 0),
-        (tar_header(tarfile.XGLTYPE, pax_record("path", "b.txt")), 1),
+        tar_header(tarfile.GNUTYPE_LONGNAME, b"b.png\0") * 2000,
+        tar_header(tarfile.XHDTYPE, pax_record("path", "b.png")) * 2000,
+        tar_header(tarfile.XHDTYPE, pax_record("size", str(10**15))),
+        tar_header(tarfile.XHDTYPE, pax_record("size", "-512")),
+        tar_header(tarfile.XHDTYPE, pax_record("GNU.sparse.map", "0,x")),
+        tar_header(tarfile.XGLTYPE, pax_record("path", "b.txt")),
     ],
     ids=["long names", "paths", "huge size", "negative size", "sparse", "global"],
 )
-def test_odd_headers_of_a_shard_neither_hang_nor_crash(tmp_path, headers, num_images):
+def test_odd_headers_of_a_shard_neither_hang_nor_crash(tmp_path, headers):
     first, bad = (
         make_tar(tmp_path / "0.tar", [("0.png", square(1))]),
         make_tar(tmp_path / "1.tar", [("a.png", square(2))]),
@@ -697,7 +697,7 @@ def test_odd_headers_of_a_shard_neither_hang_nor_crash(tmp_path, headers, num_im
     path = tmp_path / "shard.tar"
     path.write_bytes(first.read_bytes() + headers + bad.read_bytes())
     dataset = ImageShards(str(path), 8, train=False)
-    assert reds(dataset)[0] == 1 and dataset.skip_counter.num_used == 1 + num_images
+    assert reds(dataset)[0] == 1 and dataset.skip_counter.num_used == 1
     assert dataset.count_images().images >= 1
 
 
@@ -715,10 +715,9 @@ EMPTY_FILE = tar_header(tarfile.REGTYPE, b"")
 
 def test_named_pipe_as_a_shard_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    make_tar(tmp_path / "b.tar", [("0.png", square(1))])
-    dataset = ImageShards(str(tmp_path / "*.tar"), 8, train=False)
-    assert reds(dataset) == [1] and str(dataset.skip_counter) == "1 image, 1 skipped: 1 broken shard"
-    assert dataset.count_images() is None
+    with pytest.raises(ValueError, match=r"a\.tar must be a tar file"):
+        ImageShards(str(tmp_path / "*.tar"), 8, train=False)
+    assert shards_module.estimate_images([str(tmp_path / "a.tar")]) is None
 
 
 def test_tiles_larger_than_a_tiff_are_refused(tmp_path):

@@ -92,6 +92,17 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
                 yield member
 
 
+def is_tar(path: Path) -> bool:
+    """Return whether a file is a tar file, compressed or not, whose first member can be read."""
+    if not path.is_file():
+        return False
+    try:
+        with _Archive.open(path, mode="r:*"):
+            return True
+    except Exception:  # damaged headers raise anything
+        return False
+
+
 def count_samples(path: Path) -> int:
     """Return the number of samples with images in a local shard, as far as it can be read."""
     samples = set()
@@ -301,7 +312,7 @@ class _Archive(tarfile.TarFile):
         file: Any = self.fileobj
         if self.offset < file.tell():
             raise tarfile.ReadError("a file of negative size")
-        # A stream is read instead of seeking: tarfile would go on seeking after its end.
+        # A stream is read, because the seeking of tarfile does not stop at its end.
         is_seekable = hasattr(file, "seekable") and file.seekable()
         if is_seekable and self.offset > file.tell():
             file.seek(self.offset - 1)

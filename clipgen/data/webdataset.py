@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain, count, islice
@@ -24,7 +23,7 @@ from clipgen.data.decoding import UnusableImageError, decode_image
 from clipgen.data.parallel import parallel_map
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.source import ImageCount, Views
-from clipgen.data.tar_reader import Member, Sample, count_samples, group_samples, read_members
+from clipgen.data.tar_reader import Member, Sample, count_samples, group_samples, is_tar, read_members
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
 from clipgen.files import read_text
@@ -100,7 +99,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
         local_urls = [url for url in self.urls if not is_remote(url)]
         for url in local_urls:
-            if not tarfile.is_tarfile(url):
+            if not is_tar(Path(url)):
                 raise ValueError(f"{url} must be a tar file, got {os.path.getsize(url)} bytes of another type")
         samples = chain.from_iterable(map(self._read_shard, local_urls))
         all_local = len(local_urls) == len(self.urls)
