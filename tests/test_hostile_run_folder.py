@@ -382,7 +382,7 @@ def test_a_lock_that_is_a_pipe_or_a_device_is_refused_at_once(tmp_path, make_loc
         pass
 
 
-@pytest.mark.parametrize("text", ["\0", "a,b\n1,2\n", "step,a\nx,1\n", "step\n1,2\n", "step,a\n1," + "x" * 200_000])
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "step,a\nx,1\n", "step\n1,2\n", "step,a\n1," + "x" * 200_000])
 def test_damaged_metrics_name_the_file(tmp_path, text):
     (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(ValueError, match=r"metrics\.csv is damaged"):

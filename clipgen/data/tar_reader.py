@@ -106,7 +106,7 @@ def is_tar(path: Path) -> bool:
 def count_samples(path: Path) -> int:
     """Return the number of samples with images in a local shard, as far as it can be read."""
     samples = set()
-    # What is wrong with the shard is told when its images are read.
+    # Errors are reported when the images are read.
     with suppress(Exception), path.open("rb") as file, _Archive.open(fileobj=file, mode="r:*") as archive:
         while (info := archive.next()) is not None:
             if info.name.lower().endswith(EXTENSIONS):
