@@ -29,7 +29,7 @@ class CSVLogger(LightningCSVLogger):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         for row in self.previous_rows:
             if row["step"] < (step or 0):
-                self.experiment.metrics.append({key: value for key, value in row.items() if value})
+                self.experiment.metrics.append({key: value for key, value in row.items() if value not in ("", None)})
         self.previous_rows = []
         super().log_metrics(metrics, step)
 
