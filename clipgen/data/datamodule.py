@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done
+from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done, stream_state
 from clipgen.data.source import ResumableStream, skip_counter_of, supports_epoch_index
+
+logger = logging.getLogger(__name__)
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -72,11 +75,14 @@ class ImageDataModule(pl.LightningDataModule):
         """Move a stream to where the run stands."""
         if not self.trainer or not isinstance(self.train, ResumableStream):
             return
-        done = batches_done(self.trainer)
         # Streams are endless, so only limit_train_batches ends an epoch.
         limit = self.trainer.limit_train_batches
-        epoch, batches = divmod(done, limit) if isinstance(limit, int) else (0, done)
-        self.train.resume(epoch, batches, self.batch_size)
+        per_epoch = limit if isinstance(limit, int) else None
+        done = batches_done(self.trainer)
+        state = stream_state(self.trainer)
+        self.train.resume(state, self.batch_size, per_epoch, done % per_epoch if per_epoch else 0)
+        if done and state is None:
+            logger.warning("The checkpoint has no position in the shards: training continues with a new pass.")
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Make the loader of all validation images in order; [] if there are none."""
