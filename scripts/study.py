@@ -375,7 +375,9 @@ def real_images_score(study: Study) -> float:
         captions = [str(attributes) for attributes in dataset.attributes]
         return real_score(study.clip, dataset.render(range(1000)), captions)
     cache = TokenCacheDataset(study.cache / "val")
-    labels = torch.cat([torch.from_numpy(shard["label"].astype("int64")) for shard in cache.shards])
+    labels = torch.cat(
+        [torch.from_numpy(shard["label"].astype("int64")) for shard in map(cache.shard, range(len(cache.files)))]
+    )
     text = study.clip.encode_text(study.setting.prompts)[labels]
     return (cache.embeddings(len(cache)) * text).sum(dim=1).mean().item()
 

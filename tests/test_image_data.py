@@ -748,6 +748,33 @@ def resumed(dataset: ImageShards, start: int, sizes: list[int] | None = None) ->
     return dataset
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
+def test_stream_resumed_on_other_devices_repeats_and_omits_no_image(
+    before: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another batch size, too. The count of what all ranks have consumed is what a checkpoint stores."""
+    for i in range(6):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
+
+    def on_ranks(world: int, state: dict | None, batch_size: int, batches: int) -> tuple[list[int], dict]:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        seen, sizes = [], []
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=15)
+            dataset.resume(state, batch_size)
+            seen += [red(sample) for sample in islice(dataset, batches * batch_size)]
+            new_state = dataset.state_after(batches, 1)
+            sizes.append(new_state["sizes"])
+        # as the ranks of a run do
+        return seen, new_state | {"sizes": torch.stack(sizes).amax(0)}
+
+    first, state = on_ranks(before, None, batch_size=3, batches=4)
+    left = 60 - len(first)
+    rest, _ = on_ranks(after, state, batch_size=1, batches=left // after)
+    assert len(first) + len(rest) == 60 and sorted(first + rest) == list(range(60))
+
+
 @pytest.mark.parametrize("segment_pieces", [8, 1])
 def test_resumed_stream_is_identical_and_decodes_nothing_it_skips(
     segment_pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

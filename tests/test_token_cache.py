@@ -75,7 +75,7 @@ def test_open_shards_hold_no_file_descriptors(cache):
     before, dataset = os.listdir("/dev/fd"), TokenCacheDataset(cache / "train")
     assert len(dataset.batch(range(50))["indices"]) == 50
     assert len(os.listdir("/dev/fd")) == len(before)
-    assert not dataset.shards[0].flags.writeable
+    assert not dataset.shard(0).flags.writeable
 
 
 def test_augmentations_cycle_by_epoch_and_broken_images_are_left_out(shared, tmp_path, tiny_vqgan, shapes_clip):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done, stream_state
+from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done, position_callback
 from clipgen.data.source import ResumableStream, skip_counter_of, supports_epoch_index
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,14 @@ class ImageDataModule(pl.LightningDataModule):
         limit = self.trainer.limit_train_batches
         per_epoch = limit if isinstance(limit, int) else None
         done = batches_done(self.trainer)
-        state = stream_state(self.trainer)
-        self.train.resume(state, self.batch_size, per_epoch, done % per_epoch if per_epoch else 0)
+        callback = position_callback(self.trainer)
+        state = callback.stream_state if callback else None
         if done and state is None:
-            logger.warning("The checkpoint has no position in the shards: training continues with a new pass.")
+            # Written without the callback, or by an older version: as many batches, which have to be read again.
+            logger.info("The checkpoint has no position in the shards: reading what comes before batch %d", done)
+            self.train.resume(None, self.batch_size)
+            state = self.train.state_after(done, max(self.num_workers, 1))
+        self.train.resume(state, self.batch_size, per_epoch, done % per_epoch if per_epoch else 0)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Make the loader of all validation images in order; [] if there are none."""

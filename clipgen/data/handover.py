@@ -69,7 +69,7 @@ def broadcast(compute: Callable[[], T]) -> T:
         except Exception as error:
             box[1] = error
     dist.broadcast_object_list(box)
-    result, error = box
-    if error is not None:
-        raise error
+    if box[1] is not None:
+        raise box[1]
+    result: T = box[0]
     return result

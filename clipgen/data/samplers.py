@@ -34,13 +34,6 @@ def batches_done(trainer: Any) -> int:
     return done
 
 
-def stream_state(trainer: Any) -> dict[str, Any] | None:
-    """Return the position in a stream at which a run is resumed, or None."""
-    resumed_checkpoint = trainer._checkpoint_connector._loaded_checkpoint or {}
-    state: dict[str, Any] | None = resumed_checkpoint.get(STREAM_KEY)
-    return state
-
-
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -70,6 +63,7 @@ class DataPositionCallback(pl.Callback):
         # Where the run was resumed.
         self.start = DataPosition()
         self.batches_at_start = 0
+        self.stream_state: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         sampler = self._sampler(trainer)
@@ -83,6 +77,7 @@ class DataPositionCallback(pl.Callback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.batches_at_start = batches_done(trainer)
+        self.stream_state = checkpoint.get(STREAM_KEY)
         position = checkpoint.get(CHECKPOINT_KEY)
         if position:
             self.start = DataPosition(**{key: int(value) for key, value in position.items()})
@@ -106,6 +101,14 @@ class DataPositionCallback(pl.Callback):
     def _sampler(trainer: pl.Trainer) -> ResumableSampler | None:
         sampler = getattr(trainer.train_dataloader, "sampler", None)
         return sampler if isinstance(sampler, ResumableSampler) else None
+
+
+def position_callback(trainer: Any) -> DataPositionCallback | None:
+    """Return the callback of a trainer that knows where its run was resumed, if it has one."""
+    for callback in trainer.callbacks if trainer else []:
+        if isinstance(callback, DataPositionCallback):
+            return callback
+    return None
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -188,10 +191,8 @@ class ResumableSampler(DistributedSampler[Any]):
 
     def _start(self) -> DataPosition:
         """Return where the run was resumed."""
-        for callback in self.trainer.callbacks if self.trainer else []:
-            if isinstance(callback, DataPositionCallback):
-                return callback.start
-        return DataPosition()
+        callback = position_callback(self.trainer)
+        return callback.start if callback else DataPosition()
 
     def _position(self) -> DataPosition:
         if self.trainer is not None:

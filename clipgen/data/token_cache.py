@@ -261,7 +261,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def shard(self, number: int) -> np.ndarray:
-        """Return the memory map of a shard. Up to ``MAX_MAPS`` are kept open, because the system limits their number."""
+        """Return the memory map of a shard; up to ``MAX_MAPS`` are kept, because the system limits their number."""
         records = self._open.pop(number, None)
         if records is None:
             records = open_shard(self.files[number])
