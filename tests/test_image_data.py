@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import pickle
 import tarfile
 import time
 from itertools import islice
@@ -350,10 +351,14 @@ def test_find_images_skips_hidden_files_and_follows_links_once(tmp_path: Path) -
     assert find_images(tmp_path) == ["a.Png", "b/2.JPG", "c/4.tiff"]
 
 
-def test_packed_strings_behave_like_a_list(tmp_path: Path) -> None:
+def test_packed_strings_behave_like_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a list of many strings would copy them to every worker process."""
     odd = ["a/1.jpg", "", "日本/☃.png", "\udcff.jpg", "x" * 300]
     names = PackedStrings(odd)
+    monkeypatch.setattr(folder_module, "_MAX_IN_MEMORY", 1)
+    in_file = PackedStrings(odd)
+    assert [*in_file] == [*names] and isinstance(in_file.content, np.memmap)
+    assert [*pickle.loads(pickle.dumps(in_file))] == odd
     assert [*names] == odd and names[-2] == odd[-2] and "" in names and len(names) == 5 and not len(PackedStrings([]))
     with pytest.raises(IndexError):
         names[5]

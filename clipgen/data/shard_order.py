@@ -205,20 +205,25 @@ class ShardOrder:
         previous = position.previous
         if previous is None:
             return []
-        old_readers = range(previous.num_readers)
-        if len(old_readers) >= position.num_readers:
-            mine = old_readers[reader :: position.num_readers]
-            return [Left(previous, old, position.first_pass) for old in mine]
-        old = reader % len(old_readers)
-        sharing = range(old, position.num_readers, len(old_readers))
-        return [Left(previous, old, position.first_pass, sharing.index(reader), len(sharing))]
+        num_old = previous.num_readers
+        # Groups of old and new readers, so that all new ones get equally much.
+        num_groups = math.gcd(num_old, position.num_readers)
+        if position.num_readers // num_groups > MAX_READS:
+            num_groups = min(num_old, position.num_readers)
+        group = reader % num_groups
+        sharing = range(group, position.num_readers, num_groups)
+        lefts = []
+        for number, old in enumerate(range(group, num_old, num_groups)):
+            part = (sharing.index(reader) + number) % len(sharing)
+            lefts.append(Left(previous, old, position.first_pass, part, len(sharing)))
+        return lefts
 
     def _segments(self, position: Position, reader: int, end_pass: int | None) -> Iterator[Segment]:
         """Yield the segments of a reader, without those left by earlier readers."""
         num_readers = position.num_readers
         for number in count(position.first_pass) if end_pass is None else range(position.first_pass, end_pass):
             pieces = self._pieces(number, num_readers)
-            # The count goes on over the passes, so that each reader gets as many pieces as the others.
+            # Pieces are counted over all passes, so that each reader gets as many pieces as the others.
             first = (reader - number * len(pieces)) % num_readers
             mine = pieces[first::num_readers]
             for start in range(0, len(mine), PIECES_PER_SEGMENT):

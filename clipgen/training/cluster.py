@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytorch_lightning as pl
 from torch.distributed import TCPStore
@@ -67,9 +68,17 @@ def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
     if environment.creates_processes_externally:
         # A process that Lightning has started finds its parent's results in its environment.
         if FOLDER not in os.environ:
-            trainer.strategy.setup_environment()
+            connect(trainer.strategy)
         return nullcontext()
     return results_for_children()
+
+
+def connect(strategy: Any) -> None:
+    """Make the process group that Lightning would make at the start of the training."""
+    strategy.accelerator.setup_device(strategy.root_device)
+    # DDP and FSDP name it differently; their setup_environment needs the model, too
+    setup = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed
+    setup()
 
 
 def free_port() -> int:

@@ -24,8 +24,9 @@ from clipgen.data.token_cache import TokenCacheDataset, record_dtype
 IMAGES_PER_SHARD = 10_000
 BATCH_SIZE = 64
 NUM_WORKERS = 8
-# Files of a folder; more are measured by their number of bytes.
-MAX_NAMES = 10_000_000
+# Limits of what is really written; the columns say how much that was.
+MAX_NAMES = 2_000_000
+MAX_CACHE_SHARDS = 20_000
 
 
 def run_scale(args: argparse.Namespace) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def run_scale(args: argparse.Namespace) -> dict[str, Any]:
         parts: dict[str, tuple[Callable[..., Any], Any]] = {
             "order of an epoch": (measure_order, (images, args.ranks)),
             "names of files": (measure_names, (min(images, MAX_NAMES),)),
-            "token cache": (measure_cache, (shards, args.scratch)),
+            "token cache": (measure_cache, (min(shards, MAX_CACHE_SHARDS), args.scratch)),
             "tar shards": (measure_shards, (shards, args.ranks)),
         }
         for name, (function, arguments) in parts.items():
