@@ -93,7 +93,7 @@ def test_class_and_search(call, class_run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vqgan-clip"], "a prompt is needed: give --prompt or --prompts-file"),
+        (["vqgan-clip"], "a prompt is needed: give --prompt, --prompts-file or --captions"),
         (["vqgan-clip", "--prompt", " "], "prompt must not be empty"),
         (["vqgan-clip", "--prompt", "x", "--steps", "-1"], "steps must be at least 0, got -1"),
         (["vqgan-clip", "--prompt", "x", "--num-images", "0"], "num_images must be at least 1, got 0"),
