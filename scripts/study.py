@@ -4,6 +4,7 @@
     python -m clipgen study cifar10 --data data/cifar10 --clip runs/cifar10-clip --vqgan RUN --output study/cifar10
     python -m clipgen study shapes --output study/shapes --rows gap       # ways to close the modality gap
     python -m clipgen study shapes --output study/shapes --rows search    # Tables 1 and 2 of the CLIP-guided search
+    python -m clipgen study shapes --output study/shapes --rows biggan --generator biggan:FILE    # BigGAN-CLIP alone
 
 All transformers are trained on one token cache for the same number of steps, and generate images for the same prompts.
 Existing results are kept: an interrupted study resumes, and --seeds may be extended.
@@ -25,7 +26,9 @@ from recognize import load_or_train
 from torch import Tensor, nn
 
 from clipgen import VQGAN, FrozenCLIP, TextToImage
+from clipgen.baselines.biggan_clip import BigGANCLIPParams, biggan_clip
 from clipgen.baselines.class_conditional import ClassConditionalGenerator
+from clipgen.baselines.gan_files import load_gan
 from clipgen.baselines.search import SearchResult, SearchRow, real_score, search, search_table
 from clipgen.baselines.vqgan_clip import vqgan_clip
 from clipgen.checkpoint.model_folder import fingerprint
@@ -77,6 +80,7 @@ RECIPES = {
     "class": ["conditioning.drop_prob=0.1"],
 }
 METRICS = ("accuracy", "shapes_all", "clip_score", "fid_0", "precision", "recall")
+OPTIMIZED = ("vqgan_clip", "biggan_clip")
 LABEL_HEIGHT = 22  # pixels above the grid of a row
 
 
@@ -87,7 +91,7 @@ class Row:
     Args:
         name: name in the table.
         recipe: recipe of the training.
-        system: "pipeline", "class", "search" or "vqgan_clip".
+        system: "pipeline", "class", "search", "vqgan_clip" or "biggan_clip".
         shift: add the mean shift from text to image embeddings.
         nearest: project text embeddings onto the nearest image embeddings.
         params: sampling parameters.
@@ -140,6 +144,11 @@ def system_rows(setting: Setting) -> list[Row]:
     ]
 
 
+def biggan_rows() -> list[Row]:
+    """Return BigGAN-CLIP, whose generator is a file."""
+    return [Row("BigGAN-CLIP", None, "biggan_clip")]
+
+
 def gap_rows(setting: Setting) -> list[Row]:
     """Return ways to close the modality gap. All were trained with 10 % null conditions, which only guidance uses."""
     guided = setting.guided
@@ -158,6 +167,13 @@ def gap_rows(setting: Setting) -> list[Row]:
         Row("noise, mean shift, guidance", "modern", shift=True, params=guided),
         Row("all", "modern", shift=True, nearest=True, params=guided),
     ]
+
+
+def table_rows(name: str, setting: Setting) -> list[Row]:
+    """Return the rows of a table of systems."""
+    if name == "gap":
+        return gap_rows(setting)
+    return biggan_rows() if name == "biggan" else system_rows(setting)
 
 
 class ClassifierFeatures(nn.Module):
@@ -244,6 +260,8 @@ class Study:
         """Return the function that generates the images of a row."""
         if row.system == "vqgan_clip":
             return self.optimize
+        if row.system == "biggan_clip":
+            return self.optimize_biggan
         assert row.recipe
         run = self.trained(row.recipe, seed)
         if row.system == "pipeline":
@@ -259,6 +277,15 @@ class Study:
         """Return the images of VQGAN-CLIP."""
         targets = self.clip.encode_text(prompts)
         return vqgan_clip(VQGAN.load(self.vqgan), self.clip, targets, steps=100, cutouts=16, seed=seeds)
+
+    def optimize_biggan(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Return the images of BigGAN-CLIP."""
+        generator: Any = load_gan(self.args.generator)
+        params = BigGANCLIPParams(steps=100, cutouts=16)
+        images = []
+        for prompt, seed in zip(prompts, seeds):
+            images.append(biggan_clip(generator, self.clip, self.clip.encode_text([prompt]), seed=seed, params=params))
+        return torch.cat(images)
 
     def search_images(
         self, generator: ClassConditionalGenerator, prompts: Sequence[str], seeds: Sequence[int]
@@ -287,7 +314,7 @@ class Study:
     def prompts_for(self, row: Row) -> list[str]:
         """Return evenly spaced prompts, one per image of a row."""
         prompts = self.setting.prompts
-        count = self.args.num_optimized if row.system == "vqgan_clip" else self.args.num_images
+        count = self.args.num_optimized if row.system in OPTIMIZED else self.args.num_images
         step = max(len(prompts) // count, 1)
         return [prompts[i * step % len(prompts)] for i in range(count)]
 
@@ -388,7 +415,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiment", choices=["shapes", "cifar10"], help="dataset and sizes of the models")
     p.add_argument("--output", type=Path, required=True, help="folder of the study")
-    p.add_argument("--rows", choices=["systems", "gap", "search"], default="systems", help="table (default: systems)")
+    rows = ["systems", "gap", "search", "biggan"]
+    p.add_argument("--rows", choices=rows, default="systems", help="table (default: systems)")
+    p.add_argument("--generator", help="biggan:FILE, for --rows biggan")
     p.add_argument("--data", type=Path, help="shards of make_shards.py, for cifar10")
     p.add_argument("--clip", default="shapes", help="folder of train_clip.py, for cifar10")
     p.add_argument("--vqgan", help="run of stage 1 (default: the bundled one for shapes)")
@@ -401,7 +430,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=600, help="steps of every transformer (default: %(default)s)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings (default: 0 1 2)")
     p.add_argument("--num-images", type=int, default=576, help="images per row and seed (default: %(default)s)")
-    p.add_argument("--num-optimized", type=int, default=48, help="images per seed of VQGAN-CLIP (default: %(default)s)")
+    p.add_argument(
+        "--num-optimized",
+        type=int,
+        default=48,
+        help="images per seed of VQGAN-CLIP and BigGAN-CLIP (default: %(default)s)",
+    )
     return p
 
 
@@ -409,10 +443,12 @@ def main() -> None:
     """Compute a table, row by row, and the grid of its images."""
     args = parser().parse_args()
     set_up_logging()
+    if args.rows == "biggan" and not args.generator:
+        raise SystemExit("--rows biggan needs --generator biggan:FILE; `python -m clipgen train_generator` makes one")
     study = Study(args)
     if args.rows == "search":
         return write(args.output / "search.md", search_tables(study))
-    rows = system_rows(study.setting) if args.rows == "systems" else gap_rows(study.setting)
+    rows = table_rows(args.rows, study.setting)
     results = []
     for row in rows:
         results.append((row.name, mean_and_std([study.result(row, seed) for seed in args.seeds])))

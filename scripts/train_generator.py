@@ -58,7 +58,10 @@ def render(noise: Tensor, classes: Tensor) -> Tensor:
 
 
 class ClassTable(nn.Module):
-    """Class embeddings that are sums of word embeddings, so that a class learns from the images of all others."""
+    """Class embeddings that are sums of word embeddings, so that a class learns from the images of all others.
+
+    Their mean is 0, so that equal weights of all classes, with which BigGAN-CLIP starts, add up to nothing.
+    """
 
     words: Tensor
 
@@ -69,7 +72,8 @@ class ClassTable(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the embeddings of all classes, (classes, CLASS_DIM)."""
-        return self.words @ self.weight
+        embeddings = self.words @ self.weight
+        return embeddings - embeddings.mean(dim=0)
 
 
 def one_hot_words() -> Tensor:
@@ -92,8 +96,13 @@ class Training:
     def __init__(self, seed: int, steps: int):
         torch.manual_seed(seed)
         self.generator = BigGAN(NOISE_DIM, len(ALL_ATTRIBUTES), CLASS_DIM, CHANNELS, [])
+        for module in self.generator.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(module.weight)
         self.table = ClassTable()
-        parameters = [*self.generator.parameters(), *self.table.parameters()]
+        # The embeddings of the classes are those of the table, and not trained by themselves.
+        self.generator.classes.weight.requires_grad_(False).copy_(self.table().detach())
+        parameters = [p for p in self.generator.parameters() if p.requires_grad] + list(self.table.parameters())
         self.optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
         self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()

@@ -166,13 +166,16 @@ def run_protocol(args: argparse.Namespace, generator: Any, clip: Any) -> None:
     from clipgen.baselines.csc2516 import PublishedCLIPInput, prepare_caption, ranking_caption
 
     protocol = resolve_protocol(args, generator)
-    groups = [[prepare_caption(text) for text in group] for group in args.caption_groups]
-    prompts = [ranking_caption(group, number) for number, group in enumerate(groups)]
+    groups = []
+    prompts = []
+    for number, texts in enumerate(args.caption_groups):
+        groups.append(list(map(prepare_caption, texts)))
+        prompts.append(ranking_caption(groups[-1], number))
     scoring = PublishedCLIPInput(clip) if protocol.clip_input == "published" else clip
     captions = None if protocol.one_caption else groups
     rows = search_rows(args, generator, scoring, prompts, captions, protocol.threshold)
     args.threshold, args.truncation = protocol.threshold, protocol.truncation
-    several = any(len(group) > 1 for group in groups)
+    several = max(map(len, groups)) > 1
     write_table(rows, args, protocol.deviations(generator, several))
 
 
@@ -263,14 +266,16 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
 
 def markdown(rows: list[SearchRow], system: str, args: argparse.Namespace) -> str:
     """Return the rows as the paper prints them: Table 1 without FID, and Table 2."""
-    bests = [f"{row.best_mean_std[0]:.4f} ± {row.best_mean_std[1]:.4f}" for row in rows]
-    needed = [format_needed(row, args) for row in rows]
     system = system.replace("|", "\\|")
-    heading = " | ".join(f"k = {row.k}" for row in rows)
+    columns = []
+    for row in rows:
+        mean, std = row.best_mean_std
+        columns.append((f"k = {row.k}", f"{mean:.4f} ± {std:.4f}", format_needed(row, args)))
+    heading, bests, needed = map(" | ".join, zip(*columns))
     rule = "|---" * (len(rows) + 1) + "|"
     tables = []
     for title, values in (("Best CLIP score", bests), ("Images needed", needed)):
-        tables.append(f"| {title} | {heading} |\n{rule}\n| {system} | {' | '.join(values)} |\n")
+        tables.append(f"| {title} | {heading} |\n{rule}\n| {system} | {values} |\n")
     return "\n".join(tables)
 
 

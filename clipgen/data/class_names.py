@@ -106,10 +106,12 @@ def parse_keras(content: Any) -> list[str] | None:
     entries = list(content.values())
     if not entries or not all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
         return None
-    missing = [number for number in range(len(entries)) if str(number) not in content]
-    if missing:
-        raise ValueError(f"classes must be numbered from 0, got none with number {missing[0]}")
-    names = [content[str(number)][1] for number in range(len(entries))]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError("each class must be a pair of synset and name")
+    names = []
+    for number in range(len(entries)):
+        if str(number) not in content:
+            raise ValueError(f"classes must be numbered from 0, got none with number {number}")
+        name = content[str(number)][1]
+        if not isinstance(name, str):
+            raise ValueError(f"each class must be a pair of synset and name, got {name!r:.40}")
+        names.append(name)
     return names

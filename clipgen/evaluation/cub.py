@@ -62,8 +62,10 @@ def find_beside(texts: Path, folder: Path, name: str) -> Path | None:
 
 def find_texts(texts: Path) -> list[str]:
     """Return the images that the text files below a folder describe, in natural order."""
-    files = [path for path in texts.glob("**/*.txt") if path.name not in (INDEX, SPLIT_FILE) and path.is_file()]
-    images = [path.relative_to(texts).with_suffix(IMAGE_SUFFIX).as_posix() for path in files]
+    images = []
+    for path in texts.glob("**/*.txt"):
+        if path.name not in (INDEX, SPLIT_FILE) and path.is_file():
+            images.append(path.relative_to(texts).with_suffix(IMAGE_SUFFIX).as_posix())
     return sorted(images, key=natural_key)
 
 
@@ -100,9 +102,9 @@ def select_split(images: dict[str, str], split_file: Path | None, split: str | N
     if split_file is None:
         raise ValueError(f"split {split} needs {SPLIT_FILE} beside {index}, got none")
     flags = read_numbered(split_file)
-    wrong = [number for number in images if flags.get(number) not in ("0", "1")]
-    if wrong:
-        raise ValueError(f"{split_file} must hold 0 or 1 for image {wrong[0]}, got {flags.get(wrong[0])!r:.40}")
+    for number in images:
+        if flags.get(number) not in ("0", "1"):
+            raise ValueError(f"{split_file} must hold 0 or 1 for image {number}, got {flags.get(number)!r:.40}")
     if split is None:
         logger.info("The images of the test split of %s are used; --split all uses all", split_file)
     wanted = "1" if split == "train" else "0"
