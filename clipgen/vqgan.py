@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
+from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
-from clipgen.images import check_images, images_from_batch, to_bytes
+from clipgen.images import check_images, images_from_batch, psnr, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
 from clipgen.models.config import (
@@ -44,15 +45,18 @@ logger = logging.getLogger(__name__)
 # Order of the optimizers.
 GENERATOR = 0
 DISCRIMINATOR = 1
+# Losses of the quantizer that Eq. 4 prints as sums over the elements of the codes.
+SUMMED_LOSSES = {"codebook_loss", "commitment_loss"}
 # Prefixes of the networks that a model folder may hold besides the tokenizer.
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
 
-class VQGAN(pl.LightningModule):
+class VQGAN(PretrainedMixin, pl.LightningModule):
     """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
     The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss. The adversarial
-    loss has VQ-GAN's adaptive weight times ``gan.weight``, where CLIP-GEN prints weight 1 (Eq. 7). Images are
+    loss has VQ-GAN's adaptive weight times ``gan.weight``, where CLIP-GEN prints weight 1 (Eq. 7), unless
+    ``gan.adaptive`` is False. Images are
     (B, 3, H, W) in [-1, 1], with sides divisible by f = ``downsampling``. Training batches are ``{"images": images}``.
 
     Args:
@@ -320,6 +324,10 @@ class VQGAN(pl.LightningModule):
             terms["perceptual_loss"] = config.perceptual_weight * self.lpips()(images, reconstruction).mean()
         for name, value in quantized.losses.items():
             terms[name] = config.weight_of(name) * value
+        if config.reduction == "sum":
+            terms["reconstruction_loss"] = terms["reconstruction_loss"] * images[0].numel()
+            for name in SUMMED_LOSSES & set(terms):
+                terms[name] = terms[name] * quantized.z_q[0].numel()
         return terms
 
     def _adversarial_gradient(
@@ -333,14 +341,11 @@ class VQGAN(pl.LightningModule):
         gan = self.gan_config
         generator_loss = losses.generator_loss(logits_fake, gan.loss)
         adv_grad = torch.autograd.grad(generator_loss, detached, retain_graph=True)[0]
-        adaptive_weight = losses.adaptive_weight(
-            reconstruction,
-            self.autoencoder.decoder.last_layer,
-            recon_grad,
-            adv_grad,
-            gan.adaptive_weight_max,
-        )
-        weight = gan.weight * adaptive_weight
+        weight = torch.tensor(gan.weight, device=detached.device)
+        if gan.adaptive:
+            last_layer = self.autoencoder.decoder.last_layer
+            maximum = gan.adaptive_weight_max
+            weight = weight * losses.adaptive_weight(reconstruction, last_layer, recon_grad, adv_grad, maximum)
         return weight * adv_grad, {"generator_loss": generator_loss, "adaptive_weight": weight}
 
     def _discriminator_loss(self, images: Tensor, logits_fake: Tensor) -> Tensor:
@@ -404,9 +409,7 @@ class VQGAN(pl.LightningModule):
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
         rounded = to_bytes(reconstruction).float() / 127.5 - 1
-        squared = ((rounded - images) / 2).square().mean(dim=(1, 2, 3))
-        # In dB, averaged over images, for pixel values in [0, 1].
-        terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()
+        terms["psnr"] = psnr(images, rounded).mean()
         self.averages.add(add_prefix("val/", terms), len(images))
         return rounded
 
@@ -453,13 +456,16 @@ class VQGAN(pl.LightningModule):
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
         """Load a trained tokenizer, in evaluation mode.
 
         Args:
             path: a model folder, a run folder or a checkpoint of stage 1; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose tokenizer is loaded.
+            revision: branch, tag or commit on the hub.
+            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
+        path = model_folder.resolve_path(path, revision, token)
         arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 

@@ -57,12 +57,25 @@ def test_broken_row_is_replaced_by_the_next_usable_one_and_counted():
         dataset[4]
 
 
-def test_row_without_image_is_skipped_and_a_row_may_name_a_file(tmp_path):
-    (tmp_path / "a.png").write_bytes(image_bytes(50))
-    images = [None, {"bytes": None, "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}, {"path": "none"}]
+def test_row_without_image_is_skipped(tmp_path):
+    images = [None, {"bytes": None, "path": None}, {"bytes": image_bytes(50)}]
     dataset = HuggingFaceImages([{"image": image} for image in images], 8, train=False)
-    assert [red(sample) for sample in dataset] == [50] * 4
-    assert str(dataset.skip_counter) == "1 image, 3 skipped: 2 empty, 1 unreadable"
+    assert [red(sample) for sample in dataset] == [50] * 3
+    assert str(dataset.skip_counter) == "1 image, 2 skipped: 2 empty"
+
+
+def test_row_may_name_a_file_of_the_dataset_and_no_other(tmp_path):
+    (tmp_path / "own").mkdir()
+    for name in ("own/a.png", "private.png"):
+        (tmp_path / name).write_bytes(image_bytes(50))
+    (tmp_path / "own" / "link.png").symlink_to(tmp_path / "private.png")
+    names = ["own/a.png", "own/none.png", "private.png", "own/../private.png", "own/link.png"]
+    rows = [{"image": {"bytes": None, "path": str(tmp_path / name)}} for name in names]
+    dataset = HuggingFaceImages(rows, 8, train=False, root=tmp_path / "own")
+    assert [red(sample) for sample in dataset] == [50] * 5
+    assert str(dataset.skip_counter) == "1 image, 4 skipped: 4 unreadable"
+    with pytest.raises(ValueError, match="must hold a usable image"):
+        HuggingFaceImages(rows, 8, train=False)
 
 
 def test_table_without_any_usable_image_is_refused_at_once():
@@ -348,3 +361,15 @@ def test_photos_of_any_shape_survive_the_table(tmp_path):
     datasets.Dataset.from_dict({"img": images}).to_parquet(tmp_path / "a.parquet")
     data = huggingface_data(f"{tmp_path}/a.parquet", 8, 2, val_fraction=0, cache_dir=str(tmp_path / "cache"))
     assert [red(sample) for sample in data.train] == [0, 9, 18, 27, 36]
+
+
+@needs_datasets
+@pytest.mark.slow
+def test_folder_of_images_that_datasets_finds_itself(tmp_path):
+    for name in ("cat/0.png", "dog/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True)
+        (tmp_path / "photos" / name).write_bytes(image_bytes(40))
+    options = {"val_fraction": 0, "labels": True, "cache_dir": str(tmp_path / "cache")}
+    train = huggingface_data(f"{tmp_path}/photos", 8, 2, **options).train
+    assert [red(sample) for sample in train] == [40, 40]
+    assert train.class_names == ["cat", "dog"] and [train.label_of(item) for item in range(2)] == [0, 1]

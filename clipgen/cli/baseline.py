@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.biggan_clip import add_biggan_clip
 from clipgen.cli.console import guarded
 from clipgen.cli.device import default_device
-from clipgen.cli.output_dir import file_name, output_folder
+from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
-from clipgen.cli.search import add_search
+from clipgen.cli.search import add_search, check_threshold
+from clipgen.generation.file_names import file_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,6 +120,8 @@ def run() -> None:
     if args.system != "class":
         args.caption_groups = read_caption_groups(args)
         args.prompts = [group[0] for group in args.caption_groups]
+    if args.system == "search":
+        check_threshold(args)
     args.device = args.device or default_device()
     with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from clipgen.cli.sampling_args import SAMPLING_OPTIONS, sampling_params
+from clipgen.cli.sampling_args import sampling_params
+from clipgen.generation.sampling_options import SAMPLING_OPTIONS
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from clipgen.cli.image_metadata import ImageMetadata
     from clipgen.generation.gallery import Gallery
     from clipgen.generation.prompts import Prompt
+    from clipgen.generation.sweep import Axis
     from clipgen.sampling import SamplingParams
 
 NO_PROMPT = (
@@ -164,6 +165,7 @@ def read_request(args: Namespace) -> SampleRequest:
     """
     from clipgen.cli.image_metadata import read_metadata
     from clipgen.generation.gallery import load_gallery
+    from clipgen.generation.sweep import expand_sweep
 
     request = SampleRequest(
         prompts=read_text_prompts(args),
@@ -181,7 +183,7 @@ def read_request(args: Namespace) -> SampleRequest:
     request.prompts += [NamedPrompt(path.stem, read_image(path)) for path in args.image]
     if request.outpaint and not request.prompts and not request.interpolations:
         request.prompts.append(NamedPrompt(args.outpaint.stem, request.outpaint))
-    request.sweep = expand_sweep(args.sweep or [], request.sweep[0])
+    request.sweep = expand_sweep([parse_axis(text) for text in args.sweep or []], request.sweep[0])
     if args.gallery:
         add_gallery(request, load_gallery(args.gallery))
     request.check()
@@ -223,18 +225,12 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be used as an image: {error}") from error
 
 
-def expand_sweep(axes: list[str], params: SamplingParams) -> list[SamplingParams]:
-    """Return all combinations of the values of a sweep, as in ``["top_k=1,2", "top_p=0.8"]``."""
-    choices = [parse_axis(text) for text in axes]
-    return [replace(params, **dict(choice)) for choice in product(*choices)]
-
-
-def parse_axis(text: str) -> list[tuple[str, Any]]:
-    """Parse ``"top_k=100,300"`` as ``[("top_k", 100), ("top_k", 300)]``."""
+def parse_axis(text: str) -> Axis:
+    """Parse ``"top_k=100,300"`` as ``("top_k", [100, 300])``."""
     name, _, values = text.partition("=")
     try:
         value_type = SAMPLING_OPTIONS[name].type
-        return [(name, value_type(value)) for value in values.split(",")]
+        return name, [value_type(value) for value in values.split(",")]
     except (KeyError, ValueError):
         names = ", ".join(SAMPLING_OPTIONS)
         raise ValueError(f"sweep must be KEY=VALUE,VALUE with a key of {names}, got {text!r}") from None

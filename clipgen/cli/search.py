@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.sampling_args import add_sampling_options
@@ -65,9 +66,16 @@ def add_table(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--threshold",
         type=float,
-        help="CLIP score that 'images needed' counts to in --table, usually the mean score of real images (default: "
-        "none; the paper's 0.2841796875 with --protocol csc2516)",
+        help="CLIP score that 'images needed' counts to in --table, see --real-images (default: none; the paper's "
+        "0.2841796875 with --protocol csc2516)",
     )
+    group.add_argument(
+        "--real-images",
+        type=Path,
+        help="folder of the training images, whose mean CLIP score with all of their captions is the threshold, as in "
+        "the paper",
+    )
+    group.add_argument("--real-captions", help="their captions, in the formats of clipgen-eval --captions")
     group.add_argument(
         "--clip-input",
         choices=("published", "normalized"),
@@ -84,6 +92,14 @@ def add_table(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--save-best", action="store_true", help="write the best image of each search of --table")
 
 
+def check_threshold(args: argparse.Namespace) -> None:
+    """Raise ValueError if the threshold of a search is not defined by one number, or by images with captions."""
+    if (args.real_images is None) != (args.real_captions is None):
+        raise ValueError("real_images and real_captions must be given together")
+    if args.real_images is not None and (args.threshold is not None or not (args.table or args.protocol)):
+        raise ValueError("real_images must be used with --table or --protocol, and not with --threshold")
+
+
 def run_search(args: argparse.Namespace) -> None:
     """Search the best image of each prompt, or compute the paper's tables over all prompts."""
     from clipgen.baselines.search import encode_labels, search
@@ -94,6 +110,8 @@ def run_search(args: argparse.Namespace) -> None:
     if args.protocol:
         return run_protocol(args, generator, clip)
     if args.table:
+        if args.real_images:
+            args.threshold = training_score(args, clip)
         return write_table(search_rows(args, generator, clip, args.prompts, None, args.threshold), args)
     truncation = {} if args.truncation is None else {"truncation": args.truncation}
     output = ImageOutput(args, {"k": args.k, "num_images": args.num_images, **truncation})
@@ -158,6 +176,22 @@ def search_rows(
     )
 
 
+def training_score(args: argparse.Namespace, clip: Any) -> float:
+    """Return the mean CLIP score of a folder of images, each with all of its captions."""
+    from clipgen.baselines.search import real_score
+    from clipgen.evaluation.captions import read_captions
+    from clipgen.evaluation.sources import FolderImages
+
+    source = FolderImages(args.real_images, captions=read_captions(args.real_captions), all_captions=True)
+    total = 0.0
+    for chunk in source.chunks:
+        for images, captions in source.read(chunk):
+            total += real_score(clip, images.to(clip.device), captions) * len(images)
+    score = total / len(source.captions)
+    print(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
+    return score
+
+
 # ------------------------------------------------------------------------------------------------------------ protocol
 
 
@@ -172,6 +206,8 @@ def run_protocol(args: argparse.Namespace, generator: Any, clip: Any) -> None:
         groups.append(list(map(prepare_caption, texts)))
         prompts.append(ranking_caption(groups[-1], number))
     scoring = PublishedCLIPInput(clip) if protocol.clip_input == "published" else clip
+    if args.real_images:
+        protocol.threshold = training_score(args, scoring)
     captions = None if protocol.one_caption else groups
     rows = search_rows(args, generator, scoring, prompts, captions, protocol.threshold)
     args.threshold, args.truncation = protocol.threshold, protocol.truncation
@@ -231,7 +267,7 @@ def save_best(args: argparse.Namespace, result: SearchResult, name: str) -> None
 
 
 def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: list[str] | None = None) -> None:
-    """Print Tables 1 and 2, and write them with the curves of Figure 2 to ``search.json``.
+    """Print Tables 1 and 2, write them with the curves of Figure 2 to ``search.json``, and draw the figure.
 
     Args:
         rows: the rows.
@@ -239,6 +275,8 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
         deviations: where the run departs from ``--protocol``.
     """
     from clipgen.files import atomic_write, write_json
+    from clipgen.images import save_png
+    from clipgen.visualization import line_chart
 
     print(f"{'k':>5}  best CLIP score    images needed")
     for row in rows:
@@ -262,6 +300,8 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
     with atomic_write(args.output / "search.md") as partial:
         partial.write_text(markdown(rows, system, args), encoding="utf-8")
     print(args.output / "search.json", args.output / "search.md", sep="\n")
+    curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
+    print(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
 
 
 def markdown(rows: list[SearchRow], system: str, args: argparse.Namespace) -> str:

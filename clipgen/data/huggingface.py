@@ -43,6 +43,8 @@ class HuggingFaceImages(IndexedImages):
         val_fraction: fraction of the rows held out for validation, in [0, 1). Each row's side of the split depends on
             a hash of its number, so adding rows does not move others. At 0 both sides are all rows.
         seed: seed of crops and flips.
+        root: folder of the files that rows may name instead of holding an image's bytes. None: they may name none,
+            because the table may come from somebody else.
 
     Raises:
         ValueError: an argument is out of range, or no row is usable.
@@ -60,10 +62,12 @@ class HuggingFaceImages(IndexedImages):
         flip: bool = True,
         val_fraction: float = 0.0,
         seed: int = 0,
+        root: str | Path | None = None,
     ) -> None:
         self.rows = rows
         self.image_size = image_size
         self.seed = seed
+        self.root = None if root is None else Path(root).expanduser().resolve()
         self.image_column = image_column
         self.label_column = label_column
         self.labels = label_column is not None
@@ -109,7 +113,10 @@ class HuggingFaceImages(IndexedImages):
             return content
         if not image.get("path"):
             raise UnusableImageError("empty", "the row has no image")
-        return Path(image["path"])
+        file = Path(image["path"]).resolve()
+        if self.root is None or not file.is_relative_to(self.root):
+            raise UnusableImageError("unreadable", f"the row names a file outside of the dataset: {image['path']}")
+        return file
 
     def label_of(self, item: int) -> int | None:
         """Return the class of an image; None without `labels`."""
@@ -207,6 +214,18 @@ def load_rows(
         ) from error
 
 
+def folder_of_files(dataset: str, cache_dir: str | None) -> Path:
+    """Return the folder whose files the rows of a dataset may name: its own, or that of downloads."""
+    from huggingface_hub.constants import HF_HOME
+
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return path
+    if dataset.endswith(".parquet"):
+        return path.parent
+    return Path(cache_dir or HF_HOME)
+
+
 def saved_rows(saved: Any, split: str) -> Any:
     """Return a split of what `save_to_disk` wrote, which may be a single split."""
     return saved[split] if isinstance(saved, dict) else saved
@@ -283,6 +302,7 @@ def huggingface_data(
     where = {"subset": subset, "revision": revision, "cache_dir": cache_dir}
     rows = load_rows(dataset, split, **where)
     settings: dict[str, Any] = {"image_column": image_column_of(rows, image_column), "flip": flip, "seed": seed}
+    settings["root"] = folder_of_files(dataset, cache_dir)
     columns = [settings["image_column"]]
     if labels:
         columns.append(require_column(rows, label_column, "data.label_column"))
