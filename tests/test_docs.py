@@ -216,9 +216,10 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None
 
 def check_hydra_command(argv: list[str]) -> None:
     """Compose the configuration of clipgen-train or clipgen-encode."""
-    overrides = [argument for argument in argv[1:] if "=" in argument]
+    # Sweepers and launchers are plugins that need not be installed.
+    overrides = [argument for argument in argv[1:] if "=" in argument and not argument.startswith("hydra")]
     if "--multirun" in argv:  # each sweep by its first value
-        overrides = [override.partition(",")[0] for override in overrides]
+        overrides = [re.sub(r"=.*interval\(", "=", override).partition(",")[0] for override in overrides]
     if any(override.startswith("resume=") for override in overrides) and not any(
         override.startswith("stage=") for override in overrides
     ):

@@ -24,6 +24,7 @@ from clipgen.processor import require_bf16_units
 from clipgen.run_folder import bind, copy_frozen, save_frozen
 from clipgen.training.callbacks import (
     AtomicCheckpointIO,
+    BestCheckpoint,
     FinalValidation,
     LastCheckpoint,
     MetricPrinter,
@@ -60,7 +61,7 @@ def train(
     callbacks: Sequence[pl.Callback] = (),
     run_files: Mapping[str, str] | None = None,
     resume_command: str = "",
-) -> None:
+) -> float | None:
     """Train one stage, and leave the finished model in the run folder ``config.output``.
 
     Args:
@@ -68,6 +69,9 @@ def train(
         callbacks: further callbacks; a ``ProgressReport`` among them replaces the default one.
         run_files: further files of the run folder, by name, with their text.
         resume_command: the command that resumes the training, for the message after Ctrl-C.
+
+    Returns:
+        The lowest value of ``config.monitor``; None without a validation.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or a signal stopped the training, after it wrote a checkpoint.
@@ -100,7 +104,7 @@ def train(
         refuse_other_runs(output, config.resume)
         copy_best_checkpoint(checkpoint, output)
         write_run_folder(output, config, model, run_files or {})
-        fit(trainer, model, data, checkpoint, output, resume_command)
+        return fit(trainer, model, data, checkpoint, output, resume_command)
 
 
 # ----------------------------------------------------------------------------------------------- before the first step
@@ -218,8 +222,8 @@ def fit(
     checkpoint: str | None,
     output: Path,
     resume_command: str,
-) -> None:
-    """Train, and write the finished model to the run folder."""
+) -> float | None:
+    """Train, and write the finished model to the run folder; return the best value of the monitored metric."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
     try:
@@ -237,6 +241,15 @@ def fit(
     if trainer.is_global_zero:
         export(model, last.path, output)
         logger.info("Finished %d steps: %s", trainer.global_step, output)
+    return best_score(callbacks)
+
+
+def best_score(callbacks: Sequence[Any]) -> float | None:
+    """Return the best value of the metric that selects ``best.ckpt``; None if it was never measured."""
+    for callback in callbacks:
+        if isinstance(callback, BestCheckpoint) and callback.best_model_score is not None:
+            return float(callback.best_model_score)
+    return None
 
 
 def export(model: Any, last: Path, output: Path) -> None:
