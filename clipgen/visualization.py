@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -105,6 +106,42 @@ def break_word(word: str, width: int, font: Any) -> list[str]:
         parts.append(part)
         start += len(part)
     return parts
+
+
+def code_grid(indices: Tensor, codebook: Tensor, cell: int = 36) -> Image.Image:
+    """Draw the code indices of an image: a cell per index, with its number; similar codes have similar colors.
+
+    Args:
+        indices: code indices, (h, w).
+        codebook: the codes, (K, D).
+        cell: width and height of a cell in pixels.
+    """
+    height, width = indices.shape
+    colors = code_colors(codebook)[indices.cpu()]
+    sheet = Image.fromarray(colors.numpy()).resize((width * cell, height * cell), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(sheet)
+    font = font_for("0")
+    for y in range(height):
+        for x in range(width):
+            luminance = colors[y, x].float() @ torch.tensor([0.299, 0.587, 0.114])
+            center = ((x + 0.5) * cell, (y + 0.5) * cell)
+            draw.text(center, str(int(indices[y, x])), "black" if luminance > 128 else "white", font, anchor="mm")
+    return sheet
+
+
+def code_colors(codebook: Tensor) -> Tensor:
+    """Return a color (K, 3), uint8, per code (K, D): its coordinates on the three principal axes of the codebook."""
+    codes = codebook.detach().double().cpu()
+    codes = codes - codes.mean(dim=0)
+    # Eigenvalues are in ascending order.
+    axes = torch.linalg.eigh(codes.T @ codes).eigenvectors[:, -3:].flip(1)
+    # The sign of an eigenvector is arbitrary: make its largest entry positive, so that colors are reproducible.
+    signs = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    coordinates = codes @ (axes * signs)
+    scaled = coordinates / (4 * coordinates.std(dim=0).clamp(min=1e-12)) + 0.5
+    colors = torch.full((len(codes), 3), 0.5, dtype=torch.float64)
+    colors[:, : scaled.shape[1]] = scaled
+    return (colors.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def code_frequency_chart(counts: Tensor, title: str) -> Image.Image:

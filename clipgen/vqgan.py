@@ -19,7 +19,7 @@ from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
-from clipgen.images import check_images, images_from_batch, to_bytes
+from clipgen.images import check_images, images_from_batch, psnr, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
 from clipgen.models.config import (
@@ -405,9 +405,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
         rounded = to_bytes(reconstruction).float() / 127.5 - 1
-        squared = ((rounded - images) / 2).square().mean(dim=(1, 2, 3))
-        # In dB, averaged over images, for pixel values in [0, 1].
-        terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()
+        terms["psnr"] = psnr(images, rounded).mean()
         self.averages.add(add_prefix("val/", terms), len(images))
         return rounded
 

@@ -10,6 +10,7 @@
     python -m clipgen benchmark sample --device cuda --bf16 --compile --decode --n-layer 24 --n-head 16 --n-embd 1024 \\
         --codebook-size 16384 --batches 1 64 256 1024
     python -m clipgen benchmark rerank
+    python -m clipgen benchmark app
 
 ``--isa avx2`` imitates a processor without AVX-512 on one that has it. A variant ``a+b`` combines two others. Each
 variant runs in a process of its own, so that peak memory is its own.
@@ -25,6 +26,7 @@ from benchmarks.models import TRANSFORMER_SIZES, VARIANTS, VQGAN_SIZES
 from benchmarks.sampling import run_rerank, run_sample
 from benchmarks.timing import IMITATE, describe_machine, imitate_processor
 from benchmarks.training import run_transformer, run_vqgan
+from benchmarks.web_page import run_app
 
 from clipgen.files import write_json
 
@@ -34,6 +36,7 @@ RUNS = {
     "encode": run_encode,
     "sample": run_sample,
     "rerank": run_rerank,
+    "app": run_app,
 }
 DEFAULT_VARIANTS = {
     "vqgan": ["plain", "channels_last", "checkpointing", "compile"],
@@ -96,6 +99,10 @@ def add_rerank_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser, steps=3)
 
 
+def add_app_options(parser: argparse.ArgumentParser) -> None:
+    add_common_options(parser, steps=5)
+
+
 def add_clip_option(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--clip", default=default, help="shapes, or an architecture of open_clip (default: %(default)s)"
@@ -117,6 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_encode_options(parts.add_parser("encode", help="clipgen-encode at the paper's size"))
     add_sample_options(parts.add_parser("sample", help="the decoding loop"))
     add_rerank_options(parts.add_parser("rerank", help="reranking by CLIP score beside generating"))
+    add_app_options(parts.add_parser("app", help="the web page: start, and seconds to the first row"))
     return parser
 
 

@@ -29,8 +29,13 @@ from clipgen.type_checks import describe, fits
 from clipgen.vqgan import VQGAN
 
 STAGES = ("vqgan", "transformer")
-EXPERIMENTS = ("shapes", "cifar10", "coco", "imagenet", "modern")
-NEEDED = {"modern": ["data.root=x"], "coco": ["data.root=x"], "imagenet": ["data.train_urls=x", "data.val_urls=x"]}
+EXPERIMENTS = ("shapes", "cifar10", "photos", "coco", "imagenet", "modern")
+NEEDED = {
+    "modern": ["data.root=x"],
+    "photos": ["data.root=x"],
+    "coco": ["data.root=x"],
+    "imagenet": ["data.train_urls=x", "data.val_urls=x"],
+}
 
 
 def group(name: str) -> dict[str, dict]:
@@ -195,6 +200,17 @@ def test_model_sizes_have_the_published_parameter_counts(name, gpt2_parameters, 
 
 def test_all_model_sizes_are_listed():
     assert set(group("model_size")) == {"gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"}
+
+
+@pytest.mark.parametrize(("image_size", "tokens"), [(64, 64), (128, 256)])
+def test_recipe_for_small_photographs_has_64_to_256_tokens(image_size, tokens):
+    config = composed("stage=vqgan", "experiment=photos", "data.root=x", f"data.image_size={image_size}")
+    with torch.device("meta"):
+        vqgan = make(config.model)
+        latents = vqgan.autoencoder.encode(torch.zeros(1, 3, image_size, image_size))
+        scores = vqgan.discriminator(torch.zeros(1, 3, image_size, image_size))
+    assert vqgan.downsampling == 8 and latents[0, 0].numel() == tokens
+    assert scores[0].numel() > 1  # the discriminator judges patches
 
 
 def test_modern_tokenizer():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipgen.generation.partial_images import PartialImages
-from clipgen.generation.streaming import THREAD_NAME, Message, Report, stream
+from clipgen.generation.streaming import THREAD_NAME, Message, Report, Stopped, stream
 
 PROMPT = "a large blue ring on a white background"
 
@@ -48,6 +48,29 @@ def test_closing_the_stream_stops_the_work_and_waits_for_its_end():
     reports.close()
     assert len(work.reported) < 3
     assert THREAD_NAME not in {thread.name for thread in threading.enumerate()}
+
+
+def test_event_stops_the_work_and_the_stream():
+    work = Handshake()
+    stopped = threading.Event()
+    reports = stream(work, stopped)
+    assert next(reports).value == 0
+    stopped.set()
+    work.may_report.release()
+    with pytest.raises(Stopped):
+        list(reports)
+    assert work.reported == [0]
+
+
+def test_closing_the_stream_does_not_wait_for_the_work_if_it_is_not_joined():
+    work = Handshake()
+    reports = stream(work, join=False)
+    next(reports)
+    reports.close()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
+    work.may_report.release()
+    thread.join(10)
+    assert not thread.is_alive() and work.reported == [0]
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), SystemExit(3)])

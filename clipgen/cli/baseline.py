@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.biggan_clip import add_biggan_clip
 from clipgen.cli.console import guarded
 from clipgen.cli.device import default_device
-from clipgen.cli.output_dir import file_name, output_folder
+from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
+from clipgen.generation.file_names import file_name
 
 if TYPE_CHECKING:
     from torch import Tensor

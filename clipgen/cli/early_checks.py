@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from clipgen.cli.config import expand_home
-from clipgen.cli.list_runs import OUTPUTS, newest_run
 from clipgen.cli.resume_args import find_run
 from clipgen.data.urls import expand_urls
+from clipgen.run_list import OUTPUTS, newest_run
 from clipgen.training.config import reads_token_cache
 
 logger = logging.getLogger(__name__)

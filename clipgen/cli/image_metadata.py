@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.sampling_args import DTYPES, SAMPLING_OPTIONS
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.files import printable
+from clipgen.generation.sampling_options import DTYPES, SAMPLING_OPTIONS
 
 if TYPE_CHECKING:
     from clipgen.sampling import SamplingParams

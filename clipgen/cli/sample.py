@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from clipgen.cli.console import flush_stdout, guarded, say
 from clipgen.cli.device import default_device
-from clipgen.cli.list_runs import OUTPUTS, find_runs, free_folder, newest_run, table
-from clipgen.cli.output_dir import output_folder
+from clipgen.cli.output_dir import free_folder, output_folder
 from clipgen.cli.sample_request import check_early, join_words, read_request
-from clipgen.cli.sampling_args import DTYPES, add_sampling_options
+from clipgen.cli.sampling_args import add_sampling_options
+from clipgen.generation.sampling_options import DTYPES
+from clipgen.run_list import OUTPUTS, find_runs, newest_run, table
 
 if TYPE_CHECKING:
     from clipgen.cli.sample_request import SampleRequest
@@ -232,7 +233,7 @@ def remarks_on(request: SampleRequest) -> list[str]:
     """Return one line per prompt that the bundled model was not trained for."""
     from PIL import Image
 
-    from clipgen.cli.shapes_vocabulary import remarks
+    from clipgen.generation.shapes_vocabulary import remarks
 
     texts: list[str] = []
     photographs = []

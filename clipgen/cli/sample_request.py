@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from clipgen.cli.sampling_args import SAMPLING_OPTIONS, sampling_params
+from clipgen.cli.sampling_args import sampling_params
+from clipgen.generation.sampling_options import SAMPLING_OPTIONS
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from clipgen.cli.image_metadata import ImageMetadata
     from clipgen.generation.prompts import Prompt
+    from clipgen.generation.sweep import Axis
     from clipgen.sampling import SamplingParams
 
 NO_PROMPT = (
@@ -143,6 +144,7 @@ def read_request(args: Namespace) -> SampleRequest:
         OSError: a file cannot be read.
     """
     from clipgen.cli.image_metadata import read_metadata
+    from clipgen.generation.sweep import expand_sweep
 
     request = SampleRequest(
         prompts=read_text_prompts(args),
@@ -160,7 +162,7 @@ def read_request(args: Namespace) -> SampleRequest:
     request.prompts += [NamedPrompt(path.stem, read_image(path)) for path in args.image]
     if request.outpaint and not request.prompts and not request.interpolations:
         request.prompts.append(NamedPrompt(args.outpaint.stem, request.outpaint))
-    request.sweep = expand_sweep(args.sweep or [], request.sweep[0])
+    request.sweep = expand_sweep([parse_axis(text) for text in args.sweep or []], request.sweep[0])
     request.check()
     return request
 
@@ -189,18 +191,12 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be used as an image: {error}") from error
 
 
-def expand_sweep(axes: list[str], params: SamplingParams) -> list[SamplingParams]:
-    """Return all combinations of the values of a sweep, as in ``["top_k=1,2", "top_p=0.8"]``."""
-    choices = [parse_axis(text) for text in axes]
-    return [replace(params, **dict(choice)) for choice in product(*choices)]
-
-
-def parse_axis(text: str) -> list[tuple[str, Any]]:
-    """Parse ``"top_k=100,300"`` as ``[("top_k", 100), ("top_k", 300)]``."""
+def parse_axis(text: str) -> Axis:
+    """Parse ``"top_k=100,300"`` as ``("top_k", [100, 300])``."""
     name, _, values = text.partition("=")
     try:
         value_type = SAMPLING_OPTIONS[name].type
-        return [(name, value_type(value)) for value in values.split(",")]
+        return name, [value_type(value) for value in values.split(",")]
     except (KeyError, ValueError):
         names = ", ".join(SAMPLING_OPTIONS)
         raise ValueError(f"sweep must be KEY=VALUE,VALUE with a key of {names}, got {text!r}") from None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Groups of configs/ in the order of the help, with their options, the usual ones first. The other groups are chosen by
 # the stage or the experiment. A test compares both with the files.
 CHOICES = {
-    "experiment": ("shapes", "cifar10", "modern", "coco", "imagenet"),
+    "experiment": ("shapes", "cifar10", "photos", "modern", "coco", "imagenet"),
     "data": ("folder", "webdataset", "huggingface", "shapes", "cached"),
     "clip": ("openai", "folder", "shapes"),
     "quantizer": ("paper", "cosine", "fsq", "lfq"),

@@ -16,7 +16,7 @@ Report = Callable[[Any], None]
 
 
 class Stopped(Exception):
-    """The reader of the reports has gone."""
+    """Nobody wants the result of the work any more."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class Message:
     value: Any
 
 
-def stream(work: Callable[[Report], Any]) -> Iterator[Message]:
+def stream(
+    work: Callable[[Report], Any],
+    stopped: threading.Event | None = None,
+    join: bool = True,
+) -> Iterator[Message]:
     """Yield the reports of the work as they arrive, then its result.
 
     ``stream(lambda report: pipe(prompt, preview=report))`` yields the images so far after each row of indices. Reports
@@ -41,12 +45,16 @@ def stream(work: Callable[[Report], Any]) -> Iterator[Message]:
 
     Args:
         work: runs in a thread of its own.
+        stopped: stops the work at its next report, too, when it is set.
+        join: wait for the end of the work when the generator is closed. Without this the caller has to see to it that
+            no other work uses the pipeline meanwhile.
 
     Raises:
+        Stopped: ``stopped`` was set.
         BaseException: the error of the work.
     """
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    stopped = threading.Event()
+    stopped = stopped or threading.Event()
 
     def report(value: Any) -> None:
         if stopped.is_set():
@@ -65,7 +73,8 @@ def stream(work: Callable[[Report], Any]) -> Iterator[Message]:
                 return
     finally:
         stopped.set()
-        thread.join()
+        if join:
+            thread.join()
 
 
 def run(work: Callable[[Report], Any], report: Report, messages: queue.SimpleQueue[Message]) -> None:

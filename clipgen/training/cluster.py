@@ -28,8 +28,8 @@ def use_own_store() -> None:
     """Give the processes that torchrun has restarted a store of their own.
 
     By default, torchrun keeps one store over all restarts (pytorch/pytorch#135712). It still contains the addresses of
-    the processes of the last attempt, and a new process that reads them waits for a dead one. Attempts are distinguished
-    by TORCHELASTIC_RESTART_COUNT, which is the same in all processes of one machine only.
+    the processes of the last attempt, and a new process that reads them waits for a dead one. Attempts differ in
+    TORCHELASTIC_RESTART_COUNT, which is the same in all processes of one machine only.
 
     Raises:
         RuntimeError: the processes were restarted on several machines, with the store of torchrun.

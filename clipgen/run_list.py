@@ -13,6 +13,8 @@ logger = logging.getLogger(__name__)
 OUTPUTS = Path("outputs")
 # Stage -> names of the folders of finished models.
 MODEL_FOLDERS = {"vqgan": ("vqgan",), "transformer": ("transformer", "label_transformer")}
+# Names of the models in the package. They repeat those of `clipgen.checkpoint.model_folder`, which imports torch.
+BUNDLED_MODELS = ("shapes",)
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,3 @@ def best_value(callback_states: Iterable[Any]) -> str:
         if isinstance(state, dict) and state.get("best_model_score") is not None:
             return f"{state['monitor']} {float(state['best_model_score']):.4g}"
     return "-"
-
-
-def free_folder(folder: Path, pattern: str) -> Path:
-    """Return the folder, or the first of FOLDER-2, FOLDER-3, ..., that holds no file that matches a pattern."""
-    name = folder.name.strip(".") or "samples"
-    candidate = folder
-    number = 1
-    while any(candidate.glob(pattern)):
-        number += 1
-        candidate = folder.parent / f"{name}-{number}"
-    return candidate
