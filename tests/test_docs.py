@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / ".github" / "SECURITY.md", *sorted((ROOT / ".github" / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / ".github").glob("[A-Z]*.md")), *sorted((ROOT / ".github" / "docs").glob("*.md"))]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 ENTRY_POINTS = re.findall(r'^(clipgen-[\w-]+) = "([\w.]+):(\w+)"$', PYPROJECT, re.MULTILINE)
 COMMANDS = {name: (module, function) for name, module, function in ENTRY_POINTS}
