@@ -44,9 +44,7 @@ def run_hydra() -> None:
         print(info_text())
         return
     import hydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from hydra.types import RunMode
 
     from clipgen.cli.config import config_dir, explain, readable_arguments
     from clipgen.cli.resume_args import add_run_arguments
@@ -59,15 +57,12 @@ def run_hydra() -> None:
 
     @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
     def task(config: DictConfig) -> float | None:
-        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        if is_sweep:
-            config.output = HydraConfig.get().runtime.output_dir
         if os.getpid() != main_process:
             # a launcher such as submitit's has moved the run elsewhere, and reports its errors
             set_up_logging()
-            return scored(train(config, is_sweep), HydraConfig.get().sweeper)
+            return run_job(config)
         try:
-            return scored(train(config, is_sweep), HydraConfig.get().sweeper)
+            return run_job(config)
         except Exception as error:
             # the other runs of a sweep continue, and need the memory that the frames hold
             traceback.clear_frames(error.__traceback__)
@@ -87,9 +82,21 @@ def run_hydra() -> None:
         raise errors[0]
 
 
-def scored(value: float | None, sweeper: DictConfig) -> float | None:
-    """Return the best value of a run, or raise ValueError if a sweeper is to compare values and there is none."""
-    if value is None and not sweeper._target_.endswith("BasicSweeper"):
+def run_job(config: DictConfig) -> float | None:
+    """Train one run, which may be one of a sweep; return the best value of the monitored metric.
+
+    Raises:
+        ValueError: a sweeper is to compare values, and the training has no validation.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    job = HydraConfig.get()
+    is_sweep = job.mode == RunMode.MULTIRUN
+    if is_sweep:
+        config.output = job.runtime.output_dir
+    value = train(config, is_sweep)
+    if is_sweep and value is None and not job.sweeper._target_.endswith("BasicSweeper"):
         raise ValueError("a search needs a validation, whose results it compares, got none: hold out some images")
     return value
 

@@ -63,16 +63,13 @@ def train(
     run_files: Mapping[str, str] | None = None,
     resume_command: str = "",
 ) -> float | None:
-    """Train one stage, and leave the finished model in the run folder ``config.output``.
+    """Train one stage into the run folder ``config.output``; return the best value of ``config.monitor``, or None.
 
     Args:
         config: what to train, on which data, and how.
         callbacks: further callbacks; a ``ProgressReport`` among them replaces the default one.
         run_files: further files of the run folder, by name, with their text.
         resume_command: the command that resumes the training, for the message after Ctrl-C.
-
-    Returns:
-        The lowest value of ``config.monitor``; None without a validation.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or a signal stopped the training, after it wrote a checkpoint.
