@@ -25,6 +25,7 @@ from clipgen.processor import require_bf16_units
 from clipgen.run_folder import bind, copy_frozen, save_frozen
 from clipgen.training.callbacks import (
     AtomicCheckpointIO,
+    BestCheckpoint,
     FinalValidation,
     LastCheckpoint,
     MetricPrinter,
@@ -68,8 +69,8 @@ def train(
     callbacks: Sequence[pl.Callback] = (),
     run_files: Mapping[str, str] | None = None,
     resume_command: str = "",
-) -> None:
-    """Train one stage, and leave the finished model in the run folder ``config.output``.
+) -> float | None:
+    """Train one stage into the run folder ``config.output``; return the best value of ``config.monitor``, or None.
 
     Args:
         config: what to train, on which data, and how.
@@ -126,7 +127,7 @@ def train_on(
         write_run_folder(output, config, model, run_files)
         store_run_id(trainer, output)
         try:
-            fit(trainer, model, data, checkpoint, output, resume_command)
+            return fit(trainer, model, data, checkpoint, output, resume_command)
         finally:
             close_log(trainer)
 
@@ -246,8 +247,8 @@ def fit(
     checkpoint: str | None,
     output: Path,
     resume_command: str,
-) -> None:
-    """Train, and write the finished model to the run folder."""
+) -> float | None:
+    """Train, and write the finished model to the run folder; return the best value of the monitored metric."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     last = next(callback for callback in callbacks if isinstance(callback, LastCheckpoint))
     try:
@@ -270,6 +271,15 @@ def fit(
     if trainer.is_global_zero:
         export(model, last.path, output)
         logger.info("Finished %d steps: %s", trainer.global_step, output)
+    return best_score(callbacks)
+
+
+def best_score(callbacks: Sequence[Any]) -> float | None:
+    """Return the best value of the metric that selects ``best.ckpt``; None if it was never measured."""
+    for callback in callbacks:
+        if isinstance(callback, BestCheckpoint) and callback.best_model_score is not None:
+            return float(callback.best_model_score)
+    return None
 
 
 def export(model: Any, last: Path, output: Path) -> None:
