@@ -1,4 +1,4 @@
-"""What the page does when a visitor presses a button. Modules that need torch are imported by the first request."""
+"""Handlers of the page's events. Modules that need torch are imported by the first request."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ SHEET_CELL = 160
 
 @dataclass(frozen=True)
 class Update:
-    """What the page shows.
+    """A state of the page.
 
     Args:
         status: HTML.

@@ -40,7 +40,7 @@ def build_page(store: ModelStore, folder: Path) -> gr.Blocks:
             with gr.Column(min_width=320):
                 generating_tabs, tokenizer = tabs.add_tabs()
                 controls = shared_controls(model)
-            with gr.Column(min_width=320):
+            with gr.Column(min_width=320, elem_id="output"):
                 panel = output_panel()
         handlers = Handlers(store, folder)
         connect_model(page, controls, facts, handlers)
@@ -80,7 +80,7 @@ def model_chooser(store: ModelStore) -> gr.Dropdown:
 
 
 def connect_model(page: gr.Blocks, controls: Controls, facts: gr.HTML, handlers: Handlers) -> None:
-    """Load a model when it is chosen, and list the runs anew when the page is opened."""
+    """Load a model when it is chosen, and list the runs again when the page is opened."""
     listed = page.load(handlers.list_models, None, [controls.model], api_visibility="private", show_progress="hidden")
     for trigger in (listed.then, controls.model.change):
         trigger(

@@ -1,4 +1,4 @@
-"""What a visitor asks for: prompt, number of images, sampling parameters."""
+"""The request of a visitor: prompt, number of images, sampling parameters."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from clipgen.app.upload_box import image_upload
 EXAMPLES = (
     "a large blue ring on a white background",
     "a small red star on a black background",
-    "a medium green triangle on a gray background",
+    "a small green triangle on a gray background",
     "a large yellow circle on a black background",
 )
 MAX_TERMS = 3
@@ -141,7 +141,7 @@ def tokenizer_tab() -> TokenizerTab:
     button = gr.Button("Tokenize", variant="primary", elem_id="tokenize")
     summary = gr.HTML(padding=False, elem_id="tokenizer-summary")
     with gr.Row():
-        original = tokenizer_output("Size of the model", ["pixelated", "filled"])
+        original = tokenizer_output("At the size of the model", ["pixelated", "filled"])
         reconstruction = tokenizer_output("Reconstruction", ["pixelated", "filled"])
     codes = tokenizer_output("Codes", [])
     return TokenizerTab(image, button, [summary, original, reconstruction, codes])

@@ -1,4 +1,4 @@
-"""What the tokenizer makes of an image: its codes and its reconstruction."""
+"""Codes and reconstruction of an image."""
 
 from __future__ import annotations
 
