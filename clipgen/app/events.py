@@ -1,4 +1,4 @@
-"""Handlers of the page's events. Modules that need torch are imported by the first request."""
+"""Handle the events of the page. Modules that need torch are imported by the first request."""
 
 from __future__ import annotations
 

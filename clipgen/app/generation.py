@@ -28,7 +28,7 @@ SHEET_CELL = 160
 
 @dataclass(frozen=True)
 class Update:
-    """A state of the page.
+    """Values of the components of the page.
 
     Args:
         status: HTML.

@@ -80,7 +80,7 @@ def model_chooser(store: ModelStore) -> gr.Dropdown:
 
 
 def connect_model(page: gr.Blocks, controls: Controls, facts: gr.HTML, handlers: Handlers) -> None:
-    """Load a model when it is chosen, and list the runs again when the page is opened."""
+    """Load a model when it is chosen, and list the runs when the page is opened."""
     listed = page.load(handlers.list_models, None, [controls.model], api_visibility="private", show_progress="hidden")
     for trigger in (listed.then, controls.model.change):
         trigger(

@@ -1,4 +1,4 @@
-"""The request of a visitor: prompt, number of images, sampling parameters."""
+"""Read the request of a visitor: prompt, number of images, sampling parameters."""
 
 from __future__ import annotations
 

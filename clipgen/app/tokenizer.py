@@ -1,4 +1,4 @@
-"""Codes and reconstruction of an image."""
+"""Show the codes and the reconstruction of an image."""
 
 from __future__ import annotations
 

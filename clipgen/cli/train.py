@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clipgen.training.config import TrainingConfig
 
 # Groups of configs/ that the help does not list: they are chosen by the stage or the experiment
-HIDDEN_GROUPS = ("stage", "recipe", "trainer")
+HIDDEN_GROUPS = ("stage", "recipe", "trainer", "variant_recipe")
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from clipgen.training.callbacks import (
 from clipgen.training.cluster import check_num_processes, requeue_slurm_job, use_own_store
 from clipgen.training.config import TrainingConfig
 from clipgen.training.factory import make
+from clipgen.training.loggers import ContinueLog, close_log, make_logger, store_run_id
 from clipgen.training.model_builder import build
 from clipgen.training.resume import check_strategy, copy_best_checkpoint, find_checkpoint, refuse_other_runs
 from clipgen.training.summary import log_summary
@@ -100,7 +101,11 @@ def train(
         refuse_other_runs(output, config.resume)
         copy_best_checkpoint(checkpoint, output)
         write_run_folder(output, config, model, run_files or {})
-        fit(trainer, model, data, checkpoint, output, resume_command)
+        store_run_id(trainer, output)
+        try:
+            fit(trainer, model, data, checkpoint, output, resume_command)
+        finally:
+            close_log(trainer)
 
 
 # ----------------------------------------------------------------------------------------------- before the first step
@@ -135,7 +140,7 @@ def make_trainer(config: TrainingConfig, output: Path, callbacks: Sequence[pl.Ca
         "trainer",
         strategy=make_strategy(config),
         default_root_dir=str(output),
-        logger=make(config.logger, "logger") if "_target_" in config.logger else False,
+        logger=make_logger(config),
         # ProgressReport counts optimizer steps, Lightning's own bar counts batches
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -153,7 +158,7 @@ def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callb
     if config.metrics:
         callbacks.append(make(config.metrics, "metrics"))
     callbacks += make(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
-    callbacks += [FinalValidation(), MetricPrinter()]
+    callbacks += [FinalValidation(), MetricPrinter(), ContinueLog()]
     if not any(isinstance(callback, ProgressReport) for callback in more):
         callbacks.append(ProgressReport())
     return [*callbacks, *more]

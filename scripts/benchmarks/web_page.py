@@ -84,7 +84,7 @@ def wait_for_page(process: subprocess.Popen[bytes], url: str) -> None:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor time of a process and its threads; NaN without ``/proc``, as on macOS."""
+    """Return the processor time of a process and its threads; NaN on systems without ``/proc``."""
     file = Path(f"/proc/{pid}/stat")
     if not file.is_file():
         return math.nan

@@ -1,0 +1,92 @@
+"""Make the logger of a run; a resumed run continues its log instead of starting a second one."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from clipgen.files import read_json, write_json
+from clipgen.training.config import TrainingConfig
+from clipgen.training.factory import make
+
+# File in a run folder with the id of its run at Weights & Biases
+WANDB_RUN = "wandb_run.json"
+MAX_ID_LENGTH = 128
+# Key of a checkpoint: the step under which the next metrics are logged
+NEXT_STEP = "next_logged_step"
+WANDB = "pytorch_lightning.loggers.WandbLogger"
+
+
+def make_logger(config: TrainingConfig) -> Any:
+    """Return the logger of a configuration, or False for none.
+
+    Raises:
+        ValueError: the file with the id of a resumed Weights & Biases run is damaged.
+    """
+    section = config.logger
+    if "_target_" not in section:
+        return False
+    if section["_target_"] == WANDB and section.get("id") is None:
+        # An id of our own is known before the first step, so that it can be stored with the run.
+        run_id = stored_run_id(Path(config.output)) if config.resume else None
+        section = section | {"id": run_id or secrets.token_hex(4)}
+    return make(section, "logger")
+
+
+def stored_run_id(output: Path) -> str | None:
+    """Return the Weights & Biases id of the run in a folder, or None."""
+    path = output / WANDB_RUN
+    if not path.is_file():
+        return None
+    run_id = read_json(path, "id")["id"]
+    is_id = isinstance(run_id, str) and run_id.replace("-", "").replace("_", "").isalnum()
+    if not is_id or len(run_id) > MAX_ID_LENGTH:
+        raise ValueError(f"{path} must hold the id of a run, got {run_id!r:.60}; delete it to start a new run")
+    return str(run_id)
+
+
+def store_run_id(trainer: pl.Trainer, output: Path) -> None:
+    """Write the id of a Weights & Biases run to its run folder."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            write_json(output / WANDB_RUN, {"id": logger.version})
+
+
+def close_log(trainer: pl.Trainer) -> None:
+    """End the Weights & Biases run of this process, which the next run of a sweep would otherwise continue."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()
+
+
+class ContinueLog(pl.Callback):
+    """Continue the log of a resumed run at the step of its checkpoint.
+
+    Lightning adds 1 to the step when it resumes, which is right only for checkpoints that are written during training,
+    not for the one at its end. TensorBoard hides what a stopped run has logged after the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.next_step: int | None = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        last_step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        checkpoint[NEXT_STEP] = last_step + (not trainer.state.finished)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.next_step = checkpoint.get(NEXT_STEP)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and self.next_step is not None:
+                restart = SessionLog(status=SessionLog.START)
+                logger.experiment._get_file_writer().add_event(Event(step=self.next_step, session_log=restart))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        # Only now has Lightning added its 1.
+        if self.next_step is not None:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = self.next_step
+            self.next_step = None

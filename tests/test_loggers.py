@@ -1,0 +1,116 @@
+"""A resumed run continues its log."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from commands import SHAPES, VQGAN
+from pytorch_lightning.loggers import wandb as lightning_wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from clipgen.training.loggers import WANDB_RUN, stored_run_id
+
+ARGUMENTS = ["clipgen-train", *VQGAN, *SHAPES, "image_logger.num_images=1", "model.optimizer.schedule=constant"]
+
+
+class FakeRun:
+    """What clipgen and Lightning use of a run of Weights & Biases."""
+
+    def __init__(self, id: str):
+        self.id = id
+        self.name = "run"
+        self.config = SimpleNamespace(update=lambda *args, **kwargs: None)
+        self.steps: list[int] = []
+
+    def log(self, metrics: dict[str, Any], **_: Any) -> None:
+        self.steps.append(metrics["trainer/global_step"])
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        sys.modules["wandb"].run = None  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def wandb_runs(monkeypatch) -> list[FakeRun]:
+    """Replace the package wandb, and return the list of the runs that are started."""
+    started: list[FakeRun] = []
+    wandb = ModuleType("wandb")
+
+    def init(id: str, resume: str, **_: Any) -> FakeRun:
+        assert resume == "allow"
+        wandb.run = FakeRun(id)
+        started.append(wandb.run)
+        return wandb.run
+
+    wandb.init = init
+    wandb.run = None
+    wandb.Image = lambda *args, **kwargs: None
+    monkeypatch.setattr(lightning_wandb, "_WANDB_AVAILABLE", True)
+    parts = {"wandb.sdk": {}, "wandb.sdk.lib": {"RunDisabled": FakeRun}, "wandb.wandb_run": {"Run": FakeRun}}
+    for name, content in parts.items():
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return started
+
+
+def test_resumed_run_continues_its_wandb_run(call, wandb_runs):
+    arguments = [*ARGUMENTS, "logger=wandb", "output=run"]
+    assert call(*arguments, "trainer.max_steps=2").code == 0
+    result = call(*arguments, "resume=auto")
+    assert result.code == 0, result.stderr
+    first, second = wandb_runs
+    assert first.id == second.id == json.loads(Path("run", WANDB_RUN).read_text())["id"]
+    assert set(first.steps) == {0, 1, 2} and min(second.steps) >= 2
+
+
+def test_moved_run_folder_continues_its_wandb_run(call, wandb_runs):
+    assert call(*ARGUMENTS, "logger=wandb", "output=run", "trainer.max_steps=2").code == 0
+    Path("run").rename("moved")
+    assert call("clipgen-train", "resume=moved", "trainer.max_steps=3").code == 0
+    assert wandb_runs[0].id == wandb_runs[1].id
+
+
+def test_other_runs_have_wandb_runs_of_their_own(call, wandb_runs):
+    """The runs of a sweep, and a run that is resumed in another folder."""
+    more = ["logger=wandb", "trainer.max_steps=1"]
+    assert call(*ARGUMENTS[:1], "--multirun", *ARGUMENTS[1:], *more, "seed=1,2", "output=sweep").code == 0
+    assert call("clipgen-train", "resume=sweep/0", "output=other", "trainer.max_steps=2").code == 0
+    assert len({run.id for run in wandb_runs}) == len(wandb_runs) == 3
+
+
+def test_id_of_a_wandb_run_is_taken_from_the_command_line(call, wandb_runs):
+    assert call(*ARGUMENTS, "logger=wandb", "+logger.id=mine", "output=run", "trainer.max_steps=1").code == 0
+    assert wandb_runs[0].id == "mine"
+
+
+@pytest.mark.parametrize("value", ["", "../x", 3, "x" * 200, None])
+def test_damaged_wandb_id_is_refused(tmp_path, value):
+    assert stored_run_id(tmp_path) is None
+    (tmp_path / WANDB_RUN).write_text(json.dumps({"id": value}))
+    with pytest.raises(ValueError, match="must hold the id of a run, got"):
+        stored_run_id(tmp_path)
+
+
+def test_resumed_run_continues_in_one_tensorboard_log(call):
+    """Steps after the checkpoint that were logged before the run was killed are hidden."""
+    arguments = [*ARGUMENTS, "logger=tensorboard", "output=run"]
+    assert call(*arguments, "trainer.max_steps=2").code == 0
+    checkpoint = Path("run/checkpoints/last.ckpt")
+    second = checkpoint.read_bytes()
+    assert call(*arguments, "resume=run").code == 0
+    checkpoint.write_bytes(second)
+    assert call(*arguments, "resume=run", "trainer.max_steps=5").code == 0
+    events = EventAccumulator("run").Reload()
+    assert [event.step for event in events.Scalars("train/reconstruction_loss")] == [0, 1, 2, 3, 4]
+    steps = [event.step for event in events.Scalars("val/reconstruction_loss")]
+    assert steps == sorted(set(steps))
+    assert not [path for path in Path("run").rglob("events.*") if path.parent != Path("run")]
