@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import SAMPLING_OPTIONS, sampling_params
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from clipgen.cli.image_metadata import ImageMetadata
     from clipgen.generation.prompts import Prompt
-    from clipgen.sampling import SamplingParams
+    from clipgen.sampling_params import SamplingParams
 
 NO_PROMPT = (
     'there must be a prompt: give a text in quotes ("a red ring"), --prompt, --prompts-file, --image, --prompt-mix, '
@@ -108,7 +109,7 @@ def check_early(args: Namespace) -> None:
     """Find the errors that need no torch, whose import takes seconds.
 
     Raises:
-        ValueError: there is no prompt.
+        ValueError: there is no prompt, or a sampling parameter is out of range.
         FileNotFoundError: a file or the checkpoint does not exist.
     """
     sources = (args.prompt, args.prompts_file, args.image, args.prompt_mix)
@@ -119,17 +120,9 @@ def check_early(args: Namespace) -> None:
             raise FileNotFoundError(f"there is no image {path}")
     for path in args.prompts_file:
         path.stat()  # raises the system's error
-    check_checkpoint(args.checkpoint)
-
-
-def check_checkpoint(name: str | None) -> None:
-    """Raise FileNotFoundError if a checkpoint is a path that does not exist."""
-    if name in (None, "shapes") or name.startswith("hf-hub:") or Path(name).expanduser().exists():
-        return
-    raise FileNotFoundError(
-        f"no ConditionalTransformer checkpoint: {name} does not exist; `clipgen-train stage=transformer` makes one, "
-        "`clipgen-sample --list` shows what there is"
-    )
+    sampling_params(args)
+    hint = ", `clipgen-sample --list` shows what there is"
+    check_model_path(args.checkpoint, "ConditionalTransformer", hint)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
