@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 256, 256)
 # Statistics of the pixels in [-1, 1]: CIFAR-10's, which are close enough for other photographs.
 MEAN = (-0.017, -0.036, -0.107)
 STD = (0.494, 0.487, 0.523)
