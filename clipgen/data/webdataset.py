@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain, count, islice
@@ -20,11 +19,11 @@ from webdataset.utils import pytorch_worker_info
 
 from clipgen.data.class_names import read_names
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.decoding import EXTENSIONS, UnusableImageError, decode_image
+from clipgen.data.decoding import UnusableImageError, decode_image
 from clipgen.data.parallel import parallel_map
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.source import ImageCount, Views
-from clipgen.data.tar_reader import Member, Sample, group_samples, read_members
+from clipgen.data.tar_reader import Member, Sample, count_samples, group_samples, is_tar, read_members
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
 from clipgen.hashing import hash_files, hashed_seed
@@ -99,7 +98,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
         local_urls = [url for url in self.urls if not is_remote(url)]
         for url in local_urls:
-            if not tarfile.is_tarfile(url):
+            if not is_tar(Path(url)):
                 raise ValueError(f"{url} must be a tar file, got {os.path.getsize(url)} bytes of another type")
         samples = chain.from_iterable(map(self._read_shard, local_urls))
         all_local = len(local_urls) == len(self.urls)
@@ -256,6 +255,8 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Yield the files of a shard; what follows damage is counted and skipped."""
         stream = None
         try:
+            if not is_remote(url) and not Path(url).is_file():
+                raise ValueError("not a regular file")
             stream = gopen(url) if is_remote(url) else open(url, "rb")  # noqa: SIM115, closed below
             yield from read_members(stream, url, self.skip_counter)
         except Exception as error:
@@ -311,15 +312,9 @@ def shard_data(
 
 def estimate_images(urls: list[str]) -> ImageCount | None:
     """Estimate the number of images in shards from the first one; None if it is not a local file."""
-    if not urls or is_remote(urls[0]):
+    if not urls or is_remote(urls[0]) or not Path(urls[0]).is_file():
         return None
-    samples = set()
-    # A damaged shard counts as far as it can be read.
-    with suppress(OSError, tarfile.TarError), tarfile.open(urls[0]) as shard:
-        for member in shard:
-            if member.name.lower().endswith(EXTENSIONS):
-                samples.add(member.name.rpartition("/")[2].partition(".")[0])
-    return ImageCount(len(samples) * len(urls), len(urls))
+    return ImageCount(count_samples(Path(urls[0])) * len(urls), len(urls))
 
 
 def shuffled(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterator[Sample]:

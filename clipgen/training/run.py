@@ -18,7 +18,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.samplers import DataPositionCallback
-from clipgen.files import atomic_write, write_json
+from clipgen.files import atomic_write, one_line, write_json
 from clipgen.output_folder import output_folder
 from clipgen.processor import require_bf16_units
 from clipgen.run_folder import bind, copy_frozen, save_frozen
@@ -36,7 +36,13 @@ from clipgen.training.config import TrainingConfig
 from clipgen.training.factory import make
 from clipgen.training.loggers import ContinueLog, close_log, make_logger, store_run_id
 from clipgen.training.model_builder import build
-from clipgen.training.resume import check_strategy, copy_best_checkpoint, find_checkpoint, refuse_other_runs
+from clipgen.training.resume import (
+    check_strategy,
+    copy_best_checkpoint,
+    find_checkpoint,
+    refuse_links,
+    refuse_other_runs,
+)
 from clipgen.training.summary import log_summary
 from clipgen.training.validation_interval import scale_interval, set_default_interval, warn_of_few_images
 from clipgen.transformer import ConditionalTransformer
@@ -79,6 +85,8 @@ def train(
     config = deepcopy(config)
     output = Path(config.output)
     refuse_other_runs(output, config.resume)
+    if config.resume:
+        refuse_links(output)
     set_precision(config)
     automatic_interval = set_default_interval(config)
     trainer = make_trainer(config, output, callbacks)
@@ -230,6 +238,11 @@ def fit(
     try:
         with last.handle_signals():
             trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+    except (LookupError, TypeError, AttributeError) as error:
+        # before the first batch, Lightning restores the states in the checkpoint
+        if checkpoint is None or last.steps_before_batch >= 0:
+            raise
+        raise ValueError(f"{checkpoint} cannot be resumed: {type(error).__name__}: {one_line(error)}") from error
     except SystemExit as exit:
         # Lightning turns Ctrl-C into SystemExit
         hint = f"; {resume_command} continues" if last.path.is_file() else ""
