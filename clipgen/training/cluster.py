@@ -6,9 +6,13 @@ import logging
 import os
 import socket
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import pytorch_lightning as pl
 from torch.distributed import TCPStore
 
+from clipgen.data.handover import FOLDER, results_for_children
 from clipgen.environment import environment_int
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,31 @@ def use_own_store() -> None:
     os.environ["MASTER_PORT"] = shared.get(key).decode()
     # now rank 0 serves the store
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
+    """Let the processes of a training receive what ``clipgen.data.handover`` computes in the first one.
+
+    Processes of torchrun and SLURM, which exist already, are connected. Those of Lightning are started inside the
+    ``with``, and receive the results in files.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size == 1 or environment is None:
+        return nullcontext()
+    if environment.creates_processes_externally:
+        # A process that Lightning has started finds its parent's results in its environment.
+        if FOLDER not in os.environ:
+            connect(trainer.strategy)
+        return nullcontext()
+    return results_for_children()
+
+
+def connect(strategy: Any) -> None:
+    """Make the process group that Lightning would make at the start of the training."""
+    strategy.accelerator.setup_device(strategy.root_device)
+    # DDP and FSDP name it differently; their setup_environment needs the model, too
+    setup = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed
+    setup()
 
 
 def free_port() -> int:
