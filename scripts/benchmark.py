@@ -10,6 +10,8 @@
     python -m clipgen benchmark sample --device cuda --bf16 --compile --decode --n-layer 24 --n-head 16 --n-embd 1024 \\
         --codebook-size 16384 --batches 1 64 256 1024
     python -m clipgen benchmark rerank
+    python -m clipgen benchmark muon --size medium
+    python -m clipgen benchmark muon --curves --steps 800
 
 ``--isa avx2`` imitates a processor without AVX-512 on one that has it. A variant ``a+b`` combines two others. Each
 variant runs in a process of its own, so that peak memory is its own.
@@ -22,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.encoding import run_encode
 from benchmarks.models import TRANSFORMER_SIZES, VARIANTS, VQGAN_SIZES
+from benchmarks.muon import run_muon
 from benchmarks.sampling import run_rerank, run_sample
 from benchmarks.timing import IMITATE, describe_machine, imitate_processor
 from benchmarks.training import run_transformer, run_vqgan
@@ -34,6 +37,7 @@ RUNS = {
     "encode": run_encode,
     "sample": run_sample,
     "rerank": run_rerank,
+    "muon": run_muon,
 }
 DEFAULT_VARIANTS = {
     "vqgan": ["plain", "channels_last", "checkpointing", "compile"],
@@ -96,6 +100,17 @@ def add_rerank_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser, steps=3)
 
 
+def add_muon_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=TRANSFORMER_SIZES, default="cifar")
+    parser.add_argument(
+        "--curves", action="store_true", help="train the demo's stage 2 with iterations in float32 and in bfloat16"
+    )
+    parser.add_argument(
+        "--learning-rate", type=float, default=2e-3, help="learning rate of --curves (default: %(default)s)"
+    )
+    add_common_options(parser, steps=5)
+
+
 def add_clip_option(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--clip", default=default, help="shapes, or an architecture of open_clip (default: %(default)s)"
@@ -116,6 +131,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_transformer_options(parts.add_parser("transformer", help="stage 2: training from images and from a cache"))
     add_encode_options(parts.add_parser("encode", help="clipgen-encode at the paper's size"))
     add_sample_options(parts.add_parser("sample", help="the decoding loop"))
+    add_muon_options(parts.add_parser("muon", help="a step of Muon beside AdamW; loss curves of both dtypes"))
     add_rerank_options(parts.add_parser("rerank", help="reranking by CLIP score beside generating"))
     return parser
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import benchmark
+import benchmarks.muon
 import pytest
 import torch
 from benchmarks import training
@@ -86,6 +87,20 @@ def test_reranking_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
     benchmark.main()
     assert json.loads(output.read_text())["rows"]["2 candidates"]["reranking, s"] > 0
+
+
+@pytest.mark.parametrize("options", [["--size", "demo", "--steps", 1], ["--curves", "--steps", 2]])
+def test_muon_is_measured(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(benchmarks.muon, "RATE_SIZE", 64)
+    output = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", [*map(str, ["benchmark.py", "muon", *options, "--output", output])])
+    benchmark.main()
+    results = json.loads(output.read_text())
+    if "curves" in results:
+        first, second = results["curves"].values()
+        assert first != second and first == pytest.approx(second, rel=0.02) and len(first) == 2
+    else:
+        assert all(value > 0 for value in results["rows"]["a step"].values())
 
 
 @pytest.mark.parametrize(("part", "variant"), [("vqgan", "clip_loss"), ("transformer", "ema+channels_last")])
