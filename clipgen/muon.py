@@ -25,7 +25,7 @@ LR_ADJUSTMENTS = ("original", "match_rms_adamw")
 MAX_ELEMENTS = 2**26
 # Matrices with at least so many times more columns than rows are iterated by their Gram matrices, in float32.
 MIN_GRAM_RATIO = 2
-# The Gram matrix is computed from the iterates again after so many steps, which keeps rounding errors as small as in the plain
+# After so many steps the Gram matrix is computed from X itself, which keeps rounding errors as small as in the plain
 # iteration.
 GRAM_STEPS = 3
 

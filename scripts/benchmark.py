@@ -105,9 +105,6 @@ def add_muon_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--curves", action="store_true", help="train the demo's stage 2 with iterations in float32 and in bfloat16"
     )
-    parser.add_argument(
-        "--learning-rate", type=float, default=2e-3, help="learning rate of --curves (default: %(default)s)"
-    )
     add_common_options(parser, steps=5)
 
 

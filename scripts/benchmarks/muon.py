@@ -8,15 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from omegaconf import OmegaConf
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.models import TRANSFORMER_SIZES, make_clip
+from benchmarks.models import TRANSFORMER_SIZES
 from benchmarks.timing import alternating_medians, print_table
-from clipgen import VQGAN, ConditionalTransformer, muon
+from clipgen import ConditionalTransformer, muon
+from clipgen.cli.config import composed
 from clipgen.data.shapes import ShapesDataset
-from clipgen.optim import make_optimizer
+from clipgen.models.conditioning import add_condition_noise
+from clipgen.optim import make_lr_scheduler, make_optimizer
+from clipgen.training.config import TrainingConfig
+from clipgen.training.model_builder import build
 
 BATCH_SIZE = 32
 RATE_SIZE = 2048  # rows and columns of the product that measures the matrix rate
@@ -105,22 +110,21 @@ def iteration_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def loss_curve(args: argparse.Namespace) -> list[float]:
-    """Return the mean cross-entropy in each tenth of a training on shapes, with the bundled tokenizer and CLIP."""
+    """Return the mean cross-entropy in each tenth of a training with the demo's recipe and the bundled tokenizer."""
     torch.manual_seed(0)
-    tokenizer = VQGAN.load("shapes")
-    sizes = {**TRANSFORMER_SIZES["demo"], "codebook_size": tokenizer.codebook_size}
-    sizes["num_tokens"] = (tokenizer.autoencoder_config.resolution // tokenizer.downsampling) ** 2
-    transformer: Any = ConditionalTransformer(**sizes).attach_encoders(tokenizer, make_clip("shapes"))
-    config = transformer.optimizer_config
-    blocks: nn.Module = transformer.gpt.transformer.h
-    settings = {**vars(config), "name": "muon", "learning_rate": args.learning_rate}
-    optimizer = make_optimizer(transformer, blocks, config.__class__(**settings))
+    config = composed("stage=transformer", "experiment=shapes", "vqgan=shapes", f"trainer.max_steps={args.steps}")
+    transformer: Any = build(TrainingConfig.from_dict(OmegaConf.to_container(config, resolve=True)))
+    settings = transformer.optimizer_config
+    optimizer = make_optimizer(transformer, transformer.gpt.transformer.h, settings)
+    scheduler = make_lr_scheduler(optimizer, settings.schedule, settings.warmup_steps, args.steps)
     losses = []
     for batch in DataLoader(ShapesDataset(BATCH_SIZE * args.steps, seed=1), BATCH_SIZE):
         indices, condition = transformer.prepare_batch(batch)
+        condition = add_condition_noise(condition, transformer.conditioning_config.noise_cosine)
         loss, _ = transformer.gpt(indices, condition, with_loss=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        scheduler.step()
         losses.append(loss.detach())
     return [part.mean().item() for part in torch.stack(losses).chunk(10)]
