@@ -55,6 +55,12 @@ def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
     return val_transform(size or min(rgb.size))(rgb)[None]
 
 
+def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
+    """Return the peak signal-to-noise ratio (B,) in dB of images (B, 3, H, W) in [-1, 1]; at most 100."""
+    squared = ((reconstructions - images) / 2).square().mean(dim=(1, 2, 3))
+    return -10 * squared.clamp(min=1e-10).log10()
+
+
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[Any, Any] | None = None) -> Path:
     """Write a PNG file atomically and return its path.
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import html
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import clipgen
 from clipgen.checkpoint.safe_load import add_prefix
 from clipgen.clip import FrozenCLIP
-from clipgen.clip_folder import member
 from clipgen.files import one_line, read_json, read_yaml
+from clipgen.inner_files import member
+from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -24,20 +27,62 @@ logger = logging.getLogger(__name__)
 KEY = re.compile(r"\w{1,60}")
 # Holds the training settings in the folder of a pipeline.
 TRAINING = "training.json"
+# Holds the images of the card.
+SAMPLES = "model_card.png"
+TAGS = ("clip-gen", "vqgan", "autoregressive", "language-free-training")
 CARD = """
 A text-to-image model after CLIP-GEN (arXiv:2203.00386), trained by clipgen {version} from images alone.
 Its CLIP: {clip}.
-
+{data}{samples}{results}
 ```python
 from clipgen import TextToImage
 
-TextToImage.load("hf-hub:OWNER/NAME")("a sentence")[0].save("picture.png")
+TextToImage.from_pretrained("{repository}")("a sentence")[0].save("picture.png")
 ```
 
 | part | setting | value |
 |---|---|---|
 {rows}
 """
+
+
+@dataclass(frozen=True)
+class CardDetails:
+    """Content of a model card besides the settings of the model.
+
+    Args:
+        license: license of the weights, as the hub spells it, such as ``"mit"``.
+        datasets: names on the hub of the datasets that the model was trained on.
+        language: language of the prompts that its CLIP understands, such as ``"en"``.
+        prompts: prompts of the images in the card, one each, generated with seed 0 when the pipeline is saved.
+        params: sampling parameters of these images; None: the defaults.
+        results: measured values by metric, or the ``metrics.json`` that ``clipgen-eval`` wrote.
+        evaluated_on: name of the dataset that the results were measured on. The hub lists results only with it.
+        repository: name of the model on the hub; ``push_to_hub`` fills it in.
+
+    Raises:
+        ValueError: a result is not a finite number, or the file holds no results.
+    """
+
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    language: str | None = None
+    prompts: Sequence[str] = ()
+    params: SamplingParams | None = None
+    results: Mapping[str, float] | str | Path = field(default_factory=dict)
+    evaluated_on: str | None = None
+    repository: str = "OWNER/NAME"
+
+    def __post_init__(self) -> None:
+        results = self.results
+        if isinstance(results, (str, Path)):
+            results = read_json(Path(results).expanduser(), "metrics")["metrics"]
+        if not isinstance(results, Mapping):
+            raise ValueError(f"results must be numbers by the names of metrics, got {results!r:.60}")
+        for name, value in results.items():
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"the result {name} must be a finite number, got {value!r:.60}")
+        object.__setattr__(self, "results", dict(results))
 
 
 def training_settings(root: Path) -> dict[str, Any]:
@@ -76,8 +121,29 @@ def is_plain(key: Any, value: Any) -> bool:
     return named and scalar and "/" not in str(value)
 
 
-def model_card(vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCLIP, training: dict[str, Any]) -> str:
-    """Return a model card: what the model is, how to generate images with it, how it was trained."""
+def model_card(
+    vqgan: VQGAN,
+    transformer: ConditionalTransformer,
+    clip: FrozenCLIP,
+    training: dict[str, Any],
+    details: CardDetails | None = None,
+) -> str:
+    """Return a model card: what the model is, how to generate images with it, how it was trained, how good it is."""
+    details = details or CardDetails()
+    text = CARD.format(
+        clip=cell(Path(clip.model_name).name),
+        version=clipgen.__version__,
+        repository=details.repository,
+        data=describe_data(details),
+        samples=describe_samples(details),
+        results=describe_results(details),
+        rows="\n".join(setting_rows(vqgan, transformer, training)),
+    )
+    return str(ModelCard(f"---\n{metadata(details).to_yaml()}\n---\n{text}"))
+
+
+def setting_rows(vqgan: VQGAN, transformer: ConditionalTransformer, training: dict[str, Any]) -> list[str]:
+    """Return a row of the table of settings for each setting of both models and of the training."""
     settings = {
         "transformer": flatten(transformer.hparams),
         "vqgan": flatten(vqgan.hparams),
@@ -87,9 +153,67 @@ def model_card(vqgan: VQGAN, transformer: ConditionalTransformer, clip: FrozenCL
     for part, values in settings.items():
         for key, value in values.items():
             rows.append(f"| {part} | {cell(key)} | {cell(value)} |")
-    text = CARD.format(clip=cell(Path(clip.model_name).name), version=clipgen.__version__, rows="\n".join(rows))
-    metadata = ModelCardData(library_name="clipgen", pipeline_tag="text-to-image")
-    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n{text}"))
+    return rows
+
+
+def metadata(details: CardDetails) -> ModelCardData:
+    """Return the part of the card that the hub reads."""
+    data = ModelCardData(
+        library_name="clipgen",
+        pipeline_tag="text-to-image",
+        license=details.license,
+        language=details.language,
+        tags=list(TAGS),
+        datasets=list(details.datasets) or None,
+    )
+    if details.results and details.evaluated_on:
+        data.model_name = details.repository.rpartition("/")[2]
+        data.eval_results = eval_results(details)
+    return data
+
+
+def eval_results(details: CardDetails) -> list[EvalResult]:
+    """Return the measured values as the hub lists them."""
+    results: dict[str, float] = details.results  # type: ignore[assignment]
+    dataset = str(details.evaluated_on)
+    entries = []
+    for name, value in results.items():
+        entry = EvalResult(
+            task_type="text-to-image",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type=name,
+            metric_value=value,
+        )
+        entries.append(entry)
+    return entries
+
+
+def describe_data(details: CardDetails) -> str:
+    """Return a sentence that names the training data, if it is known."""
+    if not details.datasets:
+        return ""
+    return f"Its training data: {', '.join(map(cell, details.datasets))}.\n"
+
+
+def describe_samples(details: CardDetails) -> str:
+    """Return the link to the images of the card, if it has any, and how they were generated."""
+    if not details.prompts:
+        return ""
+    params = asdict(details.params or SamplingParams())
+    settings = ", ".join(f"{name} {value:g}" for name, value in params.items())
+    how = f"One image per prompt, not selected: seed 0, {settings}."
+    return f"\n![Generated images with their prompts]({SAMPLES})\n\n{how}\n"
+
+
+def describe_results(details: CardDetails) -> str:
+    """Return a table of the measured values, if there are any."""
+    results: dict[str, float] = details.results  # type: ignore[assignment]
+    if not results:
+        return ""
+    place = f" on {cell(details.evaluated_on)}" if details.evaluated_on else ""
+    rows = [f"| {cell(name)} | {value:.4g} |" for name, value in results.items()]
+    return f"\nMeasured{place}:\n\n| metric | value |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 
 def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:

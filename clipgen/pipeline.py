@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +17,28 @@ from torch import Tensor, nn
 import clipgen
 from clipgen.atomic_folder import finish_swap, replace_folder
 from clipgen.checkpoint import model_folder
+from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.clip import FrozenCLIP
 from clipgen.files import write_json
 from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator, Preview, Progress
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.prompts import Prompt, check_request, describe
-from clipgen.images import from_pil, to_pil
-from clipgen.model_card import TRAINING, model_card, training_settings
-from clipgen.run_folder import bind, check_bound, check_clip_folder, check_inside, load_clip, run_folder, save_frozen
+from clipgen.images import from_pil, save_png, to_pil
+from clipgen.inner_files import check_inside
+from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
+from clipgen.run_folder import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.sampling import SamplingParams, per_sample_seeds, resolve_params
 from clipgen.transformer import ConditionalTransformer
+from clipgen.visualization import grid
 from clipgen.vqgan import VQGAN
 
 PROJECTOR = "projector.safetensors"
 CARD = "README.md"
 # What `save` may replace in a folder; other files stay.
-ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR, TRAINING, CARD)
+ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR, TRAINING, CARD, SAMPLES)
 
 
-class TextToImage(ImageGenerator):
+class TextToImage(PretrainedMixin, ImageGenerator):
     """The whole of CLIP-GEN: a VQ-GAN, a transformer, and the CLIP that the transformer was trained with.
 
     pipe = TextToImage.load("shapes")
@@ -64,14 +67,22 @@ class TextToImage(ImageGenerator):
     # -------------------------------------------------------------------------------------------------------- files
 
     @classmethod
-    def load(cls, path_or_name: str | Path) -> TextToImage:
+    def load(
+        cls,
+        path_or_name: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> TextToImage:
         """Load a pipeline.
 
         Args:
             path_or_name: ``"shapes"`` (bundled); a run folder of stage 2, or a checkpoint inside one; a folder written
                 by ``save``; or ``"hf-hub:OWNER/NAME"``, uploaded by ``push_to_hub``.
+            revision: branch, tag or commit on the hub.
+            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
-        path = model_folder.resolve_path(path_or_name)
+        path = model_folder.resolve_path(path_or_name, revision, token)
         root = run_folder(path)
         finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
@@ -84,7 +95,7 @@ class TextToImage(ImageGenerator):
         pipe.training = training_settings(root)
         return pipe
 
-    def save(self, path: str | Path, half: bool = False) -> Path:
+    def save(self, path: str | Path, half: bool = False, card: CardDetails | None = None) -> Path:
         """Write VQ-GAN, CLIP, transformer and a model card to a folder that ``load`` reads.
 
         An older pipeline there is replaced in one step; other files stay. If the process is killed, ``load`` finds
@@ -93,6 +104,7 @@ class TextToImage(ImageGenerator):
         Args:
             path: the folder.
             half: save the weights in 16 bits.
+            card: what the model card says besides the settings of the model: license, data, samples, results.
         """
         path = Path(path)
         check_parts(path.expanduser())
@@ -105,26 +117,56 @@ class TextToImage(ImageGenerator):
             if self.training:
                 write_json(partial / TRAINING, self.training)
             if not copy_user_card(path.expanduser() / CARD, partial / CARD):
-                card = model_card(self.vqgan, self.transformer, self.clip, self.training)
-                (partial / CARD).write_text(card, "utf-8")
+                self._write_card(partial, card or CardDetails())
         return path
 
-    def push_to_hub(self, name: str, private: bool = False) -> str:
+    def _write_card(self, folder: Path, details: CardDetails) -> None:
+        """Write the model card, and the images for its prompts, each with seed 0."""
+        if details.prompts:
+            images = self(list(details.prompts), params=details.params, seed=0)
+            save_png(grid(images, captions=details.prompts), folder / SAMPLES)
+        text = model_card(self.vqgan, self.transformer, self.clip, self.training, details)
+        (folder / CARD).write_text(text, "utf-8")
+
+    def push_to_hub(
+        self,
+        name: str,
+        private: bool = False,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        half: bool = False,
+        card: CardDetails | None = None,
+    ) -> str:
         """Upload to the Hugging Face hub, for ``load("hf-hub:OWNER/NAME")``; return the address.
 
         Args:
             name: ``"OWNER/NAME"``.
             private: create a private repository.
+            revision: branch to upload to, created if it does not exist; None is the main branch.
+            token: access token; None uses that of ``hf auth login``, or ``HF_TOKEN``.
+            commit_message: message of the commit on the hub.
+            half: see ``save``.
+            card: see ``save``.
         """
         from huggingface_hub import HfApi
 
-        api = HfApi()
+        api = HfApi(token=token)
         address = api.create_repo(name, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(address.repo_id, branch=revision, exist_ok=True)
         # Optional parts of an older pipeline there must not stay beside this one.
-        optional = [PROJECTOR, TRAINING, "clip/*"]
+        optional = [PROJECTOR, TRAINING, SAMPLES, "clip/*"]
         with tempfile.TemporaryDirectory() as folder:
-            self.save(folder)
-            api.upload_folder(repo_id=address.repo_id, folder_path=folder, delete_patterns=optional)
+            self.save(folder, half, replace(card or CardDetails(), repository=address.repo_id))
+            api.upload_folder(
+                repo_id=address.repo_id,
+                folder_path=folder,
+                delete_patterns=optional,
+                revision=revision,
+                commit_message=commit_message,
+            )
         return str(address)
 
     @property

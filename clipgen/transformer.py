@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
+from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import strip_prefix
 from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
@@ -22,6 +23,7 @@ from clipgen.images import images_from_batch
 from clipgen.models import losses
 from clipgen.models.conditioning import add_condition_noise
 from clipgen.models.config import (
+    LOSS_REDUCTIONS,
     ClipLossConfig,
     ConditioningConfig,
     GPTConfig,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class ConditionalTransformer(pl.LightningModule):
+class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
     """GPT-2 over code indices with the CLIP embedding as its first token, stage 2 of CLIP-GEN (Eq. 6, 8-10).
 
     Training on images needs the frozen VQ-GAN and CLIP, see ``attach_encoders``; batches are then
@@ -50,6 +52,8 @@ class ConditionalTransformer(pl.LightningModule):
         conditioning: noise and dropout of the condition in training, see ``ConditioningConfig``.
         clip_loss: the CLIP loss (Eq. 9, 10), see ``ClipLossConfig``.
         optimizer: optimizer, schedule and EMA, see ``TransformerOptimizerConfig``.
+        loss_reduction: ``"mean"`` adds the mean cross-entropy per token and the CLIP loss; ``"sum"`` adds that of the
+            whole sequence, as Eq. 8 prints.
         compile: compile the training step with torch.compile.
         network: the fields of ``GPTConfig``: n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, ...
     """
@@ -62,10 +66,13 @@ class ConditionalTransformer(pl.LightningModule):
         conditioning: ConditioningConfig | Mapping[str, Any] | None = None,
         clip_loss: ClipLossConfig | Mapping[str, Any] | None = None,
         optimizer: TransformerOptimizerConfig | Mapping[str, Any] | None = None,
+        loss_reduction: str = "mean",
         compile: bool = False,
         **network: Any,
     ):
         super().__init__()
+        if loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(f"loss_reduction must be one of {', '.join(LOSS_REDUCTIONS)}, got {loss_reduction!r}")
         self.gpt_config = as_config(GPTConfig, network)
         self.conditioning_config = as_config(ConditioningConfig, conditioning)
         self.clip_loss_config = as_config(ClipLossConfig, clip_loss)
@@ -76,6 +83,7 @@ class ConditionalTransformer(pl.LightningModule):
                 "conditioning": to_plain(self.conditioning_config),
                 "clip_loss": to_plain(self.clip_loss_config),
                 "optimizer": to_plain(self.optimizer_config),
+                "loss_reduction": loss_reduction,
                 "compile": compile,
             }
         )
@@ -150,21 +158,20 @@ class ConditionalTransformer(pl.LightningModule):
         """
         params = sampling.resolve_params(params, settings)
         self._check_shapes(clip_embedding, uniforms, prefix)
-        logits_fn = self._logits_fn(clip_embedding, params)
+        condition = self._condition_tokens(clip_embedding, params)
         if uniforms is None:
             seeds = sampling.per_sample_seeds(seed, len(clip_embedding))
             uniforms = sampling.per_sample_uniforms(seeds, self.num_tokens, clip_embedding.device)
-        return sampling.sample_sequence(logits_fn, uniforms, params, prefix=prefix, callback=callback)
+        sample_fn = self._decoder(condition).start_sampling(condition, uniforms, params)
+        return sampling.sample_sequence(sample_fn, uniforms.shape, uniforms.device, prefix=prefix, callback=callback)
 
-    def _logits_fn(self, clip_embedding: Tensor, params: sampling.SamplingParams) -> sampling.LogitsFn:
-        """Return the step function of the decoder, with guidance if asked for. It never applies dropout."""
+    def _condition_tokens(self, clip_embedding: Tensor, params: sampling.SamplingParams) -> Tensor:
+        """Return the condition tokens (B, C); with guidance (2 B, C), followed by those of the null condition."""
         condition = self.eval_model.condition(clip_embedding)
         if not params.uses_guidance:
-            return self._decoder(condition).start(condition)
+            return condition
         drop_all = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
-        null = self.eval_model.condition(clip_embedding, drop=drop_all)
-        both = torch.cat([condition, null])
-        return sampling.with_cfg(self._decoder(both).start(both), params.guidance_scales(self.num_tokens))
+        return torch.cat([condition, self.eval_model.condition(clip_embedding, drop=drop_all)])
 
     def _check_shapes(self, clip_embedding: Tensor, uniforms: Tensor | None, prefix: Tensor | None) -> None:
         batch_size = len(clip_embedding)
@@ -301,7 +308,7 @@ class ConditionalTransformer(pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of Eq. 10: mean cross-entropy per token (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
+        """Return the loss of Eq. 10: the cross-entropy (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
         indices, clip_embedding = self.prepare_batch(batch)
         condition = add_condition_noise(clip_embedding, self.conditioning_config.noise_cosine)
         drop = None
@@ -309,6 +316,8 @@ class ConditionalTransformer(pl.LightningModule):
             drop = torch.rand(len(indices), device=indices.device) < self.conditioning_config.drop_prob
         loss, logits = self.gpt(indices, condition, drop, with_loss=True)
         terms = {"cross_entropy": loss}
+        if self.hparams["loss_reduction"] == "sum":
+            loss = loss * self.num_tokens
         config = self.clip_loss_config
         if config.weight > 0 and self.global_step % config.interval == 0:
             terms["clip_loss"] = self.clip_loss(logits, clip_embedding)
@@ -366,13 +375,16 @@ class ConditionalTransformer(pl.LightningModule):
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
         """Load a trained transformer, in evaluation mode.
 
         Args:
             path: a model folder, a run folder or a checkpoint of stage 2; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose transformer is loaded.
+            revision: branch, tag or commit on the hub.
+            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
+        path = model_folder.resolve_path(path, revision, token)
         arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 
@@ -384,7 +396,7 @@ class ConditionalTransformer(pl.LightningModule):
         """
         # A model folder holds one set of weights, so no EMA is allocated for it.
         if not strip_prefix("ema.", state):
-            arguments = arguments | {"optimizer": arguments.get("optimizer", {}) | {"ema_decay": 0.0}}
+            arguments = arguments | {"optimizer": {**(arguments.get("optimizer") or {}), "ema_decay": 0.0}}
         model = cls(**arguments)
         model.load_state_dict(state)
         return model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
+from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
-from clipgen.images import check_images, images_from_batch, to_bytes
+from clipgen.images import check_images, images_from_batch, psnr, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
 from clipgen.models.config import (
@@ -44,15 +47,18 @@ logger = logging.getLogger(__name__)
 # Order of the optimizers.
 GENERATOR = 0
 DISCRIMINATOR = 1
+# Losses of the quantizer that Eq. 4 prints as sums over the elements of the codes.
+SUMMED_LOSSES = {"codebook_loss", "commitment_loss"}
 # Prefixes of the networks that a model folder may hold besides the tokenizer.
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
 
-class VQGAN(pl.LightningModule):
+class VQGAN(PretrainedMixin, pl.LightningModule):
     """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
     The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss. The adversarial
-    loss has VQ-GAN's adaptive weight times ``gan.weight``, where CLIP-GEN prints weight 1 (Eq. 7). Images are
+    loss has VQ-GAN's adaptive weight times ``gan.weight``, where CLIP-GEN prints weight 1 (Eq. 7), unless
+    ``gan.adaptive`` is False. Images are
     (B, 3, H, W) in [-1, 1], with sides divisible by f = ``downsampling``. Training batches are ``{"images": images}``.
 
     Args:
@@ -271,13 +277,21 @@ class VQGAN(pl.LightningModule):
             loss_terms |= adv_terms
 
         vjp = (reconstruction * recon_grad).sum()  # its gradient w.r.t. the weights is J^T recon_grad
-        self.manual_backward((vjp + quantizer_loss) / grad_accum_steps)
-        if logits_fake is not None:
-            self.manual_backward(self._discriminator_loss(images, logits_fake) / grad_accum_steps)
+        with self._gradient_exchange(is_optimizer_step):
+            self.manual_backward((vjp + quantizer_loss) / grad_accum_steps)
+            if logits_fake is not None:
+                self.manual_backward(self._discriminator_loss(images, logits_fake) / grad_accum_steps)
         self.guard.watch(loss_terms)
         if is_optimizer_step:
             self._step_optimizers(num_optimizers=1 if logits_fake is None else 2)
         self._log_losses(loss_terms, quantized)
+
+    def _gradient_exchange(self, enabled: bool) -> AbstractContextManager[None]:
+        """Return a context in which processes average their gradients, or only accumulate them."""
+        strategy = self.trainer.strategy
+        if enabled or not isinstance(strategy, DDPStrategy):
+            return nullcontext()
+        return strategy.block_backward_sync()
 
     def _initialize_codebook(self, images: Tensor, batch_idx: int) -> None:
         """Initialize the codes by k-means before the first step of a training, if asked for."""
@@ -320,6 +334,10 @@ class VQGAN(pl.LightningModule):
             terms["perceptual_loss"] = config.perceptual_weight * self.lpips()(images, reconstruction).mean()
         for name, value in quantized.losses.items():
             terms[name] = config.weight_of(name) * value
+        if config.reduction == "sum":
+            terms["reconstruction_loss"] = terms["reconstruction_loss"] * images[0].numel()
+            for name in SUMMED_LOSSES & set(terms):
+                terms[name] = terms[name] * quantized.z_q[0].numel()
         return terms
 
     def _adversarial_gradient(
@@ -333,14 +351,11 @@ class VQGAN(pl.LightningModule):
         gan = self.gan_config
         generator_loss = losses.generator_loss(logits_fake, gan.loss)
         adv_grad = torch.autograd.grad(generator_loss, detached, retain_graph=True)[0]
-        adaptive_weight = losses.adaptive_weight(
-            reconstruction,
-            self.autoencoder.decoder.last_layer,
-            recon_grad,
-            adv_grad,
-            gan.adaptive_weight_max,
-        )
-        weight = gan.weight * adaptive_weight
+        weight = torch.tensor(gan.weight, device=detached.device)
+        if gan.adaptive:
+            last_layer = self.autoencoder.decoder.last_layer
+            maximum = gan.adaptive_weight_max
+            weight = weight * losses.adaptive_weight(reconstruction, last_layer, recon_grad, adv_grad, maximum)
         return weight * adv_grad, {"generator_loss": generator_loss, "adaptive_weight": weight}
 
     def _discriminator_loss(self, images: Tensor, logits_fake: Tensor) -> Tensor:
@@ -404,9 +419,7 @@ class VQGAN(pl.LightningModule):
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
         rounded = to_bytes(reconstruction).float() / 127.5 - 1
-        squared = ((rounded - images) / 2).square().mean(dim=(1, 2, 3))
-        # In dB, averaged over images, for pixel values in [0, 1].
-        terms["psnr"] = -10 * squared.clamp(min=1e-10).log10().mean()
+        terms["psnr"] = psnr(images, rounded).mean()
         self.averages.add(add_prefix("val/", terms), len(images))
         return rounded
 
@@ -453,13 +466,16 @@ class VQGAN(pl.LightningModule):
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
         """Load a trained tokenizer, in evaluation mode.
 
         Args:
             path: a model folder, a run folder or a checkpoint of stage 1; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose tokenizer is loaded.
+            revision: branch, tag or commit on the hub.
+            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
+        path = model_folder.resolve_path(path, revision, token)
         arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
         return model_folder.build(cls, arguments, state, path)
 
@@ -545,7 +561,7 @@ def nearest_multiples(side: int, factor: int) -> str:
 
 def without_kmeans(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return constructor arguments whose trained codes are not initialized again when training continues."""
-    return arguments | {"quantizer": arguments.get("quantizer", {}) | {"kmeans_iters": 0}}
+    return arguments | {"quantizer": {**(arguments.get("quantizer") or {}), "kmeans_iters": 0}}
 
 
 def as_list(one_or_more: Any) -> list[Any]:

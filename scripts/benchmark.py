@@ -10,6 +10,7 @@
     python -m clipgen benchmark sample --device cuda --bf16 --compile --decode --n-layer 24 --n-head 16 --n-embd 1024 \\
         --codebook-size 16384 --batches 1 64 256 1024
     python -m clipgen benchmark rerank
+    python -m clipgen benchmark app
     python -m clipgen benchmark scale
 
 ``--isa avx2`` imitates a processor without AVX-512 on one that has it. A variant ``a+b`` combines two others. Each
@@ -27,6 +28,7 @@ from benchmarks.sampling import run_rerank, run_sample
 from benchmarks.scale import run_scale
 from benchmarks.timing import IMITATE, describe_machine, imitate_processor
 from benchmarks.training import run_transformer, run_vqgan
+from benchmarks.web_page import run_app
 
 from clipgen.files import write_json
 
@@ -36,6 +38,7 @@ RUNS = {
     "encode": run_encode,
     "sample": run_sample,
     "rerank": run_rerank,
+    "app": run_app,
     "scale": run_scale,
 }
 DEFAULT_VARIANTS = {
@@ -99,6 +102,10 @@ def add_rerank_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser, steps=3)
 
 
+def add_app_options(parser: argparse.ArgumentParser) -> None:
+    add_common_options(parser, steps=5)
+
+
 def add_scale_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[10**8, 10**9], help="numbers of images")
     parser.add_argument("--ranks", type=int, default=512, help="number of processes, with 8 workers each")
@@ -127,6 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_encode_options(parts.add_parser("encode", help="clipgen-encode at the paper's size"))
     add_sample_options(parts.add_parser("sample", help="the decoding loop"))
     add_rerank_options(parts.add_parser("rerank", help="reranking by CLIP score beside generating"))
+    add_app_options(parts.add_parser("app", help="the web page: start, and seconds to the first row"))
     add_scale_options(parts.add_parser("scale", help="memory and start-up with many images, simulated"))
     return parser
 

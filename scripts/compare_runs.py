@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
-from clipgen.files import atomic_write
+from clipgen.images import save_png
+from clipgen.visualization import GAP, font_for
 
 Curve = list[tuple[int, float]]  # step, value
 RunCurves = dict[str, dict[str, Curve]]  # run -> metric -> curve
 
 
 def read_curves(run: Path, metrics: list[str]) -> dict[str, Curve]:
-    """Return the curve of each metric over the validations of a run."""
+    """Return the curve of each metric of a run: of validation, or of training if its name begins with train/."""
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     curves: dict[str, Curve] = {}
     for metric in metrics:
-        column = f"val/{metric}"
+        column = full_name(metric)
         curves[metric] = [(int(row["step"]) + 1, float(row[column])) for row in rows if row.get(column)]
     return curves
+
+
+def full_name(metric: str) -> str:
+    """Return the name under which a metric is logged; without a prefix it is one of validation."""
+    return metric if "/" in metric else f"val/{metric}"
 
 
 def table(runs: RunCurves, metrics: list[str]) -> str:
@@ -44,33 +52,66 @@ def format_last(curve: Curve) -> str:
     return f"{curve[-1][1]:.4g}" if curve else "-"
 
 
-def plot(runs: RunCurves, metrics: list[str], path: Path) -> None:
+def plot(runs: RunCurves, metrics: list[str]) -> Image.Image:
     """Plot one panel per metric, with a line per run."""
     figure = Figure(figsize=(4.5 * len(metrics), 3.2), dpi=100, layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics):
         for name, curves in runs.items():
             panel.plot(*zip(*curves[metric]), label=name, marker=".")
-        panel.set(title=f"val/{metric}", xlabel="step")
+        panel.set(title=full_name(metric), xlabel="step")
         panel.legend()
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def with_grids(chart: Image.Image, grids: dict[str, Image.Image]) -> Image.Image:
+    """Append the image grids of the runs below a chart, side by side under their names."""
+    width = chart.width // len(grids)
+    labels_height = 20
+    resized = {name: image.resize((width, round(image.height * width / image.width))) for name, image in grids.items()}
+    height = labels_height + max(image.height for image in resized.values())
+    sheet = Image.new("RGB", (chart.width, chart.height + height), "white")
+    sheet.paste(chart, (0, 0))
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, image) in enumerate(resized.items()):
+        draw.text((i * width + GAP, chart.height), name, "black", font_for(name))
+        sheet.paste(image, (i * width, chart.height + labels_height))
+    return sheet
+
+
+def last_grid(run: Path, name: str) -> Image.Image:
+    """Return the last image grid of a kind, such as "reconstructions", that a run wrote."""
+    files = sorted((run / "pictures").glob(f"{name}_*.png"))
+    if not files:
+        sys.exit(f"compare_runs.py: error: no {name}_*.png in {run / 'pictures'}")
+    return Image.open(files[-1]).convert("RGB")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", type=Path, nargs="+", help="run folders, trained with logger=csv")
+    p.add_argument("--metrics", nargs="+", default=["psnr"], help="val/ can be left out (default: psnr)")
+    p.add_argument("--output", type=Path, help="PNG file for the plots")
+    p.add_argument("--grids", metavar="NAME", help="add the last image grids of this name, such as reconstructions")
+    return p
 
 
 def main() -> None:
     """Print the table, and write the plots if an output is given."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", type=Path, nargs="+", help="run folders, trained with logger=csv")
-    p.add_argument("--metrics", nargs="+", default=["psnr"], help="names of the metrics, without val/ (default: psnr)")
-    p.add_argument("--output", type=Path, help="PNG file for the plots")
-    args = p.parse_args()
+    args = parser().parse_args()
     for run in args.runs:
         if not (run / "metrics.csv").is_file():
             sys.exit(f"compare_runs.py: error: no metrics.csv in {run}; train with logger=csv")
     runs = {run.name: read_curves(run, args.metrics) for run in args.runs}
     print(table(runs, args.metrics))
     if args.output:
-        plot(runs, args.metrics, args.output)
+        chart = plot(runs, args.metrics)
+        if args.grids:
+            chart = with_grids(chart, {run.name: last_grid(run, args.grids) for run in args.runs})
+        save_png(chart, args.output)
 
 
 if __name__ == "__main__":

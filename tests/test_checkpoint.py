@@ -61,9 +61,8 @@ def test_the_folder_that_is_replaced_is_gone(tmp_path):
 def test_names_of_the_bundled_model_and_of_the_hub(tmp_path, monkeypatch):
     """Each part is found by the name of the whole; a path is a path, whatever it is called."""
     pipe = TextToImage.load("shapes")
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", {"me/shapes": str(pipe.save(tmp_path / "hub"))}.__getitem__
-    )
+    uploaded = {"me/shapes": str(pipe.save(tmp_path / "hub"))}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: uploaded[name])
     for name in ("shapes", "hf-hub:me/shapes"):
         assert not changed(VQGAN.load(name), weights_of(pipe.vqgan))
         assert not changed(ConditionalTransformer.load(name), weights_of(pipe.transformer))
@@ -73,7 +72,7 @@ def test_names_of_the_bundled_model_and_of_the_hub(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("no route"), huggingface_hub.errors.HFValidationError("no route")])
 def test_a_name_that_the_hub_does_not_give(monkeypatch, error):
-    def failing(name):
+    def failing(name, **_):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", failing)

@@ -261,10 +261,13 @@ def test_nothing_but_a_pipeline_is_published(pipe, tmp_path, monkeypatch):
     published = {}
 
     class Api:
+        def __init__(self, token=None):
+            pass
+
         def create_repo(self, name, **_):
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
 
-        def upload_folder(self, repo_id, folder_path, delete_patterns):
+        def upload_folder(self, repo_id, folder_path, **_):
             for path in Path(folder_path).rglob("*"):
                 assert not path.is_symlink()
                 if path.is_file():

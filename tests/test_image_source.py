@@ -15,6 +15,7 @@ from clipgen import precompute
 from clipgen.data.chunks import index_ranges, iter_batches
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.folder import ImageFolder
+from clipgen.data.huggingface import HuggingFaceImages
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.source import ImageCount, ImageSource, Views, count_images, require_source
 from clipgen.data.token_cache import TokenCacheDataset
@@ -30,12 +31,14 @@ def make_source(name: str, folder: Path) -> ImageSource:
         for half in range(2):
             make_tar(folder / f"{half}.tar", dict(list(files.items())[3 * half : 3 * half + 3]))
         return ImageShards(f"{folder}/*.tar", 8, train=True)
+    if name == "huggingface":
+        return HuggingFaceImages([{"image": {"bytes": content}} for content in files.values()], 8, train=True)
     for file, content in files.items():
         (folder / file).write_bytes(content)
     return ImageFolder(folder, 8, train=True)
 
 
-@pytest.mark.parametrize("name", ["folder", "webdataset", "shapes"])
+@pytest.mark.parametrize("name", ["folder", "webdataset", "huggingface", "shapes"])
 def test_chunks_of_a_source_hold_all_images_and_can_be_read_in_any_order(name, tmp_path):
     source = require_source(make_source(name, tmp_path))
     chunks = source.split_into_chunks(4)
@@ -49,7 +52,7 @@ def test_chunks_of_a_source_hold_all_images_and_can_be_read_in_any_order(name, t
     assert all(label is None for index in (0, 1) for _, label in views[index])
 
 
-@pytest.mark.parametrize("name", ["folder", "webdataset"])
+@pytest.mark.parametrize("name", ["folder", "webdataset", "huggingface"])
 def test_augmented_views_differ_and_are_reproducible(name, tmp_path):
     source = make_source(name, tmp_path)
     chunk = source.split_into_chunks(4)[0]

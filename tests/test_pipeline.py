@@ -11,6 +11,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from models import TRANSFORMER_SIZES, make_transformer
 from PIL import Image
 
@@ -20,9 +21,11 @@ from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.prompts import describe, parse_mixture
 from clipgen.images import from_pil, to_pil
+from clipgen.model_card import CardDetails
 from clipgen.models.kv_cache import CompiledDecoder
 from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
+from clipgen.vqgan import VQGAN
 
 PROMPT = "a large blue ring on a white background"
 
@@ -469,16 +472,25 @@ def test_push_to_hub_and_load(pipe, monkeypatch, tmp_path):
     import huggingface_hub
 
     class Api:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
         def create_repo(self, name, **_):
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
 
-        def upload_folder(self, repo_id, folder_path, delete_patterns):
+        def create_branch(self, repo_id, branch, exist_ok):
+            calls.append(("branch", branch))
+
+        def upload_folder(self, repo_id, folder_path, delete_patterns, revision, commit_message):
+            calls.append(("revision", revision))
+            calls.append(("message", commit_message))
             for old in [file for pattern in delete_patterns for file in (tmp_path / repo_id).glob(pattern)]:
                 old.unlink()
             shutil.copytree(folder_path, tmp_path / repo_id, dirs_exist_ok=True)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / name))
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(tmp_path / name))
     pipe.projector = EmbeddingProjector(shift=torch.ones(64))
     for projector in (pipe.projector, None):  # the second upload removes the projector of the first
         pipe.projector = projector
@@ -487,4 +499,73 @@ def test_push_to_hub_and_load(pipe, monkeypatch, tmp_path):
     card = (tmp_path / "me" / "shapes" / "README.md").read_text()
     assert "pipeline_tag: text-to-image" in card and "| transformer | n_layer | 2 |" in card
     assert "| trainer |" not in card
+    assert 'TextToImage.from_pretrained("me/shapes")' in card
     assert not [path for path in (tmp_path / "me").rglob("*") if path.suffix in (".ckpt", ".pt", ".pkl", ".bin")]
+    assert set(calls) == {("token", None), ("revision", None), ("message", None)}
+    calls.clear()
+    pipe.push_to_hub("me/shapes", revision="v2", token="hf_x", commit_message="Longer training")
+    assert calls == [("token", "hf_x"), ("branch", "v2"), ("revision", "v2"), ("message", "Longer training")]
+
+
+def test_from_pretrained_takes_paths_and_names_on_the_hub(pipe, monkeypatch, tmp_path):
+    """A local folder stands for the hub; a folder in the working directory takes precedence over it."""
+    import huggingface_hub
+
+    requests = []
+
+    def snapshot_download(name, revision, token):
+        requests.append((name, revision, token))
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert pipe.save_pretrained(tmp_path / "hub", half=False) == tmp_path / "hub"
+    assert TextToImage.from_pretrained("me/model", revision="v2", token="hf_x").fingerprint == pipe.fingerprint
+    assert VQGAN.from_pretrained("me/model@v1").codebook_size == 16
+    assert ConditionalTransformer.from_pretrained("hf-hub:me/model").gpt_config.n_layer == 2
+    assert TextToImage.load("hf-hub:me/model@v1").fingerprint == pipe.fingerprint
+    expected = [("me/model", "v2", "hf_x"), *[("me/model", name, None) for name in ("v1", None, "v1")]]
+    assert requests == expected
+    pipe.save_pretrained("me/model")
+    assert TextToImage.from_pretrained("me/model").fingerprint == pipe.fingerprint
+    assert TextToImage.from_pretrained("shapes").image_size == 32
+    assert requests == expected
+
+
+def test_revision_of_a_local_model_is_refused(pipe, tmp_path):
+    pipe.save(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"revision must be None for .*pipe, which is not on the hub, got v1"):
+        TextToImage.load(tmp_path / "pipe", revision="v1")
+    with pytest.raises(ValueError, match=r"revision must be v1, as in hf-hub:a/b@v1, got v2"):
+        VQGAN.load("hf-hub:a/b@v1", revision="v2")
+
+
+def test_model_card_names_license_data_samples_and_results(pipe, tmp_path):
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps({"metrics": {"fid": 12.3456, "caps_mean": 0.25}, "protocol": {}}))
+    prompts = ["a large blue ring on a white background", "a | b"]
+    card = CardDetails(
+        license="mit", datasets=["me/rings"], language="en", prompts=prompts, results=metrics, evaluated_on="me/test"
+    )
+    pipe.save(tmp_path / "pipe", card=card)
+    text = (tmp_path / "pipe" / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.license, data.language, data.datasets) == ("mit", "en", ["me/rings"])
+    assert {"clip-gen", "vqgan"} <= set(data.tags)
+    assert [(entry.metric_type, entry.metric_value) for entry in data.eval_results] == [
+        ("fid", 12.3456),
+        ("caps_mean", 0.25),
+    ]
+    assert "| fid | 12.35 |" in text and "Its training data: me/rings." in text
+    assert "(model_card.png)" in text and "top_k 300" in text
+    with Image.open(tmp_path / "pipe" / "model_card.png") as sheet:
+        first = pipe(prompts, seed=0)[0].resize((128, 128), Image.Resampling.NEAREST)
+        assert np.array_equal(np.asarray(sheet)[6:134, 6:134], np.asarray(first))
+    pipe.save(tmp_path / "pipe")  # an older card's images do not stay
+    assert not (tmp_path / "pipe" / "model_card.png").exists()
+
+
+@pytest.mark.parametrize("results", [{"fid": float("nan")}, {"fid": "low"}, [1.0]])
+def test_results_in_a_card_must_be_numbers(results):
+    with pytest.raises(ValueError, match="result"):
+        CardDetails(results=results)

@@ -7,13 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_runs
 import fuzz
 import pytest
 import torch
+import train_generator
 import webdataset as wds
 from PIL import Image
-from recognize import load_or_train
 from train_clip import one_cycle
+
+from clipgen.baselines import load_generator
+from clipgen.data.shapes import ALL_ATTRIBUTES
+from clipgen.evaluation.shapes_evaluator import accuracy
 
 
 @pytest.fixture
@@ -50,22 +55,6 @@ def test_one_cycle_equals_that_of_torch():
     assert ours.state_dict() == torchs.state_dict()
 
 
-def test_classifier_of_other_steps_or_data_is_not_reused(shards, tmp_path, capsys):
-    file = tmp_path / "classifier.pt"
-    first = load_or_train(file, shards, 2, 32, 1)
-    again = load_or_train(file, shards, 2, 32, 1)
-    assert f"classifier: {file}, trained before (1 steps)" in capsys.readouterr().out
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
-    with pytest.raises(ValueError, match="must hold a classifier trained with the same steps: delete"):
-        load_or_train(file, shards, 2, 32, 2)
-    (shards / "train-000001.tar").write_bytes((shards / "train-000000.tar").read_bytes())
-    with pytest.raises(ValueError, match="with the same data"):
-        load_or_train(file, shards, 2, 32, 1)
-    torch.save(first.state_dict(), file)  # as older versions wrote it
-    with pytest.raises(ValueError, match="with the same steps and image_size and classes and data"):
-        load_or_train(file, shards, 2, 32, 1)
-
-
 def run_module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run ``python -m clipgen`` with arguments."""
     return subprocess.run([sys.executable, "-m", "clipgen", *arguments], cwd=cwd, capture_output=True, text=True)
@@ -95,3 +84,42 @@ def test_fuzzed_files_are_read_or_refused_in_one_sentence(name):
     for seed in range(3):
         finding = fuzz.run_input(name, fuzz.targets()[name], seed, fuzz.Limits(seconds=10, memory=512))
         assert finding is None, f"{name} --seed {seed}: {finding}"
+
+
+def test_runs_are_compared_by_their_curves_and_last_grids(tmp_path, monkeypatch, capsys):
+    for name, values in {"a": (1.0, 2.5), "b": (1.0, 3.0)}.items():
+        (tmp_path / name / "pictures").mkdir(parents=True)
+        rows = "".join(f"{step},{value}\n" for step, value in zip((9, 19), values))
+        (tmp_path / name / "metrics.csv").write_text(f"step,train/loss\n{rows}")
+        for step, color in ((10, "black"), (20, "red")):
+            Image.new("RGB", (400, 100), color).save(tmp_path / name / "pictures" / f"grid_{step:07d}.png")
+    output = tmp_path / "compared.png"
+    options = ["--metrics", "train/loss", "--grids", "grid", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["compare_runs", str(tmp_path / "a"), str(tmp_path / "b"), *options])
+    compare_runs.main()
+    assert "| a | 2.5 |\n| b | 3 |" in capsys.readouterr().out
+    assert Image.open(output).getpixel((10, Image.open(output).height - 10)) == (255, 0, 0)
+
+
+def test_trained_generator_is_a_biggan_with_conditions_per_layer(tmp_path, monkeypatch, capsys):
+    """Its file holds every tensor of ajbrock's layout, and equal weights of all classes add up to nothing."""
+    file = tmp_path / "generator" / "G_ema.pth"
+    monkeypatch.setattr(sys, "argv", ["train_generator", "--output", str(file), "--steps", "2", "--batch-size", "4"])
+    train_generator.main()
+    assert "step 2, loss" in capsys.readouterr().out and file.with_name("samples.png").is_file()
+    model = load_generator(f"biggan:{file}", class_names=list(map(str, ALL_ATTRIBUTES))).model
+    assert (model.num_layers, model.layer_noise_dim, model.num_classes) == (4, 16, 288)
+    weights = torch.full((1, 4, 288), 0.02)
+    assert (weights @ model.classes.weight).abs().max() < 1e-4
+    assert model.generate(torch.randn(1, 4, 16), weights).shape == (1, 3, 32, 32)
+
+
+def test_noise_decides_position_and_radius_of_a_render():
+    classes = torch.tensor([5, 5, 200])
+    noise = torch.zeros(3, train_generator.NOISE_DIM)
+    noise[1, 0] = 3.0
+    images = train_generator.render(noise, classes)
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[:1], train_generator.render(noise[:1], classes[:1]))
+    named = [ALL_ATTRIBUTES[i] for i in classes]
+    assert accuracy(images, named)["all"] == 1

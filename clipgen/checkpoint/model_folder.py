@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,17 @@ from safetensors.torch import load_file, save
 import clipgen
 from clipgen.atomic_folder import finish_swap, replace_folder
 from clipgen.checkpoint.pickle_stubs import thaw
-from clipgen.checkpoint.safe_load import State, check_finite, check_tensors, read_checkpoint, strip_wrappers
+from clipgen.checkpoint.safe_load import (
+    State,
+    check_finite,
+    check_header,
+    check_tensors,
+    read_checkpoint,
+    strip_wrappers,
+)
 from clipgen.checkpoint.verified_build import build, named_load_errors
 from clipgen.files import one_line, read_json
+from clipgen.inner_files import check_inside
 
 __all__ = ["build", "named_load_errors"]  # for the models, which know files by this module
 
@@ -45,6 +54,7 @@ FIRST = {  # a weight that every such model has; it reveals a prefix that a wrap
 CODEBOOKS = ("quantize.embedding.weight", "quantize.embed.weight")
 MAX_CONFIG = 2**24  # bytes of config.json
 BUNDLED = {"shapes": Path(clipgen.__file__).parent / "bundled"}
+REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*(@\S+)?"  # OWNER/NAME or OWNER/NAME@REVISION on the hub
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
 
@@ -82,18 +92,39 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
     return path
 
 
-def resolve_path(path_or_name: str | Path) -> Path:
-    """Return a path, that of the bundled ``"shapes"``, or that of a downloaded ``"hf-hub:OWNER/NAME"``."""
+def resolve_path(path_or_name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """Return a path, that of the bundled ``"shapes"``, or that of a downloaded ``"hf-hub:OWNER/NAME"``.
+
+    Args:
+        path_or_name: a path or a name; ``"hf-hub:OWNER/NAME@REVISION"`` names a revision, too.
+        revision: branch, tag or commit of a repository on the hub.
+        token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
+
+    Raises:
+        FileNotFoundError: the repository cannot be downloaded.
+        ValueError: a revision of something that is not on the hub, or two revisions.
+    """
     name = str(path_or_name)
     if not name.startswith("hf-hub:"):
+        if revision is not None:
+            raise ValueError(f"revision must be None for {name}, which is not on the hub, got {revision}")
         # a Path is one, whatever its name
         return Path(BUNDLED.get(name, name) if isinstance(path_or_name, str) else name).expanduser()
     from huggingface_hub import snapshot_download
 
+    repository, _, named_revision = name.removeprefix("hf-hub:").partition("@")
+    if named_revision and revision not in (None, named_revision):
+        raise ValueError(f"revision must be {named_revision}, as in {name}, got {revision}")
     try:
-        return Path(snapshot_download(name.removeprefix("hf-hub:")))
+        return Path(snapshot_download(repository, revision=named_revision or revision, token=token))
     except (OSError, ValueError) as error:  # no network, no such name, or no permission
         raise FileNotFoundError(f"{name} could not be downloaded: {one_line(error)}") from error
+
+
+def hub_name(name: str | Path) -> str | Path:
+    """Return ``"hf-hub:OWNER/NAME"`` for ``"OWNER/NAME"``, unless it is a local path; anything else as it is."""
+    is_repository = isinstance(name, str) and re.fullmatch(REPOSITORY, name) is not None
+    return f"hf-hub:{name}" if is_repository and not Path(name).exists() else name
 
 
 def load(path: str | Path, model: str) -> Model:
@@ -135,10 +166,12 @@ def check_model(stored: str | None, model: str, path: Path) -> None:
 
 def load_folder(path: Path, model: str) -> Model:
     """Read a model folder; the weights are checked to be finite, and memory-mapped."""
+    check_inside(path, *FILES)
     config, weights = read_config(path / "config.json"), path / "model.safetensors"
     check_model(config["model"], model, path)
     if not weights.is_file():
         raise FileNotFoundError(f"no weights {weights}: the model folder is incomplete")
+    check_header(weights)
     try:
         state = load_file(weights)
     except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
@@ -167,6 +200,7 @@ def codebook_rows(path: Path) -> int | None:
     weights = path / "model.safetensors"
     if not weights.is_file():
         return None
+    check_header(weights)
     try:
         with safe_open(weights, "pt") as file:
             names = [name for name in file.keys() if name in CODEBOOKS]  # noqa: SIM118

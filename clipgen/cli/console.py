@@ -14,11 +14,10 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 
+from clipgen.errors import EXPECTED, error_line
 from clipgen.files import printable
 
 logger = logging.getLogger("clipgen")
-# Errors that a user can cause; the others are bugs.
-EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
 # Warnings of libraries that do not apply here, or that clipgen reports in its own words.
 IGNORED_WARNINGS = (
     "does not have many workers",
@@ -190,14 +189,6 @@ def give_up_stdout(error: OSError) -> None:
     # Replace the descriptor rather than `sys.stdout`, because Python flushes the original stream at exit.
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def error_line(error: BaseException) -> str:
-    """Return an error's message on one line; for an error of the system, its reason and the file."""
-    if isinstance(error, OSError) and error.strerror:
-        place = f": {error.filename}" if error.filename else ""
-        return printable(f"{error.strerror}{place}")
-    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 # -------------------------------------------------------------------------------------------------------------- logging

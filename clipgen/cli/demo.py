@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgen.cli.console import guarded
-from clipgen.cli.list_runs import free_folder
+from clipgen.cli.output_dir import free_folder
 
 START_TIME = time.perf_counter()
 DESCRIPTION = (
@@ -185,7 +185,7 @@ def describe_plan(output: Path, stages: dict[str, Any]) -> str:
 def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]) -> None:
     """Train the stages that are not finished."""
     from clipgen.cli import train
-    from clipgen.cli.list_runs import finished_model
+    from clipgen.run_list import finished_model
     from clipgen.training.callbacks.progress import TimeForecast
 
     for stage, config in stages.items():

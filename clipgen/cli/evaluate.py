@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from clipgen.cli.console import guarded, progress_bar
 from clipgen.cli.device import default_device, rank_and_world_size
+from clipgen.cli.model_path import check_model_path
 from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
+from clipgen.data.urls import expand_urls
 from clipgen.run_lock import LOCK
 
 if TYPE_CHECKING:
@@ -76,10 +78,21 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
     """Add the options that name the captions."""
     group.add_argument(
         "--captions",
-        help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), or 'shapes' "
-        "(default with --images: PNG metadata or .txt files beside the images)",
+        help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), a folder with a "
+        "text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files beside "
+        "the images)",
     )
-    group.add_argument("--classes", help="class names instead of captions: a file of the same formats, or imagenet")
+    group.add_argument("--split", choices=("train", "test", "all"), help="split of CUB-200-2011 (default: test)")
+    group.add_argument(
+        "--all-captions",
+        action="store_true",
+        help="score each of --images with all of its captions instead of the first alone; needs --features none",
+    )
+    group.add_argument(
+        "--classes",
+        help="class names instead of captions: a file of the same formats, LOC_synset_mapping.txt, imagenet (CLIP's "
+        "wording) or imagenet-torchvision",
+    )
     group.add_argument("--template", default="A photo of a {label}.", help="caption of a class (default: %(default)s)")
     group.add_argument(
         "--num-images",
@@ -114,7 +127,8 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         "--features",
         default="inception",
         help="feature space of IS, FID, KID, precision and recall: inception (torch-fidelity's resize), "
-        "inception-clean, inception:FILE, clip:MODEL[:TAG], torchvision:MODEL, timm:MODEL, module:function, none "
+        "inception-clean, inception:FILE, clip:MODEL[:TAG], classifier:FILE, torchvision:MODEL, timm:MODEL, "
+        "module:function, none "
         "(default: %(default)s)",
     )
     group.add_argument(
@@ -148,11 +162,12 @@ def add_output(group: argparse._ArgumentGroup) -> None:
 def run() -> None:
     """Check the arguments, evaluate, print the table."""
     args = parser().parse_args()
+    check_arguments(args)
+    check_paths(args)
     from clipgen.evaluation.report import table
     from clipgen.evaluation.run import METRICS_FILE
     from clipgen.files import atomic_write
 
-    check_arguments(args)
     rank, _ = rank_and_world_size()
     with output_folder(args.output, keep_pattern="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
         results = evaluate_reconstructions(args) if args.vqgan else evaluate_images(args)
@@ -174,6 +189,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("a model needs captions to generate: give --captions or --classes")
     if args.classes and "{label}" not in args.template:
         raise ValueError(f"template must contain {{label}}, the place of the class, got {args.template!r}")
+    if args.all_captions and not (args.images and args.captions and args.features == "none"):
+        raise ValueError(
+            "all_captions must be used with --images, --captions and --features none, because it repeats images"
+        )
     if args.vqgan and not args.reference:
         raise ValueError("a tokenizer needs images to reconstruct: give --reference")
     if args.features != "none" and not args.vqgan and find_spec("torch_fidelity") is None:
@@ -182,6 +201,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "a reference is compared in a feature space: give --features other than none, or no --reference"
         )
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raise FileNotFoundError if a file or a folder on the command line does not exist."""
+    check_model_path(args.checkpoint, "ConditionalTransformer")
+    check_model_path(args.vqgan, "VQGAN")
+    if args.images and not args.images.expanduser().exists():
+        raise FileNotFoundError(f"root must be an existing folder of images, got {args.images}")
+    for name, source, built_in in (("captions", args.captions, "shapes"), ("classes", args.classes, "imagenet")):
+        if source not in (None, "shapes", built_in) and not Path(source).expanduser().is_file():
+            raise FileNotFoundError(f"{name} must be '{built_in}' or an existing file, got {source}")
+    if args.reference in (None, "shapes") or Path(args.reference).expanduser().exists():
+        return
+    try:
+        expand_urls(args.reference)
+    except (FileNotFoundError, ValueError) as error:
+        raise FileNotFoundError(f"reference must be a folder of images, shards or shapes: {error}") from error
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -226,7 +262,7 @@ def captions_from(args: argparse.Namespace) -> list[Caption]:
 
     if args.classes:
         return [Caption(file, args.template.replace("{label}", name)) for file, name in read_classes(args.classes)]
-    return read_captions(args.captions)
+    return read_captions(args.captions, args.split)
 
 
 def generated_source(args: argparse.Namespace, captions: Sequence[Caption]) -> tuple[GeneratedImages, int]:
@@ -255,7 +291,7 @@ def folder_source(args: argparse.Namespace) -> tuple[FolderImages, int]:
         captions = captions_from(args)
     elif args.shapes_eval or args.captioner or args.clip not in (None, ["none"]):
         captions = "embedded"
-    source = FolderImages(args.images, args.image_size, captions, args.batch_size)
+    source = FolderImages(args.images, args.image_size, captions, args.batch_size, all_captions=args.all_captions)
     return source, source.image_size
 
 

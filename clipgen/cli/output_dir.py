@@ -1,19 +1,18 @@
-"""The folder that a command writes to, and file names from prompts."""
+"""The folder that a command writes to."""
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 
 from clipgen.output_folder import output_folder as output_folder
 
 
-def file_name(*parts: str) -> str:
-    """Return the file name of an image from its number, prompt and seed; empty parts are left out."""
-    slugs = [slug(part) for part in parts]
-    return "_".join(part for part in slugs if part) + ".png"
-
-
-def slug(prompt: str) -> str:
-    """Return a prompt as part of a file name. File systems allow names of 255 bytes."""
-    words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
-    return words[:60].encode()[:100].decode(errors="ignore")
+def free_folder(folder: Path, pattern: str) -> Path:
+    """Return the folder, or the first of FOLDER-2, FOLDER-3, ..., that holds no file that matches a pattern."""
+    name = folder.name.strip(".") or "samples"
+    candidate = folder
+    number = 1
+    while any(candidate.glob(pattern)):
+        number += 1
+        candidate = folder.parent / f"{name}-{number}"
+    return candidate

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from clipgen.cli.console import progress_bar, say
-from clipgen.cli.output_dir import file_name
 from clipgen.cli.sample_request import SampleRequest
+from clipgen.generation.file_names import file_name
 from clipgen.generation.generator import Preview
 from clipgen.generation.prompts import describe
+from clipgen.generation.sweep import sweep_labels
 from clipgen.images import save_png, to_pil
 from clipgen.pipeline import TextToImage
-from clipgen.sampling import SamplingParams
 from clipgen.visualization import grid
 
 # A grid of more images does not open in most viewers, and takes gigabytes of memory.
@@ -108,17 +107,11 @@ def write_grid(cells: list[GridCell], request: SampleRequest, folder: Path) -> N
     images = [cell.image for cell in cells]
     captions = [cell.caption for cell in cells]
     columns = request.num_images if num_rows > 1 else None
-    say(save_png(grid(images, columns=columns, captions=captions), folder / "grid.png"))
+    sheet = grid(images, columns=columns, captions=captions, heading=request.heading)
+    say(save_png(sheet, folder / "grid.png"))
     total = num_rows * request.num_images
     if len(cells) < total:
         say(f"The grid shows the first {len(cells)} of {total} images")
-
-
-def sweep_labels(sweep: Sequence[SamplingParams]) -> list[str]:
-    """Return one label per sampling parameters: the values that differ across the sweep."""
-    values = [asdict(params) for params in sweep]
-    varying = [name for name in values[0] if len({entry[name] for entry in values}) > 1]
-    return [" ".join(f"{name}={entry[name]}" for name in varying) for entry in values]
 
 
 def preview_writer(folder: Path) -> Preview:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from clipgen.cli.sampling_args import SAMPLING_OPTIONS, sampling_params
+from clipgen.cli.model_path import check_model_path
+from clipgen.cli.sampling_args import sampling_params
+from clipgen.generation.sampling_options import SAMPLING_OPTIONS
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from clipgen.cli.image_metadata import ImageMetadata
+    from clipgen.generation.gallery import Gallery
     from clipgen.generation.prompts import Prompt
-    from clipgen.sampling import SamplingParams
+    from clipgen.generation.sweep import Axis
 
 NO_PROMPT = (
     'there must be a prompt: give a text in quotes ("a red ring"), --prompt, --prompts-file, --image, --prompt-mix, '
-    "--outpaint, --interpolate or --reproduce"
+    "--outpaint, --interpolate, --gallery or --reproduce"
 )
 
 
@@ -47,6 +50,7 @@ class SampleRequest:
         outpaint: image to complete.
         keep_fraction: fraction of the height of ``outpaint`` that is kept.
         fingerprint: fingerprint of the model that must be used; None allows any.
+        heading: paragraphs above the grid.
     """
 
     prompts: list[NamedPrompt]
@@ -59,6 +63,7 @@ class SampleRequest:
     outpaint: Image.Image | None
     keep_fraction: float
     fingerprint: str | None = None
+    heading: list[str] = field(default_factory=list)
 
     @property
     def num_candidates(self) -> int:
@@ -108,28 +113,37 @@ def check_early(args: Namespace) -> None:
     """Find the errors that need no torch, whose import takes seconds.
 
     Raises:
-        ValueError: there is no prompt.
+        ValueError: there is no prompt, more than a gallery allows, or a sampling parameter is out of range.
         FileNotFoundError: a file or the checkpoint does not exist.
     """
-    sources = (args.prompt, args.prompts_file, args.image, args.prompt_mix)
-    if not any((*sources, args.outpaint, args.interpolate, args.reproduce)):
+    texts = (args.prompt, args.prompts_file, args.prompt_mix)
+    if args.gallery:
+        check_gallery(args)
+    elif not any((*texts, args.image, args.outpaint, args.interpolate, args.reproduce)):
         raise ValueError(NO_PROMPT)
     for path in (*args.image, args.outpaint, args.reproduce):
         if path and not path.is_file():
             raise FileNotFoundError(f"there is no image {path}")
     for path in args.prompts_file:
         path.stat()  # raises the system's error
-    check_checkpoint(args.checkpoint)
+    sampling_params(args)
+    hint = ", `clipgen-sample --list` shows what there is"
+    check_model_path(args.checkpoint, "ConditionalTransformer", hint)
 
 
-def check_checkpoint(name: str | None) -> None:
-    """Raise FileNotFoundError if a checkpoint is a path that does not exist."""
-    if name in (None, "shapes") or name.startswith("hf-hub:") or Path(name).expanduser().exists():
-        return
-    raise FileNotFoundError(
-        f"no ConditionalTransformer checkpoint: {name} does not exist; `clipgen-train stage=transformer` makes one, "
-        "`clipgen-sample --list` shows what there is"
-    )
+def check_gallery(args: Namespace) -> None:
+    """Raise ValueError if there is no such gallery, or if other prompts or settings are given with it."""
+    from clipgen.generation.gallery import load_gallery
+
+    gallery = load_gallery(args.gallery)
+    texts = (args.prompt, args.prompts_file, args.prompt_mix)
+    if any((*texts, args.image, args.outpaint, args.interpolate, args.reproduce, args.sweep)):
+        raise ValueError(
+            f"gallery {gallery.name} has its own prompts and settings: leave out other prompts and --sweep"
+        )
+    for name in gallery.varied:
+        if getattr(args, name) != getattr(SamplingParams, name):
+            raise ValueError(f"gallery {gallery.name} varies {name}: leave out --{name.replace('_', '-')}")
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -143,6 +157,8 @@ def read_request(args: Namespace) -> SampleRequest:
         OSError: a file cannot be read.
     """
     from clipgen.cli.image_metadata import read_metadata
+    from clipgen.generation.gallery import load_gallery
+    from clipgen.generation.sweep import expand_sweep
 
     request = SampleRequest(
         prompts=read_text_prompts(args),
@@ -160,7 +176,9 @@ def read_request(args: Namespace) -> SampleRequest:
     request.prompts += [NamedPrompt(path.stem, read_image(path)) for path in args.image]
     if request.outpaint and not request.prompts and not request.interpolations:
         request.prompts.append(NamedPrompt(args.outpaint.stem, request.outpaint))
-    request.sweep = expand_sweep(args.sweep or [], request.sweep[0])
+    request.sweep = expand_sweep([parse_axis(text) for text in args.sweep or []], request.sweep[0])
+    if args.gallery:
+        add_gallery(request, load_gallery(args.gallery))
     request.check()
     return request
 
@@ -177,6 +195,17 @@ def read_text_prompts(args: Namespace) -> list[NamedPrompt]:
     return [NamedPrompt(describe(prompt), prompt) for prompt in prompts]
 
 
+def add_gallery(request: SampleRequest, gallery: Gallery) -> None:
+    """Add the prompts, settings and heading of a gallery to a request."""
+    params = request.sweep[0]
+    request.prompts += [NamedPrompt(prompt.label, prompt.text) for prompt in gallery.prompts]
+    request.sweep = [replace(params, **setting) for setting in gallery.settings] or [params]
+    request.heading = [gallery.title, gallery.source]
+    if gallery.settings:
+        # The captions below the images name the settings, not the prompt.
+        request.heading.insert(1, gallery.prompts[0].text)
+
+
 def read_image(path: Path) -> Image.Image:
     """Read an image file."""
     from clipgen.data.decoding import UnusableImageError, decode_image
@@ -189,18 +218,12 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} cannot be used as an image: {error}") from error
 
 
-def expand_sweep(axes: list[str], params: SamplingParams) -> list[SamplingParams]:
-    """Return all combinations of the values of a sweep, as in ``["top_k=1,2", "top_p=0.8"]``."""
-    choices = [parse_axis(text) for text in axes]
-    return [replace(params, **dict(choice)) for choice in product(*choices)]
-
-
-def parse_axis(text: str) -> list[tuple[str, Any]]:
-    """Parse ``"top_k=100,300"`` as ``[("top_k", 100), ("top_k", 300)]``."""
+def parse_axis(text: str) -> Axis:
+    """Parse ``"top_k=100,300"`` as ``("top_k", [100, 300])``."""
     name, _, values = text.partition("=")
     try:
         value_type = SAMPLING_OPTIONS[name].type
-        return [(name, value_type(value)) for value in values.split(",")]
+        return name, [value_type(value) for value in values.split(",")]
     except (KeyError, ValueError):
         names = ", ".join(SAMPLING_OPTIONS)
         raise ValueError(f"sweep must be KEY=VALUE,VALUE with a key of {names}, got {text!r}") from None

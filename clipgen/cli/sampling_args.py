@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from clipgen.generation.sampling_options import SAMPLING_OPTIONS
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from argparse import Namespace, _ActionsContainer
-
-    from clipgen.sampling import SamplingParams
-
-DTYPES = ("float32", "bfloat16")
-
-
-class SamplingOption(NamedTuple):
-    """A field of ``SamplingParams`` as an option."""
-
-    type: type
-    default: float
-    help: str
-
-
-# The defaults repeat those of `SamplingParams`, whose module imports torch: `--help` must not wait for that. A test
-# compares them.
-SAMPLING_OPTIONS = {
-    "temperature": SamplingOption(float, 1.0, "divisor of the logits; 0 always takes the most likely code"),
-    "top_k": SamplingOption(int, 300, "number of most likely codes that are kept; 300 is the paper's choice"),
-    "top_p": SamplingOption(float, 1.0, "probability of the most likely codes that are kept"),
-    "guidance_scale": SamplingOption(
-        float, 1.0, "scale of classifier-free guidance; 1 disables it; needs a model trained with condition dropout"
-    ),
-    "guidance_power": SamplingOption(
-        float, 0.0, "growth of the guidance along the image if above 0, decay if below 0; 0 keeps it constant"
-    ),
-}
 
 
 def add_sampling_options(parser: _ActionsContainer, given_only: bool = False) -> None:
@@ -43,12 +19,13 @@ def add_sampling_options(parser: _ActionsContainer, given_only: bool = False) ->
         given_only: let ``sampling_options`` return only the options that were given.
     """
     for name, option in SAMPLING_OPTIONS.items():
+        default = getattr(SamplingParams(), name)
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=option.type,
-            default=None if given_only else option.default,
+            default=None if given_only else default,
             metavar=option.type.__name__.upper(),
-            help=f"{option.help} (default: {option.default})",
+            help=f"{option.help} (default: {default})",
         )
 
 
@@ -64,6 +41,4 @@ def sampling_params(args: Namespace) -> SamplingParams:
     Raises:
         ValueError: a value is out of range.
     """
-    from clipgen.sampling import SamplingParams
-
     return SamplingParams(**sampling_options(args))

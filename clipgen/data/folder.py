@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from clipgen.data.chunks import index_ranges
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import (
     EXTENSIONS,
@@ -32,12 +28,11 @@ from clipgen.data.decoding import (
     read_start,
 )
 from clipgen.data.handover import from_first_process
-from clipgen.data.parallel import parallel_map
+from clipgen.data.indexed import IndexedImages
 from clipgen.data.skip_counter import SkipCounter
-from clipgen.data.source import ImageCount, Views
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.files import natural_key
-from clipgen.hashing import hash_files, hashed_seed, unit_hash
+from clipgen.hashing import hash_files, unit_hash
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +43,8 @@ _NUM_THREADS = 16
 _MAX_IN_MEMORY = 1 << 26
 
 
-class ImageFolder(Dataset[dict[str, Tensor]]):
-    """All usable images below a folder, sorted by path; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
-
-    Index `(epoch, i)` selects image `i`, whose crop and flip depend only on the seed, the epoch and the image. A plain
-    index `i`, as any DataLoader uses it, gives a new random crop every time.
+class ImageFolder(IndexedImages):
+    """All usable images below a folder, sorted by path; see `IndexedImages` for samples and indices.
 
     Construction checks every file. Up to 5000 files are decoded, so that unusable ones are all known before training;
     of larger folders only the headers are read, which detects empty files, other content and decompression bombs. A
@@ -74,8 +66,6 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
         FileNotFoundError, NotADirectoryError: `root` is not a folder.
         ValueError: an argument is out of range, nothing in the folder is usable, or an image belongs to no class.
     """
-
-    supports_epoch_index = True
 
     def __init__(
         self,
@@ -122,41 +112,17 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
-        generator = None
-        if isinstance(index, tuple):
-            epoch, index = index
-            generator = self._generator(epoch, index)
-        # Indexing a range raises IndexError past the end, which ends a plain for loop.
-        start = range(len(self))[index]
-        for step in range(len(self)):
-            path = self.root / self.files[(start + step) % len(self)]
-            try:
-                return {"images": self.transform(decode_image(path, image_size=self.image_size), generator)}
-            except UnusableImageError as error:
-                if self.skip_counter.skip(str(path), error):
-                    self.skip_counter.use(-1)
-        raise ValueError(f"{self.root} has no usable image left: {self.skip_counter}")
+    def item_name(self, item: int) -> str:
+        """Return the path of an image."""
+        return str(self.root / self.files[item])
 
-    def split_into_chunks(self, size: int) -> list[range]:
-        """Return ranges of item indices."""
-        return index_ranges(len(self), size)
+    def encoded_image(self, item: int) -> Path:
+        """Return the path of an image."""
+        return self.root / self.files[item]
 
-    def augmented_views(self, chunk: Sequence[int], num_views: int) -> Iterator[Views]:
-        """Yield `num_views` crops (num_views, 3, H, W) of each usable image, and its class; see `ImageSource`."""
-        crop = self.transform if num_views > 1 else val_transform(self.image_size)
-
-        def load(item: int) -> Views | None:
-            path = self.root / self.files[item]
-            try:
-                image = decode_image(path, image_size=self.image_size)
-            except UnusableImageError as error:
-                self.skip_counter.skip(str(path), error)
-                return None
-            crops = [crop(image, self._generator(view, item)) for view in range(num_views)]
-            return torch.stack(crops), self._label(item)
-
-        return filter(None, parallel_map(load, chunk))
+    def label_of(self, item: int) -> int | None:
+        """Return the number of the sub-folder that contains an image; None without `labels`."""
+        return self.class_names.index(_class_folder(self.files[item])) if self.labels else None
 
     def file_names(self) -> Sequence[str]:
         """Return the paths of the images relative to the folder."""
@@ -165,16 +131,6 @@ class ImageFolder(Dataset[dict[str, Tensor]]):
     def content_id(self) -> str:
         """Return a hash of the bytes of all images."""
         return hash_files(self.root / file for file in self.files)
-
-    def count_images(self) -> ImageCount:
-        """Return the number of images."""
-        return ImageCount(len(self))
-
-    def _label(self, item: int) -> int | None:
-        return self.class_names.index(_class_folder(self.files[item])) if self.labels else None
-
-    def _generator(self, epoch: int, item: int) -> torch.Generator:
-        return torch.Generator().manual_seed(hashed_seed(f"{self.seed} {epoch} {item}"))
 
 
 class PackedStrings(Sequence[str]):

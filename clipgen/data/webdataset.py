@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
-import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -22,17 +20,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.utils import pytorch_worker_info
 
+from clipgen.data.class_names import read_names
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.decoding import EXTENSIONS, UnusableImageError, decode_image
+from clipgen.data.decoding import UnusableImageError, decode_image
 from clipgen.data.handover import from_first_process
 from clipgen.data.parallel import parallel_map
 from clipgen.data.shard_order import UNKNOWN, Piece, Position, Segment, ShardOrder
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.source import ImageCount, Views
-from clipgen.data.tar_reader import Member, Sample, group_samples, read_members
+from clipgen.data.tar_reader import Member, Sample, count_samples, group_samples, is_tar, read_members
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
-from clipgen.files import read_text
 from clipgen.hashing import hash_files, hashed_seed
 
 logger = logging.getLogger(__name__)
@@ -113,7 +111,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
         local_urls = [url for url in self.urls if not is_remote(url)]
         for url in local_urls:
-            if not tarfile.is_tarfile(url):
+            if not is_tar(Path(url)):
                 raise ValueError(f"{url} must be a tar file, got {os.path.getsize(url)} bytes of another type")
         samples = chain.from_iterable(map(self._read_shard, local_urls))
         all_local = len(local_urls) == len(self.urls)
@@ -328,6 +326,8 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Yield the files of a shard; what follows damage is counted and skipped."""
         stream = None
         try:
+            if not is_remote(url) and not Path(url).is_file():
+                raise ValueError("not a regular file")
             stream = gopen(url) if is_remote(url) else open(url, "rb")  # noqa: SIM115, closed below
             yield from read_members(stream, url, self.skip_counter)
         except Exception as error:
@@ -381,36 +381,11 @@ def shard_data(
     return ImageDataModule(train, val, batch_size, num_workers, seed=seed)
 
 
-def read_names(path: str | Path) -> list[str]:
-    """Read the names of classes from a file: a JSON list, or one name per line.
-
-    Raises:
-        ValueError: the file holds neither.
-    """
-    text = read_text(Path(path).expanduser())
-    try:
-        if str(path).endswith(".json"):
-            names = json.loads(text)
-        else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold a JSON list of class names: {error}") from error
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path} must hold a list of class names, got {text[:60]!r}")
-    return names
-
-
 def estimate_images(urls: list[str]) -> ImageCount | None:
     """Estimate the number of images in shards from the first one; None if it is not a local file."""
-    if not urls or is_remote(urls[0]):
+    if not urls or is_remote(urls[0]) or not Path(urls[0]).is_file():
         return None
-    samples = set()
-    # A damaged shard counts as far as it can be read.
-    with suppress(OSError, tarfile.TarError), tarfile.open(urls[0]) as shard:
-        for member in shard:
-            if member.name.lower().endswith(EXTENSIONS):
-                samples.add(member.name.rpartition("/")[2].partition(".")[0])
-    return ImageCount(len(samples) * len(urls), len(urls))
+    return ImageCount(count_samples(Path(urls[0])) * len(urls), len(urls))
 
 
 def max_over_ranks(values: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from torch.distributed import TCPStore
 
 from clipgen.data.handover import FOLDER, results_for_children
+from clipgen.environment import environment_int
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def check_num_processes(world_size: int) -> None:
     """Raise ValueError if torchrun has started another number of processes than the trainer expects."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    started = int(os.environ.get("WORLD_SIZE") or 0)
+    started = environment_int("WORLD_SIZE", 0)
     if started != world_size:
         raise ValueError(
             f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
@@ -39,7 +40,7 @@ def use_own_store() -> None:
     Raises:
         RuntimeError: the processes were restarted on several machines, with the store of torchrun.
     """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    attempt = environment_int("TORCHELASTIC_RESTART_COUNT", 0)
     if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     if os.environ["GROUP_WORLD_SIZE"] != "1":
@@ -47,7 +48,7 @@ def use_own_store() -> None:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE must be 1 in the environment of torchrun, so that it can restart "
             "processes on several machines"
         )
-    shared = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    shared = TCPStore(os.environ["MASTER_ADDR"], environment_int("MASTER_PORT"), is_master=False)
     key = f"clipgen/port/{attempt}"
     if os.environ["RANK"] == "0":
         shared.set(key, str(free_port()))

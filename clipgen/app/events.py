@@ -1,0 +1,199 @@
+"""Handle the events of the page. Modules that need torch are imported by the first request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from clipgen.app.messages import error_status, status
+from clipgen.app.models import ModelStore
+from clipgen.app.results import Result, details, save_result
+from clipgen.app.running import RunningRequests
+from clipgen.app.settings import Settings
+from clipgen.generation.streaming import Stopped
+
+if TYPE_CHECKING:
+    from clipgen.app.generation import Update
+    from clipgen.app.request import ImageRequest
+    from clipgen.pipeline import TextToImage
+
+# Images with fewer pixels per side are enlarged with sharp pixels.
+SMALL_IMAGE = 128
+NUM_SETTINGS = len(Settings._fields)
+Handler = Callable[..., Iterator[Any]]
+
+
+class Handlers:
+    """The handlers of the page's events; their arguments are the values of components.
+
+    Gradio recognizes ``gr.Request`` and ``gr.SelectData`` by the annotations, which must be importable.
+
+    Args:
+        store: the models.
+        folder: folder for the files of generated images.
+    """
+
+    def __init__(self, store: ModelStore, folder: Path):
+        self.store = store
+        self.folder = folder
+        self.running = RunningRequests()
+
+    # ------------------------------------------------------------------------------------------------------- models
+
+    def list_models(self) -> Any:
+        """Return the current list of models."""
+        return gr.update(choices=self.store.choices())
+
+    def load_model(self, name: str) -> Iterator[str]:
+        """Load a model, and yield what the page says about it."""
+        yield status("Loading the model ...")
+        try:
+            pipe = self.store.load(name)
+        except Exception as error:
+            yield error_status(error)
+        else:
+            yield status(model_facts(pipe))
+
+    # --------------------------------------------------------------------------------------------------- generation
+
+    def generate(self, builder: str) -> Handler:
+        """Return the handler of a tab: it makes a request of the values, and yields the state of the page.
+
+        Args:
+            builder: name of a function of ``clipgen.app.builders``.
+        """
+
+        def handler(visit: gr.Request, *values: Any) -> Iterator[Any]:
+            def build() -> ImageRequest:
+                from clipgen.app import builders
+
+                settings = Settings(*values[:NUM_SETTINGS])
+                request: ImageRequest = getattr(builders, builder)(settings, *values[NUM_SETTINGS:])
+                return request
+
+            yield from self.serve(visit, build)
+
+        return handler
+
+    def again(self, visit: gr.Request, results: list[Result], selected: int) -> Iterator[Any]:
+        """Generate the chosen image again."""
+        yield from self.serve(visit, lambda: chosen(results, selected).again())
+
+    def more(self, visit: gr.Request, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
+        """Generate images with the settings of the chosen image and another seed."""
+        yield from self.serve(visit, lambda: chosen(results, selected).more(int(num_images)))
+
+    def variations(self, visit: gr.Request, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
+        """Generate images with the chosen image as the prompt."""
+        yield from self.serve(visit, lambda: chosen(results, selected).variations(int(num_images)))
+
+    def stop(self, visit: gr.Request) -> str:
+        """Stop the requests of a visitor, and return what the page says then."""
+        self.running.stop(str(visit.session_hash))
+        return status("Stopped.")
+
+    def leave(self, visit: gr.Request) -> None:
+        """Stop the requests of a visitor who has closed the page."""
+        self.running.stop(str(visit.session_hash))
+
+    def serve(self, visit: gr.Request, build: Callable[[], ImageRequest]) -> Iterator[Any]:
+        """Make a request and yield the state of the page until it is finished; an error becomes a sentence."""
+        try:
+            # The page appears before torch is imported.
+            yield show_message(status("Starting ..."))
+            from clipgen.app.generation import serve_request
+
+            with self.running.register(str(visit.session_hash)) as stopped:
+                for update in serve_request(self.store, build(), stopped):
+                    yield self.show_update(update)
+        except Stopped:
+            return
+        except Exception as error:
+            yield show_message(error_status(error))
+
+    def show_update(self, update: Update) -> tuple[Any, ...]:
+        """Return the values of ``OutputPanel.shown``."""
+        images: list[Any] = list(update.partial)
+        for result in update.results:
+            images.append((str(save_result(result, self.folder)), result.caption))
+        if not images:
+            return show_message(update.status)
+        size = (update.partial or [update.results[0].image])[0].width
+        return (
+            update.status,
+            gr.update(value=images, columns=update.columns, elem_classes=image_classes(size)),
+            gr.update(value=update.sheet, visible=update.sheet is not None),
+            update.results,
+            gr.update(visible=False),
+        )
+
+    # ------------------------------------------------------------------------------------------------ chosen images
+
+    def choose(self, results: list[Result], event: gr.SelectData) -> tuple[Any, ...]:
+        """Return the number, details and file of a chosen image; an incomplete image has none."""
+        if not isinstance(event.index, int) or not 0 <= event.index < len(results):
+            return (gr.skip(), gr.update(visible=False), gr.skip(), gr.skip())
+        result = results[event.index]
+        return (event.index, gr.update(visible=True), details(result), str(save_result(result, self.folder)))
+
+    # ------------------------------------------------------------------------------------------------------ uploads
+
+    def check_upload(self, path: str | None) -> str:
+        """Return an error if an uploaded file cannot be used."""
+        from clipgen.app.uploads import read_upload
+
+        try:
+            read_upload(path)
+        except Exception as error:
+            return error_status(error)
+        return status("The image is uploaded. Press Generate.")
+
+    def tokenize(self, name: str, path: str | None) -> Iterator[tuple[Any, ...]]:
+        """Yield the numbers, the image, its reconstruction and its codes."""
+        yield (status("Waiting for the model ..."), gr.skip(), gr.skip(), gr.skip())
+        try:
+            from clipgen.app.tokenizer import tokenize
+            from clipgen.app.uploads import read_upload
+
+            image = read_upload(path)
+            pipe = self.store.load(name)
+            with self.store.generating:
+                tokens = tokenize(pipe.vqgan, image, pipe.image_size)
+        except Exception as error:
+            yield (error_status(error), None, None, None)
+        else:
+            yield (status(tokens.summary), tokens.original, tokens.reconstruction, tokens.codes)
+
+
+def chosen(results: list[Result], selected: int) -> Result:
+    """Return the chosen image.
+
+    Raises:
+        ValueError: it has expired.
+    """
+    if not 0 <= selected < len(results):
+        raise ValueError("the chosen image has expired: generate it again")
+    return results[selected]
+
+
+def show_message(text: str) -> tuple[Any, ...]:
+    """Return the values of ``OutputPanel.shown`` that change the status only."""
+    return (text, gr.skip(), gr.skip(), gr.skip(), gr.skip())
+
+
+def image_classes(size: int) -> list[str]:
+    """Return the CSS classes of images with so many pixels per side."""
+    return ["generated", "pixelated"] if size < SMALL_IMAGE else ["generated"]
+
+
+def model_facts(pipe: TextToImage) -> str:
+    """Return what a model generates in one line."""
+    size = pipe.image_size
+    guidance = "with" if pipe.transformer.conditioning_config.drop_prob > 0 else "without"
+    return (
+        f"{size} x {size} pixels from {pipe.transformer.num_tokens} tokens of a codebook of "
+        f"{pipe.vqgan.codebook_size}, {guidance} guidance."
+    )

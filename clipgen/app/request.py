@@ -1,0 +1,118 @@
+"""Read the request of a visitor: prompt, number of images, sampling parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from clipgen.app.limits import MAX_CANDIDATES, MAX_IMAGES, MAX_PROMPT_LENGTH, MAX_SWEEP_IMAGES
+from clipgen.generation.prompts import Prompt, check_request
+from clipgen.sampling import SamplingParams, per_sample_seeds
+
+if TYPE_CHECKING:
+    from clipgen.generation.generator import Preview
+    from clipgen.pipeline import TextToImage
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """The arguments of a call of ``TextToImage``, or of several calls with different sampling parameters.
+
+    Args:
+        model: name of the model.
+        prompts: one prompt; or two, between which the images lead.
+        sweep: sampling parameters; the images are generated with each of them.
+        num_images: images per sampling parameters.
+        seed: seed of the first image.
+        rerank_from: candidates that CLIP chooses from; None disables reranking.
+        outpaint: image to complete.
+        keep_fraction: fraction of the height of ``outpaint`` that is kept.
+    """
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    sweep: tuple[SamplingParams, ...]
+    num_images: int
+    seed: int
+    rerank_from: int | None = None
+    outpaint: Image.Image | None = None
+    keep_fraction: float = 0.5
+
+    @property
+    def total(self) -> int:
+        """Number of images that are generated, including the candidates."""
+        return (self.rerank_from or self.num_images) * len(self.sweep)
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError if the request is invalid or beyond the limits of the page."""
+        for prompt in self.prompts:
+            check_request(prompt, self.num_images, self.rerank_from)
+            check_length(prompt)
+        per_sample_seeds(self.seed, self.rerank_from or self.num_images)
+        if self.num_images > MAX_IMAGES:
+            raise ValueError(f"the number of images must be at most {MAX_IMAGES}, got {self.num_images}")
+        if (self.rerank_from or 0) > MAX_CANDIDATES:
+            raise ValueError(f"the number of candidates must be at most {MAX_CANDIDATES}, got {self.rerank_from}")
+        if len(self.sweep) > 1 and self.total > MAX_SWEEP_IMAGES:
+            raise ValueError(f"a sweep must have at most {MAX_SWEEP_IMAGES} images, got {self.total}")
+
+    def generate(self, pipe: TextToImage, preview: Preview) -> list[Image.Image]:
+        """Generate the images, parameter by parameter."""
+        images = []
+        for params in self.sweep:
+            images += self._generate(pipe, params, preview)
+        return images
+
+    def _generate(self, pipe: TextToImage, params: SamplingParams, preview: Preview) -> list[Image.Image]:
+        """Generate the images with one set of sampling parameters."""
+        if len(self.prompts) == 2:
+            first, second = self.prompts
+            return pipe.interpolate(first, second, self.num_images, params, seed=self.seed, preview=preview)
+        return pipe(
+            self.prompts[0],
+            self.num_images,
+            params,
+            rerank_from=self.rerank_from,
+            seed=self.seed,
+            outpaint=self.outpaint,
+            keep_fraction=self.keep_fraction,
+            preview=preview,
+        )
+
+    def again(self, position: int, seed: int) -> ImageRequest:
+        """Return the request of a single image of this one; of all of them for an interpolation.
+
+        Args:
+            position: number of the image in the results.
+            seed: seed of the image.
+        """
+        params = self.sweep[position // self.num_images]
+        if len(self.prompts) == 2:
+            return replace(self, sweep=(params,))
+        return replace(self, sweep=(params,), num_images=1, rerank_from=None, seed=seed)
+
+    def more(self, position: int, num_images: int) -> ImageRequest:
+        """Return a request for images like one of this one: same prompt and parameters, a new seed."""
+        params = self.sweep[position // self.num_images]
+        number = self.num_images if len(self.prompts) == 2 else num_images
+        return replace(self, sweep=(params,), num_images=number, rerank_from=None, seed=random_seed())
+
+    def variations(self, position: int, image: Image.Image, num_images: int) -> ImageRequest:
+        """Return a request for variations of an image: the image is the prompt."""
+        params = self.sweep[position // self.num_images]
+        return ImageRequest(self.model, (image,), (params,), num_images, random_seed())
+
+
+def random_seed() -> int:
+    """Return a random seed."""
+    return per_sample_seeds(None, 1)[0]
+
+
+def check_length(prompt: Prompt) -> None:
+    """Raise ValueError if a text, or a text of a mixture, is too long."""
+    texts = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, dict) else []
+    for text in texts:
+        if len(text) > MAX_PROMPT_LENGTH:
+            raise ValueError(f"a prompt must have at most {MAX_PROMPT_LENGTH} characters, got {len(text)}")

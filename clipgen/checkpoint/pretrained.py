@@ -1,0 +1,34 @@
+"""The names ``from_pretrained`` and ``save_pretrained``, which users of the Hugging Face libraries expect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipgen.checkpoint import model_folder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class PretrainedMixin:
+    """Give a class with ``load`` and ``save`` two more names for them."""
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
+        """Load a model as ``load`` does; ``OWNER/NAME`` names one on the Hugging Face hub if there is no such folder.
+
+        Args:
+            name: see ``load``.
+            revision: branch, tag or commit on the hub.
+            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
+        """
+        model: Any = cls
+        loaded: Self = model.load(model_folder.hub_name(name), revision=revision, token=token)
+        return loaded
+
+    def save_pretrained(self, path: str | Path, **options: Any) -> Path:
+        """Save a model as ``save`` does, whose options it takes, and return its path."""
+        model: Any = self
+        saved: Path = model.save(path, **options)
+        return saved

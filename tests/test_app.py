@@ -1,0 +1,378 @@
+"""The web page without a browser: requests, previews, models, uploads, and the server's answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipgen.app import builders, generation, limits, models, results
+from clipgen.app.messages import error_status
+from clipgen.app.models import ModelStore
+from clipgen.app.settings import Settings
+from clipgen.app.tokenizer import tokenize
+from clipgen.app.uploads import read_upload
+from clipgen.checkpoint.model_folder import BUNDLED
+from clipgen.cli import app as command
+from clipgen.cli.image_metadata import read_metadata
+from clipgen.generation.partial_images import PartialImages
+from clipgen.generation.streaming import Stopped
+from clipgen.pipeline import TextToImage
+from clipgen.run_list import BUNDLED_MODELS
+from clipgen.sampling import SamplingParams
+
+PROMPT = "a large blue ring on a white background"
+SETTINGS = Settings("shapes", 2, "5", 0, 1.0, 300, 0.8, 1.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def store() -> ModelStore:
+    store = ModelStore(outputs=Path("no-such-folder"), device="cpu", allow_hub=False)
+    store.load("shapes")
+    return store
+
+
+@pytest.fixture(scope="module")
+def pipe(store) -> TextToImage:
+    return store.load("shapes")
+
+
+def served(store: ModelStore, request) -> list[generation.Update]:
+    return list(generation.serve_request(store, request))
+
+
+def assert_equal(images, expected) -> None:
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+def test_images_and_metadata_equal_those_of_the_library(store, pipe):
+    last = served(store, builders.text_request(SETTINGS, PROMPT))[-1]
+    expected = pipe(PROMPT, 2, seed=5, top_p=0.8)
+    images = [result.image for result in last.results]
+    assert_equal(images, expected)
+    assert [image.info for image in images] == [image.info for image in expected]
+
+
+def test_downloaded_file_reproduces_the_image(store, tmp_path):
+    result = served(store, builders.text_request(SETTINGS, PROMPT))[-1].results[1]
+    path = results.save_result(result, tmp_path)
+    metadata = read_metadata(path)
+    assert (metadata.prompt, metadata.seed, metadata.params.top_p) == (PROMPT, 6, 0.8)
+    assert path.name == "a-large-blue-ring-on-a-white-background_6.png"
+    assert Image.open(path).tobytes() == result.image.tobytes()
+
+
+def test_again_generates_the_chosen_image_of_a_reranked_request(store):
+    request = builders.text_request(SETTINGS._replace(rerank_from=5), PROMPT)
+    chosen = served(store, request)[-1].results[1]
+    (again,) = served(store, chosen.again())[-1].results
+    assert_equal([again.image], [chosen.image])
+
+
+def test_again_generates_the_chosen_image_of_a_sweep(store):
+    request = builders.sweep_request(SETTINGS, PROMPT, "1, 100", "0.8,1.0", 2)
+    update = served(store, request)[-1]
+    assert len(update.results) == 8 and update.columns == 4
+    assert [result.caption for result in update.results[::2]] == [
+        "top_k=1 top_p=0.8",
+        "top_k=1 top_p=1.0",
+        "top_k=100 top_p=0.8",
+        "top_k=100 top_p=1.0",
+    ]
+    cell = generation.SHEET_CELL
+    assert update.sheet is not None and update.sheet.width > 4 * cell and update.sheet.height > 2 * cell
+    chosen = update.results[5]
+    (again,) = served(store, chosen.again())[-1].results
+    assert_equal([again.image], [chosen.image])
+
+
+def test_again_generates_the_whole_interpolation(store, pipe):
+    request = builders.interpolation_request(SETTINGS, PROMPT, "a small red star on a black background", 3)
+    update = served(store, request)[-1]
+    images = [result.image for result in update.results]
+    expected = pipe.interpolate(PROMPT, "a small red star on a black background", 3, seed=5, top_p=0.8)
+    assert_equal(images, expected)
+    assert_equal([result.image for result in served(store, update.results[1].again())[-1].results], images)
+    assert update.results[0].more(1).num_images == 3
+
+
+def test_more_has_another_seed_and_variations_another_prompt(store, pipe):
+    chosen = served(store, builders.text_request(SETTINGS, PROMPT))[-1].results[0]
+    more = chosen.more(3)
+    assert more.seed != chosen.seed and more.prompts == (PROMPT,) and more.num_images == 3
+    variations = chosen.variations(2)
+    images = [result.image for result in served(store, variations)[-1].results]
+    assert_equal(images, pipe(chosen.image, 2, seed=variations.seed, top_p=0.8))
+
+
+def test_mixture_leaves_out_empty_texts(store, pipe):
+    request = builders.mixture_request(SETTINGS, PROMPT, 1.0, "a blue circle", -1.0, " ", 1.0)
+    assert request.prompts == ({PROMPT: 1.0, "a blue circle": -1.0},)
+    (update,) = served(store, request)[-1:]
+    assert_equal([result.image for result in update.results], pipe(request.prompts[0], 2, seed=5, top_p=0.8))
+
+
+def test_completion_keeps_the_upper_part(store, pipe, tmp_path):
+    path = tmp_path / "upload.png"
+    image = pipe(PROMPT, seed=0)[0]
+    image.save(path)
+    request = builders.completion_request(SETTINGS, str(path), 0.5, "")
+    expected = pipe(image, 2, seed=5, top_p=0.8, outpaint=image, keep_fraction=0.5)
+    assert_equal([result.image for result in served(store, request)[-1].results], expected)
+    with_text = builders.completion_request(SETTINGS, str(path), 0.5, PROMPT)
+    assert with_text.prompts == (PROMPT,)
+
+
+def test_empty_seed_is_random_but_recorded():
+    first, second = (builders.text_request(SETTINGS._replace(seed=" "), PROMPT) for _ in range(2))
+    assert first.seed != second.seed
+
+
+@pytest.mark.parametrize(
+    ("change", "prompt", "message"),
+    [
+        ({}, "  ", "prompt must not be empty"),
+        ({}, "x" * (limits.MAX_PROMPT_LENGTH + 1), "at most 1000 characters, got 1001"),
+        ({"num_images": limits.MAX_IMAGES + 1}, PROMPT, "number of images must be at most 16, got 17"),
+        ({"num_images": 0}, PROMPT, "num_images must be at least 1"),
+        ({"rerank_from": 65}, PROMPT, "candidates must be at most 64, got 65"),
+        ({"rerank_from": 1}, PROMPT, r"rerank_from must be at least num_images \(2\), got 1"),
+        ({"seed": "-1"}, PROMPT, "seed must be a whole number from 0 to"),
+        ({"seed": "9" * 19}, PROMPT, "seeds must be in"),
+        ({"top_p": 0}, PROMPT, "top_p must be in"),
+    ],
+)
+def test_requests_beyond_the_limits_are_refused(change, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        builders.text_request(SETTINGS._replace(**change), prompt)
+
+
+def test_sweeps_are_bounded_and_their_values_checked():
+    with pytest.raises(ValueError, match="a sweep must have at most 64 images, got 68"):
+        builders.sweep_request(SETTINGS, PROMPT, ",".join(map(str, range(1, 18))), "0.5,1", 2)
+    with pytest.raises(ValueError, match="top_k must be numbers separated by commas, got 'many'"):
+        builders.sweep_request(SETTINGS, PROMPT, "many", "1", 1)
+    with pytest.raises(ValueError, match="top_p must be in"):
+        builders.sweep_request(SETTINGS, PROMPT, "1", "7", 1)
+
+
+def test_prompts_that_the_bundled_model_does_not_know_are_remarked(store):
+    update = served(store, builders.text_request(SETTINGS, "an elephant"))[-1]
+    assert "does not know &#x27;elephant&#x27;" in update.status and len(update.results) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------ previews
+
+
+def test_previews_are_squares_whose_missing_rows_are_transparent(store):
+    request = builders.text_request(SETTINGS, PROMPT)
+    # Without a thread, so that no preview is dropped.
+    progress = []
+    generation.work(store, request, progress.append)
+    assert [state.rows for state in progress] == list(range(1, 9))
+    half = progress[3].images
+    assert [image.size for image in half] == [(32, 32)] * 2
+    alpha = np.asarray(half[0])[:, :, 3]
+    assert (alpha[:16] == 255).all() and (alpha[16:] == 0).all()
+
+
+def test_a_request_that_waits_for_others_can_be_stopped(store):
+    stopped = threading.Event()
+    with store.generating:
+        updates = generation.serve_request(store, builders.text_request(SETTINGS, PROMPT), stopped)
+        assert "Waiting for the model" in next(updates).status
+        assert "Waiting for other visitors" in next(updates).status
+        stopped.set()
+        with pytest.raises(Stopped):
+            list(updates)
+
+
+def test_closing_a_request_stops_the_generation(store, monkeypatch):
+    rows = []
+    update = PartialImages.update
+
+    def slow_update(self, images):
+        rows.append(images.shape[2])
+        time.sleep(0.05)
+        return update(self, images)
+
+    monkeypatch.setattr(PartialImages, "update", slow_update)
+    updates = generation.serve_request(store, builders.text_request(SETTINGS, PROMPT))
+    while not next(updates).partial:
+        pass
+    updates.close()
+    with store.generating:  # held until the thread has ended
+        count = len(rows)
+    assert count < 8
+    time.sleep(0.2)
+    assert len(rows) == count
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def test_visitors_may_not_name_other_files(tmp_path):
+    store = ModelStore(outputs=tmp_path, allow_hub=False)
+    for name in ("/etc", str(BUNDLED["shapes"]), "hf-hub:owner/name", "../outputs", ""):
+        with pytest.raises(ValueError, match="the model must be one of the list, got"):
+            store.load(name)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:owner", "hf-hub:../..", "hf-hub:a/b/c", "hf-hub:a/b c", "hf-hub:-/../x"])
+def test_names_of_the_hub_are_checked(name, tmp_path):
+    store = ModelStore(outputs=tmp_path, allow_hub=True)
+    store.check("hf-hub:owner/some-name.v2")
+    with pytest.raises(ValueError, match="or hf-hub:OWNER/NAME, got"):
+        store.check(name)
+
+
+def test_models_are_listed_and_the_newest_finished_run_is_the_default(pipe, tmp_path):
+    store = ModelStore(outputs=tmp_path, device="cpu")
+    assert store.choices() == [("shapes (bundled)", "shapes")] and store.default() == "shapes"
+    pipe.save(tmp_path / "transformer" / "run")
+    run = str(tmp_path / "transformer" / "run")
+    assert store.choices() == [(run, run), ("shapes (bundled)", "shapes")] and store.default() == run
+    assert store.load(run).fingerprint == pipe.fingerprint
+    named = ModelStore("hf-hub:owner/name", outputs=tmp_path)
+    assert named.default() == "hf-hub:owner/name" == named.choices()[0][1]
+
+
+def test_models_are_loaded_once_and_the_least_recently_used_is_dropped(monkeypatch, tmp_path):
+    loaded = []
+
+    def load(self, name):
+        time.sleep(0.05)
+        loaded.append(name)
+        return object()
+
+    monkeypatch.setattr(ModelStore, "_load", load)
+    store = ModelStore(outputs=tmp_path, capacity=2)
+    threads = [threading.Thread(target=store.load, args=("shapes",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loaded == ["shapes"]
+    store.load("hf-hub:a/a")
+    store.load("shapes")
+    store.load("hf-hub:b/b")
+    store.load("shapes")
+    assert loaded == ["shapes", "hf-hub:a/a", "hf-hub:b/b"]
+
+
+def test_bundled_models_are_those_of_the_package():
+    assert set(BUNDLED_MODELS) == set(BUNDLED) and models.BUNDLED_MODELS is BUNDLED_MODELS
+
+
+# ------------------------------------------------------------------------------------------------------------- uploads
+
+
+def test_unusable_uploads_are_named(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="an image is missing: upload one first"):
+        read_upload(None)
+    broken = tmp_path / "broken.png"
+    Image.new("RGB", (300, 200)).save(broken)
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(ValueError, match="the uploaded file cannot be used as an image: truncated"):
+        read_upload(str(broken))
+    broken.write_text("hello")
+    with pytest.raises(ValueError, match="the uploaded file cannot be used as an image: not an image"):
+        read_upload(str(broken))
+    Image.new("RGB", (30, 20)).save(broken)
+    monkeypatch.setattr("clipgen.app.uploads.MAX_UPLOAD_PIXELS", 599)
+    with pytest.raises(ValueError, match="an image must have at most 0 million pixels, got 30 x 20"):
+        read_upload(str(broken))
+
+
+def test_large_uploads_are_kept_small(tmp_path, monkeypatch):
+    Image.new("RGB", (300, 200)).save(tmp_path / "large.png")
+    monkeypatch.setattr("clipgen.app.uploads.MAX_KEPT_SIDE", 150)
+    assert read_upload(str(tmp_path / "large.png")).size == (150, 100)
+
+
+def test_tokenizer_reports_codes_reconstruction_and_psnr(pipe):
+    image = pipe(PROMPT, seed=0)[0]
+    tokens = tokenize(pipe.vqgan, image.resize((64, 32)), pipe.image_size)
+    assert tokens.original.size == tokens.reconstruction.size == (32, 32)
+    assert (tokens.num_codes, tokens.codebook_size) == (64, 512) and 1 <= tokens.num_different <= 64
+    difference = np.asarray(tokens.original, float) - np.asarray(tokens.reconstruction, float)
+    assert tokens.psnr == pytest.approx(-10 * np.log10(np.square(difference / 255).mean()), abs=0.01)
+    assert tokens.summary.startswith(f"PSNR {tokens.psnr:.2f} dB; 64 codes")
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def test_details_show_prompt_seed_and_settings_as_text(store):
+    result = served(store, builders.text_request(SETTINGS, "<script>alert(1)</script>"))[-1].results[0]
+    table = results.details(result)
+    assert "<script>" not in table and "&lt;script&gt;" in table
+    assert "top k 300, top p 0.8" in table and "<td>5</td>" in table
+
+
+def test_errors_become_sentences(caplog):
+    assert ">There is no image.</div>" in error_status(ValueError("there is no image"))
+    assert not caplog.records
+    assert "The server failed (KeyError); its log says where." in error_status(KeyError("secret"))
+    assert "secret" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------ command, server
+
+
+def test_modules_that_the_page_needs_at_first_import_no_torch():
+    code = (
+        "import sys; import clipgen.app.models, clipgen.app.results, clipgen.app.settings, clipgen.app.server, "
+        "clipgen.cli.app; assert 'torch' not in sys.modules and 'gradio' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_command_without_gradio_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["clipgen-app"])
+    with pytest.raises(ImportError, match=r"clipgen-app needs Gradio: pip install 'clipgen\[app\]'"):
+        command.run()
+
+
+def test_command_names_a_missing_checkpoint(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["clipgen-app", "--checkpoint", "nowhere"])
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        command.run()
+
+
+def test_hub_is_closed_to_visitors_of_a_public_page(monkeypatch):
+    stores = []
+
+    class Entered(Exception):
+        """Ends the server before it starts."""
+
+    def running_page(store, host, port):
+        stores.append((store.allow_hub, host))
+        raise Entered
+
+    monkeypatch.setattr("clipgen.app.server.running_page", running_page)
+    monkeypatch.delenv("GRADIO_SERVER_NAME", raising=False)
+    from clipgen.app.server import serve
+
+    for options in ({}, {"host": "0.0.0.0"}, {"host": "0.0.0.0", "allow_hub": True}):
+        with pytest.raises(Entered):
+            serve(**options)
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    with pytest.raises(Entered):
+        serve()
+    assert stores == [(True, "127.0.0.1"), (False, "0.0.0.0"), (True, "0.0.0.0"), (False, "0.0.0.0")]
+
+
+def test_sweep_uses_the_parameters_of_the_settings():
+    request = builders.sweep_request(SETTINGS._replace(temperature=0.5), PROMPT, "7", "0.5", 1)
+    assert request.sweep == (SamplingParams(temperature=0.5, top_k=7, top_p=0.5),)
