@@ -397,7 +397,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         """
         # A model folder holds one set of weights, so no EMA is allocated for it.
         if not strip_prefix("ema.", state):
-            arguments = arguments | {"optimizer": arguments.get("optimizer", {}) | {"ema_decay": 0.0}}
+            arguments = arguments | {"optimizer": {**(arguments.get("optimizer") or {}), "ema_decay": 0.0}}
         model = cls(**arguments)
         model.load_state_dict(state)
         return model.eval()

@@ -551,7 +551,7 @@ def nearest_multiples(side: int, factor: int) -> str:
 
 def without_kmeans(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return constructor arguments whose trained codes are not initialized again when training continues."""
-    return arguments | {"quantizer": arguments.get("quantizer", {}) | {"kmeans_iters": 0}}
+    return arguments | {"quantizer": {**(arguments.get("quantizer") or {}), "kmeans_iters": 0}}
 
 
 def as_list(one_or_more: Any) -> list[Any]:

@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         default=Path("runs/classifier/classifier.pt"),
         help="file of train_classifier.py (default: %(default)s)",
     )
-    p.add_argument("--checkpoint", required=True, help="text-to-image model: stage-2 run or pipeline folder")
+    p.add_argument("--checkpoint", help="stage-2 run or pipeline folder; without it, only real images are measured")
     p.add_argument("--template", default="a photo of a {label}", help="prompt of a class (default: %(default)s)")
     p.add_argument("--per-class", type=int, default=100, help="images per class (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
@@ -130,37 +130,41 @@ def main() -> None:
         classifier, about = load_classifier(args.classifier)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"recognize.py: error: {error}")
-    evaluate(args, classifier, about, class_names)
+    args.output.mkdir(parents=True, exist_ok=True)
+    report = evaluate(args, classifier, about, class_names)
+    write_json(args.output / "recognized.json", report | {"classifier": about})
+    (args.output / "recognized.md").write_text(table(report["rows"], about))
+    print(table(report["rows"], about))
 
 
 def evaluate(
     args: argparse.Namespace, classifier: ImageClassifier, about: dict[str, Any], class_names: list[str]
-) -> None:
-    """Generate images of every class; write and print their results, and a grid."""
-    pipe = TextToImage.load(args.checkpoint)
-    params = sampling_params(args)
-    labels = torch.arange(len(class_names)).repeat_interleave(args.per_class)
-    prompts = [args.template.format(label=class_names[label]) for label in labels]
-    generate = make_generate_fn(pipe, params, args.rerank_from)
-    images = generate(prompts, [args.seed + i for i in range(len(prompts))])
-    validation = load_images(sorted(args.data.glob("val-*.tar")), pipe.image_size)
+) -> dict[str, Any]:
+    """Return the results of generated images, if there is a model, and of as many real ones."""
+    image_size = about["trained"]["image_size"]
+    validation = load_images(sorted(args.data.glob("val-*.tar")), image_size)
     reference = features_of(classifier, validation.floats(slice(None)))
-    rows = {"generated images": describe(classifier, images, labels, reference)}
-    real = held_out_images(args.data, pipe.image_size, len(images), about)
+    report: dict[str, Any] = {"rows": {}}
+    if args.checkpoint:
+        labels = torch.arange(len(class_names)).repeat_interleave(args.per_class)
+        images = generated_images(args, [class_names[label] for label in labels])
+        report["rows"]["generated images"] = describe(classifier, images, labels, reference)
+        correct = recognized(classifier, images, labels).float().view(len(class_names), -1).mean(dim=1)
+        report["per_class"] = dict(zip(class_names, correct.tolist()))
+        settings = {**asdict(sampling_params(args)), "rerank_from": args.rerank_from, "seed": args.seed}
+        report["settings"] = settings
+        save_png(class_grid(images, class_names), args.output / "grid.png")
+    real = held_out_images(args.data, image_size, args.per_class * len(class_names), about)
     if real is not None:
-        rows["real images"] = describe(classifier, real.floats(slice(None)), real.labels, reference)
-    correct = recognized(classifier, images, labels).float()
-    report = {
-        "rows": rows,
-        "per_class": dict(zip(class_names, correct.view(len(class_names), -1).mean(dim=1).tolist())),
-        "classifier": about,
-        "settings": {**asdict(params), "rerank_from": args.rerank_from, "seed": args.seed},
-    }
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / "recognized.json", report)
-    (args.output / "recognized.md").write_text(table(rows, about))
-    save_png(class_grid(images, class_names), args.output / "grid.png")
-    print(table(rows, about))
+        report["rows"]["real images"] = describe(classifier, real.floats(slice(None)), real.labels, reference)
+    return report
+
+
+def generated_images(args: argparse.Namespace, labels: list[str]) -> Tensor:
+    """Return an image of each label."""
+    generate = make_generate_fn(TextToImage.load(args.checkpoint), sampling_params(args), args.rerank_from)
+    prompts = [args.template.format(label=label) for label in labels]
+    return generate(prompts, [args.seed + i for i in range(len(prompts))])
 
 
 def class_grid(images: Tensor, class_names: list[str], rows: int = 8) -> Any:

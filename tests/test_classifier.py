@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,15 @@ def test_files_of_something_else_are_refused(tmp_path):
     torch.save({"weights": {}}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="with other content"):
         load_classifier(tmp_path / "other.pt")
+
+
+def test_script_measures_real_images_without_a_model(shards, trained, tmp_path, monkeypatch, capsys):
+    options = ["--data", str(shards), "--classifier", str(trained), "--per-class", "4", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["recognize.py", *options])
+    recognize.main()
+    report = json.loads((tmp_path / "recognized.json").read_text())
+    assert list(report["rows"]) == ["real images"] and report["rows"]["real images"]["images"] == 8
+    assert "| real images | 8 |" in (tmp_path / "recognized.md").read_text() == capsys.readouterr().out[:-1]
 
 
 def test_table_states_the_classifiers_error_and_the_floor(shards, trained):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import pytest
 import torch
 import yaml
 from commands import SHAPES, TRANSFORMER, VQGAN, command, everything, interrupt_at, only, trained
+from hydra.core.utils import JobReturn
 from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,7 +32,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
+from clipgen.cli import info
+from clipgen.cli.config import config_dir
 from clipgen.cli.progress_bar import ProgressBar
+from clipgen.cli.train import CHOICES
 from clipgen.training.callbacks import AtomicCheckpointIO, ProgressReport
 
 
@@ -345,11 +350,65 @@ def test_ctrl_c_stops_the_installed_command(tmp_path):
     assert done.returncode == 0 and f"Finished {step + 2} steps" in done.stderr
 
 
-def test_failed_run_of_a_sweep_does_not_stop_the_others(call, tmp_path):
-    """With --multirun each run has its own folder."""
+def test_failed_run_of_a_sweep_does_not_stop_the_others(call, tmp_path, monkeypatch):
+    """With --multirun each run has its own folder, and a sweeper gets its best monitored value, or None."""
+    returned = []
+    return_value = JobReturn.return_value
+    record = return_value.setter(lambda result, value: returned.append(value) or return_value.fset(result, value))
+    monkeypatch.setattr(JobReturn, "return_value", record)
     result = call("--multirun", *VQGAN, *SHAPES, "output=sweep", "trainer.max_steps=abc,2")
     assert result.code == 1 and "trainer.max_steps must be int, got 'abc'" in result.stderr
     assert everything(tmp_path / "sweep" / "0") == set() and steps_of(tmp_path / "sweep" / "1") == 2
+    last = torch.load(tmp_path / "sweep" / "1" / "checkpoints" / "last.ckpt", weights_only=True)
+    states = [state for state in last["callbacks"].values() if state.get("monitor") == "val/loss"]
+    assert returned[0] is None and returned[1] == pytest.approx(float(states[0]["best_model_score"]))
+
+
+def optuna_sweep(tmp_path: Path, trials: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a sweep with Optuna."""
+    if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        pytest.skip("needs hydra-optuna-sweeper: pip install -e '.[sweep]'")
+    settings = [argument for argument in (*VQGAN, *SHAPES) if argument.split("=")[0] != arguments[0].split("=")[0]]
+    call = [sys.executable, "-m", "clipgen.cli.train", "--multirun", "hydra/sweeper=optuna", *settings]
+    sweeper = [f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=1"]
+    return subprocess.run([*call, *sweeper, "output=sweep", *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_optuna_finds_the_best_learning_rate(tmp_path):
+    done = optuna_sweep(tmp_path, 2, "model.optimizer.learning_rate=tag(log,interval(1e-9,1e-2))")
+    assert done.returncode == 0, done.stderr
+    best = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    values = {}
+    for number in range(2):
+        last = torch.load(tmp_path / "sweep" / str(number) / "checkpoints" / "last.ckpt", weights_only=True)
+        (state,) = [state for state in last["callbacks"].values() if state.get("monitor") == "val/loss"]
+        rate = yaml.safe_load((tmp_path / "sweep" / str(number) / "config.yaml").read_text())["model"]["optimizer"]
+        values[float(state["best_model_score"])] = float(rate["learning_rate"])
+    assert best["best_value"] == pytest.approx(min(values))
+    assert best["best_params"]["model.optimizer.learning_rate"] == pytest.approx(values[min(values)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "succeeds"), [("2,abc", True), ("abc,xyz", False)])
+def test_optuna_continues_after_failed_runs_and_reports_them(tmp_path, steps, succeeds):
+    done = optuna_sweep(tmp_path, 2, f"trainer.max_steps=choice({steps})", "hydra/sweeper/sampler=grid")
+    assert done.returncode == 1
+    assert "error: trainer.max_steps must be int, got " in done.stderr.splitlines()[-1]
+    assert (tmp_path / "sweep" / "optimization_results.yaml").is_file() == succeeds
+
+
+@pytest.mark.slow
+def test_submitit_trains_in_another_process_and_reports_its_errors(tmp_path):
+    if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        pytest.skip("needs hydra-submitit-launcher: pip install -e '.[sweep]'")
+    call = [sys.executable, "-m", "clipgen.cli.train", "--multirun", "hydra/launcher=submitit_local", *VQGAN, *SHAPES]
+    done = subprocess.run([*call, "output=good", "seed=3"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert steps_of(tmp_path / "good" / "0") == 4
+    bad = [*call, "output=bad", "data.batch_size=500"]
+    done = subprocess.run(bad, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "batch_size must be at most 64" in done.stderr
 
 
 def test_failed_run_of_a_sweep_frees_its_memory(call, monkeypatch):
@@ -381,7 +440,10 @@ ERRORS = {
     "umlauts": ([*VQGAN, "output=Bücher"], "output=Bücher cannot be read: put quotes around the value, 'output=\"Bü"),
     "equals sign": ([*VQGAN, "output=a=b"], "output=a=b cannot be read: put quotes around the value, 'output=\"a=b\"'"),
     "unknown experiment": (["stage=vqgan", "experiment=x"], "experiment must be one of cifar10, coco, .*, got x"),
-    "unknown data": (["stage=vqgan", "data=x"], "data must be one of cached, folder, shapes, webdataset, got x"),
+    "unknown data": (
+        ["stage=vqgan", "data=x"],
+        "data must be one of cached, folder, huggingface, shapes, webdataset, got x",
+    ),
     "unknown logger": (["stage=vqgan", "logger=x"], "logger must be one of .*tensorboard.*, got x"),
     "unknown key": ([*VQGAN, "model.chh=1"], r"there is no key model\.chh; .* --cfg job"),
     "unknown top key": ([*VQGAN, "modle.ch=1"], r"there is no key modle\.ch"),
@@ -574,10 +636,49 @@ def test_full_disk_keeps_the_previous_checkpoint(monkeypatch, tmp_path, hidden):
 def test_help_lists_choices_and_common_keys(call):
     shown = call("--help")
     assert shown.code == 0 and shown.stderr == ""
-    groups = ["experiment=cifar10|coco|imagenet|modern|photos|shapes", "data=cached|folder|shapes|webdataset"]
-    for word in ("stage=vqgan", "stage=transformer vqgan=", "resume=", "--cfg job", *groups):
+    for word in ("stage=vqgan", "stage=transformer vqgan=", "resume=", "--cfg job", "--info", "--shell-completion"):
         assert word in shown.stdout
     assert max(map(len, shown.stdout.splitlines())) <= 100
+
+
+def test_help_lists_every_choice_of_the_files(call):
+    """The order is chosen by hand, so a new file must be added to it."""
+    folder = Path(config_dir())
+    files = {group: {file.stem for file in (folder / group).glob("*.yaml")} for group in CHOICES}
+    assert {group: set(options) for group, options in CHOICES.items()} == files
+    shown_elsewhere = {"stage", "recipe", "trainer", "variant_recipe"}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(CHOICES) | shown_elsewhere
+    text = call("--help").stdout
+    assert text.index("experiment=shapes|cifar10") < text.index("data=folder|") < text.index("logger=tensorboard|")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("stage=vqgan experiment=", {"experiment=cifar10", "experiment=shapes"}),
+        ("stage=vqgan trainer.max_", {"trainer.max_steps=", "trainer.max_epochs="}),
+    ],
+)
+def test_shell_completion_knows_keys_and_choices(call, monkeypatch, typed, expected):
+    line = f"clipgen-train {typed}"
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    assert expected <= set(call("--shell-completion", "query=bash").stdout.split())
+
+
+def test_info_describes_installation_and_machine(call):
+    result = call("--info")
+    assert result.code == 0
+    lines = dict(line.split(":", 1) for line in result.stdout.splitlines())
+    assert list(lines) == ["clipgen", "Python", "packages", "processor", "memory", "GPU"]
+    assert f"torch {torch.__version__.partition('+')[0]}" in lines["packages"]
+    assert torch.backends.cpu.get_cpu_capability() in lines["processor"]
+
+
+def test_info_names_packages_that_are_missing(monkeypatch):
+    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr(info, "OPTIONAL_PACKAGES", ("no-such-extra",))
+    assert info.installed_packages()[1:] == ["no-such-package missing"]
 
 
 def test_cfg_job_shows_all_keys(call, tmp_path):

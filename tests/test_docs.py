@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / ".github" / "SECURITY.md", *sorted((ROOT / ".github" / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / ".github").glob("[A-Z]*.md")), *sorted((ROOT / ".github" / "docs").glob("*.md"))]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 ENTRY_POINTS = re.findall(r'^(clipgen-[\w-]+) = "([\w.]+):(\w+)"$', PYPROJECT, re.MULTILINE)
 COMMANDS = {name: (module, function) for name, module, function in ENTRY_POINTS}
@@ -216,9 +216,10 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None
 
 def check_hydra_command(argv: list[str]) -> None:
     """Compose the configuration of clipgen-train or clipgen-encode."""
-    overrides = [argument for argument in argv[1:] if "=" in argument]
+    # Sweepers and launchers are plugins that need not be installed.
+    overrides = [argument for argument in argv[1:] if "=" in argument and not argument.startswith("hydra")]
     if "--multirun" in argv:  # each sweep by its first value
-        overrides = [override.partition(",")[0] for override in overrides]
+        overrides = [re.sub(r"=.*interval\(", "=", override).partition(",")[0] for override in overrides]
     if any(override.startswith("resume=") for override in overrides) and not any(
         override.startswith("stage=") for override in overrides
     ):

@@ -284,7 +284,7 @@ def test_the_only_column_of_images_is_found(package):
 
 def test_missing_package_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'needs the package datasets: pip install "clipgen\[hub\]"'):
+    with pytest.raises(ImportError, match=r'needs the package datasets: pip install "datasets>=5"'):
         load_rows("photos", "train")
 
 

@@ -174,6 +174,8 @@ def small_grids(monkeypatch):
     monkeypatch.setattr(study_rows, "GUIDANCE_SCALES", (1.0, 3.0))
     monkeypatch.setattr(study_rows, "CURVE_FORMS", (("log", "straight_through"), ("cosine", "gumbel")))
     monkeypatch.setattr("studies.clip_loss_curve.CURVE_FORMS", study_rows.CURVE_FORMS)
+    monkeypatch.setattr("studies.search_tables.SEARCH_PROMPTS", 2)
+    monkeypatch.setattr("studies.search_tables.PAPER_KS", (1, 1000))
 
 
 @pytest.mark.slow

@@ -6,10 +6,9 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded
+from clipgen.cli.console import guarded, set_up_logging
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -17,8 +16,17 @@ if TYPE_CHECKING:
 
     from clipgen.training.config import TrainingConfig
 
-# Groups of configs/ that the help does not list: they are chosen by the stage or the experiment
-HIDDEN_GROUPS = ("stage", "recipe", "trainer", "variant_recipe")
+# Groups of configs/ in the order of the help, with their options, the usual ones first. The other groups are chosen by
+# the stage or the experiment. A test compares both with the files.
+CHOICES = {
+    "experiment": ("shapes", "cifar10", "photos", "modern", "coco", "imagenet"),
+    "variant": ("printed",),
+    "data": ("folder", "webdataset", "huggingface", "shapes", "cached"),
+    "clip": ("openai", "folder", "shapes"),
+    "quantizer": ("paper", "cosine", "fsq", "lfq"),
+    "model_size": ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"),
+    "logger": ("tensorboard", "csv", "wandb", "none"),
+}
 
 
 def main() -> None:
@@ -31,10 +39,13 @@ def run_hydra() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(help_text())
         return
+    if "--info" in sys.argv:
+        from clipgen.cli.info import info_text
+
+        print(info_text())
+        return
     import hydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from hydra.types import RunMode
 
     from clipgen.cli.config import config_dir, explain, readable_arguments
     from clipgen.cli.resume_args import add_run_arguments
@@ -43,25 +54,52 @@ def run_hydra() -> None:
     # otherwise Hydra prints errors itself, over many lines
     os.environ["HYDRA_FULL_ERROR"] = "1"
     errors: list[Exception] = []
+    main_process = os.getpid()
 
     @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
-    def task(config: DictConfig) -> None:
-        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        if is_sweep:
-            config.output = HydraConfig.get().runtime.output_dir
+    def task(config: DictConfig) -> float | None:
+        if os.getpid() != main_process:
+            # a launcher such as submitit's has moved the run elsewhere, and reports its errors
+            set_up_logging()
+            return run_job(config)
         try:
-            train(config, is_sweep)
+            return run_job(config)
         except Exception as error:
             # the other runs of a sweep continue, and need the memory that the frames hold
             traceback.clear_frames(error.__traceback__)
             errors.append(expected_error(error))
+            # no value: a sweeper that compares values counts the run as failed
+            return None
 
     try:
         task()
     except HydraException as error:
         raise ValueError(explain(error)) from error
+    except ValueError:
+        # a sweeper has no value to compare, because all runs failed
+        if not errors:
+            raise
     if errors:
         raise errors[0]
+
+
+def run_job(config: DictConfig) -> float | None:
+    """Train one run, which may be one of a sweep; return the best value of the monitored metric.
+
+    Raises:
+        ValueError: a sweeper is to compare values, and the training has no validation.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    job = HydraConfig.get()
+    is_sweep = job.mode == RunMode.MULTIRUN
+    if is_sweep:
+        config.output = job.runtime.output_dir
+    value = train(config, is_sweep)
+    if is_sweep and value is None and not job.sweeper._target_.endswith("BasicSweeper"):
+        raise ValueError("a search needs a validation, whose results it compares, got none: hold out some images")
+    return value
 
 
 def expected_error(error: Exception) -> Exception:
@@ -73,13 +111,7 @@ def expected_error(error: Exception) -> Exception:
 
 def help_text() -> str:
     """Return the text of --help. Hydra's own text takes longer and needs a stage."""
-    from clipgen.cli.config import config_dir
-
-    choices = []
-    for folder in sorted(Path(config_dir()).iterdir()):
-        if folder.is_dir() and folder.name not in HIDDEN_GROUPS:
-            names = sorted(file.stem for file in folder.glob("*.yaml"))
-            choices.append(f"  {folder.name}={'|'.join(names)}")
+    choices = [f"  {group}={'|'.join(options)}" for group, options in CHOICES.items()]
     return f"""usage: clipgen-train stage=vqgan [key=value ...]
        clipgen-train stage=transformer vqgan=RUN [key=value ...]
 
@@ -90,6 +122,8 @@ clipgen-sample --list shows all runs.
 what to train on:
   experiment=modern         preset of data, CLIP and both models
   data.root=FOLDER          your images, with data=folder or experiment=modern
+  data=huggingface data.dataset=OWNER/NAME
+                            a dataset of the Hugging Face hub, or local Parquet files
   data=cached data.root=FOLDER
                             a token cache of clipgen-encode (stage 2)
   output=FOLDER             the run folder (default: outputs/STAGE/TIME)
@@ -113,6 +147,12 @@ choices:
 several runs, one after another:
   clipgen-train --multirun stage=vqgan key=a,b
 
+other options:
+  --info                    print versions, processor and GPU, for a bug report
+  --cfg job                 print all keys with their values, and stop
+  --shell-completion install=bash
+                            complete keys and choices with Tab; see .github/docs/training.md
+
 Put quotes around values with spaces or special characters: 'data.root="my photos (1)"'"""
 
 
@@ -121,8 +161,8 @@ def train(
     is_sweep: bool = False,
     callbacks: Sequence[pl.Callback] = (),
     resume_command: str = "",
-) -> None:
-    """Complete a composed configuration, and train one stage.
+) -> float | None:
+    """Complete a composed configuration, and train one stage; return the best value of the monitored metric.
 
     Args:
         config: the configuration, of which missing values are filled in.
@@ -143,7 +183,7 @@ def train(
     run_files = command_arguments()
     if ARGUMENTS in run_files:
         resume_command = resume_command or f"clipgen-train resume={training_config.output}"
-    run_training(training_config, [*progress_bar(), *callbacks], run_files, resume_command)
+    return run_training(training_config, [*progress_bar(), *callbacks], run_files, resume_command)
 
 
 def to_training_config(config: DictConfig) -> TrainingConfig:

@@ -22,7 +22,7 @@ from clipgen.hashing import unit_hash
 _MAX_CLASSES = 2**31
 # Keys of an encoded image in Parquet files.
 _IMAGE_KEYS = {"bytes", "path"}
-_MISSING = 'data=huggingface needs the package datasets: pip install "clipgen[hub]"'
+_MISSING = 'data=huggingface needs the package datasets: pip install "datasets>=5"'
 
 
 class HuggingFaceImages(IndexedImages):

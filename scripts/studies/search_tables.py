@@ -91,7 +91,8 @@ def real_fid(study: Study, prompts: list[str], count: int) -> float:
 def training_score(study: Study) -> float:
     """Return the mean CLIP score of the training images and their captions, the threshold of Table 2."""
     cache = TokenCacheDataset(study.token_cache / "train")
-    labels = torch.cat([torch.from_numpy(shard["label"].astype("int64")) for shard in cache.shards])
+    shards = map(cache.shard, range(len(cache.files)))
+    labels = torch.cat([torch.from_numpy(shard["label"].astype("int64")) for shard in shards])
     text = study.clip.encode_text(label_captions(study))[labels]
     return (cache.embeddings(len(cache)) * text).sum(dim=1).mean().item()
 

@@ -1,0 +1,87 @@
+"""Serve a pipeline on Replicate: checked inputs, images that appear row by row, and files with their metadata."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Optional
+
+import cog
+from cog import BaseRunner, Input, Path
+from PIL import Image
+
+from clipgen import TextToImage
+from clipgen.device import default_device
+from clipgen.generation.generator import Preview
+from clipgen.generation.partial_images import PartialImages
+from clipgen.generation.streaming import stream
+from clipgen.images import save_png
+from clipgen.visualization import grid
+
+# Environment variable: the model to serve. By default it is the folder "model" beside this file, if there is one.
+CHECKPOINT = "CLIPGEN_CHECKPOINT"
+MODEL = Path(__file__).parent / "model"
+# Width and height in pixels of an image in a preview.
+PREVIEW_CELL = 128
+
+
+class Runner(BaseRunner):
+    """Generate images from a prompt with one pipeline, which is loaded once."""
+
+    def setup(self) -> None:
+        """Load the pipeline."""
+        checkpoint = os.environ.get(CHECKPOINT) or (str(MODEL) if MODEL.is_dir() else "shapes")
+        self.pipe = TextToImage.load(checkpoint).to(default_device())
+
+    def healthcheck(self) -> bool:
+        """Return whether the pipeline is loaded."""
+        return hasattr(self, "pipe")
+
+    # cog reads this signature as text, so that its types and bounds must be literals; cog checks them before a call.
+    @cog.streaming
+    def run(
+        self,
+        prompt: str = Input(description="A sentence that describes the image"),
+        num_images: int = Input(description="Number of images", default=4, ge=1, le=16),
+        top_k: int = Input(description="Number of most likely codes that are kept", default=300, ge=1),
+        top_p: float = Input(
+            description="Probability of the most likely codes that are kept", default=1.0, ge=0.01, le=1.0
+        ),
+        temperature: float = Input(
+            description="Divisor of the logits; 0 takes the most likely code", default=1.0, ge=0.0
+        ),
+        guidance_scale: float = Input(
+            description="Classifier-free guidance; 1 disables it, and so must models without condition dropout",
+            default=1.0,
+            ge=0.0,
+        ),
+        seed: Optional[int] = Input(description="Seed of the first image; empty: random", default=None, ge=0),  # noqa: UP045
+        rerank_from: Optional[int] = Input(  # noqa: UP045
+            description="Number of candidates, of which CLIP chooses the best; empty: no choice",
+            default=None,
+            ge=1,
+            le=64,
+        ),
+        stream_rows: bool = Input(description="Also send the unfinished images after each row", default=True),
+    ) -> Iterator[Path]:
+        """Yield a sheet with the unfinished images after each row of indices, and at the end one file per image."""
+        settings = {
+            "top_k": top_k,
+            "top_p": top_p,
+            "temperature": temperature,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+            "rerank_from": rerank_from,
+        }
+
+        def work(report: Preview) -> list[Image.Image]:
+            return self.pipe(prompt, num_images, preview=report, **settings)
+
+        folder = Path(tempfile.mkdtemp())
+        partial = PartialImages(self.pipe.image_size, self.pipe.side, rerank_from or num_images)
+        for message in stream(work):
+            if message.kind == "result":
+                for number, image in enumerate(message.value):
+                    yield Path(save_png(image, folder / f"{number}.png", image.info))
+            elif stream_rows:
+                state = partial.update(message.value)
+                yield Path(save_png(grid(state.images, cell=PREVIEW_CELL), folder / f"row-{state.rows:03d}.png"))
