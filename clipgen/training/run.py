@@ -100,7 +100,8 @@ def train(
         if automatic_interval:
             scale_interval(config, trainer, data)
         resume_command = resume_command or f"the same training with resume={output}"
-        train_on(data, config, trainer, output, run_files or {}, resume_command)
+        best = train_on(data, config, trainer, output, run_files or {}, resume_command)
+    return best
 
 
 def train_on(
@@ -110,7 +111,7 @@ def train_on(
     output: Path,
     run_files: Mapping[str, str],
     resume_command: str,
-) -> None:
+) -> float | None:
     """Build the model and train it on the data of a configuration; see ``train``."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)
