@@ -15,9 +15,10 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
-from clipgen import clip_folder
+from clipgen import clip_folder, clip_tokenizer
 from clipgen.files import one_line
 from clipgen.images import check_images
+from clipgen.inner_files import member
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ def load_tokenizer(name: str, context_length: int) -> Any:
 def load_folder_tokenizer(folder: Path, config: dict[str, Any], context_length: int) -> Any:
     """Load the tokenizer of a folder: of whole words if it has a vocabulary of them, else open_clip's."""
     if not (folder / VOCABULARY_FILE).exists():
-        return clip_folder.load_tokenizer(folder, config)
+        return clip_tokenizer.load_tokenizer(folder, config)
     size = config["text_cfg"].get("vocab_size", clip_folder.BYTE_PAIRS)
-    path = clip_folder.member(folder, VOCABULARY_FILE)
-    return WordTokenizer(clip_folder.read_vocabulary(path, size), context_length)
+    path = member(folder, VOCABULARY_FILE)
+    return WordTokenizer(clip_tokenizer.read_vocabulary(path, size), context_length)

@@ -2,17 +2,14 @@
 
 open_clip would hand the settings of such a folder on to transformers and timm, which run Python files that the folder
 holds and download what it names. So this module reads the folder itself: settings are compared with a list of allowed
-names and values, a tokenizer is read from a private copy of known data files, and sizes are compared with the weights
-before any memory is allocated.
+names and values, and sizes are compared with the weights before any memory is allocated. ``clip_tokenizer`` reads the
+tokenizer.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clipgen.checkpoint.safe_load import State, read_checkpoint
+from clipgen.checkpoint.safe_load import State, check_header, read_checkpoint
 from clipgen.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
-from clipgen.files import one_line, parse_json, read_json, write_json
-from clipgen.type_checks import fits
+from clipgen.files import one_line, read_json, write_json
+from clipgen.inner_files import member
 
 CONFIG = "open_clip_config.json"
 VOCABULARY = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
@@ -82,35 +79,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------------- which files
-
-
-def member(folder: Path, name: str) -> Path:
-    """Return the path of a file in a folder; links may not leave it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a regular file, or a link out of the folder.
-    """
-    path = folder / name
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    if not path.is_file():
-        raise ValueError(f"{path} must be a regular file")
-    if not contained(path, folder):
-        raise ValueError(f"{path} must lie in {folder}, got a link to {path.resolve()}: copy the file itself")
-    return path
-
-
-def contained(path: Path, folder: Path) -> bool:
-    """Return whether a path, with all links followed, stays in a folder, or in the store of the hub's cache that the
-    folder is a snapshot of."""
-    target, root = path.resolve(), folder.resolve()
-    if target.is_relative_to(root):
-        return True
-    for parent in root.parents:  # models--OWNER--NAME/snapshots/REVISION links to models--OWNER--NAME/blobs
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            return target.parent == parent.parent / "blobs"
-    return False
 
 
 def weights_file(folder: Path) -> Path:
@@ -225,6 +193,7 @@ def read_header(path: Path) -> State:
     """Read names, shapes and types of weights, as tensors without memory."""
     if path.suffix != ".safetensors":
         return {name: tensor.to("meta") for name, tensor in read_state(path).items()}
+    check_header(path)
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -290,118 +259,3 @@ def check_finite(model: nn.Module, source: str | Path) -> None:
             low, high = tensor.aminmax()  # NaN wins
             if not math.isfinite(low) or not math.isfinite(high):
                 raise ValueError(f"the weights of {source} must be finite, got NaN or an infinite number in {name}")
-
-
-# ----------------------------------------------------------------------------------------------------- the tokenizer
-
-
-def read_vocabulary(path: Path, size: int) -> list[str]:
-    """Read the words of a CLIP, which must fit an embedding of ``size`` tokens."""
-    words = parse_json(path)
-    if not fits(words, list[str]):
-        raise ValueError(f"{path} must hold a list of words, got {shown(words)}")
-    if len(words) + 3 > size:  # padding, start and end
-        raise ValueError(
-            f"{path} must hold at most {size - 3} words, as the CLIP's text_cfg.vocab_size says, got {len(words)}"
-        )
-    return words
-
-
-def load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
-    """Load the tokenizer of a CLIP folder that holds no vocabulary: from its files, or open_clip's byte pairs."""
-    text = config["text_cfg"]
-    length, size = text.get("context_length", 77), text.get("vocab_size", BYTE_PAIRS)
-    options = text.get("tokenizer_kwargs") or {}
-    if text.get("hf_tokenizer_name"):
-        tokenizer = load_hf_tokenizer(folder, length, text.get("tokenizer_mode"), options)
-        size_of = len(tokenizer.tokenizer)
-    else:
-        with open_clip_interface():
-            tokenizer = open_clip.SimpleTokenizer(context_length=length, **options)
-        size_of = BYTE_PAIRS
-    if size_of > size:
-        path = folder / CONFIG
-        raise ValueError(f"text_cfg.vocab_size of {path} must be at least {size_of}, the tokenizer's size, got {size}")
-    return tokenizer
-
-
-def load_hf_tokenizer(folder: Path, length: int, mode: str | None, options: dict[str, Any]) -> Any:
-    """Load a tokenizer of transformers from a private copy of the folder's data files, without network and code."""
-    with tempfile.TemporaryDirectory(prefix="clipgen-tokenizer-") as place:
-        private = Path(place)
-        for name in TOKENIZER_DATA:
-            if (folder / name).exists():
-                shutil.copyfile(member(folder, name), private / name)
-        for name in TOKENIZER_SETTINGS:
-            if (folder / name).exists():
-                write_json(private / name, harmless(name, member(folder, name)))
-        safe = dict(trust_remote_code=False, local_files_only=True)
-        try:
-            return open_clip.tokenizer.HFTokenizer(place, length, tokenizer_mode=mode, **safe, **options)
-        except Exception as error:  # transformers raises anything from KeyError to its own errors
-            reason = one_line(error).replace(place, str(folder))
-            raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
-
-
-WORD = re.compile(r"\w{0,60}Tokenizer(Fast)?|TokenizersBackend|PreTrainedTokenizerFast")
-TOKEN_KEYS = {"content", "lstrip", "rstrip", "single_word", "normalized", "special", "__type"}
-FLAGS = {  # of tokenizer_config.json; whatever else stands there is left out
-    "add_bos_token",
-    "add_eos_token",
-    "add_prefix_space",
-    "clean_up_tokenization_spaces",
-    "do_lower_case",
-    "extra_ids",
-    "keep_accents",
-    "legacy",
-    "lowercase",
-    "model_max_length",
-    "padding_side",
-    "remove_space",
-    "spaces_between_special_tokens",
-    "split_special_tokens",
-    "strip_accents",
-    "tokenize_chinese_chars",
-    "truncation_side",
-    "src_lang",
-    "tgt_lang",
-}
-
-
-def harmless(name: str, path: Path) -> dict[str, Any]:
-    """Return the part of a tokenizer's settings file that says how to cut texts: no code, paths or addresses.
-
-    Raises:
-        ValueError: the tokenizer needs Python code of its own.
-    """
-    content = read_json(path)
-    if "auto_map" in content:
-        raise ValueError(f"{path} asks for Python code of its own (auto_map), which clipgen never runs")
-    if name == "config.json":
-        kind = content.get("model_type")
-        return {"model_type": kind} if isinstance(kind, str) and re.fullmatch(r"[\w-]{1,60}", kind) else {}
-    if name == "added_tokens.json":
-        return {key: value for key, value in content.items() if type(value) is int}
-    return {key: value for key, value in content.items() if is_setting(key, value)}
-
-
-def is_setting(key: str, value: Any) -> bool:
-    """Return whether a value of a tokenizer's settings file is known and plain."""
-    if key in FLAGS:
-        return isinstance(value, (bool, int, float, str)) and len(str(value)) < 100
-    if key.endswith("_token"):
-        return is_token(value)
-    if key == "tokenizer_class":
-        return isinstance(value, str) and WORD.fullmatch(value) is not None
-    if key == "added_tokens_decoder":
-        return isinstance(value, dict) and all(map(is_token, value.values()))
-    lists = ("additional_special_tokens", "extra_special_tokens")
-    return key in lists and isinstance(value, list) and all(map(is_token, value))
-
-
-def is_token(value: Any) -> bool:
-    """Return whether a value stands for one token: a text, or a text with its flags."""
-    if isinstance(value, dict):
-        plain = all(isinstance(setting, (str, bool)) for setting in value.values())
-        return set(value) <= TOKEN_KEYS and "content" in value and plain
-    return value is None or isinstance(value, str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from clipgen.environment import environment_int
 
 
 def default_device() -> str:
@@ -10,6 +10,6 @@ def default_device() -> str:
     import torch
 
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        local_rank = environment_int("LOCAL_RANK", environment_int("SLURM_LOCALID", 0))
         return f"cuda:{local_rank % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"

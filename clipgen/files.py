@@ -173,7 +173,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def check_size(path: Path, limit: int) -> None:
-    """Raise ValueError if a file is larger than ``limit`` bytes."""
+    """Raise ValueError if a file is larger than ``limit`` bytes, or a pipe or device, which may have no end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file")
     size = path.stat().st_size
     if size > limit:
         raise ValueError(f"{path} must hold at most {limit} bytes, got {size}")

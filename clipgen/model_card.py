@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import clipgen
 from clipgen.checkpoint.safe_load import add_prefix
 from clipgen.clip import FrozenCLIP
-from clipgen.clip_folder import member
 from clipgen.files import one_line, read_json, read_yaml
+from clipgen.inner_files import member
 from clipgen.sampling import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN

@@ -116,7 +116,7 @@ def make_optimizer(
         muon_module: the part of ``module`` whose matrices Muon updates if ``config.name`` is ``"muon"``.
         config: name and settings of the optimizer.
     """
-    groups = weight_decay_groups(module, config.weight_decay)
+    groups = weight_decay_groups(module, config.weight_decay, config.decay_embeddings)
     fused = has_fused_kernels(module.parameters())
     adamw: dict[str, Any] = dict(lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
     if config.name == "adamw":
@@ -182,11 +182,19 @@ class OptimizerList(Optimizer):
         return loss
 
 
-def weight_decay_groups(module: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Return parameter groups with weight decay for matrices only, not for biases and norms (the GPT-2 convention)."""
-    matrices: list[torch.Tensor] = []
-    vectors: list[torch.Tensor] = []
+def weight_decay_groups(module: torch.nn.Module, weight_decay: float, decay_embeddings: bool = True) -> list[dict]:
+    """Return parameter groups with weight decay for matrices only, not for biases and norms (the GPT-2 convention).
+
+    Args:
+        module: the module to train.
+        weight_decay: weight decay of the matrices.
+        decay_embeddings: whether the matrices of embeddings are decayed, too.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    decayed: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+            is_decayed = parameter.ndim >= 2 and (decay_embeddings or id(parameter) not in embeddings)
+            (decayed if is_decayed else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -24,8 +24,9 @@ from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator, Prev
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
+from clipgen.inner_files import check_inside
 from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
-from clipgen.run_folder import bind, check_bound, check_clip_folder, check_inside, load_clip, run_folder, save_frozen
+from clipgen.run_folder import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.sampling import SamplingParams, per_sample_seeds, resolve_params
 from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import grid

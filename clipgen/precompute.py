@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -209,11 +210,11 @@ def finish_if_complete(store: ResumableStore, plans: Collection[Path], identity:
     if not store.is_complete(plans):
         return False
     remove_leftovers(store.folder)
-    shards = {split: list(open_split(store.folder / split)) for split in SPLITS}
-    num_images = {split: sum(map(len, shards[split])) for split in SPLITS}
+    # A generator keeps one shard mapped at a time; the system limits the number of maps.
+    num_images = {split: sum(map(len, open_split(store.folder / split))) for split in SPLITS}
     if not num_images["train"]:
         raise ValueError(f"the source of {store.folder} must hold a usable image, got none")
-    dtype = first_record_dtype(shards["train"])
+    dtype = first_record_dtype(open_split(store.folder / "train"))
     assert dtype is not None
     results = {
         "num_tokens": dtype["indices"].shape[1],
@@ -221,8 +222,7 @@ def finish_if_complete(store: ResumableStore, plans: Collection[Path], identity:
         "images": num_images,
     }
     if "label" in (dtype.names or ()):
-        all_shards = [*shards["train"], *shards["val"]]
-        results["num_classes"] = count_classes(store.folder, all_shards, identity.get("class_names"))
+        results["num_classes"] = count_classes(store.folder, sum(num_images.values()), identity.get("class_names"))
     store.add_results(identity, results)
     return True
 
@@ -237,8 +237,9 @@ def remove_leftovers(root: Path) -> None:
         clear_leftovers(root / part)
 
 
-def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None) -> int:
+def count_classes(root: Path, num_images: int, names: list[str] | None) -> int:
     """Return the number of classes of a cache: the number of names, or one more than the largest label."""
+    shards = chain.from_iterable(open_split(root / split) for split in SPLITS)
     largest_label = max(int(shard["label"].max()) for shard in shards if len(shard))
     if names:
         if largest_label >= len(names):
@@ -246,7 +247,7 @@ def count_classes(root: Path, shards: list[np.ndarray], names: list[str] | None)
                 f"the labels of {root} must be below {len(names)}, the number of class names, got {largest_label}"
             )
         return len(names)
-    limit = max_classes(sum(len(shard) for shard in shards))
+    limit = max_classes(num_images)
     if largest_label >= limit:
         raise ValueError(
             f"the labels of {root} must be below {limit}, got {largest_label}; number the classes from 0, or name them "

@@ -18,6 +18,7 @@ from clipgen.checkpoint import model_folder
 from clipgen.checkpoint.safe_load import State, strip_prefix
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.files import flush_to_disk, read_json, write_json
+from clipgen.inner_files import check_inside, member
 from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
 from clipgen.vqgan import OPTIONAL_PARTS, VQGAN
 
@@ -86,19 +87,12 @@ def copy_frozen(source: Path, root: Path) -> None:
     if (source / "vqgan").is_dir():
         (root / "vqgan").mkdir(parents=True, exist_ok=True)
         for name in model_folder.FILES:
-            shutil.copyfile(clip_folder.member(source / "vqgan", name), root / "vqgan" / name)
+            shutil.copyfile(member(source / "vqgan", name), root / "vqgan" / name)
             flush_to_disk(root / "vqgan" / name)
     config = read_clip_json(source)
     if config["model_name"] == "clip":
         copy_clip(source / "clip", root / "clip")
     write_json(root / "clip.json", config)
-
-
-def check_inside(root: Path, *names: str) -> None:
-    """Raise ValueError if an entry of a folder is a link to outside of the folder."""
-    for name in names:
-        if not clip_folder.contained(root / name, root):
-            raise ValueError(f"{root / name} must lie in {root}, got a link to {(root / name).resolve()}")
 
 
 def load_clip(root: Path) -> FrozenCLIP:

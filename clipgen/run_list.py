@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipgen.files import printable
+
 logger = logging.getLogger(__name__)
 # Default output folder of clipgen-train.
 OUTPUTS = Path("outputs")
@@ -100,20 +102,19 @@ def table(runs: Iterable[Run]) -> list[str]:
 
 def read_progress(run: Path) -> tuple[str, str]:
     """Return the step of a run and the best value of its monitored metric, as text; "-" if they cannot be read."""
-    import torch
+    from clipgen.checkpoint.safe_load import read_checkpoint
 
     try:
-        # Map the file into memory, so that the weights are not read.
-        checkpoint = torch.load(run / "checkpoints" / "last.ckpt", "cpu", weights_only=True, mmap=True)
-        step = str(checkpoint["global_step"])
-    except Exception:  # a damaged file can raise any exception
+        # The file is mapped into memory, so the weights are not read.
+        checkpoint = read_checkpoint(run / "checkpoints" / "last.ckpt")
+        return str(int(checkpoint["global_step"])), best_value(checkpoint.get("callbacks", {}).values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError):
         return "-", "-"
-    return step, best_value(checkpoint.get("callbacks", {}).values())
 
 
 def best_value(callback_states: Iterable[Any]) -> str:
     """Return name and best value of the metric that a checkpoint callback monitors; "-" if there is none yet."""
     for state in callback_states:
         if isinstance(state, dict) and state.get("best_model_score") is not None:
-            return f"{state['monitor']} {float(state['best_model_score']):.4g}"
+            return printable(f"{state['monitor']:.60} {float(state['best_model_score']):.4g}")
     return "-"

@@ -20,6 +20,8 @@ LOCK = ".lock"
 HEARTBEAT = 15.0
 # Seconds without an update after which a holder on another machine is assumed dead.
 TIMEOUT = 90.0
+# Letters of a lock file that are read.
+MAX_LOCK = 10_000
 
 
 @contextmanager
@@ -128,8 +130,11 @@ def remove_if_dead(path: Path, folder: Path) -> None:
 
 def read(path: Path) -> dict[str, Any] | None:
     """Read a lock file; return None if it does not exist, and an empty record if it is damaged."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise FileExistsError(f"{path} must be the lock file of a run, got something else: remove it")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            record = json.loads(file.read(MAX_LOCK))
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
@@ -156,7 +161,7 @@ def process_exists(pid: int) -> bool:
     """Return whether a process has this id."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True  # a process of another user

@@ -23,6 +23,7 @@ from clipgen.images import images_from_batch
 from clipgen.models import losses
 from clipgen.models.conditioning import add_condition_noise
 from clipgen.models.config import (
+    LOSS_REDUCTIONS,
     ClipLossConfig,
     ConditioningConfig,
     GPTConfig,
@@ -51,6 +52,8 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         conditioning: noise and dropout of the condition in training, see ``ConditioningConfig``.
         clip_loss: the CLIP loss (Eq. 9, 10), see ``ClipLossConfig``.
         optimizer: optimizer, schedule and EMA, see ``TransformerOptimizerConfig``.
+        loss_reduction: ``"mean"`` adds the mean cross-entropy per token and the CLIP loss; ``"sum"`` adds that of the
+            whole sequence, as Eq. 8 prints.
         compile: compile the training step with torch.compile.
         network: the fields of ``GPTConfig``: n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, ...
     """
@@ -63,10 +66,13 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         conditioning: ConditioningConfig | Mapping[str, Any] | None = None,
         clip_loss: ClipLossConfig | Mapping[str, Any] | None = None,
         optimizer: TransformerOptimizerConfig | Mapping[str, Any] | None = None,
+        loss_reduction: str = "mean",
         compile: bool = False,
         **network: Any,
     ):
         super().__init__()
+        if loss_reduction not in LOSS_REDUCTIONS:
+            raise ValueError(f"loss_reduction must be one of {', '.join(LOSS_REDUCTIONS)}, got {loss_reduction!r}")
         self.gpt_config = as_config(GPTConfig, network)
         self.conditioning_config = as_config(ConditioningConfig, conditioning)
         self.clip_loss_config = as_config(ClipLossConfig, clip_loss)
@@ -77,6 +83,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
                 "conditioning": to_plain(self.conditioning_config),
                 "clip_loss": to_plain(self.clip_loss_config),
                 "optimizer": to_plain(self.optimizer_config),
+                "loss_reduction": loss_reduction,
                 "compile": compile,
             }
         )
@@ -302,7 +309,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of Eq. 10: mean cross-entropy per token (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
+        """Return the loss of Eq. 10: the cross-entropy (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
         indices, clip_embedding = self.prepare_batch(batch)
         condition = add_condition_noise(clip_embedding, self.conditioning_config.noise_cosine)
         drop = None
@@ -310,6 +317,8 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
             drop = torch.rand(len(indices), device=indices.device) < self.conditioning_config.drop_prob
         loss, logits = self.gpt(indices, condition, drop, with_loss=True)
         terms = {"cross_entropy": loss}
+        if self.hparams["loss_reduction"] == "sum":
+            loss = loss * self.num_tokens
         config = self.clip_loss_config
         if config.weight > 0 and self.global_step % config.interval == 0:
             terms["clip_loss"] = self.clip_loss(logits, clip_embedding)
@@ -388,7 +397,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         """
         # A model folder holds one set of weights, so no EMA is allocated for it.
         if not strip_prefix("ema.", state):
-            arguments = arguments | {"optimizer": arguments.get("optimizer", {}) | {"ema_decay": 0.0}}
+            arguments = arguments | {"optimizer": {**(arguments.get("optimizer") or {}), "ema_decay": 0.0}}
         model = cls(**arguments)
         model.load_state_dict(state)
         return model.eval()

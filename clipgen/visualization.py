@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,71 @@ def code_frequency_chart(counts: Tensor, title: str) -> Image.Image:
     axis.set_xlim(0, len(frequencies))
     axis.set_ylim(0, None)
     axis.legend()
+    return to_image(figure)
+
+
+def line_chart(
+    curves: Mapping[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    threshold: float | None = None,
+) -> Image.Image:
+    """Plot curves over 1, 2, 3, ...
+
+    Args:
+        curves: values by name.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+        threshold: value of a dotted line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axis = figure.add_subplot()
+    for name, values in curves.items():
+        axis.plot(range(1, len(values) + 1), values, label=name)
+    if threshold is not None:
+        axis.axhline(threshold, color="gray", linestyle=":", label="real images")
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.legend()
+    return to_image(figure)
+
+
+def interval_chart(
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    x_label: str,
+    y_label: str,
+    baseline: float | None = None,
+) -> Image.Image:
+    """Plot values with intervals over a logarithmic axis.
+
+    Args:
+        series: points (x, value, low, high) by name.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+        baseline: value of a dotted line, at x = 0.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axis = figure.add_subplot()
+    for name, points in series.items():
+        x, values, low, high = map(list, zip(*points))
+        below = [value - bound for value, bound in zip(values, low)]
+        above = [bound - value for value, bound in zip(values, high)]
+        axis.errorbar(x, values, yerr=[below, above], label=name, capsize=3)
+    if baseline is not None:
+        axis.axhline(baseline, color="gray", linestyle=":", label="0")
+    axis.set_xscale("log")
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.legend()
+    return to_image(figure)
+
+
+def to_image(figure: Any) -> Image.Image:
+    """Render a figure of matplotlib."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")

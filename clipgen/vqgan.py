@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 # Order of the optimizers.
 GENERATOR = 0
 DISCRIMINATOR = 1
+# Losses of the quantizer that Eq. 4 prints as sums over the elements of the codes.
+SUMMED_LOSSES = {"codebook_loss", "commitment_loss"}
 # Prefixes of the networks that a model folder may hold besides the tokenizer.
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
@@ -53,7 +55,8 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
     """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
     The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss. The adversarial
-    loss has VQ-GAN's adaptive weight times ``gan.weight``, where CLIP-GEN prints weight 1 (Eq. 7). Images are
+    loss has VQ-GAN's adaptive weight times ``gan.weight``, where CLIP-GEN prints weight 1 (Eq. 7), unless
+    ``gan.adaptive`` is False. Images are
     (B, 3, H, W) in [-1, 1], with sides divisible by f = ``downsampling``. Training batches are ``{"images": images}``.
 
     Args:
@@ -321,6 +324,10 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
             terms["perceptual_loss"] = config.perceptual_weight * self.lpips()(images, reconstruction).mean()
         for name, value in quantized.losses.items():
             terms[name] = config.weight_of(name) * value
+        if config.reduction == "sum":
+            terms["reconstruction_loss"] = terms["reconstruction_loss"] * images[0].numel()
+            for name in SUMMED_LOSSES & set(terms):
+                terms[name] = terms[name] * quantized.z_q[0].numel()
         return terms
 
     def _adversarial_gradient(
@@ -334,14 +341,11 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         gan = self.gan_config
         generator_loss = losses.generator_loss(logits_fake, gan.loss)
         adv_grad = torch.autograd.grad(generator_loss, detached, retain_graph=True)[0]
-        adaptive_weight = losses.adaptive_weight(
-            reconstruction,
-            self.autoencoder.decoder.last_layer,
-            recon_grad,
-            adv_grad,
-            gan.adaptive_weight_max,
-        )
-        weight = gan.weight * adaptive_weight
+        weight = torch.tensor(gan.weight, device=detached.device)
+        if gan.adaptive:
+            last_layer = self.autoencoder.decoder.last_layer
+            maximum = gan.adaptive_weight_max
+            weight = weight * losses.adaptive_weight(reconstruction, last_layer, recon_grad, adv_grad, maximum)
         return weight * adv_grad, {"generator_loss": generator_loss, "adaptive_weight": weight}
 
     def _discriminator_loss(self, images: Tensor, logits_fake: Tensor) -> Tensor:
@@ -547,7 +551,7 @@ def nearest_multiples(side: int, factor: int) -> str:
 
 def without_kmeans(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return constructor arguments whose trained codes are not initialized again when training continues."""
-    return arguments | {"quantizer": arguments.get("quantizer", {}) | {"kmeans_iters": 0}}
+    return arguments | {"quantizer": {**(arguments.get("quantizer") or {}), "kmeans_iters": 0}}
 
 
 def as_list(one_or_more: Any) -> list[Any]:

@@ -11,6 +11,7 @@
         --codebook-size 16384 --batches 1 64 256 1024
     python -m clipgen benchmark rerank
     python -m clipgen benchmark app
+    python -m clipgen benchmark scale
 
 ``--isa avx2`` imitates a processor without AVX-512 on one that has it. A variant ``a+b`` combines two others. Each
 variant runs in a process of its own, so that peak memory is its own.
@@ -24,6 +25,7 @@ from pathlib import Path
 from benchmarks.encoding import run_encode
 from benchmarks.models import TRANSFORMER_SIZES, VARIANTS, VQGAN_SIZES
 from benchmarks.sampling import run_rerank, run_sample
+from benchmarks.scale import run_scale
 from benchmarks.timing import IMITATE, describe_machine, imitate_processor
 from benchmarks.training import run_transformer, run_vqgan
 from benchmarks.web_page import run_app
@@ -37,6 +39,7 @@ RUNS = {
     "sample": run_sample,
     "rerank": run_rerank,
     "app": run_app,
+    "scale": run_scale,
 }
 DEFAULT_VARIANTS = {
     "vqgan": ["plain", "channels_last", "checkpointing", "compile"],
@@ -103,6 +106,13 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser, steps=5)
 
 
+def add_scale_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=int, nargs="+", default=[10**8, 10**9], help="numbers of images")
+    parser.add_argument("--ranks", type=int, default=512, help="number of processes, with 8 workers each")
+    parser.add_argument("--scratch", type=Path, help="folder for the sparse files of a token cache")
+    add_common_options(parser, steps=1)
+
+
 def add_clip_option(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--clip", default=default, help="shapes, or an architecture of open_clip (default: %(default)s)"
@@ -125,6 +135,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_sample_options(parts.add_parser("sample", help="the decoding loop"))
     add_rerank_options(parts.add_parser("rerank", help="reranking by CLIP score beside generating"))
     add_app_options(parts.add_parser("app", help="the web page: start, and seconds to the first row"))
+    add_scale_options(parts.add_parser("scale", help="memory and start-up with many images, simulated"))
     return parser
 
 

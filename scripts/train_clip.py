@@ -190,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
     p.add_argument("--output", type=Path, required=True, help="folder of the model")
+    p.add_argument("--shards", default="train-*.tar", help="shards to train on (default: %(default)s)")
     p.add_argument("--template", default="a photo of a {label}", help="caption of a class (default: %(default)s)")
     p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
     p.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
@@ -209,7 +210,7 @@ def main() -> None:
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
     captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
     write_config(args.output, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
-    batches = labeled_batches(str(args.data / "train-*.tar"), args.image_size, args.batch_size, args.seed)
+    batches = labeled_batches(str(args.data / args.shards), args.image_size, args.batch_size, args.seed)
     train(args.output, captions, batches, args.steps, args.learning_rate, args.seed)
     accuracy = caption_accuracy(args.output, captions, str(args.data / "val-*.tar"), args.image_size)
     print(f"validation images whose own caption is the nearest: {accuracy:.4f}")

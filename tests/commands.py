@@ -65,6 +65,20 @@ def command(name: str, *arguments: object, cwd: Path, **options) -> subprocess.C
     )
 
 
+def torchrun(folder: Path, options: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with torchrun on this machine."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(program, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        _, stderr = process.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        # SIGTERM lets torchrun stop the processes that it has started, SIGKILL would leave them
+        process.terminate()
+        _, stderr = process.communicate()
+    return subprocess.CompletedProcess(program, process.returncode, "", stderr)
+
+
 class Call:
     """Output and exit code of a command that is called within this process."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import benchmark
 import pytest
 import torch
-from benchmarks import training
+from benchmarks import scale, training
 from benchmarks.models import VARIANTS, merge, settings_of
 from benchmarks.timing import describe_machine
 
@@ -86,6 +86,16 @@ def test_reranking_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
     benchmark.main()
     assert json.loads(output.read_text())["rows"]["2 candidates"]["reranking, s"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_scale_is_simulated(tmp_path):
+    order = scale.measure_order(10**9, ranks=512)
+    assert order["distinct"] == 1 and order["GiB peak"] < 0.5
+    cache = scale.measure_cache(shards=3, scratch=tmp_path)
+    assert cache["shards"] == 3 and not list(tmp_path.iterdir())
+    assert scale.measure_names(1000)["names"] == 1000
+    assert scale.measure_shards(64, ranks=4)["share seen per epoch"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("part", "variant"), [("vqgan", "clip_loss"), ("transformer", "ema+channels_last")])

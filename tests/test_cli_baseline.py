@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from commands import everything
 from PIL import Image
 
+from clipgen.cli.baseline import parser, training_score
 from clipgen.data.shapes import ALL_ATTRIBUTES
+from clipgen.evaluation.sources import FolderImages
 
 
 def test_vqgan_clip(call, tmp_path):
@@ -88,6 +91,18 @@ def test_class_and_search(call, class_run):
     report = json.loads(Path("t/search.json").read_text())
     assert [row["k"] for row in report["rows"]] == [1, 10, 20, 50, 100, 288]
     assert all(len(row["best"]) == 2 and row["needed"] == [None, None] for row in report["rows"])
+    assert Image.open("t/search.png").width == 600  # Figure 2
+
+
+def test_threshold_of_a_search_is_the_score_of_training_images_and_all_captions(two_folders, shapes_clip, tmp_path):
+    texts = ["a large red star on a white background", "a small blue ring on a black background"]
+    lines = [f"{number:03d}.png\t{text}" for number in range(24) for text in texts]
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
+    options = ["--prompt", "x", "--generator", "y", "--table", "--real-images", str(two_folders[0])]
+    args = parser().parse_args(["search", *options, "--real-captions", str(tmp_path / "captions.txt")])
+    images = torch.cat([batch for batch, _ in FolderImages(two_folders[0]).read(range(24))])
+    expected = (shapes_clip.encode_image(images) @ shapes_clip.encode_text(texts).T).mean().item()
+    assert training_score(args, shapes_clip) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +114,7 @@ def test_class_and_search(call, class_run):
         (["vqgan-clip", "--prompt", "x", "--num-images", "0"], "num_images must be at least 1, got 0"),
         (["vqgan-clip", "--prompt", "x", "--checkpoint", "none"], "no ConditionalTransformer checkpoint: none"),
         (["search", "--prompt", "x", "--generator", "none"], "generator must be a run folder"),
+        (["search", "--prompt", "x", "--generator", "none", "--real-images", "x"], "must be given together"),
         (["search", "--prompt", "x", "--generator", "none.pt"], "no TorchScript file none.pt"),
         (
             ["class", "--class", "x", "--checkpoint", "none"],

@@ -255,6 +255,28 @@ def test_reference_holds_the_images_of_the_selected_captions(call, two_folders, 
     assert protocol["reference"]["images"] == count
 
 
+def test_images_are_scored_with_all_of_their_captions(call, two_folders, tmp_path, shapes_clip):
+    """The mean over all pairs, where images have different numbers of captions: the threshold of Table 2."""
+    texts = ["a large red star on a white background", "a small blue ring on a black background"]
+    annotations = []
+    for number in range(24):
+        for text in texts[: 1 + number % 2]:
+            annotations.append({"image_id": number, "caption": text})
+    images = [{"id": number, "file_name": f"{number:03d}.png"} for number in range(30)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    options = ["--images", two_folders[0], "--captions", tmp_path / "coco.json", "--clip", "shapes"]
+    done = call(*options, "--all-captions", "--features", "none", "--output", tmp_path / "out")
+    assert done.code == 0, done.stderr
+    results = json.loads((tmp_path / "out/metrics.json").read_text())
+    pictures = shapes_clip.encode_image(torch.cat([batch for batch, _ in FolderImages(two_folders[0]).read(range(24))]))
+    cosines = pictures @ shapes_clip.encode_text(texts).T
+    expected = 100 * torch.cat([cosines[:, 0], cosines[1::2, 1]]).mean().item()
+    assert results["protocol"]["images"] == 36
+    assert results["metrics"]["clip_score shapes"] == pytest.approx(expected, abs=0.1)
+    done = call(*options, "--all-captions", "--output", tmp_path / "other", "--features", "clip:shapes")
+    assert done.code == 1 and "all_captions must be used with --images, --captions and --features none" in done.stderr
+
+
 def test_classes_may_be_those_of_imagenet():
     args = parser().parse_args(["--images", "x", "--classes", "imagenet"])
     assert captions_from(args)[0] == (None, "A photo of a tench.")

@@ -646,7 +646,7 @@ def test_help_lists_every_choice_of_the_files(call):
     folder = Path(config_dir())
     files = {group: {file.stem for file in (folder / group).glob("*.yaml")} for group in CHOICES}
     assert {group: set(options) for group, options in CHOICES.items()} == files
-    shown_elsewhere = {"stage", "recipe", "trainer"}
+    shown_elsewhere = {"stage", "recipe", "trainer", "variant_recipe"}
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(CHOICES) | shown_elsewhere
     text = call("--help").stdout
     assert text.index("experiment=shapes|cifar10") < text.index("data=folder|") < text.index("logger=tensorboard|")

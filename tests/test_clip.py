@@ -9,6 +9,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
@@ -75,6 +76,12 @@ def test_gradients_reach_the_images_and_nothing_else(shapes_clip, images):
     assert torch.isfinite(free.grad).all() and (free.grad.flatten(1).abs().sum(1) > 0).all()
     assert not any(p.requires_grad or p.grad is not None for p in shapes_clip.parameters())
     assert torch.equal(free.detach(), images)  # nothing is normalised in place
+
+
+def test_clip_is_a_lightning_module_without_anything_to_train(shapes_clip):
+    """Like the two stages, but frozen."""
+    assert isinstance(shapes_clip, pl.LightningModule)
+    assert not any(parameter.requires_grad for parameter in shapes_clip.parameters())
 
 
 def test_never_in_training_mode(shapes_clip):

@@ -147,6 +147,21 @@ def test_interval_multiplies_the_weight(tiny_vqgan, shapes_clip, images):
     assert weights == pytest.approx([0.2, 0.8], rel=1e-3)
 
 
+def test_sum_reduction_adds_the_cross_entropy_of_all_tokens(tiny_vqgan, shapes_clip, images):
+    """Eq. 8 and 10 as printed: -log p(s) of the sequence, plus lambda times the CLIP loss."""
+    torch.manual_seed(1)
+    arguments = dict(model(clip_loss_weight=0.2).hparams) | {"loss_reduction": "sum"}
+    transformer = ConditionalTransformer(**arguments).attach_encoders(tiny_vqgan, shapes_clip)
+    logged = {}
+    transformer.log = lambda name, value, **_: logged.__setitem__(name, value.item())
+    loss = transformer.training_step({"images": images}, 0).item()
+    expected = transformer.num_tokens * logged["train/cross_entropy"] + 0.2 * logged["train/clip_loss"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="loss_reduction must be one of mean, sum, got 'median'"):
+        ConditionalTransformer(**arguments | {"loss_reduction": "median"})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [

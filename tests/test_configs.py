@@ -70,7 +70,9 @@ def test_every_stage_of_every_experiment_composes(stage, name):
 
 def test_all_experiments_and_stages_are_listed():
     assert set(group("experiment")) == set(EXPERIMENTS) and set(group("stage")) == set(STAGES)
-    assert set(group("recipe")) == {f"{name}_{stage}" for name in EXPERIMENTS for stage in STAGES}
+    recipes = {f"{name}_{stage}" for name in EXPERIMENTS for stage in STAGES}
+    assert set(group("recipe")) == recipes | {"hfailab_transformer"}
+    assert set(group("variant_recipe")) == {f"{name}_{stage}" for name in group("variant") for stage in STAGES}
 
 
 @pytest.mark.parametrize("name", ["csv", "none", "tensorboard", "wandb"])
@@ -147,10 +149,15 @@ def test_other_keys_are_arguments():
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
 
 
-@pytest.mark.parametrize("name", sorted(group("recipe")))
-def test_recipe_keys_exist(name):
-    stage = name.rsplit("_", 1)[1]
-    recipe = group("recipe")[name]
+@pytest.mark.parametrize("folder", ["recipe", "variant_recipe"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_recipe_keys_exist(folder, stage):
+    for name, recipe in group(folder).items():
+        if name.endswith(stage):
+            assert_recipe_keys_exist(recipe, stage)
+
+
+def assert_recipe_keys_exist(recipe: dict, stage: str) -> None:
     config = composed(f"stage={stage}")
     for node in ("model", "trainer", "image_logger"):
         assert_known_keys(recipe.get(node, {}), config[node], node)
@@ -270,6 +277,38 @@ def test_stage_2_has_the_papers_hyperparameters(name, sizes, batch_size, max_ste
         transformer = make(model, codebook_size=16384, num_tokens=256, clip_dim=512)
     assert count(transformer) == pytest.approx(parameters, rel=0.002)
     assert count(transformer) == pytest.approx(table_1, rel=0.15)  # the paper does not say what it counts
+
+
+@pytest.mark.parametrize("name", ["coco", "imagenet"])
+def test_printed_variant_of_stage_1_builds_with_the_papers_objective(name):
+    config = composed("stage=vqgan", f"experiment={name}", *NEEDED[name], "variant=printed")
+    with torch.device("meta"):
+        vqgan = make(config.model)
+    loss, gan = vqgan.loss_config, vqgan.gan_config
+    assert (loss.reduction, loss.reconstruction, loss.codebook_weight, loss.commitment_weight) == ("sum", "l2", 1, 1)
+    assert (gan.loss, gan.adaptive, gan.weight) == ("minimax", False, 1)
+    assert list(vqgan.optimizer_config.betas) == [0.9, 0.999]
+    assert vqgan.quantizer_config.codebook_size == 16384 and config.trainer.max_epochs == 100
+
+
+@pytest.mark.parametrize("name", ["coco", "imagenet"])
+def test_printed_variant_of_stage_2_builds_with_the_papers_objective(name):
+    config = composed("stage=transformer", f"experiment={name}", *NEEDED[name], "variant=printed", "vqgan=x")
+    with torch.device("meta"):
+        transformer = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
+    assert transformer.hparams["loss_reduction"] == "sum" and not transformer.gpt.scale_condition
+    assert transformer.clip_loss_config.weight == 0.2 and transformer.optimizer_config.learning_rate == 1e-5
+
+
+def test_recipe_of_hfailab_builds():
+    config = composed("stage=transformer", "experiment=coco", "recipe=hfailab_transformer", "data.root=x", "vqgan=x")
+    with torch.device("meta"):
+        transformer = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
+    optimizer, network = transformer.optimizer_config, transformer.gpt_config
+    assert optimizer.learning_rate == pytest.approx(5e-4 / 256 * config.data.batch_size)
+    assert optimizer.warmup_steps == config.trainer.max_steps / 10 and not optimizer.decay_embeddings
+    assert (network.weight_init, network.scale_condition, network.mlp_dropout) == ("torch", False, 0.1)
+    assert (network.n_layer, network.n_head, network.n_embd) == (24, 16, 1024)  # their gpt2_medium
 
 
 def count(module: torch.nn.Module) -> int:

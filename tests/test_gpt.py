@@ -350,6 +350,51 @@ def test_dropout_applies_only_in_training():
     assert not torch.equal(gpt(indices, e), gpt(indices, e))
 
 
+def test_mlp_dropout_applies_before_the_second_layer_in_training_only():
+    gpt = network(mlp_dropout=0.5)
+    mlp = gpt.transformer.h[0].mlp
+    seen = []
+    mlp.c_proj.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    x = torch.randn(4, 8, C)
+    mlp(x)
+    mlp.train()(x)
+    clean, dropped = seen
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean() < 0.6 and torch.allclose(dropped[kept], 2 * clean[kept])
+    assert torch.allclose(network().eval().transformer.h[0].mlp.act(mlp.c_fc(x)), clean)
+
+
+def test_condition_is_scaled_to_unit_variance_unless_disabled():
+    embedding = F.normalize(torch.randn(2, E), dim=-1)
+    scaled, plain = network(), network(scale_condition=False)
+    plain.load_state_dict(scaled.state_dict())
+    assert torch.allclose(scaled.condition(embedding), plain.condition(4 * embedding))  # sqrt(E) = 4
+    assert torch.allclose(plain.condition(embedding), plain.clip_proj(embedding))
+
+
+def test_torch_initialization_has_the_moments_of_hfailabs_modules():
+    """Compared with torch.nn.TransformerEncoderLayer, torch.nn.Embedding and torch.nn.Linear themselves."""
+    width = 64
+    sizes = dict(n_layer=1, n_head=4, n_embd=width, codebook_size=400, num_tokens=T, clip_dim=E, tie_embeddings=False)
+    gpt = ConditionalGPT2(GPTConfig(**sizes, lm_head_bias=True, weight_init="torch"))
+    layer = torch.nn.TransformerEncoderLayer(width, 4, 4 * width)
+    block = gpt.transformer.h[0]
+    pairs = [
+        (block.attn.c_attn, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias),
+        (block.attn.c_proj, layer.self_attn.out_proj.weight, layer.self_attn.out_proj.bias),
+        (block.mlp.c_fc, layer.linear1.weight, layer.linear1.bias),
+        (block.mlp.c_proj, layer.linear2.weight, layer.linear2.bias),
+        (gpt.clip_proj, *torch.nn.Linear(E, width).parameters()),
+        (gpt.head, *torch.nn.Linear(width, 400).parameters()),
+    ]
+    for ours, weight, bias in pairs:
+        assert ours.weight.std().item() == pytest.approx(weight.std().item(), rel=0.1)
+        assert ours.weight.abs().max().item() == pytest.approx(weight.abs().max().item(), rel=0.1)
+        assert ours.bias.abs().max().item() == pytest.approx(bias.abs().max().item(), rel=0.3)
+    assert gpt.transformer.wte.weight.std().item() == pytest.approx(1, rel=0.1)
+    assert not gpt.transformer.wpe.weight.any()
+
+
 def test_n_embd_must_be_divisible_by_n_head():
     with pytest.raises(ValueError, match="n_embd must be divisible by n_head, got 32 and 5"):
         network(n_head=5)

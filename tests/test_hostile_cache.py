@@ -23,6 +23,7 @@ from clipgen.data.token_cache import (
     open_shard,
     read_manifest,
     record_dtype,
+    write_shard,
 )
 from clipgen.evaluation import feature_store
 
@@ -236,7 +237,8 @@ def test_embeddings_that_are_not_finite_are_not_written(tmp_path, tiny_vqgan, sh
 def test_single_large_label_does_not_create_two_billion_classes(tmp_path, little):  # noqa: F811
     shard = np.zeros(3, record_dtype(1, 16, 16, 64, True))
     shard["label"] = [0, 1, 2_147_483_646]
-    refused(lambda: precompute.count_classes(tmp_path, [shard], None), tmp_path, "2147483646")
+    write_shard(tmp_path / "train" / "shard-000000.npy", shard)
+    refused(lambda: precompute.count_classes(tmp_path, 3, None), tmp_path, "2147483646")
 
 
 # ------------------------------------------------------------------------------------------------------ feature stores

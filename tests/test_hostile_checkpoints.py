@@ -564,3 +564,43 @@ def test_the_bundled_pipeline_still_loads_and_draws_the_same(tmp_path):
     again = TextToImage.load(pipe.save(tmp_path / "again"))
     assert pipe.fingerprint == again.fingerprint
     assert model_folder.load("shapes", "VQGAN")[0]["autoencoder"]["ch"] == pipe.vqgan.autoencoder_config.ch
+
+
+# ------------------------------------------------------------------------------------------------- nested and repeated
+
+
+def repeated(depth: int) -> list:
+    """Return a list that unfolds to 10**depth values, and takes a few bytes in a pickle."""
+    value: list = ["x"] * 10
+    for _ in range(depth):
+        value = [value] * 10
+    return value
+
+
+def circle() -> list:
+    value: list = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize("value", [repeated(9), circle()], ids=["repeated", "circle"])
+def test_values_of_a_checkpoint_that_unfold_without_end_are_refused(tmp_path, tiny_vqgan, value):
+    settings = dict(tiny_vqgan.hparams) | {"loss": value}
+    torch.save({"clipgen_model": "VQGAN", "hyper_parameters": settings, "state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"a\.ckpt is not a readable checkpoint: it must hold at most"):
+        VQGAN.load(tmp_path / "a.ckpt")
+
+
+def test_a_header_of_millions_of_tensors_is_refused_at_once(folder):
+    weights = folder["VQGAN"] / "model.safetensors"
+    weights.write_bytes((2**24).to_bytes(8, "little") + b"{}" + b" " * (2**24 - 2))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its header must have at most"):
+        VQGAN.load(folder["VQGAN"])
+
+
+def test_links_out_of_a_model_folder_are_refused(folder, tmp_path):
+    weights = folder["VQGAN"] / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors must lie in"):
+        VQGAN.load(folder["VQGAN"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipgen import clip_folder
+from clipgen import clip_folder, clip_tokenizer
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.files import read_json, write_json
 from clipgen.run_folder import ALLOW, copy_frozen, load_clip, save_frozen
@@ -132,7 +132,7 @@ def test_a_tokenizers_settings_name_no_files(folder, tmp_path):
         "chat_template": "x",
     }
     write_json(folder / "tokenizer_config.json", settings | secret)
-    kept = clip_folder.harmless("tokenizer_config.json", folder / "tokenizer_config.json")
+    kept = clip_tokenizer.harmless("tokenizer_config.json", folder / "tokenizer_config.json")
     assert kept == settings
     FrozenCLIP(str(folder))
 
@@ -414,3 +414,45 @@ def test_a_changed_open_clip_is_not_called_missing_weights(monkeypatch, error):
     with pytest.raises(ValueError, match=r"open_clip .* does not work as clipgen expects .*pip install") as caught:
         FrozenCLIP("ViT-B-32-quickgelu", "openai")
     assert "download" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- a tokenizer's steps
+
+
+def change_tokenizer(folder, **values):
+    """Replace parts of the tokenizer.json of a folder."""
+    words_tokenizer(folder)
+    write_json(folder / "tokenizer.json", read_json(folder / "tokenizer.json") | values)
+
+
+@pytest.mark.parametrize("pattern", [{"String": "a"}, {"Regex": "a"}])
+def test_a_normalizer_that_multiplies_a_text_is_refused(folder, pattern):
+    replacement = {"type": "Replace", "pattern": pattern, "content": "a" * 10}
+    steps = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [replacement] * 12}]}
+    change_tokenizer(folder, normalizer=steps)
+    with pytest.raises(ValueError, match=r"tokenizer\.json must make texts at most 64 times longer"):
+        FrozenCLIP(str(folder))
+
+
+def test_an_ordinary_normalizer_is_allowed(folder):
+    replacement = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}
+    steps = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, replacement]}
+    change_tokenizer(folder, normalizer=steps)
+    assert FrozenCLIP(str(folder)).tokenizer(["A  red ring"])[0, :3].tolist() == [2, 3, 4]
+
+
+def test_a_panic_of_a_tokenizer_names_its_folder(folder):
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    change_tokenizer(folder, pre_tokenizer=pattern)
+    clip = FrozenCLIP(str(folder))
+    with pytest.raises(ValueError, match=r"the tokenizer in .* cannot read this text"):
+        clip.encode_text(["a" * 40 + "b"])
+
+
+def test_a_tokenizer_that_adds_tokens_without_end_is_refused(folder):
+    pieces = [{"SpecialToken": {"id": "[PAD]", "type_id": 0}}] * 1000 + [{"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {"[PAD]": {"id": "[PAD]", "ids": [0], "tokens": ["[PAD]"]}}
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": tokens}
+    change_tokenizer(folder, post_processor=template)
+    with pytest.raises(ValueError, match=r"the tokenizer in .* (must return \d+ tokens per text|cannot)"):
+        FrozenCLIP(str(folder))

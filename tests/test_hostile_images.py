@@ -656,3 +656,78 @@ def test_claimed_length_of_a_png_chunk_reserves_no_memory(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
+
+
+# ---------------------------------------------------------------------------------------------------- headers of a tar
+
+
+def tar_header(kind: bytes, content: bytes) -> bytes:
+    """Return a member of a tar file, such as an extended header."""
+    info = tarfile.TarInfo("header")
+    info.type, info.size = kind, len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512)
+
+
+def pax_record(key: str, value: str) -> bytes:
+    """Return an entry of a pax header, which begins with its own length."""
+    body = f" {key}={value}\n".encode()
+    length = len(body) + 1
+    while len(str(length)) + len(body) != length:
+        length += 1
+    return str(length).encode() + body
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        tar_header(tarfile.GNUTYPE_LONGNAME, b"b.png\0") * 2000,
+        tar_header(tarfile.XHDTYPE, pax_record("path", "b.png")) * 2000,
+        tar_header(tarfile.XHDTYPE, pax_record("size", str(10**15))),
+        tar_header(tarfile.XHDTYPE, pax_record("size", "-512")),
+        tar_header(tarfile.XHDTYPE, pax_record("GNU.sparse.map", "0,x")),
+        tar_header(tarfile.XGLTYPE, pax_record("path", "b.txt")),
+    ],
+    ids=["long names", "paths", "huge size", "negative size", "sparse", "global"],
+)
+def test_odd_headers_of_a_shard_neither_hang_nor_crash(tmp_path, headers):
+    first, bad = (
+        make_tar(tmp_path / "0.tar", [("0.png", square(1))]),
+        make_tar(tmp_path / "1.tar", [("a.png", square(2))]),
+    )
+    path = tmp_path / "shard.tar"
+    path.write_bytes(first.read_bytes() + headers + bad.read_bytes())
+    dataset = ImageShards(str(path), 8, train=False)
+    assert reds(dataset)[0] == 1 and dataset.skip_counter.num_used == 1
+    assert dataset.count_images().images >= 1
+
+
+def test_global_headers_of_a_shard_do_not_add_up(tmp_path):
+    headers = b"".join(tar_header(tarfile.XGLTYPE, pax_record(f"key{i}", "a" * 100)) + EMPTY_FILE for i in range(50))
+    path = make_tar(tmp_path / "0.tar", [("0.png", square(1))])
+    path.write_bytes(headers + path.read_bytes())
+    with path.open("rb") as file, tar_module._Archive.open(fileobj=file, mode="r|*") as archive:
+        while archive.next() is not None:
+            assert not archive.pax_headers
+
+
+EMPTY_FILE = tar_header(tarfile.REGTYPE, b"")
+
+
+def test_named_pipe_as_a_shard_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match=r"a\.tar must be a tar file"):
+        ImageShards(str(tmp_path / "*.tar"), 8, train=False)
+    assert shards_module.estimate_images([str(tmp_path / "a.tar")]) is None
+
+
+def test_tiles_larger_than_a_tiff_are_refused(tmp_path):
+    data = zlib.compress(bytes(1000))
+    tags = [(256, 64), (257, 64), (258, 8), (259, 8), (262, 1), (277, 1), (284, 1), (322, 32768), (323, 32768)]
+    offset = 10 + 12 * (len(tags) + 2) + 4
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in [*tags, (324, offset), (325, len(data))]
+    )
+    path = tmp_path / "a.tif"
+    path.write_bytes(b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags) + 2) + entries + bytes(4) + data)
+    with pytest.raises(UnusableImageError, match="too large"):
+        decode_image(path)

@@ -15,14 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from clipgen.cli.list_runs import find_runs, table
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
 from clipgen.cli.config import make
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
+from clipgen.environment import environment_int
 from clipgen.run_lock import LOCK, hold_lock
 from clipgen.training.callbacks import AtomicCheckpointIO, BestCheckpoint
+from clipgen.training.csv_logger import read_rows
+from clipgen.training.resume import copy_best_checkpoint, read_training_state, refuse_links
 
 ARGUMENTS = [*VQGAN, *SHAPES, "logger=none", "image_logger.num_images=1", "trainer.max_steps=2"]
 
@@ -125,6 +129,8 @@ HOSTILE = [
     "data.train_urls=['a.tar','pipe:touch marker']",
     "data.train_urls='{pipe,pipe}:touch marker'",
     "data.train_urls=\"https://x/'; touch marker; '\"",
+    "data.train_urls='https://host/a-{000..010}.tar'",
+    "logger=wandb",
     "metrics.fid_features='run.hook:f'",
     "metrics.fid_features='clip:hf-hub:evil/model'",
     "vqgan='hf-hub:evil/model'",
@@ -180,7 +186,6 @@ PLAIN = [
     "data.train_urls=[a.tar,b.tar]",
     "data.val_urls=null",
     "data.root=/photos",
-    "data.train_urls='https://host/a-{000..010}.tar'",
     "model.autoencoder.ch_mult=[1,2]",
     "model.optimizer.learning_rate=1e-5",
     "model.compile=true",
@@ -330,3 +335,111 @@ def test_a_copied_run_does_not_use_the_weights_of_its_original(call, run, tmp_pa
     assert call("resume=copy", "trainer.max_steps=4").code == 0
     assert (run / "checkpoints" / "best.ckpt").read_bytes() == original
     assert str(run) not in str(best_state(tmp_path / "copy"))
+
+
+# --------------------------------------------------------------------------------------------- parts of a run folder
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints", "pictures/a.png"])
+def test_links_and_pipes_in_a_run_folder_are_not_written_through(tmp_path, name, kind):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/etc")
+    with pytest.raises(ValueError, match=rf"run/{name} must (lie in|be a regular file)"):
+        refuse_links(tmp_path / "run")
+
+
+def test_links_inside_a_run_folder_are_allowed(tmp_path):
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "b").symlink_to("a")
+    refuse_links(tmp_path)
+
+
+def test_the_best_checkpoint_of_another_run_is_no_link_out_of_it(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "run" / "checkpoints" / "best.ckpt").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match="must lie in"):
+        copy_best_checkpoint(str(tmp_path / "run" / "checkpoints" / "last.ckpt"), tmp_path / "own")
+
+
+def lock_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def lock_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make_lock", [lock_pipe, lock_device])
+def test_a_lock_that_is_a_pipe_or_a_device_is_refused_at_once(tmp_path, make_lock):
+    make_lock(tmp_path / LOCK)
+    with pytest.raises(FileExistsError, match="must be the lock file of a run"), hold_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n", "step,a\nx,1\n", "step\n1,2\n", "step,a\n1," + "x" * 200_000])
+def test_damaged_metrics_name_the_file(tmp_path, text):
+    (tmp_path / "metrics.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.csv is damaged"):
+        read_rows(tmp_path / "metrics.csv")
+
+
+DAMAGES = [
+    {"global_step": None},
+    {"hyper_parameters": [1]},
+    {"hyper_parameters": {"optimizer": None}},
+    {"optimizer_states": [1]},
+    {"loops": None},
+    {"callbacks": [1]},
+    {"state_dict": {"a": 1}},
+    {"state_dict": {"a": torch.tensor([float("nan")])}},
+    {"optimizer_states": [{"state": {0: {"exp_avg": torch.tensor([float("inf")])}}, "param_groups": []}]},
+]
+STATE = {
+    "clipgen_model": "VQGAN",
+    "global_step": 1,
+    "epoch": 0,
+    "pytorch-lightning_version": "2.6.0",
+    "hyper_parameters": {"optimizer": {}},
+    "state_dict": {},
+    "optimizer_states": [],
+    "lr_schedulers": [],
+    "loops": {},
+    "callbacks": {},
+}
+
+
+@pytest.mark.parametrize("changes", [{}, *DAMAGES], ids=str)
+def test_damaged_checkpoints_to_resume_name_the_file(tmp_path, changes):
+    path = tmp_path / "last.ckpt"
+    torch.save(STATE | changes, path)
+    if not changes:
+        assert read_training_state(path, "VQGAN")["global_step"] == 1
+        return
+    with pytest.raises(ValueError, match=r"last\.ckpt is (damaged|refused)"):
+        read_training_state(path, "VQGAN")
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"best_model_score": "x", "monitor": "a"}, {"best_model_score": torch.zeros(3), "monitor": "a"}, [1]],
+    ids=["text", "vector", "list"],
+)
+def test_runs_of_others_are_listed_whatever_their_checkpoint_holds(tmp_path, state):
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"global_step": 3, "callbacks": {"a": state} if isinstance(state, dict) else state}, path)
+    assert "-" in table(find_runs(tmp_path))[1]
+
+
+def test_environment_variables_that_are_not_numbers_are_named(monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ValueError, match="the environment variable RANK must be a whole number, got 'first'"):
+        environment_int("RANK", 0)
+    monkeypatch.setenv("RANK", "")
+    assert environment_int("RANK", 0) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import pickle
 import tarfile
 import time
 from itertools import islice
@@ -21,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from clipgen.data import folder as folder_module
+from clipgen.data import shard_order
 from clipgen.data import webdataset as shards_module
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError, check_header, decode_image
@@ -349,10 +351,14 @@ def test_find_images_skips_hidden_files_and_follows_links_once(tmp_path: Path) -
     assert find_images(tmp_path) == ["a.Png", "b/2.JPG", "c/4.tiff"]
 
 
-def test_packed_strings_behave_like_a_list(tmp_path: Path) -> None:
+def test_packed_strings_behave_like_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a list of many strings would copy them to every worker process."""
     odd = ["a/1.jpg", "", "日本/☃.png", "\udcff.jpg", "x" * 300]
     names = PackedStrings(odd)
+    monkeypatch.setattr(folder_module, "_MAX_IN_MEMORY", 1)
+    in_file = PackedStrings(odd)
+    assert [*in_file] == [*names] and isinstance(in_file.content, np.memmap)
+    assert [*pickle.loads(pickle.dumps(in_file))] == odd
     assert [*names] == odd and names[-2] == odd[-2] and "" in names and len(names) == 5 and not len(PackedStrings([]))
     with pytest.raises(IndexError):
         names[5]
@@ -739,9 +745,44 @@ def test_bundled_configs_make_the_data_module(name: str, tmp_path: Path) -> None
     assert next(iter(data.train))["images"].shape == (3, 256, 256)
 
 
-@pytest.mark.parametrize("segment_images", [100, 7])
+def resumed(dataset: ImageShards, start: int, sizes: list[int] | None = None) -> ImageShards:
+    """Resume a stream after a number of samples; the sizes of the shards are known if they have been read."""
+    dataset.resume(None, 1)
+    state = dataset.state_after(start, 1)
+    dataset.resume(state | {"sizes": torch.tensor(sizes)} if sizes else state, 1)
+    return dataset
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (3, 2)])
+def test_stream_resumed_on_other_devices_repeats_and_omits_no_image(
+    before: int, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another batch size, too. The count of what all ranks have consumed is what a checkpoint stores."""
+    for i in range(6):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
+
+    def on_ranks(world: int, state: dict | None, batch_size: int, batches: int) -> tuple[list[int], dict]:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        seen, sizes = [], []
+        for rank in range(world):
+            monkeypatch.setenv("RANK", str(rank))
+            dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=15)
+            dataset.resume(state, batch_size)
+            seen += [red(sample) for sample in islice(dataset, batches * batch_size)]
+            new_state = dataset.state_after(batches, 1)
+            sizes.append(new_state["sizes"])
+        # as the ranks of a run do
+        return seen, new_state | {"sizes": torch.stack(sizes).amax(0)}
+
+    first, state = on_ranks(before, None, batch_size=3, batches=4)
+    left = 60 - len(first)
+    rest, _ = on_ranks(after, state, batch_size=1, batches=left // after)
+    assert len(first) + len(rest) == 60 and sorted(first + rest) == list(range(60))
+
+
+@pytest.mark.parametrize("segment_pieces", [8, 1])
 def test_resumed_stream_is_identical_and_decodes_nothing_it_skips(
-    segment_images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    segment_pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From any position on, also between broken images, the stream equals that of an uninterrupted run."""
     files = {
@@ -752,12 +793,11 @@ def test_resumed_stream_is_identical_and_decodes_nothing_it_skips(
     make_tar(tmp_path / "b.tar", {"9.jpg": TRUNCATED, "8.png": encoded(Image.new("RGB", (9, 9), (90, 0, 0)), "PNG")})
 
     def stream(start: int, count: int) -> list[torch.Tensor]:
-        dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=3)
-        dataset.resume(0, start, 1)
+        dataset = resumed(ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=3), start)
         decoded.clear()
         return [sample["images"] for sample in islice(dataset, count)]
 
-    monkeypatch.setattr(shards_module, "_SEGMENT_IMAGES", segment_images)
+    monkeypatch.setattr(shard_order, "PIECES_PER_SEGMENT", segment_pieces)
     decoded: list[int] = []
     decode = shards_module.decode_image
     monkeypatch.setattr(shards_module, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
@@ -772,7 +812,7 @@ def test_late_resume_rereads_at_most_one_segment(tmp_path: Path, monkeypatch: py
     """However long the run was; and the stream continues with the same images."""
     for i in range(3):
         numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
-    monkeypatch.setattr(shards_module, "_SEGMENT_IMAGES", 20)
+    monkeypatch.setattr(shard_order, "PIECES_PER_SEGMENT", 2)
     read: list[int] = []
     files = shards_module.read_members
     monkeypatch.setattr(shards_module, "read_members", lambda *a, **k: map(tell, files(*a, **k)))
@@ -782,14 +822,15 @@ def test_late_resume_rereads_at_most_one_segment(tmp_path: Path, monkeypatch: py
         return file
 
     def stream(start: int, count: int) -> list[int]:
-        dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=5)
-        dataset.resume(0, start, 1)
+        dataset = resumed(ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=5), start, sizes=[10, 10, 10])
         read.clear()
         return [red(sample) for sample in islice(dataset, count)]
 
     expected = stream(0, 250)
     assert all(stream(start, 30) == expected[start : start + 30] for start in (0, 1, 19, 20, 21, 139))
-    assert len({tuple(expected[start : start + 20]) for start in range(0, 240, 20)}) == 12
+    # every image once per pass, and each pass in its own order
+    passes = [expected[start : start + 30] for start in range(0, 240, 30)]
+    assert all(sorted(images) == list(range(30)) for images in passes) and len(set(map(tuple, passes))) == 8
     assert stream(239, 1) == [expected[239]] and len(read) < 40
 
 

@@ -58,6 +58,13 @@ def test_log_loss_by_hand():
     assert torch.isfinite(losses.discriminator_loss(REAL * 1e4, FAKE * 1e4, "log"))
 
 
+def test_minimax_loss_is_equation_5_for_both_networks():
+    """E[log D(I) + log(1 - D(I'))]: the discriminator maximizes it, the autoencoder minimizes its second term."""
+    equation_5 = REAL.sigmoid().log().mean() + (1 - FAKE.sigmoid()).log().mean()
+    assert losses.discriminator_loss(REAL, FAKE, "minimax").item() == pytest.approx(-equation_5.item())
+    assert losses.generator_loss(FAKE, "minimax").item() == pytest.approx((1 - FAKE.sigmoid()).log().mean().item())
+
+
 def test_reconstruction_loss_by_hand():
     a, b = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 0.0])
     assert losses.reconstruction_loss(a, b, "l1").item() == 1.5
@@ -65,9 +72,9 @@ def test_reconstruction_loss_by_hand():
 
 
 def test_unknown_losses_are_refused():
-    with pytest.raises(ValueError, match=r"gan\.loss must be 'hinge' or 'log', got 'wgan'"):
+    with pytest.raises(ValueError, match=r"gan\.loss must be one of hinge, log, minimax, got 'wgan'"):
         losses.discriminator_loss(REAL, FAKE, "wgan")
-    with pytest.raises(ValueError, match=r"gan\.loss must be 'hinge' or 'log', got 'wgan'"):
+    with pytest.raises(ValueError, match=r"gan\.loss must be one of hinge, log, minimax, got 'wgan'"):
         losses.generator_loss(FAKE, "wgan")
     with pytest.raises(ValueError, match="reconstruction must be 'l1' or 'l2', got 'l3'"):
         losses.reconstruction_loss(REAL, FAKE, "l3")

@@ -81,6 +81,19 @@ def test_muon_updates_only_the_matrices_of_the_blocks():
     assert adamw == {id(p) for p in transformer.parameters()} - muon
 
 
+@pytest.mark.parametrize("decay_embeddings", [True, False])
+def test_embeddings_are_decayed_unless_disabled(decay_embeddings):
+    sizes = dict(n_layer=1, n_head=2, n_embd=32, codebook_size=16, num_tokens=16, clip_dim=64, tie_embeddings=False)
+    transformer = make_transformer(**sizes)
+    config = TransformerOptimizerConfig(weight_decay=0.1, decay_embeddings=decay_embeddings)
+    decayed, others = make_optimizer(transformer, transformer.gpt.transformer.h, config).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0)
+    network = transformer.gpt.transformer
+    in_decayed = [any(p is embedding.weight for p in decayed["params"]) for embedding in (network.wte, network.wpe)]
+    assert in_decayed == [decay_embeddings] * 2
+    assert any(p is transformer.gpt.head.weight for p in decayed["params"])
+
+
 def test_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.name must be one of adamw, muon, got 'sgd'"):
         make_transformer(optimizer_name="sgd")

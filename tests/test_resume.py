@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import TINY_VQGAN, command, interrupt_at
+from commands import TINY_VQGAN, command, interrupt_at, torchrun
 from models import VQGAN_SIZES, make_vqgan
 from test_image_data import encoded, make_tar
 from torch.distributed import TCPStore
@@ -454,20 +454,6 @@ def test_torchrun_restarts_a_killed_rank_bit_identically(sources, tmp_path):
     assert (tmp_path / "killed").exists()
     straight, resumed = state(tmp_path / "straight"), state(tmp_path / "run")
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
-
-
-def torchrun(folder: Path, options: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script with torchrun on this machine."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(program, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        _, stderr = process.communicate(timeout=280)
-    except subprocess.TimeoutExpired:
-        # SIGTERM lets torchrun stop the processes that it has started, SIGKILL would leave them
-        process.terminate()
-        _, stderr = process.communicate()
-    return subprocess.CompletedProcess(program, process.returncode, "", stderr)
 
 
 def test_restarted_processes_do_not_share_the_store_of_the_last_attempt(monkeypatch):

@@ -13,7 +13,6 @@ import pytest
 import torch
 import webdataset as wds
 from PIL import Image
-from recognize import load_or_train
 from train_clip import one_cycle
 
 
@@ -49,22 +48,6 @@ def test_one_cycle_equals_that_of_torch():
     ours = one_cycle(optimizers[0], 1.0, 100, 0.1)
     torchs = torch.optim.lr_scheduler.OneCycleLR(optimizers[1], 1.0, total_steps=100, pct_start=0.1)
     assert ours.state_dict() == torchs.state_dict()
-
-
-def test_classifier_of_other_steps_or_data_is_not_reused(shards, tmp_path, capsys):
-    file = tmp_path / "classifier.pt"
-    first = load_or_train(file, shards, 2, 32, 1)
-    again = load_or_train(file, shards, 2, 32, 1)
-    assert f"classifier: {file}, trained before (1 steps)" in capsys.readouterr().out
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
-    with pytest.raises(ValueError, match="must hold a classifier trained with the same steps: delete"):
-        load_or_train(file, shards, 2, 32, 2)
-    (shards / "train-000001.tar").write_bytes((shards / "train-000000.tar").read_bytes())
-    with pytest.raises(ValueError, match="with the same data"):
-        load_or_train(file, shards, 2, 32, 1)
-    torch.save(first.state_dict(), file)  # as older versions wrote it
-    with pytest.raises(ValueError, match="with the same steps and image_size and classes and data"):
-        load_or_train(file, shards, 2, 32, 1)
 
 
 def run_module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

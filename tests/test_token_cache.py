@@ -20,6 +20,7 @@ from test_image_data import GOOD, make_tar
 
 from clipgen import precompute
 from clipgen.cli.device import default_device, rank_and_world_size
+from clipgen.data import token_cache
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
 from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, class_names, read_manifest
@@ -70,12 +71,24 @@ def test_cache_holds_the_models_outputs(cache, data, tiny_vqgan, shapes_clip):
 
 
 @pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="this system does not list open files")
+def test_few_shards_are_mapped_at_a_time(cache, monkeypatch):
+    """The system limits the number of maps of a process."""
+    dataset = TokenCacheDataset(cache / "train")
+    expected = dataset.batch(range(len(dataset)))
+    monkeypatch.setattr(token_cache, "MAX_MAPS", 1)
+    dataset = TokenCacheDataset(cache / "train")
+    for order in (range(len(dataset)), range(len(dataset) - 1, -1, -1)):
+        batch = dataset.batch(order)
+        assert torch.equal(batch["indices"], expected["indices"][list(order)])
+        assert len(dataset._open) == 1 < len(dataset.files)
+
+
 def test_open_shards_hold_no_file_descriptors(cache):
     """A process may open about 1024 files, and a cache of 1024 tar files has as many shards."""
     before, dataset = os.listdir("/dev/fd"), TokenCacheDataset(cache / "train")
     assert len(dataset.batch(range(50))["indices"]) == 50
     assert len(os.listdir("/dev/fd")) == len(before)
-    assert not dataset.shards[0].flags.writeable
+    assert not dataset.shard(0).flags.writeable
 
 
 def test_augmentations_cycle_by_epoch_and_broken_images_are_left_out(shared, tmp_path, tiny_vqgan, shapes_clip):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from commands import command
+from commands import torchrun
 from conftest import QUIET, changed, needs_bf16, weights_of
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from torch import Tensor
@@ -18,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig
 
 from clipgen import TextToImage
 from clipgen.data.shapes import ShapesDataset
+from clipgen.processor import has_bf16_units
 from clipgen.transformer import ConditionalTransformer
 
 
@@ -364,36 +366,79 @@ def test_validation_loss_is_per_sample_on_unequal_ranks(tmp_path):
     assert metrics["val/cross_entropy"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+SHARDED = {
+    "ema, checkpointing": [
+        "model.optimizer.name=adamw",
+        "model.optimizer.ema_decay=0.5",
+        "model.grad_checkpointing=true",
+    ],
+    "muon, clip loss, clipping": [
+        "model.optimizer.name=muon",
+        "model.clip_loss.weight=0.2",
+        "model.optimizer.grad_clip=0.1",
+    ],
+    "bf16, accumulation": [
+        "model.optimizer.name=adamw",
+        "trainer.precision=bf16-mixed",
+        "model.optimizer.grad_accum_steps=2",
+    ],
+}
+# Several trainings in one pair of processes, because most of the time is spent on starting them.
+COMMANDS = """
+import sys
+from clipgen.cli import train
+for arguments in {commands!r}:
+    sys.argv = ["clipgen-train", *arguments]
+    try:
+        train.main()
+    except SystemExit as exit:
+        if exit.code:
+            raise
+"""
+
+
+@pytest.fixture(scope="module")
+def sharded_runs(tmp_path_factory) -> Path:
+    """Train with all options of ``SHARDED`` under DDP and FSDP, and with an interruption under FSDP."""
+    folder = tmp_path_factory.mktemp("sharded")
+    make_vqgan(**VQGAN_SIZES).save(folder / "vqgan")
+    runs = {
+        "ddp": ["trainer.strategy=ddp_find_unused_parameters_true"],
+        "fsdp": ["trainer.strategy=fsdp"],
+        "half": ["trainer.strategy=fsdp", "trainer.max_steps=2"],
+        "resumed": ["trainer.strategy=fsdp", "resume={half}"],
+    }
+    commands = []
+    for number, (name, options) in enumerate(SHARDED.items()):
+        if name.startswith("bf16") and not has_bf16_units("cpu"):
+            continue
+        for run, more in runs.items():
+            more = [argument.format(half=f"{number}/half") for argument in more]
+            commands.append(["stage=transformer", *SIZES, *options, "vqgan=vqgan", *more, f"output={number}/{run}"])
+    (folder / "commands.py").write_text(COMMANDS.format(commands=commands))
+    done = torchrun(folder, ["--nproc-per-node=2"], "commands.py")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [
-        ["model.optimizer.name=adamw", "model.optimizer.ema_decay=0.5", "model.grad_checkpointing=true"],
-        ["model.optimizer.name=muon", "model.clip_loss.weight=0.2", "model.optimizer.grad_clip=0.1"],
-        pytest.param(
-            ["model.optimizer.name=adamw", "trainer.precision=bf16-mixed", "model.optimizer.grad_accum_steps=2"],
-            marks=needs_bf16,
-        ),
-    ],
-    ids=["ema, checkpointing", "muon, clip loss, clipping", "bf16, accumulation"],
+    "name", [pytest.param(name, marks=needs_bf16 if name.startswith("bf16") else ()) for name in SHARDED]
 )
-def test_fsdp_matches_ddp_and_resumes(tmp_path, options):
-    make_vqgan(**VQGAN_SIZES).save(tmp_path / "vqgan")
-    runs = {"ddp": ["trainer.strategy=ddp_find_unused_parameters_true"], "fsdp": ["trainer.strategy=fsdp"]}
-    runs["half"] = [*runs["fsdp"], "trainer.max_steps=2"]
-    runs["resumed"] = [*runs["fsdp"], "resume=half"]
-    for name, strategy in runs.items():
-        arguments = ["stage=transformer", *SIZES, *options, "vqgan=vqgan", *strategy, f"output={name}"]
-        done = command("clipgen-train", *arguments, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    checkpoints = {name: torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in runs}
-    ddp, fsdp, half, resumed = (checkpoints[name]["state_dict"] for name in ("ddp", "fsdp", "half", "resumed"))
-    assert ddp.keys() == fsdp.keys() == resumed.keys() and checkpoints["fsdp"]["global_step"] == 4
+def test_fsdp_matches_ddp_and_resumes(sharded_runs, name):
+    folder = sharded_runs / str(list(SHARDED).index(name))
+    states = {}
+    for run in ("ddp", "fsdp", "half", "resumed"):
+        checkpoint = torch.load(folder / run / "checkpoints" / "last.ckpt", weights_only=True)
+        assert checkpoint["global_step"] == (2 if run == "half" else 4)
+        states[run] = checkpoint["state_dict"]
+    ddp, fsdp, half, resumed = states.values()
+    assert ddp.keys() == fsdp.keys() == resumed.keys()
     # Muon may iterate in bfloat16.
-    half_precision = "model.optimizer.name=muon" in options or "trainer.precision=bf16-mixed" in options
-    for name, tensor in ddp.items():
-        moved = (fsdp[name] - half[name]).float().norm()  # in the last two steps
-        assert (fsdp[name] - tensor).float().norm() <= (0.2 if half_precision else 0.01) * moved, name
-        torch.testing.assert_close(resumed[name], fsdp[name], atol=1e-6, rtol=1e-5)
+    half_precision = name != "ema, checkpointing"
+    for key, tensor in ddp.items():
+        moved = (fsdp[key] - half[key]).float().norm()  # in the last two steps
+        assert (fsdp[key] - tensor).float().norm() <= (0.2 if half_precision else 0.01) * moved, key
+        torch.testing.assert_close(resumed[key], fsdp[key], atol=1e-6, rtol=1e-5)
     assert torch.equal(fsdp["gpt.head.weight"], fsdp["gpt.transformer.wte.weight"])  # still tied
-    assert ConditionalTransformer.load(tmp_path / "fsdp").num_tokens == 16
+    assert ConditionalTransformer.load(folder / "fsdp").num_tokens == 16

@@ -198,6 +198,36 @@ def test_commitment_weight_scales_the_commitment_loss(images):
     torch.testing.assert_close(encoder_gradients[0.5], 2 * encoder_gradients[0.25])
 
 
+def test_sum_reduction_is_equation_4_as_printed(images):
+    """||I - I'||^2 + ||sg[z] - z_q||^2 + ||z - sg[z_q]||^2, summed over each image's elements."""
+    sizes = VQGAN_SIZES | dict(quantizer_type="euclidean", dead_code_reset_after=0, reduction="sum")
+    vqgan = make_vqgan(**sizes | dict(reconstruction="l2", commitment_weight=1.0, perceptual_weight=0.0)).eval()
+    reconstruction, quantized = vqgan.autoencode(images)
+    terms = vqgan.autoencoder_loss(images, reconstruction, quantized)
+    z = vqgan.encode_latents(images)
+    z_q = vqgan.autoencoder.quantize.indices_to_codes(quantized.indices)
+    printed = ((images - reconstruction) ** 2).sum((1, 2, 3)).mean()
+    assert terms["reconstruction_loss"].item() == pytest.approx(printed.item(), rel=1e-5)
+    for name in ("codebook_loss", "commitment_loss"):
+        assert terms[name].item() == pytest.approx(((z - z_q) ** 2).sum((1, 2, 3)).mean().item(), rel=1e-5)
+
+
+def test_adversarial_weight_is_constant_without_the_adaptive_weight(fit, images):
+    """The gradient is that of L_VQ + L_GAN (Eq. 7), in which both networks have the minimax loss."""
+    arguments = dict(gan_weight=1.0, gan_loss="minimax", gan_adaptive=False, learning_rate=0.0, lecam_weight=0.0)
+    vqgan = gan(**arguments, dead_code_reset_after=0)
+    by_hand = gan(**arguments, dead_code_reset_after=0).train()
+    by_hand.load_state_dict(vqgan.state_dict())
+    fit(vqgan, 1, batch=4)
+    batch = ShapesDataset(4, seed=3).render(range(4))
+    reconstruction, quantized = by_hand.autoencode(batch)
+    terms = by_hand.autoencoder_loss(batch, reconstruction, quantized)
+    equation_7 = sum(terms.values()) + losses.generator_loss(by_hand.discriminator(reconstruction), "minimax")
+    equation_7.backward(inputs=list(by_hand.autoencoder.parameters()))
+    for ours, expected in zip(vqgan.autoencoder.parameters(), by_hand.autoencoder.parameters()):
+        torch.testing.assert_close(ours.grad, expected.grad, atol=1e-7, rtol=1e-3)
+
+
 def grad_norm(loss: torch.Tensor, vqgan: VQGAN) -> torch.Tensor:
     """Return the norm of the gradient at the decoder's last layer."""
     last_layer = vqgan.autoencoder.decoder.last_layer

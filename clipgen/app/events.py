@@ -1,4 +1,4 @@
-"""Handle the events of the page, such as a press of a button. Modules that need torch are imported by the first request."""
+"""Handle the events of the page. Modules that need torch are imported by the first request."""
 
 from __future__ import annotations
 

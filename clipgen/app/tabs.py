@@ -11,7 +11,7 @@ from clipgen.app.upload_box import image_upload
 EXAMPLES = (
     "a large blue ring on a white background",
     "a small red star on a black background",
-    "a medium green triangle on a gray background",
+    "a large green triangle on a gray background",
     "a large yellow circle on a black background",
 )
 MAX_TERMS = 3

@@ -21,9 +21,17 @@ from safetensors.torch import load_file, save
 import clipgen
 from clipgen.atomic_folder import finish_swap, replace_folder
 from clipgen.checkpoint.pickle_stubs import thaw
-from clipgen.checkpoint.safe_load import State, check_finite, check_tensors, read_checkpoint, strip_wrappers
+from clipgen.checkpoint.safe_load import (
+    State,
+    check_finite,
+    check_header,
+    check_tensors,
+    read_checkpoint,
+    strip_wrappers,
+)
 from clipgen.checkpoint.verified_build import build, named_load_errors
 from clipgen.files import one_line, read_json
+from clipgen.inner_files import check_inside
 
 __all__ = ["build", "named_load_errors"]  # for the models, which know files by this module
 
@@ -158,10 +166,12 @@ def check_model(stored: str | None, model: str, path: Path) -> None:
 
 def load_folder(path: Path, model: str) -> Model:
     """Read a model folder; the weights are checked to be finite, and memory-mapped."""
+    check_inside(path, *FILES)
     config, weights = read_config(path / "config.json"), path / "model.safetensors"
     check_model(config["model"], model, path)
     if not weights.is_file():
         raise FileNotFoundError(f"no weights {weights}: the model folder is incomplete")
+    check_header(weights)
     try:
         state = load_file(weights)
     except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
@@ -190,6 +200,7 @@ def codebook_rows(path: Path) -> int | None:
     weights = path / "model.safetensors"
     if not weights.is_file():
         return None
+    check_header(weights)
     try:
         with safe_open(weights, "pt") as file:
             names = [name for name in file.keys() if name in CODEBOOKS]  # noqa: SIM118

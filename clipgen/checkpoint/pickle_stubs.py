@@ -80,13 +80,19 @@ def thaw(value: Any) -> Any:
 
 def thaw_stand_in(value: PickleStub) -> Any:
     """Return the content of a stand-in; the stand-in itself if its content is unknown."""
-    # OmegaConf stores containers in ``_content`` and nodes in ``_val``.
+    content = content_of(value)
+    if isinstance(value.state, dict):
+        return thaw(content)
+    return numpy_number(value)
+
+
+def content_of(value: PickleStub) -> Any:
+    """Return the part of the state of a stand-in that holds its values."""
+    # OmegaConf stores containers in ``_content`` and nodes in ``_val``, beside references to their parents.
     for key in ("_content", "_val"):
         if isinstance(value.state, dict) and key in value.state:
-            return thaw(value.state[key])
-    if isinstance(value.state, dict):
-        return thaw(value.state)
-    return numpy_number(value)
+            return value.state[key]
+    return value.state
 
 
 def numpy_number(value: PickleStub) -> Any:

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgen.checkpoint.pickle_stubs import stand_in
+from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stand_in
 
 __all__ = [
     "State",
     "check_archive",
     "check_finite",
+    "check_header",
     "read_checkpoint",
     "read_weights",
     "strip_prefix",
@@ -26,6 +27,9 @@ __all__ = [
 
 State = dict[str, Tensor]
 MAX_NAMES = 100  # classes that one file may name
+MAX_VALUES = 2_000_000  # in all nested dictionaries and lists of a file
+MAX_DEPTH = 100
+MAX_HEADER = 2**23  # bytes of the header of a safetensors file: about 80 000 tensors
 ZIP = b"PK\x03\x04"
 STATES = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
 # What torch.compile, FSDP, activation checkpointing and Fabric put between the names of modules
@@ -47,6 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         content = unpickle(path)
+        check_values(content)
     except Exception as error:  # damaged bytes raise anything from KeyError to OSError
         if isinstance(error, OSError) and error.filename:  # the system's, not torch's
             raise
@@ -76,6 +81,28 @@ def unpickle(path: Path) -> Any:
             names[name] = kind
 
 
+def check_values(content: Any) -> None:
+    """Raise ValueError if nested values are too deep or too many: a pickle can name one list many times in another."""
+    pending = [(content, 0)]
+    num_values = 0
+    while pending:
+        value, depth = pending.pop()
+        children = children_of(value)
+        num_values += len(children)
+        if num_values > MAX_VALUES or depth > MAX_DEPTH:
+            raise ValueError(f"it must hold at most {MAX_VALUES} values, nested at most {MAX_DEPTH} times")
+        pending += [(child, depth + 1) for child in children]
+
+
+def children_of(value: Any) -> list[Any]:
+    """Return the values that a container, or a stand-in for one, holds; none for any other value."""
+    if isinstance(value, PickleStub):
+        return [value.arguments, content_of(value)]
+    if isinstance(value, Mapping):
+        return [*value.keys(), *value.values()]
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else []
+
+
 def check_archive(path: Path) -> None:
     """Raise ValueError if records of a zip file are compressed, or claim more bytes than the file has."""
     with zipfile.ZipFile(path) as archive:
@@ -100,12 +127,25 @@ def refused_name(error: Exception) -> str | None:
 def short_reason(error: Exception) -> str:
     """Return torch's reason in short; the function's name where a file asks for one that no weights need."""
     reason = " ".join(str(error).split()) or "it ends too early"
+    if "allocate memory" in reason:
+        return "it claims more memory than this machine has"
     if name := refused_name(error):
         return f"it references {name}, which weights do not need: refused"
     return reason.rpartition("WeightsUnpickler error: ")[2][:200]
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
+
+
+def check_header(path: Path) -> None:
+    """Raise ValueError if the header of a safetensors file is too long: reading millions of tensors takes hours.
+
+    Other damage is left to the safetensors library.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"{path} is damaged: its header must have at most {MAX_HEADER} bytes, got {length}")
 
 
 def read_weights(path: str | Path, key: str, first: str, project: str) -> State:

@@ -115,8 +115,15 @@ def add_table(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--threshold",
         type=float,
-        help="CLIP score that 'images needed' counts to in --table (usually the mean score of real images)",
+        help="CLIP score that 'images needed' counts to in --table (see --real-images)",
     )
+    group.add_argument(
+        "--real-images",
+        type=Path,
+        help="folder of the training images, whose mean CLIP score with all of their captions is the threshold, as in "
+        "the paper",
+    )
+    group.add_argument("--real-captions", help="file of their captions, in the formats of clipgen-eval --captions")
 
 
 def add_class(p: argparse.ArgumentParser) -> None:
@@ -156,9 +163,19 @@ def run() -> None:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
     if args.system != "class":
         args.prompts = read_prompts(args)
+    if args.system == "search":
+        check_threshold(args)
     args.device = args.device or default_device()
     with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)
+
+
+def check_threshold(args: argparse.Namespace) -> None:
+    """Raise ValueError if the threshold of a search is not defined by one number, or by images with captions."""
+    if (args.real_images is None) != (args.real_captions is None):
+        raise ValueError("real_images and real_captions must be given together")
+    if args.real_images is not None and (args.threshold is not None or not args.table):
+        raise ValueError("real_images must be used with --table, and not with --threshold")
 
 
 def run_vqgan_clip(args: argparse.Namespace) -> None:
@@ -230,6 +247,9 @@ def run_search_table(args: argparse.Namespace, generator: Any, clip: FrozenCLIP)
     """Search with every k of the paper, and write its tables."""
     from clipgen.baselines.search import search_table
 
+    if args.real_images:
+        args.threshold = training_score(args, clip)
+
     def callback(k: int, seed: int, number: int, result: SearchResult) -> None:
         save_all(args, result, f"k{k}/seed{seed}/{number:05d}")
 
@@ -246,6 +266,22 @@ def run_search_table(args: argparse.Namespace, generator: Any, clip: FrozenCLIP)
         callback=callback,
     )
     write_table(rows, args)
+
+
+def training_score(args: argparse.Namespace, clip: FrozenCLIP) -> float:
+    """Return the mean CLIP score of a folder of images, each with all of its captions."""
+    from clipgen.baselines.search import real_score
+    from clipgen.evaluation.captions import read_captions
+    from clipgen.evaluation.sources import FolderImages
+
+    source = FolderImages(args.real_images, captions=read_captions(args.real_captions), all_captions=True)
+    total = 0.0
+    for chunk in source.chunks:
+        for images, captions in source.read(chunk):
+            total += real_score(clip, images.to(clip.device), captions) * len(images)
+    score = total / len(source.captions)
+    print(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
+    return score
 
 
 def run_class(args: argparse.Namespace) -> None:
@@ -376,8 +412,10 @@ def save_all(args: argparse.Namespace, result: SearchResult, name: str) -> None:
 
 
 def write_table(rows: list[SearchRow], args: argparse.Namespace) -> None:
-    """Print Tables 1 and 2, and write them with the curves of Figure 2 to ``search.json``."""
+    """Print Tables 1 and 2, write them with the curves of Figure 2 to ``search.json``, and draw the figure."""
     from clipgen.files import write_json
+    from clipgen.images import save_png
+    from clipgen.visualization import line_chart
 
     print(f"{'k':>5}  best CLIP score    images needed")
     for row in rows:
@@ -394,6 +432,8 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace) -> None:
     }
     write_json(args.output / "search.json", report)
     print(args.output / "search.json")
+    curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
+    print(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
 
 
 def format_needed(row: SearchRow, args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from clipgen.device import default_device as default_device
+from clipgen.environment import environment_int
 
 
 def device_type(accelerator: str) -> str:
@@ -19,22 +20,22 @@ def rank_and_world_size() -> tuple[int, int]:
         ValueError: the rank is out of range, so that some part of the work would not be done by any process.
     """
     if is_set("RANK", "WORLD_SIZE"):
-        return check_rank("RANK", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return check_rank("RANK", environment_int("RANK"), environment_int("WORLD_SIZE"))
     if is_set("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
         return slurm_array_rank()
     if is_set("SLURM_PROCID", "SLURM_NTASKS"):
-        return check_rank("SLURM_PROCID", int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]))
+        return check_rank("SLURM_PROCID", environment_int("SLURM_PROCID"), environment_int("SLURM_NTASKS"))
     return 0, 1
 
 
 def slurm_array_rank() -> tuple[int, int]:
     """Return the rank in a SLURM array, whose task ids may start anywhere and have a step."""
-    task_id = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
-    step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", 1))
+    task_id = environment_int("SLURM_ARRAY_TASK_ID")
+    first = environment_int("SLURM_ARRAY_TASK_MIN", 0)
+    step = environment_int("SLURM_ARRAY_TASK_STEP", 1)
     # An id between two steps gets a rank that is out of range.
     rank = -1 if (task_id - first) % step else (task_id - first) // step
-    return check_rank("SLURM_ARRAY_TASK_ID", rank, int(os.environ["SLURM_ARRAY_TASK_COUNT"]))
+    return check_rank("SLURM_ARRAY_TASK_ID", rank, environment_int("SLURM_ARRAY_TASK_COUNT"))
 
 
 def check_rank(name: str, rank: int, world_size: int) -> tuple[int, int]:

@@ -79,6 +79,11 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
         help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), or 'shapes' "
         "(default with --images: PNG metadata or .txt files beside the images)",
     )
+    group.add_argument(
+        "--all-captions",
+        action="store_true",
+        help="score each of --images with all of its captions instead of the first alone; needs --features none",
+    )
     group.add_argument("--classes", help="class names instead of captions: a file of the same formats, or imagenet")
     group.add_argument("--template", default="A photo of a {label}.", help="caption of a class (default: %(default)s)")
     group.add_argument(
@@ -114,7 +119,8 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         "--features",
         default="inception",
         help="feature space of IS, FID, KID, precision and recall: inception (torch-fidelity's resize), "
-        "inception-clean, inception:FILE, clip:MODEL[:TAG], torchvision:MODEL, timm:MODEL, module:function, none "
+        "inception-clean, inception:FILE, clip:MODEL[:TAG], classifier:FILE, torchvision:MODEL, timm:MODEL, "
+        "module:function, none "
         "(default: %(default)s)",
     )
     group.add_argument(
@@ -174,6 +180,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("a model needs captions to generate: give --captions or --classes")
     if args.classes and "{label}" not in args.template:
         raise ValueError(f"template must contain {{label}}, the place of the class, got {args.template!r}")
+    if args.all_captions and not (args.images and args.captions and args.features == "none"):
+        raise ValueError(
+            "all_captions must be used with --images, --captions and --features none, because it repeats images"
+        )
     if args.vqgan and not args.reference:
         raise ValueError("a tokenizer needs images to reconstruct: give --reference")
     if args.features != "none" and not args.vqgan and find_spec("torch_fidelity") is None:
@@ -255,7 +265,7 @@ def folder_source(args: argparse.Namespace) -> tuple[FolderImages, int]:
         captions = captions_from(args)
     elif args.shapes_eval or args.captioner or args.clip not in (None, ["none"]):
         captions = "embedded"
-    source = FolderImages(args.images, args.image_size, captions, args.batch_size)
+    source = FolderImages(args.images, args.image_size, captions, args.batch_size, all_captions=args.all_captions)
     return source, source.image_size
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Collection, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from clipgen.environment import environment_int
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -21,6 +22,8 @@ MAX_BYTES = 1_000_000
 COMMAND_ONLY = ("resume", "output")
 # resume=auto: resume the run in the output folder if there is one, else start it
 AUTO = "auto"
+# Options that send data to a host on the network
+NETWORK_OPTIONS = {"wandb"}
 SCALARS = (str, int, float, bool, type(None))
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
@@ -49,7 +52,7 @@ def add_run_arguments(arguments: list[str]) -> list[str]:
 
 def log_arguments(run: Path, recorded: dict[str, str]) -> None:
     """Log the arguments that are taken from a run folder, in the first process only."""
-    is_first = not any(int(os.environ.get(name) or 0) for name in RANK_VARIABLES)
+    is_first = not any(environment_int(name, 0) for name in RANK_VARIABLES)
     if recorded and is_first:
         shown = [text if text.isprintable() else repr(text) for text in recorded.values()]
         logger.info("Resuming %s with its arguments: %s", run, " ".join(shown))
@@ -143,7 +146,7 @@ def is_harmless(override: Any) -> bool:
     key = override.key_or_group
     value = override.value()
     if key in groups():
-        return value is None or (isinstance(value, str) and value in groups()[key])
+        return value is None or (isinstance(value, str) and value in groups()[key] - NETWORK_OPTIONS)
     values = value if isinstance(value, list) else [value]
     return key in known_keys() and all(isinstance(item, SCALARS) and is_plain(key, item) for item in values)
 
@@ -155,8 +158,8 @@ def is_plain(key: str, value: Any) -> bool:
         return "${" not in text
     if key.startswith("logger."):
         return key != "logger.save_dir" and not re.search(r"[/\\:]|\.\.|\$\{", text)
-    # values with a colon may be URLs, commands, models or functions; these two kinds are harmless
-    is_known = re.fullmatch(r"(clip|torchvision|timm):[\w.-]+(:[\w.-]+)?|https?://[\w./%+=,{}~*@-]+", text)
+    # values with a colon may be URLs, commands, models or functions; this kind is harmless
+    is_known = re.fullmatch(r"(clip|torchvision|timm):[\w.-]+(:[\w.-]+)?", text)
     return bool(is_known) or not re.search(r":|\$\{", text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done
+from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done, position_callback
 from clipgen.data.source import ResumableStream, skip_counter_of, supports_epoch_index
+
+logger = logging.getLogger(__name__)
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -72,11 +75,18 @@ class ImageDataModule(pl.LightningDataModule):
         """Move a stream to where the run stands."""
         if not self.trainer or not isinstance(self.train, ResumableStream):
             return
-        done = batches_done(self.trainer)
         # Streams are endless, so only limit_train_batches ends an epoch.
         limit = self.trainer.limit_train_batches
-        epoch, batches = divmod(done, limit) if isinstance(limit, int) else (0, done)
-        self.train.resume(epoch, batches, self.batch_size)
+        per_epoch = limit if isinstance(limit, int) else None
+        done = batches_done(self.trainer)
+        callback = position_callback(self.trainer)
+        state = callback.stream_state if callback else None
+        if done and state is None:
+            # Written without the callback, or by an older version: as many batches, which have to be read again.
+            logger.info("The checkpoint has no position in the shards: reading what comes before batch %d", done)
+            self.train.resume(None, self.batch_size)
+            state = self.train.state_after(done, max(self.num_workers, 1))
+        self.train.resume(state, self.batch_size, per_epoch, done % per_epoch if per_epoch else 0)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Make the loader of all validation images in order; [] if there are none."""

@@ -29,6 +29,9 @@ _DECODING_BYTES = 1 << 29
 _BAND_PIXELS = 1 << 22
 # The profiles of printers have 0.5 to 3 MB.
 _MAX_PROFILE_BYTES = 4 << 20
+# Tags of TIFF.
+_TILE_WIDTH = 322
+_TILE_LENGTH = 323
 # Number of bytes that suffice to recognize a format.
 _SIGNATURE_BYTES = 32
 # Bytes 4 to 12 of formats without a decoder.
@@ -99,9 +102,18 @@ def upright_size(path: Path) -> tuple[int, int]:
 
 def check_pixels(image: Image.Image) -> None:
     """Raise UnusableImageError if an image that is not decoded yet has more than `MAX_PIXELS` pixels."""
-    pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
-        raise UnusableImageError("too large", f"{image.width} x {image.height} pixels are {pixels}, above {MAX_PIXELS}")
+    for width, height in (image.size, _tile_size(image)):
+        pixels = width * height
+        if pixels > MAX_PIXELS:
+            raise UnusableImageError("too large", f"{width} x {height} pixels are {pixels}, above {MAX_PIXELS}")
+
+
+def _tile_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of the tiles of a TIFF, which may be larger than the image; (0, 0) without tiles."""
+    tags = getattr(image, "tag_v2", {})
+    sizes = [tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)]
+    width, height = (size if isinstance(size, int) else 0 for size in sizes)
+    return width, height
 
 
 def png_text(path: Path) -> dict[str, str]:
@@ -337,7 +349,8 @@ def _bytes_needed(image: Image.Image) -> int:
     else:
         decoded_bytes = 4
     converted_bytes = 0 if image.mode == "RGB" else 4
-    return image.width * image.height * (decoded_bytes + converted_bytes)
+    tile_width, tile_height = _tile_size(image)
+    return image.width * image.height * (decoded_bytes + converted_bytes) + tile_width * tile_height * decoded_bytes
 
 
 class MemoryBudget:

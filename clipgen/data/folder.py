@@ -6,11 +6,13 @@ import copy
 import errno
 import logging
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from clipgen.data.decoding import (
     looks_like_image,
     read_start,
 )
+from clipgen.data.handover import from_first_process
 from clipgen.data.indexed import IndexedImages
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 # Decoding this many photos of a megapixel takes about a minute on eight cores.
 _MAX_DECODED = 5_000
 _NUM_THREADS = 16
+# Bytes of the names of files that are kept in memory.
+_MAX_IN_MEMORY = 1 << 26
 
 
 class ImageFolder(IndexedImages):
@@ -78,7 +83,9 @@ class ImageFolder(IndexedImages):
         self.image_size = image_size
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
         self.skip_counter = SkipCounter(str(root))
-        usable_files = scan_folder(self.root, self.skip_counter)
+        usable_files = from_first_process(lambda: scan_folder(self.root, self.skip_counter))
+        # The process that has scanned the folder has counted them already.
+        self.skip_counter.use(len(usable_files) - self.skip_counter.num_used)
         self.labels = labels
         folders = {_class_folder(file) for file in usable_files} - {""}
         self.class_names = class_names or sorted(folders, key=natural_key)
@@ -127,16 +134,21 @@ class ImageFolder(IndexedImages):
 
 
 class PackedStrings(Sequence[str]):
-    """A list of strings stored in two arrays.
+    """A list of strings stored in two arrays, which are in a temporary file if they are large.
 
     Reading a Python list changes reference counts, so forked workers would gradually copy all of it (about 1 GB for 8
-    workers and a million names).
+    workers and a million names). The pages of a mapped file are shared, and the system can drop them.
     """
 
-    def __init__(self, strings: Sequence[str]):
-        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
-        self.content = b"".join(encoded)
-        self.ends = np.cumsum([0, *map(len, encoded)])
+    def __init__(self, strings: Iterable[str]):
+        with tempfile.TemporaryFile() as content, tempfile.TemporaryFile() as ends:
+            end = 0
+            ends.write(end.to_bytes(8, "little"))
+            for string in strings:
+                end += content.write(string.encode("utf-8", "surrogateescape"))
+                ends.write(end.to_bytes(8, "little"))
+            self.content = mapped(content, np.uint8)
+            self.ends = mapped(ends, np.dtype("<i8"))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -144,7 +156,17 @@ class PackedStrings(Sequence[str]):
     def __getitem__(self, index: int) -> str:  # type: ignore[override]
         # Indexing a range raises IndexError past the end, which ends a plain for loop.
         index = range(len(self))[index]
-        return self.content[self.ends[index] : self.ends[index + 1]].decode("utf-8", "surrogateescape")
+        return self.content[self.ends[index] : self.ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def mapped(file: IO[bytes], dtype: Any) -> np.ndarray:
+    """Return the content of a file: memory-mapped if it is large, else read."""
+    file.flush()
+    size = file.tell()
+    if size > _MAX_IN_MEMORY:
+        return np.memmap(file, dtype, "r")
+    file.seek(0)
+    return np.frombuffer(file.read(), dtype)
 
 
 @dataclass
@@ -289,11 +311,18 @@ def split_files(files: list[str], val_fraction: float) -> tuple[list[str], list[
         return files, []
     if len(files) < 2:
         raise ValueError(f"val_fraction must be 0 when there is a single usable image, got {val_fraction}")
-    hashes = {file: unit_hash(file) for file in files}
-    count = sum(value < val_fraction for value in hashes.values())
-    count = min(max(count, 1), len(files) - 1)
-    held_out = set(sorted(files, key=hashes.__getitem__)[:count])
-    return [file for file in files if file not in held_out], [file for file in files if file in held_out]
+    train: list[str] = []
+    val: list[str] = []
+    for file in files:
+        side = val if unit_hash(file) < val_fraction else train
+        side.append(file)
+    if not val:
+        val.append(min(train, key=unit_hash))
+        train.remove(val[0])
+    if not train:
+        train.append(max(val, key=unit_hash))
+        val.remove(train[0])
+    return train, val
 
 
 def folder_data(

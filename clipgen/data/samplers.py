@@ -11,14 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch.utils.data import Dataset, DistributedSampler
 
-from clipgen.data.source import supports_epoch_index
+from clipgen.data.permutation import permuted
+from clipgen.data.source import ResumableStream, supports_epoch_index
 
 CHECKPOINT_KEY = "data_position"
-# Indices are converted to a Python list in parts, because a list of all takes five times the memory of the tensor.
-INDICES_PER_LIST = 10_000
+STREAM_KEY = "stream_position"
 
 
 def batches_done(trainer: Any) -> int:
@@ -57,19 +56,28 @@ class DataPositionCallback(pl.Callback):
     """Store the position in the training data in checkpoints, as the number of items that all ranks have consumed.
 
     A run that is resumed on another number of devices, or with another batch size, continues there. Checkpoints without
-    a position, those of older versions and of streams, are read as if written with the batches of the resumed run.
+    a position, those of older versions, are read as if written with the batches of the resumed run.
     """
 
     def __init__(self) -> None:
         # Where the run was resumed.
         self.start = DataPosition()
+        self.batches_at_start = 0
+        self.stream_state: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         sampler = self._sampler(trainer)
         if sampler:
             checkpoint[CHECKPOINT_KEY] = asdict(sampler.position_after(batches_done(trainer)))
+        loader: Any = trainer.train_dataloader
+        stream = getattr(loader, "dataset", None)
+        if isinstance(stream, ResumableStream):
+            batches = batches_done(trainer) - self.batches_at_start
+            checkpoint[STREAM_KEY] = stream.state_after(batches, max(loader.num_workers, 1))
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.batches_at_start = batches_done(trainer)
+        self.stream_state = checkpoint.get(STREAM_KEY)
         position = checkpoint.get(CHECKPOINT_KEY)
         if position:
             self.start = DataPosition(**{key: int(value) for key, value in position.items()})
@@ -93,6 +101,14 @@ class DataPositionCallback(pl.Callback):
     def _sampler(trainer: pl.Trainer) -> ResumableSampler | None:
         sampler = getattr(trainer.train_dataloader, "sampler", None)
         return sampler if isinstance(sampler, ResumableSampler) else None
+
+
+def position_callback(trainer: Any) -> DataPositionCallback | None:
+    """Return the callback of a trainer that knows where its run was resumed, if it has one."""
+    for callback in trainer.callbacks if trainer else []:
+        if isinstance(callback, DataPositionCallback):
+            return callback
+    return None
 
 
 class ResumableSampler(DistributedSampler[Any]):
@@ -152,14 +168,12 @@ class ResumableSampler(DistributedSampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         position = self._position()
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position.epoch)
-        order = torch.randperm(self.size, generator=generator)
+        seed = self.seed * 1_000_003 + position.epoch
         end = position.items + self.batches_left(position) * self.items_per_step
-        order_of_rank = order[position.items : end][self.rank :: self.num_replicas]
-        for part in order_of_rank.split(INDICES_PER_LIST):
-            for item in part.tolist():
-                self.consumed += 1
-                yield (position.epoch, item) if self.yields_epoch else item
+        places = range(position.items + self.rank, end, self.num_replicas)
+        for item in permuted(self.size, seed, places):
+            self.consumed += 1
+            yield (position.epoch, item) if self.yields_epoch else item
 
     def batches_left(self, position: DataPosition) -> int:
         """Return the number of full batches per rank in the rest of the epoch."""
@@ -177,10 +191,8 @@ class ResumableSampler(DistributedSampler[Any]):
 
     def _start(self) -> DataPosition:
         """Return where the run was resumed."""
-        for callback in self.trainer.callbacks if self.trainer else []:
-            if isinstance(callback, DataPositionCallback):
-                return callback.start
-        return DataPosition()
+        callback = position_callback(self.trainer)
+        return callback.start if callback else DataPosition()
 
     def _position(self) -> DataPosition:
         if self.trainer is not None:

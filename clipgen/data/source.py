@@ -14,7 +14,7 @@ evaluation require an ``ImageSource``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -94,8 +94,24 @@ class ImageSource(Protocol):
 class ResumableStream(Protocol):
     """A stream that can start in the middle. Map-style datasets are resumed by ``samplers.ResumableSampler``."""
 
-    def resume(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Start the next iteration after ``batches`` batches of an epoch."""
+    def resume(
+        self, state: Mapping[str, Any] | None, batch_size: int, batches_per_epoch: int | None = None, batches: int = 0
+    ) -> None:
+        """Start the next iteration at a position.
+
+        Args:
+            state: what ``state_after`` returned; None is the start.
+            batch_size: images per batch on each rank.
+            batches_per_epoch: number of batches after which the stream is iterated again; None if it is not.
+            batches: batches of the current epoch that the state includes.
+        """
+        ...
+
+    def state_after(self, batches: int, num_workers: int) -> dict[str, Any]:
+        """Return the position after a number of batches per rank since ``resume``; all ranks call this.
+
+        It must hold plain values and tensors, and be valid for any number of ranks, workers and images per batch.
+        """
         ...
 
 

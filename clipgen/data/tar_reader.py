@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -23,8 +24,10 @@ MAX_MEMBER_BYTES = 1 << 28
 # Limits of the group of files with the same base name that is held in memory to find out which belong together.
 _MAX_GROUP_FILES = 64
 _MAX_GROUP_BYTES = 1 << 28
-# Limit of an extended header, which holds long names.
+# Limits of extended headers, which hold long names: the size of one, and the number of those before a file.
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_HEADERS = 16
+_BLOCK_BYTES = 1 << 20
 _LABEL_EXTENSION = ".cls"
 _MAX_LABEL_BYTES = 1024
 _EXTENDED_HEADERS = (
@@ -87,6 +90,28 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
                 continue
             if member is not None:
                 yield member
+
+
+def is_tar(path: Path) -> bool:
+    """Return whether a file is a tar file, compressed or not, whose first member can be read."""
+    if not path.is_file():
+        return False
+    try:
+        with _Archive.open(path, mode="r:*"):
+            return True
+    except Exception:  # damaged headers raise anything
+        return False
+
+
+def count_samples(path: Path) -> int:
+    """Return the number of samples with images in a local shard, as far as it can be read."""
+    samples = set()
+    # Errors are reported when the images are read.
+    with suppress(Exception), path.open("rb") as file, _Archive.open(fileobj=file, mode="r:*") as archive:
+        while (info := archive.next()) is not None:
+            if info.name.lower().endswith(EXTENSIONS):
+                samples.add(info.name.rpartition("/")[2].partition(".")[0])
+    return len(samples)
 
 
 def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Member | None:
@@ -215,9 +240,19 @@ class _BoundedTarInfo(tarfile.TarInfo):
     sparse: Any
 
     def _proc_member(self, archive: Any) -> Any:
-        if self.type in _EXTENDED_HEADERS and self.size > _MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {self.size} bytes, above {_MAX_HEADER_BYTES}")
+        if self.type in _EXTENDED_HEADERS:
+            if self.size > _MAX_HEADER_BYTES:
+                raise tarfile.ReadError(f"a header of {self.size} bytes, above {_MAX_HEADER_BYTES}")
+            archive.num_headers += 1
+            if archive.num_headers > _MAX_HEADERS:
+                raise tarfile.ReadError(f"a file with more than {_MAX_HEADERS} headers")
         return super()._proc_member(archive)  # type: ignore[misc]
+
+    def _proc_pax(self, archive: Any) -> Any:
+        info = super()._proc_pax(archive)  # type: ignore[misc]
+        # Headers for all files would add up; none of them matters to us.
+        archive.pax_headers.clear()
+        return info
 
     def _proc_sparse(self, archive: Any) -> Any:
         _, is_extended, _ = self._sparse_structs  # type: ignore[attr-defined]
@@ -242,6 +277,8 @@ class _Archive(tarfile.TarFile):
 
     tarinfo = _BoundedTarInfo
     exhausted = False
+    # Extended headers of the current file.
+    num_headers = 0
 
     def next(self) -> tarfile.TarInfo | None:
         """Return the next member; None at the end."""
@@ -255,6 +292,7 @@ class _Archive(tarfile.TarFile):
     def _read_header(self) -> tarfile.TarInfo | None:
         self._skip_content()
         end_marked = False
+        self.num_headers = 0
         while True:
             try:
                 return self.tarinfo.fromtarfile(self)
@@ -272,7 +310,12 @@ class _Archive(tarfile.TarFile):
     def _skip_content(self) -> None:
         """Move to the next header."""
         file: Any = self.fileobj
-        if self.offset != file.tell():
+        if self.offset < file.tell():
+            raise tarfile.ReadError("a file of negative size")
+        # A stream is read, because the seeking of tarfile does not stop at its end.
+        is_seekable = hasattr(file, "seekable") and file.seekable()
+        if is_seekable and self.offset > file.tell():
             file.seek(self.offset - 1)
-            if not file.read(1):
+        while self.offset > file.tell():
+            if not file.read(min(self.offset - file.tell(), _BLOCK_BYTES)):
                 raise tarfile.ReadError("unexpected end of data")

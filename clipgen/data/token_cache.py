@@ -10,8 +10,8 @@ and ``val``. A split's folder holds only ``shard-000000.npy``, ... Each shard is
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipgen.checkpoint.model_folder import codebook_rows
 from clipgen.data.datamodule import make_loader
+from clipgen.data.handover import from_first_process
 from clipgen.data.samplers import ResumableSampler, ValidationSampler
 from clipgen.files import atomic_write, one_line, read_json
 
@@ -38,6 +39,8 @@ MAX_UNNAMED_CLASSES = 2**16
 # Largest codebook of a tokenizer whose weights contain no table of codes.
 MAX_IMPLICIT_CODEBOOK = 2**20
 MAX_LABEL = 2**31 - 1
+# Shards that a process keeps mapped; Linux allows 65530 maps.
+MAX_MAPS = 10_000
 
 
 def record_dtype(
@@ -252,32 +255,24 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: str | Path, num_classes: int | None = None, codebook_size: int | None = None):
         self.num_classes = num_classes
         self.codebook_size = codebook_size
-        self.files: list[Path] = []
-        lengths = []
-        dtype: np.dtype | None = None
-        for file in shard_files(Path(folder)):
-            shard = open_shard(file)
-            # An empty shard was written without knowing the sizes of the others.
-            if not len(shard):
-                continue
-            dtype = dtype or shard.dtype
-            if shard.dtype != dtype:
-                raise ValueError(f"{file} must hold records of {dtype}, as the other shards, got {shard.dtype}")
-            self.files.append(file)
-            lengths.append(len(shard))
-        if not self.files:
-            raise FileNotFoundError(f"no shards of a token cache in {folder}")
+        self.files, lengths, self.dtype = from_first_process(lambda: check_shards(Path(folder)))
         self.ends = np.cumsum(lengths)
         self.starts = self.ends - lengths
+        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
 
-    @cached_property
-    def shards(self) -> list[np.ndarray]:
-        """The memory maps, opened in the process that reads them."""
-        return [open_shard(file) for file in self.files]
+    def shard(self, number: int) -> np.ndarray:
+        """Return the memory map of a shard; up to ``MAX_MAPS`` are kept, because the system limits their number."""
+        records = self._open.pop(number, None)
+        if records is None:
+            records = open_shard(self.files[number])
+        self._open[number] = records
+        if len(self._open) > MAX_MAPS:
+            self._open.popitem(last=False)
+        return records
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the memory maps, so that each worker opens its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "shards"}
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -294,7 +289,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         """Return a batch: ``{"indices": (B, T), "condition": (B, E)}``."""
         epochs, items = split_epochs(indices)
         shard_numbers, rows = self._locate(items)
-        views = (epochs + items) % self.shards[0].dtype["indices"].shape[0]
+        views = (epochs + items) % self.dtype["indices"].shape[0]
         tokens = self._gather("indices", shard_numbers, rows, views)
         self._check_range("indices", tokens, self.codebook_size, shard_numbers)
         if self.num_classes is None:
@@ -324,11 +319,11 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
 
     def _gather(self, field: str, shard_numbers: np.ndarray, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Read one field of many records: (B, ...). Fields with an augmentation axis are indexed by ``views``."""
-        dtype = self.shards[0].dtype[field]
+        dtype = self.dtype[field]
         values = np.empty((len(rows), *dtype.shape[1:]), dtype.base)
         for number in np.unique(shard_numbers):
             in_shard = shard_numbers == number
-            shard_values = self.shards[number][field]
+            shard_values = self.shard(int(number))[field]
             if dtype.shape:
                 values[in_shard] = shard_values[rows[in_shard], views[in_shard]]
             else:
@@ -355,6 +350,31 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         """Return the shard of the first sample with a wrong value."""
         sample = int(np.argwhere(is_wrong)[0][0])
         return self.files[shard_numbers[sample]]
+
+
+def check_shards(folder: Path) -> tuple[list[Path], list[int], np.dtype]:
+    """Return the shards of a split that hold images, their numbers of records, and the type of the records.
+
+    Raises:
+        FileNotFoundError: the folder holds no images.
+        ValueError: a shard is damaged, or differs in type from the others.
+    """
+    files: list[Path] = []
+    lengths: list[int] = []
+    dtype: np.dtype | None = None
+    for file in shard_files(folder):
+        shard = open_shard(file)
+        # An empty shard was written without knowing the sizes of the others.
+        if not len(shard):
+            continue
+        dtype = dtype or shard.dtype
+        if shard.dtype != dtype:
+            raise ValueError(f"{file} must hold records of {dtype}, as the other shards, got {shard.dtype}")
+        files.append(file)
+        lengths.append(len(shard))
+    if dtype is None:
+        raise FileNotFoundError(f"no shards of a token cache in {folder}")
+    return files, lengths, dtype
 
 
 def split_epochs(indices: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import chain, count, islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -20,20 +22,22 @@ from webdataset.gopen import gopen
 from webdataset.utils import pytorch_worker_info
 
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.decoding import EXTENSIONS, UnusableImageError, decode_image
+from clipgen.data.decoding import UnusableImageError, decode_image
+from clipgen.data.handover import from_first_process
 from clipgen.data.parallel import parallel_map
+from clipgen.data.shard_order import UNKNOWN, Piece, Position, Segment, ShardOrder
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.source import ImageCount, Views
-from clipgen.data.tar_reader import Member, Sample, group_samples, read_members
+from clipgen.data.tar_reader import Member, Sample, count_samples, group_samples, is_tar, read_members
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
 from clipgen.files import read_text
 from clipgen.hashing import hash_files, hashed_seed
 
+logger = logging.getLogger(__name__)
+
 # So many consecutive unusable images mean that the source is wrong.
 _MAX_CONSECUTIVE_SKIPS = 1_000
-# Each worker's stream is reseeded after so many images, which bounds what must be read again on resume.
-_SEGMENT_IMAGES = 100_000
 # Limit of the shuffle buffer, however large the images are.
 _SHUFFLE_BYTES = 1 << 29
 # The shuffle buffer starts to yield when it holds so many samples.
@@ -43,8 +47,8 @@ _SHUFFLE_START = 100
 class ImageShards(IterableDataset[dict[str, Any]]):
     """Stream of the images in tar shards; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
 
-    Training chooses shards at random, with replacement, and never ends. Each rank and worker has its own random order,
-    so that none runs out of images before the others. Validation reads every image once; the images are split between
+    Training never ends. It goes through the shards in random order, pass after pass; ranks and workers share the shards
+    of a pass, see ``shard_order``. Validation reads every image once; the images are split between
     ranks and workers by shard if there are enough shards, else by image.
 
     Construction checks local shards: each must be a tar file, and one of them must hold a usable image. Broken content
@@ -90,32 +94,30 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
         self.skip_counter = SkipCounter(urls if isinstance(urls, str) else ", ".join(urls))
         self.urls = expand_urls(urls)
-        self._epoch = 0
-        # Set by a resume: batches of this epoch that the run has had already, and their size.
-        self._batches_done = 0
+        # Number of samples in each shard, shared by all workers.
+        self._sizes = torch.full((len(self.urls),), UNKNOWN, dtype=torch.int32).share_memory_()
+        self._iteration = 0
+        # Set by `resume`.
+        self._resumed = False
+        self._start: Position | None = None
         self._batch_size = 0
-        self._check_shards()
+        self._batches_per_epoch: int | None = None
+        # Batches between the resume and the next epoch, and those of the next epoch.
+        self._batches_before = 0
+        self._batches_in_epoch = 0
+        from_first_process(self._check_shards)
 
     def _check_shards(self) -> None:
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
         local_urls = [url for url in self.urls if not is_remote(url)]
         for url in local_urls:
-            if not tarfile.is_tarfile(url):
+            if not is_tar(Path(url)):
                 raise ValueError(f"{url} must be a tar file, got {os.path.getsize(url)} bytes of another type")
         samples = chain.from_iterable(map(self._read_shard, local_urls))
         all_local = len(local_urls) == len(self.urls)
         if all_local and not any(map(self._decode, samples)):
             raise ValueError(f"{self.skip_counter.name} must hold a usable image, got {self.skip_counter}")
         self.skip_counter.restart()
-
-    def resume(self, epoch: int, batches: int, batch_size: int) -> None:
-        """Start the next iteration after `batches` batches of an epoch.
-
-        Some shards are read again for this, but no images are decoded.
-        """
-        self._epoch = epoch
-        self._batches_done = batches
-        self._batch_size = batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self._training_samples() if self.train else self._validation_samples()
@@ -162,46 +164,123 @@ class ImageShards(IterableDataset[dict[str, Any]]):
 
     # ------------------------------------------------------------------------------------------------------- training
 
+    def resume(
+        self, state: Mapping[str, Any] | None, batch_size: int, batches_per_epoch: int | None = None, batches: int = 0
+    ) -> None:
+        """Start the next iteration at a position.
+
+        Some shards are read again for this, but no images are decoded.
+
+        Args:
+            state: what ``state_after`` returned; None is the start of the first pass.
+            batch_size: images per batch on each rank.
+            batches_per_epoch: number of batches after which the stream is iterated again; None if it is not.
+            batches: batches of the current epoch that the state includes.
+        """
+        self._resumed = True
+        self._start = None
+        self._batch_size = batch_size
+        self._batches_per_epoch = batches_per_epoch
+        self._batches_before = 0
+        self._batches_in_epoch = (batches_per_epoch or 0) - batches
+        if state is None:
+            return
+        if len(state["sizes"]) != len(self.urls):
+            logger.warning(
+                "%s has %d shards, not %d as when the checkpoint was written: training continues with a new pass",
+                self.skip_counter.name,
+                len(self.urls),
+                len(state["sizes"]),
+            )
+            return
+        self._start = Position.from_dict(state["position"])
+        self._sizes.copy_(torch.maximum(self._sizes, torch.as_tensor(state["sizes"])))
+
+    def state_after(self, batches: int, num_workers: int) -> dict[str, Any]:
+        """Return the position after a number of batches since ``resume``. All ranks must call this.
+
+        Args:
+            batches: batches on each rank.
+            num_workers: workers of the loader, at least 1.
+        """
+        _, num_ranks, _, _ = pytorch_worker_info()
+        position = self._position(num_ranks, num_workers).after(batches, self._batch_size)
+        return {"position": position.as_dict(), "sizes": max_over_ranks(self._sizes)}
+
+    def _position(self, num_ranks: int, num_workers: int) -> Position:
+        """Return where ``resume`` has moved the stream, for a number of readers."""
+        start = self._start or Position.start(num_ranks, num_workers)
+        return self._order("").moved_to(start, num_ranks, num_workers)
+
+    def _position_of_next_epoch(self, num_ranks: int, num_workers: int) -> Position:
+        """Return where the next iteration starts, and count the batches of its epoch."""
+        position = self._position(num_ranks, num_workers).after(self._batches_before, self._batch_size)
+        if self._batches_per_epoch is not None:
+            self._batches_before += self._batches_in_epoch
+            self._batches_in_epoch = self._batches_per_epoch
+        return position
+
+    def _order(self, more_seed: str) -> ShardOrder:
+        return ShardOrder(len(self.urls), f"{self.seed}{more_seed}", self._sizes)
+
     def _training_samples(self) -> Iterator[dict[str, Any]]:
         """Return the endless stream of this rank and worker, from where the run stands."""
-        rank, _, worker, num_workers = pytorch_worker_info()
-        info = get_worker_info()
-        # Differs between iterators, also if workers are started again for each epoch.
-        base_seed = info.seed - worker if info else 0
-        # Workers deliver batches in turn, and worker 0 delivers the first batch after a resume. So it continues the
-        # stream of the worker whose turn it would have been, and so on.
-        stream_worker = (worker + self._batches_done) % num_workers
-        # Stream i has delivered the batches i, i + num_workers, i + 2 num_workers, ...
-        batches_of_stream = len(range(stream_worker, self._batches_done, num_workers))
-        name = f"{self.seed} {rank} {stream_worker} {self._epoch} {base_seed}"
-        start = batches_of_stream * self._batch_size
-        self._epoch += 1
-        self._batches_done = 0
-        return self._stream(name, start)
+        rank, num_ranks, worker, num_workers = pytorch_worker_info()
+        self._warn_of_few_shards(num_ranks * num_workers, rank + worker)
+        if not self._resumed:
+            # Iterated without a run: each iteration has its own order.
+            info = get_worker_info()
+            base_seed = info.seed - worker if info else 0
+            order = self._order(f" {self._iteration}")
+            noise = f"{base_seed} {rank}"
+            self._iteration += 1
+            position = Position.start(num_ranks, num_workers)
+        else:
+            order = self._order("")
+            noise = ""
+            position = self._position_of_next_epoch(num_ranks, num_workers)
+        read = partial(self._read_segment, noise=noise)
+        return self._decoded(order.samples(position, position.reader(rank, worker), read))
 
-    def _stream(self, name: str, start: int) -> Iterator[dict[str, Any]]:
-        """Yield the samples of a stream from number `start` on.
+    def _warn_of_few_shards(self, num_readers: int, reader: int) -> None:
+        if len(self.urls) < num_readers and reader == 0:
+            logger.info(
+                "%s: %d shards are fewer than the %d workers of all devices, so each is read by several of them",
+                self.skip_counter.name,
+                len(self.urls),
+                num_readers,
+            )
 
-        A stream is a sequence of segments of `_SEGMENT_IMAGES` samples, each with its own seed, so that only the
-        segment in which a resumed run stands has to be read again.
-        """
-        first_segment, offset = divmod(start, _SEGMENT_IMAGES)
-        for segment in count(first_segment):
-            samples = self._segment(random.Random(f"{name} {segment}"), offset)
-            yield from islice(samples, _SEGMENT_IMAGES - offset)
-            offset = 0
+    def _read_segment(self, segment: Segment, noise: str) -> Iterator[tuple[Sample, int]]:
+        """Yield the shuffled samples of a segment, each with the seed of its crop; decodes nothing."""
+        rng = random.Random(f"{segment.name} {noise}")
+        samples = chain.from_iterable(map(self._read_piece, segment.pieces))
+        for sample in shuffled(samples, self.shuffle, rng):
+            yield sample, rng.getrandbits(48)
 
-    def _segment(self, rng: random.Random, offset: int) -> Iterator[dict[str, Any]]:
-        """Yield the samples of an endless segment from number `offset` on.
+    def _read_piece(self, piece: Piece) -> Iterator[Sample]:
+        """Yield the samples of a piece, and note the size of its shard."""
+        size = 0
+        for sample in self._read_shard(self.urls[piece.shard]):
+            if size % piece.num_parts == piece.part:
+                yield sample
+            size += 1
+        self._sizes[piece.shard] = size
+        if not self._sizes.any():
+            raise ValueError(
+                f"{self.skip_counter.name} must hold images, got {len(self.urls)} shards without any: "
+                f"{self.skip_counter}"
+            )
+
+    def _decoded(self, samples: Iterator[tuple[Sample, int]]) -> Iterator[dict[str, Any]]:
+        """Decode samples.
 
         Every file of the shards, usable or not, gives one sample: an unusable image is replaced by another crop of the
         next usable one. So the number of a sample is known without decoding, and a resume decodes nothing that it
         skips.
         """
-        # Each file gets its crop's seed, also the skipped ones: the random state must not depend on the offset.
-        seeded = ((sample, rng.getrandbits(48)) for sample in shuffled(self._random_samples(rng), self.shuffle, rng))
         pending_seeds: list[int] = []
-        for sample, seed in islice(seeded, offset, None):
+        for sample, seed in samples:
             pending_seeds.append(seed)
             decoded = self._decode(sample)
             if decoded:
@@ -213,20 +292,6 @@ class ImageShards(IterableDataset[dict[str, Any]]):
                     f"{self.skip_counter.name} must hold usable images, got {_MAX_CONSECUTIVE_SKIPS} consecutive "
                     f"unusable ones: {self.skip_counter}"
                 )
-
-    def _random_samples(self, rng: random.Random) -> Iterator[Sample]:
-        """Yield the samples of shards that are chosen at random, without end."""
-        empty_shards: set[str] = set()
-        num_shards = len(set(self.urls))
-        while len(empty_shards) < num_shards:
-            url = rng.choice(self.urls)
-            empty_shards.add(url)
-            for sample in self._read_shard(url):
-                empty_shards.discard(url)
-                yield sample
-        raise ValueError(
-            f"{self.skip_counter.name} must hold images, got {len(self.urls)} shards without any: {self.skip_counter}"
-        )
 
     # ----------------------------------------------------------------------------------------------------- validation
 
@@ -257,6 +322,8 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Yield the files of a shard; what follows damage is counted and skipped."""
         stream = None
         try:
+            if not is_remote(url) and not Path(url).is_file():
+                raise ValueError("not a regular file")
             stream = gopen(url) if is_remote(url) else open(url, "rb")  # noqa: SIM115, closed below
             yield from read_members(stream, url, self.skip_counter)
         except Exception as error:
@@ -331,15 +398,20 @@ def read_names(path: str | Path) -> list[str]:
 
 def estimate_images(urls: list[str]) -> ImageCount | None:
     """Estimate the number of images in shards from the first one; None if it is not a local file."""
-    if not urls or is_remote(urls[0]):
+    if not urls or is_remote(urls[0]) or not Path(urls[0]).is_file():
         return None
-    samples = set()
-    # A damaged shard counts as far as it can be read.
-    with suppress(OSError, tarfile.TarError), tarfile.open(urls[0]) as shard:
-        for member in shard:
-            if member.name.lower().endswith(EXTENSIONS):
-                samples.add(member.name.rpartition("/")[2].partition(".")[0])
-    return ImageCount(len(samples) * len(urls), len(urls))
+    return ImageCount(count_samples(Path(urls[0])) * len(urls), len(urls))
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Return the element-wise maximum of a tensor over all ranks."""
+    result = values.clone()
+    if dist.is_available() and dist.is_initialized():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        on_device = result.to(device)
+        dist.all_reduce(on_device, dist.ReduceOp.MAX)
+        result = on_device.cpu()
+    return result
 
 
 def shuffled(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterator[Sample]:

@@ -152,6 +152,26 @@ def captions_of_files(root: Path, files: Sequence[str], captions: Sequence[Capti
     return [by_file[file] for file in files]
 
 
+def files_by_caption(root: Path, files: Sequence[str], captions: Sequence[Caption]) -> tuple[list[str], list[str]]:
+    """Return all captions of the images of a folder, and the image of each.
+
+    Args:
+        root: the folder.
+        files: the images, as paths below the folder.
+        captions: captions by file name; those of other files are left out.
+
+    Raises:
+        ValueError: a caption names no file, or an image has no caption.
+    """
+    if any(file is None for file, _ in captions):
+        raise ValueError("all_captions needs captions with file names, got some without")
+    # The folder must hold no image without a caption.
+    captions_of_files(root, files, captions)
+    known = set(files)
+    described = [caption for caption in captions if caption.file in known]
+    return [str(file) for file, _ in described], [text for _, text in described]
+
+
 def captions_by_line(root: Path, files: Sequence[str], captions: Sequence[str]) -> list[str]:
     """Return the caption of each image, if captions are in the natural order of the images' names."""
     if len(captions) != len(files):

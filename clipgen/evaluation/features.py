@@ -17,10 +17,14 @@ from torch import Tensor, nn
 
 from clipgen.checkpoint.model_folder import fingerprint
 from clipgen.clip import FrozenCLIP
+from clipgen.evaluation.classifier import ImageClassifier, load_classifier
 from clipgen.files import one_line
 from clipgen.images import to_bytes
 
-FORMATS = "inception[-clean][:FILE], clip:MODEL[:TAG], torchvision:MODEL[:FILE], timm:MODEL[:FILE] or module:function"
+FORMATS = (
+    "inception[-clean][:FILE], clip:MODEL[:TAG], classifier:FILE, torchvision:MODEL[:FILE], timm:MODEL[:FILE] or "
+    "module:function"
+)
 INCEPTION_SIZE = 299  # input size in pixels
 Preprocess = Callable[[Tensor], Tensor]  # images in [0, 1] -> the network's input
 
@@ -67,6 +71,7 @@ def feature_extractor(name: str) -> Features:
               ``"inception-clean"``: the same network after clean-fid's antialiased resize (arXiv:2104.11222). The
               weights are torch-fidelity's download, or a file: ``"inception:FILE"``.
             - ``"clip:MODEL"`` or ``"clip:MODEL:TAG"``: an image encoder, named as for ``FrozenCLIP``.
+            - ``"classifier:FILE"``: the classifier of small images that scripts/train_classifier.py trains.
             - ``"torchvision:MODEL"``, ``"timm:MODEL"``: the input of a classifier's last layer, with the model's own
               preprocessing. The weights are the usual download, or a file: ``"torchvision:MODEL:FILE"``.
             - ``"module:function"``: any function of images (B, 3, H, W) in [-1, 1] that returns (B, F).
@@ -82,6 +87,8 @@ def feature_extractor(name: str) -> Features:
     if prefix == "clip":
         clip = FrozenCLIP.from_spec(rest)
         return Features(clip.encode_image, f"{name} {fingerprint(clip.state_dict())}")
+    if prefix == "classifier":
+        return image_classifier_features(load_classifier(Path(rest).expanduser())[0])
     if prefix in CLASSIFIERS:
         return classifier_features(name)
     return imported_features(name)
@@ -189,6 +196,11 @@ def clean_resize(pixels: Tensor, size: int = INCEPTION_SIZE) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------- classifiers
+
+
+def image_classifier_features(classifier: ImageClassifier) -> Features:
+    """Return a classifier's features and logits. The weights alone identify it, wherever its file lies."""
+    return Features(classifier.classify, f"classifier {fingerprint(classifier.state_dict())}")
 
 
 def classifier_features(name: str) -> Features:

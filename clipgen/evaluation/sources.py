@@ -19,7 +19,7 @@ from clipgen.data.folder import ImageFolder, PackedStrings, find_images
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.source import ImageSource
 from clipgen.data.webdataset import ImageShards
-from clipgen.evaluation.captions import Caption, captions_of_files
+from clipgen.evaluation.captions import Caption, captions_of_files, files_by_caption
 from clipgen.evaluation.feature_store import ImageBatch
 from clipgen.hashing import hash_files
 from clipgen.images import from_pil
@@ -103,6 +103,7 @@ class FolderImages:
             text files beside them. None: no captions.
         batch_size: images per batch.
         workers: number of decoding threads.
+        all_captions: repeat each image for all of its captions; otherwise the first of each is taken.
 
     Raises:
         ValueError: the folder holds no image, or captions are missing.
@@ -115,6 +116,7 @@ class FolderImages:
         captions: Sequence[Caption] | Literal["embedded"] | None = None,
         batch_size: int = 50,
         workers: int = 4,
+        all_captions: bool = False,
     ):
         self.root = Path(root).expanduser()
         self.batch_size = batch_size
@@ -126,7 +128,9 @@ class FolderImages:
         self.image_size = image_size or min(self.first_size)
         self.sizes_may_differ = image_size is not None
         self.captions: list[str] = []
-        if captions is not None:
+        if captions is not None and captions != "embedded" and all_captions:
+            self.files, self.captions = files_by_caption(self.root, self.files, captions)
+        elif captions is not None:
             self.captions = captions_of_files(self.root, self.files, None if captions == "embedded" else captions)
         self.chunks = index_ranges(len(self.files), IMAGES_PER_PART)
         self.identity = {

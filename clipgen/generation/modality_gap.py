@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clipgen.checkpoint.safe_load import check_header
 from clipgen.files import atomic_write, one_line
 
 
@@ -80,6 +81,7 @@ class EmbeddingProjector(nn.Module):
         Raises:
             ValueError: the file is damaged, or not such a file.
         """
+        check_header(Path(path))
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 RECONSTRUCTION_LOSSES = ("l1", "l2")
-GAN_LOSSES = ("hinge", "log")
+GAN_LOSSES = ("hinge", "log", "minimax")
+LOSS_REDUCTIONS = ("mean", "sum")
 CLIP_LOSS_TYPES = ("log", "cosine")
 CLIP_LOSS_ESTIMATORS = ("straight_through", "gumbel", "expected")
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "muon")
 POSITION_INITS = ("normal", "sincos_2d")
+WEIGHT_INITS = ("gpt2", "torch")
 
 Config = TypeVar("Config")
 
@@ -129,6 +131,9 @@ class LossConfig:
     """Losses of the autoencoder, without the adversarial one.
 
     Args:
+        reduction: ``"mean"`` over elements; or ``"sum"`` over the elements of an image, as Eq. 4 prints, for the
+            reconstruction, codebook and commitment losses. Against the reconstruction, the two others weigh 3 times as
+            much in the mean; against LPIPS and the adversarial loss, all three weigh much more in the sum.
         reconstruction: pixel loss, ``"l1"`` (VQ-GAN's code) or ``"l2"`` (Eq. 4).
         codebook_weight: weight of the codebook loss ||sg[z] - z_q||^2 (Eq. 4).
         commitment_weight: weight of the commitment loss ||z - sg[z_q]||^2 (Eq. 4), VQ-VAE's beta. taming-transformers
@@ -142,6 +147,7 @@ class LossConfig:
 
     section: ClassVar[str] = "loss"
 
+    reduction: str = "mean"
     reconstruction: str = "l1"
     codebook_weight: float = 1.0
     commitment_weight: float = 0.25
@@ -151,6 +157,7 @@ class LossConfig:
     vgg_weights: str | None = None
 
     def __post_init__(self) -> None:
+        require_choice(self, "reduction", LOSS_REDUCTIONS)
         require_choice(self, "reconstruction", RECONSTRUCTION_LOSSES)
 
     def weight_of(self, loss: str) -> float:
@@ -170,7 +177,9 @@ class GANConfig:
         disc_only_steps: number of steps after ``start_step`` that train the discriminator only.
         channels: channels of the discriminator's first layer.
         num_layers: strided layers of the discriminator; 3 sees patches of 70 x 70 pixels (the paper).
-        loss: ``"hinge"`` or ``"log"`` (Eq. 5).
+        loss: ``"hinge"``; ``"log"`` (Eq. 5, halved, and non-saturating for the generator); or ``"minimax"`` (Eq. 5 as
+            printed, for both networks).
+        adaptive: multiply the weight by VQ-GAN's adaptive weight, which CLIP-GEN does not print.
         adaptive_weight_max: upper bound of the adaptive weight (VQ-GAN, Eq. 7).
         lecam_weight: weight of the LeCam regularization of the discriminator; 0 disables it.
     """
@@ -183,6 +192,7 @@ class GANConfig:
     channels: int = 64
     num_layers: int = 3
     loss: str = "hinge"
+    adaptive: bool = True
     adaptive_weight_max: float = 1e4
     lecam_weight: float = 0.0
 
@@ -233,12 +243,14 @@ class TransformerOptimizerConfig(OptimizerConfig):
     Args:
         name: ``"adamw"``, or ``"muon"`` for the matrices of the blocks and AdamW for the rest.
         weight_decay: weight decay of the matrices; 0 makes AdamW the paper's Adam.
+        decay_embeddings: apply the weight decay to the token and position embeddings, too.
     """
 
     name: str = "adamw"
     learning_rate: float = 1e-5
     betas: Sequence[float] = (0.9, 0.999)
     weight_decay: float = 0.0
+    decay_embeddings: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -257,11 +269,16 @@ class GPTConfig:
         num_tokens: T, code indices per image.
         clip_dim: E, dimension of the CLIP embedding.
         dropout: dropout on embeddings, attention and residuals.
+        mlp_dropout: dropout after the activation of the MLPs, as in ``torch.nn.TransformerEncoderLayer``.
         tie_embeddings: share the output matrix with the token embedding, as GPT-2 does.
         lm_head_bias: add a bias to the logits.
         activation: name of the activation in transformers. The default is GPT-2's, as one kernel ("gelu_new" is eight).
         pos_embed_init: ``"normal"`` (GPT-2), or ``"sincos_2d"`` to initialize the learned position embeddings with
             2-D sinusoids of row and column, so that attention to the token above works from the start.
+        weight_init: initialization: ``"gpt2"``, normal with deviation 0.02; or ``"torch"``, that of torch.nn's modules
+            and zero positions, as in HFAiLab/clip-gen.
+        scale_condition: multiply the CLIP embedding by the square root of its dimension before the projection, so that
+            its elements have unit variance. The paper mentions only the projection.
         grad_checkpointing: recompute activations in the backward pass: less memory, more time.
     """
 
@@ -274,16 +291,21 @@ class GPTConfig:
     num_tokens: int = 256
     clip_dim: int = 512
     dropout: float = training_only(0.0)
+    mlp_dropout: float = training_only(0.0)
     tie_embeddings: bool = True
     lm_head_bias: bool = False
     activation: str = "gelu_pytorch_tanh"
     pos_embed_init: str = training_only("normal")
+    weight_init: str = training_only("gpt2")
+    scale_condition: bool = True
     grad_checkpointing: bool = training_only(False)
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "num_tokens", "clip_dim"):
             require_at_least(self, name, 1)
         require_choice(self, "pos_embed_init", POSITION_INITS)
+        require_choice(self, "weight_init", WEIGHT_INITS)
+        require_in_unit_interval(self, "mlp_dropout")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be divisible by n_head, got {self.n_embd} and {self.n_head}")
 

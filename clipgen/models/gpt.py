@@ -50,6 +50,7 @@ class ConditionalGPT2(nn.Module):
         super().__init__()
         self.num_tokens = config.num_tokens
         self.codebook_size = config.codebook_size
+        self.scale_condition = config.scale_condition
         self.transformer = GPT2Model(gpt2_config(config))
         if config.grad_checkpointing:
             enable_grad_checkpointing(self.transformer)
@@ -60,20 +61,25 @@ class ConditionalGPT2(nn.Module):
         else:
             nn.init.normal_(self.head.weight, std=0.02)
         self.null = nn.Parameter(torch.zeros(config.n_embd)) if null_condition else None
+        if config.mlp_dropout > 0:
+            add_mlp_dropout(self.transformer, config.mlp_dropout)
+        if config.weight_init == "torch":
+            initialize_as_torch(self)
         if config.pos_embed_init == "sincos_2d":
             self.transformer.wpe.weight.data.copy_(0.1 * sinusoids_2d(config.num_tokens, config.n_embd))
 
     def condition(self, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
         """Project CLIP embeddings (B, E) to condition tokens (B, n_embd).
 
-        The embeddings, of unit norm, are first scaled to unit variance; the paper mentions only the projection.
+        The embeddings, of unit norm, are first scaled to unit variance unless ``scale_condition`` is False; the paper
+        mentions only the projection.
 
         Args:
             clip_embedding: (B, E), unit norm.
             drop: (B,) bool, True for samples that get the null condition instead.
         """
-        unit_variance = clip_embedding * clip_embedding.shape[-1] ** 0.5
-        token = self.clip_proj(unit_variance.to(self.clip_proj.weight.dtype))
+        scale = clip_embedding.shape[-1] ** 0.5 if self.scale_condition else 1.0
+        token = self.clip_proj((clip_embedding * scale).to(self.clip_proj.weight.dtype))
         if drop is None:
             return token
         if self.null is None:
@@ -127,6 +133,44 @@ def enable_grad_checkpointing(network: Any) -> None:
     """Enable gradient checkpointing under the name that this version of transformers uses."""
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def add_mlp_dropout(network: Any, probability: float) -> None:
+    """Apply dropout to the input of the second linear layer of each MLP, where GPT-2 has none."""
+
+    def drop(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return F.dropout(inputs[0], probability, module.training)
+
+    for block in network.h:
+        block.mlp.c_proj.register_forward_pre_hook(drop)
+
+
+@torch.no_grad()
+def initialize_as_torch(gpt: ConditionalGPT2) -> None:
+    """Initialize a network as HFAiLab/clip-gen does: torch.nn's default initializations, and zero positions.
+
+    The blocks there are ``torch.nn.TransformerEncoderLayer``. Tied embeddings keep the initialization of the tokens.
+    """
+    network: Any = gpt.transformer
+    nn.init.normal_(network.wte.weight)
+    nn.init.zeros_(network.wpe.weight)
+    for block in network.h:
+        nn.init.xavier_uniform_(block.attn.c_attn.weight)
+        nn.init.zeros_(block.attn.c_attn.bias)
+        initialize_linear(block.attn.c_proj)
+        nn.init.zeros_(block.attn.c_proj.bias)
+        initialize_linear(block.mlp.c_fc)
+        initialize_linear(block.mlp.c_proj)
+    gpt.clip_proj.reset_parameters()
+    if gpt.head.weight is not network.wte.weight:
+        gpt.head.reset_parameters()
+
+
+def initialize_linear(layer: Any) -> None:
+    """Initialize a layer of GPT-2, whose weight is (in, out), as ``torch.nn.Linear`` does."""
+    bound = layer.weight.shape[0] ** -0.5
+    nn.init.uniform_(layer.weight, -bound, bound)
+    nn.init.uniform_(layer.bias, -bound, bound)
 
 
 def sinusoids_2d(num_tokens: int, width: int) -> Tensor:

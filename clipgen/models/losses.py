@@ -2,7 +2,7 @@
 
 Losses are means over elements, samples or tokens. The paper prints sums and norms, so its weights of loss terms cannot
 be compared with ours where the number of elements differs, as in Eq. 4 (pixels and codes) and Eq. 10 (tokens and
-images).
+images); both modules have an option that turns the means into sums.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgen.models.config import CLIP_LOSS_ESTIMATORS
+from clipgen.models.config import CLIP_LOSS_ESTIMATORS, GAN_LOSSES
 
 
 def reconstruction_loss(images: Tensor, reconstruction: Tensor, loss_type: str) -> Tensor:
@@ -36,13 +36,15 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, loss_type: str)
     Args:
         logits_real: logits of real images, high where a patch looks real.
         logits_fake: logits of reconstructions.
-        loss_type: ``"hinge"`` (arXiv:1705.02894), or ``"log"`` for half the negative of Eq. 5.
+        loss_type: ``"hinge"`` (arXiv:1705.02894), ``"minimax"`` for the negative of Eq. 5, or ``"log"`` for half of it.
     """
     if loss_type == "hinge":
         return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
     if loss_type == "log":
         return (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()) / 2
-    raise ValueError(f"gan.loss must be 'hinge' or 'log', got {loss_type!r}")
+    if loss_type == "minimax":
+        return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+    raise ValueError(f"gan.loss must be one of {', '.join(GAN_LOSSES)}, got {loss_type!r}")
 
 
 def generator_loss(logits_fake: Tensor, loss_type: str) -> Tensor:
@@ -50,14 +52,17 @@ def generator_loss(logits_fake: Tensor, loss_type: str) -> Tensor:
 
     Args:
         logits_fake: the discriminator's logits of reconstructions.
-        loss_type: ``"hinge"`` for -D(I'), or ``"log"`` for -log D(I'), the non-saturating form of Eq. 5: its gradient
-            does not vanish when the discriminator recognizes all reconstructions (arXiv:1406.2661, Sec. 3).
+        loss_type: ``"hinge"`` for -D(I'); ``"minimax"`` for log(1 - D(I')), the part of Eq. 5 that depends on the
+            autoencoder; or ``"log"`` for -log D(I'), its non-saturating form, whose gradient does not vanish when the
+            discriminator recognizes all reconstructions (arXiv:1406.2661, Sec. 3).
     """
     if loss_type == "hinge":
         return -logits_fake.mean()
     if loss_type == "log":
         return F.softplus(-logits_fake).mean()
-    raise ValueError(f"gan.loss must be 'hinge' or 'log', got {loss_type!r}")
+    if loss_type == "minimax":
+        return -F.softplus(logits_fake).mean()
+    raise ValueError(f"gan.loss must be one of {', '.join(GAN_LOSSES)}, got {loss_type!r}")
 
 
 def adaptive_weight(

@@ -6,8 +6,14 @@ import logging
 import os
 import socket
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import pytorch_lightning as pl
 from torch.distributed import TCPStore
+
+from clipgen.data.handover import FOLDER, results_for_children
+from clipgen.environment import environment_int
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +22,7 @@ def check_num_processes(world_size: int) -> None:
     """Raise ValueError if torchrun has started another number of processes than the trainer expects."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    started = int(os.environ.get("WORLD_SIZE") or 0)
+    started = environment_int("WORLD_SIZE", 0)
     if started != world_size:
         raise ValueError(
             f"trainer.devices times trainer.num_nodes must be {started}, the processes that torchrun "
@@ -34,7 +40,7 @@ def use_own_store() -> None:
     Raises:
         RuntimeError: the processes were restarted on several machines, with the store of torchrun.
     """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    attempt = environment_int("TORCHELASTIC_RESTART_COUNT", 0)
     if attempt == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     if os.environ["GROUP_WORLD_SIZE"] != "1":
@@ -42,13 +48,38 @@ def use_own_store() -> None:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE must be 1 in the environment of torchrun, so that it can restart "
             "processes on several machines"
         )
-    shared = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    shared = TCPStore(os.environ["MASTER_ADDR"], environment_int("MASTER_PORT"), is_master=False)
     key = f"clipgen/port/{attempt}"
     if os.environ["RANK"] == "0":
         shared.set(key, str(free_port()))
     os.environ["MASTER_PORT"] = shared.get(key).decode()
     # now rank 0 serves the store
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+
+
+def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
+    """Let the processes of a training receive what ``clipgen.data.handover`` computes in the first one.
+
+    Processes of torchrun and SLURM, which exist already, are connected. Those of Lightning are started inside the
+    ``with``, and receive the results in files.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size == 1 or environment is None:
+        return nullcontext()
+    if environment.creates_processes_externally:
+        # A process that Lightning has started finds its parent's results in its environment.
+        if FOLDER not in os.environ:
+            connect(trainer.strategy)
+        return nullcontext()
+    return results_for_children()
+
+
+def connect(strategy: Any) -> None:
+    """Make the process group that Lightning would make at the start of the training."""
+    strategy.accelerator.setup_device(strategy.root_device)
+    # DDP and FSDP name it differently; their setup_environment needs the model, too
+    setup = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed
+    setup()
 
 
 def free_port() -> int:

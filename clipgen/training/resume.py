@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,11 +10,26 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
 from clipgen.checkpoint.model_folder import FOLDERS, check_model
-from clipgen.checkpoint.safe_load import read_checkpoint
+from clipgen.checkpoint.safe_load import check_finite, check_tensors, read_checkpoint
 from clipgen.files import atomic_write
+from clipgen.inner_files import contained, member
 from clipgen.training.callbacks.checkpointing import has_model_order
+
+# Entries of a checkpoint that a training is resumed from
+ENTRIES = {
+    "global_step": int,
+    "epoch": int,
+    "pytorch-lightning_version": str,
+    "hyper_parameters": dict,
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "callbacks": dict,
+}
 
 
 def find_checkpoint(resume: str | None, model: pl.LightningModule, max_steps: int) -> str | None:
@@ -35,13 +51,66 @@ def find_checkpoint(resume: str | None, model: pl.LightningModule, max_steps: in
         path = path / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
-    checkpoint = read_checkpoint(path)
-    check_model(checkpoint.get("clipgen_model"), type(model).__name__, path)
+    checkpoint = read_training_state(path, type(model).__name__)
     check_same_network(checkpoint, model, path)
     step = checkpoint["global_step"]
     if 0 <= max_steps < step:
         raise ValueError(f"trainer.max_steps must be at least {step}, the step of {path}, got {max_steps}")
     return str(path)
+
+
+def read_training_state(path: Path, model: str) -> dict[str, Any]:
+    """Read a checkpoint to resume.
+
+    Raises:
+        ValueError: it is of another model, or its entries are not those of a training; the message names the file.
+    """
+    checkpoint = read_checkpoint(path)
+    stored = checkpoint.get("clipgen_model")
+    check_model(stored if isinstance(stored, str) else None, model, path)
+    for key, entry_type in ENTRIES.items():
+        if not isinstance(checkpoint.get(key), entry_type):
+            raise ValueError(f"{path} is damaged: its {key} must be of type {entry_type.__name__}")
+    if not isinstance(checkpoint["hyper_parameters"].get("optimizer"), dict):
+        raise ValueError(f"{path} is damaged: its hyper_parameters must have the settings of the optimizer")
+    check_tensors(dict(checkpoint["state_dict"]), path)
+    for number, state in enumerate(checkpoint["optimizer_states"]):
+        if not isinstance(state, dict) or not fits_optimizer(state):
+            raise ValueError(f"{path} is damaged: its optimizer_states[{number}] is not the state of an optimizer")
+        check_finite(moments_of(state), path)
+    return checkpoint
+
+
+def fits_optimizer(state: dict[str, Any]) -> bool:
+    """Return whether a dictionary has the layout of an optimizer's state."""
+    moments, groups = state.get("state"), state.get("param_groups")
+    if not isinstance(moments, dict) or not isinstance(groups, list):
+        return False
+    return all(isinstance(values, dict) for values in [*moments.values(), *groups])
+
+
+def moments_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors in the state of an optimizer, by name."""
+    tensors = {}
+    for number, moments in state["state"].items():
+        for name, value in moments.items():
+            if isinstance(value, Tensor):
+                tensors[f"{name} of parameter {number}"] = value
+    return tensors
+
+
+def refuse_links(output: Path) -> None:
+    """Raise ValueError if a run folder holds a link that leaves it, a pipe or a device, through which we would write.
+
+    A run folder may come from somebody else: a link called ``metrics.csv`` could lead to any file of ours.
+    """
+    for folder, folders, files in os.walk(output):
+        for name in [*folders, *files]:
+            path = Path(folder, name)
+            if not contained(path, output):
+                raise ValueError(f"{path} must lie in {output}, got a link to {path.resolve()}: copy the file itself")
+            if not path.is_file() and not path.is_dir():
+                raise ValueError(f"{path} must be a regular file or a folder")
 
 
 def check_same_network(checkpoint: dict[str, Any], model: pl.LightningModule, path: Path) -> None:
@@ -115,6 +184,7 @@ def copy_best_checkpoint(checkpoint: str | None, output: Path) -> None:
     target = output / "checkpoints" / "best.ckpt"
     if best.parent.name != "checkpoints" or not best.is_file() or target.exists():
         return
+    best = member(best.parent, best.name)
     target.parent.mkdir(exist_ok=True)
     with atomic_write(target) as partial:
         shutil.copyfile(best, partial)

@@ -17,8 +17,9 @@ import yaml
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
+from clipgen.data.handover import one_process_works
 from clipgen.data.samplers import DataPositionCallback
-from clipgen.files import atomic_write, write_json
+from clipgen.files import atomic_write, one_line, write_json
 from clipgen.output_folder import output_folder
 from clipgen.processor import require_bf16_units
 from clipgen.run_folder import bind, copy_frozen, save_frozen
@@ -32,12 +33,18 @@ from clipgen.training.callbacks import (
     PerStepSeed,
     ProgressReport,
 )
-from clipgen.training.cluster import check_num_processes, requeue_slurm_job, use_own_store
+from clipgen.training.cluster import check_num_processes, requeue_slurm_job, share_results, use_own_store
 from clipgen.training.config import TrainingConfig
 from clipgen.training.factory import make
 from clipgen.training.loggers import ContinueLog, close_log, make_logger, store_run_id
 from clipgen.training.model_builder import build
-from clipgen.training.resume import check_strategy, copy_best_checkpoint, find_checkpoint, refuse_other_runs
+from clipgen.training.resume import (
+    check_strategy,
+    copy_best_checkpoint,
+    find_checkpoint,
+    refuse_links,
+    refuse_other_runs,
+)
 from clipgen.training.summary import log_summary
 from clipgen.training.validation_interval import scale_interval, set_default_interval, warn_of_few_images
 from clipgen.transformer import ConditionalTransformer
@@ -80,19 +87,35 @@ def train(
     config = deepcopy(config)
     output = Path(config.output)
     refuse_other_runs(output, config.resume)
+    if config.resume:
+        refuse_links(output)
     set_precision(config)
     automatic_interval = set_default_interval(config)
     trainer = make_trainer(config, output, callbacks)
     check_num_processes(trainer.world_size)
     use_own_store()
-    data = make(config.data, "data")
-    if automatic_interval:
-        scale_interval(config, trainer, data)
+    with share_results(trainer):
+        with one_process_works():
+            data = make(config.data, "data")
+        if automatic_interval:
+            scale_interval(config, trainer, data)
+        resume_command = resume_command or f"the same training with resume={output}"
+        return train_on(data, config, trainer, output, run_files or {}, resume_command)
+
+
+def train_on(
+    data: Any,
+    config: TrainingConfig,
+    trainer: pl.Trainer,
+    output: Path,
+    run_files: Mapping[str, str],
+    resume_command: str,
+) -> float | None:
+    """Build the model and train it on the data of a configuration; see ``train``."""
     pl.seed_everything(config.seed, workers=True, verbose=False)
     model = build(config)
     checkpoint = find_checkpoint(config.resume, model, config.trainer["max_steps"] or -1)
     check_strategy(checkpoint, model, config.trainer["strategy"])
-    resume_command = resume_command or f"the same training with resume={output}"
     if not trainer.is_global_zero:
         return fit(trainer, model, data, checkpoint, output, resume_command)
     log_summary(config, trainer, model, data)
@@ -101,7 +124,7 @@ def train(
         # again, now that the folder is locked: another run may have ended there in the meantime
         refuse_other_runs(output, config.resume)
         copy_best_checkpoint(checkpoint, output)
-        write_run_folder(output, config, model, run_files or {})
+        write_run_folder(output, config, model, run_files)
         store_run_id(trainer, output)
         try:
             return fit(trainer, model, data, checkpoint, output, resume_command)
@@ -231,6 +254,11 @@ def fit(
     try:
         with last.handle_signals():
             trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+    except (LookupError, TypeError, AttributeError) as error:
+        # before the first batch, Lightning restores the states in the checkpoint
+        if checkpoint is None or last.steps_before_batch >= 0:
+            raise
+        raise ValueError(f"{checkpoint} cannot be resumed: {type(error).__name__}: {one_line(error)}") from error
     except SystemExit as exit:
         # Lightning turns Ctrl-C into SystemExit
         hint = f"; {resume_command} continues" if last.path.is_file() else ""

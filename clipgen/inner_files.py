@@ -1,0 +1,41 @@
+"""Files inside a folder of unknown origin, whose links must not lead out of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def member(folder: Path, name: str) -> Path:
+    """Return the path of a file in a folder; links may not leave it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a regular file, or a link out of the folder.
+    """
+    path = folder / name
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing")
+    if not path.is_file():
+        raise ValueError(f"{path} must be a regular file")
+    if not contained(path, folder):
+        raise ValueError(f"{path} must lie in {folder}, got a link to {path.resolve()}: copy the file itself")
+    return path
+
+
+def contained(path: Path, folder: Path) -> bool:
+    """Return whether a path, with all links followed, stays in a folder, or in the store of the hub's cache that the
+    folder is a snapshot of."""
+    target, root = path.resolve(), folder.resolve()
+    if target.is_relative_to(root):
+        return True
+    for parent in root.parents:  # models--OWNER--NAME/snapshots/REVISION links to models--OWNER--NAME/blobs
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return target.parent == parent.parent / "blobs"
+    return False
+
+
+def check_inside(root: Path, *names: str) -> None:
+    """Raise ValueError if an entry of a folder is a link to outside of the folder."""
+    for name in names:
+        if not contained(root / name, root):
+            raise ValueError(f"{root / name} must lie in {root}, got a link to {(root / name).resolve()}")

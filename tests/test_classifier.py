@@ -1,0 +1,145 @@
+"""The classifier that evaluates generated images: its training resumes, its file is checked, its error is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import recognize
+import torch
+import train_classifier
+import webdataset as wds
+from PIL import Image
+
+from clipgen.evaluation.classifier import ImageClassifier, load_classifier, shifted
+from clipgen.evaluation.features import feature_extractor
+
+CLASSES = 2
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Return a folder of shards with two classes, red and blue, and noise."""
+    folder = tmp_path_factory.mktemp("shards")
+    generator = torch.Generator().manual_seed(0)
+    for name, number in (("train-000000", 32), ("train-000001", 8), ("val-000000", 8)):
+        with wds.TarWriter(str(folder / f"{name}.tar")) as writer:
+            for i in range(number):
+                pixels = torch.randint(100, (32, 32, 3), generator=generator).to(torch.uint8)
+                pixels[:, :, 2 * (i % 2)] += 100
+                image = Image.fromarray(pixels.numpy())
+                writer.write({"__key__": f"{i:03d}", "png": image, "cls": i % 2})
+    (folder / "classes.json").write_text('["red", "blue"]')
+    return folder
+
+
+def settings(shards: Path, epochs: int = 2) -> train_classifier.Settings:
+    return train_classifier.Settings(epochs, 8, 1, 32, 0, (8, 8, 8), train_classifier.shard_sizes(shards))
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("classifier")
+    train_classifier.train(settings(shards, epochs=4), shards, CLASSES, output)
+    return output / "classifier.pt"
+
+
+def test_interrupted_training_resumes_with_the_same_result(shards, tmp_path, monkeypatch):
+    whole = train_classifier.train(settings(shards), shards, CLASSES, tmp_path / "whole")
+    train_epoch = train_classifier.Training.train_epoch
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(train_classifier.Training, "train_epoch", interrupted_after_one_epoch(train_epoch))
+        train_classifier.train(settings(shards), shards, CLASSES, tmp_path / "parts")
+    resumed = train_classifier.train(settings(shards), shards, CLASSES, tmp_path / "parts")
+    assert resumed["accuracy"] == whole["accuracy"]
+    states = [load_classifier(tmp_path / name / "classifier.pt")[0].state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def interrupted_after_one_epoch(train_epoch):
+    def interrupted(training, data):
+        if training.epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(training, data)
+
+    return interrupted
+
+
+def test_checkpoint_of_other_settings_is_refused(shards, tmp_path):
+    train_classifier.train(settings(shards, epochs=1), shards, CLASSES, tmp_path)
+    with pytest.raises(ValueError, match="must be of the same settings"):
+        train_classifier.train(settings(shards, epochs=2), shards, CLASSES, tmp_path)
+
+
+def test_file_states_the_accuracy_and_its_interval(trained):
+    _, about = load_classifier(trained)
+    accuracy = about["accuracy"]
+    low, high = accuracy["interval"]
+    assert accuracy["images"] == 8 and low <= accuracy["all"] <= high
+    assert about["trained"]["held_out_shards"] == ["train-000001.tar"]
+
+
+def test_first_layer_whitens_the_patches(shards):
+    images = train_classifier.load_images([shards / "train-000000.tar"], 32).floats(slice(None))
+    classifier = ImageClassifier(CLASSES)
+    train_classifier.initialize_whitening(classifier, images)
+    classifier.whitening.bias.data.zero_()
+    responses = classifier.whitening((images - classifier.mean) / classifier.std)[:, :12].transpose(0, 1).flatten(1)
+    second_moments = responses @ responses.T / responses.shape[1]
+    assert torch.allclose(second_moments, torch.eye(12), atol=0.05)
+
+
+def test_translated_images_are_shifted_by_at_most_two_pixels():
+    image = torch.arange(64.0).view(1, 1, 8, 8)
+    results = train_classifier.translated(image.expand(200, 1, 8, 8), torch.Generator().manual_seed(0))
+    centers = results[:, 0, 4, 4]
+    expected = {8 * y + x for y in range(2, 7) for x in range(2, 7)}
+    assert set(centers.int().tolist()) == expected
+
+
+def test_shifted_views_move_along_the_diagonal():
+    image = torch.arange(64.0).view(1, 1, 8, 8)
+    assert shifted(image, 1)[0, 0, 3, 3] == image[0, 0, 4, 4]
+    assert shifted(image, -1)[0, 0, 3, 3] == image[0, 0, 2, 2]
+    assert shifted(image, 0) is image
+
+
+def test_mirrored_image_has_the_same_prediction(trained, images):
+    classifier, _ = load_classifier(trained)
+    assert torch.equal(classifier.predict(images), classifier.predict(images.flip(-1)))
+
+
+def test_classifier_is_a_feature_space_of_the_evaluation(trained, images):
+    features = feature_extractor(f"classifier:{trained}")
+    hidden, logits = features.classify(images)
+    classifier, _ = load_classifier(trained)
+    assert hidden.shape == (8, 8) and torch.equal(logits.argmax(dim=1), classifier.predict(images))
+    assert features.num_classes == CLASSES and features.identity.startswith("classifier ")
+
+
+def test_files_of_something_else_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_classifier(tmp_path / "missing.pt")
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="with other content"):
+        load_classifier(tmp_path / "other.pt")
+
+
+def test_script_measures_real_images_without_a_model(shards, trained, tmp_path, monkeypatch, capsys):
+    options = ["--data", str(shards), "--classifier", str(trained), "--per-class", "4", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["recognize.py", *options])
+    recognize.main()
+    report = json.loads((tmp_path / "recognized.json").read_text())
+    assert list(report["rows"]) == ["real images"] and report["rows"]["real images"]["images"] == 8
+    assert "| real images | 8 |" in (tmp_path / "recognized.md").read_text() == capsys.readouterr().out[:-1]
+
+
+def test_table_states_the_classifiers_error_and_the_floor(shards, trained):
+    classifier, about = load_classifier(trained)
+    real = recognize.held_out_images(shards, 32, 100, about)
+    reference = recognize.features_of(classifier, real.floats(slice(None)))
+    row = recognize.describe(classifier, real.floats(slice(None)), real.labels, reference)
+    assert row["fid"] == pytest.approx(0, abs=1e-6) and row["precision"] == row["recall"] == 1
+    text = recognize.table({"real images": row}, about)
+    assert f"The classifier is right on {about['accuracy']['all']:.1%}" in text and "| real images | 8 |" in text

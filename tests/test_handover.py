@@ -1,0 +1,58 @@
+"""One process reads headers and lists files at the start, and the others receive the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+from clipgen.data import folder
+from clipgen.data.folder import ImageFolder
+from clipgen.data.handover import from_first_process, one_process_works, results_for_children
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "4.png").touch()
+    return tmp_path / "images"
+
+
+def test_processes_that_are_started_later_do_not_scan_again(images, monkeypatch):
+    with results_for_children():
+        with one_process_works():
+            first = ImageFolder(images, 8, train=True)
+        monkeypatch.setattr(folder, "scan_folder", None)
+        with one_process_works():
+            second = ImageFolder(images, 8, train=True)
+    assert [*first.files] == [*second.files] and len(second) == 4
+    assert first.skip_counter.num_used == second.skip_counter.num_used == 4
+    assert first.skip_counter.num_skipped == 1
+
+
+def test_without_a_training_every_process_works():
+    calls = []
+    with results_for_children():
+        for _ in range(2):
+            from_first_process(lambda: calls.append(1))
+    assert len(calls) == 2
+
+
+def connected(rank: int, path: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
+    with one_process_works():
+        assert from_first_process(lambda: {"rank": rank}) == {"rank": 0}
+        with pytest.raises(ValueError, match="raised by rank 0"):
+            from_first_process(lambda: int(f"raised by rank {rank}"))
+    assert from_first_process(lambda: rank) == rank
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_connected_processes_receive_the_result_of_the_first(tmp_path):
+    mp.spawn(connected, (str(tmp_path),), nprocs=2)
