@@ -27,6 +27,7 @@ def grid(
     columns: int | None = None,
     captions: Sequence[str] | None = None,
     cell: int = 128,
+    heading: Sequence[str] = (),
 ) -> Image.Image:
     """Tile images into a grid, row by row, with captions below them.
 
@@ -35,20 +36,25 @@ def grid(
         columns: number of columns; None makes the grid square.
         captions: one caption per image, wrapped to the width of a cell.
         cell: width and height of a cell in pixels.
+        heading: paragraphs above the grid, wrapped to its width.
     """
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     rows = math.ceil(len(images) / columns)
     texts = [shorten(caption) for caption in captions or [""] * len(images)]
-    font = font_for("".join(texts))
+    font = font_for("".join([*texts, *heading]))
     wrapped_texts = [wrap(text, cell, font) for text in texts]
     text_height = LINE_HEIGHT * max(len(lines) for lines in wrapped_texts) + 4 if captions else 0
     step_x = cell + GAP
     step_y = cell + text_height + GAP
-    sheet = Image.new("RGB", (columns * step_x + GAP, rows * step_y + GAP), "white")
+    width = columns * step_x + GAP
+    heading_lines = [line for paragraph in heading for line in wrap(paragraph, width - 2 * GAP, font)]
+    top = LINE_HEIGHT * len(heading_lines) + GAP if heading else 0
+    sheet = Image.new("RGB", (width, top + rows * step_y + GAP), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((GAP, GAP), "\n".join(heading_lines), "black", font, spacing=1)
     for i, (image, lines) in enumerate(zip(images, wrapped_texts)):
         x = GAP + (i % columns) * step_x
-        y = GAP + (i // columns) * step_y
+        y = top + GAP + (i // columns) * step_y
         sheet.paste(fit(image, cell), (x, y))
         draw.multiline_text((x, y + cell + 2), "\n".join(lines), "black", font, spacing=1)
     return sheet

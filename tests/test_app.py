@@ -22,6 +22,7 @@ from clipgen.checkpoint.model_folder import BUNDLED
 from clipgen.cli import app as command
 from clipgen.cli.image_metadata import read_metadata
 from clipgen.generation.partial_images import PartialImages
+from clipgen.generation.streaming import Stopped
 from clipgen.pipeline import TextToImage
 from clipgen.run_list import BUNDLED_MODELS
 from clipgen.sampling import SamplingParams
@@ -182,6 +183,17 @@ def test_previews_are_squares_whose_missing_rows_are_transparent(store):
     assert [image.size for image in half] == [(32, 32)] * 2
     alpha = np.asarray(half[0])[:, :, 3]
     assert (alpha[:16] == 255).all() and (alpha[16:] == 0).all()
+
+
+def test_a_request_that_waits_for_others_can_be_stopped(store):
+    stopped = threading.Event()
+    with store.generating:
+        updates = generation.serve_request(store, builders.text_request(SETTINGS, PROMPT), stopped)
+        assert "Waiting for the model" in next(updates).status
+        assert "Waiting for other visitors" in next(updates).status
+        stopped.set()
+        with pytest.raises(Stopped):
+            list(updates)
 
 
 def test_closing_a_request_stops_the_generation(store, monkeypatch):

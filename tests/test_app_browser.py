@@ -14,6 +14,9 @@ import pytest
 from page_server import SlowRows, served_page
 from PIL import Image
 
+from clipgen.data.shapes import ShapesDataset
+from clipgen.images import to_pil
+
 pytestmark = pytest.mark.slow
 PROMPT = "a large blue ring on a white background"
 CHROMIUM = next(
@@ -22,6 +25,7 @@ CHROMIUM = next(
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync", "--disable-quic"]
 PROMPT_BOX = "#prompt textarea, #prompt input"
+SEED_BOX = "#seed textarea, #seed input"
 THUMBNAIL = "#gallery .thumbnail-item"
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
@@ -100,7 +104,9 @@ class Visitor:
         if SCREENSHOTS:
             self.page.mouse.move(0, 0)
             self.page.wait_for_timeout(300)
-            self.page.screenshot(path=Path(SCREENSHOTS) / f"app_{name}.png", **options)
+            path = Path(SCREENSHOTS) / f"app_{name}.png"
+            self.page.screenshot(path=path, **options)
+            Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 @pytest.fixture
@@ -121,7 +127,7 @@ def visit(browser, page_url):
 
 def test_prompt_generates_images_whose_settings_are_shown(visit, tmp_path):
     visitor = visit()
-    visitor.page.fill("#seed textarea, #seed input", "7")
+    visitor.page.fill(SEED_BOX, "7")
     visitor.generate()
     visitor.wait_for_images(4)
     visitor.choose(2)
@@ -139,6 +145,7 @@ def test_prompt_generates_images_whose_settings_are_shown(visit, tmp_path):
 def test_enter_starts_and_rows_appear_before_the_image_is_complete(visit, monkeypatch):
     SlowRows(monkeypatch, 0.4)
     visitor = visit()
+    visitor.page.fill(SEED_BOX, "7")
     visitor.page.fill(PROMPT_BOX, PROMPT)
     visitor.page.press(PROMPT_BOX, "Enter")
     visitor.wait_for_text("#status", "Row 4 of 8")
@@ -186,7 +193,7 @@ def test_leaving_the_page_ends_the_generation(visit, monkeypatch):
 
 def test_chosen_image_is_generated_again_and_varied(visit):
     visitor = visit()
-    visitor.page.fill("#seed textarea, #seed input", "7")
+    visitor.page.fill(SEED_BOX, "7")
     visitor.generate()
     visitor.wait_for_images(4)
     visitor.choose(1)
@@ -246,7 +253,7 @@ def test_broken_upload_is_explained_and_a_good_one_is_varied(visit, tmp_path):
 
 def test_completion_and_tokenizer(visit, tmp_path):
     path = tmp_path / "upload.png"
-    Image.new("RGB", (60, 40), "blue").save(path)
+    to_pil(ShapesDataset(1, seed=5).render([0]))[0].resize((96, 96), Image.Resampling.BICUBIC).save(path)
     visitor = visit()
     visitor.upload("Complete", path)
     visitor.wait_for_text("#status", "The image is uploaded.")
@@ -325,6 +332,7 @@ def test_colors_follow_the_system(visit):
     assert background(visit(color_scheme="light", **DESKTOP)) > 600
     dark = visit(color_scheme="dark", **DESKTOP)
     assert background(dark) < 150
+    dark.page.fill(SEED_BOX, "4")
     dark.open_tab("Interpolate")
     dark.page.click("#generate-interpolation")
     dark.wait_for_images(8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -13,6 +14,7 @@ from page_server import SlowRows, served_page
 from PIL import Image
 
 from clipgen.app import limits
+from clipgen.app.models import ModelStore
 
 pytestmark = pytest.mark.slow
 PROMPT = "a large blue ring on a white background"
@@ -98,6 +100,24 @@ def test_requests_are_served_one_after_the_other(connect, monkeypatch):
     assert rows.count == 24 and rows.most_active == 1
 
 
+def test_a_model_that_is_being_loaded_does_not_hold_up_other_visitors(connect, monkeypatch):
+    loading = threading.Event()
+    load = ModelStore.load
+
+    def slow_load(self, name):
+        if name != "shapes":
+            assert loading.wait(30)
+            raise ValueError("the model is gone")
+        return load(self, name)
+
+    monkeypatch.setattr(ModelStore, "load", slow_load)
+    slow = connect().submit("outputs/slow", *SETTINGS[1:], PROMPT, api_name="/text")
+    wait_until(lambda: slow.outputs())
+    assert "2 images in" in connect().predict(*SETTINGS, PROMPT, api_name="/text")[0]
+    loading.set()
+    assert "The model is gone." in slow.result()[0]
+
+
 def test_files_of_the_computer_are_not_served(page):
     for path in ("/etc/passwd", __file__):
         with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -117,6 +137,7 @@ def test_large_uploads_are_refused(page):
 def test_waiting_requests_are_bounded(tmp_path, monkeypatch):
     gradio_client = pytest.importorskip("gradio_client")
     monkeypatch.setattr("clipgen.app.server.MAX_QUEUE_LENGTH", 1)
+    monkeypatch.setattr("clipgen.app.page.MAX_ACTIVE", 1)
     rows = SlowRows(monkeypatch, 0.2)
     with served_page(tmp_path) as page:
         clients = [gradio_client.Client(page.local_url, verbose=False) for _ in range(3)]

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from gan_states import biggan_state, deep_state
+from gan_states import biggan_state, deep_state, sagan_state
 
 from clipgen.baselines.biggan import load_biggan
 from clipgen.baselines.biggan_clip import (
@@ -159,6 +159,34 @@ def test_command_writes_images_a_preview_and_a_grid(monkeypatch, tmp_path, gener
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {"grid.png", "preview.png"} <= names and len(names) == 4
     assert "step 4/4, loss" in capsys.readouterr().out
+    torch.save(sagan_state(), tmp_path / "sagan.pth")
+    with pytest.raises(ValueError, match=r"condition per layer, got sagan:.*, which has no generate, num_layers"):
+        run(monkeypatch, "--generator", f"sagan:{tmp_path / 'sagan.pth'}", *options)
+    with pytest.raises(ValueError, match=r"biggan:FILE_OR_FOLDER or module:object, got nothing"):
+        run(monkeypatch, "--generator", "nothing", *options)
+
+
+def test_biggan_takes_a_piece_of_noise_and_classes_per_layer(tmp_path):
+    """With the same class in every layer the image is that of the class."""
     torch.save(biggan_state(), tmp_path / "G_ema.pth")
-    with pytest.raises(ValueError, match="generator must take a condition per layer"):
-        run(monkeypatch, "--generator", f"biggan:{tmp_path / 'G_ema.pth'}", *options)
+    model = load_biggan(tmp_path / "G_ema.pth")
+    noise = torch.randn(2, model.noise_dim)
+    pieces = noise.view(2, model.num_layers, model.layer_noise_dim)
+    weights = torch.nn.functional.one_hot(torch.tensor([1, 3]), model.num_classes).float()
+    layered = model.generate(pieces, weights[:, None].expand(-1, model.num_layers, -1))
+    torch.testing.assert_close(layered, model(noise, torch.tensor([1, 3])))
+
+
+def test_command_takes_any_generator_with_conditions_per_layer(monkeypatch, tmp_path):
+    (tmp_path / "tiny_layers.py").write_text(
+        "import torch\n\n"
+        "class Tiny:\n"
+        "    num_layers, layer_noise_dim, num_classes = 2, 12, 3\n\n"
+        "    def generate(self, noise, class_weights, truncation=1.0):\n"
+        "        return (noise.sum(1) * class_weights.sum()).tanh().view(-1, 3, 2, 2)\n\n"
+        "tiny = Tiny()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = ["--prompt", "a red circle", "--clip", "shapes", "--steps", 2, "--cutouts", 2, "--device", "cpu"]
+    run(monkeypatch, "--generator", "tiny_layers:tiny", *options, "--output", tmp_path / "out")
+    assert (tmp_path / "out/grid.png").is_file()

@@ -10,7 +10,8 @@ import torch
 from commands import everything
 from PIL import Image
 
-from clipgen.cli.baseline import parser, training_score
+from clipgen.cli.baseline import parser
+from clipgen.cli.search import training_score
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.sources import FolderImages
 
@@ -108,7 +109,7 @@ def test_threshold_of_a_search_is_the_score_of_training_images_and_all_captions(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["vqgan-clip"], "a prompt is needed: give --prompt or --prompts-file"),
+        (["vqgan-clip"], "a prompt is needed: give --prompt, --prompts-file or --captions"),
         (["vqgan-clip", "--prompt", " "], "prompt must not be empty"),
         (["vqgan-clip", "--prompt", "x", "--steps", "-1"], "steps must be at least 0, got -1"),
         (["vqgan-clip", "--prompt", "x", "--num-images", "0"], "num_images must be at least 1, got 0"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipgen.images import save_png, to_pil
+from clipgen.images import psnr, save_png, to_pil
 
 
 def solid(color: str) -> Image.Image:
@@ -61,3 +61,10 @@ def test_a_failed_write_keeps_the_old_image(tmp_path, monkeypatch):
         save_png(solid("green"), path)
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
     assert Image.open(path).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_psnr_is_that_of_pixel_values_in_0_1():
+    images = torch.zeros(2, 3, 4, 4)
+    reconstructions = images.clone()
+    reconstructions[1] += 0.2  # 0.1 of the range
+    assert psnr(images, reconstructions).tolist() == pytest.approx([100, 20], abs=1e-4)

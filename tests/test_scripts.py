@@ -11,9 +11,14 @@ import compare_runs
 import fuzz
 import pytest
 import torch
+import train_generator
 import webdataset as wds
 from PIL import Image
 from train_clip import one_cycle
+
+from clipgen.baselines import load_generator
+from clipgen.data.shapes import ALL_ATTRIBUTES
+from clipgen.evaluation.shapes_evaluator import accuracy
 
 
 @pytest.fixture
@@ -94,3 +99,27 @@ def test_runs_are_compared_by_their_curves_and_last_grids(tmp_path, monkeypatch,
     compare_runs.main()
     assert "| a | 2.5 |\n| b | 3 |" in capsys.readouterr().out
     assert Image.open(output).getpixel((10, Image.open(output).height - 10)) == (255, 0, 0)
+
+
+def test_trained_generator_is_a_biggan_with_conditions_per_layer(tmp_path, monkeypatch, capsys):
+    """Its file holds every tensor of ajbrock's layout, and equal weights of all classes add up to nothing."""
+    file = tmp_path / "generator" / "G_ema.pth"
+    monkeypatch.setattr(sys, "argv", ["train_generator", "--output", str(file), "--steps", "2", "--batch-size", "4"])
+    train_generator.main()
+    assert "step 2, loss" in capsys.readouterr().out and file.with_name("samples.png").is_file()
+    model = load_generator(f"biggan:{file}", class_names=list(map(str, ALL_ATTRIBUTES))).model
+    assert (model.num_layers, model.layer_noise_dim, model.num_classes) == (4, 16, 288)
+    weights = torch.full((1, 4, 288), 0.02)
+    assert (weights @ model.classes.weight).abs().max() < 1e-4
+    assert model.generate(torch.randn(1, 4, 16), weights).shape == (1, 3, 32, 32)
+
+
+def test_noise_decides_position_and_radius_of_a_render():
+    classes = torch.tensor([5, 5, 200])
+    noise = torch.zeros(3, train_generator.NOISE_DIM)
+    noise[1, 0] = 3.0
+    images = train_generator.render(noise, classes)
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images[:1], train_generator.render(noise[:1], classes[:1]))
+    named = [ALL_ATTRIBUTES[i] for i in classes]
+    assert accuracy(images, named)["all"] == 1

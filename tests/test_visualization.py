@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFont
 
-from clipgen.visualization import fit, grid, wrap
+from clipgen.visualization import code_colors, code_grid, fit, grid, wrap
 
 
 def solid(color: str, size: tuple[int, int] = (4, 4)) -> Image.Image:
@@ -63,3 +64,25 @@ def test_words_wider_than_a_line_are_broken():
     assert all(font.getlength(line) <= 40 for line in lines)
     assert wrap("wide", 1, font) == list("wide")
     assert wrap("", 80, font) == [""]
+
+
+def test_codes_are_cells_in_the_color_of_the_code():
+    codebook = torch.randn(16, 5, generator=torch.Generator().manual_seed(0))
+    indices = torch.tensor([[3, 0, 3], [1, 2, 15]])
+    sheet = code_grid(indices, codebook, cell=20)
+    assert sheet.size == (60, 40)
+    colors = code_colors(codebook)
+    for y in range(2):
+        for x in range(3):
+            assert sheet.getpixel((20 * x, 20 * y)) == tuple(colors[indices[y, x]].tolist())
+    # The number is drawn in the middle.
+    assert np.asarray(sheet.crop((0, 0, 20, 20)).convert("L")).std() > 0
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 8])
+def test_similar_codes_have_similar_colors(dimensions):
+    codebook = torch.linspace(-1, 1, 32)[:, None] * torch.ones(dimensions)
+    colors = code_colors(codebook).float()
+    assert colors.shape == (32, 3)
+    steps = (colors[1:] - colors[:-1]).norm(dim=1)
+    assert (colors[0] - colors[-1]).norm() > 4 * steps.max() > 0

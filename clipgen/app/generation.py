@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Side in pixels of a cell of the sheet of a sweep.
 SHEET_CELL = 160
+# Seconds between two reports of a request that waits for others.
+WAITING_INTERVAL = 0.2
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def serve_request(
         if message.kind == "result":
             seconds = time.monotonic() - start
             yield finished(request, message.value, seconds)
+        elif isinstance(message.value, str):
+            yield Update(status(message.value))
         else:
             progress: PartialRequest = message.value
             text = f"Row {progress.rows} of {progress.num_rows} ..."
@@ -71,15 +75,20 @@ def serve_request(
 
 
 def work(store: ModelStore, request: ImageRequest, report: Report) -> list[Image.Image]:
-    """Load the model and generate the images of a request."""
+    """Load the model and generate the images of a request; report texts and ``PartialRequest``."""
     pipe = store.load(request.model)
     partial = PartialImages(pipe.image_size, pipe.side, request.total)
 
     def preview(images: Tensor) -> None:
         report(partial.update(images))
 
-    with store.generating:
+    while not store.generating.acquire(timeout=WAITING_INTERVAL):
+        # Raises `Stopped` if the visitor does not want to wait any longer.
+        report("Waiting for other visitors ...")
+    try:
         return request.generate(pipe, preview)
+    finally:
+        store.generating.release()
 
 
 def finished(request: ImageRequest, images: list[Image.Image], seconds: float) -> Update:

@@ -14,8 +14,10 @@ MAX_UPLOAD_BYTES = 20 << 20
 MAX_UPLOAD_PIXELS = 50_000_000
 # Larger uploads are resized to this width or height in pixels.
 MAX_KEPT_SIDE = 2048
-# Requests that wait; further ones are refused.
+# Requests that wait in the queue; further ones are refused.
 MAX_QUEUE_LENGTH = 20
+# Requests that have left the queue. One of them generates; the others load their models or wait.
+MAX_ACTIVE = 3
 # Visitors whose results are kept in memory.
 MAX_SESSIONS = 100
 # Age in seconds at which files and results are deleted, and the interval in seconds of looking for them.

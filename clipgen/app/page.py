@@ -10,14 +10,14 @@ import gradio as gr
 from clipgen.app import tabs
 from clipgen.app.controls import Controls, shared_controls
 from clipgen.app.events import Handler, Handlers
-from clipgen.app.limits import CLEANING_INTERVAL, MAX_AGE
+from clipgen.app.limits import CLEANING_INTERVAL, MAX_ACTIVE, MAX_AGE
 from clipgen.app.messages import status
 from clipgen.app.models import HUB_PREFIX, ModelStore
 from clipgen.app.output_panel import OutputPanel, output_panel
 
 TITLE = "clipgen"
 HEADING = "# clipgen\nText to image, learned from images alone"
-# Requests of all visitors share one queue, of which one is served at a time.
+# Requests of all visitors share one queue.
 QUEUE = "generation"
 
 
@@ -40,7 +40,7 @@ def build_page(store: ModelStore, folder: Path) -> gr.Blocks:
             with gr.Column(min_width=320):
                 generating_tabs, tokenizer = tabs.add_tabs()
                 controls = shared_controls(model)
-            with gr.Column(min_width=320):
+            with gr.Column(min_width=320, elem_id="output"):
                 panel = output_panel()
         handlers = Handlers(store, folder)
         connect_model(page, controls, facts, handlers)
@@ -153,7 +153,7 @@ def add_request(
         panel.shown,
         api_name=api_name,
         api_visibility="public" if api_name else "private",
-        concurrency_limit=1,
+        concurrency_limit=MAX_ACTIVE,
         concurrency_id=QUEUE,
         show_progress="minimal",
         show_progress_on=[panel.status],

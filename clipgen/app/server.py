@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,7 +54,15 @@ def serve(
     logging.getLogger("clipgen").setLevel(logging.INFO)
     with running_page(store, host, port) as page:
         logger.info("Serving the page at %s; Ctrl-C stops it", page.local_url)
-        page.block_thread()
+        wait_for_interrupt()
+
+
+def wait_for_interrupt() -> None:
+    """Wait for Ctrl-C, which is the usual way to end the server."""
+    with suppress(KeyboardInterrupt):
+        while True:
+            # Windows does not interrupt a longer wait.
+            time.sleep(1)
 
 
 @contextmanager

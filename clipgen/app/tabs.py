@@ -141,7 +141,7 @@ def tokenizer_tab() -> TokenizerTab:
     button = gr.Button("Tokenize", variant="primary", elem_id="tokenize")
     summary = gr.HTML(padding=False, elem_id="tokenizer-summary")
     with gr.Row():
-        original = tokenizer_output("Size of the model", ["pixelated", "filled"])
+        original = tokenizer_output("At the size of the model", ["pixelated", "filled"])
         reconstruction = tokenizer_output("Reconstruction", ["pixelated", "filled"])
     codes = tokenizer_output("Codes", [])
     return TokenizerTab(image, button, [summary, original, reconstruction, codes])

@@ -203,7 +203,8 @@ class BigGANDeep(nn.Module):
         eps: float = DEEP_EPS,
     ):
         super().__init__()
-        self.noise_dim, self.num_classes, self.num_layers = noise_dim, num_classes, len(doubles) + 1
+        self.noise_dim, self.num_classes = noise_dim, num_classes
+        self.num_layers, self.layer_noise_dim = len(doubles) + 1, noise_dim
         self.classes = nn.Linear(num_classes, noise_dim, bias=False)
         self.first = nn.Linear(2 * noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
@@ -270,23 +271,40 @@ class BigGAN(nn.Module):
     ):
         super().__init__()
         self.noise_dim, self.num_classes = noise_dim, num_classes
-        piece = noise_dim // len(channels)
+        self.num_layers, self.layer_noise_dim = len(channels), noise_dim // len(channels)
         self.classes = nn.Embedding(num_classes, class_dim)
-        self.first = nn.Linear(piece, 16 * channels[0])
+        self.first = nn.Linear(self.layer_noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
         for channels_in, channels_out in pairwise(channels):
-            self.blocks.append(ResidualBlock(channels_in, channels_out, class_dim + piece, eps))
+            self.blocks.append(ResidualBlock(channels_in, channels_out, class_dim + self.layer_noise_dim, eps))
         self.attention = nn.ModuleDict({str(i): SelfAttention(channels[i + 1]) for i in attention_after})
         self.norm = FixedBatchNorm(channels[-1], eps)
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, noise: Tensor, class_indices: Tensor, truncation: float = 1.0) -> Tensor:
         """Generate images: (B, noise_dim), (B,) -> (B, 3, H, W) in [-1, 1]; ``truncation`` has no effect here."""
-        pieces = noise.chunk(len(self.blocks) + 1, dim=1)
-        class_embedding = self.classes(class_indices)
-        x = self.first(pieces[0]).view(len(noise), -1, 4, 4)
+        pieces = noise.unflatten(1, (self.num_layers, -1))
+        return self.render(pieces, self.classes(class_indices)[:, None].expand(-1, self.num_layers, -1))
+
+    def generate(self, noise: Tensor, class_weights: Tensor, truncation: float = 1.0) -> Tensor:
+        """Generate images from one condition per layer: the first map, which knows no class, then each block.
+
+        Args:
+            noise: (B, num_layers, layer_noise_dim).
+            class_weights: (B, num_layers, num_classes).
+            truncation: has no effect here.
+
+        Returns:
+            (B, 3, H, W) in [-1, 1].
+        """
+        return self.render(noise, class_weights @ self.classes.weight)
+
+    def render(self, noise: Tensor, class_embeddings: Tensor) -> Tensor:
+        """Generate images from noise and class embedding per layer: (B, R, piece), (B, R, D) -> (B, 3, H, W)."""
+        conditions = torch.cat([class_embeddings, noise], dim=2)
+        x = self.first(noise[:, 0]).view(len(noise), -1, 4, 4)
         for i, block in enumerate(self.blocks):
-            x = block(x, torch.cat([class_embedding, pieces[i + 1]], dim=1))
+            x = block(x, conditions[:, i + 1])
             if str(i) in self.attention:
                 x = self.attention[str(i)](x)
         return self.to_rgb(self.norm(x).relu()).tanh()

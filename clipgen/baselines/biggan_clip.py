@@ -39,14 +39,14 @@ Callback = Callable[[int, int, float, Callable[[], Tensor]], None]  # (image, st
 
 
 class LayeredGenerator(Protocol):
-    """A generator with one condition per layer, such as ``BigGANDeep``."""
+    """A generator with one condition per layer, such as ``BigGANDeep`` and ``BigGAN``."""
 
-    noise_dim: int
-    num_classes: int
     num_layers: int
+    layer_noise_dim: int
+    num_classes: int
 
     def generate(self, noise: Tensor, class_weights: Tensor, truncation: float = 1.0) -> Tensor:
-        """(B, num_layers, noise_dim), (B, num_layers, num_classes) -> (B, 3, H, W) in [-1, 1]."""
+        """(B, num_layers, layer_noise_dim), (B, num_layers, num_classes) -> (B, 3, H, W) in [-1, 1]."""
         ...
 
 
@@ -147,7 +147,7 @@ class Optimization:
         self.penalized = prompts[:0].detach() if penalized is None else penalized.detach()
         self.random = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices get the same numbers
         layers = generator.num_layers
-        noise = torch.randn(layers, generator.noise_dim, generator=self.random)
+        noise = torch.randn(layers, generator.layer_noise_dim, generator=self.random)
         logits = torch.randn(layers, generator.num_classes, generator=self.random)
         self.noise = noise.to(clip.device).requires_grad_()
         self.logits = (CLASS_LOGIT_MEAN + CLASS_LOGIT_STD * logits).to(clip.device).requires_grad_()

@@ -10,7 +10,7 @@ from torch import Tensor
 from clipgen.baselines.biggan import BigGAN, BigGANDeep, load_biggan
 from clipgen.baselines.gan_layers import truncated_normal
 from clipgen.baselines.sagan import SAGAN, load_sagan
-from clipgen.evaluation.captions import imagenet_class_names
+from clipgen.data.class_names import name_list
 
 __all__ = ["FileGenerator", "check_truncation", "is_gan_file", "load_gan", "load_gan_file"]
 
@@ -95,7 +95,7 @@ class FileGenerator:
         self.model, self.name, self.truncation, self.noise_dim = model, name, truncation, model.noise_dim
         self.class_names = list(class_names or [])
         if not self.class_names and model.num_classes == IMAGENET_CLASSES:
-            self.class_names = imagenet_class_names()
+            self.class_names = name_list("imagenet")
 
     @property
     def device(self) -> torch.device:

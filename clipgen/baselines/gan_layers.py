@@ -42,7 +42,7 @@ def affine(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
 
 
 class ConditionalBatchNorm(nn.Module):
-    """Batch norm with stored statistics whose gain and bias are linear in the condition.
+    """Batch norm whose gain and bias are linear in the condition; with stored statistics, which training updates.
 
     Args:
         channels: channels of the input.
@@ -63,12 +63,12 @@ class ConditionalBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Return ``normalize(x) * (1 + gain(c)) + bias(c)``: (B, C, H, W), (B, D) -> (B, C, H, W)."""
-        x = F.batch_norm(x, self.mean, self.var, eps=self.eps)
+        x = F.batch_norm(x, self.mean, self.var, training=self.training, eps=self.eps)
         return affine(x, 1 + self.gain(condition), self.bias(condition))
 
 
 class FixedBatchNorm(nn.Module):
-    """Batch norm with stored statistics and a learned gain and bias (the last norm of a generator).
+    """Batch norm with a learned gain and bias (the last norm of a generator), and statistics as above.
 
     Args:
         channels: channels of the input.
@@ -87,7 +87,7 @@ class FixedBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input, (B, C, H, W)."""
-        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, eps=self.eps)
+        return F.batch_norm(x, self.mean, self.var, self.weight, self.bias, training=self.training, eps=self.eps)
 
 
 class ResidualBlock(nn.Module):

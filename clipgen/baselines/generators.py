@@ -19,8 +19,7 @@ from torch import Tensor
 
 from clipgen.baselines.class_conditional import ClassConditionalGenerator
 from clipgen.baselines.gan_files import is_gan_file, load_gan_file
-from clipgen.data.webdataset import read_names
-from clipgen.evaluation.captions import imagenet_class_names
+from clipgen.data.class_names import NAME_LISTS, name_list, read_names
 from clipgen.evaluation.features import import_function
 from clipgen.files import one_line
 from clipgen.sampling import SamplingParams
@@ -202,5 +201,5 @@ def load_function(module: str, name: str) -> Any:
 
 
 def read_class_names(source: str) -> list[str]:
-    """Read class names from a file, or return those of ``"imagenet"``."""
-    return imagenet_class_names() if source == "imagenet" else read_names(source)
+    """Read class names from a file, or return a list by its name, such as ``"imagenet"``."""
+    return name_list(source) if source in NAME_LISTS else read_names(source)

@@ -9,19 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from clipgen.baselines.generators import Generator
-from clipgen.clip import FrozenCLIP
 from clipgen.hashing import hashed_seed
 
 PAPER_TEMPLATE = "An image of {label}"
 PAPER_KS = (1, 10, 20, 50, 100, 1000)
 PAPER_SEEDS = (42, 43, 44)
 TEXT_BATCH_SIZE = 256
+
+
+class ScoringCLIP(Protocol):
+    """A CLIP that embeds texts and images as unit vectors, such as ``FrozenCLIP``."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor: ...
+
+    def encode_image(self, images: Tensor) -> Tensor: ...
 
 
 class SearchResult(NamedTuple):
@@ -42,7 +52,7 @@ class SearchResult(NamedTuple):
     images: Tensor | None
 
 
-def encode_labels(clip: FrozenCLIP, class_names: Sequence[str], template: str | None = None) -> Tensor:
+def encode_labels(clip: ScoringCLIP, class_names: Sequence[str], template: str | None = None) -> Tensor:
     """Return the CLIP embeddings of class names in a template, (num_classes, E).
 
     Args:
@@ -65,7 +75,7 @@ def encode_labels(clip: FrozenCLIP, class_names: Sequence[str], template: str | 
     return torch.cat([clip.encode_text(batch) for batch in batches])
 
 
-def knows_template(clip: FrozenCLIP) -> bool:
+def knows_template(clip: ScoringCLIP) -> bool:
     """Return whether a CLIP knows the words of the paper's template; only a ``WordTokenizer`` may not."""
     vocabulary = getattr(getattr(clip, "tokenizer", None), "index", None)
     words = PAPER_TEMPLATE.lower().split()[:-1]
@@ -90,7 +100,7 @@ def top_labels(label_embeddings: Tensor, clip_embedding: Tensor, k: int) -> Tens
 
 def search(
     generator: Generator,
-    clip: FrozenCLIP,
+    clip: ScoringCLIP,
     prompt: str,
     k: int,
     num_images: int = 100,
@@ -98,6 +108,7 @@ def search(
     *,
     batch_size: int = 32,
     label_embeddings: Tensor | None = None,
+    captions: Sequence[str] | None = None,
     return_images: bool = False,
 ) -> SearchResult:
     """Run Algorithm 1: generate images of the top-k classes and return the one with the highest CLIP score.
@@ -114,6 +125,8 @@ def search(
         seed: seed of classes and noise.
         batch_size: images per batch.
         label_embeddings: embeddings of the class names, see ``encode_labels``; None: computed here.
+        captions: texts of the same content, against a random one of which each image is scored; None: all images are
+            scored against the prompt, which ranks the classes in any case.
         return_images: return all images, too.
 
     Raises:
@@ -129,18 +142,22 @@ def search(
     # Sorted by index, so that a search with all classes samples the same ones whatever CLIP's ranking.
     candidates = top_labels(label_embeddings, target, k).sort().values
     noise, classes = sample_inputs(generator.noise_dim, candidates, num_images, f"{seed} {prompt}")
-    batches = score_batches(generator, clip, target, noise, classes, batch_size)
+    targets = target.expand(num_images, -1)
+    if captions:
+        targets = clip.encode_text(captions)[sample_captions(len(captions), num_images, f"{seed} {prompt}")]
+    batches = score_batches(generator, clip, targets, noise, classes, batch_size)
     return collect_result(batches, classes, return_images)
 
 
 def score_batches(
-    generator: Generator, clip: FrozenCLIP, target: Tensor, noise: Tensor, classes: Tensor, batch_size: int
+    generator: Generator, clip: ScoringCLIP, targets: Tensor, noise: Tensor, classes: Tensor, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the generator's images and their cosine similarity (B,) with a target (E,), batch by batch."""
-    for noise_batch, class_batch in zip(noise.split(batch_size), classes.split(batch_size)):
+    """Yield the generator's images and their cosine similarity (B,) with the targets (N, E), batch by batch."""
+    for batch in zip(noise.split(batch_size), classes.split(batch_size), targets.split(batch_size)):
+        noise_batch, class_batch, target_batch = batch
         images = generator(noise_batch.to(generator.device), class_batch.to(generator.device))
         with torch.no_grad():
-            yield images, (clip.encode_image(images.to(clip.device)) @ target).cpu()
+            yield images, (clip.encode_image(images.to(clip.device)) * target_batch).sum(dim=1).cpu()
 
 
 def collect_result(batches: Iterable[tuple[Tensor, Tensor]], classes: Tensor, return_images: bool) -> SearchResult:
@@ -176,6 +193,12 @@ def sample_inputs(noise_dim: int, candidates: Tensor, count: int, key: str) -> t
         classes[b] = candidates[int(uniform * len(candidates))]
         noise[b] = torch.randn(noise_dim, generator=generator)
     return noise, classes
+
+
+def sample_captions(num_captions: int, count: int, key: str) -> Tensor:
+    """Sample the index of a caption for each image, (count,)."""
+    generator = torch.Generator().manual_seed(hashed_seed(f"{key} captions"))
+    return torch.randint(num_captions, (count,), generator=generator)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -226,7 +249,7 @@ SearchCallback = Callable[[int, int, int, SearchResult], None]  # k, seed, numbe
 
 def search_table(
     generator: Generator,
-    clip: FrozenCLIP,
+    clip: ScoringCLIP,
     prompts: Sequence[str],
     threshold: float | None = None,
     *,
@@ -235,6 +258,7 @@ def search_table(
     seeds: Sequence[int] = PAPER_SEEDS,
     batch_size: int = 32,
     template: str | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
     return_images: bool = False,
     callback: SearchCallback | None = None,
 ) -> list[SearchRow]:
@@ -250,23 +274,22 @@ def search_table(
         seeds: seeds to average over.
         batch_size: images per batch.
         template: template of the class names, see ``encode_labels``.
+        captions: for each prompt the captions of ``search``; None: the prompt alone.
         return_images: let the callback receive all images, for example to compute FID.
         callback: called after each search.
     """
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     label_embeddings = encode_labels(clip, generator.class_names, template)
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "label_embeddings": label_embeddings,
-        "return_images": return_images,
-    }
+    options: dict[str, Any] = {"batch_size": batch_size, "label_embeddings": label_embeddings}
+    options["return_images"] = return_images
     rows = []
     for k in sorted({min(k, len(generator.class_names)) for k in ks}):
         curves = torch.empty(len(seeds), len(prompts), num_images)
         for seed_number, seed in enumerate(seeds):
             for prompt_number, prompt in enumerate(prompts):
-                result = search(generator, clip, prompt, k, num_images, seed, **options)
+                texts = captions[prompt_number] if captions else None
+                result = search(generator, clip, prompt, k, num_images, seed, captions=texts, **options)
                 curves[seed_number, prompt_number] = result.curve
                 if callback:
                     callback(k, seed, prompt_number, result)
@@ -282,6 +305,6 @@ def make_row(k: int, curves: Tensor, threshold: float | None) -> SearchRow:
 
 
 @torch.no_grad()
-def real_score(clip: FrozenCLIP, images: Tensor, captions: Sequence[str]) -> float:
+def real_score(clip: ScoringCLIP, images: Tensor, captions: Sequence[str]) -> float:
     """Return the mean cosine similarity of images (B, 3, H, W) and their captions: the threshold of Table 2."""
     return (clip.encode_image(images) * clip.encode_text(captions)).sum(dim=-1).mean().item()

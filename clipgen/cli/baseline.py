@@ -18,13 +18,13 @@ from clipgen.cli.console import guarded
 from clipgen.cli.device import default_device
 from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
+from clipgen.cli.search import add_search, check_threshold
 from clipgen.generation.file_names import file_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from clipgen import VQGAN, FrozenCLIP
-    from clipgen.baselines.search import SearchResult, SearchRow
     from clipgen.sampling import SamplingParams
 
 PAPER_CLIP = "ViT-B-32-quickgelu:openai"
@@ -75,57 +75,6 @@ def add_vqgan_clip(p: argparse.ArgumentParser) -> None:
     optimization.add_argument("--batch-size", type=int, default=1, help="images per batch (default: %(default)s)")
 
 
-def add_search(p: argparse.ArgumentParser) -> None:
-    """Add the options of ``run_search``."""
-    p.set_defaults(run=run_search)
-    add_prompts(p)
-    models = p.add_argument_group("models")
-    models.add_argument(
-        "--generator",
-        required=True,
-        help="run folder of the class-conditional transformer, biggan:FILE_OR_FOLDER, sagan:FILE, TorchScript file, "
-        "or module:function that is called with (noise, class_indices)",
-    )
-    models.add_argument("--truncation", type=float, help="truncation of BigGAN or SAGAN in (0, 1] (default: none)")
-    models.add_argument("--noise-dim", type=int, help="noise dimension, if the generator has no noise_dim attribute")
-    models.add_argument(
-        "--class-names",
-        help="class names, if the generator has no class_names attribute: .json list, text file with one name per "
-        "line, or imagenet",
-    )
-    add_clip(models, "that of the run folder, else the papers' ViT-B/32")
-    options = p.add_argument_group("search")
-    options.add_argument("--k", type=int, default=10, help="number of classes to sample from (default: %(default)s)")
-    options.add_argument(
-        "--template", help='text for the CLIP embedding of a class (default: "An image of {label}", as in the paper)'
-    )
-    options.add_argument("--num-images", type=int, default=100, help="images per prompt, b_max (default: %(default)s)")
-    options.add_argument("--batch-size", type=int, default=32, help="images per batch (default: %(default)s)")
-    options.add_argument("--save-all", action="store_true", help="write all generated images below OUTPUT/all")
-    add_table(p.add_argument_group("tables of the paper"))
-    add_sampling_options(p.add_argument_group("sampling of a class-conditional transformer"), given_only=True)
-
-
-def add_table(group: argparse._ArgumentGroup) -> None:
-    """Add the options of the paper's tables."""
-    group.add_argument("--table", action="store_true", help="search with all k of the paper; print tables, no images")
-    group.add_argument(
-        "--seeds", type=int, nargs="+", default=[42, 43, 44], help="seeds of --table (default: the paper's)"
-    )
-    group.add_argument(
-        "--threshold",
-        type=float,
-        help="CLIP score that 'images needed' counts to in --table (see --real-images)",
-    )
-    group.add_argument(
-        "--real-images",
-        type=Path,
-        help="folder of the training images, whose mean CLIP score with all of their captions is the threshold, as in "
-        "the paper",
-    )
-    group.add_argument("--real-captions", help="file of their captions, in the formats of clipgen-eval --captions")
-
-
 def add_class(p: argparse.ArgumentParser) -> None:
     """Add the options of ``run_class``."""
     p.set_defaults(run=run_class)
@@ -145,6 +94,13 @@ def add_prompts(p: argparse.ArgumentParser) -> None:
     """Add the options that name the prompts."""
     p.add_argument("--prompt", action="append", default=[], help="prompt; may be repeated")
     p.add_argument("--prompts-file", type=Path, action="append", default=[], help="text file with one prompt per line")
+    p.add_argument(
+        "--captions",
+        help="captions of images instead of prompts, in any format of clipgen-eval: the first of each image",
+    )
+    p.add_argument(
+        "--split", choices=("train", "test", "all"), help="split of a folder of CUB-200-2011 (default: test)"
+    )
 
 
 def add_clip(group: argparse._ArgumentGroup, default: str) -> None:
@@ -162,20 +118,13 @@ def run() -> None:
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
     if args.system != "class":
-        args.prompts = read_prompts(args)
+        args.caption_groups = read_caption_groups(args)
+        args.prompts = [group[0] for group in args.caption_groups]
     if args.system == "search":
         check_threshold(args)
     args.device = args.device or default_device()
     with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)
-
-
-def check_threshold(args: argparse.Namespace) -> None:
-    """Raise ValueError if the threshold of a search is not defined by one number, or by images with captions."""
-    if (args.real_images is None) != (args.real_captions is None):
-        raise ValueError("real_images and real_captions must be given together")
-    if args.real_images is not None and (args.threshold is not None or not args.table):
-        raise ValueError("real_images must be used with --table, and not with --threshold")
 
 
 def run_vqgan_clip(args: argparse.Namespace) -> None:
@@ -209,81 +158,6 @@ def run_vqgan_clip(args: argparse.Namespace) -> None:
     output.save_grid()
 
 
-def run_search(args: argparse.Namespace) -> None:
-    """Search the best image of each prompt, or compute the paper's tables over all prompts."""
-    from clipgen.baselines.generators import load_generator, read_class_names
-    from clipgen.baselines.search import encode_labels, search
-
-    class_names = read_class_names(args.class_names) if args.class_names else None
-    params = sampling_params(args)
-    generator = load_generator(args.generator, args.noise_dim, class_names, args.device, params, args.truncation)
-    clip = load_search_clip(args)
-    if args.table:
-        return run_search_table(args, generator, clip)
-    truncation = {} if args.truncation is None else {"truncation": args.truncation}
-    output = ImageOutput(args, {"k": args.k, "num_images": args.num_images, **truncation})
-    label_embeddings = encode_labels(clip, generator.class_names, args.template)
-    for number, prompt in enumerate(args.prompts):
-        result = search(
-            generator,
-            clip,
-            prompt,
-            args.k,
-            args.num_images,
-            args.seed,
-            batch_size=args.batch_size,
-            label_embeddings=label_embeddings,
-            return_images=args.save_all,
-        )
-        save_all(args, result, f"{number:05d}")
-        name = generator.class_names[result.class_index]
-        metadata = {"prompt": prompt, "clip_score": result.score, "label": name, "curve": result.curve.tolist()}
-        output.add(result.image[None], prompt, [args.seed], [metadata])
-        print(f"{prompt}: CLIP score {result.score:.4f}, class {name!r}")
-    output.save_grid()
-
-
-def run_search_table(args: argparse.Namespace, generator: Any, clip: FrozenCLIP) -> None:
-    """Search with every k of the paper, and write its tables."""
-    from clipgen.baselines.search import search_table
-
-    if args.real_images:
-        args.threshold = training_score(args, clip)
-
-    def callback(k: int, seed: int, number: int, result: SearchResult) -> None:
-        save_all(args, result, f"k{k}/seed{seed}/{number:05d}")
-
-    rows = search_table(
-        generator,
-        clip,
-        args.prompts,
-        args.threshold,
-        num_images=args.num_images,
-        seeds=args.seeds,
-        batch_size=args.batch_size,
-        template=args.template,
-        return_images=args.save_all,
-        callback=callback,
-    )
-    write_table(rows, args)
-
-
-def training_score(args: argparse.Namespace, clip: FrozenCLIP) -> float:
-    """Return the mean CLIP score of a folder of images, each with all of its captions."""
-    from clipgen.baselines.search import real_score
-    from clipgen.evaluation.captions import read_captions
-    from clipgen.evaluation.sources import FolderImages
-
-    source = FolderImages(args.real_images, captions=read_captions(args.real_captions), all_captions=True)
-    total = 0.0
-    for chunk in source.chunks:
-        for images, captions in source.read(chunk):
-            total += real_score(clip, images.to(clip.device), captions) * len(images)
-    score = total / len(source.captions)
-    print(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
-    return score
-
-
 def run_class(args: argparse.Namespace) -> None:
     """Generate images of each class."""
     import torch
@@ -303,18 +177,22 @@ def run_class(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------- input
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """Return the prompts of the command line and of the files."""
+def read_caption_groups(args: argparse.Namespace) -> list[list[str]]:
+    """Return the prompts of the command line and of files, alone, and the captions of ``--captions`` by image."""
+    from clipgen.evaluation.captions import group_by_image, read_captions
     from clipgen.generation import prompts as prompt_files
 
     prompts = list(args.prompt)
     for file in args.prompts_file:
         prompts += prompt_files.read_prompts(file)
-    if not prompts:
-        raise ValueError("a prompt is needed: give --prompt or --prompts-file")
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("prompt must not be empty, got ''")
-    return prompts
+    groups = [[prompt] for prompt in prompts]
+    if args.captions:
+        groups += group_by_image(read_captions(args.captions, args.split))
+    if not groups:
+        raise ValueError("a prompt is needed: give --prompt, --prompts-file or --captions")
+    return groups
 
 
 def image_seeds(args: argparse.Namespace) -> list[int]:
@@ -397,53 +275,6 @@ class ImageOutput:
 
         columns = self.columns if self.num_groups > 1 else None
         print(save_png(grid(self.images, columns, self.captions), self.folder / "grid.png"))
-
-
-def save_all(args: argparse.Namespace, result: SearchResult, name: str) -> None:
-    """Write all images of a search, if they were kept."""
-    from clipgen.images import save_png, to_pil
-
-    if result.images is None:
-        return
-    folder = args.output / "all" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(to_pil(result.images)):
-        save_png(image, folder / f"{number:04d}.png")
-
-
-def write_table(rows: list[SearchRow], args: argparse.Namespace) -> None:
-    """Print Tables 1 and 2, write them with the curves of Figure 2 to ``search.json``, and draw the figure."""
-    from clipgen.files import write_json
-    from clipgen.images import save_png
-    from clipgen.visualization import line_chart
-
-    print(f"{'k':>5}  best CLIP score    images needed")
-    for row in rows:
-        mean, std = row.best_mean_std
-        print(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
-    report = {
-        "generator": args.generator,
-        "truncation": args.truncation,
-        "prompts": len(args.prompts),
-        "num_images": args.num_images,
-        "seeds": args.seeds,
-        "threshold": args.threshold,
-        "rows": [{"k": row.k, "best": row.best, "needed": row.needed, "curve": row.curve.tolist()} for row in rows],
-    }
-    write_json(args.output / "search.json", report)
-    print(args.output / "search.json")
-    curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
-    print(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
-
-
-def format_needed(row: SearchRow, args: argparse.Namespace) -> str:
-    """Return the number of images needed as text."""
-    if args.threshold is None:
-        return "-"
-    if row.needed_mean_std is None:
-        return f"> {args.num_images}"
-    mean, std = row.needed_mean_std
-    return f"{mean:.2f} ± {std:.2f}"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROGRESS_INTERVAL = 10  # seconds
+LAYERED = ("generate", "num_layers", "layer_noise_dim", "num_classes")  # of a ``LayeredGenerator``
 
 
 def add_biggan_clip(p: argparse.ArgumentParser) -> None:
@@ -21,7 +22,9 @@ def add_biggan_clip(p: argparse.ArgumentParser) -> None:
     add_prompts(p)
     p.add_argument("--penalize", action="append", default=[], help="prompt to stay away from; may be repeated")
     models = p.add_argument_group("models")
-    models.add_argument("--generator", required=True, help="BigGAN-deep's weights: biggan:FILE_OR_FOLDER")
+    models.add_argument(
+        "--generator", required=True, help="biggan:FILE_OR_FOLDER, or module:object with a condition per layer"
+    )
     add_clip(models, "the papers' ViT-B/32")
     group = p.add_argument_group("optimization")
     group.add_argument("--num-images", type=int, default=1, help="images per prompt (default: %(default)s)")
@@ -68,13 +71,24 @@ def run_biggan_clip(args: argparse.Namespace) -> None:
 
 
 def load_layered(source: str, device: str) -> Any:
-    """Load a generator that takes one condition per layer."""
+    """Load a generator that takes one condition per layer: BigGAN's file, or an object of a module."""
     from clipgen.baselines.gan_files import is_gan_file, load_gan
+    from clipgen.evaluation.features import import_function
 
-    generator = load_gan(source) if is_gan_file(source) else None
-    if not hasattr(generator, "generate"):
-        raise ValueError(f"generator must take a condition per layer: biggan: with BigGAN-deep's weights, got {source}")
-    return generator.to(device)  # type: ignore[union-attr]
+    if is_gan_file(source):
+        generator = load_gan(source).to(device)
+    else:
+        module, colon, name = source.partition(":")
+        if not colon:
+            raise ValueError(f"generator must be biggan:FILE_OR_FOLDER or module:object, got {source}")
+        try:
+            generator = import_function(module, name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"generator {source} cannot be imported: {error}") from error
+    missing = [attribute for attribute in LAYERED if not hasattr(generator, attribute)]
+    if missing:
+        raise ValueError(f"generator must take a condition per layer, got {source}, which has no {', '.join(missing)}")
+    return generator
 
 
 def progress(args: argparse.Namespace, prompt: str) -> Callable[[int, int, float, Callable[[], Tensor]], None]:

@@ -76,15 +76,21 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
     """Add the options that name the captions."""
     group.add_argument(
         "--captions",
-        help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), or 'shapes' "
-        "(default with --images: PNG metadata or .txt files beside the images)",
+        help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), a folder with a "
+        "text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files beside "
+        "the images)",
     )
+    group.add_argument("--split", choices=("train", "test", "all"), help="split of CUB-200-2011 (default: test)")
     group.add_argument(
         "--all-captions",
         action="store_true",
         help="score each of --images with all of its captions instead of the first alone; needs --features none",
     )
-    group.add_argument("--classes", help="class names instead of captions: a file of the same formats, or imagenet")
+    group.add_argument(
+        "--classes",
+        help="class names instead of captions: a file of the same formats, LOC_synset_mapping.txt, imagenet (CLIP's "
+        "wording) or imagenet-torchvision",
+    )
     group.add_argument("--template", default="A photo of a {label}.", help="caption of a class (default: %(default)s)")
     group.add_argument(
         "--num-images",
@@ -236,7 +242,7 @@ def captions_from(args: argparse.Namespace) -> list[Caption]:
 
     if args.classes:
         return [Caption(file, args.template.replace("{label}", name)) for file, name in read_classes(args.classes)]
-    return read_captions(args.captions)
+    return read_captions(args.captions, args.split)
 
 
 def generated_source(args: argparse.Namespace, captions: Sequence[Caption]) -> tuple[GeneratedImages, int]:

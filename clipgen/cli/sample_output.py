@@ -107,7 +107,8 @@ def write_grid(cells: list[GridCell], request: SampleRequest, folder: Path) -> N
     images = [cell.image for cell in cells]
     captions = [cell.caption for cell in cells]
     columns = request.num_images if num_rows > 1 else None
-    say(save_png(grid(images, columns=columns, captions=captions), folder / "grid.png"))
+    sheet = grid(images, columns=columns, captions=captions, heading=request.heading)
+    say(save_png(sheet, folder / "grid.png"))
     total = num_rows * request.num_images
     if len(cells) < total:
         say(f"The grid shows the first {len(cells)} of {total} images")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from clipgen.cli.image_metadata import ImageMetadata
+    from clipgen.generation.gallery import Gallery
     from clipgen.generation.prompts import Prompt
     from clipgen.generation.sweep import Axis
     from clipgen.sampling import SamplingParams
 
 NO_PROMPT = (
     'there must be a prompt: give a text in quotes ("a red ring"), --prompt, --prompts-file, --image, --prompt-mix, '
-    "--outpaint, --interpolate or --reproduce"
+    "--outpaint, --interpolate, --gallery or --reproduce"
 )
 
 
@@ -48,6 +49,7 @@ class SampleRequest:
         outpaint: image to complete.
         keep_fraction: fraction of the height of ``outpaint`` that is kept.
         fingerprint: fingerprint of the model that must be used; None allows any.
+        heading: paragraphs above the grid.
     """
 
     prompts: list[NamedPrompt]
@@ -60,6 +62,7 @@ class SampleRequest:
     outpaint: Image.Image | None
     keep_fraction: float
     fingerprint: str | None = None
+    heading: list[str] = field(default_factory=list)
 
     @property
     def num_candidates(self) -> int:
@@ -109,11 +112,13 @@ def check_early(args: Namespace) -> None:
     """Find the errors that need no torch, whose import takes seconds.
 
     Raises:
-        ValueError: there is no prompt.
+        ValueError: there is no prompt, or more than a gallery allows.
         FileNotFoundError: a file or the checkpoint does not exist.
     """
-    sources = (args.prompt, args.prompts_file, args.image, args.prompt_mix)
-    if not any((*sources, args.outpaint, args.interpolate, args.reproduce)):
+    texts = (args.prompt, args.prompts_file, args.prompt_mix)
+    if args.gallery:
+        check_gallery(args)
+    elif not any((*texts, args.image, args.outpaint, args.interpolate, args.reproduce)):
         raise ValueError(NO_PROMPT)
     for path in (*args.image, args.outpaint, args.reproduce):
         if path and not path.is_file():
@@ -121,6 +126,21 @@ def check_early(args: Namespace) -> None:
     for path in args.prompts_file:
         path.stat()  # raises the system's error
     check_checkpoint(args.checkpoint)
+
+
+def check_gallery(args: Namespace) -> None:
+    """Raise ValueError if there is no such gallery, or if other prompts or settings are given with it."""
+    from clipgen.generation.gallery import load_gallery
+
+    gallery = load_gallery(args.gallery)
+    texts = (args.prompt, args.prompts_file, args.prompt_mix)
+    if any((*texts, args.image, args.outpaint, args.interpolate, args.reproduce, args.sweep)):
+        raise ValueError(
+            f"gallery {gallery.name} has its own prompts and settings: leave out other prompts and --sweep"
+        )
+    for name in gallery.varied:
+        if getattr(args, name) != SAMPLING_OPTIONS[name].default:
+            raise ValueError(f"gallery {gallery.name} varies {name}: leave out --{name.replace('_', '-')}")
 
 
 def check_checkpoint(name: str | None) -> None:
@@ -144,6 +164,7 @@ def read_request(args: Namespace) -> SampleRequest:
         OSError: a file cannot be read.
     """
     from clipgen.cli.image_metadata import read_metadata
+    from clipgen.generation.gallery import load_gallery
     from clipgen.generation.sweep import expand_sweep
 
     request = SampleRequest(
@@ -163,6 +184,8 @@ def read_request(args: Namespace) -> SampleRequest:
     if request.outpaint and not request.prompts and not request.interpolations:
         request.prompts.append(NamedPrompt(args.outpaint.stem, request.outpaint))
     request.sweep = expand_sweep([parse_axis(text) for text in args.sweep or []], request.sweep[0])
+    if args.gallery:
+        add_gallery(request, load_gallery(args.gallery))
     request.check()
     return request
 
@@ -177,6 +200,17 @@ def read_text_prompts(args: Namespace) -> list[NamedPrompt]:
     for text in args.prompt_mix:
         prompts.append(parse_mixture(text))
     return [NamedPrompt(describe(prompt), prompt) for prompt in prompts]
+
+
+def add_gallery(request: SampleRequest, gallery: Gallery) -> None:
+    """Add the prompts, settings and heading of a gallery to a request."""
+    params = request.sweep[0]
+    request.prompts += [NamedPrompt(prompt.label, prompt.text) for prompt in gallery.prompts]
+    request.sweep = [replace(params, **setting) for setting in gallery.settings] or [params]
+    request.heading = [gallery.title, gallery.source]
+    if gallery.settings:
+        # The captions below the images name the settings, not the prompt.
+        request.heading.insert(1, gallery.prompts[0].text)
 
 
 def read_image(path: Path) -> Image.Image:

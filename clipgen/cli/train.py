@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # the stage or the experiment. A test compares both with the files.
 CHOICES = {
     "experiment": ("shapes", "cifar10", "photos", "modern", "coco", "imagenet"),
+    "variant": ("printed",),
     "data": ("folder", "webdataset", "huggingface", "shapes", "cached"),
     "clip": ("openai", "folder", "shapes"),
     "quantizer": ("paper", "cosine", "fsq", "lfq"),

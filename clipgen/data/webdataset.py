@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import random
@@ -21,6 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.utils import pytorch_worker_info
 
+from clipgen.data.class_names import read_names
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError, decode_image
 from clipgen.data.handover import from_first_process
@@ -31,7 +31,6 @@ from clipgen.data.source import ImageCount, Views
 from clipgen.data.tar_reader import Member, Sample, count_samples, group_samples, is_tar, read_members
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.data.urls import expand_urls, is_remote
-from clipgen.files import read_text
 from clipgen.hashing import hash_files, hashed_seed
 
 logger = logging.getLogger(__name__)
@@ -375,25 +374,6 @@ def shard_data(
     )
     val = ImageShards(val_urls, image_size, train=False, labels=labels) if val_urls else None
     return ImageDataModule(train, val, batch_size, num_workers, seed=seed)
-
-
-def read_names(path: str | Path) -> list[str]:
-    """Read the names of classes from a file: a JSON list, or one name per line.
-
-    Raises:
-        ValueError: the file holds neither.
-    """
-    text = read_text(Path(path).expanduser())
-    try:
-        if str(path).endswith(".json"):
-            names = json.loads(text)
-        else:
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold a JSON list of class names: {error}") from error
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path} must hold a list of class names, got {text[:60]!r}")
-    return names
 
 
 def estimate_images(urls: list[str]) -> ImageCount | None:

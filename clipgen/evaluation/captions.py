@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from clipgen.data.class_names import MAX_NAMES_BYTES, NAME_LISTS, name_list, parse_published_names
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
-from clipgen.files import natural_key, read_text
+from clipgen.evaluation.cub import read_text_folder
+from clipgen.files import check_size, natural_key, read_text
 
 logger = logging.getLogger(__name__)
+MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
 MAX_SIDECAR_BYTES = 1 << 20  # of a text file beside an image
 
 
@@ -26,27 +29,39 @@ class Caption(NamedTuple):
     text: str
 
 
-def read_captions(source: str | Path) -> list[Caption]:
+def read_captions(source: str | Path, split: str | None = None) -> list[Caption]:
     """Read captions.
 
     Args:
         source: ``"shapes"`` for all 288 of the built-in data; a text file with one caption per line, or a file name, a
-            tab and a caption; JSON: a list of captions, ``{"file": "caption"}``, or COCO's captions.
+            tab and a caption; JSON: a list of captions, ``{"file": "caption"}``, or COCO's captions; a folder with a
+            text file per image, as of CUB-200-2011.
+        split: train, test or all, of a folder with ``train_test_split.txt``; None: test, if it has that file.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it does not hold captions.
+        ValueError: it does not hold captions, or is too large.
     """
     if source == "shapes":
         return without_files(map(str, ALL_ATTRIBUTES))
     path = Path(source).expanduser()
+    if path.is_dir():
+        return check_captions(list(starmap(Caption, read_text_folder(path, split))), path)
     if not path.is_file():
-        raise FileNotFoundError(f"captions must be 'shapes' or an existing file, got {path}")
+        raise FileNotFoundError(f"captions must be 'shapes', an existing file or a folder of text files, got {path}")
+    if split is not None:
+        raise ValueError(f"split must be given with a folder of text files only, got {split} for {path}")
+    check_size(path, MAX_CAPTIONS_BYTES)
     text = read_text(path)
     try:
         captions = parse_json(json.loads(text)) if path.suffix.lower() == ".json" else parse_lines(text)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
+    return check_captions(captions, path)
+
+
+def check_captions(captions: list[Caption], path: Path) -> list[Caption]:
+    """Return captions; ValueError if there are none, or an empty one."""
     if not captions:
         raise ValueError(f"captions must be texts, got none in {path}")
     for caption in captions:
@@ -56,17 +71,25 @@ def read_captions(source: str | Path) -> list[Caption]:
 
 
 def read_classes(source: str | Path) -> list[Caption]:
-    """Read class names: ``"imagenet"``, or any source of ``read_captions``."""
-    if source == "imagenet":
-        return without_files(imagenet_class_names())
+    """Read class names: a list by its name, ImageNet's and CUB's files, or any source of ``read_captions``."""
+    if source in NAME_LISTS:
+        return without_files(name_list(str(source)))
+    path = Path(source).expanduser()
+    if path.is_file():
+        names = published_names(path)
+        if names is not None:
+            return check_captions(without_files(names), path)
     return read_captions(source)
 
 
-def imagenet_class_names() -> list[str]:
-    """Return the 1000 class names of ILSVRC-2012 in CLIP's wording, in the order of the classes."""
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return list(IMAGENET_CLASSNAMES)
+def published_names(path: Path) -> list[str] | None:
+    """Return the names in a file of ImageNet, Keras or CUB-200-2011; None if it has another format."""
+    if path.stat().st_size > MAX_NAMES_BYTES:
+        return None
+    try:
+        return parse_published_names(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"class names cannot be read from {path}: {error}") from error
 
 
 def without_files(texts: Iterable[str]) -> list[Caption]:
@@ -104,14 +127,24 @@ def parse_json(content: Any) -> list[Caption]:
     return captions
 
 
-def parse_coco(content: Any) -> list[Caption]:
-    """Parse COCO's ``captions_*.json``: ``images`` with their files, and ``annotations`` of their ids."""
+def parse_coco(content: dict[str, Any]) -> list[Caption]:
+    """Parse COCO's ``captions_*.json``: ``images`` with their files, and ``annotations`` of their ids.
+
+    An image has several captions. White space around them, and line breaks in them, are not part of them.
+    """
     files = {}
     for image in content["images"]:
         files[image["id"]] = image["file_name"]
     captions = []
     for annotation in content["annotations"]:
-        captions.append(Caption(files[annotation["image_id"]], annotation["caption"]))
+        text = annotation.get("caption")
+        if not isinstance(text, str):
+            raise ValueError(f"its annotations must have captions (captions_*.json), got {text!r:.60}")
+        image_id = annotation["image_id"]
+        file = files.get(image_id)
+        if not isinstance(file, str):
+            raise ValueError(f"image {image_id!r:.40} of a caption must be among its images, got no file name of it")
+        captions.append(Caption(file, " ".join(text.split())))
     return captions
 
 
@@ -121,6 +154,21 @@ def select_captions(captions: Sequence[Caption], count: int, seed: int) -> list[
         return list(islice(cycle(captions), count))
     subset = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]
     return [captions[i] for i in subset.sort().values.tolist()]
+
+
+def group_by_image(captions: Sequence[Caption]) -> list[list[str]]:
+    """Return the captions of each image, in the order in which the images occur; one without a file is alone."""
+    groups: list[list[str]] = []
+    by_file: dict[str, list[str]] = {}
+    for file, text in captions:
+        if file is None:
+            groups.append([text])
+        elif file in by_file:
+            by_file[file].append(text)
+        else:
+            by_file[file] = [text]
+            groups.append(by_file[file])
+    return groups
 
 
 # ------------------------------------------------------------------------------------------------- captions of a folder
