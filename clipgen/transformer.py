@@ -158,21 +158,20 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         """
         params = sampling.resolve_params(params, settings)
         self._check_shapes(clip_embedding, uniforms, prefix)
-        logits_fn = self._logits_fn(clip_embedding, params)
+        condition = self._condition_tokens(clip_embedding, params)
         if uniforms is None:
             seeds = sampling.per_sample_seeds(seed, len(clip_embedding))
             uniforms = sampling.per_sample_uniforms(seeds, self.num_tokens, clip_embedding.device)
-        return sampling.sample_sequence(logits_fn, uniforms, params, prefix=prefix, callback=callback)
+        sample_fn = self._decoder(condition).start_sampling(condition, uniforms, params)
+        return sampling.sample_sequence(sample_fn, uniforms.shape, uniforms.device, prefix=prefix, callback=callback)
 
-    def _logits_fn(self, clip_embedding: Tensor, params: sampling.SamplingParams) -> sampling.LogitsFn:
-        """Return the step function of the decoder, with guidance if asked for. It never applies dropout."""
+    def _condition_tokens(self, clip_embedding: Tensor, params: sampling.SamplingParams) -> Tensor:
+        """Return the condition tokens (B, C); with guidance (2 B, C), followed by those of the null condition."""
         condition = self.eval_model.condition(clip_embedding)
         if not params.uses_guidance:
-            return self._decoder(condition).start(condition)
+            return condition
         drop_all = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
-        null = self.eval_model.condition(clip_embedding, drop=drop_all)
-        both = torch.cat([condition, null])
-        return sampling.with_cfg(self._decoder(both).start(both), params.guidance_scales(self.num_tokens))
+        return torch.cat([condition, self.eval_model.condition(clip_embedding, drop=drop_all)])
 
     def _check_shapes(self, clip_embedding: Tensor, uniforms: Tensor | None, prefix: Tensor | None) -> None:
         batch_size = len(clip_embedding)

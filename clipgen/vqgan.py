@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
@@ -275,13 +277,21 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
             loss_terms |= adv_terms
 
         vjp = (reconstruction * recon_grad).sum()  # its gradient w.r.t. the weights is J^T recon_grad
-        self.manual_backward((vjp + quantizer_loss) / grad_accum_steps)
-        if logits_fake is not None:
-            self.manual_backward(self._discriminator_loss(images, logits_fake) / grad_accum_steps)
+        with self._gradient_exchange(is_optimizer_step):
+            self.manual_backward((vjp + quantizer_loss) / grad_accum_steps)
+            if logits_fake is not None:
+                self.manual_backward(self._discriminator_loss(images, logits_fake) / grad_accum_steps)
         self.guard.watch(loss_terms)
         if is_optimizer_step:
             self._step_optimizers(num_optimizers=1 if logits_fake is None else 2)
         self._log_losses(loss_terms, quantized)
+
+    def _gradient_exchange(self, enabled: bool) -> AbstractContextManager[None]:
+        """Return a context in which processes average their gradients, or only accumulate them."""
+        strategy = self.trainer.strategy
+        if enabled or not isinstance(strategy, DDPStrategy):
+            return nullcontext()
+        return strategy.block_backward_sync()
 
     def _initialize_codebook(self, images: Tensor, batch_idx: int) -> None:
         """Initialize the codes by k-means before the first step of a training, if asked for."""

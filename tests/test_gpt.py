@@ -11,7 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from clipgen.models import kv_cache
 from clipgen.models.config import GPTConfig
 from clipgen.models.gpt import ConditionalGPT2
-from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder, LogitsFn
+from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
+from clipgen.sampling import LogitsFn, sample_sequence
+from clipgen.sampling_params import SamplingParams
 
 K, T, E, C = 50, 12, 16, 32
 
@@ -269,6 +271,35 @@ def test_graphs_of_large_batches_read_the_cache_in_buckets(monkeypatch, eager_co
             logits = compiled(position, previous)
             assert lengths in ([], [expected[position]] * 3)  # recorded only when the graph is traced
             torch.testing.assert_close(logits, incremental(position, previous), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.7, top_k=7, top_p=0.9),
+        SamplingParams(guidance_scale=2.0, guidance_power=1.0),
+        SamplingParams(temperature=0.0),
+    ],
+    ids=["top_p", "guidance", "greedy"],
+)
+def test_sampling_inside_the_graph_gives_the_indices_of_sampling_outside(eager_compile, params):
+    """Also for padded batches, with a prefix, and after a batch with other settings."""
+    gpt = network()
+    decoder = CompiledDecoder(gpt, 8)
+    for batch_size in (4, 3):
+        condition = gpt.condition(embeddings((1 + params.uses_guidance) * batch_size))
+        uniforms = torch.rand(batch_size, T)
+        prefix = torch.randint(K, (batch_size, 2))
+        decoder.start_sampling(condition[:batch_size], uniforms, SamplingParams(temperature=3.0, top_k=3))(0, None)
+        indices = []
+        for sample_fn in (
+            decoder.start_sampling(condition, uniforms, params),
+            IncrementalDecoder(gpt, len(condition)).start_sampling(condition, uniforms, params),
+        ):
+            indices.append(sample_sequence(sample_fn, uniforms.shape, prefix=prefix))
+        assert torch.equal(indices[0], indices[1])
+        assert len(indices[0].unique()) > 4
 
 
 def test_decoder_created_in_inference_mode_works_outside(eager_compile):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
+from clipgen.training.callbacks import checkpointing
 from clipgen.training.callbacks.checkpointing import renumber
 from clipgen.training.cluster import use_own_store
 from clipgen.training.resume import check_strategy
@@ -319,6 +321,31 @@ def test_two_processes_stop_at_the_same_step(sources, tmp_path):
     assert command("clipgen-train", *arguments, "output=half", "resume=half", cwd=tmp_path).returncode == 0
     straight, resumed = state(tmp_path / "straight"), state(tmp_path / "half")
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
+
+
+def test_processes_agree_to_stop_every_ten_steps(tmp_path, monkeypatch):
+    """And before a checkpoint or a validation, for which they wait for each other anyway. One process stops at once."""
+    monkeypatch.setattr(checkpointing, "validation_due", lambda trainer: trainer.global_step == 27)
+    assert steps_of_agreements(2, tmp_path) == [10, 15, 20, 27, 30]
+    assert steps_of_agreements(1, tmp_path) == list(range(1, 31))
+
+
+def steps_of_agreements(world_size: int, tmp_path: Path) -> list[int]:
+    """Return the steps at which the processes ask each other whether to stop."""
+    steps = []
+
+    def decide(value: bool, all: bool) -> bool:
+        steps.append(trainer.global_step)
+        return value
+
+    trainer = SimpleNamespace(world_size=world_size, global_step=0, save_checkpoint=lambda *_, **__: None)
+    trainer.strategy = SimpleNamespace(reduce_boolean_decision=decide)
+    last = checkpointing.LastCheckpoint(tmp_path / "last.ckpt", every_n_steps=15)
+    for step in range(1, 31):
+        last.on_train_batch_start(trainer)
+        trainer.global_step = step
+        last.on_train_batch_end(trainer)
+    return steps
 
 
 # ------------------------------------------------------------------------------------- one command, signals, strategies

@@ -430,6 +430,52 @@ def test_fp16_is_refused(monkeypatch):
         vqgan.on_fit_start()
 
 
+UNUSED = "ddp_find_unused_parameters_true"
+
+
+class SeedBatches(pl.Callback):
+    """Give each batch its own random numbers."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        torch.manual_seed(batch_idx)
+
+
+class CountExchanges(SeedBatches):
+    """Record at which batches DDP exchanges gradients."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.batch = 0
+
+    def on_train_start(self, trainer, module) -> None:
+        trainer.strategy.model.register_comm_hook(None, self.exchange)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+        super().on_train_batch_start(trainer, module, batch, batch_idx)
+        self.batch = batch_idx
+
+    # DDP refuses annotations that are strings.
+    def exchange(self, state, bucket):
+        self.batches.append(self.batch)
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+
+def test_processes_exchange_gradients_only_once_per_optimizer_step(fit):
+    """While gradients accumulate nothing is sent, and the result is bit-identical to a training without DDP."""
+    alone = gan(grad_accum_steps=3)
+    with_ddp = copy.deepcopy(alone)
+    fit(alone, 2, SeedBatches(), batch=2)
+    count = CountExchanges()
+    try:
+        fit(with_ddp, 2, count, batch=2, strategy=UNUSED, use_distributed_sampler=False)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert set(count.batches) == {2, 5}
+    assert not changed(with_ddp, alone.state_dict())
+
+
 class EqualOnAllRanks(pl.Callback):
     """Check that all ranks, which trained on different images, have bit-identical weights."""
 
@@ -443,7 +489,9 @@ class EqualOnAllRanks(pl.Callback):
 
 @pytest.mark.slow
 def test_two_processes_train_identical_models(fit):
+    """Also if gradients are accumulated before they are exchanged."""
     vqgan = gan(
+        grad_accum_steps=2,
         gan_start_step=1,
         gan_disc_only_steps=1,
         dead_code_reset_after=2,

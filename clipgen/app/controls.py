@@ -8,6 +8,7 @@ import gradio as gr
 
 from clipgen.app.limits import MAX_CANDIDATES, MAX_IMAGES
 from clipgen.generation.sampling_options import SAMPLING_OPTIONS
+from clipgen.sampling_params import SamplingParams
 
 
 class Controls(NamedTuple):
@@ -26,9 +27,9 @@ class Controls(NamedTuple):
 
 def sampling_slider(name: str, label: str, minimum: float, maximum: float, step: float) -> gr.Slider:
     """Return the slider of a sampling parameter, with the default and the description of the command line."""
-    option = SAMPLING_OPTIONS[name]
-    info = option.help[:1].upper() + option.help[1:]
-    return gr.Slider(minimum, maximum, option.default, step=step, label=label, info=info)
+    help = SAMPLING_OPTIONS[name].help
+    info = help[:1].upper() + help[1:]
+    return gr.Slider(minimum, maximum, getattr(SamplingParams, name), step=step, label=label, info=info)
 
 
 def shared_controls(model: gr.Dropdown) -> Controls:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from clipgen.cli.console import guarded
-from clipgen.cli.sample_request import check_checkpoint
+from clipgen.cli.model_path import check_model_path
 from clipgen.run_list import OUTPUTS
 
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Serve the page until Ctrl-C."""
     args = parser().parse_args()
-    check_checkpoint(args.checkpoint)
+    check_model_path(args.checkpoint, "ConditionalTransformer", ", `clipgen-sample --list` shows what there is")
     if find_spec("gradio") is None:
         raise ImportError("clipgen-app needs Gradio: pip install 'clipgen[app]'")
     from clipgen.app.server import serve

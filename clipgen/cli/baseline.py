@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 from clipgen.cli.biggan_clip import add_biggan_clip
 from clipgen.cli.console import guarded
 from clipgen.cli.device import default_device
+from clipgen.cli.model_path import check_generator_path, check_model_path
 from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.cli.search import add_search, check_threshold
 from clipgen.generation.file_names import file_name
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from clipgen import VQGAN, FrozenCLIP
-    from clipgen.sampling import SamplingParams
 
 PAPER_CLIP = "ViT-B-32-quickgelu:openai"
 
@@ -117,6 +118,7 @@ def run() -> None:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
+    check_paths(args)
     if args.system != "class":
         args.caption_groups = read_caption_groups(args)
         args.prompts = [group[0] for group in args.caption_groups]
@@ -125,6 +127,28 @@ def run() -> None:
     args.device = args.device or default_device()
     with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Find missing prompts, models and files without importing torch, which takes seconds.
+
+    Raises:
+        ValueError: there is no prompt.
+        FileNotFoundError: a file or a model does not exist.
+    """
+    if args.system == "class":
+        check_model_path(args.checkpoint, "ClassConditionalTransformer")
+        sampling_params(args)
+        return
+    if not args.prompt and not args.prompts_file:
+        raise ValueError("a prompt is needed: give --prompt or --prompts-file")
+    for path in args.prompts_file:
+        path.stat()  # raises the system's error
+    if args.system == "vqgan-clip":
+        check_model_path(args.vqgan, "VQGAN")
+        check_model_path(None if args.vqgan and args.clip else args.checkpoint, "ConditionalTransformer")
+    elif args.system == "search" or args.generator.startswith("biggan:"):
+        check_generator_path(args.generator)
 
 
 def run_vqgan_clip(args: argparse.Namespace) -> None:
@@ -202,8 +226,6 @@ def image_seeds(args: argparse.Namespace) -> list[int]:
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams | None:
     """Return the sampling parameters; None if none was given."""
-    from clipgen.sampling import SamplingParams
-
     options = sampling_options(args)
     return SamplingParams(**options) if options else None
 

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from clipgen.cli.config import expand_home
+from clipgen.cli.model_path import check_model_path
 from clipgen.cli.resume_args import find_run
 from clipgen.data.urls import expand_urls
 from clipgen.run_list import OUTPUTS, newest_run
@@ -37,7 +38,7 @@ def complete(config: DictConfig) -> None:
     for key in PATH_KEYS:
         check_path(key, config.get(key))
     check_sources(config.data)
-    check_tokenizer(config.get("vqgan"))
+    check_model_path(config.get("vqgan"), "VQGAN")
 
 
 def require_values(config: DictConfig, command: str) -> None:
@@ -86,14 +87,6 @@ def check_sources(data: DictConfig) -> None:
         urls: Any = data.get(key)
         if urls:
             expand_urls(urls if isinstance(urls, str) else list(urls))
-
-
-def check_tokenizer(vqgan: str | None) -> None:
-    """Raise FileNotFoundError if the file or folder of the tokenizer does not exist."""
-    if not vqgan or vqgan == "shapes" or vqgan.startswith("hf-hub:"):
-        return
-    if not Path(vqgan).expanduser().exists():
-        raise FileNotFoundError(f"no VQGAN checkpoint: {vqgan} does not exist; `clipgen-train stage=vqgan` makes one")
 
 
 def complete_for_cache(config: DictConfig) -> None:

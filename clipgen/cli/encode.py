@@ -98,7 +98,8 @@ def complete(config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     from clipgen.cli.config import expand_home
-    from clipgen.cli.early_checks import check_path, check_sources, check_tokenizer, require_values
+    from clipgen.cli.early_checks import check_path, check_sources, require_values
+    from clipgen.cli.model_path import check_model_path
 
     require_values(config, "clipgen-encode")
     OmegaConf.resolve(config)
@@ -109,7 +110,7 @@ def complete(config: DictConfig) -> None:
             raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
     for key in ("output", "vqgan"):
         check_path(key, config[key])
-    check_tokenizer(config.vqgan)
+    check_model_path(config.vqgan, "VQGAN")
     check_sources(config.data)
 
 

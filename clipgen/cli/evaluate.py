@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from clipgen.cli.console import guarded, progress_bar
 from clipgen.cli.device import default_device, rank_and_world_size
+from clipgen.cli.model_path import check_model_path
 from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
+from clipgen.data.urls import expand_urls
 from clipgen.run_lock import LOCK
 
 if TYPE_CHECKING:
@@ -160,11 +162,12 @@ def add_output(group: argparse._ArgumentGroup) -> None:
 def run() -> None:
     """Check the arguments, evaluate, print the table."""
     args = parser().parse_args()
+    check_arguments(args)
+    check_paths(args)
     from clipgen.evaluation.report import table
     from clipgen.evaluation.run import METRICS_FILE
     from clipgen.files import atomic_write
 
-    check_arguments(args)
     rank, _ = rank_and_world_size()
     with output_folder(args.output, keep_pattern="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
         results = evaluate_reconstructions(args) if args.vqgan else evaluate_images(args)
@@ -198,6 +201,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "a reference is compared in a feature space: give --features other than none, or no --reference"
         )
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Raise FileNotFoundError if a file or a folder on the command line does not exist."""
+    check_model_path(args.checkpoint, "ConditionalTransformer")
+    check_model_path(args.vqgan, "VQGAN")
+    if args.images and not args.images.expanduser().exists():
+        raise FileNotFoundError(f"root must be an existing folder of images, got {args.images}")
+    for name, source, built_in in (("captions", args.captions, "shapes"), ("classes", args.classes, "imagenet")):
+        if source not in (None, "shapes", built_in) and not Path(source).expanduser().is_file():
+            raise FileNotFoundError(f"{name} must be '{built_in}' or an existing file, got {source}")
+    if args.reference in (None, "shapes") or Path(args.reference).expanduser().exists():
+        return
+    try:
+        expand_urls(args.reference)
+    except (FileNotFoundError, ValueError) as error:
+        raise FileNotFoundError(f"reference must be a folder of images, shards or shapes: {error}") from error
 
 
 def check_numbers(args: argparse.Namespace) -> None:

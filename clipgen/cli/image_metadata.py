@@ -13,7 +13,7 @@ from clipgen.files import printable
 from clipgen.generation.sampling_options import DTYPES, SAMPLING_OPTIONS
 
 if TYPE_CHECKING:
-    from clipgen.sampling import SamplingParams
+    from clipgen.sampling_params import SamplingParams
 
 # Limits on what a file may ask for.
 MAX_STEPS = 1000
@@ -75,7 +75,7 @@ def parse_metadata(text: dict[str, str]) -> ImageMetadata:
         KeyError: an entry is missing.
         ValueError: an entry is not what ``clipgen-sample`` writes.
     """
-    from clipgen.sampling import SamplingParams
+    from clipgen.sampling_params import SamplingParams
 
     sampling = {name: parse_number(text, name, option.type) for name, option in SAMPLING_OPTIONS.items()}
     ends = parse_ends(text) if "interpolate" in text else None

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import sampling_params
 from clipgen.generation.sampling_options import SAMPLING_OPTIONS
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from clipgen.generation.gallery import Gallery
     from clipgen.generation.prompts import Prompt
     from clipgen.generation.sweep import Axis
-    from clipgen.sampling import SamplingParams
 
 NO_PROMPT = (
     'there must be a prompt: give a text in quotes ("a red ring"), --prompt, --prompts-file, --image, --prompt-mix, '
@@ -112,7 +113,7 @@ def check_early(args: Namespace) -> None:
     """Find the errors that need no torch, whose import takes seconds.
 
     Raises:
-        ValueError: there is no prompt, or more than a gallery allows.
+        ValueError: there is no prompt, more than a gallery allows, or a sampling parameter is out of range.
         FileNotFoundError: a file or the checkpoint does not exist.
     """
     texts = (args.prompt, args.prompts_file, args.prompt_mix)
@@ -125,7 +126,9 @@ def check_early(args: Namespace) -> None:
             raise FileNotFoundError(f"there is no image {path}")
     for path in args.prompts_file:
         path.stat()  # raises the system's error
-    check_checkpoint(args.checkpoint)
+    sampling_params(args)
+    hint = ", `clipgen-sample --list` shows what there is"
+    check_model_path(args.checkpoint, "ConditionalTransformer", hint)
 
 
 def check_gallery(args: Namespace) -> None:
@@ -139,18 +142,8 @@ def check_gallery(args: Namespace) -> None:
             f"gallery {gallery.name} has its own prompts and settings: leave out other prompts and --sweep"
         )
     for name in gallery.varied:
-        if getattr(args, name) != SAMPLING_OPTIONS[name].default:
+        if getattr(args, name) != getattr(SamplingParams, name):
             raise ValueError(f"gallery {gallery.name} varies {name}: leave out --{name.replace('_', '-')}")
-
-
-def check_checkpoint(name: str | None) -> None:
-    """Raise FileNotFoundError if a checkpoint is a path that does not exist."""
-    if name in (None, "shapes") or name.startswith("hf-hub:") or Path(name).expanduser().exists():
-        return
-    raise FileNotFoundError(
-        f"no ConditionalTransformer checkpoint: {name} does not exist; `clipgen-train stage=transformer` makes one, "
-        "`clipgen-sample --list` shows what there is"
-    )
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

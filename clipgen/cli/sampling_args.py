@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from clipgen.generation.sampling_options import SAMPLING_OPTIONS
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from argparse import Namespace, _ActionsContainer
-
-    from clipgen.sampling import SamplingParams
 
 
 def add_sampling_options(parser: _ActionsContainer, given_only: bool = False) -> None:
@@ -20,12 +19,13 @@ def add_sampling_options(parser: _ActionsContainer, given_only: bool = False) ->
         given_only: let ``sampling_options`` return only the options that were given.
     """
     for name, option in SAMPLING_OPTIONS.items():
+        default = getattr(SamplingParams(), name)
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             type=option.type,
-            default=None if given_only else option.default,
+            default=None if given_only else default,
             metavar=option.type.__name__.upper(),
-            help=f"{option.help} (default: {option.default})",
+            help=f"{option.help} (default: {default})",
         )
 
 
@@ -41,6 +41,4 @@ def sampling_params(args: Namespace) -> SamplingParams:
     Raises:
         ValueError: a value is out of range.
     """
-    from clipgen.sampling import SamplingParams
-
     return SamplingParams(**sampling_options(args))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from clipgen.data.byte_images import packed_collate, unpack, with_images
 from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done, position_callback
 from clipgen.data.source import ResumableStream, skip_counter_of, supports_epoch_index
 
@@ -104,7 +105,14 @@ class ImageDataModule(pl.LightningDataModule):
             if skip_counter:
                 skip_counter.log_summary()
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Convert the images of a batch to floats, on the device."""
+        return with_images(batch, unpack)
+
     def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        # Only a trainer calls the hook that unpacks.
+        if self.trainer:
+            options["collate_fn"] = packed_collate
         return make_loader(dataset, self.batch_size, self.num_workers, **options)
 
 

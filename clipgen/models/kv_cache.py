@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from clipgen.models.gpt import ConditionalGPT2
 from clipgen.processor import instruction_set
+from clipgen.sampling import LogitsFn, SampleFn, sample_top, sampler, with_cfg
+from clipgen.sampling_params import SamplingParams
 
 Linear = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
-LogitsFn = Callable[[int, "Tensor | None"], Tensor]  # as in sampling.py, which may import this package, not vice versa
 
 # torch.compile uses these operators on a CPU.
 onednn: Any = torch.ops.mkldnn
@@ -64,6 +65,22 @@ class IncrementalDecoder:
             return self.logits(self._token(condition, previous), position)
 
         return logits_fn
+
+    def start_sampling(self, condition: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
+        """Begin a batch whose indices are sampled.
+
+        Args:
+            condition: condition tokens (B, n_embd); with guidance (2 B, n_embd), the second half of the null condition.
+            uniforms: (B, T) in [0, 1), see ``clipgen.sampling.sample_from_logits``.
+            params: sampling parameters.
+
+        Returns:
+            The function from a position and the previous index (B,), None at position 0, to the index (B,).
+        """
+        logits_fn = self.start(condition)
+        if params.uses_guidance:
+            logits_fn = with_cfg(logits_fn, params.guidance_scales(uniforms.shape[1]))
+        return sampler(logits_fn, uniforms, params)
 
     def allocate_cache(self, like: Tensor) -> list[Tensor]:
         """Allocate one tensor per block: torch.compile would copy a shared one at every write to a part of it."""
@@ -161,10 +178,11 @@ def has_prepacked_kernels() -> bool:
 class CompiledDecoder(IncrementalDecoder):
     """Incremental decoder compiled by torch.compile, and captured as CUDA graphs on a GPU.
 
-    One graph serves many positions, so attention covers a prefix of the cache with a mask. Large batches have a graph
-    per ``BUCKET_SIZE`` positions, which reads the cache up to there; small batches have one graph for the whole cache.
-    Each graph is compiled at its first step. The decoder can be started again once a batch is complete. On a GPU each
-    step overwrites the previous logits.
+    A CUDA graph holds a whole step: the embedding of the previous index, the network, guidance and sampling. One graph
+    serves many positions, so attention covers a prefix of the cache with a mask. Large batches have a graph per
+    ``BUCKET_SIZE`` positions, which reads the cache up to there; small batches have one graph for the whole cache. Each
+    graph is compiled at its first step. The decoder can be started again once a batch is complete. Each step overwrites
+    the indices that it returned before.
 
     Args:
         gpt: the network, on its device.
@@ -181,46 +199,110 @@ class CompiledDecoder(IncrementalDecoder):
         self.bucket_size = BUCKET_SIZE if batch_size >= MIN_BATCH_SIZE_FOR_BUCKETS else gpt.num_tokens
         self.length = 0  # positions of the cache that attention reads
         self.positions = torch.arange(gpt.num_tokens, device=self.wte.device)
-        self.token = self.wte.new_zeros(batch_size, self.n_embd)
-        self.position = self.positions[:1].clone()
-        # Graph and its output by ``length``. Those of torch.compile's own CUDA graphs cost the host 250 us per step,
-        # these 12 us.
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._allocate_inputs(batch_size, gpt.num_tokens)
+        # By ``length`` and the settings of ``sample_next``. The graphs of torch.compile itself cost the host 250 us per
+        # step, these 12 us.
+        self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
         # Dynamo counts the graphs of all batch sizes together.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 64)
-        self.compiled_logits = torch.compile(self.logits, fullgraph=True, dynamic=False)
+        self.compiled_logits = torch.compile(self.logits_after, fullgraph=True, dynamic=False)
+
+    def _allocate_inputs(self, batch_size: int, num_tokens: int) -> None:
+        """Allocate what a step reads: a CUDA graph always reads the same memory."""
+        floats = {"dtype": torch.float32, "device": self.wte.device}
+        self.condition = self.wte.new_zeros(batch_size, self.n_embd)
+        self.previous = self.positions.new_zeros(batch_size)
+        self.position = self.positions[:1].clone()
+        self.uniforms = torch.zeros(batch_size, num_tokens, **floats)
+        self.guidance_scales = torch.ones(num_tokens, **floats)
+        self.temperature = torch.ones((), **floats)
+        self.top_p = torch.ones((), **floats)
 
     def start(self, condition: Tensor) -> LogitsFn:
-        """Begin a batch, see ``IncrementalDecoder.start``."""
+        """Begin a batch, see ``IncrementalDecoder.start``. No CUDA graph is captured."""
         size = len(condition)
+        self.condition[:size] = condition
 
         def logits_fn(position: int, previous: Tensor | None) -> Tensor:
-            self.token[:size] = self._token(condition, previous)
-            self.position.fill_(position)
-            self.length = min((position // self.bucket_size + 1) * self.bucket_size, len(self.positions))
-            return self.run()[:size]
+            if previous is not None:
+                self.previous[:size] = previous
+            self.move_to(position)
+            return self.compiled_logits(self.condition, self.previous, self.position)[:size]
 
         return logits_fn
 
-    def run(self) -> Tensor:
-        """Compute the logits that follow ``token`` at ``position``."""
-        if not self.token.is_cuda:
-            return self.compiled_logits(self.token, self.position)
-        if self.length not in self.graphs:
-            self.graphs[self.length] = self._capture()
-        graph, logits = self.graphs[self.length]
-        graph.replay()
-        return logits
+    def start_sampling(self, condition: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
+        """Begin a batch whose indices are sampled, see ``IncrementalDecoder.start_sampling``."""
+        size = len(uniforms)
+        guided = params.uses_guidance
+        # With guidance, the second half of the rows has the null condition.
+        halves = 2 if guided else 1
+        self.condition.view(halves, -1, self.n_embd)[:, :size] = condition.view(halves, size, -1)
+        self.uniforms[:size] = uniforms
+        self.guidance_scales.copy_(torch.tensor(params.guidance_scales(len(self.positions))))
+        self.temperature.fill_(params.temperature)
+        self.top_p.fill_(params.top_p)
+        top_k = int(params.top_k) if params.temperature > 0 else 1
+        sampled = self.previous[:size]
 
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Return the CUDA graph of a step, and the logits that it writes."""
-        # The first call compiles. Replaying the graph repeats what it writes to the cache.
-        self.compiled_logits(self.token, self.position)
+        def sample_fn(position: int, previous: Tensor | None) -> Tensor:
+            if previous is not None and previous is not sampled:
+                self.previous.view(halves, -1)[:, :size] = previous
+            self.move_to(position)
+            self.run(top_k, params.temperature == 0, guided)
+            return sampled
+
+        return sample_fn
+
+    def move_to(self, position: int) -> None:
+        """Set the position of the next step."""
+        self.position.fill_(position)
+        self.length = min((position // self.bucket_size + 1) * self.bucket_size, len(self.positions))
+
+    def logits_after(self, condition: Tensor, previous: Tensor, position: Tensor) -> Tensor:
+        """Compute the logits (B, K) at a position (1,), from the condition token or from the previous index (B,)."""
+        token = torch.where(position == 0, condition, F.embedding(previous, self.wte))
+        return self.logits(token, position)
+
+    def sample_next(self, top_k: int, greedy: bool, guided: bool) -> None:
+        """Compute the logits at ``position``, and replace ``previous`` by the index that is sampled from them."""
+        logits = self.compiled_logits(self.condition, self.previous, self.position)
+        if guided:
+            condition, null = logits.float().chunk(2)
+            logits = null + self.guidance_scales.index_select(0, self.position) * (condition - null)
+        uniforms = self.uniforms[: len(logits)].index_select(1, self.position)[:, 0]
+        if greedy:
+            index = logits.argmax(dim=-1)
+        else:
+            index = sample_top(logits, uniforms, top_k, self.temperature, self.top_p)
+        self.previous.copy_(index.repeat(2) if guided else index)
+
+    def run(self, top_k: int, greedy: bool, guided: bool) -> None:
+        """Run ``sample_next``, on a GPU by replaying its CUDA graph."""
+        if not self.previous.is_cuda:
+            self.sample_next(top_k, greedy, guided)
+            return
+        key = (self.length, top_k, greedy, guided)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(top_k, greedy, guided)
+        self.graphs[key].replay()
+
+    def _capture(self, top_k: int, greedy: bool, guided: bool) -> torch.cuda.CUDAGraph:
+        """Return the CUDA graph of ``sample_next``."""
+        previous = self.previous.clone()
+        # The first call compiles, on the stream of the capture, for which libraries then have their handles. What it
+        # writes to the cache, replaying the graph writes again.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.sample_next(top_k, greedy, guided)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.previous.copy_(previous)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.compiled_logits(self.token, self.position)
-        return graph, logits
+        with torch.cuda.graph(graph, stream=stream):
+            self.sample_next(top_k, greedy, guided)
+        return graph
 
     def attend(self, position: Tensor, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Compute causal attention, see ``IncrementalDecoder.attend``, for a position (1,) on the device."""

@@ -100,7 +100,8 @@ def train(
         if automatic_interval:
             scale_interval(config, trainer, data)
         resume_command = resume_command or f"the same training with resume={output}"
-        return train_on(data, config, trainer, output, run_files or {}, resume_command)
+        best = train_on(data, config, trainer, output, run_files or {}, resume_command)
+    return best
 
 
 def train_on(

@@ -20,6 +20,9 @@ from clipgen.files import atomic_write
 from clipgen.optim import parameters_of
 from clipgen.training.callbacks.validation import ResumeValidation, validation_due
 
+# Several processes agree on whether to stop only every so many steps, because the agreement waits for their devices.
+STEPS_BETWEEN_AGREEMENTS = 10
+
 
 def checkpoint_callbacks(folder: str | Path, monitor: str, every_n_steps: int = 1000) -> list[pl.Callback]:
     """Return the callbacks that write ``last.ckpt`` and ``best.ckpt``.
@@ -145,8 +148,8 @@ class LastCheckpoint(pl.Callback):
     """Write ``last.ckpt`` every n steps, before each validation, and when a signal asks training to stop.
 
     While ``handle_signals`` is active, Ctrl-C, SIGTERM and SIGHUP (a closed terminal) save a checkpoint and stop
-    training after the current step, or within a validation. A second Ctrl-C or SIGTERM stops at once. Under SLURM,
-    SIGUSR1 (``--signal=SIGUSR1@120``) does the same and sets ``requeue``.
+    training after the current step, or within a validation; several processes stop within ten steps. A second Ctrl-C
+    or SIGTERM stops at once. Under SLURM, SIGUSR1 (``--signal=SIGUSR1@120``) does the same and sets ``requeue``.
 
     Args:
         path: the file to write.
@@ -186,22 +189,30 @@ class LastCheckpoint(pl.Callback):
         if trainer.global_step == self.steps_before_batch:
             # gradients are being accumulated, and would be missing from the checkpoint
             return
-        # all processes stop at the same step
-        self.stop_requested = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
-        if self.stop_requested:
+        due = trainer.global_step % self.every_n_steps == 0 or validation_due(trainer)
+        stop = self.agree_to_stop(trainer, due)
+        if stop:
             # Lightning logs the metrics of the step after this hook, which is not reached
             trainer._logger_connector.update_train_step_metrics()
-        if self.stop_requested or trainer.global_step % self.every_n_steps == 0 or validation_due(trainer):
+        if stop or due:
             trainer.save_checkpoint(self.path, weights_only=False)
-        self.stop_if_requested()
+        if stop:
+            raise KeyboardInterrupt
+
+    def agree_to_stop(self, trainer: pl.Trainer, due: bool) -> bool:
+        """Return True if a signal asked any process to stop, so that all of them stop at the same step.
+
+        Args:
+            trainer: the trainer.
+            due: a checkpoint or a validation follows, for which the processes wait for each other anyway.
+        """
+        if trainer.world_size > 1 and not due and trainer.global_step % STEPS_BETWEEN_AGREEMENTS:
+            return False
+        self.stop_requested = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)
+        return self.stop_requested
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step != self.steps_before_batch:
-            self.stop_if_requested()
-
-    def stop_if_requested(self) -> None:
-        """Stop training as Ctrl-C does, if a signal asked for it."""
-        if self.stop_requested:
+        if trainer.global_step != self.steps_before_batch and self.stop_requested:
             raise KeyboardInterrupt
 
 

@@ -1,0 +1,84 @@
+"""Parameters of sampling, which are checked without importing torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Parameters for sampling code indices; k = 300 and p = 1 are the paper's choice.
+
+    Args:
+        temperature: divides the logits; 0 always takes the most likely code.
+        top_k: keep the k most likely codes.
+        top_p: keep the fewest most likely codes whose probabilities sum to p, at least one.
+        guidance_scale: scale of classifier-free guidance; 1 disables it. Needs a transformer trained with
+            ``model.conditioning.drop_prob`` above 0.
+        guidance_power: 0 applies the same guidance at all positions; above 0 it grows along the image, below 0 it
+            fades, see ``guidance_scales``.
+
+    Raises:
+        TypeError, ValueError: a value is not a number, or out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 300
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+    guidance_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_k < 1 or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k must be a whole number of at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.guidance_scale < 0:
+            raise ValueError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
+
+    @property
+    def uses_guidance(self) -> bool:
+        """True if the logits without condition are needed, too."""
+        return self.guidance_scale != 1
+
+    def guidance_scales(self, length: int) -> list[float]:
+        """Return the guidance scale at each position, ``1 + (guidance_scale - 1) * w``.
+
+        With x in [0, 1] from the first position to the last, w is 1 for power 0, rises as ``x ** power`` for a
+        positive power, and falls as ``(1 - x) ** -power`` for a negative one.
+        """
+        power = self.guidance_power
+        scales = []
+        for position in range(length):
+            x = position / max(length - 1, 1)
+            weight = x**power if power >= 0 else (1 - x) ** -power
+            scales.append(1 + (self.guidance_scale - 1) * weight)
+        return scales
+
+
+def resolve_params(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+    """Return sampling parameters, with some replaced by name.
+
+    Args:
+        params: the parameters; None stands for the defaults.
+        overrides: fields of ``SamplingParams`` and their values.
+
+    Raises:
+        TypeError: a name is not a field of ``SamplingParams``.
+    """
+    names = [field.name for field in fields(SamplingParams)]
+    unknown = [name for name in overrides if name not in names]
+    if unknown:
+        raise TypeError(f"a sampling parameter must be one of {', '.join(names)}, got {', '.join(unknown)}")
+    return replace(params or SamplingParams(), **overrides)
