@@ -310,7 +310,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
     p.add_argument("--output", type=Path, required=True, help="folder of classifier.pt and checkpoint.pt")
     p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
-    p.add_argument("--epochs", type=int, default=8, help="passes over the images (default: %(default)s)")
+    p.add_argument("--epochs", type=int, default=16, help="passes over the images (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=512, help="images per step (default: %(default)s)")
     p.add_argument("--held-out", type=int, default=1, help="training shards that are held out (default: %(default)s)")
     p.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels of the blocks (default: %(default)s)")

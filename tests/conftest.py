@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+import webdataset as wds
 from commands import TRANSFORMER, Call
 from feature_spaces import shapes_folder
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -154,3 +156,29 @@ def class_run(call, tiny_vqgan, tmp_path) -> Path:
     result = call("clipgen-train", *TRANSFORMER, *conditioning, "output=run")
     assert result.code == 0, result.stderr
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def labeled_shards(tmp_path_factory) -> Path:
+    """Return a folder of shards with two classes of noise, red and blue, and their names."""
+    folder = tmp_path_factory.mktemp("shards")
+    generator = torch.Generator().manual_seed(0)
+    for name, number in (("train-000000", 32), ("train-000001", 8), ("val-000000", 8)):
+        with wds.TarWriter(str(folder / f"{name}.tar")) as writer:
+            for i in range(number):
+                pixels = torch.randint(100, (32, 32, 3), generator=generator).to(torch.uint8)
+                pixels[:, :, 2 * (i % 2)] += 100
+                writer.write({"__key__": f"{i:03d}", "png": Image.fromarray(pixels.numpy()), "cls": i % 2})
+    (folder / "classes.json").write_text('["red", "blue"]')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_classifier(labeled_shards, tmp_path_factory) -> Path:
+    """Return the file of a small classifier, trained for a moment; its last training shard is held out."""
+    import train_classifier
+
+    output = tmp_path_factory.mktemp("classifier")
+    sizes = train_classifier.shard_sizes(labeled_shards)
+    train_classifier.train(train_classifier.Settings(4, 8, 1, 32, 0, (8, 8, 8), sizes), labeled_shards, 2, output)
+    return output / "classifier.pt"

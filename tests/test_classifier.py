@@ -9,8 +9,6 @@ import pytest
 import recognize
 import torch
 import train_classifier
-import webdataset as wds
-from PIL import Image
 
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier, shifted
 from clipgen.evaluation.features import feature_extractor
@@ -18,31 +16,18 @@ from clipgen.evaluation.features import feature_extractor
 CLASSES = 2
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    """Return a folder of shards with two classes, red and blue, and noise."""
-    folder = tmp_path_factory.mktemp("shards")
-    generator = torch.Generator().manual_seed(0)
-    for name, number in (("train-000000", 32), ("train-000001", 8), ("val-000000", 8)):
-        with wds.TarWriter(str(folder / f"{name}.tar")) as writer:
-            for i in range(number):
-                pixels = torch.randint(100, (32, 32, 3), generator=generator).to(torch.uint8)
-                pixels[:, :, 2 * (i % 2)] += 100
-                image = Image.fromarray(pixels.numpy())
-                writer.write({"__key__": f"{i:03d}", "png": image, "cls": i % 2})
-    (folder / "classes.json").write_text('["red", "blue"]')
-    return folder
-
-
 def settings(shards: Path, epochs: int = 2) -> train_classifier.Settings:
     return train_classifier.Settings(epochs, 8, 1, 32, 0, (8, 8, 8), train_classifier.shard_sizes(shards))
 
 
-@pytest.fixture(scope="module")
-def trained(shards, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("classifier")
-    train_classifier.train(settings(shards, epochs=4), shards, CLASSES, output)
-    return output / "classifier.pt"
+@pytest.fixture
+def shards(labeled_shards) -> Path:
+    return labeled_shards
+
+
+@pytest.fixture
+def trained(small_classifier) -> Path:
+    return small_classifier
 
 
 def test_interrupted_training_resumes_with_the_same_result(shards, tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ import torch
 from studies import rows as study_rows
 from studies import workspace
 from studies.budget import equal_flops_steps, flops_per_step
-from studies.results import markdown, with_interval
+from studies.results import evaluator_error, markdown, with_interval
 from studies.rows import RECIPES, Row, curve_rows, gap_rows, system_rows
 from studies.search_tables import training_score
 from studies.workspace import SEED_STRIDE, Study, best_images, split_prompts, spread
+from train_classifier import load_images
 from train_shapes_clip import seen_attributes
 
 from clipgen.data.shapes import ALL_ATTRIBUTES, held_out_attributes
@@ -127,6 +128,20 @@ def test_real_images_show_their_prompts_and_differ_by_seed(tiny_study):
     again = tiny_study.real_images(prompts, range(6))
     others = tiny_study.real_images(prompts, range(100, 106))
     assert torch.equal(images, again) and not torch.equal(images, others)
+
+
+def test_real_images_of_cifar10_are_of_their_class_and_held_out(labeled_shards, small_classifier, tmp_path):
+    options = ["--data", str(labeled_shards), "--classifier", str(small_classifier), "--num-images", "8"]
+    study = Study(study_script.parser().parse_args(["cifar10", "--output", str(tmp_path), *options]))
+    assert study.setting.prompts == ["a photo of a red", "a photo of a blue"]
+    captions = spread(study.setting.prompts, 8)
+    images = study.real_images(captions, range(8))
+    red, blue = images[:, 0].mean(dim=(1, 2)), images[:, 2].mean(dim=(1, 2))
+    assert (red > blue).tolist() == [True, False] * 4
+    held_out = load_images([labeled_shards / "train-000001.tar"], 32).floats(slice(None))
+    assert torch.equal(images, held_out)
+    assert evaluator_error(study).startswith("The classifier is right on ")
+    assert study.metrics.classes == study.setting.prompts and study.metrics.features.num_classes == 2
 
 
 def test_best_images_are_the_highest_of_their_candidates():
