@@ -92,6 +92,11 @@ def flush_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def cache_folder() -> Path:
+    """Return the folder of results that can be computed again: ``$CLIPGEN_CACHE`` or ``~/.cache/clipgen``."""
+    return Path(os.environ.get("CLIPGEN_CACHE", "~/.cache/clipgen")).expanduser()
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write indented JSON atomically."""
     with atomic_write(path) as partial:

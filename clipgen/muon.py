@@ -23,6 +23,11 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LR_ADJUSTMENTS = ("original", "match_rms_adamw")
 # Elements per stack of matrices. Larger stacks need more memory and are not faster.
 MAX_ELEMENTS = 2**26
+# Matrices with at least so many times more columns than rows are iterated by their Gram matrices, in float32.
+MIN_GRAM_RATIO = 2
+# After so many steps the Gram matrix is computed from X itself, which keeps rounding errors as small as in the plain
+# iteration.
+GRAM_STEPS = 3
 
 
 class Muon(Optimizer):
@@ -170,10 +175,39 @@ def newton_schulz(x: Tensor, coefficients: Sequence[float], steps: int, eps: flo
     """
     a, b, c = coefficients
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    if x.dtype == torch.float32 and x.shape[-1] >= MIN_GRAM_RATIO * x.shape[-2]:
+        return newton_schulz_by_gram(x, coefficients, steps)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def newton_schulz_by_gram(x: Tensor, coefficients: Sequence[float], steps: int) -> Tensor:
+    """Compute the iteration of ``newton_schulz`` with fewer operations, for much wider matrices (N, rows, columns).
+
+    A step multiplies X by the polynomial ``P = a I + b A + c A^2``, which commutes with A. So the next Gram matrix is
+    ``P A P``, and X itself is needed only once every ``GRAM_STEPS``: all other products are of small square matrices.
+    """
+    while steps > 0:
+        steps_now = min(steps, GRAM_STEPS)
+        x = product_of_polynomials(x @ x.mT, coefficients, steps_now) @ x
+        steps -= steps_now
+    return x
+
+
+def product_of_polynomials(gram: Tensor, coefficients: Sequence[float], steps: int) -> Tensor:
+    """Return the product of the polynomials P of some steps, for the Gram matrices (N, rows, rows) before them."""
+    a, b, c = coefficients
+    # The polynomial without a I, which ``beta`` adds to each of its products.
+    rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    product = rest + a * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    for _ in range(steps - 1):
+        half = torch.baddbmm(gram, rest, gram, beta=a)
+        gram = torch.baddbmm(half, half, rest, beta=a)
+        rest = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        product = torch.baddbmm(product, product, rest, beta=a)
+    return product
 
 
 @cache

@@ -12,6 +12,8 @@
     python -m clipgen benchmark rerank
     python -m clipgen benchmark app
     python -m clipgen benchmark scale
+    python -m clipgen benchmark muon --size medium
+    python -m clipgen benchmark muon --curves --steps 800
 
 ``--isa avx2`` imitates a processor without AVX-512 on one that has it. A variant ``a+b`` combines two others. Each
 variant runs in a process of its own, so that peak memory is its own.
@@ -24,6 +26,7 @@ from pathlib import Path
 
 from benchmarks.encoding import run_encode
 from benchmarks.models import TRANSFORMER_SIZES, VARIANTS, VQGAN_SIZES
+from benchmarks.muon import run_muon
 from benchmarks.sampling import run_rerank, run_sample
 from benchmarks.scale import run_scale
 from benchmarks.timing import IMITATE, describe_machine, imitate_processor
@@ -40,6 +43,7 @@ RUNS = {
     "rerank": run_rerank,
     "app": run_app,
     "scale": run_scale,
+    "muon": run_muon,
 }
 DEFAULT_VARIANTS = {
     "vqgan": ["plain", "channels_last", "checkpointing", "compile"],
@@ -113,6 +117,14 @@ def add_scale_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser, steps=1)
 
 
+def add_muon_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=TRANSFORMER_SIZES, default="cifar")
+    parser.add_argument(
+        "--curves", action="store_true", help="train the demo's stage 2 with iterations in float32 and in bfloat16"
+    )
+    add_common_options(parser, steps=5)
+
+
 def add_clip_option(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--clip", default=default, help="shapes, or an architecture of open_clip (default: %(default)s)"
@@ -133,6 +145,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_transformer_options(parts.add_parser("transformer", help="stage 2: training from images and from a cache"))
     add_encode_options(parts.add_parser("encode", help="clipgen-encode at the paper's size"))
     add_sample_options(parts.add_parser("sample", help="the decoding loop"))
+    add_muon_options(parts.add_parser("muon", help="a step of Muon beside AdamW; loss curves of both dtypes"))
     add_rerank_options(parts.add_parser("rerank", help="reranking by CLIP score beside generating"))
     add_app_options(parts.add_parser("app", help="the web page: start, and seconds to the first row"))
     add_scale_options(parts.add_parser("scale", help="memory and start-up with many images, simulated"))

@@ -5,6 +5,7 @@
     python -m clipgen study shapes --output study/shapes --rows gap       # ways to close the modality gap
     python -m clipgen study shapes --output study/shapes --rows search    # Tables 1 and 2, Figure 2 of the search
     python -m clipgen study shapes --output study/shapes --rows curve     # the CLIP loss over its weight
+    python -m clipgen study shapes --output study/shapes --rows biggan --generator biggan:FILE    # BigGAN-CLIP alone
 
 All transformers are trained on one token cache, with equal floating-point operations (--equal steps: equally often).
 Rate and schedule of each row are tuned on one small grid, its sampling parameters on prompts (CIFAR-10: seeds) that
@@ -40,7 +41,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("experiment", choices=["shapes", "cifar10"], help="dataset and sizes of the models")
     p.add_argument("--output", type=Path, required=True, help="folder of the study")
     p.add_argument(
-        "--rows", choices=["systems", "gap", "search", "curve"], default="systems", help="table (default: systems)"
+        "--rows",
+        choices=["systems", "gap", "search", "curve", "biggan"],
+        default="systems",
+        help="table (default: systems)",
     )
     add_models(p.add_argument_group("data and frozen models"))
     add_budget(p.add_argument_group("budget and sizes"))
@@ -52,6 +56,7 @@ def add_models(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data", type=Path, help="shards of make_shards.py, for cifar10")
     group.add_argument("--clip", default="shapes", help="folder of train_clip.py, for cifar10")
     group.add_argument("--second-clip", help="another CLIP that only scores (default: none)")
+    group.add_argument("--generator", help="biggan:FILE of the row BigGAN-CLIP, as train_generator.py writes it")
     group.add_argument("--vqgan", help="run of stage 1 (default: the bundled one for shapes)")
     group.add_argument(
         "--classifier",
@@ -71,13 +76,13 @@ def add_budget(group: argparse._ArgumentGroup) -> None:
     )
     numbers = {
         "--num-images": (576, "images per row and seed"),
-        "--num-optimized": (48, "images per seed of VQGAN-CLIP"),
+        "--num-optimized": (48, "images per seed of VQGAN-CLIP and BigGAN-CLIP"),
         "--num-tuning": (288, "images per sampling setting that is tried"),
         "--num-reference": (5000, "real images of the reference, for shapes"),
         "--train-size": (12_000, "training images, for shapes"),
         "--search-images": (100, "images per search"),
-        "--optimization-steps": (300, "steps of VQGAN-CLIP"),
-        "--cutouts": (32, "augmented views per step of VQGAN-CLIP"),
+        "--optimization-steps": (300, "steps of VQGAN-CLIP and BigGAN-CLIP"),
+        "--cutouts": (32, "augmented views per step of VQGAN-CLIP and BigGAN-CLIP"),
     }
     for name, (default, text) in numbers.items():
         group.add_argument(name, type=int, default=default, help=f"{text} (default: %(default)s)")
@@ -96,22 +101,26 @@ def add_budget(group: argparse._ArgumentGroup) -> None:
 def rows_of(study: Study) -> list[Row]:
     """Return the rows of the table that is asked for."""
     if study.args.rows == "systems":
-        return study_rows.system_rows()
+        return study_rows.system_rows() + ([study_rows.BIGGAN_CLIP] if study.args.generator else [])
     if study.args.rows == "gap":
         return study_rows.gap_rows(study.setting)
+    if study.args.rows == "biggan":
+        return [study_rows.REAL, study_rows.BIGGAN_CLIP]
     return study_rows.curve_rows(study.args.weights)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compute a table, row by row, the differences to its baseline, and the grid of its images."""
     args = parser().parse_args(argv)
+    if args.rows == "biggan" and not args.generator:
+        raise SystemExit("--rows biggan needs --generator biggan:FILE; python -m clipgen train_generator makes one")
     set_up_logging()
     study = Study(args)
     if args.rows == "search":
         return write(args.output / "search.md", search_tables(study))
     rows = rows_of(study)
-    # The first row that is trained.
-    baseline = next(row for row in rows if row.recipe in ("no_clip_loss", "dropout"))
+    # The first row that is trained, if there is one.
+    baseline = next((row for row in rows if row.recipe in ("no_clip_loss", "dropout")), rows[0])
     table = []
     for row in rows:
         table.append((row.name, cells(study, row)))

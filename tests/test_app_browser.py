@@ -317,11 +317,11 @@ def test_phone_shows_everything_in_one_column(visit):
     assert visitor.page.evaluate(
         "document.querySelector('#gallery').getBoundingClientRect().top < window.innerHeight / 2"
     )
-    visitor.screenshot("phone")
     visitor.page.locator(THUMBNAIL).nth(0).tap()
     visitor.page.wait_for_selector("#details table")
     width = visitor.page.evaluate("document.querySelector('#details table').getBoundingClientRect().right")
     assert width <= 390
+    visitor.screenshot("phone")
 
 
 def test_colors_follow_the_system(visit):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import benchmark
+import benchmarks.muon
 import pytest
 import torch
 from benchmarks import scale, training
@@ -96,6 +97,20 @@ def test_scale_is_simulated(tmp_path):
     assert cache["shards"] == 3 and not list(tmp_path.iterdir())
     assert scale.measure_names(1000)["names"] == 1000
     assert scale.measure_shards(64, ranks=4)["share seen per epoch"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("options", [["--size", "demo", "--steps", 1], ["--curves", "--steps", 2]])
+def test_muon_is_measured(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(benchmarks.muon, "RATE_SIZE", 64)
+    output = tmp_path / "results.json"
+    monkeypatch.setattr(sys, "argv", [*map(str, ["benchmark.py", "muon", *options, "--output", output])])
+    benchmark.main()
+    results = json.loads(output.read_text())
+    if "curves" in results:
+        first, second = results["curves"].values()
+        assert first != second and first == pytest.approx(second, rel=0.02) and len(first) == 2
+    else:
+        assert all(value > 0 for value in results["rows"]["a step"].values())
 
 
 @pytest.mark.parametrize(("part", "variant"), [("vqgan", "clip_loss"), ("transformer", "ema+channels_last")])

@@ -6,7 +6,14 @@ import json
 
 import pytest
 
-from clipgen.evaluation.captions import Caption, read_captions, read_classes, select_captions
+from clipgen.evaluation.captions import (
+    MAX_CAPTIONS_BYTES,
+    Caption,
+    group_by_image,
+    read_captions,
+    read_classes,
+    select_captions,
+)
 
 
 def test_captions_in_every_format(tmp_path):
@@ -51,6 +58,15 @@ def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
             '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "caption": 3}]}',
             "got 3",
         ),
+        ("a.json", '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "must hold COCO's images"),
+        ("a.json", '{"images": [{"id": 1}], "annotations": []}', "must hold COCO's images .* got 'file_name'"),
+        ("a.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', "must hold COCO's images"),
+        ("a.json", '{"annotations": [3]}', "must hold COCO's images .* got 'images'"),
+        (
+            "a.json",
+            '{"images": [{"id": 1, "file_name": 7}], "annotations": [{"image_id": 1, "caption": "x"}]}',
+            "each caption must be a text of a file, got 'x' of 7",
+        ),
         ("a.json", '"a cat"', "a list, a mapping or COCO's layout"),
         ("a.json", "{}", "got none in"),
     ],
@@ -77,3 +93,24 @@ def test_classes_of_imagenet_are_known():
     classes = read_classes("imagenet")
     assert len(classes) == 1000
     assert classes[0] == (None, "tench")
+
+
+def test_coco_images_have_several_captions(tmp_path):
+    """The published files hold line breaks, and images without captions."""
+    images = [{"id": 9, "file_name": "COCO_val2014_9.jpg"}, {"id": 4, "file_name": "COCO_val2014_4.jpg"}]
+    texts = [(9, "A bus. "), (9, "A red\nbus."), (9, "Traffic")]
+    annotations = [{"id": i, "image_id": image, "caption": text} for i, (image, text) in enumerate(texts)]
+    content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(content))
+    captions = read_captions(tmp_path / "captions_val2014.json")
+    assert captions == [("COCO_val2014_9.jpg", text) for text in ("A bus.", "A red bus.", "Traffic")]
+    assert group_by_image(captions) == [["A bus.", "A red bus.", "Traffic"]]
+
+
+def test_caption_files_are_bounded(tmp_path):
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(MAX_CAPTIONS_BYTES + 1)
+    with pytest.raises(ValueError, match="must hold at most 536870912 bytes"):
+        read_captions(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="split must be given with a folder"):
+        read_captions(tmp_path / "a.json", "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -83,3 +84,9 @@ def test_large_files_are_refused(tmp_path):
         file.truncate(MAX_NAMES_BYTES + 1)
     with pytest.raises(ValueError, match="must hold at most"):
         read_names(path)
+
+
+def test_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "names.txt")
+    with pytest.raises(FileNotFoundError, match="class names must be in a file"):
+        read_names(tmp_path / "names.txt")

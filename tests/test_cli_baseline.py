@@ -115,7 +115,10 @@ def test_threshold_of_a_search_is_the_score_of_training_images_and_all_captions(
         (["vqgan-clip", "--prompt", "x", "--num-images", "0"], "num_images must be at least 1, got 0"),
         (["vqgan-clip", "--prompt", "x", "--checkpoint", "none"], "no ConditionalTransformer checkpoint: none"),
         (["search", "--prompt", "x", "--generator", "none"], "generator must be a run folder"),
-        (["search", "--prompt", "x", "--generator", "none", "--real-images", "x"], "must be given together"),
+        (
+            ["search", "--prompt", "x", "--generator", "none", "--real-images", "x"],
+            "real_images and real_captions must be",
+        ),
         (["search", "--prompt", "x", "--generator", "none.pt"], "no TorchScript file none.pt"),
         (
             ["class", "--class", "x", "--checkpoint", "none"],

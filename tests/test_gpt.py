@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from clipgen.models import kv_cache
+from clipgen.kept_choices import kept_choice
+from clipgen.models import cpu_kernels, kv_cache
 from clipgen.models.config import GPTConfig
 from clipgen.models.gpt import ConditionalGPT2
 from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
@@ -192,9 +196,9 @@ def test_linear_layers_of_small_batches(batch_size, outputs, has_bias):
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-@pytest.mark.parametrize("kernel", [kv_cache.addmm_linear, kv_cache.split_linear, kv_cache.prepacked_linear])
+@pytest.mark.parametrize("kernel", [cpu_kernels.addmm_linear, cpu_kernels.split_linear, cpu_kernels.prepacked_linear])
 def test_all_kernels_compute_the_product(kernel, batch_size):
-    if kernel is kv_cache.prepacked_linear and not kv_cache.has_prepacked_kernels():
+    if kernel is cpu_kernels.prepacked_linear and not cpu_kernels.has_prepacked_kernels():
         pytest.skip("this build of torch has no prepacked oneDNN kernels")
     weight, bias = torch.randn(32, 48), torch.randn(48)
     x = torch.randn(batch_size, 32)
@@ -205,18 +209,77 @@ def test_all_kernels_compute_the_product(kernel, batch_size):
 @pytest.mark.parametrize(
     ("batch_size", "inputs", "outputs", "avx2", "avx512"),
     [
-        (1, 128, 512, kv_cache.addmm_linear, kv_cache.addmm_linear),
-        (1, 512, 2048, kv_cache.split_linear, kv_cache.split_linear),
-        (1, 512, 2049, kv_cache.prepacked_linear, kv_cache.prepacked_linear),
-        (1, 2048, 512, kv_cache.prepacked_linear, kv_cache.split_linear),
-        (3, 128, 512, kv_cache.prepacked_linear, kv_cache.prepacked_linear),
+        (1, 128, 512, cpu_kernels.addmm_linear, cpu_kernels.addmm_linear),
+        (1, 512, 2048, cpu_kernels.split_linear, cpu_kernels.split_linear),
+        (1, 512, 2049, cpu_kernels.prepacked_linear, cpu_kernels.prepacked_linear),
+        (1, 2048, 512, cpu_kernels.prepacked_linear, cpu_kernels.split_linear),
+        (3, 128, 512, cpu_kernels.prepacked_linear, cpu_kernels.prepacked_linear),
     ],
 )
-def test_kernels_follow_from_shape_and_instruction_set(monkeypatch, batch_size, inputs, outputs, avx2, avx512):
-    monkeypatch.setattr(kv_cache, "has_prepacked_kernels", lambda: True)
+def test_usual_kernels_follow_from_shape_and_instruction_set(monkeypatch, batch_size, inputs, outputs, avx2, avx512):
+    monkeypatch.setattr(cpu_kernels, "has_prepacked_kernels", lambda: True)
     for name, expected in (("AVX2", avx2), ("AVX512", avx512)):
-        monkeypatch.setattr(kv_cache, "instruction_set", lambda name=name: name)
-        assert kv_cache.choose_cpu_kernel(batch_size, inputs, outputs) is expected
+        monkeypatch.setattr(cpu_kernels, "instruction_set", lambda name=name: name)
+        assert cpu_kernels.usual_cpu_kernel(batch_size, inputs, outputs) is expected
+
+
+@pytest.fixture
+def kernel_cache(monkeypatch, tmp_path) -> Path:
+    """Let measured kernels be kept in a new folder."""
+    monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
+    cpu_kernels.measured_kernel.cache_clear()
+    yield tmp_path / "cache"
+    cpu_kernels.measured_kernel.cache_clear()
+
+
+def test_fastest_kernel_is_measured_once_and_kept(monkeypatch, kernel_cache):
+    """The next process takes the choice of the first, whatever it would measure, so that samples stay the same."""
+    answers = ["addmm_linear", "prepacked_linear"]
+    monkeypatch.setattr(cpu_kernels, "fastest_kernel", lambda *_: answers.pop(0))
+    for _ in range(2):
+        assert cpu_kernels.choose_cpu_kernel(1, 512, 2048) is cpu_kernels.addmm_linear
+        cpu_kernels.measured_kernel.cache_clear()  # as in another process
+    assert answers == ["prepacked_linear"]
+    (key,) = json.loads((kernel_cache / "kernels.json").read_text())
+    assert "product 1 x 512 x 2048" in key and torch.__version__ in key
+    for batch_size, inputs, outputs in ((3, 512, 2048), (1, 128, 512)):  # one kernel is known to be the best
+        cpu_kernels.choose_cpu_kernel(batch_size, inputs, outputs)
+    assert answers == ["prepacked_linear"]
+
+
+def test_choices_of_another_process_are_not_overwritten(kernel_cache):
+    def measure() -> str:
+        assert kept_choice("product", lambda: "first") == "first"
+        return "second"
+
+    assert kept_choice("product", measure) == "first"
+
+
+@pytest.mark.parametrize("content", ["{", None], ids=["damaged", "not writable"])
+def test_kernels_are_not_measured_if_the_choice_cannot_be_kept(monkeypatch, kernel_cache, content):
+    if content is None:
+        kernel_cache.write_text("not a folder")
+    else:
+        kernel_cache.mkdir()
+        (kernel_cache / "kernels.json").write_text(content)
+    monkeypatch.setattr(cpu_kernels, "fastest_kernel", lambda *_: pytest.fail("measured"))
+    assert cpu_kernels.choose_cpu_kernel(1, 512, 2048) is cpu_kernels.usual_cpu_kernel(1, 512, 2048)
+
+
+@pytest.mark.parametrize(("advantage", "expected"), [(0.97, "usual"), (0.9, "other")])
+def test_small_advantages_do_not_outweigh_the_usual_kernel(monkeypatch, advantage, expected):
+    """They are within the noise of the measurement."""
+    clock = [0.0]
+
+    def kernel(seconds: float):
+        def run(x):
+            clock[0] += seconds
+
+        return lambda weight, bias, batch_size: run
+
+    monkeypatch.setattr(cpu_kernels.time, "perf_counter", lambda: clock[0])
+    kernels = {"usual": kernel(1.0), "other": kernel(advantage)}
+    assert cpu_kernels.fastest_kernel(kernels, "usual", 1, 8, 8) == expected
 
 
 class WrongOperators:
@@ -230,14 +293,14 @@ class WrongOperators:
 @pytest.mark.parametrize("operators", [object(), WrongOperators()], ids=["none", "wrong"])
 def test_missing_or_wrong_onednn_operators_are_not_used(monkeypatch, operators):
     """The operators are private, and may differ on other processors and in later versions of torch."""
-    kv_cache.has_prepacked_kernels.cache_clear()
-    monkeypatch.setattr(kv_cache, "onednn", operators)
+    cpu_kernels.has_prepacked_kernels.cache_clear()
+    monkeypatch.setattr(cpu_kernels, "onednn", operators)
     try:
         weight, bias, x = torch.randn(32, 48), torch.randn(48), torch.randn(5, 32)
-        assert kv_cache.choose_cpu_kernel(5, 32, 48) is kv_cache.addmm_linear
+        assert cpu_kernels.choose_cpu_kernel(5, 32, 48) is cpu_kernels.addmm_linear
         assert torch.equal(IncrementalDecoder.make_linear(weight, bias, 5)(x), torch.addmm(bias, x, weight))
     finally:
-        kv_cache.has_prepacked_kernels.cache_clear()
+        cpu_kernels.has_prepacked_kernels.cache_clear()
 
 
 @pytest.fixture

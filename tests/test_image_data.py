@@ -780,6 +780,19 @@ def test_stream_resumed_on_other_devices_repeats_and_omits_no_image(
     assert len(first) + len(rest) == 60 and sorted(first + rest) == list(range(60))
 
 
+def test_position_on_other_devices_does_not_change_while_shards_are_read(tmp_path: Path) -> None:
+    """A stream that stopped at the very end of a pass does not know yet that the pass has ended."""
+    for i in range(2):
+        numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
+    dataset = ImageShards(f"{tmp_path}/*.tar", 8, train=True, shuffle=5)
+    dataset.resume(None, 1)
+    state = dataset.state_after(20, 1)
+    dataset.resume(state, 1)
+    before = dataset.state_after(0, 2)["position"]
+    assert len(list(islice(dataset, 50))) == 50 and (dataset._sizes == 10).all()
+    assert dataset.state_after(0, 2)["position"] == before
+
+
 @pytest.mark.parametrize("segment_pieces", [8, 1])
 def test_resumed_stream_is_identical_and_decodes_nothing_it_skips(
     segment_pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

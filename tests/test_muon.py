@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipgen import muon
 from clipgen.muon import Muon
@@ -101,6 +102,39 @@ def test_matrices_of_equal_shape_are_iterated_together(monkeypatch):
     step(parameters, Muon(parameters, **OPTIONS), range(1, 2))
     muon.iteration.cache_clear()
     assert shapes == [(2, 16, 48), (2, 16, 16), (4, 16, 64)]
+
+
+def spectra() -> list[Tensor]:
+    """Return wide matrices with singular values of about one size, of few sizes, and over five decades."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(2, 48, 160, generator=generator)
+    low_rank = plain[:, :, :4] @ plain[:, :4] + 1e-3 * plain
+    return [plain, low_rank, plain * torch.logspace(0, -5, 48)[:, None]]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 7])
+def test_iterating_gram_matrices_is_about_as_exact_as_the_plain_iteration(monkeypatch, steps):
+    """Compared with float64."""
+    for x in spectra():
+        expected = muon.newton_schulz(x.double(), muon.COEFFICIENTS, steps, 1e-7)
+        errors = []
+        for ratio in (2, 1000):
+            monkeypatch.setattr(muon, "MIN_GRAM_RATIO", ratio)
+            result = muon.newton_schulz(x, muon.COEFFICIENTS, steps, 1e-7)
+            errors.append(((result - expected).norm() / expected.norm()).item())
+        assert errors[0] < 4 * errors[1] < 1e-3
+
+
+@pytest.mark.parametrize(("columns", "fraction"), [(96, 0.88), (144, 0.75), (192, 0.67)])
+def test_iterating_gram_matrices_takes_fewer_operations(monkeypatch, columns, fraction):
+    x = torch.randn(1, 48, columns)
+    counts = []
+    for ratio in (2, 1000):
+        monkeypatch.setattr(muon, "MIN_GRAM_RATIO", ratio)
+        with FlopCounterMode(display=False) as counter:
+            muon.newton_schulz(x, muon.COEFFICIENTS, 5, 1e-7)
+        counts.append(counter.get_total_flops())
+    assert counts[0] / counts[1] == pytest.approx(fraction, abs=0.01)
 
 
 def test_large_stacks_are_split(monkeypatch):

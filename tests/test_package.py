@@ -99,7 +99,7 @@ def test_configuration_is_found_from_any_folder(tmp_path):
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     """Build wheel and sdist, and return their folder."""
-    pytest.importorskip("build", reason="needs the package build: pip install 'clipgen[test]'")
+    pytest.importorskip("build", reason="needs the package build: pip install build")
     pytest.importorskip("hatchling", reason="without hatchling here, building would need the network")
     folder = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]

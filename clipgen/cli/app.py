@@ -53,7 +53,7 @@ def run() -> None:
     args = parser().parse_args()
     check_model_path(args.checkpoint, "ConditionalTransformer", ", `clipgen-sample --list` shows what there is")
     if find_spec("gradio") is None:
-        raise ImportError("clipgen-app needs Gradio: pip install 'clipgen[app]'")
+        raise ImportError("clipgen-app needs Gradio: pip install 'gradio>=6.27,<7'")
     from clipgen.app.server import serve
 
     serve(

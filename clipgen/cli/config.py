@@ -26,7 +26,7 @@ MESSAGES = (
     (r".*(mismatched|extraneous|token|LexerNoViableAlt).* See https.*", r"arguments must be KEY=VALUE"),
     (r"Could not override '(.*?)'\..*", r"there is no key \1; clipgen-train stage=vqgan --cfg job shows all keys"),
     (r"Ambiguous value for argument '(.*?)'.*", r"\1 has several values: write a list as [a,b], or use --multirun"),
-    (r".*interpolation '\$\{experiment\}_\$\{stage\}'.*", r"--multirun cannot sweep over stage or experiment"),
+    (r".*interpolation '\$.(experiment|variant)._\$.stage.'.*", r"--multirun cannot sweep over stage or experiment"),
 )
 # KEY=VALUE with a key as Hydra accepts it, such as ++data.root or data@package
 ASSIGNMENT = re.compile(r"([+~]{0,2}[\w./@:-]+)=(.*)", re.DOTALL)

@@ -196,7 +196,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.vqgan and not args.reference:
         raise ValueError("a tokenizer needs images to reconstruct: give --reference")
     if args.features != "none" and not args.vqgan and find_spec("torch_fidelity") is None:
-        raise ImportError('IS and KID need torch-fidelity: pip install "clipgen[eval]", or give --features none')
+        raise ImportError("IS and KID need torch-fidelity: pip install torch-fidelity, or give --features none")
     if args.reference and args.features == "none" and not args.vqgan:
         raise ValueError(
             "a reference is compared in a feature space: give --features other than none, or no --reference"

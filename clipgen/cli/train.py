@@ -75,8 +75,8 @@ def run_hydra() -> None:
         task()
     except HydraException as error:
         raise ValueError(explain(error)) from error
-    except ValueError:
-        # a sweeper has no value to compare, because all runs failed
+    except Exception:
+        # if runs have failed, a sweeper may have too few values to compare: their errors say why
         if not errors:
             raise
     if errors:

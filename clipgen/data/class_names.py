@@ -40,9 +40,12 @@ def read_names(path: str | Path) -> list[str]:
             ``imagenet_class_index.json``, or ``classes.txt`` of CUB-200-2011.
 
     Raises:
+        FileNotFoundError: the file does not exist.
         ValueError: the file holds none of them.
     """
     path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"class names must be in a file, got {path}")
     check_size(path, MAX_NAMES_BYTES)
     text = read_text(path)
     try:

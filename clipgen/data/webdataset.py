@@ -99,6 +99,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         # Set by `resume`.
         self._resumed = False
         self._start: Position | None = None
+        self._start_sizes = self._sizes
         self._batch_size = 0
         self._batches_per_epoch: int | None = None
         # Batches between the resume and the next epoch, and those of the next epoch.
@@ -193,7 +194,8 @@ class ImageShards(IterableDataset[dict[str, Any]]):
             )
             return
         self._start = Position.from_dict(state["position"])
-        self._sizes.copy_(torch.maximum(self._sizes, torch.as_tensor(state["sizes"])))
+        self._start_sizes = torch.as_tensor(state["sizes"]).clone()
+        self._sizes.copy_(torch.maximum(self._sizes, self._start_sizes))
 
     def state_after(self, batches: int, num_workers: int) -> dict[str, Any]:
         """Return the position after a number of batches since ``resume``. All ranks must call this.
@@ -208,8 +210,11 @@ class ImageShards(IterableDataset[dict[str, Any]]):
 
     def _position(self, num_ranks: int, num_workers: int) -> Position:
         """Return where ``resume`` has moved the stream, for a number of readers."""
-        start = self._start or Position.start(num_ranks, num_workers)
-        return self._order("").moved_to(start, num_ranks, num_workers)
+        if self._start is None:
+            return Position.start(num_ranks, num_workers)
+        # By the sizes in the checkpoint, because all processes must come to the same result at any time.
+        order = ShardOrder(len(self.urls), str(self.seed), self._start_sizes)
+        return order.moved_to(self._start, num_ranks, num_workers)
 
     def _position_of_next_epoch(self, num_ranks: int, num_workers: int) -> Position:
         """Return where the next iteration starts, and count the batches of its epoch."""

@@ -15,7 +15,7 @@ from clipgen.data.class_names import MAX_NAMES_BYTES, NAME_LISTS, name_list, par
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.cub import read_text_folder
-from clipgen.files import check_size, natural_key, read_text
+from clipgen.files import check_size, natural_key, one_line, read_text
 
 logger = logging.getLogger(__name__)
 MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
@@ -55,7 +55,7 @@ def read_captions(source: str | Path, split: str | None = None) -> list[Caption]
     text = read_text(path)
     try:
         captions = parse_json(json.loads(text)) if path.suffix.lower() == ".json" else parse_lines(text)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     return check_captions(captions, path)
 
@@ -132,20 +132,20 @@ def parse_coco(content: dict[str, Any]) -> list[Caption]:
 
     An image has several captions. White space around them, and line breaks in them, are not part of them.
     """
-    files = {}
-    for image in content["images"]:
-        files[image["id"]] = image["file_name"]
     captions = []
-    for annotation in content["annotations"]:
-        text = annotation.get("caption")
-        if not isinstance(text, str):
-            raise ValueError(f"its annotations must have captions (captions_*.json), got {text!r:.60}")
-        image_id = annotation["image_id"]
-        file = files.get(image_id)
-        if not isinstance(file, str):
-            raise ValueError(f"image {image_id!r:.40} of a caption must be among its images, got no file name of it")
-        captions.append(Caption(file, " ".join(text.split())))
-    return captions
+    try:
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions.append(Caption(files[annotation["image_id"]], annotation["caption"]))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            "it must hold COCO's images (id, file_name) and annotations of them (image_id, caption), as "
+            f"captions_*.json does, got {one_line(error, 60)}"
+        ) from error
+    for file, text in captions:
+        if not isinstance(file, str) or not isinstance(text, str):
+            raise ValueError(f"each caption must be a text of a file, got {text!r:.60} of {file!r:.60}")
+    return [Caption(file, " ".join(text.split())) for file, text in captions]
 
 
 def select_captions(captions: Sequence[Caption], count: int, seed: int) -> list[Caption]:

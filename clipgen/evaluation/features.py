@@ -139,7 +139,7 @@ def inception_features(name: str, clean: bool, weights: str | None) -> Features:
     except Exception as error:
         raise ValueError(
             f"features {name!r} need torch-fidelity and its weights ({one_line(error)}): pip install "
-            '"clipgen[eval]" and go online once, or name a file, inception:FILE, or other features: '
+            "torch-fidelity and go online once, or name a file, inception:FILE, or other features: "
             "clip:MODEL[:TAG], module:function"
         ) from error
     identity = f"{name.partition(':')[0]} {fingerprint(network.state_dict())}"

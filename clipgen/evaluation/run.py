@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from clipgen.evaluation.feature_store import Advance, FeatureStore, Source, collect
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.report import summary
-from clipgen.files import read_json, write_json
+from clipgen.files import cache_folder, read_json, write_json
 from clipgen.resumable_store import require_same_identity
 
 METRICS_FILE = "metrics.json"
@@ -92,7 +91,7 @@ def require_same_features(reference: FeatureStore, metrics: ImageMetrics) -> Non
 
 def reference_folder(identity: Mapping[str, Any]) -> Path:
     """Return the folder of a reference's features, below ``$CLIPGEN_CACHE`` or ``~/.cache/clipgen``."""
-    base = Path(os.environ.get("CLIPGEN_CACHE", "~/.cache/clipgen")).expanduser()
+    base = cache_folder()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return base / "features" / digest[:32]
 

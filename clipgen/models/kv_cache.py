@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,22 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from clipgen.models.cpu_kernels import Linear, addmm_linear, choose_cpu_kernel
 from clipgen.models.gpt import ConditionalGPT2
-from clipgen.processor import instruction_set
 from clipgen.sampling import LogitsFn, SampleFn, sample_top, sampler, with_cfg
 from clipgen.sampling_params import SamplingParams
-
-Linear = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
-
-# torch.compile uses these operators on a CPU.
-onednn: Any = torch.ops.mkldnn
 
 # A compiled graph reads the cache up to a multiple of so many positions.
 BUCKET_SIZE = 64
 # Smaller batches read the whole cache, which is small compared with the weights.
 MIN_BATCH_SIZE_FOR_BUCKETS = 64
-# A weight of at most so many elements stays in a processor's cache, where torch's own product is fastest.
-MAX_CACHED_ELEMENTS = 2**17
 
 
 class IncrementalDecoder:
@@ -117,59 +109,6 @@ class IncrementalDecoder:
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
             return choose_cpu_kernel(batch_size, *weight.shape)(weight, bias, batch_size)
         return addmm_linear(weight, bias, batch_size)
-
-
-# ------------------------------------------------------------------------------------- linear layers of small batches
-
-
-def addmm_linear(weight: Tensor, bias: Tensor, batch_size: int) -> Linear:
-    """Return a linear layer that uses torch's own product."""
-    return lambda x: torch.addmm(bias, x, weight)
-
-
-def split_linear(weight: Tensor, bias: Tensor, batch_size: int) -> Linear:
-    """Return a linear layer that reads the two halves of the transposed weight in parallel, as a batch of products."""
-    inputs = weight.shape[0]
-    halves = weight.T.contiguous().view(2, -1, inputs)
-    column = bias.view(2, -1, 1)
-    return lambda x: torch.baddbmm(column, halves, x.T.expand(2, -1, -1)).flatten(0, 1).T
-
-
-def prepacked_linear(weight: Tensor, bias: Tensor, batch_size: int) -> Linear:
-    """Return a linear layer that uses oneDNN's product, with the weight in oneDNN's own memory layout."""
-    packed = onednn._reorder_linear_weight(weight.T.contiguous(), batch_size)
-    return lambda x: onednn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-def choose_cpu_kernel(batch_size: int, inputs: int, outputs: int) -> Callable[[Tensor, Tensor, int], Linear]:
-    """Choose the linear layer for a float32 weight (inputs, outputs) on a CPU.
-
-    The choice follows from shape and instruction set. Measuring at first use could choose another kernel in the next
-    process, and kernels differ by floating-point rounding: the same seed would not always sample the same indices.
-    """
-    if batch_size <= 2:
-        if inputs * outputs <= MAX_CACHED_ELEMENTS:
-            return addmm_linear
-        tall_on_avx2 = inputs > outputs and instruction_set() == "AVX2"
-        if outputs % 2 == 0 and not (tall_on_avx2 and has_prepacked_kernels()):
-            return split_linear
-    return prepacked_linear if has_prepacked_kernels() else addmm_linear
-
-
-@cache
-def has_prepacked_kernels() -> bool:
-    """Return True if this build of torch has oneDNN's private operators and they compute the correct product."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    weight = torch.linspace(-1, 1, 32, device="cpu").view(8, 4)
-    bias = torch.ones(4, device="cpu")
-    x = torch.linspace(-1, 2, 24, device="cpu").view(3, 8)
-    try:
-        y = prepacked_linear(weight, bias, 3)(x)
-    # The operators may be missing, not support this processor, or take other arguments.
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return y.shape == (3, 4) and torch.allclose(y, torch.addmm(bias, x, weight), atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- compiled decoding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
 import tempfile
 import time
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from benchmarks.timing import in_new_process
 from clipgen.data import token_cache
 from clipgen.data.folder import PackedStrings
 from clipgen.data.samplers import ResumableSampler
@@ -30,7 +30,7 @@ MAX_CACHE_SHARDS = 20_000
 
 
 def run_scale(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure each number of images, every part in a process of its own."""
+    """Measure each number of images, every part in a process of its own (on Linux)."""
     rows = {}
     for images in args.images:
         shards = images // IMAGES_PER_SHARD
@@ -41,15 +41,22 @@ def run_scale(args: argparse.Namespace) -> dict[str, Any]:
             "tar shards": (measure_shards, (shards, args.ranks)),
         }
         for name, (function, arguments) in parts.items():
-            rows[f"{images:.0e} images, {name}"] = in_new_process(function, *arguments)
-    print_rows(rows)
+            title = f"{images:.0e} images, {name}"
+            rows[title] = in_fork(function, *arguments)
+            print_row(title, rows[title])
     return {"ranks": args.ranks, "rows": rows}
 
 
-def print_rows(rows: dict[str, dict[str, float]]) -> None:
-    """Print one line per measurement, because the parts have different columns."""
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{column} {value:.4g}" for column, value in row.items()) + " |")
+def print_row(title: str, row: dict[str, float]) -> None:
+    """Print one measurement; the parts have different columns."""
+    values = [f"{column} {value:.4g}" for column, value in row.items()]
+    print(f"| {title} | {' | '.join(values)} |", flush=True)
+
+
+def in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a copy of this process, which has its own peak memory and imports nothing again."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:

@@ -33,7 +33,7 @@ def run_app(args: argparse.Namespace) -> dict[str, Any]:
     try:
         from gradio_client import Client
     except ImportError:
-        raise SystemExit("benchmark app needs Gradio: pip install 'clipgen[app]'") from None
+        raise SystemExit("benchmark app needs Gradio: pip install 'gradio>=6.27,<7'") from None
     with running_server() as (process, url):
         start = time.perf_counter()
         wait_for_page(process, url)

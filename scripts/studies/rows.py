@@ -92,7 +92,7 @@ class Row:
     Args:
         name: name in the table.
         recipe: key of ``RECIPES``; None for systems that are not trained.
-        system: "pipeline", "class", "search", "vqgan_clip" or "real".
+        system: "pipeline", "class", "search", "vqgan_clip", "biggan_clip" or "real".
         shift: add the mean shift from text to image embeddings.
         nearest: project text embeddings onto the nearest image embeddings.
         params: sampling parameters; None: tuned.
@@ -112,10 +112,12 @@ class Row:
     @property
     def is_small(self) -> bool:
         """True if the row has fewer images than the others, because each is optimized."""
-        return self.system == "vqgan_clip"
+        return self.system in ("vqgan_clip", "biggan_clip")
 
 
 REAL = Row("real images", None, "real")
+# Only with --generator.
+BIGGAN_CLIP = Row("BigGAN-CLIP", None, "biggan_clip")
 
 
 @dataclass(frozen=True)

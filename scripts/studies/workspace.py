@@ -18,7 +18,9 @@ from torch import Tensor
 from train_classifier import load_images, split_shards
 
 from clipgen import VQGAN, FrozenCLIP, TextToImage
+from clipgen.baselines.biggan_clip import BigGANCLIPParams, biggan_clip
 from clipgen.baselines.class_conditional import ClassConditionalGenerator
+from clipgen.baselines.gan_files import load_gan
 from clipgen.baselines.search import search
 from clipgen.baselines.vqgan_clip import vqgan_clip
 from clipgen.cli import encode, train
@@ -262,6 +264,8 @@ class Study:
             return self.real_images
         if row.system == "vqgan_clip":
             return self.optimize
+        if row.system == "biggan_clip":
+            return self.optimize_biggan
         assert row.recipe is not None
         return self.generate_fn(row, self.trained(row.recipe, seed), self.tuned_params(row))
 
@@ -283,6 +287,16 @@ class Study:
         targets = self.clip.encode_text(prompts)
         steps, cutouts = self.args.optimization_steps, self.args.cutouts
         return vqgan_clip(VQGAN.load(self.vqgan), self.clip, targets, steps=steps, cutouts=cutouts, seed=seeds)
+
+    def optimize_biggan(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Return the images of BigGAN-CLIP, with as many steps and cutouts as VQGAN-CLIP, and one class per layer."""
+        generator: Any = load_gan(self.args.generator)
+        params = BigGANCLIPParams(steps=self.args.optimization_steps, cutouts=self.args.cutouts, max_classes=1)
+        images = []
+        for prompt, seed in zip(prompts, seeds):
+            target = self.clip.encode_text([prompt])
+            images.append(biggan_clip(generator, self.clip, target, seed=seed, params=params))
+        return torch.cat(images)
 
     def search_images(
         self, generator: ClassConditionalGenerator, prompts: Sequence[str], seeds: Sequence[int]

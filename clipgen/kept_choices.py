@@ -1,0 +1,67 @@
+"""Choices that depend on the processor: measured once, and kept in a file of the user's cache folder."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipgen.files import cache_folder, read_json, write_json
+from clipgen.processor import instruction_set
+
+logger = logging.getLogger(__name__)
+FILE = "kernels.json"
+
+
+def kept_choice(name: str, measure: Callable[[], str]) -> str:
+    """Return a choice from the file; if it holds none for this machine, measure it and add it.
+
+    Args:
+        name: what is chosen.
+        measure: makes the choice.
+
+    Returns:
+        The choice, or "" if the file cannot be read or written, since the next process might measure another one.
+    """
+    path = cache_folder() / FILE
+    key = f"{machine()}, {name}"
+    try:
+        choices = read_choices(path)
+        if key not in choices:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, choices)  # fails now rather than after the measurement
+            measured = measure()
+            # Another process may have added choices in the meantime, which stay as they are.
+            write_json(path, {key: measured} | read_choices(path))
+            choices = read_choices(path)
+        return str(choices[key])
+    except (OSError, ValueError, KeyError) as error:
+        logger.info("The fastest kernels are not measured, because %s cannot keep them: %s", path, error)
+        return ""
+
+
+def read_choices(path: Path) -> dict[str, Any]:
+    """Return the choices that a file keeps; none if it does not exist."""
+    return read_json(path) if path.is_file() else {}
+
+
+def machine() -> str:
+    """Return what the speed of a kernel depends on: processor, instruction set, number of threads, build of torch."""
+    return f"{processor_name()}, {instruction_set()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+@cache
+def processor_name() -> str:
+    """Return the model of the processor, as far as the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
