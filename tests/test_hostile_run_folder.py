@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from clipgen.cli.list_runs import find_runs, table
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
@@ -23,6 +22,7 @@ from clipgen.cli.config import make
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
 from clipgen.environment import environment_int
+from clipgen.run_list import find_runs, table
 from clipgen.run_lock import LOCK, hold_lock
 from clipgen.training.callbacks import AtomicCheckpointIO, BestCheckpoint
 from clipgen.training.csv_logger import read_rows

@@ -75,7 +75,7 @@ def test_resumed_run_continues_its_wandb_run(call, wandb_runs):
 def test_moved_run_folder_continues_its_wandb_run(call, wandb_runs):
     assert call(*ARGUMENTS, "logger=wandb", "output=run", "trainer.max_steps=2").code == 0
     Path("run").rename("moved")
-    assert call("clipgen-train", "resume=moved", "trainer.max_steps=3").code == 0
+    assert call("clipgen-train", "resume=moved", "logger=wandb", "trainer.max_steps=3").code == 0
     assert wandb_runs[0].id == wandb_runs[1].id
 
 
@@ -83,7 +83,7 @@ def test_other_runs_have_wandb_runs_of_their_own(call, wandb_runs):
     """The runs of a sweep, and a run that is resumed in another folder."""
     more = ["logger=wandb", "trainer.max_steps=1"]
     assert call(*ARGUMENTS[:1], "--multirun", *ARGUMENTS[1:], *more, "seed=1,2", "output=sweep").code == 0
-    assert call("clipgen-train", "resume=sweep/0", "output=other", "trainer.max_steps=2").code == 0
+    assert call("clipgen-train", "resume=sweep/0", "logger=wandb", "output=other", "trainer.max_steps=2").code == 0
     assert len({run.id for run in wandb_runs}) == len(wandb_runs) == 3
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from clipgen import VQGAN, FrozenCLIP
 
 PAPER_CLIP = "ViT-B-32-quickgelu:openai"
+NO_PROMPT = "a prompt is needed: give --prompt, --prompts-file or --captions"
 
 
 def main() -> None:
@@ -118,12 +119,12 @@ def run() -> None:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
+    if args.system == "search":
+        check_threshold(args)
     check_paths(args)
     if args.system != "class":
         args.caption_groups = read_caption_groups(args)
         args.prompts = [group[0] for group in args.caption_groups]
-    if args.system == "search":
-        check_threshold(args)
     args.device = args.device or default_device()
     with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)
@@ -140,8 +141,8 @@ def check_paths(args: argparse.Namespace) -> None:
         check_model_path(args.checkpoint, "ClassConditionalTransformer")
         sampling_params(args)
         return
-    if not args.prompt and not args.prompts_file:
-        raise ValueError("a prompt is needed: give --prompt or --prompts-file")
+    if not args.prompt and not args.prompts_file and not args.captions:
+        raise ValueError(NO_PROMPT)
     for path in args.prompts_file:
         path.stat()  # raises the system's error
     if args.system == "vqgan-clip":
@@ -215,7 +216,7 @@ def read_caption_groups(args: argparse.Namespace) -> list[list[str]]:
     if args.captions:
         groups += group_by_image(read_captions(args.captions, args.split))
     if not groups:
-        raise ValueError("a prompt is needed: give --prompt, --prompts-file or --captions")
+        raise ValueError(NO_PROMPT)
     return groups
 
 
