@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_published import CONFIG
 
 from clipgen.checkpoint import gpt2, model_folder, pickle_stubs, safe_load, taming
+from clipgen.evaluation.features import feature_extractor
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.models.quantizers.fsq import FSQ
 from clipgen.pipeline import TextToImage
@@ -604,3 +605,15 @@ def test_links_out_of_a_model_folder_are_refused(folder, tmp_path):
     weights.symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors must lie in"):
         VQGAN.load(folder["VQGAN"])
+
+
+@pytest.mark.parametrize("name", ["inception", "torchvision:resnet18", "classifier"])
+def test_weights_for_evaluation_that_claim_more_than_they_hold_are_refused(tmp_path, name):
+    """The records of an honest archive of torch.save are stored without compression."""
+    path = tmp_path / "weights.pt"
+    torch.save({"weights": torch.zeros(1000)}, tmp_path / "stored.pt")
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for record in stored.namelist():
+            bomb.writestr(record, stored.read(record))
+    with pytest.raises(ValueError, match=r"weights\.pt is not a readable checkpoint: .* is compressed"):
+        feature_extractor(f"{name}:{path}")

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipgen.checkpoint.safe_load import read_checkpoint
+
 WIDTHS = (64, 256, 256)
 # Statistics of the pixels in [-1, 1]: CIFAR-10's, which are close enough for other photographs.
 MEAN = (-0.017, -0.036, -0.107)
@@ -119,8 +121,8 @@ def load_classifier(path: str | Path) -> tuple[ImageClassifier, dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"classifier must be {FILE_DESCRIPTION}, got {path}, which does not exist")
+    saved = read_checkpoint(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
         about = saved["about"]
         classifier = ImageClassifier(len(about["accuracy"]["per_class"]), tuple(about["trained"]["widths"]))
         classifier.load_state_dict(saved["weights"])

@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from clipgen.checkpoint.model_folder import fingerprint
+from clipgen.checkpoint.safe_load import read_checkpoint
 from clipgen.clip import FrozenCLIP
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier
 from clipgen.files import one_line
@@ -151,8 +152,8 @@ def load_inception(weights: str | None) -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if weights is not None:
-        # Fails on a pickle that holds code, which torch-fidelity's own loading would execute.
-        torch.load(weights, map_location="cpu", weights_only=True)
+        # Refuses code, which torch-fidelity's own loading would execute, and files that claim more than they hold.
+        read_checkpoint(weights)
     return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
 
 
@@ -230,7 +231,7 @@ class TorchvisionClassifier(nn.Module):
         default: Any = get_model_weights(model)["DEFAULT"]
         network = get_model(model, weights=None if weights else default).eval().requires_grad_(False)
         if weights:
-            network.load_state_dict(torch.load(Path(weights).expanduser(), map_location="cpu", weights_only=True))
+            network.load_state_dict(read_checkpoint(weights))
         self.fingerprint = fingerprint(network.state_dict())
         self.preprocess: Preprocess = default.transforms()
         # The last node of the graph returns the logits, and takes the output of the node before it.
