@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -39,3 +40,18 @@ def check_inside(root: Path, *names: str) -> None:
     for name in names:
         if not contained(root / name, root):
             raise ValueError(f"{root / name} must lie in {root}, got a link to {(root / name).resolve()}")
+
+
+def refuse_links(output: Path) -> None:
+    """Raise ValueError if a folder holds a link that leaves it, a pipe or a device, through which we would write.
+
+    A run or a token cache may come from somebody else: a link called ``metrics.csv`` could lead to any file of ours.
+    """
+    for folder, folders, files in os.walk(output):
+        for name in [*folders, *files]:
+            path = Path(folder, name)
+            if not contained(path, output):
+                raise ValueError(f"{path} must lie in {output}, got a link to {path.resolve()}: copy the file itself")
+            # temporary files of other processes may vanish meanwhile
+            if not path.is_file() and not path.is_dir() and os.path.lexists(path):
+                raise ValueError(f"{path} must be a regular file or a folder")

@@ -34,6 +34,7 @@ from clipgen.data.token_cache import (
     record_dtype,
     write_shard,
 )
+from clipgen.inner_files import refuse_links
 from clipgen.resumable_store import ResumableStore
 from clipgen.run_folder import save_frozen, vqgan_identity
 from clipgen.run_folder import saved_identity as saved_identity
@@ -90,8 +91,10 @@ def encode(
         advance: called with the number of images done since the last call, including those in existing shards.
 
     Raises:
-        ValueError: the folder holds a cache made with other settings, or the models cannot encode the images.
+        ValueError: the folder holds a cache made with other settings or a link that leaves it, or the models cannot
+            encode the images.
     """
+    refuse_links(Path(root))
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
     store.open(identity, lambda: save_frozen(store.folder, vqgan, clip))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,16 @@ def test_labels_that_do_not_fit_a_record_name_the_shard(tmp_path, tiny_vqgan, sh
     path = tmp_path / "shard-000000.npy"
     refused(lambda: precompute.encode_shard(path, batches([1, label]), tiny_vqgan, shapes_clip), path, "labels")
     assert not path.exists()
+
+
+def test_nothing_is_written_through_a_link_out_of_the_cache(tmp_path, tiny_vqgan, shapes_clip):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "cache" / "train").symlink_to(tmp_path / "elsewhere")
+    data = shapes_data(train_size=4, val_size=2, image_size=32, batch_size=2)
+    encode = partial(precompute.encode, tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+    refused(encode, tmp_path / "cache" / "train", "got a link to")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_embeddings_that_are_not_finite_are_not_written(tmp_path, tiny_vqgan, shapes_clip, monkeypatch):

@@ -22,11 +22,12 @@ from clipgen.cli.config import make
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
 from clipgen.environment import environment_int
+from clipgen.inner_files import refuse_links
 from clipgen.run_list import find_runs, table
 from clipgen.run_lock import LOCK, hold_lock
 from clipgen.training.callbacks import AtomicCheckpointIO, BestCheckpoint
 from clipgen.training.csv_logger import read_rows
-from clipgen.training.resume import copy_best_checkpoint, read_training_state, refuse_links
+from clipgen.training.resume import copy_best_checkpoint, read_training_state
 
 ARGUMENTS = [*VQGAN, *SHAPES, "logger=none", "image_logger.num_images=1", "trainer.max_steps=2"]
 

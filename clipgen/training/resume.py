@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from clipgen.checkpoint.model_folder import FOLDERS, check_model
 from clipgen.checkpoint.safe_load import check_finite, check_tensors, read_checkpoint
 from clipgen.files import atomic_write
-from clipgen.inner_files import contained, member
+from clipgen.inner_files import member
 from clipgen.training.callbacks.checkpointing import has_model_order
 
 # Entries of a checkpoint that a training is resumed from
@@ -97,20 +96,6 @@ def moments_of(state: dict[str, Any]) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 tensors[f"{name} of parameter {number}"] = value
     return tensors
-
-
-def refuse_links(output: Path) -> None:
-    """Raise ValueError if a run folder holds a link that leaves it, a pipe or a device, through which we would write.
-
-    A run folder may come from somebody else: a link called ``metrics.csv`` could lead to any file of ours.
-    """
-    for folder, folders, files in os.walk(output):
-        for name in [*folders, *files]:
-            path = Path(folder, name)
-            if not contained(path, output):
-                raise ValueError(f"{path} must lie in {output}, got a link to {path.resolve()}: copy the file itself")
-            if not path.is_file() and not path.is_dir():
-                raise ValueError(f"{path} must be a regular file or a folder")
 
 
 def check_same_network(checkpoint: dict[str, Any], model: pl.LightningModule, path: Path) -> None:

@@ -20,6 +20,7 @@ from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.handover import one_process_works
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.files import atomic_write, one_line, write_json
+from clipgen.inner_files import refuse_links
 from clipgen.output_folder import output_folder
 from clipgen.processor import require_bf16_units
 from clipgen.run_folder import bind, copy_frozen, save_frozen
@@ -42,7 +43,6 @@ from clipgen.training.resume import (
     check_strategy,
     copy_best_checkpoint,
     find_checkpoint,
-    refuse_links,
     refuse_other_runs,
 )
 from clipgen.training.summary import log_summary
