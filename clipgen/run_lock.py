@@ -117,15 +117,31 @@ def remove_if_dead(path: Path, folder: Path) -> None:
             f"output must not be in use, got {folder}, which {process} writes to: wait for it, stop it, or give "
             "another output"
         )
-    # If several processes notice that the holder is dead, only one of them can rename its lock.
-    renamed = unique_path(path, "dead")
-    with suppress(FileNotFoundError):
-        path.rename(renamed)
-        if read(renamed) != holder:
-            # Another process has already replaced the lock by its own: put it back.
-            with suppress(OSError):
-                os.link(renamed, path)
-        renamed.unlink()
+    with one_at_a_time(folder):
+        if read(path) != holder:
+            return  # another process has already replaced the lock by its own
+        # If the file system has no locks of its own, only one of several processes can rename the lock.
+        renamed = unique_path(path, "dead")
+        with suppress(FileNotFoundError):
+            path.rename(renamed)
+            renamed.unlink()
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process or thread of this machine at a time into the ``with``, where the system supports it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read(path: Path) -> dict[str, Any] | None:

@@ -366,6 +366,7 @@ def test_failed_run_of_a_sweep_does_not_stop_the_others(call, tmp_path, monkeypa
 
 def optuna_sweep(tmp_path: Path, trials: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a sweep with Optuna."""
+    pytest.importorskip("hydra_plugins", reason="needs hydra-optuna-sweeper: pip install -e '.[sweep]'")
     if importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
         pytest.skip("needs hydra-optuna-sweeper: pip install -e '.[sweep]'")
     settings = [argument for argument in (*VQGAN, *SHAPES) if argument.split("=")[0] != arguments[0].split("=")[0]]
@@ -400,6 +401,7 @@ def test_optuna_continues_after_failed_runs_and_reports_them(tmp_path, sizes, su
 
 @pytest.mark.slow
 def test_submitit_trains_in_another_process_and_reports_its_errors(tmp_path):
+    pytest.importorskip("hydra_plugins", reason="needs hydra-submitit-launcher: pip install -e '.[sweep]'")
     if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
         pytest.skip("needs hydra-submitit-launcher: pip install -e '.[sweep]'")
     call = [sys.executable, "-m", "clipgen.cli.train", "--multirun", "hydra/launcher=submitit_local", *VQGAN, *SHAPES]

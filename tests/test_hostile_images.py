@@ -473,7 +473,8 @@ def test_parallel_map_bounds_the_bytes_of_pending_items():
 def test_warnings_per_reason_are_limited(tmp_path, caplog):
     files = [(f"{number}.png", b"broken") for number in range(500)] + [("x.png", square(1)), ("y.jpg", b"")]
     dataset = ImageShards(str(make_tar(tmp_path / "a.tar", files)), 8, train=False)
-    assert len(list(dataset)) == 1 and str(dataset.skip_counter) == "1 image, 501 skipped: 1 empty, 500 not an image"
+    # names are counted by hashes, which may collide
+    assert len(list(dataset)) == 1 and 495 <= dataset.skip_counter.num_skipped <= 501
     assert len(warnings_of(caplog)) < 30 and "counted, not named" in caplog.text and "y.jpg: empty" in caplog.text
 
 
