@@ -462,11 +462,10 @@ class CountExchanges(SeedBatches):
         return future
 
 
-def test_processes_exchange_gradients_only_once_per_optimizer_step(fit):
-    """While gradients accumulate nothing is sent, and the result is bit-identical to a training without DDP.
-
-    Several threads (OMP_NUM_THREADS) sum in another order, and Adam enlarges the rounding of small gradients.
-    """
+def test_processes_exchange_gradients_only_once_per_optimizer_step(fit, monkeypatch):
+    """While gradients accumulate nothing is sent, and the result is bit-identical to a training without DDP."""
+    # Lightning sets the number of threads of a training with DDP, unless this is set; it decides the order of sums.
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     alone = gan(grad_accum_steps=3)
     with_ddp = copy.deepcopy(alone)
     fit(alone, 2, SeedBatches(), batch=2)
@@ -476,10 +475,7 @@ def test_processes_exchange_gradients_only_once_per_optimizer_step(fit):
     finally:
         torch.distributed.destroy_process_group()
     assert set(count.batches) == {2, 5}
-    if torch.get_num_threads() == 1:
-        assert not changed(with_ddp, alone.state_dict())
-    for name, tensor in alone.state_dict().items():
-        torch.testing.assert_close(with_ddp.state_dict()[name], tensor, rtol=0, atol=2e-3, msg=name)
+    assert not changed(with_ddp, alone.state_dict())
 
 
 class EqualOnAllRanks(pl.Callback):
