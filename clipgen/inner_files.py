@@ -10,7 +10,7 @@ def member(folder: Path, name: str) -> Path:
     """Return the path of a file in a folder; links may not leave it.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it is not a regular file, or a link out of the folder.
     """
     path = folder / name

@@ -18,7 +18,7 @@ from clipgen.checkpoint.safe_load import add_prefix
 from clipgen.clip import FrozenCLIP
 from clipgen.files import one_line, read_json, read_yaml
 from clipgen.inner_files import member
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

@@ -27,7 +27,8 @@ from clipgen.images import from_pil, save_png, to_pil
 from clipgen.inner_files import check_inside
 from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
 from clipgen.run_folder import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
-from clipgen.sampling import SamplingParams, per_sample_seeds, resolve_params
+from clipgen.sampling import per_sample_seeds
+from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import grid
 from clipgen.vqgan import VQGAN

@@ -91,8 +91,7 @@ def encode(
         advance: called with the number of images done since the last call, including those in existing shards.
 
     Raises:
-        ValueError: the folder holds a cache made with other settings or a link that leaves it, or the models cannot
-            encode the images.
+        ValueError: the folder holds another cache or a link that leaves it, or the models cannot encode the images.
     """
     refuse_links(Path(root))
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)

@@ -8,8 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from clipgen.sampling_params import SamplingParams as SamplingParams
-from clipgen.sampling_params import resolve_params as resolve_params
+from clipgen.sampling_params import SamplingParams
 
 LogitsFn = Callable[[int, "Tensor | None"], Tensor]  # (position, previous index (B,)) -> logits (B, K)
 SampleFn = Callable[[int, "Tensor | None"], Tensor]  # (position, previous index (B,)) -> index (B,)

@@ -35,6 +35,7 @@ from clipgen.models.gpt import ConditionalGPT2
 from clipgen.models.kv_cache import CompiledDecoder, IncrementalDecoder
 from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
 from clipgen.optim import EMA, make_lr_scheduler, make_optimizer
+from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.vqgan import VQGAN
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
     def sample(
         self,
         clip_embedding: Tensor,
-        params: sampling.SamplingParams | None = None,
+        params: SamplingParams | None = None,
         *,
         seed: int | Sequence[int] | None = None,
         uniforms: Tensor | None = None,
@@ -156,7 +157,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         Returns:
             (B, T) int64.
         """
-        params = sampling.resolve_params(params, settings)
+        params = resolve_params(params, settings)
         self._check_shapes(clip_embedding, uniforms, prefix)
         condition = self._condition_tokens(clip_embedding, params)
         if uniforms is None:
@@ -165,7 +166,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         sample_fn = self._decoder(condition).start_sampling(condition, uniforms, params)
         return sampling.sample_sequence(sample_fn, uniforms.shape, uniforms.device, prefix=prefix, callback=callback)
 
-    def _condition_tokens(self, clip_embedding: Tensor, params: sampling.SamplingParams) -> Tensor:
+    def _condition_tokens(self, clip_embedding: Tensor, params: SamplingParams) -> Tensor:
         """Return the condition tokens (B, C); with guidance (2 B, C), followed by those of the null condition."""
         condition = self.eval_model.condition(clip_embedding)
         if not params.uses_guidance:

@@ -25,7 +25,7 @@ from clipgen.generation.partial_images import PartialImages
 from clipgen.generation.streaming import Stopped
 from clipgen.pipeline import TextToImage
 from clipgen.run_list import BUNDLED_MODELS
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 PROMPT = "a large blue ring on a white background"
 SETTINGS = Settings("shapes", 2, "5", 0, 1.0, 300, 0.8, 1.0, 0.0)

@@ -15,7 +15,7 @@ from clipgen import sampling
 from clipgen.baselines.class_conditional import ClassConditionalGenerator
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.pipeline import TextToImage
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 NAMES = ["red", "green", "blue"]
 

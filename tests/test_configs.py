@@ -22,7 +22,7 @@ from clipgen.data.shapes import shapes_data
 from clipgen.data.webdataset import shard_data
 from clipgen.models.config import AutoencoderConfig, GPTConfig, QuantizerConfig, is_training_only, to_plain
 from clipgen.run_folder import identity
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 from clipgen.training import callbacks
 from clipgen.transformer import ConditionalTransformer
 from clipgen.type_checks import describe, fits

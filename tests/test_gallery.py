@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from clipgen.generation.gallery import gallery_names, load_gallery
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 from clipgen.visualization import grid
 
 FIGURES = ["fig1", "fig4", "fig5", "fig6", "fig7", "fig8", "fig9", "fig10"]

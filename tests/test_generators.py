@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.baselines.generators import ExternalGenerator, load_generator, read_class_names
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 NAMES = ["red", "green", "blue"]
 

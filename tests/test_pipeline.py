@@ -23,7 +23,7 @@ from clipgen.generation.prompts import describe, parse_mixture
 from clipgen.images import from_pil, to_pil
 from clipgen.model_card import CardDetails
 from clipgen.models.kv_cache import CompiledDecoder
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

@@ -32,7 +32,8 @@ from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
 from clipgen.models.quantizers import GumbelQuantizer
 from clipgen.precompute import encode
-from clipgen.sampling import SamplingParams, per_sample_seeds, per_sample_uniforms
+from clipgen.sampling import per_sample_seeds, per_sample_uniforms
+from clipgen.sampling_params import SamplingParams
 from clipgen.vqgan import VQGAN
 
 

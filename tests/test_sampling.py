@@ -14,15 +14,14 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options, sampling_params
 from clipgen.sampling import (
-    SamplingParams,
     per_sample_seeds,
     per_sample_uniforms,
-    resolve_params,
     sample_from_logits,
     sample_sequence,
     sampler,
     with_cfg,
 )
+from clipgen.sampling_params import SamplingParams, resolve_params
 
 SETTINGS = [
     dict(temperature=1.0, top_k=300, top_p=1.0),

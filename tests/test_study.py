@@ -20,7 +20,7 @@ from train_shapes_clip import seen_attributes
 
 from clipgen.data.shapes import ALL_ATTRIBUTES, held_out_attributes
 from clipgen.evaluation.shapes_evaluator import matches
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 TINY = {
     "--steps": 2,

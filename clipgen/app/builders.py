@@ -9,7 +9,7 @@ from clipgen.app.request import ImageRequest, random_seed
 from clipgen.app.settings import Settings
 from clipgen.app.uploads import read_upload
 from clipgen.generation.sweep import expand_sweep
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,7 +9,8 @@ from PIL import Image
 
 from clipgen.app.limits import MAX_CANDIDATES, MAX_IMAGES, MAX_PROMPT_LENGTH, MAX_SWEEP_IMAGES
 from clipgen.generation.prompts import Prompt, check_request
-from clipgen.sampling import SamplingParams, per_sample_seeds
+from clipgen.sampling import per_sample_seeds
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from clipgen.generation.generator import Preview
@@ -82,7 +83,7 @@ class ImageRequest:
         )
 
     def again(self, position: int, seed: int) -> ImageRequest:
-        """Return the request of a single image of this one; of all of them for an interpolation.
+        """Return the request of a single image of this request; of all of them for an interpolation.
 
         Args:
             position: number of the image in the results.
@@ -94,7 +95,7 @@ class ImageRequest:
         return replace(self, sweep=(params,), num_images=1, rerank_from=None, seed=seed)
 
     def more(self, position: int, num_images: int) -> ImageRequest:
-        """Return a request for images like one of this one: same prompt and parameters, a new seed."""
+        """Return a request for images like one of this request: the same prompt and parameters, and a new seed."""
         params = self.sweep[position // self.num_images]
         number = self.num_images if len(self.prompts) == 2 else num_images
         return replace(self, sweep=(params,), num_images=number, rerank_from=None, seed=random_seed())

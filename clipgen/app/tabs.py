@@ -25,7 +25,7 @@ class GeneratingTab(NamedTuple):
         builder: name of the function in ``clipgen.app.builders`` that makes its request.
         inputs: components whose values the function gets, after the settings.
         button: starts the request.
-        upload: a component with an image, which is checked when it is uploaded; None if there is none.
+        upload: a component with an image, which is checked when it is uploaded; None if the tab has no upload.
     """
 
     builder: str

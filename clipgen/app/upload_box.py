@@ -14,5 +14,5 @@ def image_upload(label: str) -> gr.Image:
 
 
 def uploaded_path(payload: gr.FileData | None) -> str | None:
-    """Return the path of an uploaded file; None if there is none."""
+    """Return the path of an uploaded file; None if nothing was uploaded."""
     return payload.path if payload else None

@@ -19,7 +19,7 @@ def read_upload(path: str | None, purpose: str = "an image") -> Image.Image:
         purpose: name of the image, for messages.
 
     Raises:
-        ValueError: there is no image, or the file cannot be used as one.
+        ValueError: the image is missing, or the file is not a usable image.
     """
     from clipgen.data.decoding import UnusableImageError, decode_image, upright_size
 

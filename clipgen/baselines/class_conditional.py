@@ -18,7 +18,7 @@ from clipgen.checkpoint import model_folder
 from clipgen.generation.generator import ImageGenerator
 from clipgen.models.config import ClipLossConfig, ConditioningConfig, as_config
 from clipgen.run_folder import check_bound, run_folder
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

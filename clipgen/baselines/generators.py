@@ -22,7 +22,7 @@ from clipgen.baselines.gan_files import is_gan_file, load_gan_file
 from clipgen.data.class_names import NAME_LISTS, name_list, read_names
 from clipgen.evaluation.features import import_function
 from clipgen.files import one_line
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 TOLERANCE = 0.05  # distance from [-1, 1] that is accepted as rounding
 

@@ -16,7 +16,7 @@ class PretrainedMixin:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
-        """Load a model as ``load`` does; ``OWNER/NAME`` names one on the Hugging Face hub if there is no such folder.
+        """Load a model as ``load`` does; ``OWNER/NAME`` is a model on the Hugging Face hub unless that folder exists.
 
         Args:
             name: see ``load``.

@@ -95,7 +95,7 @@ def check_values(content: Any) -> None:
 
 
 def children_of(value: Any) -> list[Any]:
-    """Return the values that a container, or a stand-in for one, holds; none for any other value."""
+    """Return the values inside a container or its stand-in; an empty list for any other value."""
     if isinstance(value, PickleStub):
         return [value.arguments, content_of(value)]
     if isinstance(value, Mapping):

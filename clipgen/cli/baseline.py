@@ -13,23 +13,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgen.cli.baseline_args import (
+    NO_PROMPT,
+    add_clip,
+    add_prompts,
+    given_sampling_params,
+    image_seeds,
+    read_caption_groups,
+)
+from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.biggan_clip import add_biggan_clip
 from clipgen.cli.console import guarded
-from clipgen.cli.device import default_device
 from clipgen.cli.model_path import check_generator_path, check_model_path
 from clipgen.cli.output_dir import output_folder
-from clipgen.cli.sampling_args import add_sampling_options, sampling_options
+from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.cli.search import add_search, check_threshold
-from clipgen.generation.file_names import file_name
-from clipgen.sampling_params import SamplingParams
+from clipgen.device import default_device
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from clipgen import VQGAN, FrozenCLIP
-
-PAPER_CLIP = "ViT-B-32-quickgelu:openai"
-NO_PROMPT = "a prompt is needed: give --prompt, --prompts-file or --captions"
 
 
 def main() -> None:
@@ -92,26 +94,6 @@ def add_class(p: argparse.ArgumentParser) -> None:
     add_sampling_options(p.add_argument_group("sampling"), given_only=True)
 
 
-def add_prompts(p: argparse.ArgumentParser) -> None:
-    """Add the options that name the prompts."""
-    p.add_argument("--prompt", action="append", default=[], help="prompt; may be repeated")
-    p.add_argument("--prompts-file", type=Path, action="append", default=[], help="text file with one prompt per line")
-    p.add_argument(
-        "--captions",
-        help="captions of images instead of prompts, in any format of clipgen-eval: the first of each image",
-    )
-    p.add_argument(
-        "--split", choices=("train", "test", "all"), help="split of a folder of CUB-200-2011 (default: test)"
-    )
-
-
-def add_clip(group: argparse._ArgumentGroup, default: str) -> None:
-    """Add the option that names the CLIP."""
-    group.add_argument(
-        "--clip", help=f"CLIP as MODEL[:TAG]: bundled name, folder or open_clip model (default: {default})"
-    )
-
-
 def run() -> None:
     """Check the arguments and run the system."""
     args = parser().parse_args()
@@ -134,12 +116,12 @@ def check_paths(args: argparse.Namespace) -> None:
     """Find missing prompts, models and files without importing torch, which takes seconds.
 
     Raises:
-        ValueError: there is no prompt.
+        ValueError: the prompt is missing.
         FileNotFoundError: a file or a model does not exist.
     """
     if args.system == "class":
         check_model_path(args.checkpoint, "ClassConditionalTransformer")
-        sampling_params(args)
+        given_sampling_params(args)
         return
     if not args.prompt and not args.prompts_file and not args.captions:
         raise ValueError(NO_PROMPT)
@@ -189,7 +171,7 @@ def run_class(args: argparse.Namespace) -> None:
 
     from clipgen.baselines.class_conditional import ClassConditionalGenerator
 
-    generator = ClassConditionalGenerator.load(args.checkpoint, sampling_params(args)).to(args.device)
+    generator = ClassConditionalGenerator.load(args.checkpoint, given_sampling_params(args)).to(args.device)
     indices = [generator.class_index(name) for name in args.classes]
     output = ImageOutput(args, asdict(generator.params))
     for index in indices:
@@ -202,35 +184,6 @@ def run_class(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------------------- input
 
 
-def read_caption_groups(args: argparse.Namespace) -> list[list[str]]:
-    """Return the prompts of the command line and of files, alone, and the captions of ``--captions`` by image."""
-    from clipgen.evaluation.captions import group_by_image, read_captions
-    from clipgen.generation import prompts as prompt_files
-
-    prompts = list(args.prompt)
-    for file in args.prompts_file:
-        prompts += prompt_files.read_prompts(file)
-    if not all(prompt.strip() for prompt in prompts):
-        raise ValueError("prompt must not be empty, got ''")
-    groups = [[prompt] for prompt in prompts]
-    if args.captions:
-        groups += group_by_image(read_captions(args.captions, args.split))
-    if not groups:
-        raise ValueError(NO_PROMPT)
-    return groups
-
-
-def image_seeds(args: argparse.Namespace) -> list[int]:
-    """Return the seed of each image of a prompt."""
-    return [args.seed + i for i in range(args.num_images)]
-
-
-def sampling_params(args: argparse.Namespace) -> SamplingParams | None:
-    """Return the sampling parameters; None if none was given."""
-    options = sampling_options(args)
-    return SamplingParams(**options) if options else None
-
-
 def load_vqgan_and_clip(args: argparse.Namespace) -> tuple[VQGAN, FrozenCLIP]:
     """Load the tokenizer and CLIP of VQGAN-CLIP; the model of ``--checkpoint`` only if it is needed."""
     from clipgen import VQGAN, FrozenCLIP, TextToImage
@@ -239,65 +192,6 @@ def load_vqgan_and_clip(args: argparse.Namespace) -> tuple[VQGAN, FrozenCLIP]:
     vqgan = VQGAN.load(args.vqgan) if args.vqgan or pipe is None else pipe.vqgan
     clip = FrozenCLIP.from_spec(args.clip) if args.clip or pipe is None else pipe.clip
     return vqgan.to(args.device), clip.to(args.device)
-
-
-def load_search_clip(args: argparse.Namespace) -> FrozenCLIP:
-    """Load the CLIP of ``--clip``, else that of the generator's run folder, else the papers'."""
-    from clipgen import FrozenCLIP
-    from clipgen.baselines.generators import is_run
-    from clipgen.run_folder import load_clip, run_folder
-
-    if args.clip:
-        clip = FrozenCLIP.from_spec(args.clip)
-    elif is_run(args.generator):
-        clip = load_clip(run_folder(Path(args.generator).expanduser()))
-    else:
-        clip = FrozenCLIP.from_spec(PAPER_CLIP)
-    return clip.to(args.device)
-
-
-# -------------------------------------------------------------------------------------------------------------- output
-
-
-class ImageOutput:
-    """The images of a command: one PNG each, whose metadata says how it was made, and all of them in ``grid.png``."""
-
-    def __init__(self, args: argparse.Namespace, settings: dict[str, Any]):
-        import clipgen
-
-        self.folder = args.output
-        self.columns = args.num_images if args.system != "search" else None
-        self.metadata = {"baseline": args.system, **settings, "clipgen": clipgen.__version__}
-        self.num_groups = 0
-        self.images: list[Any] = []
-        self.captions: list[str] = []
-
-    def add(self, images: Tensor, caption: str, seeds: list[int], metadata: list[dict[str, Any]]) -> None:
-        """Write the images (B, 3, H, W) of one prompt or class.
-
-        Args:
-            images: the images.
-            caption: the prompt or class.
-            seeds: seed of each image.
-            metadata: metadata of each image.
-        """
-        from clipgen.images import save_png, to_pil
-
-        for image, seed, own_metadata in zip(to_pil(images), seeds, metadata):
-            path = self.folder / file_name(f"{self.num_groups:02d}", caption, str(seed))
-            print(save_png(image, path, {"seed": seed, **own_metadata, **self.metadata}))
-            score = own_metadata.get("clip_score")
-            self.images.append(image)
-            self.captions.append(caption if score is None else f"{caption} ({score:.3f})")
-        self.num_groups += 1
-
-    def save_grid(self) -> None:
-        """Write the grid of all images."""
-        from clipgen.images import save_png
-        from clipgen.visualization import grid
-
-        columns = self.columns if self.num_groups > 1 else None
-        print(save_png(grid(self.images, columns, self.captions), self.folder / "grid.png"))
 
 
 if __name__ == "__main__":

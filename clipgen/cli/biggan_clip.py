@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from clipgen.cli.baseline_args import add_clip, add_prompts, image_seeds, load_search_clip
+from clipgen.cli.baseline_output import ImageOutput
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,8 +19,6 @@ LAYERED = ("generate", "num_layers", "layer_noise_dim", "num_classes")  # of a `
 
 def add_biggan_clip(p: argparse.ArgumentParser) -> None:
     """Add the options of ``run_biggan_clip``."""
-    from clipgen.cli.baseline import add_clip, add_prompts
-
     p.set_defaults(run=run_biggan_clip)
     add_prompts(p)
     p.add_argument("--penalize", action="append", default=[], help="prompt to stay away from; may be repeated")
@@ -43,7 +44,6 @@ def run_biggan_clip(args: argparse.Namespace) -> None:
     """Optimize images for each prompt."""
     from clipgen.baselines.biggan_clip import BigGANCLIPParams, biggan_clip
     from clipgen.baselines.search import real_score
-    from clipgen.cli.baseline import ImageOutput, image_seeds, load_search_clip
 
     settings = {name: getattr(args, name) for name in BigGANCLIPParams.__dataclass_fields__}
     params = BigGANCLIPParams(**settings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from clipgen.device import default_device as default_device
+from clipgen.device import default_device
 from clipgen.environment import environment_int
 
 

@@ -60,7 +60,8 @@ def encode(config: DictConfig) -> None:
     # torch is imported only now, after the checks that do not need it
     from clipgen import VQGAN, precompute
     from clipgen.cli.config import make
-    from clipgen.cli.device import default_device, rank_and_world_size
+    from clipgen.cli.device import rank_and_world_size
+    from clipgen.device import default_device
     from clipgen.output_folder import output_folder
     from clipgen.run_lock import LOCK
     from clipgen.training.model_builder import warn_of_image_size

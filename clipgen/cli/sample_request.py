@@ -113,7 +113,7 @@ def check_early(args: Namespace) -> None:
     """Find the errors that need no torch, whose import takes seconds.
 
     Raises:
-        ValueError: there is no prompt, more than a gallery allows, or a sampling parameter is out of range.
+        ValueError: the prompt is missing, a gallery does not allow it, or a sampling parameter is out of range.
         FileNotFoundError: a file or the checkpoint does not exist.
     """
     texts = (args.prompt, args.prompts_file, args.prompt_mix)
@@ -132,7 +132,7 @@ def check_early(args: Namespace) -> None:
 
 
 def check_gallery(args: Namespace) -> None:
-    """Raise ValueError if there is no such gallery, or if other prompts or settings are given with it."""
+    """Raise ValueError if the gallery is unknown, or if other prompts or settings are given with it."""
     from clipgen.generation.gallery import load_gallery
 
     gallery = load_gallery(args.gallery)

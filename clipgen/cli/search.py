@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgen.cli.baseline_args import add_clip, add_prompts, given_sampling_params, load_search_clip
+from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.sampling_args import add_sampling_options
 
 if TYPE_CHECKING:
@@ -17,8 +19,6 @@ PROTOCOLS = ("csc2516",)
 
 def add_search(p: argparse.ArgumentParser) -> None:
     """Add the options of ``run_search``."""
-    from clipgen.cli.baseline import add_clip, add_prompts
-
     p.set_defaults(run=run_search)
     add_prompts(p)
     models = p.add_argument_group("models")
@@ -103,7 +103,6 @@ def check_threshold(args: argparse.Namespace) -> None:
 def run_search(args: argparse.Namespace) -> None:
     """Search the best image of each prompt, or compute the paper's tables over all prompts."""
     from clipgen.baselines.search import encode_labels, search
-    from clipgen.cli.baseline import ImageOutput, load_search_clip
 
     generator = load_search_generator(args)
     clip = load_search_clip(args)
@@ -139,10 +138,9 @@ def run_search(args: argparse.Namespace) -> None:
 def load_search_generator(args: argparse.Namespace) -> Any:
     """Load the generator of ``--generator``."""
     from clipgen.baselines.generators import load_generator, read_class_names
-    from clipgen.cli.baseline import sampling_params
 
     class_names = read_class_names(args.class_names) if args.class_names else None
-    params = sampling_params(args)
+    params = given_sampling_params(args)
     return load_generator(args.generator, args.noise_dim, class_names, args.device, params, args.truncation)
 
 

@@ -235,7 +235,7 @@ def image_column_of(rows: Any, column: str | None) -> str:
     """Return the column of images; None chooses the only one.
 
     Raises:
-        ValueError: there is no such column, or there are several columns of images.
+        ValueError: the column does not exist, or the table has several columns of images.
     """
     if column is not None:
         return require_column(rows, column, "data.image_column")
@@ -268,7 +268,7 @@ def class_names_of(rows: Any, column: str) -> list[str] | None:
 
 
 def encoded_rows(rows: Any, columns: Sequence[str]) -> Any:
-    """Return the rows with only the image column, and the label column if there is one, and do not decode the images.
+    """Return the rows with their image column, not decoded, and their label column, without any other.
 
     The first of ``columns`` is that of the images.
     """
@@ -297,7 +297,7 @@ def huggingface_data(
     """Make the data module of `data=huggingface`; arguments as in `load_rows`, `HuggingFaceImages`, `ImageDataModule`.
 
     Validation images come from `val_split` if it is set. Else `val_fraction` of the rows is held out of training, and
-    at 0 there is no validation.
+    at 0 nothing is validated.
     """
     where = {"subset": subset, "revision": revision, "cache_dir": cache_dir}
     rows = load_rows(dataset, split, **where)

@@ -46,7 +46,7 @@ class IndexedImages(Dataset[dict[str, Tensor]], ABC):
         """Return the file of an image, or its bytes.
 
         Raises:
-            UnusableImageError: there is none.
+            UnusableImageError: the image is missing.
         """
 
     @abstractmethod

@@ -24,7 +24,7 @@ from clipgen.evaluation.feature_store import ImageBatch
 from clipgen.hashing import hash_files
 from clipgen.images import from_pil
 from clipgen.pipeline import TextToImage
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 IMAGES_PER_PART = 500  # lost at most when an evaluation is interrupted

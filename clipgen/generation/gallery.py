@@ -60,7 +60,7 @@ def load_gallery(name: str) -> Gallery:
     """Load a gallery.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: the gallery is unknown.
     """
     names = gallery_names()
     if name not in names:

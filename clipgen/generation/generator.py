@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from clipgen.checkpoint import model_folder
 from clipgen.images import from_pil
-from clipgen.sampling import SamplingParams, StepCallback, per_sample_seeds, per_sample_uniforms
+from clipgen.sampling import StepCallback, per_sample_seeds, per_sample_uniforms
+from clipgen.sampling_params import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

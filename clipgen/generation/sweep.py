@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 # Name of a field of `SamplingParams`, and its values.
 Axis = tuple[str, Sequence[Any]]

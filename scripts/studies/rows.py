@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 
 # The papers' optimizer, initialization and condition. The learning rate and the schedule are tuned.
 PAPER = (

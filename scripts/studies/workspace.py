@@ -36,7 +36,7 @@ from clipgen.evaluation.sources import GeneratedImages, GenerateFn, RealImages, 
 from clipgen.files import write_json
 from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
 from clipgen.images import save_png, to_pil
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 from clipgen.visualization import grid
 from studies import rows as study_rows
 from studies.budget import equal_flops_steps, flops_per_step

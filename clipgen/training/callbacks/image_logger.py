@@ -19,7 +19,7 @@ from clipgen.data.samplers import num_real_samples
 from clipgen.generation.generator import ImageGenerator
 from clipgen.images import save_png, to_pil
 from clipgen.run_folder import load_clip
-from clipgen.sampling import SamplingParams
+from clipgen.sampling_params import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import code_frequency_chart, grid
 from clipgen.vqgan import VQGAN
