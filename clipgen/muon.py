@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from clipgen.processor import has_bf16_units
+from clipgen.hardware.processor import has_bf16_units
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LR_ADJUSTMENTS = ("original", "match_rms_adamw")

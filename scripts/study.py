@@ -31,8 +31,8 @@ from studies.search_tables import search_tables
 from studies.workspace import Study
 
 from clipgen.cli.console import set_up_logging
-from clipgen.files import atomic_write
 from clipgen.images import save_png
+from clipgen.storage.files import atomic_write
 
 
 def parser() -> argparse.ArgumentParser:

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.classifier import WHITENING_SIZE, WIDTHS, ImageClassifier
 from clipgen.evaluation.intervals import wilson_interval
-from clipgen.files import atomic_write
-from clipgen.processor import has_bf16_units
+from clipgen.hardware.processor import has_bf16_units
+from clipgen.storage.files import atomic_write
 
 # At a batch size of 1024; it scales with the batch size.
 LEARNING_RATE = 1.5

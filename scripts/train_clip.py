@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
 from clipgen.data.webdataset import ImageShards
-from clipgen.files import atomic_write, write_json
+from clipgen.storage.files import atomic_write, write_json
 
 CONTEXT_LENGTH = 16
 MAX_LOGIT_SCALE = 4.6052  # CLIP's bound: a temperature of at least 0.01

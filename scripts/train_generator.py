@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from clipgen.baselines.biggan import NORM_EPS, BigGAN
 from clipgen.data.shapes import ALL_ATTRIBUTES, BACKGROUNDS, COLORS, RADII, SHAPES, SHIFTS, ShapesDataset
 from clipgen.evaluation.shapes_evaluator import accuracy
-from clipgen.files import atomic_write, write_json
 from clipgen.images import save_png, to_pil
+from clipgen.storage.files import atomic_write, write_json
 from clipgen.visualization import grid
 
 PIECE = 16  # noise per layer

@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import changed, weights_of
 
-from clipgen import atomic_folder
 from clipgen.checkpoint import model_folder
 from clipgen.pipeline import TextToImage
+from clipgen.storage import atomic_folder
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

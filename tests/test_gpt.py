@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from clipgen.kept_choices import kept_choice
+from clipgen.hardware.kept_choices import kept_choice
 from clipgen.models import cpu_kernels, kv_cache
 from clipgen.models.config import GPTConfig
 from clipgen.models.gpt import ConditionalGPT2

@@ -26,7 +26,7 @@ from clipgen.data.folder import folder_data
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
 from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, class_names, read_manifest
 from clipgen.data.webdataset import shard_data
-from clipgen.device import default_device
+from clipgen.hardware.device import default_device
 from clipgen.images import to_pil
 
 SOURCE = {"source": {"what": "shapes"}}

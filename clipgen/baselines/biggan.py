@@ -26,7 +26,7 @@ from clipgen.baselines.gan_weights import (
     read_generator_state,
     rename,
 )
-from clipgen.files import read_json
+from clipgen.storage.files import read_json
 
 __all__ = ["BigGAN", "BigGANDeep", "load_biggan"]
 

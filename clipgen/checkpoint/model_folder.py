@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 import clipgen
-from clipgen.atomic_folder import finish_swap, replace_folder
 from clipgen.checkpoint.pickle_stubs import thaw
 from clipgen.checkpoint.safe_load import (
     State,
@@ -30,8 +29,9 @@ from clipgen.checkpoint.safe_load import (
     strip_wrappers,
 )
 from clipgen.checkpoint.verified_build import build, named_load_errors
-from clipgen.files import one_line, read_json
-from clipgen.inner_files import check_inside
+from clipgen.storage.atomic_folder import finish_swap, replace_folder
+from clipgen.storage.files import one_line, read_json
+from clipgen.storage.inner_files import check_inside
 
 __all__ = ["build", "named_load_errors"]  # for the models, which know files by this module
 

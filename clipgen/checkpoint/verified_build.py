@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 import clipgen
 from clipgen.checkpoint.safe_load import State
-from clipgen.files import one_line
+from clipgen.storage.files import one_line
 from clipgen.type_checks import check_values, fits, parameter_hints
 
 Model = TypeVar("Model")

@@ -28,7 +28,7 @@ from clipgen.cli.model_path import check_generator_path, check_model_path
 from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.cli.search import add_search, check_threshold
-from clipgen.device import default_device
+from clipgen.hardware.device import default_device
 
 if TYPE_CHECKING:
     from clipgen import VQGAN, FrozenCLIP

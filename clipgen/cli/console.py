@@ -15,7 +15,7 @@ from datetime import timedelta
 from types import FrameType
 
 from clipgen.errors import EXPECTED, error_line
-from clipgen.files import printable
+from clipgen.storage.files import printable
 
 logger = logging.getLogger("clipgen")
 # Warnings of libraries that do not apply here, or that clipgen reports in its own words.

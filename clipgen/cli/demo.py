@@ -75,9 +75,9 @@ def run() -> None:
     stages = compose_stages(args.output, args.seed, args.steps, args.overrides)
     print(describe_plan(args.output, stages), flush=True)
     with timed(seconds, "imports"):
-        from clipgen.files import write_json
-        from clipgen.output_folder import output_folder
         from clipgen.pipeline import TextToImage
+        from clipgen.storage.files import write_json
+        from clipgen.storage.output_folder import output_folder
     with output_folder(args.output, keep_pattern="*/checkpoints/*.ckpt"):
         # --resume reads the settings from the report
         write_json(args.output / REPORT, {"settings": settings})
@@ -258,7 +258,7 @@ def plot_losses(files: list[Path], path: Path) -> None:
     """Plot the training and validation losses of both stages."""
     from matplotlib.figure import Figure
 
-    from clipgen.files import atomic_write
+    from clipgen.storage.files import atomic_write
 
     figure = Figure(figsize=(5 * len(files), 3.5), layout="constrained")
     for axis, file in zip(figure.subplots(1, len(files)), files):
@@ -285,7 +285,7 @@ def read_losses(file: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
 
 def write_report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], settings: dict[str, Any]) -> None:
     """Write ``report.json``."""
-    from clipgen.files import read_json, write_json
+    from clipgen.storage.files import read_json, write_json
 
     report = {
         "accuracy": accuracy,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from clipgen.device import default_device
-from clipgen.environment import environment_int
+from clipgen.hardware.device import default_device
+from clipgen.hardware.environment import environment_int
 
 
 def device_type(accelerator: str) -> str:

@@ -61,9 +61,9 @@ def encode(config: DictConfig) -> None:
     from clipgen import VQGAN, precompute
     from clipgen.cli.config import make
     from clipgen.cli.device import rank_and_world_size
-    from clipgen.device import default_device
-    from clipgen.output_folder import output_folder
-    from clipgen.run_lock import LOCK
+    from clipgen.hardware.device import default_device
+    from clipgen.storage.output_folder import output_folder
+    from clipgen.storage.run_lock import LOCK
     from clipgen.training.model_builder import warn_of_image_size
 
     vqgan = VQGAN.load(config.vqgan)

@@ -16,8 +16,8 @@ from clipgen.cli.model_path import check_model_path
 from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
 from clipgen.data.urls import expand_urls
-from clipgen.device import default_device
-from clipgen.run_lock import LOCK
+from clipgen.hardware.device import default_device
+from clipgen.storage.run_lock import LOCK
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -167,7 +167,7 @@ def run() -> None:
     check_paths(args)
     from clipgen.evaluation.report import table
     from clipgen.evaluation.run import METRICS_FILE
-    from clipgen.files import atomic_write
+    from clipgen.storage.files import atomic_write
 
     rank, _ = rank_and_world_size()
     with output_folder(args.output, keep_pattern="parts/part-*.npz", lock=f"{LOCK}-{rank}"):

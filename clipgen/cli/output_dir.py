@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from clipgen.output_folder import output_folder as output_folder
+from clipgen.storage.output_folder import output_folder as output_folder
 
 
 def free_folder(folder: Path, pattern: str) -> Path:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.environment import environment_int
+from clipgen.hardware.environment import environment_int
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -272,8 +272,8 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
         args: the arguments.
         deviations: where the run departs from ``--protocol``.
     """
-    from clipgen.files import atomic_write, write_json
     from clipgen.images import save_png
+    from clipgen.storage.files import atomic_write, write_json
     from clipgen.visualization import line_chart
 
     print(f"{'k':>5}  best CLIP score    images needed")

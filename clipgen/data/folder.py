@@ -31,8 +31,8 @@ from clipgen.data.handover import from_first_process
 from clipgen.data.indexed import IndexedImages
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
-from clipgen.files import natural_key
 from clipgen.hashing import hash_files, unit_hash
+from clipgen.storage.files import natural_key
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from clipgen.data.decoding import UnusableImageError
 from clipgen.data.indexed import IndexedImages
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
-from clipgen.files import natural_key, one_line
 from clipgen.hashing import unit_hash
+from clipgen.storage.files import natural_key, one_line
 
 # As `webdataset.parse_label` allows.
 _MAX_CLASSES = 2**31

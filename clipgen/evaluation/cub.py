@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from clipgen.files import check_size, natural_key, read_text
+from clipgen.storage.files import check_size, natural_key, read_text
 
 __all__ = ["SPLITS", "read_text_folder"]
 

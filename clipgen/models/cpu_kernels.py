@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgen.kept_choices import kept_choice
-from clipgen.processor import instruction_set
+from clipgen.hardware.kept_choices import kept_choice
+from clipgen.hardware.processor import instruction_set
 
 Linear = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
 LinearFactory = Callable[[Tensor, Tensor, int], Linear]  # weight (in, out), bias, batch size

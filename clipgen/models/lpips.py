@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipgen.files import one_line
+from clipgen.storage.files import one_line
 
 
 class MissingWeightsError(ValueError):

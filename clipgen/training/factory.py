@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clipgen.files import read_yaml
+from clipgen.storage.files import read_yaml
 from clipgen.type_checks import check_values, parameter_hints
 
 # Everything that a ``_target_`` may name, besides the data sources of configs/data: see ``allowed_targets``

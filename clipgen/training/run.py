@@ -19,11 +19,11 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.handover import one_process_works
 from clipgen.data.samplers import DataPositionCallback
-from clipgen.files import atomic_write, one_line, write_json
-from clipgen.inner_files import refuse_links
-from clipgen.output_folder import output_folder
-from clipgen.processor import require_bf16_units
+from clipgen.hardware.processor import require_bf16_units
 from clipgen.run_folder import bind, copy_frozen, save_frozen
+from clipgen.storage.files import atomic_write, one_line, write_json
+from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.output_folder import output_folder
 from clipgen.training.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,

@@ -33,10 +33,10 @@ from clipgen.evaluation.features import feature_extractor, image_classifier_feat
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import GeneratedImages, GenerateFn, RealImages, make_generate_fn
-from clipgen.files import write_json
 from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
 from clipgen.images import save_png, to_pil
 from clipgen.sampling_params import SamplingParams
+from clipgen.storage.files import write_json
 from clipgen.visualization import grid
 from studies import rows as study_rows
 from studies.budget import equal_flops_steps, flops_per_step

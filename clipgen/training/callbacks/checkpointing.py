@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.distributed.tensor import DTensor
 
-from clipgen.files import atomic_write
 from clipgen.optim import parameters_of
+from clipgen.storage.files import atomic_write
 from clipgen.training.callbacks.validation import ResumeValidation, validation_due
 
 # Several processes agree on whether to stop only every so many steps, because the agreement waits for their devices.

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from clipgen.files import cache_folder, read_json, write_json
-from clipgen.processor import instruction_set
+from clipgen.hardware.processor import instruction_set
+from clipgen.storage.files import cache_folder, read_json, write_json
 
 logger = logging.getLogger(__name__)
 FILE = "kernels.json"

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipgen.files import flush_to_disk, host_name, is_running, read_json, with_path_in_errors, write_json
+from clipgen.storage.files import flush_to_disk, host_name, is_running, read_json, with_path_in_errors, write_json
 
 # Lists the new entries, in a folder whose moves have begun.
 NAMES = "names.json"

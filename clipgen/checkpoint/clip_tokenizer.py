@@ -13,10 +13,10 @@ from typing import Any
 import open_clip
 from torch import Tensor
 
-from clipgen.clip_folder import BYTE_PAIRS, CONFIG, TOKENIZER_DATA, TOKENIZER_SETTINGS, open_clip_interface
-from clipgen.clip_rules import shown
-from clipgen.files import one_line, parse_json, read_json, write_json
-from clipgen.inner_files import member
+from clipgen.checkpoint.clip_folder import BYTE_PAIRS, CONFIG, TOKENIZER_DATA, TOKENIZER_SETTINGS, open_clip_interface
+from clipgen.checkpoint.clip_rules import shown
+from clipgen.storage.files import one_line, parse_json, read_json, write_json
+from clipgen.storage.inner_files import member
 from clipgen.type_checks import fits
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from clipgen.run_lock import LOCK, hold_lock
+from clipgen.storage.run_lock import LOCK, hold_lock
 
 
 @contextmanager

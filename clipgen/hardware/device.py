@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipgen.environment import environment_int
+from clipgen.hardware.environment import environment_int
 
 
 def default_device() -> str:
