@@ -9,11 +9,13 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipgen.cli.console import guarded
 from clipgen.cli.output_dir import free_folder
+from clipgen.progress import duration
 
 START_TIME = time.perf_counter()
 DESCRIPTION = (
@@ -186,7 +188,7 @@ def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]
     """Train the stages that are not finished."""
     from clipgen.cli import train
     from clipgen.run_list import finished_model
-    from clipgen.training.callbacks.progress import TimeForecast
+    from clipgen.training.callbacks import TimeForecast
 
     for stage, config in stages.items():
         if finished_model(output / stage, stage):
@@ -194,15 +196,21 @@ def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]
             continue
         print(f"Training stage={stage} ...", flush=True)
         later_steps = stages["transformer"].trainer.max_steps * STEP_COST if stage == "vqgan" else 0
-        forecast = TimeForecast(later_steps, print_forecast)
+        forecast = TimeForecast(partial(print_forecast, later_steps))
         with timed(seconds, stage):
             train.train(config, callbacks=[forecast], resume_command=resume_command(output))
 
 
-def print_forecast(stage_seconds: float, total_seconds: float) -> None:
-    """Print the time left in this stage and in all, and what to do if it is long."""
-    from clipgen.training.callbacks.progress import duration
+def print_forecast(later_steps: float, steps_left: float, seconds_per_step: float) -> None:
+    """Print the time left in this stage and in all, and what to do if it is long.
 
+    Args:
+        later_steps: cost of the later stages, in steps of this one.
+        steps_left: steps left in this stage.
+        seconds_per_step: duration of a step of this stage.
+    """
+    stage_seconds = steps_left * seconds_per_step
+    total_seconds = (steps_left + later_steps) * seconds_per_step
     print(f"About {duration(total_seconds)} left, {duration(stage_seconds)} of it in this stage", flush=True)
     if total_seconds > MAX_SECONDS:
         print(

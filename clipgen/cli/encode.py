@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded, progress_bar
+from clipgen.cli.console import guarded
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -61,6 +61,7 @@ def encode(config: DictConfig) -> None:
     from clipgen import VQGAN, precompute
     from clipgen.cli.config import make
     from clipgen.cli.device import rank_and_world_size
+    from clipgen.cli.progress_bar import progress_bar
     from clipgen.hardware.device import default_device
     from clipgen.storage.output_folder import output_folder
     from clipgen.storage.run_lock import LOCK

@@ -33,6 +33,7 @@ from clipgen.training.callbacks import (
     OverrideOptimizerSettings,
     PerStepSeed,
     ProgressReport,
+    TimeForecast,
 )
 from clipgen.training.cluster import check_num_processes, requeue_slurm_job, share_results, use_own_store
 from clipgen.training.config import TrainingConfig
@@ -74,7 +75,7 @@ def train(
 
     Args:
         config: what to train, on which data, and how.
-        callbacks: further callbacks; a ``ProgressReport`` among them replaces the default one.
+        callbacks: further callbacks; a ``ProgressReport`` or ``TimeForecast`` among them replaces the default one.
         run_files: further files of the run folder, by name, with their text.
         resume_command: the command that resumes the training, for the message after Ctrl-C.
 
@@ -184,8 +185,9 @@ def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callb
         callbacks.append(make(config.metrics, "metrics"))
     callbacks += make(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
     callbacks += [FinalValidation(), MetricPrinter(), ContinueLog()]
-    if not any(isinstance(callback, ProgressReport) for callback in more):
-        callbacks.append(ProgressReport())
+    for default in (ProgressReport, TimeForecast):
+        if not any(isinstance(callback, default) for callback in more):
+            callbacks.append(default())
     return [*callbacks, *more]
 
 
