@@ -87,8 +87,8 @@ def with_cfg(logits_fn: LogitsFn, scales: Sequence[float]) -> LogitsFn:
 
     def guided_logits(position: int, previous: Tensor | None) -> Tensor:
         both = None if previous is None else previous.repeat(2)
-        condition, null = logits_fn(position, both).float().chunk(2)
-        return null + scales[position] * (condition - null)
+        conditional, null = logits_fn(position, both).float().chunk(2)
+        return null + scales[position] * (conditional - null)
 
     return guided_logits
 

@@ -159,20 +159,20 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         """
         params = resolve_params(params, settings)
         self._check_shapes(clip_embedding, uniforms, prefix)
-        condition = self._condition_tokens(clip_embedding, params)
+        condition_tokens = self._condition_tokens(clip_embedding, params)
         if uniforms is None:
             seeds = sampling.per_sample_seeds(seed, len(clip_embedding))
             uniforms = sampling.per_sample_uniforms(seeds, self.num_tokens, clip_embedding.device)
-        sample_fn = self._decoder(condition).start_sampling(condition, uniforms, params)
+        sample_fn = self._decoder(condition_tokens).start_sampling(condition_tokens, uniforms, params)
         return sampling.sample_sequence(sample_fn, uniforms.shape, uniforms.device, prefix=prefix, callback=callback)
 
     def _condition_tokens(self, clip_embedding: Tensor, params: SamplingParams) -> Tensor:
         """Return the condition tokens (B, C); with guidance (2 B, C), followed by those of the null condition."""
-        condition = self.eval_model.condition(clip_embedding)
+        tokens = self.eval_model.condition_tokens(clip_embedding)
         if not params.uses_guidance:
-            return condition
-        drop_all = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
-        return torch.cat([condition, self.eval_model.condition(clip_embedding, drop=drop_all)])
+            return tokens
+        drop_all = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        return torch.cat([tokens, self.eval_model.condition_tokens(clip_embedding, drop=drop_all)])
 
     def _check_shapes(self, clip_embedding: Tensor, uniforms: Tensor | None, prefix: Tensor | None) -> None:
         batch_size = len(clip_embedding)
@@ -204,13 +204,13 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
             total += 2 * sum(keys.nbytes for keys in decoder.keys)
         return total
 
-    def _decoder(self, condition: Tensor) -> IncrementalDecoder:
+    def _decoder(self, condition_tokens: Tensor) -> IncrementalDecoder:
         """Return a decoder for a batch of condition tokens, a compiled one if ``compile_decoder`` was called."""
         if not self.compiled:
-            return IncrementalDecoder(self.eval_model, len(condition))
-        batch_size = 2 ** (len(condition) - 1).bit_length()
+            return IncrementalDecoder(self.eval_model, len(condition_tokens))
+        batch_size = 2 ** (len(condition_tokens) - 1).bit_length()
         # A decoder refers to the weights, which may have been moved, cast or replaced since it was compiled.
-        key = (batch_size, condition.device, condition.dtype, id(self.eval_model.head.weight))
+        key = (batch_size, condition_tokens.device, condition_tokens.dtype, id(self.eval_model.head.weight))
         if key not in self.decoders:
             self.decoders[key] = CompiledDecoder(self.eval_model, batch_size)
         return self.decoders[key]
@@ -344,7 +344,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.prepare_batch(batch)
         num_real = num_real_samples(self._trainer, batch_idx, len(indices))
-        # Under FSDP all ranks must compute equally often, even on batches that only repeat other samples.
+        # Under FSDP all ranks must compute the same number of times, even on batches that only repeat other samples.
         kept = num_real or len(indices)
         loss, _ = self.eval_model(indices[:kept], clip_embedding[:kept], with_loss=True)
         if num_real:

@@ -294,7 +294,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         return strategy.block_backward_sync()
 
     def _initialize_codebook(self, images: Tensor, batch_idx: int) -> None:
-        """Initialize the codes by k-means before the first step of a training, if asked for."""
+        """Initialize the codes by k-means before the first step of a training, if ``kmeans_iters`` is above 0."""
         if self.quantizer_config.kmeans_iters and self.global_step == batch_idx == 0:
             self._kmeans_init(images)
 

@@ -7,7 +7,7 @@
     python -m clipgen study shapes --output study/shapes --rows curve     # the CLIP loss over its weight
     python -m clipgen study shapes --output study/shapes --rows biggan --generator biggan:FILE    # BigGAN-CLIP alone
 
-All transformers are trained on one token cache, with equal floating-point operations (--equal steps: equally often).
+All transformers are trained on one token cache, with equal floating-point operations (with --equal steps, for the same number of steps).
 Rate and schedule of each row are tuned on one small grid, its sampling parameters on prompts (CIFAR-10: seeds) that
 are not reported. --second-clip names a CLIP of another seed and other data, which scores what the first one chose:
 
@@ -99,7 +99,7 @@ def add_budget(group: argparse._ArgumentGroup) -> None:
 
 
 def rows_of(study: Study) -> list[Row]:
-    """Return the rows of the table that is asked for."""
+    """Return the rows of the requested table."""
     if study.args.rows == "systems":
         return study_rows.system_rows() + ([study_rows.BIGGAN_CLIP] if study.args.generator else [])
     if study.args.rows == "gap":

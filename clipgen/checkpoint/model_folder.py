@@ -108,7 +108,7 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None, token: s
     if not name.startswith("hf-hub:"):
         if revision is not None:
             raise ValueError(f"revision must be None for {name}, which is not on the hub, got {revision}")
-        # a Path is one, whatever its name
+        # a Path is always a path, also if it looks like a name
         return Path(BUNDLED.get(name, name) if isinstance(path_or_name, str) else name).expanduser()
     from huggingface_hub import snapshot_download
 

@@ -1,4 +1,4 @@
-"""Read the metadata that ``clipgen-sample`` writes to PNG files. Files of strangers are checked in every detail."""
+"""Read the metadata that ``clipgen-sample`` writes to PNG files. Every value is checked, because files may be untrusted."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class HuggingFaceImages(IndexedImages):
             a hash of its number, so adding rows does not move others. At 0 both sides are all rows.
         seed: seed of crops and flips.
         root: folder of the files that rows may name instead of holding an image's bytes. None: they may name none,
-            because the table may come from somebody else.
+            because the table may be untrusted.
 
     Raises:
         ValueError: an argument is out of range, or no row is usable.

@@ -19,7 +19,7 @@ from clipgen.storage.files import check_size, natural_key, one_line, read_text
 
 logger = logging.getLogger(__name__)
 MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
-MAX_SIDECAR_BYTES = 1 << 20  # of a text file beside an image
+MAX_SIDECAR_BYTES = 1 << 20  # size of a text file beside an image
 
 
 class Caption(NamedTuple):

@@ -1,9 +1,9 @@
 """The condition of the transformer, and noise on it.
 
 A batch holds one condition per sample under the key ``condition``: a CLIP embedding (B, E) of unit norm, or a one-hot
-class (B, num_classes). ``ConditionalGPT2.condition`` projects it to one condition token per sample, the first position
-of the sequence. Another kind of condition therefore needs a data source that writes vectors under this key and a
-``clip_dim`` of their length; several condition tokens per sample would need changes in ``models/gpt.py`` and
+class (B, num_classes). ``ConditionalGPT2.condition_tokens`` projects it to one condition token per sample, which is the
+first position of the sequence. Another kind of condition therefore needs a data source that writes vectors under this
+key and a ``clip_dim`` of their length; several condition tokens per sample would need changes in ``models/gpt.py`` and
 ``models/kv_cache.py``. There is no protocol class, because nothing would refer to it.
 
 Noise in training is one of the ways to close CLIP's modality gap (see generation/modality_gap.py).

@@ -20,7 +20,7 @@ LinearFactory = Callable[[Tensor, Tensor, int], Linear]  # weight (in, out), bia
 # torch.compile uses these operators on a CPU.
 onednn: Any = torch.ops.mkldnn
 
-# A weight of at most so many elements stays in a processor's cache, where torch's own product is fastest.
+# A weight with at most this many elements stays in the processor's cache, where torch's own product is fastest.
 MAX_CACHED_ELEMENTS = 2**17
 # Memory of the weights of a measurement, larger than the caches of most processors.
 MEASURED_BYTES = 2**26
@@ -72,7 +72,7 @@ def measured_kernel(usual: str, batch_size: int, inputs: int, outputs: int, thre
 
 
 def usual_cpu_kernel(batch_size: int, inputs: int, outputs: int) -> LinearFactory:
-    """Return the kernel that was the fastest on processors at hand, by shape and instruction set."""
+    """Return the kernel that was the fastest on the processors that were tried, by shape and instruction set."""
     if batch_size <= 2:
         if inputs * outputs <= MAX_CACHED_ELEMENTS:
             return addmm_linear

@@ -15,7 +15,7 @@ from clipgen.models.gpt import ConditionalGPT2
 from clipgen.sampling import LogitsFn, SampleFn, sample_top, sampler, with_cfg
 from clipgen.sampling_params import SamplingParams
 
-# A compiled graph reads the cache up to a multiple of so many positions.
+# A compiled graph reads the cache up to a multiple of this many positions.
 BUCKET_SIZE = 64
 # Smaller batches read the whole cache, which is small compared with the weights.
 MIN_BATCH_SIZE_FOR_BUCKETS = 64
@@ -44,32 +44,32 @@ class IncrementalDecoder:
         self.head = self.make_linear(gpt.head.weight.T, gpt.head.bias, batch_size)
         self.cache_shape = (batch_size, config.n_head, gpt.num_tokens, config.n_embd // config.n_head)
 
-    def start(self, condition: Tensor) -> LogitsFn:
-        """Begin a batch, given its condition tokens (B, n_embd) from ``gpt.condition``.
+    def start(self, condition_tokens: Tensor) -> LogitsFn:
+        """Begin a batch, given its condition tokens (B, n_embd) from ``gpt.condition_tokens``.
 
         Returns:
             The function from a position and the previous index (B,), None at position 0, to the logits (B, K).
         """
-        self.keys = self.allocate_cache(condition)
-        self.values = self.allocate_cache(condition)
+        self.keys = self.allocate_cache(condition_tokens)
+        self.values = self.allocate_cache(condition_tokens)
 
         def logits_fn(position: int, previous: Tensor | None) -> Tensor:
-            return self.logits(self._token(condition, previous), position)
+            return self.logits(self._token(condition_tokens, previous), position)
 
         return logits_fn
 
-    def start_sampling(self, condition: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
+    def start_sampling(self, condition_tokens: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
         """Begin a batch whose indices are sampled.
 
         Args:
-            condition: condition tokens (B, n_embd); with guidance (2 B, n_embd), the second half of the null condition.
+            condition_tokens: (B, n_embd); with guidance (2 B, n_embd), the second half of the null condition.
             uniforms: (B, T) in [0, 1), see ``clipgen.sampling.sample_from_logits``.
             params: sampling parameters.
 
         Returns:
             The function from a position and the previous index (B,), None at position 0, to the index (B,).
         """
-        logits_fn = self.start(condition)
+        logits_fn = self.start(condition_tokens)
         if params.uses_guidance:
             logits_fn = with_cfg(logits_fn, params.guidance_scales(uniforms.shape[1]))
         return sampler(logits_fn, uniforms, params)
@@ -78,8 +78,8 @@ class IncrementalDecoder:
         """Allocate one tensor per block: torch.compile would copy a shared one at every write to a part of it."""
         return [like.new_zeros(self.cache_shape) for _ in self.blocks]
 
-    def _token(self, condition: Tensor, previous: Tensor | None) -> Tensor:
-        return condition if previous is None else F.embedding(previous, self.wte)
+    def _token(self, condition_tokens: Tensor, previous: Tensor | None) -> Tensor:
+        return condition_tokens if previous is None else F.embedding(previous, self.wte)
 
     def logits(self, token: Tensor, position: Any) -> Tensor:
         """Compute the logits (B, K) that follow tokens (B, C) at a position."""
@@ -150,7 +150,7 @@ class CompiledDecoder(IncrementalDecoder):
     def _allocate_inputs(self, batch_size: int, num_tokens: int) -> None:
         """Allocate what a step reads: a CUDA graph always reads the same memory."""
         floats = {"dtype": torch.float32, "device": self.wte.device}
-        self.condition = self.wte.new_zeros(batch_size, self.n_embd)
+        self.condition_tokens = self.wte.new_zeros(batch_size, self.n_embd)
         self.previous = self.positions.new_zeros(batch_size)
         self.position = self.positions[:1].clone()
         self.uniforms = torch.zeros(batch_size, num_tokens, **floats)
@@ -158,26 +158,26 @@ class CompiledDecoder(IncrementalDecoder):
         self.temperature = torch.ones((), **floats)
         self.top_p = torch.ones((), **floats)
 
-    def start(self, condition: Tensor) -> LogitsFn:
+    def start(self, condition_tokens: Tensor) -> LogitsFn:
         """Begin a batch, see ``IncrementalDecoder.start``. No CUDA graph is captured."""
-        size = len(condition)
-        self.condition[:size] = condition
+        size = len(condition_tokens)
+        self.condition_tokens[:size] = condition_tokens
 
         def logits_fn(position: int, previous: Tensor | None) -> Tensor:
             if previous is not None:
                 self.previous[:size] = previous
             self.move_to(position)
-            return self.compiled_logits(self.condition, self.previous, self.position)[:size]
+            return self.compiled_logits(self.condition_tokens, self.previous, self.position)[:size]
 
         return logits_fn
 
-    def start_sampling(self, condition: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
+    def start_sampling(self, condition_tokens: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
         """Begin a batch whose indices are sampled, see ``IncrementalDecoder.start_sampling``."""
         size = len(uniforms)
         guided = params.uses_guidance
         # With guidance, the second half of the rows has the null condition.
         halves = 2 if guided else 1
-        self.condition.view(halves, -1, self.n_embd)[:, :size] = condition.view(halves, size, -1)
+        self.condition_tokens.view(halves, -1, self.n_embd)[:, :size] = condition_tokens.view(halves, size, -1)
         self.uniforms[:size] = uniforms
         self.guidance_scales.copy_(torch.tensor(params.guidance_scales(len(self.positions))))
         self.temperature.fill_(params.temperature)
@@ -199,17 +199,17 @@ class CompiledDecoder(IncrementalDecoder):
         self.position.fill_(position)
         self.length = min((position // self.bucket_size + 1) * self.bucket_size, len(self.positions))
 
-    def logits_after(self, condition: Tensor, previous: Tensor, position: Tensor) -> Tensor:
+    def logits_after(self, condition_tokens: Tensor, previous: Tensor, position: Tensor) -> Tensor:
         """Compute the logits (B, K) at a position (1,), from the condition token or from the previous index (B,)."""
-        token = torch.where(position == 0, condition, F.embedding(previous, self.wte))
+        token = torch.where(position == 0, condition_tokens, F.embedding(previous, self.wte))
         return self.logits(token, position)
 
     def sample_next(self, top_k: int, greedy: bool, guided: bool) -> None:
         """Compute the logits at ``position``, and replace ``previous`` by the index that is sampled from them."""
-        logits = self.compiled_logits(self.condition, self.previous, self.position)
+        logits = self.compiled_logits(self.condition_tokens, self.previous, self.position)
         if guided:
-            condition, null = logits.float().chunk(2)
-            logits = null + self.guidance_scales.index_select(0, self.position) * (condition - null)
+            conditional, null = logits.float().chunk(2)
+            logits = null + self.guidance_scales.index_select(0, self.position) * (conditional - null)
         uniforms = self.uniforms[: len(logits)].index_select(1, self.position)[:, 0]
         if greedy:
             index = logits.argmax(dim=-1)

@@ -22,7 +22,7 @@ LOCK = ".lock"
 HEARTBEAT = 15.0
 # Seconds without an update after which a holder on another machine is assumed dead.
 TIMEOUT = 90.0
-# Letters of a lock file that are read.
+# Number of characters of a lock file that are read.
 MAX_LOCK = 10_000
 
 

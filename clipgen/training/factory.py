@@ -1,6 +1,6 @@
 """Make objects from the sections of a configuration: only listed classes and functions, with checked types.
 
-A configuration may come from the run folder of somebody else, so a section must not name arbitrary code.
+A configuration may come from an untrusted run folder, so a section must not name arbitrary code.
 """
 
 from __future__ import annotations

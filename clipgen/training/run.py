@@ -218,7 +218,7 @@ def make_fsdp_strategy(config: TrainingConfig) -> Any:
     if config.data.get("val_urls") and not isinstance(limit, int):
         raise ValueError(
             "trainer.limit_val_batches must be a number that every process has with trainer.strategy=fsdp "
-            f"and data.val_urls, got {limit}: streams end at different batches, and the processes would wait for ever"
+            f"and data.val_urls, got {limit}: streams end at different batches, and the processes would wait forever"
         )
     processes = devices * config.trainer["num_nodes"]
     return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)

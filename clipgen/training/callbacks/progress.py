@@ -28,7 +28,7 @@ class ProgressReport(pl.Callback):
 
     def __init__(self, make_progress: Callable[..., ProgressLog] = ProgressLog):
         self.make_progress = make_progress
-        self.progress: ProgressLog | None = None  # of the first process only
+        self.progress: ProgressLog | None = None  # in the first process only
         self.losses = ""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
