@@ -323,7 +323,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         if config.weight > 0 and self.global_step % config.interval == 0:
             terms["clip_loss"] = self.clip_loss(logits, clip_embedding)
             loss = loss + config.weight * config.interval * terms["clip_loss"]  # Eq. 10
-        self.guard.watch(terms)
+        self.guard.record(terms)
         for name, value in (terms | {"loss": loss}).items():
             self.log(f"train/{name}", value.detach())
         return loss

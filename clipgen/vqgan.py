@@ -281,7 +281,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
             self.manual_backward((vjp + quantizer_loss) / grad_accum_steps)
             if logits_fake is not None:
                 self.manual_backward(self._discriminator_loss(images, logits_fake) / grad_accum_steps)
-        self.guard.watch(loss_terms)
+        self.guard.record(loss_terms)
         if is_optimizer_step:
             self._step_optimizers(num_optimizers=1 if logits_fake is None else 2)
         self._log_losses(loss_terms, quantized)
@@ -364,10 +364,10 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         loss = losses.discriminator_loss(logits_real, logits_fake, self.gan_config.loss)
         logged = {"discriminator_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
         self.log_dict(add_prefix("train/", detached(logged)))
-        self.guard.watch({"discriminator_loss": loss})
+        self.guard.record({"discriminator_loss": loss})
         if self.lecam is not None:
             lecam_loss = self.gan_config.lecam_weight * self.lecam(logits_real, logits_fake)
-            self.guard.watch({"lecam_loss": lecam_loss})
+            self.guard.record({"lecam_loss": lecam_loss})
             self.log("train/lecam_loss", lecam_loss.detach())
             loss = loss + lecam_loss
         return loss

@@ -7,9 +7,9 @@
     python -m clipgen study shapes --output study/shapes --rows curve     # the CLIP loss over its weight
     python -m clipgen study shapes --output study/shapes --rows biggan --generator biggan:FILE    # BigGAN-CLIP alone
 
-All transformers are trained on one token cache, with equal floating-point operations (with --equal steps, for the same number of steps).
+All transformers are trained on one token cache, with equal floating-point operations (--equal steps: as many steps).
 Rate and schedule of each row are tuned on one small grid, its sampling parameters on prompts (CIFAR-10: seeds) that
-are not reported. --second-clip names a CLIP of another seed and other data, which scores what the first one chose:
+are not reported. --second-clip names a CLIP of another seed and other data, which scores the images that the first chose:
 
     python -m clipgen train_shapes_clip --output runs/second-clip --seed 1
     python -m clipgen train_clip --data data/cifar10 --output runs/second-clip --seed 1 --shards 'train-00000[5-9].tar'

@@ -73,9 +73,7 @@ class CheckedTokenizer:
             tokens: Tensor = self.tokenizer(texts)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except (
-            BaseException
-        ) as error:  # a panic in the tokenizers package, which is written in Rust, is not an Exception
+        except BaseException as error:  # a panic of the Rust package tokenizers is not an Exception
             raise ValueError(f"the tokenizer in {self.folder} cannot read this text: {one_line(error)}") from error
         if tokens.ndim != 2 or tokens.shape[1] != self.length:
             got = f"{tuple(tokens.shape)}"

@@ -1,4 +1,4 @@
-"""Read the metadata that ``clipgen-sample`` writes to PNG files. Every value is checked, because files may be untrusted."""
+"""Read the metadata that ``clipgen-sample`` writes to PNG files, which are untrusted: every value is checked."""
 
 from __future__ import annotations
 
