@@ -9,7 +9,7 @@
 
 All transformers are trained on one token cache, with equal floating-point operations (--equal steps: as many steps).
 Rate and schedule of each row are tuned on one small grid, its sampling parameters on prompts (CIFAR-10: seeds) that
-are not reported. --second-clip names a CLIP of another seed and other data, which scores the images that the first chose:
+are not reported. --second-clip names a CLIP of another seed and other data, which scores the images of the first one:
 
     python -m clipgen train_shapes_clip --output runs/second-clip --seed 1
     python -m clipgen train_clip --data data/cifar10 --output runs/second-clip --seed 1 --shards 'train-00000[5-9].tar'
