@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clipgen.models.cpu_kernels import Linear, addmm_linear, choose_cpu_kernel
 from clipgen.models.gpt import ConditionalGPT2
-from clipgen.sampling import LogitsFn, SampleFn, sample_top, sampler, with_cfg
+from clipgen.sampling import LogitsFn, SampleFn, sample_from_logits, sampler, with_cfg
 from clipgen.sampling_params import SamplingParams
 
 # A compiled graph reads the cache up to a multiple of this many positions.
@@ -139,9 +139,10 @@ class CompiledDecoder(IncrementalDecoder):
         self.length = 0  # positions of the cache that attention reads
         self.positions = torch.arange(gpt.num_tokens, device=self.wte.device)
         self._allocate_inputs(batch_size, gpt.num_tokens)
-        # By ``length`` and the settings of ``sample_next``. The graphs of torch.compile itself cost the host 250 us per
-        # step, these 12 us.
-        self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        # By ``length``, for these parameters. The graphs of torch.compile itself cost the host 250 us per step, these
+        # 12 us.
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.params = SamplingParams()
         # Dynamo counts the graphs of all batch sizes together.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 64)
@@ -155,8 +156,6 @@ class CompiledDecoder(IncrementalDecoder):
         self.position = self.positions[:1].clone()
         self.uniforms = torch.zeros(batch_size, num_tokens, **floats)
         self.guidance_scales = torch.ones(num_tokens, **floats)
-        self.temperature = torch.ones((), **floats)
-        self.top_p = torch.ones((), **floats)
 
     def start(self, condition_tokens: Tensor) -> LogitsFn:
         """Begin a batch, see ``IncrementalDecoder.start``. No CUDA graph is captured."""
@@ -174,22 +173,22 @@ class CompiledDecoder(IncrementalDecoder):
     def start_sampling(self, condition_tokens: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
         """Begin a batch whose indices are sampled, see ``IncrementalDecoder.start_sampling``."""
         size = len(uniforms)
-        guided = params.uses_guidance
         # With guidance, the second half of the rows has the null condition.
-        halves = 2 if guided else 1
+        halves = 2 if params.uses_guidance else 1
         self.condition_tokens.view(halves, -1, self.n_embd)[:, :size] = condition_tokens.view(halves, size, -1)
         self.uniforms[:size] = uniforms
         self.guidance_scales.copy_(torch.tensor(params.guidance_scales(len(self.positions))))
-        self.temperature.fill_(params.temperature)
-        self.top_p.fill_(params.top_p)
-        top_k = int(params.top_k) if params.temperature > 0 else 1
+        if params != self.params:
+            # A graph samples with the parameters that it was captured with.
+            self.graphs.clear()
+            self.params = params
         sampled = self.previous[:size]
 
         def sample_fn(position: int, previous: Tensor | None) -> Tensor:
             if previous is not None and previous is not sampled:
                 self.previous.view(halves, -1)[:, :size] = previous
             self.move_to(position)
-            self.run(top_k, params.temperature == 0, guided)
+            self.run()
             return sampled
 
         return sample_fn
@@ -204,30 +203,26 @@ class CompiledDecoder(IncrementalDecoder):
         token = torch.where(position == 0, condition_tokens, F.embedding(previous, self.wte))
         return self.logits(token, position)
 
-    def sample_next(self, top_k: int, greedy: bool, guided: bool) -> None:
+    def sample_next(self) -> None:
         """Compute the logits at ``position``, and replace ``previous`` by the index that is sampled from them."""
         logits = self.compiled_logits(self.condition_tokens, self.previous, self.position)
-        if guided:
+        if self.params.uses_guidance:
             conditional, null = logits.float().chunk(2)
             logits = null + self.guidance_scales.index_select(0, self.position) * (conditional - null)
         uniforms = self.uniforms[: len(logits)].index_select(1, self.position)[:, 0]
-        if greedy:
-            index = logits.argmax(dim=-1)
-        else:
-            index = sample_top(logits, uniforms, top_k, self.temperature, self.top_p)
-        self.previous.copy_(index.repeat(2) if guided else index)
+        index = sample_from_logits(logits, uniforms, self.params)
+        self.previous.copy_(index.repeat(2) if self.params.uses_guidance else index)
 
-    def run(self, top_k: int, greedy: bool, guided: bool) -> None:
+    def run(self) -> None:
         """Run ``sample_next``, on a GPU by replaying its CUDA graph."""
         if not self.previous.is_cuda:
-            self.sample_next(top_k, greedy, guided)
+            self.sample_next()
             return
-        key = (self.length, top_k, greedy, guided)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(top_k, greedy, guided)
-        self.graphs[key].replay()
+        if self.length not in self.graphs:
+            self.graphs[self.length] = self._capture()
+        self.graphs[self.length].replay()
 
-    def _capture(self, top_k: int, greedy: bool, guided: bool) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         """Return the CUDA graph of ``sample_next``."""
         previous = self.previous.clone()
         # The first call compiles, on the stream of the capture, for which libraries then have their handles. What it
@@ -235,12 +230,12 @@ class CompiledDecoder(IncrementalDecoder):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.sample_next(top_k, greedy, guided)
+            self.sample_next()
         torch.cuda.current_stream().wait_stream(stream)
         self.previous.copy_(previous)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            self.sample_next(top_k, greedy, guided)
+            self.sample_next()
         return graph
 
     def attend(self, position: Tensor, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
