@@ -17,13 +17,13 @@ from torch import Tensor, nn
 import clipgen
 from clipgen.checkpoint import model_folder
 from clipgen.checkpoint.pretrained import PretrainedMixin
-from clipgen.clip import FrozenCLIP
 from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.options import GenerationOptions, resolve_options
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
 from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
+from clipgen.models.conditioning import Conditioner
 from clipgen.run_folder import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.sampling import per_sample_seeds
 from clipgen.sampling_params import SamplingParams
@@ -49,7 +49,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
     Args:
         vqgan: decodes code indices to images.
         transformer: samples code indices from CLIP embeddings.
-        clip: embeds prompts; reranks images.
+        clip: embeds prompts; reranks images. A ``Conditioner``, usually a ``FrozenCLIP``.
         projector: moves text embeddings towards image embeddings; None uses them as they are.
     """
 
@@ -57,7 +57,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         self,
         vqgan: VQGAN,
         transformer: ConditionalTransformer,
-        clip: FrozenCLIP,
+        clip: Conditioner,
         projector: EmbeddingProjector | None = None,
     ):
         transformer.attach_encoders(vqgan, clip)  # raises an error if they do not fit together
@@ -127,7 +127,8 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         if details.prompts:
             images = self(list(details.prompts), params=details.params, seed=0)
             save_png(grid(images, captions=details.prompts), folder / SAMPLES)
-        text = model_card(self.vqgan, self.transformer, self.clip, self.training, details)
+        clip: Any = self.clip  # a FrozenCLIP, which `save_frozen` has checked
+        text = model_card(self.vqgan, self.transformer, clip, self.training, details)
         (folder / CARD).write_text(text, "utf-8")
 
     def push_to_hub(
@@ -174,7 +175,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
     @property
     def parts(self) -> list[nn.Module]:
         """The modules that ``to`` moves to a device."""
-        modules = [*super().parts, self.clip]
+        modules: list[Any] = [*super().parts, self.clip]
         if self.projector is not None:
             modules.append(self.projector)
         return modules

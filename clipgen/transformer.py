@@ -17,11 +17,10 @@ from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import strip_prefix
-from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
 from clipgen.images import images_from_batch
 from clipgen.models import losses
-from clipgen.models.conditioning import add_condition_noise
+from clipgen.models.conditioning import Conditioner, add_condition_noise
 from clipgen.models.config import (
     LOSS_REDUCTIONS,
     ClipLossConfig,
@@ -99,13 +98,13 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         self.guard = StepGuard(self.optimizer_config.max_skipped_steps)
         self.averages = losses.Averages()
         # In a tuple, so that the frozen models are not part of parameters, mode or checkpoints.
-        self._encoders: tuple[VQGAN, FrozenCLIP] | None = None
+        self._encoders: tuple[VQGAN, Conditioner] | None = None
         self.compiled = False  # see ``compile_decoder``
         # The compiled decoders by batch size, device, dtype and weights.
         self.decoders: dict[Any, CompiledDecoder] = {}
 
-    def attach_encoders(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
-        """Attach and freeze the VQ-GAN and CLIP that encode training images.
+    def attach_encoders(self, vqgan: VQGAN, clip: Conditioner) -> ConditionalTransformer:
+        """Attach and freeze the VQ-GAN and CLIP (or another ``Conditioner``) that encode training images.
 
         They are excluded from ``parameters()`` and from checkpoints.
         """
@@ -280,7 +279,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         """True if a VQ-GAN and a CLIP are attached."""
         return self._encoders is not None
 
-    def encoders(self) -> tuple[VQGAN, FrozenCLIP]:
+    def encoders(self) -> tuple[VQGAN, Conditioner]:
         """Return the attached VQ-GAN and CLIP, on this module's device."""
         if self._encoders is None:
             raise RuntimeError(
