@@ -25,10 +25,10 @@ from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.biggan_clip import add_biggan_clip
 from clipgen.cli.console import guarded
 from clipgen.cli.model_path import check_generator_path, check_model_path
-from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.cli.search import add_search, check_threshold
 from clipgen.hardware.device import default_device
+from clipgen.storage.output_folder import output_folder
 
 if TYPE_CHECKING:
     from clipgen import VQGAN, FrozenCLIP

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from clipgen.cli.console import guarded
-from clipgen.cli.output_dir import free_folder
 from clipgen.progress import duration
+from clipgen.storage.output_folder import free_folder
 
 START_TIME = time.perf_counter()
 DESCRIPTION = (

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from clipgen.cli.console import guarded
-from clipgen.cli.device import rank_and_world_size
 from clipgen.cli.model_path import check_model_path
-from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
 from clipgen.data.urls import expand_urls
 from clipgen.hardware.device import default_device
+from clipgen.hardware.ranks import rank_and_world_size
+from clipgen.storage.output_folder import output_folder
 from clipgen.storage.run_lock import LOCK
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgen.cli.console import flush_stdout, guarded, say
-from clipgen.cli.output_dir import free_folder, output_folder
 from clipgen.cli.sample_request import check_early, join_words, read_request
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.generation.sampling_options import DTYPES
 from clipgen.hardware.device import default_device
 from clipgen.run_list import OUTPUTS, find_runs, newest_run, table
+from clipgen.storage.output_folder import free_folder, output_folder
 
 if TYPE_CHECKING:
     from clipgen.cli.sample_request import SampleRequest
