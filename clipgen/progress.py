@@ -55,7 +55,7 @@ class ProgressLog:
         now = time.monotonic()
         if now >= self.next_line:
             self.next_line = now + self.interval
-            logger.info("%s", self)
+            logger.info("%s", str(self))
 
     def rename(self, name: str) -> None:
         """Change the description of the work."""

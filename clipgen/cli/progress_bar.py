@@ -27,7 +27,7 @@ class ProgressBar(ProgressLog):
             "{task.fields[details]}",
             console=Console(stderr=True),
         )
-        self.task = self.bar.add_task(name, total=total, completed=first, rates="", details="")
+        self.task = self.bar.add_task(name, total=total, completed=int(first), rates="", details="")
         self.bar.start()
 
     def show(self) -> None:
