@@ -19,14 +19,14 @@ from clipgen.checkpoint import model_folder
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator
 from clipgen.generation.modality_gap import EmbeddingProjector
-from clipgen.generation.options import GenerationOptions, resolve_options
+from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
 from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
 from clipgen.models.conditioning import Conditioner
 from clipgen.run_folder import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.sampling import per_sample_seeds
-from clipgen.sampling_params import SamplingParams
+from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
 from clipgen.storage.files import write_json
 from clipgen.storage.inner_files import check_inside
@@ -235,7 +235,11 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         *,
         rerank_from: int | None = None,
         seed: int | None = None,
-        **keywords: Any,
+        outpaint: Image.Image | None = None,
+        keep_fraction: float = 0.5,
+        preview: Preview | None = None,
+        progress: Progress | None = None,
+        **sampling: Any,
     ) -> list[Image.Image]:
         """Generate images for a prompt, or for a list of prompts, which are batched together.
 
@@ -245,13 +249,17 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             params: sampling parameters.
             rerank_from: number of candidates per prompt; the ``num_images`` with the highest CLIP score are returned.
             seed: image i of a prompt uses ``seed + i`` (None: a random seed). It is recorded in the image's ``info``.
-            keywords: sampling parameters by name (temperature, top_k, top_p, guidance_scale, guidance_power), which
-                override ``params``; and what ``GenerationOptions`` lists (outpaint, keep_fraction, preview, progress).
+            outpaint: image to complete: its upper part is kept, the rest is generated.
+            keep_fraction: fraction of the height of ``outpaint`` that is kept.
+            preview: called after each row of indices with the images so far.
+            progress: called after each row of indices with the work done since the last call.
+            sampling: temperature, top_k, top_p, guidance_scale, guidance_power; they override ``params``.
 
         Returns:
             PIL images, prompt by prompt, best first if reranked. Their ``info`` holds prompt, seed and parameters.
         """
-        params, options = resolve_options(params, keywords)
+        params = resolve_params(params, sampling)
+        options = GenerationOptions(outpaint, keep_fraction, preview, progress)
         prompts = checked_prompts(prompt, num_images, rerank_from)
         seeds = per_sample_seeds(seed, rerank_from or num_images)
         # Prompts are embedded one at a time: a batch differs by floating-point rounding, which changes the images.
@@ -294,7 +302,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             clip_embedding: embeddings of texts or images, (B, E).
             seed: image i uses ``seed + i``; or one seed per image.
             params: sampling parameters.
-            keywords: see ``__call__``.
+            keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
         """
         params, options = resolve_options(params, keywords)
         uniforms = self.uniforms(seed, len(clip_embedding))
@@ -318,7 +326,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             steps: number of images, at least 2.
             params: sampling parameters.
             seed: seed of all images.
-            keywords: see ``__call__``.
+            keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
         """
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")

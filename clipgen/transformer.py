@@ -384,9 +384,8 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
             revision: branch, tag or commit on the hub.
             token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
-        path = model_folder.resolve_path(path, revision, token)
-        arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
-        return model_folder.build(cls, arguments, state, path)
+        loaded: Self = model_folder.load_model(cls, path, revision, token)
+        return loaded
 
     @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:

@@ -141,6 +141,13 @@ def load(path: str | Path, model: str) -> Model:
     return load_ckpt(source, model) if source.is_file() else load_folder(source, model)
 
 
+def load_model(cls: Any, path: str | Path, revision: str | None, token: str | None) -> Any:
+    """Load a model of a class, in evaluation mode; see ``resolve_path`` for the arguments and ``load`` for errors."""
+    place = resolve_path(path, revision, token)
+    arguments, state = load(place, model_name_of(cls))
+    return build(cls, arguments, state, place)
+
+
 def find_model(path: Path, model: str) -> Path:
     """Find the model folder or checkpoint in ``path``; in a run folder the finished model takes precedence."""
     if path.is_file():
