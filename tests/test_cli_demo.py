@@ -97,8 +97,8 @@ def test_second_demo_does_not_overwrite_the_first(tmp_path, monkeypatch, capsys)
 
 
 def test_steps_are_shared_between_the_stages():
-    found = demo.compose_stages(Path("demo"), 0, 360, [])
-    assert [config.trainer.max_steps for config in found.values()] == [360, 160]
+    stages = demo.compose_stages(Path("demo"), 0, 360, [])
+    assert [config.trainer.max_steps for config in stages.values()] == [360, 160]
 
 
 @pytest.mark.parametrize(("seconds", "slow"), [(100, False), (700, True)])

@@ -557,7 +557,7 @@ def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, runs, tmp_pa
     places["clip"].mkdir()
     shutil.copy(Path(sys.modules["clipgen"].__file__).parent / "bundled/clip/open_clip_config.json", places["clip"])
     before, (arguments, message) = everything(tmp_path), ERRORS[name]
-    result = call(*(re.sub(r"\{(\w+)\}", lambda found: str(places[found[1]]), argument) for argument in arguments))
+    result = call(*(re.sub(r"\{(\w+)\}", lambda match: str(places[match[1]]), argument) for argument in arguments))
     assert result.code == 1
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and re.search(f"^clipgen-train: error: .*{message}", lines[0]), result.stderr
