@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
 from clipgen.hardware.kept_choices import kept_choice
 from clipgen.models import cpu_kernels, kv_cache
@@ -203,7 +204,11 @@ def test_all_kernels_compute_the_product(kernel, batch_size):
     weight, bias = torch.randn(32, 48), torch.randn(48)
     x = torch.randn(batch_size, 32)
     expected = (x.double() @ weight.double() + bias.double()).float()
-    torch.testing.assert_close(kernel(weight, bias, batch_size)(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kernel(weight, bias)(x), expected, atol=1e-5, rtol=1e-5)
+    for name in ("gelu_pytorch_tanh", "gelu", "gelu_new", "relu"):
+        activation = ACT2FN[name]
+        y = kernel(weight, bias, activation)(x)
+        torch.testing.assert_close(y, activation(expected), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_small_advantages_do_not_outweigh_the_usual_kernel(monkeypatch, advantag
         def run(x):
             clock[0] += seconds
 
-        return lambda weight, bias, batch_size: run
+        return lambda weight, bias: run
 
     monkeypatch.setattr(cpu_kernels.time, "perf_counter", lambda: clock[0])
     kernels = {"usual": kernel(1.0), "other": kernel(advantage)}

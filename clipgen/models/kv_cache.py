@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from clipgen.models.cpu_kernels import Linear, addmm_linear, choose_cpu_kernel
+from clipgen.models.cpu_kernels import Activation, Linear, addmm_linear, choose_cpu_kernel, with_activation
 from clipgen.models.gpt import ConditionalGPT2
 from clipgen.sampling import LogitsFn, SampleFn, sample_from_logits, sampler, with_cfg
 from clipgen.sampling_params import SamplingParams
@@ -86,7 +86,7 @@ class IncrementalDecoder:
         x = token + self.wpe[position]
         for block, keys, values in zip(self.blocks, self.keys, self.values):
             x = x + block.proj(self.attend(position, block.qkv(block.ln_1(x)), keys, values))
-            x = x + block.mlp_proj(block.act(block.mlp_fc(block.ln_2(x))))
+            x = x + block.mlp_proj(block.mlp_fc(block.ln_2(x)))
         return self.head(self.norm(x))
 
     def attend(self, position: Any, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -99,16 +99,21 @@ class IncrementalDecoder:
         return y.reshape(len(qkv), self.n_embd)
 
     @staticmethod
-    def make_linear(weight: Tensor, bias: Tensor | None, batch_size: int) -> Linear:
-        """Return the function x (B, in) -> x @ weight + bias (B, out) for a weight (in, out).
+    def make_linear(
+        weight: Tensor,
+        bias: Tensor | None,
+        batch_size: int,
+        activation: Activation | None = None,
+    ) -> Linear:
+        """Return the function x (B, in) -> activation(x @ weight + bias) (B, out) for a weight (in, out).
 
         Small batches are memory-bound, and torch's CPU product reaches only a third of the memory bandwidth.
         ``choose_cpu_kernel`` selects a faster one.
         """
         bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            return choose_cpu_kernel(batch_size, *weight.shape)(weight, bias, batch_size)
-        return addmm_linear(weight, bias, batch_size)
+            return choose_cpu_kernel(batch_size, *weight.shape)(weight, bias, activation)
+        return addmm_linear(weight, bias, activation)
 
 
 # ------------------------------------------------------------------------------------------------- compiled decoding
@@ -253,11 +258,16 @@ class CompiledDecoder(IncrementalDecoder):
         return y.reshape(len(qkv), self.n_embd)
 
     @staticmethod
-    def make_linear(weight: Tensor, bias: Tensor | None, batch_size: int) -> Linear:
+    def make_linear(
+        weight: Tensor,
+        bias: Tensor | None,
+        batch_size: int,
+        activation: Activation | None = None,
+    ) -> Linear:
         """Return a linear layer that uses torch's own product, whose layout torch.compile chooses."""
         if bias is None:
-            return lambda x: x @ weight
-        return lambda x: torch.addmm(bias, x, weight)
+            return with_activation(lambda x: x @ weight, activation)
+        return addmm_linear(weight, bias, activation)
 
 
 class DecoderBlock:
@@ -266,18 +276,19 @@ class DecoderBlock:
     Args:
         block: transformers' block.
         batch_size: number of samples.
-        make_linear: returns the linear layer of a weight, a bias and a batch size.
+        make_linear: returns the linear layer of a weight, a bias, a batch size and an activation.
     """
 
-    def __init__(self, block: Any, batch_size: int, make_linear: Callable[[Tensor, Tensor | None, int], Linear]):
-        def linear(module: Any) -> Linear:
+    def __init__(self, block: Any, batch_size: int, make_linear: Callable[..., Linear]):
+        def linear(module: Any, activation: Activation | None = None) -> Linear:
+            if type(module) is Conv1D:
+                return make_linear(module.weight, module.bias, batch_size, activation)
             # A layer that is not GPT-2's own, e.g. one with an adapter, is called as it is.
-            return make_linear(module.weight, module.bias, batch_size) if type(module) is Conv1D else module
+            return with_activation(module, activation)
 
         self.ln_1 = block.ln_1
         self.ln_2 = block.ln_2
-        self.act = block.mlp.act
         self.qkv = linear(block.attn.c_attn)
         self.proj = linear(block.attn.c_proj)
-        self.mlp_fc = linear(block.mlp.c_fc)
+        self.mlp_fc = linear(block.mlp.c_fc, block.mlp.act)
         self.mlp_proj = linear(block.mlp.c_proj)
