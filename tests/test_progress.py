@@ -6,10 +6,15 @@ import logging
 import sys
 
 import pytest
+import pytorch_lightning as pl
+from conftest import QUIET
+from torch.utils.data import DataLoader
 
 from clipgen import progress
 from clipgen.cli.progress_bar import progress_bar
+from clipgen.data.shapes import ShapesDataset
 from clipgen.progress import ProgressLog
+from clipgen.training.callbacks import ValidationProgress
 
 
 @pytest.fixture
@@ -62,3 +67,10 @@ def test_bar_in_a_terminal_shows_rate_and_eta(monkeypatch, capsys):
         advance(0.5)
     shown = capsys.readouterr().err
     assert "Generating" in shown and "img/s" in shown and "ETA" in shown
+
+
+def test_validation_reports_the_images_of_each_batch(tiny_vqgan):
+    counts = []
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[ValidationProgress(counts.append)], **QUIET)
+    trainer.validate(tiny_vqgan, DataLoader(ShapesDataset(20), 8), verbose=False)
+    assert counts == [8, 8, 4]
