@@ -82,7 +82,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch, error):
 
 
 def test_other_folders_are_not_replaced(tmp_path):
-    """A wrong path must not cost somebody's files."""
+    """A wrong path must not delete other files."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     (tmp_path / "notes").write_text("precious")

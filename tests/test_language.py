@@ -48,6 +48,7 @@ PHRASES = {
     "say start": r"\bwakes? up\b",
     "say given, reported or stated": r"\btold\b",
     "say evaluator": r"\bjudge[ds]?\b",
+    "say that number": r"\bso many\b",
     "spell as Americans do": (
         rf"colour|\bgrey|\bcentre|neighbour|behaviour|({BRITISH_STEMS})is(e|ed|er|es|ing|ation)s?\b"
     ),
@@ -177,6 +178,15 @@ def test_help_texts_name_the_noun_before_of():
         for line, text in keyword_strings(ast.parse(path.read_text(encoding="utf-8")), "help"):
             if re.match(r"(of|and|or)\b", text):
                 failures.append(place(path, line, text))
+    assert not failures, "\n".join(failures)
+
+
+def test_comments_behind_code_name_the_noun_before_of():
+    failures = []
+    for path in PYTHON:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(r"\S\s+# (of|and) ", line):
+                failures.append(place(path, number, line))
     assert not failures, "\n".join(failures)
 
 
