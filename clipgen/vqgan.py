@@ -21,6 +21,7 @@ from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
+from clipgen.device import check_compile, should_compile
 from clipgen.images import check_images, images_from_batch, psnr, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
@@ -68,7 +69,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         gan: discriminator and adversarial loss, see ``GANConfig``.
         optimizer: Adam's settings for generator and discriminator, see ``OptimizerConfig``. The discriminator's
             warm-up begins at ``gan.start_step``; gradients of both are clipped separately.
-        compile: use torch.compile in training.
+        compile: use torch.compile in training; "auto" on a GPU only.
         channels_last: NHWC memory format of images and weights.
 
     Each may be a dataclass or a mapping of its fields; None uses the defaults, which are the published ones.
@@ -84,7 +85,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         loss: LossConfig | Mapping[str, Any] | None = None,
         gan: GANConfig | Mapping[str, Any] | None = None,
         optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         channels_last: bool = False,
     ):
         super().__init__()
@@ -100,7 +101,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
                 "loss": to_plain(self.loss_config),
                 "gan": to_plain(self.gan_config),
                 "optimizer": to_plain(self.optimizer_config),
-                "compile": compile,
+                "compile": check_compile(compile),
                 "channels_last": channels_last,
             }
         )
@@ -233,7 +234,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         """
         if self.hparams["channels_last"]:
             self.to(memory_format=torch.channels_last)
-        if self.hparams["compile"]:
+        if should_compile(self.hparams["compile"], self.device):
             self._compile()
 
     def _compile(self) -> None:
