@@ -4,6 +4,7 @@
 
 The labels become captions ("a photo of a cat"); the text-to-image model that is trained later does not see them. The
 folder has open_clip's layout ("local-dir:") plus vocabulary.json. Use it as ``clip.model_name=runs/cifar10-clip``.
+The same command resumes an interrupted training, from where on the images come in another order.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from clipgen.files import atomic_write, write_json
 
 CONTEXT_LENGTH = 16
 MAX_LOGIT_SCALE = 4.6052  # CLIP's bound: a temperature of at least 0.01
+CHECKPOINT_EVERY = 200  # steps
 CIFAR_CLIP = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 48, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32, "patch_size": None},
@@ -84,17 +86,17 @@ def contrastive_loss(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor)
 def train(
     folder: Path,
     captions: Sequence[str],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches_from: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
     steps: int,
     learning_rate: float,
     seed: int,
 ) -> nn.Module:
-    """Train the CLIP of a folder and write its weights there, in fp16.
+    """Train the CLIP of a folder and write its weights there, in fp16. Resume from the folder's checkpoint, if any.
 
     Args:
         folder: folder with the files of ``write_config``.
         captions: all captions.
-        batches: endless batches of (images in [-1, 1], caption indices).
+        batches_from: returns endless batches of (images in [-1, 1], caption indices), from a step on.
         steps: number of steps.
         learning_rate: peak learning rate.
         seed: seed of the initialization.
@@ -104,8 +106,12 @@ def train(
     tokens = WordTokenizer(json.loads((folder / VOCABULARY_FILE).read_text()), CONTEXT_LENGTH)(captions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = one_cycle(optimizer, learning_rate, steps, warmup=0.1)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    settings = {"captions": list(captions), "steps": steps, "learning_rate": learning_rate, "seed": seed}
+    checkpoint = folder / "checkpoint.pt"
+    done = load_checkpoint(checkpoint, settings, parts) if checkpoint.is_file() else 0
     start = time.time()
-    for step, (images, labels) in zip(range(1, steps + 1), batches):
+    for step, (images, labels) in zip(range(done + 1, steps + 1), batches_from(done)):
         image = model.encode_image(preprocess(model, images), normalize=True)
         loss = contrastive_loss(image, model.encode_text(tokens, normalize=True), labels, model.logit_scale.exp())
         optimizer.zero_grad()
@@ -116,8 +122,33 @@ def train(
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
+        if step % CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, step, settings, parts)
     save(model, folder)
+    checkpoint.unlink(missing_ok=True)
     return model
+
+
+def save_checkpoint(path: Path, step: int, settings: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Write the state of a training after a step."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    with atomic_write(path) as partial:
+        torch.save({"step": step, "settings": settings, "rng": torch.get_rng_state(), **states}, partial)
+
+
+def load_checkpoint(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> int:
+    """Restore the state of a training; return its step.
+
+    Raises:
+        ValueError: the checkpoint has other settings.
+    """
+    saved = torch.load(path, weights_only=True)
+    if saved["settings"] != settings:
+        raise ValueError(f"{path} must be of the same settings: delete it, or use another --output")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["rng"])
+    return saved["step"]
 
 
 def preprocess(model: Any, images: Tensor) -> Tensor:
@@ -210,8 +241,12 @@ def main() -> None:
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
     captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
     write_config(args.output, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
-    batches = labeled_batches(str(args.data / args.shards), args.image_size, args.batch_size, args.seed)
-    train(args.output, captions, batches, args.steps, args.learning_rate, args.seed)
+    shards = str(args.data / args.shards)
+
+    def batches_from(step: int) -> Iterable[tuple[Tensor, Tensor]]:
+        return labeled_batches(shards, args.image_size, args.batch_size, args.seed + step)
+
+    train(args.output, captions, batches_from, args.steps, args.learning_rate, args.seed)
     accuracy = caption_accuracy(args.output, captions, str(args.data / "val-*.tar"), args.image_size)
     print(f"validation images whose own caption is the nearest: {accuracy:.4f}")
 

@@ -72,7 +72,12 @@ def main() -> None:
     captions = [str(attributes) for attributes in seen]
     # The vocabulary is that of all captions, so that models of any --held-out can encode them.
     write_config(args.output, SHAPES_CLIP, CAPTIONS, (0.5,) * 3, (0.5,) * 3)
-    train(args.output, captions, batches(seen, args.seed * 1_000_000), args.steps, args.learning_rate, args.seed)
+    first_seed = args.seed * 1_000_000
+
+    def batches_from(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return batches(seen, first_seed + step)
+
+    train(args.output, captions, batches_from, args.steps, args.learning_rate, args.seed)
     score, matched = caption_accuracy(args.output, images=2000, seed=12_345)
     print(f"renders whose own caption is the nearest, of 2000: {score:.4f}  matched cosine: {matched:.3f}")
     if args.held_out > 0:

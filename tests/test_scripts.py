@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import compare_runs
 import fuzz
 import pytest
 import torch
+import train_clip
 import train_generator
+import train_shapes_clip
 import webdataset as wds
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 from train_clip import one_cycle
 
 from clipgen.baselines import load_generator
@@ -123,3 +129,29 @@ def test_noise_decides_position_and_radius_of_a_render():
     assert torch.equal(images[:1], train_generator.render(noise[:1], classes[:1]))
     named = [ALL_ATTRIBUTES[i] for i in classes]
     assert accuracy(images, named)["all"] == 1
+
+
+def test_interrupted_training_of_a_clip_resumes_bit_identically(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_clip, "CHECKPOINT_EVERY", 2)
+    captions = ["a red ring", "a blue star"]
+    sizes = train_shapes_clip.SHAPES_CLIP
+
+    def batches_from(step: int, stop: int = 10) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(step, stop):
+            yield torch.rand(2, 3, 32, 32) * 2 - 1, torch.arange(2)
+
+    def trained(folder: Path, *batches: Callable) -> dict[str, Tensor]:
+        train_clip.write_config(folder, sizes, captions, (0.5,) * 3, (0.5,) * 3)
+        for part in batches:
+            with suppress(RuntimeError):
+                train_clip.train(folder, captions, part, 5, 1e-3, seed=0)
+        return load_file(folder / "open_clip_model.safetensors")
+
+    def interrupted(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches_from(step, 3)
+        raise RuntimeError("interrupted")
+
+    expected = trained(tmp_path / "whole", batches_from)
+    actual = trained(tmp_path / "parts", interrupted, batches_from)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()

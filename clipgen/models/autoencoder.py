@@ -35,9 +35,7 @@ def make_norm(channels: int, eps: float, kernel_size: int = 3) -> nn.Module:
     if kernel_size == 1:
         return LayerNorm2d(channels, eps=1e-6)
     if channels % NUM_GROUPS:
-        raise ValueError(
-            f"autoencoder.ch must give multiples of {NUM_GROUPS} channels, got {channels}"
-        )
+        raise ValueError(f"autoencoder.ch must give multiples of {NUM_GROUPS} channels, got {channels}")
     return nn.GroupNorm(NUM_GROUPS, channels, eps=eps)
 
 
