@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clipgen.checkpoint import hfailab, model_folder, taming
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
+from clipgen.checkpoint.vgg import load_lpips
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
 from clipgen.device import check_compile, should_compile
@@ -35,7 +36,7 @@ from clipgen.models.config import (
     to_plain,
 )
 from clipgen.models.discriminator import PatchDiscriminator, average_statistics
-from clipgen.models.lpips import load_lpips, lpips_from_state
+from clipgen.models.lpips import lpips_from_state
 from clipgen.models.quantizers.base import QuantizerOutput, code_counts, usage_and_perplexity
 from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
 from clipgen.optim import EMA, has_fused_kernels, make_lr_scheduler, parameters_of, total_optimizer_steps

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from clipgen.cli.console import guarded, progress_bar
+from clipgen.cli.console import guarded, progress_bar, say
 from clipgen.cli.device import rank_and_world_size
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.output_dir import output_folder
@@ -129,8 +129,7 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         default="inception",
         help="feature space of IS, FID, KID, precision and recall: inception (torch-fidelity's resize), "
         "inception-clean, inception:FILE, clip:MODEL[:TAG], classifier:FILE, torchvision:MODEL, timm:MODEL, "
-        "module:function, none "
-        "(default: %(default)s)",
+        "module:function (code: name only one that you trust), none (default: %(default)s)",
     )
     group.add_argument(
         "--blur",
@@ -145,7 +144,7 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         help=f"MODEL[:TAG] of a CLIP score, may be repeated; none disables it (default: {DEFAULT_CLIP} if there are "
         "captions)",
     )
-    group.add_argument("--captioner", help="captioner of CapS: blip, blip:NAME_OR_FOLDER, module:function")
+    group.add_argument("--captioner", help="captioner of CapS: blip, blip:NAME_OR_FOLDER, module:function (code)")
     group.add_argument("--shapes-eval", action="store_true", help="read the images by the rules of the shapes data")
     group.add_argument(
         "--image-size", type=int, help="size of --images and the reference in pixels (default: as the images)"
@@ -173,13 +172,15 @@ def run() -> None:
     with output_folder(args.output, keep_pattern="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
         results = evaluate_reconstructions(args) if args.vqgan else evaluate_images(args)
         if results is None:
-            print(f"This process has finished its share; waiting for the others: {args.output}")
+            say(f"This process has finished its share; waiting for the others: {args.output}")
             return
         name = args.name or args.checkpoint or args.vqgan or str(args.images)
         row = table([(name, results)], args.features, args.captioner or "")
         with atomic_write(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
-    print(f"{row}\nProtocol: {args.output / METRICS_FILE}")
+    for line in row.splitlines():
+        say(line)
+    say(f"Protocol: {args.output / METRICS_FILE}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -380,8 +381,8 @@ def evaluate_reconstructions(args: argparse.Namespace) -> dict[str, float]:
 
 def make_reconstruction_metrics(vqgan: VQGAN, features: str | None) -> ReconstructionMetrics:
     """Return the metrics; without VGG-16's weights LPIPS is omitted, also from the VQ-GAN's validation loss."""
+    from clipgen.checkpoint.vgg import MissingWeightsError
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
-    from clipgen.models.lpips import MissingWeightsError
 
     try:
         return ReconstructionMetrics(lpips=True, fid_features=features)
