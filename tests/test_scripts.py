@@ -11,6 +11,7 @@ import compare_runs
 import fuzz
 import pytest
 import torch
+import train_clip
 import train_generator
 import webdataset as wds
 from PIL import Image
@@ -19,6 +20,7 @@ from train_clip import one_cycle
 from clipgen.baselines import load_generator
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.shapes_evaluator import accuracy
+from clipgen.nonfinite import NonFiniteError
 
 
 @pytest.fixture
@@ -77,6 +79,23 @@ def test_clip_is_trained_for_ten_steps(shards, tmp_path):
     done = run_module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout
+
+
+def test_clip_with_non_finite_weights_is_never_saved(tmp_path):
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
+    sizes = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    train_clip.write_config(tmp_path, sizes, ["a"], (0.5,) * 3, (0.5,) * 3)
+    nothing = (torch.full((1, 3, 32, 32), float("nan")), torch.tensor([0]))
+    with pytest.raises(NonFiniteError, match="training stopped at step 1 with a loss of nan"):
+        train_clip.train(tmp_path, ["a"], [nothing], steps=1, learning_rate=1e-3, seed=0)
+    with pytest.raises(NonFiniteError, match="must be finite, got 1 of"):
+        train_clip.save(torch.nn.Linear(2, 2, bias=False).requires_grad_(False).apply(overflow_in_fp16), tmp_path)
+    assert not (tmp_path / "open_clip_model.safetensors").exists()
+
+
+def overflow_in_fp16(layer: torch.nn.Linear) -> None:
+    layer.weight.fill_(1e6)
 
 
 @pytest.mark.parametrize("name", fuzz.targets())

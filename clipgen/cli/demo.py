@@ -14,6 +14,7 @@ from typing import Any
 
 from clipgen.cli.console import guarded
 from clipgen.cli.output_dir import free_folder
+from clipgen.files import user_path
 
 START_TIME = time.perf_counter()
 DESCRIPTION = (
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("clipgen-demo", description=DESCRIPTION)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=DEFAULT_OUTPUT,
         help="folder for images and report; FOLDER-2, FOLDER-3, ... if it contains another demo (default: %(default)s)",
     )
@@ -105,7 +106,6 @@ def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"steps must be at least 1, got {args.steps}")
-    args.output = args.output.expanduser()
     if args.resume:
         read_settings(args)
     else:
