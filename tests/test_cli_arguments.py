@@ -118,6 +118,12 @@ def test_home_directory_in_options(monkeypatch, tmp_path):
     assert user_path("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
 
 
+def test_text_with_commas_needs_quotes():
+    with pytest.raises(ValueError, match=r"""write a list as \[a,b\], a text as 'output="a,b"', or use --multirun"""):
+        composed("stage=vqgan", "output=a,b")
+    assert composed("stage=vqgan", 'output="a,b"').output == "a,b"
+
+
 def test_quotes_are_escaped():
     assert quote("plain") == '"plain"'
     assert quote('say "hi"') == "'say \"hi\"'"

@@ -43,7 +43,7 @@ _FILES_PER_BLOCK = 10_000
 # From this number on, shards are recommended.
 _MANY_FILES = 10_000_000
 # Number of other types of files that are named.
-_MAX_TYPES = 5
+_MAX_TYPES = 10
 
 
 class ImageFolder(IndexedImages):

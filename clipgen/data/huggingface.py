@@ -158,17 +158,17 @@ class RowsWithout(Sequence[int]):
     """The row numbers of a table without some of them; only those are in memory.
 
     Args:
-        count: number of rows of the table.
+        num_rows: number of rows of the table.
         left_out: the rows that are left out, sorted.
     """
 
-    def __init__(self, count: int, left_out: np.ndarray[Any, Any]):
-        self.count = count
+    def __init__(self, num_rows: int, left_out: np.ndarray[Any, Any]):
+        self.num_rows = num_rows
         # Number of the other rows before each row that is left out.
         self.rows_before = left_out - np.arange(len(left_out))
 
     def __len__(self) -> int:
-        return self.count - len(self.rows_before)
+        return self.num_rows - len(self.rows_before)
 
     def __getitem__(self, index: int) -> int:  # type: ignore[override]
         index = range(len(self))[index]
