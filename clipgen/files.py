@@ -58,6 +58,11 @@ def remove_partial_files(folder: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
+def user_path(text: str) -> Path:
+    """Return a path given by a user; ``~`` becomes the home directory, which shells do not do after ``--option=``."""
+    return Path(os.path.expanduser(text))
+
+
 def host_name() -> str:
     """Return the name of this host as part of a file name."""
     return re.sub(r"[^\w-]", "-", platform.node()) or "unknown"

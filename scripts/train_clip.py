@@ -10,6 +10,7 @@ The same command resumes an interrupted training, from where on the images come 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -23,10 +24,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clipgen.atomic_folder import replace_folder
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
 from clipgen.data.webdataset import ImageShards
-from clipgen.files import atomic_write, write_json
+from clipgen.files import atomic_write, user_path, write_json
+from clipgen.nonfinite import check_loss, check_weights
 
+WEIGHTS = "open_clip_model.safetensors"
+FILES = ("open_clip_config.json", VOCABULARY_FILE, WEIGHTS)
 CONTEXT_LENGTH = 16
 MAX_LOGIT_SCALE = 4.6052  # CLIP's bound: a temperature of at least 0.01
 CHECKPOINT_EVERY = 200  # steps
@@ -90,8 +95,9 @@ def train(
     steps: int,
     learning_rate: float,
     seed: int,
+    checkpoint: Path,
 ) -> nn.Module:
-    """Train the CLIP of a folder and write its weights there, in fp16. Resume from the folder's checkpoint, if any.
+    """Train the CLIP of a folder and write its weights there, in fp16.
 
     Args:
         folder: folder with the files of ``write_config``.
@@ -100,6 +106,7 @@ def train(
         steps: number of steps.
         learning_rate: peak learning rate.
         seed: seed of the initialization.
+        checkpoint: file that an interrupted training is resumed from.
     """
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).train()
@@ -108,12 +115,12 @@ def train(
     schedule = one_cycle(optimizer, learning_rate, steps, warmup=0.1)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     settings = {"captions": list(captions), "steps": steps, "learning_rate": learning_rate, "seed": seed}
-    checkpoint = folder / "checkpoint.pt"
     done = load_checkpoint(checkpoint, settings, parts) if checkpoint.is_file() else 0
     start = time.time()
     for step, (images, labels) in zip(range(done + 1, steps + 1), batches_from(done)):
         image = model.encode_image(preprocess(model, images), normalize=True)
         loss = contrastive_loss(image, model.encode_text(tokens, normalize=True), labels, model.logit_scale.exp())
+        check_loss(loss.item(), step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -127,6 +134,11 @@ def train(
     save(model, folder)
     checkpoint.unlink(missing_ok=True)
     return model
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Return the file beside a model's folder that its training is resumed from."""
+    return folder.with_name(f"{folder.name}.checkpoint.pt")
 
 
 def save_checkpoint(path: Path, step: int, settings: dict[str, Any], parts: dict[str, Any]) -> None:
@@ -177,11 +189,15 @@ def one_cycle(optimizer: torch.optim.Optimizer, learning_rate: float, steps: int
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write the weights in fp16."""
-    state = {}
-    for name, value in model.state_dict().items():
-        state[name] = value.half().contiguous() if value.is_floating_point() else value
-    with atomic_write(folder / "open_clip_model.safetensors") as partial:
+    """Write the weights in fp16.
+
+    Raises:
+        NonFiniteError: a weight is not finite in fp16.
+    """
+    model = copy.deepcopy(model).half()
+    check_weights(model)
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    with atomic_write(folder / WEIGHTS) as partial:
         save_file(state, partial)
 
 
@@ -219,8 +235,8 @@ def caption_accuracy(folder: Path, captions: Sequence[str], urls: str, image_siz
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
-    p.add_argument("--output", type=Path, required=True, help="folder of the model")
+    p.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
+    p.add_argument("--output", type=user_path, required=True, help="folder of the model")
     p.add_argument("--shards", default="train-*.tar", help="shards to train on (default: %(default)s)")
     p.add_argument("--template", default="a photo of a {label}", help="caption of a class (default: %(default)s)")
     p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
@@ -240,13 +256,14 @@ def main() -> None:
     if not classes.is_file():
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
     captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
-    write_config(args.output, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
     shards = str(args.data / args.shards)
 
     def batches_from(step: int) -> Iterable[tuple[Tensor, Tensor]]:
         return labeled_batches(shards, args.image_size, args.batch_size, args.seed + step)
 
-    train(args.output, captions, batches_from, args.steps, args.learning_rate, args.seed)
+    with replace_folder(args.output, FILES) as folder:
+        write_config(folder, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
+        train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint_of(args.output))
     accuracy = caption_accuracy(args.output, captions, str(args.data / "val-*.tar"), args.image_size)
     print(f"validation images whose own caption is the nearest: {accuracy:.4f}")
 

@@ -246,6 +246,20 @@ def test_unusual_and_missing_extensions_are_used(tmp_path, caplog):
     assert "LICENSE: not an image (the name has no extension)" in caplog.text
 
 
+def test_files_of_other_types_are_counted(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for name in ("a.png", "b.ppm", "c.PPM", "d.txt", ".hidden.ppm"):
+        (tmp_path / name).write_bytes(square(9))
+    ImageFolder(tmp_path, 8, train=True)
+    assert f"{tmp_path}: files of other types are not used: 2 .ppm, 1 .txt" in caplog.text
+    members = [(path.name, path.read_bytes()) for path in sorted(tmp_path.iterdir())]
+    caplog.clear()
+    dataset = ImageShards(str(make_tar(tmp_path / "a.tar", members)), 8, train=False)
+    assert reds(dataset) == reds(dataset) == [9]
+    logged = [record.getMessage() for record in caplog.records if "are not used" in record.getMessage()]
+    assert logged == [f"{tmp_path / 'a.tar'}: {extension} files are not used" for extension in (".ppm", ".txt")]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_named_pipe_does_not_block(tmp_path, call):
     os.mkfifo(tmp_path / "pipe.png")

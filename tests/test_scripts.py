@@ -25,6 +25,7 @@ from train_clip import one_cycle
 from clipgen.baselines import load_generator
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.shapes_evaluator import accuracy
+from clipgen.nonfinite import NonFiniteError
 
 
 @pytest.fixture
@@ -83,6 +84,23 @@ def test_clip_is_trained_for_ten_steps(shards, tmp_path):
     done = run_module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout
+
+
+def test_clip_with_non_finite_weights_is_never_saved(tmp_path):
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
+    sizes = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    train_clip.write_config(tmp_path, sizes, ["a"], (0.5,) * 3, (0.5,) * 3)
+    nothing = (torch.full((1, 3, 32, 32), float("nan")), torch.tensor([0]))
+    with pytest.raises(NonFiniteError, match="training stopped at step 1 with a loss of nan"):
+        train_clip.train(tmp_path, ["a"], lambda step: [nothing], 1, 1e-3, 0, train_clip.checkpoint_of(tmp_path))
+    with pytest.raises(NonFiniteError, match="must be finite, got 1 of"):
+        train_clip.save(torch.nn.Linear(2, 2, bias=False).requires_grad_(False).apply(overflow_in_fp16), tmp_path)
+    assert not (tmp_path / "open_clip_model.safetensors").exists()
+
+
+def overflow_in_fp16(layer: torch.nn.Linear) -> None:
+    layer.weight.fill_(1e6)
 
 
 @pytest.mark.parametrize("name", fuzz.targets())
@@ -144,7 +162,7 @@ def test_interrupted_training_of_a_clip_resumes_bit_identically(tmp_path, monkey
         train_clip.write_config(folder, sizes, captions, (0.5,) * 3, (0.5,) * 3)
         for part in batches:
             with suppress(RuntimeError):
-                train_clip.train(folder, captions, part, 5, 1e-3, seed=0)
+                train_clip.train(folder, captions, part, 5, 1e-3, 0, train_clip.checkpoint_of(folder))
         return load_file(folder / "open_clip_model.safetensors")
 
     def interrupted(step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -154,4 +172,4 @@ def test_interrupted_training_of_a_clip_resumes_bit_identically(tmp_path, monkey
     expected = trained(tmp_path / "whole", batches_from)
     actual = trained(tmp_path / "parts", interrupted, batches_from)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
-    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+    assert not train_clip.checkpoint_of(tmp_path / "parts").exists()

@@ -29,6 +29,7 @@ from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.cli.search import add_search, check_threshold
 from clipgen.device import default_device
+from clipgen.files import user_path
 
 if TYPE_CHECKING:
     from clipgen import VQGAN, FrozenCLIP
@@ -50,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     add_class(systems.add_parser("class", help="generate images of classes with the class-conditional transformer"))
     for system in systems.choices.values():
         group = system.add_argument_group("output and hardware")
-        group.add_argument("--output", type=Path, default=Path("baseline"), help="output folder (default: %(default)s)")
+        group.add_argument(
+            "--output", type=user_path, default=Path("baseline"), help="output folder (default: %(default)s)"
+        )
         group.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
         group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")
     return p

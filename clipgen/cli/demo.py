@@ -13,7 +13,7 @@ from typing import Any
 
 from clipgen.cli.console import guarded, say
 from clipgen.cli.output_dir import free_folder
-from clipgen.files import one_line
+from clipgen.files import one_line, user_path
 
 START_TIME = time.perf_counter()
 DESCRIPTION = (
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("clipgen-demo", description=DESCRIPTION)
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=DEFAULT_OUTPUT,
         help="folder for images and report; FOLDER-2, FOLDER-3, ... if it contains another demo (default: %(default)s)",
     )
@@ -107,7 +107,6 @@ def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"steps must be at least 1, got {args.steps}")
-    args.output = args.output.expanduser()
     if args.resume:
         read_settings(args)
     else:

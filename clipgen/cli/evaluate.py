@@ -17,6 +17,7 @@ from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
 from clipgen.data.urls import expand_urls
 from clipgen.device import default_device
+from clipgen.files import user_path
 from clipgen.run_lock import LOCK
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
         "--checkpoint",
         help="text-to-image model: stage-2 run folder, checkpoint, pipeline folder, hf-hub: name or shapes",
     )
-    subject.add_argument("--images", type=Path, help="folder of images, of any system")
+    subject.add_argument("--images", type=user_path, help="folder of images, of any system")
     subject.add_argument(
         "--vqgan",
         help="tokenizer, whose reconstructions are evaluated: stage-1 run folder, checkpoint, model folder, hf-hub: "
@@ -153,7 +154,9 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
 
 def add_output(group: argparse._ArgumentGroup) -> None:
     """Add the options of the output."""
-    group.add_argument("--output", type=Path, default=Path("evaluation"), help="output folder (default: %(default)s)")
+    group.add_argument(
+        "--output", type=user_path, default=Path("evaluation"), help="output folder (default: %(default)s)"
+    )
     group.add_argument("--name", help="name of the system in the table (default: its path)")
     group.add_argument("--batch-size", type=int, default=50, help="images per batch (default: %(default)s)")
     group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")
@@ -209,7 +212,7 @@ def check_paths(args: argparse.Namespace) -> None:
     """Raise FileNotFoundError if a file or a folder on the command line does not exist."""
     check_model_path(args.checkpoint, "ConditionalTransformer")
     check_model_path(args.vqgan, "VQGAN")
-    if args.images and not args.images.expanduser().exists():
+    if args.images and not args.images.exists():
         raise FileNotFoundError(f"root must be an existing folder of images, got {args.images}")
     for name, source, built_in in (("captions", args.captions, "shapes"), ("classes", args.classes, "imagenet")):
         if source not in (None, "shapes", built_in) and not Path(source).expanduser().is_file():

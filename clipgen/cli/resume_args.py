@@ -52,6 +52,9 @@ def add_run_arguments(arguments: list[str]) -> list[str]:
             # the run is of another stage, which is refused when its checkpoint is read
             return arguments
         recorded.pop("stage", None)
+    if (run / "vqgan" / "config.json").is_file():
+        # the tokenizer of stage 2 is in the folder, and the one of the command may have been moved or trained again
+        recorded.pop("vqgan", None)
     log_arguments(run, recorded)
     output = [] if "output" in command_line else [output_argument(run)]
     return [*recorded.values(), *output, *arguments]

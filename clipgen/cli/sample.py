@@ -16,7 +16,7 @@ from clipgen.cli.output_dir import free_folder, output_folder
 from clipgen.cli.sample_request import check_early, join_words, read_request
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.device import default_device
-from clipgen.files import printable
+from clipgen.files import printable, user_path
 from clipgen.generation.sampling_options import DTYPES
 from clipgen.run_list import OUTPUTS, find_runs, newest_run, table
 
@@ -82,10 +82,15 @@ def add_prompt_options(group: Group) -> None:
         "texts", nargs="*", metavar="TEXT", help="same as --prompt; words without quotes are joined to one text"
     )
     group.add_argument(
-        "--prompts-file", type=Path, action="append", default=[], metavar="FILE", help="text file, one prompt per line"
+        "--prompts-file",
+        type=user_path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text file, one prompt per line",
     )
     group.add_argument(
-        "--image", type=Path, action="append", default=[], metavar="FILE", help="image to generate variations of"
+        "--image", type=user_path, action="append", default=[], metavar="FILE", help="image to generate variations of"
     )
     group.add_argument(
         "--prompt-mix",
@@ -110,7 +115,7 @@ def add_prompt_options(group: Group) -> None:
     )
     group.add_argument(
         "--reproduce",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="image written by clipgen-sample, to generate again from its metadata",
     )
@@ -132,7 +137,7 @@ def add_image_options(group: Group) -> None:
     )
     group.add_argument(
         "--outpaint",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="image to complete: its upper part is kept; without a prompt it is also the prompt",
     )
@@ -145,7 +150,7 @@ def add_image_options(group: Group) -> None:
     )
     group.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=Path("samples"),
         metavar="FOLDER",
         help="folder for the PNGs, whose names end in their seed; FOLDER-2, FOLDER-3, ... if it holds PNGs already "

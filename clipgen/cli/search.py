@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.baseline_args import add_clip, add_prompts, given_sampling_params, load_search_clip
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.console import say
 from clipgen.cli.sampling_args import add_sampling_options
+from clipgen.files import user_path
 
 if TYPE_CHECKING:
     from clipgen.baselines.csc2516 import Protocol
@@ -73,7 +73,7 @@ def add_table(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--real-images",
-        type=Path,
+        type=user_path,
         help="folder of the training images, whose mean CLIP score with all of their captions is the threshold, as in "
         "the paper",
     )

@@ -91,6 +91,8 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
                 continue
             if member is not None:
                 yield member
+            elif info.isreg() and not _is_hidden(info.name):
+                skip_counter.ignore_type(Path(info.name).suffix.lower())
 
 
 def is_tar(path: Path) -> bool:
@@ -146,9 +148,7 @@ def _member_of(info: tarfile.TarInfo) -> Member | None:
         UnusableImageError: the file is an image that is not stored as a plain file.
     """
     folder, slash, file_name = info.name.rpartition("/")
-    # webdataset reserves names like __meta__.
-    is_reserved = re.match(r"__[^/]*__($|/)", info.name)
-    if info.isdir() or file_name.startswith(".") or is_reserved:
+    if info.isdir() or _is_hidden(info.name):
         return None
     extension = Path(file_name).suffix.lower() if has_extension(file_name) else ""
     if extension not in (*EXTENSIONS, *UNREADABLE_EXTENSIONS, _LABEL_EXTENSION, ""):
@@ -158,6 +158,11 @@ def _member_of(info: tarfile.TarInfo) -> Member | None:
     stem = folder + slash + file_name[: len(file_name) - len(extension)]
     base = folder + slash + file_name.split(".", 1)[0]
     return Member(info.name, base, stem, is_label=extension == _LABEL_EXTENSION)
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a file is hidden, or has a name like `__meta__`, which webdataset reserves."""
+    return name.rpartition("/")[2].startswith(".") or re.match(r"__[^/]*__($|/)", name) is not None
 
 
 def _read_content(archive: tarfile.TarFile, info: tarfile.TarInfo, max_bytes: int) -> bytes:
