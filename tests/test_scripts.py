@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import compare_runs
 import fuzz
 import pytest
+import repository_address
 import torch
 import train_generator
 import webdataset as wds
@@ -19,6 +21,8 @@ from train_clip import one_cycle
 from clipgen.baselines import load_generator
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.shapes_evaluator import accuracy
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -123,3 +127,58 @@ def test_noise_decides_position_and_radius_of_a_render():
     assert torch.equal(images[:1], train_generator.render(noise[:1], classes[:1]))
     named = [ALL_ATTRIBUTES[i] for i in classes]
     assert accuracy(images, named)["all"] == 1
+
+
+# ------------------------------------------------------------------------------------------- address of the repository
+
+
+@pytest.fixture
+def checkout(monkeypatch, tmp_path) -> Path:
+    """Return a folder with copies of the files that name the repository."""
+    for pattern in ("pyproject.toml", *repository_address.FILES):
+        for path in ROOT.glob(pattern):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    monkeypatch.setattr(repository_address, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_address_of_the_repository_stands_in_one_place():
+    """All files state what pyproject.toml states, and no file has the address that the script does not know."""
+    name = repository_address.repository_name()
+    assert repository_address.outdated_files(name) == {}
+    known = {ROOT / "pyproject.toml"}
+    for pattern in repository_address.FILES:
+        known |= set(ROOT.glob(pattern))
+    named = set()
+    for folder in (".github", "clipgen", "configs", "scripts"):
+        for path in (ROOT / folder).rglob("*.*"):
+            generated = path.parts[len(ROOT.parts) :][:2] in ((".github", "site"), (".github", "site_source"))
+            if path.is_file() and not generated and f"/{name}".encode() in path.read_bytes():
+                named.add(path)
+    assert named <= known
+
+
+def test_address_of_the_repository_is_written_to_all_files(checkout, monkeypatch, capsys):
+    pyproject = checkout / "pyproject.toml"
+    old = repository_address.repository_name()
+    pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/made.up"))
+    monkeypatch.setattr(sys, "argv", ["repository_address"])
+    repository_address.main()
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(written) == 5 and not repository_address.outdated_files("me/made.up")
+    for path in written:
+        assert "github.com/me/made.up" in path.read_text() and old not in path.read_text()
+    json.loads((checkout / "scripts/notebooks/inside.ipynb").read_text())
+
+
+def test_release_is_refused_while_the_address_is_not_that_of_the_repository(checkout, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["repository_address", "--expect", "me/clipgen"])
+    with pytest.raises(SystemExit, match=r"must be me/clipgen, got "):
+        repository_address.main()
+    pyproject = checkout / "pyproject.toml"
+    old = repository_address.repository_name()
+    pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/clipgen"))
+    with pytest.raises(SystemExit, match=r"first_images.ipynb names another repository: run python -m clipgen"):
+        repository_address.main()
