@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import compare_runs
 import fuzz
 import pytest
+import repository_address
 import torch
 import train_clip
 import train_generator
@@ -26,6 +28,8 @@ from clipgen.baselines import load_generator
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.shapes_evaluator import accuracy
 from clipgen.nonfinite import NonFiniteError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -173,3 +177,58 @@ def test_interrupted_training_of_a_clip_resumes_bit_identically(tmp_path, monkey
     actual = trained(tmp_path / "parts", interrupted, batches_from)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
     assert not train_clip.checkpoint_of(tmp_path / "parts").exists()
+
+
+# ------------------------------------------------------------------------------------------- address of the repository
+
+
+@pytest.fixture
+def checkout(monkeypatch, tmp_path) -> Path:
+    """Return a folder with copies of the files that name the repository."""
+    for pattern in ("pyproject.toml", *repository_address.FILES):
+        for path in ROOT.glob(pattern):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    monkeypatch.setattr(repository_address, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_address_of_the_repository_stands_in_one_place():
+    """All files state what pyproject.toml states, and no file has the address that the script does not know."""
+    name = repository_address.repository_name()
+    assert repository_address.outdated_files(name) == {}
+    known = {ROOT / "pyproject.toml"}
+    for pattern in repository_address.FILES:
+        known |= set(ROOT.glob(pattern))
+    named = set()
+    for folder in (".github", "clipgen", "configs", "scripts"):
+        for path in (ROOT / folder).rglob("*.*"):
+            generated = path.parts[len(ROOT.parts) :][:2] in ((".github", "site"), (".github", "site_source"))
+            if path.is_file() and not generated and f"/{name}".encode() in path.read_bytes():
+                named.add(path)
+    assert named <= known
+
+
+def test_address_of_the_repository_is_written_to_all_files(checkout, monkeypatch, capsys):
+    pyproject = checkout / "pyproject.toml"
+    old = repository_address.repository_name()
+    pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/made.up"))
+    monkeypatch.setattr(sys, "argv", ["repository_address"])
+    repository_address.main()
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(written) == 5 and not repository_address.outdated_files("me/made.up")
+    for path in written:
+        assert "github.com/me/made.up" in path.read_text() and old not in path.read_text()
+    json.loads((checkout / "scripts/notebooks/inside.ipynb").read_text())
+
+
+def test_release_is_refused_while_the_address_is_not_that_of_the_repository(checkout, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["repository_address", "--expect", "me/clipgen"])
+    with pytest.raises(SystemExit, match=r"must be me/clipgen, got "):
+        repository_address.main()
+    pyproject = checkout / "pyproject.toml"
+    old = repository_address.repository_name()
+    pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/clipgen"))
+    with pytest.raises(SystemExit, match=r"first_images.ipynb names another repository: run python -m clipgen"):
+        repository_address.main()
