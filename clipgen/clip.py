@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
 from clipgen.checkpoint import clip_folder, clip_tokenizer
+from clipgen.checkpoint.safe_load import check_weights_file
 from clipgen.images import check_images
 from clipgen.storage.files import one_line
 from clipgen.storage.inner_files import member
@@ -234,6 +235,8 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
         )
     if not pretrained:
         raise ValueError(f"clip.pretrained must name the weights of {name} (a tag such as openai, or a file), got none")
+    if Path(pretrained).is_file():
+        check_weights_file(Path(pretrained))
     with clip_folder.open_clip_interface():
         try:
             model = open_clip.create_model(

@@ -184,6 +184,14 @@ class StopOnNonFinite(pl.Callback):
         check_weights(module, trainer.global_step)
 
 
+def check_loss(loss: float, step: int) -> None:
+    """Raise NonFiniteError if the loss of a training without a guard is not finite."""
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"training stopped at step {step} with a loss of {loss}; a lower learning rate usually helps"
+        )
+
+
 def check_losses(losses: dict[str, float], step: int) -> None:
     """Raise NonFiniteError if a validation loss, which must be equal on all ranks, is not finite."""
     bad = [name for name, value in losses.items() if not math.isfinite(value)]

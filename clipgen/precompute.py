@@ -33,6 +33,7 @@ from clipgen.data.token_cache import (
     record_dtype,
     write_shard,
 )
+from clipgen.hashing import hash_lines
 from clipgen.run_folder import save_frozen, vqgan_identity
 from clipgen.run_folder import saved_identity as saved_identity
 from clipgen.storage.atomic_folder import clear_leftovers
@@ -124,11 +125,11 @@ def cache_identity(
         "shard_size": shard_size,
     }
     train = require_source(data.train)
-    files = list(train.file_names())
+    files = [train.file_names()]
     if data.val is not None:
-        files += require_source(data.val).file_names()
-    if files:
-        identity["files"] = hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        files.append(require_source(data.val).file_names())
+    if any(map(len, files)):
+        identity["files"] = hash_lines(chain.from_iterable(files))
     if train.labels and train.class_names:
         identity["class_names"] = train.class_names
     return identity

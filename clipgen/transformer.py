@@ -18,6 +18,7 @@ from clipgen.checkpoint import gpt2, hfailab, model_folder
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import strip_prefix
 from clipgen.data.samplers import num_real_samples
+from clipgen.hardware.device import check_compile, should_compile
 from clipgen.images import images_from_batch
 from clipgen.models import losses
 from clipgen.models.conditioning import Conditioner, add_condition_noise
@@ -54,7 +55,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         optimizer: optimizer, schedule and EMA, see ``TransformerOptimizerConfig``.
         loss_reduction: ``"mean"`` adds the mean cross-entropy per token and the CLIP loss; ``"sum"`` adds that of the
             whole sequence, as Eq. 8 prints.
-        compile: compile the training step with torch.compile.
+        compile: compile the training step with torch.compile; "auto" on a GPU only.
         network: the fields of ``GPTConfig``: n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, ...
     """
 
@@ -67,7 +68,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         clip_loss: ClipLossConfig | Mapping[str, Any] | None = None,
         optimizer: TransformerOptimizerConfig | Mapping[str, Any] | None = None,
         loss_reduction: str = "mean",
-        compile: bool = False,
+        compile: bool | str = False,
         **network: Any,
     ):
         super().__init__()
@@ -84,7 +85,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
                 "clip_loss": to_plain(self.clip_loss_config),
                 "optimizer": to_plain(self.optimizer_config),
                 "loss_reduction": loss_reduction,
-                "compile": compile,
+                "compile": check_compile(compile),
             }
         )
         self.num_tokens = self.gpt_config.num_tokens
@@ -265,7 +266,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
     def on_fit_start(self) -> None:
         # A loaded model is in evaluation mode, and Lightning does not change that.
         self.train()
-        if self.hparams["compile"]:
+        if should_compile(self.hparams["compile"], self.device):
             self.gpt.compile()  # in place, which keeps the names of parameters
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from clipgen.checkpoint import hfailab, model_folder, taming
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
+from clipgen.checkpoint.vgg import load_lpips
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
+from clipgen.hardware.device import check_compile, should_compile
 from clipgen.images import check_images, images_from_batch, psnr, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
@@ -34,7 +36,7 @@ from clipgen.models.config import (
     to_plain,
 )
 from clipgen.models.discriminator import PatchDiscriminator, average_statistics
-from clipgen.models.lpips import load_lpips, lpips_from_state
+from clipgen.models.lpips import lpips_from_state
 from clipgen.models.quantizers.base import QuantizerOutput, code_counts, usage_and_perplexity
 from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
 from clipgen.optim import EMA, has_fused_kernels, make_lr_scheduler, parameters_of, total_optimizer_steps
@@ -68,7 +70,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         gan: discriminator and adversarial loss, see ``GANConfig``.
         optimizer: Adam's settings for generator and discriminator, see ``OptimizerConfig``. The discriminator's
             warm-up begins at ``gan.start_step``; gradients of both are clipped separately.
-        compile: use torch.compile in training.
+        compile: use torch.compile in training; "auto" on a GPU only.
         channels_last: NHWC memory format of images and weights.
 
     Each may be a dataclass or a mapping of its fields; None uses the defaults, which are the published ones.
@@ -84,7 +86,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         loss: LossConfig | Mapping[str, Any] | None = None,
         gan: GANConfig | Mapping[str, Any] | None = None,
         optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         channels_last: bool = False,
     ):
         super().__init__()
@@ -100,7 +102,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
                 "loss": to_plain(self.loss_config),
                 "gan": to_plain(self.gan_config),
                 "optimizer": to_plain(self.optimizer_config),
-                "compile": compile,
+                "compile": check_compile(compile),
                 "channels_last": channels_last,
             }
         )
@@ -233,7 +235,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         """
         if self.hparams["channels_last"]:
             self.to(memory_format=torch.channels_last)
-        if self.hparams["compile"]:
+        if should_compile(self.hparams["compile"], self.device):
             self._compile()
 
     def _compile(self) -> None:

@@ -31,7 +31,9 @@ from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.classifier import WHITENING_SIZE, WIDTHS, ImageClassifier
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.hardware.processor import has_bf16_units
-from clipgen.storage.files import atomic_write
+from clipgen.nonfinite import check_loss
+from clipgen.storage.files import atomic_write, user_path
+from clipgen.storage.run_lock import hold_lock
 
 # At a batch size of 1024; it scales with the batch size.
 LEARNING_RATE = 1.5
@@ -194,6 +196,7 @@ class Training:
         for number, (images, labels) in enumerate(self.batches(data)):
             step = self.epoch * steps_per_epoch + number
             losses.append(self.train_step(images, labels, step / total))
+            check_loss(losses[-1], step)
             if (step + 1) % AVERAGE_EVERY == 0:
                 self.update_average(average_decay((step + 1) / total))
         self.epoch += 1
@@ -307,8 +310,8 @@ def train(settings: Settings, data: Path, num_classes: int, output: Path) -> dic
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
-    p.add_argument("--output", type=Path, required=True, help="folder of classifier.pt and checkpoint.pt")
+    p.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
+    p.add_argument("--output", type=user_path, required=True, help="folder of classifier.pt and checkpoint.pt")
     p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
     p.add_argument("--epochs", type=int, default=16, help="epochs (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=512, help="images per step (default: %(default)s)")
@@ -341,8 +344,10 @@ def main() -> None:
         shard_sizes(args.data),
     )
     try:
-        about = train(settings, args.data, len(json.loads(classes.read_text())), args.output)
-    except ValueError as error:
+        args.output.mkdir(parents=True, exist_ok=True)
+        with hold_lock(args.output):
+            about = train(settings, args.data, len(json.loads(classes.read_text())), args.output)
+    except (FileExistsError, ValueError) as error:
         sys.exit(f"train_classifier.py: error: {error}")
     low, high = about["accuracy"]["interval"]
     print(

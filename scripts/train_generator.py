@@ -23,7 +23,8 @@ from clipgen.baselines.biggan import NORM_EPS, BigGAN
 from clipgen.data.shapes import ALL_ATTRIBUTES, BACKGROUNDS, COLORS, RADII, SHAPES, SHIFTS, ShapesDataset
 from clipgen.evaluation.shapes_evaluator import accuracy
 from clipgen.images import save_png, to_pil
-from clipgen.storage.files import atomic_write, write_json
+from clipgen.nonfinite import check_loss
+from clipgen.storage.files import atomic_write, user_path, write_json
 from clipgen.visualization import grid
 
 PIECE = 16  # noise per layer
@@ -115,6 +116,7 @@ class Training:
         embeddings = self.table()[classes][:, None].expand(-1, layers, -1)
         images = self.generator.render(noise.view(batch_size, layers, PIECE), embeddings)
         loss = F.l1_loss(images, render(noise, classes))
+        check_loss(loss.item(), self.schedule.last_epoch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -159,7 +161,7 @@ def report(generator: BigGAN, step: int, loss: float, picture: Path) -> None:
 def main() -> None:
     """Train, and write the averaged generator with every report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="file of the weights")
+    parser.add_argument("--output", type=user_path, required=True, help="file of the weights")
     parser.add_argument("--steps", type=int, default=1200, help="steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")

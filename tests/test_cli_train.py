@@ -397,7 +397,7 @@ def test_optuna_finds_the_best_learning_rate(tmp_path):
 def test_optuna_continues_after_failed_runs_and_reports_them(tmp_path, sizes, succeeds):
     done = optuna_sweep(tmp_path, 2, f"data.batch_size=choice({sizes})", "hydra/sweeper/sampler=grid")
     assert done.returncode == 1
-    assert "error: batch_size must be at most 64, the training images, got" in done.stderr.splitlines()[-1]
+    assert "error: data.batch_size must be at most 64, the training images, got" in done.stderr.splitlines()[-1]
     assert (tmp_path / "sweep" / "optimization_results.yaml").is_file() == succeeds
 
 

@@ -22,6 +22,7 @@ from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
+from clipgen.run_folder import saved_identity
 from clipgen.training.callbacks import checkpointing
 from clipgen.training.callbacks.checkpointing import renumber
 from clipgen.training.cluster import use_own_store
@@ -388,6 +389,22 @@ def test_resume_auto_resumes_every_run_of_a_sweep(call, tmp_path):
     for steps in (2, 3):
         assert call(*arguments, f"trainer.max_steps={steps}").code == 0
         assert [int(state(f"sweep/{i}")["step"]) for i in range(2)] == [steps, steps]
+
+
+@pytest.mark.parametrize("trained_again", [False, True])
+def test_stage_2_is_resumed_with_the_tokenizer_in_its_folder(call, trained_again):
+    """The one that the first command named may have been moved, or trained again."""
+    make_vqgan(**VQGAN_SIZES).save("tokenizer")
+    arguments = [*STAGES["transformer"], *FEW_SHAPES, "vqgan=tokenizer", "output=run", "trainer.max_steps=1"]
+    assert call("clipgen-train", *arguments).code == 0
+    identity = saved_identity("run/vqgan")
+    Path("tokenizer").rename("moved")
+    if trained_again:
+        make_vqgan(**VQGAN_SIZES).save("tokenizer")
+        assert saved_identity("tokenizer") != identity
+    result = call("clipgen-train", "resume=run", "trainer.max_steps=2")
+    assert result.code == 0, result.stderr
+    assert saved_identity("run/vqgan") == identity
 
 
 def test_resume_auto_needs_an_output(call):

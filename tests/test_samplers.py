@@ -151,7 +151,7 @@ def test_checkpoint_without_a_data_position_resumes_by_batches(tmp_path):
 
 
 def test_batch_size_larger_than_the_dataset_is_refused():
-    with pytest.raises(ValueError, match="batch_size must be at most 3, the training images per device, got 4"):
+    with pytest.raises(ValueError, match=r"data\.batch_size must be at most 3, the training images per device, got 4"):
         ResumableSampler(range(7), 4, seed=0, world_size=2)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded
+from clipgen.cli.console import guarded, say
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -92,7 +92,7 @@ def encode(config: DictConfig) -> None:
             advance=advance,
         )
     status = "Finished" if finished else "This process has finished its part, other processes have not"
-    print(f"{status}: {Path(config.output)}")
+    say(f"{status}: {Path(config.output)}")
 
 
 def complete(config: DictConfig) -> None:

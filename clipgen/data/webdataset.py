@@ -441,7 +441,7 @@ def parse_label(sample: Sample) -> int:
         UnusableImageError: the sample has no `.cls` file, or it does not hold a class number.
     """
     if sample.label is None:
-        raise UnusableImageError("without label", f"there is no {Path(sample.name).stem}.cls")
+        raise UnusableImageError("without label", f"there is no {Path(sample.name).stem}.cls beside it")
     try:
         label = int(sample.label)
     except ValueError as error:

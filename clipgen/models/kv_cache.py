@@ -125,8 +125,8 @@ class CompiledDecoder(IncrementalDecoder):
     A CUDA graph holds a whole step: the embedding of the previous index, the network, guidance and sampling. One graph
     serves many positions, so attention covers a prefix of the cache with a mask. Large batches have a graph per
     ``BUCKET_SIZE`` positions, which reads the cache up to there; small batches have one graph for the whole cache. Each
-    graph is compiled at its first step, and captured again if the sampling parameters change. The decoder can be started
-    again once a batch is complete. Each step overwrites the indices that it returned before.
+    graph is compiled at its first step, and captured again if the sampling parameters change. The decoder can be
+    started again once a batch is complete. Each step overwrites the indices that it returned before.
 
     Args:
         gpt: the network, on its device.

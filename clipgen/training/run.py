@@ -16,6 +16,7 @@ import torch
 import yaml
 from pytorch_lightning.strategies import ModelParallelStrategy
 
+import clipgen
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.handover import one_process_works
 from clipgen.data.samplers import DataPositionCallback
@@ -52,7 +53,6 @@ from clipgen.transformer import ConditionalTransformer
 
 logger = logging.getLogger(__name__)
 PACKAGES = (
-    "clipgen",
     "torch",
     "torchvision",
     "pytorch-lightning",
@@ -230,7 +230,8 @@ def write_run_folder(output: Path, config: TrainingConfig, model: Any, run_files
     for name, text in {"config.yaml": config_text, **run_files}.items():
         with atomic_write(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    versions = {"python": platform.python_version(), "clipgen": clipgen.__version__}
+    versions |= {name: version(name) for name in PACKAGES}
     write_json(output / "versions.json", versions)
     if not isinstance(model, ConditionalTransformer):
         return
