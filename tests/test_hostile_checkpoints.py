@@ -746,9 +746,9 @@ def test_honest_values_of_checkpoints_are_read(tmp_path, layout):
     if layout:
         content |= {"float8": torch.ones(3).to(torch.float8_e4m3fn), "unsigned": torch.ones(3, dtype=torch.uint16)}
     torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=layout)
-    found = safe_load.read_checkpoint(tmp_path / "x.pt")
-    assert all(torch.equal(found[name], content[name]) for name in ("weights", "transposed", "row", "parameter"))
-    assert found["bytes"] == content["bytes"] and found["milestones"] == content["milestones"]
+    loaded = safe_load.read_checkpoint(tmp_path / "x.pt")
+    assert all(torch.equal(loaded[name], content[name]) for name in ("weights", "transposed", "row", "parameter"))
+    assert loaded["bytes"] == content["bytes"] and loaded["milestones"] == content["milestones"]
 
 
 # -------------------------------------------------------------------------------- files that other libraries read

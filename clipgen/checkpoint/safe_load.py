@@ -43,7 +43,7 @@ ZIP = b"PK\x03\x04"
 ZIP_END = struct.Struct("<4s8xLLH")
 ZIP64_END = struct.Struct("<4s36xQQ")
 ZIP64_LOCATOR = struct.Struct("<4s4xQ4x")
-# torch.save writes so many pickles before the weights if it writes no archive.
+# Number of pickles that torch.save writes before the weights if it writes no archive.
 PICKLES = 5
 STATES = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
 # What torch.compile, FSDP, activation checkpointing and Fabric put between the names of modules

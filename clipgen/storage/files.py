@@ -14,7 +14,7 @@ from typing import Any
 
 MAX_JSON = 64 * 2**20  # bytes; parsed JSON takes 10 to 30 times as much memory
 MAX_YAML = 2**20
-MAX_JSON_VALUES = 4_000_000  # of 65 bytes and more each, also if a file stores them in two
+MAX_JSON_VALUES = 4_000_000  # values take 65 bytes and more each, also if a file stores them in two
 PARTIAL_FILE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.partial")
 _cleaned_folders: set[Path] = set()
 
