@@ -75,7 +75,9 @@ def test_version_is_that_of_the_installed_package():
 def test_name_of_the_distribution_stands_in_one_place():
     """pyproject.toml must not name itself in an extra, and no module or page may ask for the distribution by name."""
     assert f"{DISTRIBUTION}[" not in PYPROJECT
-    named = re.compile(rf"""version\(["']{DISTRIBUTION}["']\)|{DISTRIBUTION}(\[\w+\])? @ |install ["']?{DISTRIBUTION}\b""")
+    named = re.compile(
+        rf"""version\(["']{DISTRIBUTION}["']\)|{DISTRIBUTION}(\[\w+\])? @ |install ["']?{DISTRIBUTION}\b"""
+    )
     files = [ROOT / "README.md", *(ROOT / ".github").rglob("*.md")]
     for folder in ("clipgen", "configs", "scripts"):
         files += [path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".yaml", ".txt", ".ipynb")]
