@@ -15,11 +15,11 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
-from clipgen import clip_folder, clip_tokenizer
+from clipgen.checkpoint import clip_folder, clip_tokenizer
 from clipgen.checkpoint.safe_load import check_weights_file
-from clipgen.files import one_line
 from clipgen.images import check_images
-from clipgen.inner_files import member
+from clipgen.storage.files import one_line
+from clipgen.storage.inner_files import member
 
 logger = logging.getLogger(__name__)
 

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipgen.atomic_folder import replace_folder
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
 from clipgen.data.webdataset import ImageShards
-from clipgen.files import atomic_write, user_path, write_json
 from clipgen.nonfinite import check_loss, check_weights
+from clipgen.storage.atomic_folder import replace_folder
+from clipgen.storage.files import atomic_write, user_path, write_json
 
 WEIGHTS = "open_clip_model.safetensors"
 FILES = ("open_clip_config.json", VOCABULARY_FILE, WEIGHTS)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from train_clip import CONTEXT_LENGTH, FILES, checkpoint_of, train, write_config
 
-from clipgen.atomic_folder import replace_folder
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, ShapesDataset, held_out_attributes
-from clipgen.files import user_path
+from clipgen.storage.atomic_folder import replace_folder
+from clipgen.storage.files import user_path
 
 SHAPES_CLIP = {
     "embed_dim": 64,

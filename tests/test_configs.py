@@ -217,7 +217,7 @@ def test_recipe_for_small_photographs_has_64_to_256_tokens(image_size, tokens):
         latents = vqgan.autoencoder.encode(torch.zeros(1, 3, image_size, image_size))
         scores = vqgan.discriminator(torch.zeros(1, 3, image_size, image_size))
     assert vqgan.downsampling == 8 and latents[0, 0].numel() == tokens
-    assert scores[0].numel() > 1  # the discriminator judges patches
+    assert scores[0].numel() > 1  # the discriminator scores patches
 
 
 def test_modern_tokenizer():

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipgen.device import should_compile
 from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.hardware.device import should_compile
 from clipgen.models import losses
 from clipgen.models.conditioning import add_condition_noise
 from clipgen.pipeline import TextToImage
@@ -115,8 +116,12 @@ def test_generation_stays_on_the_gpu(pipe, monkeypatch, gpu):
     gpu_pipe = TextToImage(on_gpu(pipe.vqgan), on_gpu(pipe.transformer), on_gpu(pipe.clip))
     gpu_pipe.projector = on_gpu(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = gpu_pipe.embed("a small red star on a black background")
-    prefix = gpu_pipe.vqgan.encode(torch.empty(1, 3, 32, 32, device=gpu)).flatten(1)[:, :8]
-    for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=prefix)):
+    image = Image.new("RGB", (32, 32))
+    for settings in (
+        {},
+        dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9),
+        dict(temperature=0.0, outpaint=image),
+    ):
         images = gpu_pipe.generate(e.expand(3, -1), 0, **settings)
         assert images.shape == (3, 3, 32, 32) and images.device == gpu
 

@@ -468,9 +468,9 @@ def wrapped_file(source: Path, path: Path, key: str, wrap) -> Path:
 def test_wrapped_names_of_published_checkpoints_are_restored(shared, tmp_path, file, wrap):
     key, first = PUBLISHED[file]
     source = shared / "parity" / file
-    found = safe_load.read_weights(wrapped_file(source, tmp_path / "x.ckpt", key, wrap), key, first, "theirs")
+    loaded = safe_load.read_weights(wrapped_file(source, tmp_path / "x.ckpt", key, wrap), key, first, "theirs")
     theirs = safe_load.read_checkpoint(source)[key]
-    assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
+    assert loaded.keys() == theirs.keys() and all(torch.equal(loaded[name], theirs[name]) for name in theirs)
 
 
 def test_wrapped_published_checkpoints_load(shared, tmp_path):
@@ -559,8 +559,8 @@ def test_functions_stay_refused(tmp_path, tiny_vqgan, function):
 
 def test_stand_ins_execute_nothing(tmp_path):
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pt")
-    found = safe_load.read_checkpoint(tmp_path / "x.pt")["args"]
-    assert type(found) is pickle_stubs.PickleStub and found.state == {"a": 1}
+    loaded = safe_load.read_checkpoint(tmp_path / "x.pt")["args"]
+    assert type(loaded) is pickle_stubs.PickleStub and loaded.state == {"a": 1}
 
 
 def test_the_bundled_pipeline_still_loads_and_draws_the_same(tmp_path):

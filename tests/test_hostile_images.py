@@ -38,7 +38,7 @@ from clipgen.data.tar_reader import Sample
 from clipgen.data.webdataset import ImageShards, shuffled
 from clipgen.evaluation.captions import embedded_caption
 from clipgen.evaluation.sources import FolderImages, RealImages
-from clipgen.files import natural_key, printable
+from clipgen.storage.files import natural_key, printable
 from clipgen.visualization import break_word, grid, wrap
 
 ESCAPE = "\x1b]0;owned\x07"

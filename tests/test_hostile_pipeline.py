@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 from clipgen import TextToImage, atomic_folder, files
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
-from clipgen.files import atomic_write, flush_to_disk, read_json, read_yaml, write_json
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.model_card import cell, settings_of, training_settings
 from clipgen.run_folder import vqgan_identity
+from clipgen.storage.files import atomic_write, flush_to_disk, read_json, read_yaml, write_json
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

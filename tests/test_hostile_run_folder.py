@@ -24,10 +24,10 @@ from clipgen.cli import demo
 from clipgen.cli.config import make
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
-from clipgen.environment import environment_int
-from clipgen.inner_files import refuse_links
+from clipgen.hardware.environment import environment_int
 from clipgen.run_list import find_runs, table
-from clipgen.run_lock import LOCK, hold_lock
+from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.run_lock import LOCK, hold_lock
 from clipgen.training.callbacks import AtomicCheckpointIO, BestCheckpoint
 from clipgen.training.csv_logger import read_rows
 from clipgen.training.resume import copy_best_checkpoint, read_training_state

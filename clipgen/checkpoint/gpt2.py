@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, GPT2Config, GPT2Model
 
 from clipgen.checkpoint.safe_load import State, check_finite, check_weights_file
-from clipgen.files import one_line
+from clipgen.storage.files import one_line
 
 SIZES = ("n_layer", "n_head", "n_embd")
 TABLES = ("vocab_size", "n_positions")

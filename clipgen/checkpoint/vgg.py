@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from clipgen.checkpoint.safe_load import State, only_weights, read_checkpoint
-from clipgen.files import one_line
 from clipgen.models.lpips import build_lpips, copy_vgg_
+from clipgen.storage.files import one_line
 
 
 class MissingWeightsError(ValueError):

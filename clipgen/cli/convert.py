@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from clipgen.cli.console import guarded, say
-from clipgen.files import user_path
+from clipgen.storage.files import user_path
 
 
 def main() -> None:

@@ -8,12 +8,14 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clipgen.cli.console import guarded, say
-from clipgen.cli.output_dir import free_folder
-from clipgen.files import one_line, user_path
+from clipgen.progress import duration
+from clipgen.storage.files import one_line, user_path
+from clipgen.storage.output_folder import free_folder
 
 START_TIME = time.perf_counter()
 DESCRIPTION = (
@@ -77,9 +79,9 @@ def run() -> None:
     stages = compose_stages(args.output, args.seed, args.steps, args.overrides)
     say(describe_plan(args.output, stages))
     with timed(seconds, "imports"):
-        from clipgen.files import write_json
-        from clipgen.output_folder import output_folder
         from clipgen.pipeline import TextToImage
+        from clipgen.storage.files import write_json
+        from clipgen.storage.output_folder import output_folder
     with output_folder(args.output, keep_pattern="*/checkpoints/*.ckpt"):
         # --resume reads the settings from the report
         write_json(args.output / REPORT, {"settings": settings})
@@ -128,7 +130,7 @@ def read_settings(args: argparse.Namespace) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no demo to resume in {args.output}: there is no {path}")
     from clipgen.cli.resume_args import harmless_arguments
-    from clipgen.files import read_json
+    from clipgen.storage.files import read_json
     from clipgen.type_checks import check_values
 
     settings = read_json(path, "settings")["settings"]
@@ -196,7 +198,7 @@ def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]
     """Train the stages that are not finished."""
     from clipgen.cli import train
     from clipgen.run_list import finished_model
-    from clipgen.training.callbacks.progress import TimeForecast
+    from clipgen.training.callbacks import TimeForecast
 
     for stage, config in stages.items():
         if finished_model(output / stage, stage):
@@ -204,15 +206,21 @@ def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]
             continue
         say(f"Training stage={stage} ...")
         later_steps = stages["transformer"].trainer.max_steps * STEP_COST if stage == "vqgan" else 0
-        forecast = TimeForecast(later_steps, print_forecast)
+        forecast = TimeForecast(partial(print_forecast, later_steps))
         with timed(seconds, stage):
             train.train(config, callbacks=[forecast], resume_command=resume_command(output))
 
 
-def print_forecast(stage_seconds: float, total_seconds: float) -> None:
-    """Print the time left in this stage and in all, and what to do if it is long."""
-    from clipgen.training.callbacks.progress import duration
+def print_forecast(later_steps: float, steps_left: float, seconds_per_step: float) -> None:
+    """Print the time left in this stage and in all, and what to do if it is long.
 
+    Args:
+        later_steps: cost of the later stages, in steps of this one.
+        steps_left: steps left in this stage.
+        seconds_per_step: duration of a step of this stage.
+    """
+    stage_seconds = steps_left * seconds_per_step
+    total_seconds = (steps_left + later_steps) * seconds_per_step
     say(f"About {duration(total_seconds)} left, {duration(stage_seconds)} of it in this stage")
     if total_seconds > MAX_SECONDS:
         say(
@@ -267,7 +275,7 @@ def plot_losses(files: list[Path], path: Path) -> None:
     """Plot the training and validation losses of both stages."""
     from matplotlib.figure import Figure
 
-    from clipgen.files import atomic_write
+    from clipgen.storage.files import atomic_write
 
     figure = Figure(figsize=(5 * len(files), 3.5), layout="constrained")
     for axis, file in zip(figure.subplots(1, len(files)), files):
@@ -294,7 +302,7 @@ def read_losses(file: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
 
 def write_report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], settings: dict[str, Any]) -> None:
     """Write ``report.json``."""
-    from clipgen.files import read_json, write_json
+    from clipgen.storage.files import read_json, write_json
 
     report = {
         "accuracy": accuracy,

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.environment import environment_int
+from clipgen.hardware.environment import environment_int
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -121,7 +121,7 @@ def by_key(arguments: list[str]) -> dict[str, tuple[str, Any]]:
 def run_arguments(run: Path, excluded: Collection[str]) -> dict[str, str]:
     """Return the arguments of a run by key, without the excluded keys.
 
-    A run folder may come from somebody else: only keys that ``configs/`` has are accepted, with plain values that
+    A run folder may be untrusted: only keys that ``configs/`` has are accepted, with plain values that
     neither run a command or code of a module, nor name a host on the network or a folder to write to.
 
     Raises:

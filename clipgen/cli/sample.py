@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgen.cli.console import flush_stdout, guarded, say
-from clipgen.cli.output_dir import free_folder, output_folder
 from clipgen.cli.sample_request import check_early, join_words, read_request
 from clipgen.cli.sampling_args import add_sampling_options
-from clipgen.device import default_device
-from clipgen.files import printable, user_path
 from clipgen.generation.sampling_options import DTYPES
+from clipgen.hardware.device import default_device
 from clipgen.run_list import OUTPUTS, find_runs, newest_run, table
+from clipgen.storage.files import printable, user_path
+from clipgen.storage.output_folder import free_folder, output_folder
 
 if TYPE_CHECKING:
     from clipgen.cli.sample_request import SampleRequest
@@ -227,8 +227,8 @@ def load_pipeline(checkpoint: str, request: SampleRequest, args: argparse.Namesp
     """
     import torch
 
+    from clipgen.hardware.processor import require_bf16_units
     from clipgen.pipeline import TextToImage
-    from clipgen.processor import require_bf16_units
 
     pipe = TextToImage.load(checkpoint)
     device = args.device or default_device()

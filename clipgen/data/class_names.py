@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipgen.files import check_size, loads_json, read_text
+from clipgen.storage.files import check_size, loads_json, read_text
 
 __all__ = ["MAX_NAMES_BYTES", "NAME_LISTS", "name_list", "parse_published_names", "read_names"]
 

@@ -26,7 +26,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_PIXELS = 120_000_000
 # Memory of the images that threads decode at the same time; a larger image is decoded alone.
 _DECODING_BYTES = 1 << 29
-# Conversions work on bands of so many pixels, so that they need no second copy of a large image.
+# Pixels per band: conversions work on one band at a time, so that they need no second copy of a large image.
 _BAND_PIXELS = 1 << 22
 # The profiles of printers have 0.5 to 3 MB.
 _MAX_PROFILE_BYTES = 4 << 20

@@ -14,12 +14,12 @@ from clipgen.data.class_names import MAX_NAMES_BYTES, NAME_LISTS, name_list, par
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.cub import read_text_folder
-from clipgen.files import check_size, loads_json, natural_key, one_line, read_text
+from clipgen.storage.files import check_size, loads_json, natural_key, one_line, read_text
 
 logger = logging.getLogger(__name__)
 MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
 MAX_VALUES = 20_000_000  # three per caption
-MAX_SIDECAR_BYTES = 1 << 20  # of a text file beside an image
+MAX_SIDECAR_BYTES = 1 << 20  # size of a text file beside an image
 
 
 class Caption(NamedTuple):

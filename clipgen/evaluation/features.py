@@ -19,8 +19,8 @@ from clipgen.checkpoint.model_folder import fingerprint
 from clipgen.checkpoint.safe_load import check_weights_file, only_weights, read_checkpoint
 from clipgen.clip import FrozenCLIP
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier
-from clipgen.files import one_line
 from clipgen.images import to_bytes
+from clipgen.storage.files import one_line
 
 FORMATS = (
     "inception[-clean][:FILE], clip:MODEL[:TAG], classifier:FILE, torchvision:MODEL[:FILE], timm:MODEL[:FILE] or "

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers.activations import GELUActivation, GELUTanh
 
-from clipgen.kept_choices import kept_choice
-from clipgen.processor import instruction_set
+from clipgen.hardware.kept_choices import kept_choice
+from clipgen.hardware.processor import instruction_set
 
 Linear = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
 Activation = Callable[[Tensor], Tensor]
@@ -26,10 +26,10 @@ FUSED_GELUS = {GELUTanh: "tanh", GELUActivation: "none"}
 # torch.compile uses these operators on a CPU.
 onednn: Any = torch.ops.mkldnn
 
-# The memory layout for so many rows is the fastest one for fewer and for more rows, too: for 8 rows by 5 to 12 %
-# compared with the layout for 8.
+# Number of rows that the memory layout is made for, which is the fastest layout for fewer and for more rows, too: for 8
+# rows it is 5 to 12 % faster than the layout for 8.
 PACKED_ROWS = 16
-# A weight of at most so many elements stays in a processor's cache, where torch's own product is fastest.
+# A weight with at most this many elements stays in the processor's cache, where torch's own product is fastest.
 MAX_CACHED_ELEMENTS = 2**17
 # Memory of the weights of a measurement, larger than the caches of most processors.
 MEASURED_BYTES = 2**26
@@ -95,7 +95,7 @@ def measured_kernel(usual: str, batch_size: int, inputs: int, outputs: int, thre
 
 
 def usual_cpu_kernel(batch_size: int, inputs: int, outputs: int) -> LinearFactory:
-    """Return the kernel that was the fastest on processors at hand, by shape and instruction set."""
+    """Return the kernel that was the fastest on the processors that were tried, by shape and instruction set."""
     if batch_size <= 2:
         if inputs * outputs <= MAX_CACHED_ELEMENTS:
             return addmm_linear

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgen.data.source import count_images, skip_counter_of
-from clipgen.device import should_compile
+from clipgen.hardware.device import should_compile
 from clipgen.vqgan import VQGAN
 
 if TYPE_CHECKING:

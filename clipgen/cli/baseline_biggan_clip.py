@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROGRESS_INTERVAL = 10  # seconds
-LAYERED = ("generate", "num_layers", "layer_noise_dim", "num_classes")  # of a ``LayeredGenerator``
+LAYERED = ("generate", "num_layers", "layer_noise_dim", "num_classes")  # attributes of a ``LayeredGenerator``
 
 
 def add_biggan_clip(p: argparse.ArgumentParser) -> None:

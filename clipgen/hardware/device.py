@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from clipgen.environment import environment_int
+from clipgen.hardware.environment import environment_int
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Atomic and flush_to_disk writes of files, readers of text, JSON and YAML, and errors that name the file."""
+"""Atomic writes of files that survive a power loss, readers of text, JSON and YAML, and errors that name the file."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from clipgen.cli.baseline_args import add_clip, add_prompts, given_sampling_para
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.console import say
 from clipgen.cli.sampling_args import add_sampling_options
-from clipgen.files import user_path
+from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
     from clipgen.baselines.csc2516 import Protocol
@@ -274,8 +274,8 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
         args: the arguments.
         deviations: where the run departs from ``--protocol``.
     """
-    from clipgen.files import atomic_write, write_json
     from clipgen.images import save_png
+    from clipgen.storage.files import atomic_write, write_json
     from clipgen.visualization import line_chart
 
     say(f"{'k':>5}  best CLIP score    images needed")
