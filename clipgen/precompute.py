@@ -93,11 +93,17 @@ def encode(
 
     Raises:
         ValueError: the folder holds another cache or a link that leaves it, or the models cannot encode the images.
+        FileExistsError: the folder holds a model.
     """
     refuse_links(Path(root))
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
-    store.open(identity, lambda: save_frozen(store.folder, vqgan, clip))
+
+    def prepare() -> None:
+        refuse_models(store.folder)
+        save_frozen(store.folder, vqgan, clip)
+
+    store.open(identity, prepare)
 
     def write(path: Path, plan: ShardPlan) -> None:
         batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
@@ -109,6 +115,13 @@ def encode(
     plans = plan_shards(store.folder, data, shard_size, augmentations)
     store.write_missing(plans, write, skip, rank=rank, world_size=world_size)
     return finish_if_complete(store, plans, identity)
+
+
+def refuse_models(root: Path) -> None:
+    """Raise FileExistsError if a folder holds a trained model, whose tokenizer a new cache would replace."""
+    for name in ("checkpoints", "transformer"):
+        if (root / name).exists():
+            raise FileExistsError(f"output must not hold a model, got {root} with {name}/: choose another output")
 
 
 def cache_identity(

@@ -811,6 +811,17 @@ def test_global_headers_of_a_shard_do_not_add_up(tmp_path):
 EMPTY_FILE = tar_header(tarfile.REGTYPE, b"")
 
 
+def test_shard_that_may_not_be_read_is_reported_as_such(tmp_path, monkeypatch):
+    shard = make_tar(tmp_path / "a.tar", [("0.png", square(1))])
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(shard))
+
+    monkeypatch.setattr(tarfile.TarFile, "open", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        ImageShards(str(shard), 8, train=True)
+
+
 def test_named_pipe_as_a_shard_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(ValueError, match=r"a\.tar must be a tar file"):

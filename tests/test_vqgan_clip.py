@@ -102,7 +102,8 @@ def test_images_do_not_depend_on_each_other(shapes):
     [
         ({"steps": -1}, "steps must be at least 0, got -1"),
         ({"cutouts": 0}, "cutouts must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite, got inf"),
         ({"smallest_cut": 1.5}, r"smallest_cut must be in \(0, 1\], got 1.5"),
         ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
         ({"image_size": 30}, "image_size must be divisible by 4, got 30"),

@@ -96,12 +96,18 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
 
 
 def is_tar(path: Path) -> bool:
-    """Return whether a file is a tar file, compressed or not, whose first member can be read."""
+    """Return whether a file is a tar file, compressed or not, whose first member can be read.
+
+    Raises:
+        PermissionError: the file may not be read.
+    """
     if not path.is_file():
         return False
     try:
         with path.open("rb") as file, _Archive.open(fileobj=decompressed(file), mode="r|"):
             return True
+    except PermissionError:
+        raise
     except Exception:  # damaged headers raise anything
         return False
 

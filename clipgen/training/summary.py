@@ -36,6 +36,8 @@ def log_summary(config: TrainingConfig, trainer: pl.Trainer, model: Any, data: A
         lines["Compile"] = "torch.compile; the first steps take minutes"
     for name, text in lines.items():
         logger.info("%-11s %s", f"{name}:", text)
+    if config.trainer["strategy"] == "fsdp":
+        logger.info("No image grids are made with trainer.strategy=fsdp: each process has a part of the weights only")
 
 
 def describe_images(data: Any) -> str:
