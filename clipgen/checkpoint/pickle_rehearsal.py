@@ -109,8 +109,8 @@ class Rehearsal(pickle._Unpickler):
             return self.call(arguments[0], arguments[2])
         if not is_harmless(name, arguments):
             raise ValueError(f"it calls {function.name} as no weights need: refused")
-        # The text stands for its bytes.
-        return arguments[0] if name == "encode" else Placeholder()
+        # A text stands for its bytes, a tuple for a size.
+        return arguments[0] if name in ("encode", "Size") and arguments else Placeholder()
 
     def count(self, values: Iterable[Any]) -> None:
         """Count the elements of values that are copied."""
