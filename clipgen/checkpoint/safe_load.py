@@ -21,6 +21,7 @@ from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stand_in
 __all__ = [
     "State",
     "check_archive",
+    "check_download",
     "check_finite",
     "check_header",
     "check_weights_file",
@@ -227,6 +228,13 @@ def check_weights_file(path: Path) -> None:
             raise ValueError(f"{path} is damaged: {error}") from error
     else:
         read_checkpoint(path)
+
+
+def check_download(url: str) -> None:
+    """Check the file of an address in torch's cache, if it is there, as ``read_checkpoint`` does."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if cached.is_file():
+        read_checkpoint(cached)
 
 
 def read_weights(path: str | Path, key: str, first: str, project: str) -> State:
