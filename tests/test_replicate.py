@@ -135,8 +135,16 @@ def health() -> str:
         return ""
 
 
+@pytest.fixture
+def server(started_server) -> None:
+    """Wait until the server has finished the prediction of the test before: it refuses a second one meanwhile."""
+    deadline = time.monotonic() + 60
+    while health() != "READY" and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[None]:
+def started_server(tmp_path_factory) -> Iterator[None]:
     """Start the server, and wait until the pipeline is loaded."""
     if importlib.util.find_spec("coglet") is None:
         pytest.skip("needs the server of cog: pip install cog")
@@ -177,7 +185,9 @@ def test_server_answers_a_prediction_with_images(server):
 
 @pytest.mark.slow
 def test_server_streams_the_rows(server):
-    _, body = request("POST", "/predictions", {"input": {"prompt": PROMPT, "seed": 0}}, Accept="text/event-stream")
+    inputs = {"prompt": PROMPT, "seed": 0}
+    status, body = request("POST", "/predictions", {"input": inputs}, Accept="text/event-stream")
+    assert status == 200, body
     events = [line.removeprefix("event: ") for line in body.decode().splitlines() if line.startswith("event: ")]
     assert events[0] == "start" and events[-1] == "completed"
     assert events.count("output") >= 4 + 1
