@@ -20,6 +20,16 @@ def hashed_seed(text: str) -> int:
     return int(unit_hash(text) * 2**48)
 
 
+def hash_lines(lines: Iterable[str]) -> str:
+    """Return a hash of strings, in order, as if they were the lines of a file."""
+    digest = hashlib.sha256()
+    separator = b""
+    for line in lines:
+        digest.update(separator + line.encode("utf-8", "surrogateescape"))
+        separator = b"\n"
+    return digest.hexdigest()[:16]
+
+
 def hash_files(paths: Iterable[Path]) -> str:
     """Return a hash of the content of files, in order. For a path that is not a file (a URL) its name is hashed."""
     digest = hashlib.sha256()

@@ -63,7 +63,7 @@ class StepGuard:
         # Names of loss terms -> the step at which each was first non-finite.
         self.first_steps: dict[tuple[str, ...], Tensor] = {}
 
-    def watch(self, losses: dict[str, Tensor]) -> None:
+    def record(self, losses: dict[str, Tensor]) -> None:
         """Record the scalar losses of a batch."""
         for name, value in losses.items():
             value = value.detach().float()
@@ -182,6 +182,14 @@ class StopOnNonFinite(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.guard.finish(trainer.global_step)
         check_weights(module, trainer.global_step)
+
+
+def check_loss(loss: float, step: int) -> None:
+    """Raise NonFiniteError if the loss of a training without a guard is not finite."""
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"training stopped at step {step} with a loss of {loss}; a lower learning rate usually helps"
+        )
 
 
 def check_losses(losses: dict[str, float], step: int) -> None:

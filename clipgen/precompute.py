@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import clipgen
-from clipgen import clip_folder
-from clipgen.atomic_folder import clear_leftovers
+from clipgen.checkpoint import clip_folder
 from clipgen.clip import FrozenCLIP, find_folder
 from clipgen.data.chunks import Batch, iter_batches
 from clipgen.data.source import Chunk, ImageSource, require_source
@@ -34,10 +33,12 @@ from clipgen.data.token_cache import (
     record_dtype,
     write_shard,
 )
-from clipgen.inner_files import refuse_links
-from clipgen.resumable_store import ResumableStore
+from clipgen.hashing import hash_lines
 from clipgen.run_folder import save_frozen, vqgan_identity
 from clipgen.run_folder import saved_identity as saved_identity
+from clipgen.storage.atomic_folder import clear_leftovers
+from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.resumable_store import ResumableStore
 from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)
@@ -92,11 +93,17 @@ def encode(
 
     Raises:
         ValueError: the folder holds another cache or a link that leaves it, or the models cannot encode the images.
+        FileExistsError: the folder holds a model.
     """
     refuse_links(Path(root))
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
-    store.open(identity, lambda: save_frozen(store.folder, vqgan, clip))
+
+    def prepare() -> None:
+        refuse_models(store.folder)
+        save_frozen(store.folder, vqgan, clip)
+
+    store.open(identity, prepare)
 
     def write(path: Path, plan: ShardPlan) -> None:
         batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
@@ -108,6 +115,13 @@ def encode(
     plans = plan_shards(store.folder, data, shard_size, augmentations)
     store.write_missing(plans, write, skip, rank=rank, world_size=world_size)
     return finish_if_complete(store, plans, identity)
+
+
+def refuse_models(root: Path) -> None:
+    """Raise FileExistsError if a folder holds a trained model, whose tokenizer a new cache would replace."""
+    for name in ("checkpoints", "transformer"):
+        if (root / name).exists():
+            raise FileExistsError(f"output must not hold a model, got {root} with {name}/: choose another output")
 
 
 def cache_identity(
@@ -124,11 +138,11 @@ def cache_identity(
         "shard_size": shard_size,
     }
     train = require_source(data.train)
-    files = list(train.file_names())
+    files = [train.file_names()]
     if data.val is not None:
-        files += require_source(data.val).file_names()
-    if files:
-        identity["files"] = hashlib.sha256("\n".join(files).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        files.append(require_source(data.val).file_names())
+    if any(map(len, files)):
+        identity["files"] = hash_lines(chain.from_iterable(files))
     if train.labels and train.class_names:
         identity["class_names"] = train.class_names
     return identity

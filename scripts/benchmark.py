@@ -22,7 +22,6 @@ variant runs in a process of its own, so that peak memory is its own.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from benchmarks.encoding import run_encode
 from benchmarks.models import TRANSFORMER_SIZES, VARIANTS, VQGAN_SIZES
@@ -33,7 +32,7 @@ from benchmarks.timing import IMITATE, describe_machine, imitate_processor
 from benchmarks.training import run_transformer, run_vqgan
 from benchmarks.web_page import run_app
 
-from clipgen.files import write_json
+from clipgen.storage.files import user_path, write_json
 
 RUNS = {
     "vqgan": run_vqgan,
@@ -92,7 +91,7 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
     for name, default in (("n-layer", 8), ("n-head", 8), ("n-embd", 512), ("codebook-size", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--num-tokens", type=int, nargs="+", default=[256])
-    parser.add_argument("--plot", type=Path, help="PNG file of seconds per image against the number of tokens")
+    parser.add_argument("--plot", type=user_path, help="PNG file of seconds per image against the number of tokens")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true", help="compile the decoding step with torch.compile")
     parser.add_argument("--decode", action="store_true", help="also decode images by a tokenizer of the paper's size")
@@ -113,7 +112,7 @@ def add_app_options(parser: argparse.ArgumentParser) -> None:
 def add_scale_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[10**8, 10**9], help="numbers of images")
     parser.add_argument("--ranks", type=int, default=512, help="number of processes, with 8 workers each")
-    parser.add_argument("--scratch", type=Path, help="folder for the sparse files of a token cache")
+    parser.add_argument("--scratch", type=user_path, help="folder for the sparse files of a token cache")
     add_common_options(parser, steps=1)
 
 
@@ -134,7 +133,7 @@ def add_clip_option(parser: argparse.ArgumentParser, default: str) -> None:
 def add_common_options(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--steps", type=int, default=steps, help="measured steps, after the warm-up")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=user_path, help="JSON file to write")
     parser.add_argument("--isa", choices=IMITATE, help="instruction set to imitate on a newer x86 processor")
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from clipgen.images import save_png
+from clipgen.storage.files import user_path
 from clipgen.visualization import GAP, font_for
 
 Curve = list[tuple[int, float]]  # step, value
@@ -92,9 +93,9 @@ def last_grid(run: Path, name: str) -> Image.Image:
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", type=Path, nargs="+", help="run folders, trained with logger=csv")
+    p.add_argument("runs", type=user_path, nargs="+", help="run folders, trained with logger=csv")
     p.add_argument("--metrics", nargs="+", default=["psnr"], help="val/ can be left out (default: psnr)")
-    p.add_argument("--output", type=Path, help="PNG file for the plots")
+    p.add_argument("--output", type=user_path, help="PNG file for the plots")
     p.add_argument("--grids", metavar="NAME", help="add the last image grids of this name, such as reconstructions")
     return p
 

@@ -33,7 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import clipgen
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP
-from clipgen.files import read_json, read_mapping
+from clipgen.storage.files import read_json, read_mapping, user_path
 
 BUNDLED = Path(clipgen.__file__).parent / "bundled"
 SEEDS = Path(__file__).with_name("fuzz_seeds.json")
@@ -450,7 +450,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--memory", type=float, default=600.0, help="additional memory per input, MiB (default: %(default)s)"
     )
-    p.add_argument("--output", type=Path, default=Path("fuzz_findings.json"), help="findings (default: %(default)s)")
+    p.add_argument(
+        "--output", type=user_path, default=Path("fuzz_findings.json"), help="findings (default: %(default)s)"
+    )
     return p
 
 

@@ -9,14 +9,13 @@ The table also has the other prompts, each sampled once.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from torch import Tensor
 
 from clipgen import TextToImage
 from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, held_out_attributes
 from clipgen.evaluation.shapes_evaluator import ATTRIBUTES, accuracy
-from clipgen.files import write_json
+from clipgen.storage.files import user_path, write_json
 
 COLUMNS = ("all", *ATTRIBUTES)
 
@@ -37,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=0.8, help="see clipgen-sample (default: %(default)s)")
     p.add_argument("--guidance-scale", type=float, default=1.0, help="see clipgen-sample (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
-    p.add_argument("--output", type=Path, help="JSON file to write")
+    p.add_argument("--output", type=user_path, help="JSON file to write")
     return p
 
 

@@ -19,7 +19,7 @@ import logging
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from io import BytesIO
@@ -29,6 +29,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 import webdataset as wds
@@ -38,6 +39,8 @@ from clipgen.data.decoding import UnusableImageError, decode_image, to_rgb
 from clipgen.data.folder import scan_folder, split_files
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.hashing import unit_hash
+from clipgen.storage.files import user_path
+from clipgen.storage.run_lock import hold_lock
 
 logger = logging.getLogger("make_shards")
 
@@ -66,13 +69,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder of images, or name of a torchvision dataset such as CIFAR10")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write the shards to")
+    parser.add_argument("--output", type=user_path, required=True, help="folder to write the shards to")
     parser.add_argument("--shard-size", type=int, default=1000, help="images per shard (default: %(default)s)")
     parser.add_argument("--val-fraction", type=float, default=0.02, help="fraction held out (default: %(default)s)")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality, 1 to 100 (default: %(default)s)")
     parser.add_argument("--image-size", type=int, help="short side to which larger images are resized (default: keep)")
     parser.add_argument(
-        "--root", type=Path, default="data", help="folder for torchvision downloads (default: %(default)s)"
+        "--root", type=user_path, default="data", help="folder for torchvision downloads (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     if args.shard_size < 1:
@@ -102,13 +105,14 @@ def from_folder(root: Path, args: argparse.Namespace) -> dict[str, Samples]:
     return {"train": encode_files(root, train, encode), "val": encode_files(root, val, encode)}
 
 
-def encode_files(root: Path, files: list[str], encode: Callable[[Path], bytes | None]) -> Samples:
+def encode_files(root: Path, files: Sequence[str], encode: Callable[[Path], bytes | None]) -> Samples:
     """Encode files in threads, in an order that mixes the sub-folders."""
-    paths = [root / file for file in sorted(files, key=unit_hash)]
+    order = np.fromiter(map(unit_hash, files), float, len(files)).argsort(kind="stable")
     with ThreadPool() as pool:
         # In batches, because results that are not written yet stay in memory.
-        for start in range(0, len(paths), BATCH_SIZE):
-            for jpeg in pool.map(encode, paths[start : start + BATCH_SIZE]):
+        for start in range(0, len(files), BATCH_SIZE):
+            paths = [root / files[number] for number in order[start : start + BATCH_SIZE]]
+            for jpeg in pool.map(encode, paths):
                 if jpeg:
                     yield {"jpg": jpeg}
 
@@ -182,7 +186,9 @@ def encode_split(dataset: Any, encode: Callable[[Image.Image], bytes]) -> Sample
 def write(splits: dict[str, Samples], class_names: list[str] | None, output: Path, shard_size: int) -> None:
     """Write all shards to a temporary folder, and move them to the output folder when they are complete."""
     output.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
+    with hold_lock(output), TemporaryDirectory(dir=output, prefix=".unfinished-") as folder:
+        # Another process may have finished its work there.
+        require_new(output)
         for split, samples in splits.items():
             num_written = write_shards(samples, f"{folder}/{split}", shard_size)
             if split == "train" and not num_written:

@@ -28,8 +28,8 @@ from clipgen.evaluation import functional
 from clipgen.evaluation.classifier import BATCH_SIZE, ImageClassifier, load_classifier
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.evaluation.sources import make_generate_fn
-from clipgen.files import write_json
 from clipgen.images import save_png, to_pil
+from clipgen.storage.files import user_path, write_json
 from clipgen.visualization import grid
 
 
@@ -93,10 +93,10 @@ def table(rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
+    p.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
     p.add_argument(
         "--classifier",
-        type=Path,
+        type=user_path,
         default=Path("runs/classifier/classifier.pt"),
         help="file of train_classifier.py (default: %(default)s)",
     )
@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     add_sampling_options(p)
     p.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         default=Path("runs/recognize"),
         help="folder of grid.png, recognized.json and recognized.md (default: %(default)s)",
     )

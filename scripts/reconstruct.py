@@ -15,6 +15,7 @@ from torch import Tensor
 from clipgen import VQGAN
 from clipgen.evaluation.sources import open_dataset
 from clipgen.images import save_png, to_pil
+from clipgen.storage.files import user_path
 from clipgen.visualization import grid
 
 
@@ -31,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--count", type=int, default=8, help="number of images (default: %(default)s)")
     p.add_argument("--columns", type=int, default=4, help="pairs per row (default: %(default)s)")
-    p.add_argument("--output", type=Path, default=Path("reconstructions.png"), help="PNG file (default: %(default)s)")
+    p.add_argument(
+        "--output", type=user_path, default=Path("reconstructions.png"), help="PNG file (default: %(default)s)"
+    )
     return p
 
 

@@ -7,9 +7,9 @@
     python -m clipgen study shapes --output study/shapes --rows curve     # the CLIP loss over its weight
     python -m clipgen study shapes --output study/shapes --rows biggan --generator biggan:FILE    # BigGAN-CLIP alone
 
-All transformers are trained on one token cache, with equal floating-point operations (--equal steps: equally often).
+All transformers are trained on one token cache, with equal floating-point operations (--equal steps: as many steps).
 Rate and schedule of each row are tuned on one small grid, its sampling parameters on prompts (CIFAR-10: seeds) that
-are not reported. --second-clip names a CLIP of another seed and other data, which scores what the first one chose:
+are not reported. --second-clip names a CLIP of another seed and other data, which scores the images of the first one:
 
     python -m clipgen train_shapes_clip --output runs/second-clip --seed 1
     python -m clipgen train_clip --data data/cifar10 --output runs/second-clip --seed 1 --shards 'train-00000[5-9].tar'
@@ -31,15 +31,16 @@ from studies.search_tables import search_tables
 from studies.workspace import Study
 
 from clipgen.cli.console import set_up_logging
-from clipgen.files import atomic_write
 from clipgen.images import save_png
+from clipgen.storage.files import atomic_write, user_path
+from clipgen.storage.run_lock import hold_lock
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("experiment", choices=["shapes", "cifar10"], help="dataset and sizes of the models")
-    p.add_argument("--output", type=Path, required=True, help="folder of the study")
+    p.add_argument("--output", type=user_path, required=True, help="folder of the study")
     p.add_argument(
         "--rows",
         choices=["systems", "gap", "search", "curve", "biggan"],
@@ -53,14 +54,14 @@ def parser() -> argparse.ArgumentParser:
 
 def add_models(group: argparse._ArgumentGroup) -> None:
     """Add the options of the frozen models."""
-    group.add_argument("--data", type=Path, help="shards of make_shards.py, for cifar10")
+    group.add_argument("--data", type=user_path, help="shards of make_shards.py, for cifar10")
     group.add_argument("--clip", default="shapes", help="folder of train_clip.py, for cifar10")
     group.add_argument("--second-clip", help="another CLIP that only scores (default: none)")
     group.add_argument("--generator", help="biggan:FILE of the row BigGAN-CLIP, as train_generator.py writes it")
     group.add_argument("--vqgan", help="run of stage 1 (default: the bundled one for shapes)")
     group.add_argument(
         "--classifier",
-        type=Path,
+        type=user_path,
         default=Path("runs/classifier/classifier.pt"),
         help="file of train_classifier.py, for cifar10 (default: %(default)s)",
     )
@@ -99,7 +100,7 @@ def add_budget(group: argparse._ArgumentGroup) -> None:
 
 
 def rows_of(study: Study) -> list[Row]:
-    """Return the rows of the table that is asked for."""
+    """Return the rows of the requested table."""
     if study.args.rows == "systems":
         return study_rows.system_rows() + ([study_rows.BIGGAN_CLIP] if study.args.generator else [])
     if study.args.rows == "gap":
@@ -110,12 +111,19 @@ def rows_of(study: Study) -> list[Row]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compute a table, row by row, the differences to its baseline, and the grid of its images."""
+    """Compute a table in a folder that no other process uses."""
     args = parser().parse_args(argv)
     if args.rows == "biggan" and not args.generator:
         raise SystemExit("--rows biggan needs --generator biggan:FILE; python -m clipgen train_generator makes one")
     set_up_logging()
-    study = Study(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    with hold_lock(args.output):
+        run(Study(args))
+
+
+def run(study: Study) -> None:
+    """Compute a table, row by row, the differences to its baseline, and the grid of its images."""
+    args = study.args
     if args.rows == "search":
         return write(args.output / "search.md", search_tables(study))
     rows = rows_of(study)

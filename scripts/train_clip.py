@@ -4,15 +4,17 @@
 
 The labels become captions ("a photo of a cat"); the text-to-image model that is trained later does not see them. The
 folder has open_clip's layout ("local-dir:") plus vocabulary.json. Use it as ``clip.model_name=runs/cifar10-clip``.
+The same command resumes an interrupted training, from where on the images come in another order.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,15 @@ from torch import Tensor, nn
 
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
 from clipgen.data.webdataset import ImageShards
-from clipgen.files import atomic_write, write_json
+from clipgen.nonfinite import check_loss, check_weights
+from clipgen.storage.atomic_folder import replace_folder
+from clipgen.storage.files import atomic_write, user_path, write_json
 
+WEIGHTS = "open_clip_model.safetensors"
+FILES = ("open_clip_config.json", VOCABULARY_FILE, WEIGHTS)
 CONTEXT_LENGTH = 16
 MAX_LOGIT_SCALE = 4.6052  # CLIP's bound: a temperature of at least 0.01
+CHECKPOINT_EVERY = 200  # steps
 CIFAR_CLIP = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 48, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32, "patch_size": None},
@@ -84,30 +91,36 @@ def contrastive_loss(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor)
 def train(
     folder: Path,
     captions: Sequence[str],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches_from: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
     steps: int,
     learning_rate: float,
     seed: int,
+    checkpoint: Path,
 ) -> nn.Module:
     """Train the CLIP of a folder and write its weights there, in fp16.
 
     Args:
         folder: folder with the files of ``write_config``.
         captions: all captions.
-        batches: endless batches of (images in [-1, 1], caption indices).
+        batches_from: returns endless batches of (images in [-1, 1], caption indices), from a step on.
         steps: number of steps.
         learning_rate: peak learning rate.
         seed: seed of the initialization.
+        checkpoint: file that an interrupted training is resumed from.
     """
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).train()
     tokens = WordTokenizer(json.loads((folder / VOCABULARY_FILE).read_text()), CONTEXT_LENGTH)(captions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = one_cycle(optimizer, learning_rate, steps, warmup=0.1)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    settings = {"captions": list(captions), "steps": steps, "learning_rate": learning_rate, "seed": seed}
+    done = load_checkpoint(checkpoint, settings, parts) if checkpoint.is_file() else 0
     start = time.time()
-    for step, (images, labels) in zip(range(1, steps + 1), batches):
+    for step, (images, labels) in zip(range(done + 1, steps + 1), batches_from(done)):
         image = model.encode_image(preprocess(model, images), normalize=True)
         loss = contrastive_loss(image, model.encode_text(tokens, normalize=True), labels, model.logit_scale.exp())
+        check_loss(loss.item(), step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -116,8 +129,38 @@ def train(
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
+        if step % CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, step, settings, parts)
     save(model, folder)
+    checkpoint.unlink(missing_ok=True)
     return model
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Return the file beside a model's folder that its training is resumed from."""
+    return folder.with_name(f"{folder.name}.checkpoint.pt")
+
+
+def save_checkpoint(path: Path, step: int, settings: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Write the state of a training after a step."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    with atomic_write(path) as partial:
+        torch.save({"step": step, "settings": settings, "rng": torch.get_rng_state(), **states}, partial)
+
+
+def load_checkpoint(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> int:
+    """Restore the state of a training; return its step.
+
+    Raises:
+        ValueError: the checkpoint has other settings.
+    """
+    saved = torch.load(path, weights_only=True)
+    if saved["settings"] != settings:
+        raise ValueError(f"{path} must be of the same settings: delete it, or use another --output")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["rng"])
+    return saved["step"]
 
 
 def preprocess(model: Any, images: Tensor) -> Tensor:
@@ -146,11 +189,15 @@ def one_cycle(optimizer: torch.optim.Optimizer, learning_rate: float, steps: int
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write the weights in fp16."""
-    state = {}
-    for name, value in model.state_dict().items():
-        state[name] = value.half().contiguous() if value.is_floating_point() else value
-    with atomic_write(folder / "open_clip_model.safetensors") as partial:
+    """Write the weights in fp16.
+
+    Raises:
+        NonFiniteError: a weight is not finite in fp16.
+    """
+    model = copy.deepcopy(model).half()
+    check_weights(model)
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    with atomic_write(folder / WEIGHTS) as partial:
         save_file(state, partial)
 
 
@@ -188,8 +235,8 @@ def caption_accuracy(folder: Path, captions: Sequence[str], urls: str, image_siz
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=Path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
-    p.add_argument("--output", type=Path, required=True, help="folder of the model")
+    p.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
+    p.add_argument("--output", type=user_path, required=True, help="folder of the model")
     p.add_argument("--shards", default="train-*.tar", help="shards to train on (default: %(default)s)")
     p.add_argument("--template", default="a photo of a {label}", help="caption of a class (default: %(default)s)")
     p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
@@ -209,9 +256,14 @@ def main() -> None:
     if not classes.is_file():
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
     captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
-    write_config(args.output, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
-    batches = labeled_batches(str(args.data / args.shards), args.image_size, args.batch_size, args.seed)
-    train(args.output, captions, batches, args.steps, args.learning_rate, args.seed)
+    shards = str(args.data / args.shards)
+
+    def batches_from(step: int) -> Iterable[tuple[Tensor, Tensor]]:
+        return labeled_batches(shards, args.image_size, args.batch_size, args.seed + step)
+
+    with replace_folder(args.output, FILES) as folder:
+        write_config(folder, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
+        train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint_of(args.output))
     accuracy = caption_accuracy(args.output, captions, str(args.data / "val-*.tar"), args.image_size)
     print(f"validation images whose own caption is the nearest: {accuracy:.4f}")
 

@@ -5,7 +5,7 @@
 
 The network is BigGAN's (arXiv:1809.11096, Appendix B) with 32 x 32 pixels, and its classes are the 288 sentences. It is
 trained without a discriminator, which would take much longer: its noise decides where a shape lies and how large it is,
-so that there is one right image for each noise and class. The file has the layout of ajbrock's BigGAN-PyTorch.
+so that each noise and class determine one image. The file has the layout of ajbrock's BigGAN-PyTorch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from clipgen.baselines.biggan import NORM_EPS, BigGAN
 from clipgen.data.shapes import ALL_ATTRIBUTES, BACKGROUNDS, COLORS, RADII, SHAPES, SHIFTS, ShapesDataset
 from clipgen.evaluation.shapes_evaluator import accuracy
-from clipgen.files import atomic_write, write_json
 from clipgen.images import save_png, to_pil
+from clipgen.nonfinite import check_loss
+from clipgen.storage.files import atomic_write, user_path, write_json
 from clipgen.visualization import grid
 
 PIECE = 16  # noise per layer
 CLASS_DIM = 32
-CHANNELS = (64, 48, 24, 12)  # of the first map and after each block: 4, 8, 16, 32 pixels
+CHANNELS = (64, 48, 24, 12)  # after the first layer and each block: 4, 8, 16, 32 pixels
 NOISE_DIM = PIECE * len(CHANNELS)
 LEARNING_RATE = 3e-3
 EMA_DECAY = 0.99
@@ -108,13 +109,14 @@ class Training:
         self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
 
     def step(self, batch_size: int) -> float:
-        """Make one step with the mean absolute error, and return it."""
+        """Take one step with the mean absolute error as the loss, and return it."""
         classes = torch.randint(len(ALL_ATTRIBUTES), (batch_size,))
         noise = torch.randn(batch_size, NOISE_DIM)
         layers = len(CHANNELS)
         embeddings = self.table()[classes][:, None].expand(-1, layers, -1)
         images = self.generator.render(noise.view(batch_size, layers, PIECE), embeddings)
         loss = F.l1_loss(images, render(noise, classes))
+        check_loss(loss.item(), self.schedule.last_epoch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -159,7 +161,7 @@ def report(generator: BigGAN, step: int, loss: float, picture: Path) -> None:
 def main() -> None:
     """Train, and write the averaged generator with every report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="file of the weights")
+    parser.add_argument("--output", type=user_path, required=True, help="file of the weights")
     parser.add_argument("--steps", type=int, default=1200, help="steps (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed (default: %(default)s)")

@@ -17,7 +17,7 @@ from benchmarks.models import VARIANTS, merge, settings_of
 from benchmarks.timing import describe_machine
 
 from clipgen.data.token_cache import record_dtype
-from clipgen.processor import instruction_set
+from clipgen.hardware.processor import instruction_set
 
 TINY = ["--n-layer", 1, "--n-embd", 8, "--codebook-size", 16, "--num-tokens", 4]
 
@@ -92,11 +92,22 @@ def test_reranking_is_measured(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_scale_is_simulated(tmp_path):
     order = scale.measure_order(10**9, ranks=512)
-    assert order["distinct"] == 1 and order["GiB peak"] < 0.5
+    assert order["distinct"] == 1 and order["GiB peak"] < 0.5 and order["share seen per epoch"] > 0.9999
     cache = scale.measure_cache(shards=3, scratch=tmp_path)
-    assert cache["shards"] == 3 and not list(tmp_path.iterdir())
-    assert scale.measure_names(1000)["names"] == 1000
+    assert 0 < cache["maps"] < cache["system's limit of maps"] and not list(tmp_path.iterdir())
+    assert scale.measure_names(1000)["GiB peak"] < 0.1
     assert scale.measure_shards(64, ranks=4)["share seen per epoch"] == pytest.approx(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_scale_runs_to_its_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scale, "MAX_NAMES", 1000)
+    arguments = ["benchmark.py", "scale", "--images", 10**6, "--ranks", 4, "--scratch", tmp_path]
+    monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
+    benchmark.main()
+    output = capsys.readouterr().out
+    for part in ("order of 1e+06 images", "100 tar shards", "100 shards of a token cache", "names of 1e+03 files"):
+        assert f"| {part} | seconds" in output
 
 
 @pytest.mark.parametrize("options", [["--size", "demo", "--steps", 1], ["--curves", "--steps", 2]])

@@ -137,7 +137,8 @@ def test_views_are_squares_within_the_image(center_bias):
     ("settings", "message"),
     [
         ({"cutouts": 0}, "cutouts must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite, got inf"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1"),
         ({"max_classes": 6}, r"max_classes must be in \[1, 5\], got 6"),
     ],

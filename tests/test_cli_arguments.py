@@ -10,7 +10,11 @@ import pytest
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
+import clipgen
+from clipgen.__main__ import scripts_dir
+from clipgen.cli import evaluate
 from clipgen.cli.config import composed, expand_home, quote, readable, readable_arguments
+from clipgen.storage.files import user_path
 
 UNREADABLE = [
     "it's",
@@ -93,6 +97,31 @@ def test_a_run_is_written_and_resumed_below_the_home_directory(call, tmp_path, m
     assert (tmp_path / "home" / "run" / "vqgan").is_dir() and not (tmp_path / "~").exists()
     result = train("resume=~/run", "trainer.max_steps=3")
     assert result.code == 0, result.stderr
+
+
+PROGRAMS = [*Path(clipgen.__file__).parent.rglob("*.py"), *scripts_dir().glob("*.py")]
+
+
+@pytest.mark.parametrize(
+    "program", [path for path in PROGRAMS if "add_argument(" in path.read_text()], ids=lambda path: path.name
+)
+def test_every_option_with_a_path_expands_the_home_directory(program):
+    """Shells leave the tilde of ``--output=~/photos`` alone, and a folder of that name would be made."""
+    assert "type=Path" not in program.read_text()
+
+
+def test_home_directory_in_options(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = evaluate.parser().parse_args(["--images=~/images", "--output=~"])
+    assert (args.images, args.output) == (tmp_path / "images", tmp_path)
+    # there is no such user, but there may be such a folder
+    assert user_path("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
+
+
+def test_text_with_commas_needs_quotes():
+    with pytest.raises(ValueError, match=r"""write a list as \[a,b\], a text as 'output="a,b"', or use --multirun"""):
+        composed("stage=vqgan", "output=a,b")
+    assert composed("stage=vqgan", 'output="a,b"').output == "a,b"
 
 
 def test_quotes_are_escaped():

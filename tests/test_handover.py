@@ -8,10 +8,12 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from test_image_data import is_mapped
 
-from clipgen.data import folder
+from clipgen.data import folder, handover, packed_strings
 from clipgen.data.folder import ImageFolder
 from clipgen.data.handover import from_first_process, one_process_works, results_for_children
+from clipgen.data.packed_strings import PackedStrings
 
 
 @pytest.fixture
@@ -35,6 +37,17 @@ def test_processes_that_are_started_later_do_not_scan_again(images, monkeypatch)
     assert first.skip_counter.num_skipped == 1
 
 
+def test_arrays_are_mapped_by_the_processes_that_receive_them(images, monkeypatch):
+    """The names of millions of files are not copied into every process."""
+    monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
+    with results_for_children():
+        for _ in range(2):
+            with one_process_works():
+                names, empty = from_first_process(lambda: (PackedStrings(["a", "b"]), PackedStrings([])))
+        assert is_mapped(names.content) and is_mapped(names.ends)
+    assert [*names] == ["a", "b"] and not empty
+
+
 def test_without_a_training_every_process_works():
     calls = []
     with results_for_children():
@@ -49,6 +62,11 @@ def connected(rank: int, path: str) -> None:
         assert from_first_process(lambda: {"rank": rank}) == {"rank": 0}
         with pytest.raises(ValueError, match="raised by rank 0"):
             from_first_process(lambda: int(f"raised by rank {rank}"))
+        # arrays are sent in blocks
+        handover.BLOCK_BYTES = 5
+        packed_strings.MAX_IN_MEMORY = 1
+        names = from_first_process(lambda: PackedStrings([f"{number} of rank {rank}" for number in range(50)]))
+        assert [*names] == [f"{number} of rank 0" for number in range(50)] and is_mapped(names.content)
     assert from_first_process(lambda: rank) == rank
     dist.destroy_process_group()
 

@@ -22,8 +22,9 @@ from test_image_data import TRUNCATED, Probe, encoded, fit, red
 from test_resume import stopped_and_resumed
 
 from clipgen import precompute
+from clipgen.data import huggingface
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.huggingface import HuggingFaceImages, huggingface_data, load_rows, split_rows
+from clipgen.data.huggingface import HuggingFaceImages, RowsWithout, huggingface_data, load_rows, split_rows
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.data.token_cache import TokenCacheDataset
 
@@ -117,6 +118,22 @@ def test_split_holds_each_row_once_and_no_side_is_empty(count, val_fraction):
     train, val = split_rows(count, val_fraction)
     assert len(train) and len(val)
     assert sorted([*train, *val]) == list(range(count))
+
+
+def test_split_does_not_depend_on_the_blocks(monkeypatch):
+    expected = [[*side] for side in split_rows(100, 0.3)]
+    monkeypatch.setattr(huggingface, "_ROWS_PER_BLOCK", 7)
+    assert [[*side] for side in split_rows(100, 0.3)] == expected
+    assert expected[0] == sorted(expected[0]) and expected[1] == sorted(expected[1])
+
+
+def test_training_rows_need_no_memory():
+    """The numbers of 10^9 rows would take 8 GB in every process."""
+    rows = RowsWithout(10**9, np.array([0, 5, 10**9 - 1]))
+    assert [rows[0], rows[3], rows[4], rows[len(rows) - 1]] == [1, 4, 6, 10**9 - 2] and len(rows) == 10**9 - 3
+    assert split_rows(10**9, 0)[0] == range(10**9)
+    with pytest.raises(IndexError):
+        rows[len(rows)]
 
 
 def test_split_is_stable_when_rows_are_added():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
+import mmap
 import pickle
 import tarfile
 import time
+import tracemalloc
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,14 +22,15 @@ from conftest import QUIET, SHARED
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from clipgen.data import folder as folder_module
-from clipgen.data import shard_order
+from clipgen.data import packed_strings, shard_order
 from clipgen.data import webdataset as shards_module
-from clipgen.data.datamodule import ImageDataModule
+from clipgen.data.datamodule import ImageDataModule, training_images
 from clipgen.data.decoding import UnusableImageError, check_header, decode_image
-from clipgen.data.folder import ImageFolder, PackedStrings, find_images, folder_data, split_files
+from clipgen.data.folder import ImageFolder, find_images, folder_data, split_files
+from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.parallel import MAX_PENDING, NUM_THREADS, parallel_map
 from clipgen.data.tar_reader import Member
 from clipgen.data.transforms import train_transform, val_transform
@@ -305,7 +309,8 @@ def test_folder_of_bad_images_uses_the_usable_ones(caplog: pytest.LogCaptureFixt
     assert len(warnings) == len(UNUSABLE)
     for name, reason in UNUSABLE.items():
         assert sum(f"{name}: {reason}" in warning for warning in warnings) == 1
-    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [f"{BAD}: {SUMMARY}"]
+    others = f"{BAD}: files of other types are not used: 3 .tar, 1 .md, 1 .txt"
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [others, f"{BAD}: {SUMMARY}"]
 
 
 @needs_bad
@@ -351,13 +356,58 @@ def test_find_images_skips_hidden_files_and_follows_links_once(tmp_path: Path) -
     assert find_images(tmp_path) == ["a.Png", "b/2.JPG", "c/4.tiff"]
 
 
+def test_files_are_listed_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    """A folder is never listed as a whole, but the order of a run must be that of all paths."""
+    names = ["a/2.png", "a/10.png", "a-b/1.png", "a.png", "a.d/x.png", "a/b/c.png", "a/b.png", "b/ü.png", "B/1.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert find_images(tmp_path) == sorted(names)
+
+
+def test_headers_are_checked_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [*ImageFolder(make_folder(tmp_path, 9, bad=(0, 3, 8)), 8, train=True).files]
+    monkeypatch.setattr(folder_module, "_FILES_PER_BLOCK", 2)
+    assert [*ImageFolder(tmp_path, 8, train=True).files] == expected and len(expected) == 6
+
+
+def test_folder_of_very_many_files_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_folder(tmp_path, 4)
+    for limit, num_warnings in ((5, 0), (4, 1), (2, 1)):
+        monkeypatch.setattr(folder_module, "_MANY_FILES", limit)
+        caplog.clear()
+        ImageFolder(tmp_path, 8, train=True)
+        assert len([r for r in caplog.records if "tar shards start faster" in r.message]) == num_warnings
+
+
+def test_packed_strings_need_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
+    tracemalloc.start()
+    names = PackedStrings(f"{number:030d}.jpg" for number in range(20_000))
+    train, val = split_files(names, 0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # a list of these strings takes 91 bytes per name; the split needs a number per name
+    assert len(train) + len(val) == len(names) and peak < 20 * len(names)
+
+
+def is_mapped(array: np.ndarray) -> bool:
+    """Return whether an array is in a file that is mapped into memory."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap)
+
+
 def test_packed_strings_behave_like_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a list of many strings would copy them to every worker process."""
     odd = ["a/1.jpg", "", "日本/☃.png", "\udcff.jpg", "x" * 300]
     names = PackedStrings(odd)
-    monkeypatch.setattr(folder_module, "_MAX_IN_MEMORY", 1)
+    monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
     in_file = PackedStrings(odd)
-    assert [*in_file] == [*names] and isinstance(in_file.content, np.memmap)
+    assert [*in_file] == [*names] and is_mapped(in_file.content) and not is_mapped(names.content)
     assert [*pickle.loads(pickle.dumps(in_file))] == odd
     assert [*names] == odd and names[-2] == odd[-2] and "" in names and len(names) == 5 and not len(PackedStrings([]))
     with pytest.raises(IndexError):
@@ -380,11 +430,28 @@ def test_folders_without_usable_images_are_refused(tmp_path: Path) -> None:
         ImageFolder(tmp_path, 8, train=True)
 
 
+def test_images_for_the_initialization_need_no_order_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An order of 10^9 images would take 8 GB in every process."""
+
+    class ManyImages(Dataset):
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            return {"images": torch.tensor(index)}
+
+    monkeypatch.setattr(torch, "randperm", None)
+    loader = DataLoader(ManyImages())
+    ranks = [SimpleNamespace(train_dataloader=loader, global_rank=rank, world_size=2) for rank in range(2)]
+    chosen = [torch.cat(list(training_images(rank, 6, 4))).tolist() for rank in ranks]
+    assert len({*chosen[0], *chosen[1]}) == 12
+
+
 def test_split_is_stable_when_files_are_added() -> None:
     files = [f"{i}.jpg" for i in range(1000)]
     train, val = split_files(files, 0.1)
-    assert sorted(train + val) == sorted(files) and 60 < len(val) < 140
-    assert train == [file for file in files if file not in val]
+    assert sorted([*train, *val]) == sorted(files) and 60 < len(val) < 140
+    assert [*train] == [file for file in files if file not in val]
     more_train, more_val = split_files([*files, *(f"new/{i}.jpg" for i in range(500))], 0.1)
     assert set(train) <= set(more_train) and set(val) <= set(more_val)
 
@@ -708,7 +775,7 @@ def test_data_module_arguments_are_checked() -> None:
     dataset = TensorDataset(torch.zeros(6, 3, 8, 8))
     for options, message in [
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"batch_size": 7}, "batch_size must be at most 6, the training images, got 7"),
+        ({"batch_size": 7}, "data.batch_size must be at most 6, the training images, got 7"),
         ({"batch_size": 2, "num_workers": -1}, "num_workers must be at least 0, got -1"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from clipgen.data.folder import folder_data
 from clipgen.data.webdataset import ImageShards
+from clipgen.storage.run_lock import hold_lock
 
 BAD = SHARED / "data" / "bad_images"
 
@@ -103,6 +104,13 @@ def test_existing_shards_are_not_overwritten(photos: Path, tmp_path: Path) -> No
     with pytest.raises(SystemExit, match=r"without shards, got .*out with train-000007.tar"):
         run(photos, "--output", tmp_path / "out")
     assert names(tmp_path / "out") == ["train-000007.tar"]
+
+
+def test_folder_that_another_process_writes_to_is_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with hold_lock(tmp_path / "out"), pytest.raises(SystemExit, match="make_shards: output must not be in use"):
+        run(photos, "--output", tmp_path / "out")
+    assert names(tmp_path / "out") == []
 
 
 def test_failed_run_leaves_no_files(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
+from clipgen.run_folder import saved_identity
 from clipgen.training.callbacks import checkpointing
 from clipgen.training.callbacks.checkpointing import renumber
 from clipgen.training.cluster import use_own_store
@@ -116,11 +117,11 @@ def slow(*arguments: Any) -> Any:
 def state(run: str) -> dict[str, torch.Tensor]:
     """Return everything in the last checkpoint that the next step depends on."""
     checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
-    found = dict(checkpoint["state_dict"])
+    tensors = dict(checkpoint["state_dict"])
     for half, optimizer in enumerate(checkpoint["optimizer_states"]):
         for number, moments in optimizer["state"].items():
-            found |= {f"{half}.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    return found | {"step": torch.tensor(checkpoint["global_step"])}
+            tensors |= {f"{half}.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    return tensors | {"step": torch.tensor(checkpoint["global_step"])}
 
 
 @pytest.mark.parametrize(
@@ -225,13 +226,13 @@ def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, sto
         lambda self: (validated.append((self.global_step, self.counts.sum().item())), original(self))[1],
     )
     assert call(*arguments, "output=straight").code == 0
-    whole = validated[1:]  # the first is the sanity check's
+    validations = validated[1:]  # the first is the sanity check's
     validated.clear()
     with monkeypatch.context() as patch:  # 2 and 3: its first and its second batch
         interrupt_at(patch, VQGAN, "validation_step", stop)
         assert call(*arguments, "output=half").code == 130
     assert call(*arguments, "output=half", "resume=half").code == 0
-    assert [entry for entry in validated if entry[0]] == whole
+    assert [entry for entry in validated if entry[0]] == validations
     best = [torch.load(Path(run) / "checkpoints" / "best.ckpt", weights_only=True) for run in ("straight", "half")]
     assert best[0]["global_step"] == best[1]["global_step"]
     assert all(torch.equal(best[1]["state_dict"][name], value) for name, value in best[0]["state_dict"].items())
@@ -255,8 +256,17 @@ def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
 def test_optimizer_settings_can_be_changed_on_resume(call, sources, stage, kind, more):
     """The learning rate, betas and weight decay of the command line replace those of the checkpoint."""
     run = [*STAGES[stage], *sources[kind], *more[:1]]
-    given = ["model.optimizer.learning_rate=1e-5", "model.optimizer.betas=[0.1,0.2]", "trainer.max_steps=5", *more[1:]]
-    for options in ([*run, *given, "output=new"], [*run, "trainer.max_steps=3", "output=old"], ["resume=old", *given]):
+    extra = [
+        "model.optimizer.learning_rate=1e-5",
+        "model.optimizer.betas=[0.1,0.2]",
+        "trainer.max_steps=5",
+        *more[1:],
+    ]
+    for options in (
+        [*run, *extra, "output=new"],
+        [*run, "trainer.max_steps=3", "output=old"],
+        ["resume=old", *extra],
+    ):
         result = call("clipgen-train", *options)
         assert result.code == 0, result.stderr
     assert settings("old") == settings("new")
@@ -359,7 +369,7 @@ def test_resume_auto_starts_a_run_and_then_resumes_it(call, tmp_path):
         "model.optimizer.schedule=constant",
     ]
     assert call(*arguments, "output=straight").code == 0
-    for more in (["trainer.max_steps=3"], [], []):  # begins, goes on, and has nothing left to do
+    for more in (["trainer.max_steps=3"], [], []):  # starts, continues, and has nothing left to do
         result = call(*arguments, *more, "output=run", "resume=auto")
         assert result.code == 0, result.stderr
     straight, resumed = state("straight"), state("run")
@@ -379,6 +389,22 @@ def test_resume_auto_resumes_every_run_of_a_sweep(call, tmp_path):
     for steps in (2, 3):
         assert call(*arguments, f"trainer.max_steps={steps}").code == 0
         assert [int(state(f"sweep/{i}")["step"]) for i in range(2)] == [steps, steps]
+
+
+@pytest.mark.parametrize("trained_again", [False, True])
+def test_stage_2_is_resumed_with_the_tokenizer_in_its_folder(call, trained_again):
+    """The one that the first command named may have been moved, or trained again."""
+    make_vqgan(**VQGAN_SIZES).save("tokenizer")
+    arguments = [*STAGES["transformer"], *FEW_SHAPES, "vqgan=tokenizer", "output=run", "trainer.max_steps=1"]
+    assert call("clipgen-train", *arguments).code == 0
+    identity = saved_identity("run/vqgan")
+    Path("tokenizer").rename("moved")
+    if trained_again:
+        make_vqgan(**VQGAN_SIZES).save("tokenizer")
+        assert saved_identity("tokenizer") != identity
+    result = call("clipgen-train", "resume=run", "trainer.max_steps=2")
+    assert result.code == 0, result.stderr
+    assert saved_identity("run/vqgan") == identity
 
 
 def test_resume_auto_needs_an_output(call):
@@ -583,7 +609,7 @@ def test_checkpoints_can_be_resumed_with_fsdp_and_without(call, sources, tmp_pat
     assert call(*arguments, "output=run", "trainer.max_steps=3").code == 0
     # a process of its own, which joins a process group
     sharded = command("clipgen-train", "resume=run", "trainer.max_steps=5", "trainer.strategy=fsdp", cwd=tmp_path)
-    assert sharded.returncode == 0, sharded.stderr
+    assert sharded.returncode == 0 and "No image grids are made" in sharded.stderr, sharded.stderr
     result = call("clipgen-train", "resume=run", "trainer.max_steps=7", "trainer.strategy=auto")
     assert result.code == 0, result.stderr
     straight, resumed = state(tmp_path / "straight"), state(tmp_path / "run")

@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import compare_runs
@@ -13,14 +15,19 @@ import fuzz
 import pytest
 import repository_address
 import torch
+import train_clip
 import train_generator
+import train_shapes_clip
 import webdataset as wds
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 from train_clip import one_cycle
 
 from clipgen.baselines import load_generator
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.shapes_evaluator import accuracy
+from clipgen.nonfinite import NonFiniteError
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +90,23 @@ def test_clip_is_trained_for_ten_steps(shards, tmp_path):
     assert "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout
 
 
+def test_clip_with_non_finite_weights_is_never_saved(tmp_path):
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
+    sizes = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    train_clip.write_config(tmp_path, sizes, ["a"], (0.5,) * 3, (0.5,) * 3)
+    nothing = (torch.full((1, 3, 32, 32), float("nan")), torch.tensor([0]))
+    with pytest.raises(NonFiniteError, match="training stopped at step 1 with a loss of nan"):
+        train_clip.train(tmp_path, ["a"], lambda step: [nothing], 1, 1e-3, 0, train_clip.checkpoint_of(tmp_path))
+    with pytest.raises(NonFiniteError, match="must be finite, got 1 of"):
+        train_clip.save(torch.nn.Linear(2, 2, bias=False).requires_grad_(False).apply(overflow_in_fp16), tmp_path)
+    assert not (tmp_path / "open_clip_model.safetensors").exists()
+
+
+def overflow_in_fp16(layer: torch.nn.Linear) -> None:
+    layer.weight.fill_(1e6)
+
+
 @pytest.mark.parametrize("name", fuzz.targets())
 def test_fuzzed_files_are_read_or_refused_in_one_sentence(name):
     for seed in range(3):
@@ -127,6 +151,32 @@ def test_noise_decides_position_and_radius_of_a_render():
     assert torch.equal(images[:1], train_generator.render(noise[:1], classes[:1]))
     named = [ALL_ATTRIBUTES[i] for i in classes]
     assert accuracy(images, named)["all"] == 1
+
+
+def test_interrupted_training_of_a_clip_resumes_bit_identically(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_clip, "CHECKPOINT_EVERY", 2)
+    captions = ["a red ring", "a blue star"]
+    sizes = train_shapes_clip.SHAPES_CLIP
+
+    def batches_from(step: int, stop: int = 10) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(step, stop):
+            yield torch.rand(2, 3, 32, 32) * 2 - 1, torch.arange(2)
+
+    def trained(folder: Path, *batches: Callable) -> dict[str, Tensor]:
+        train_clip.write_config(folder, sizes, captions, (0.5,) * 3, (0.5,) * 3)
+        for part in batches:
+            with suppress(RuntimeError):
+                train_clip.train(folder, captions, part, 5, 1e-3, 0, train_clip.checkpoint_of(folder))
+        return load_file(folder / "open_clip_model.safetensors")
+
+    def interrupted(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches_from(step, 3)
+        raise RuntimeError("interrupted")
+
+    expected = trained(tmp_path / "whole", batches_from)
+    actual = trained(tmp_path / "parts", interrupted, batches_from)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert not train_clip.checkpoint_of(tmp_path / "parts").exists()
 
 
 # ------------------------------------------------------------------------------------------- address of the repository

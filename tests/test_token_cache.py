@@ -19,15 +19,16 @@ from PIL import Image
 from test_image_data import GOOD, make_tar
 
 from clipgen import precompute
-from clipgen.cli.device import rank_and_world_size
 from clipgen.data import token_cache
 from clipgen.data.class_names import read_names
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
 from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, class_names, read_manifest
 from clipgen.data.webdataset import shard_data
-from clipgen.device import default_device
+from clipgen.hardware.device import default_device
+from clipgen.hardware.ranks import rank_and_world_size
 from clipgen.images import to_pil
+from clipgen.training.resume import refuse_other_runs
 
 SOURCE = {"source": {"what": "shapes"}}
 
@@ -247,6 +248,21 @@ def test_cache_of_other_settings_or_models_is_not_extended(encode, cache, data, 
     torch.manual_seed(5)
     with pytest.raises(ValueError, match="holds results computed with vqgan="):
         precompute.encode(cache, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "transformer"])
+def test_models_of_a_run_are_not_replaced_by_those_of_a_cache(encode, tiny_vqgan, tmp_path, name):
+    tiny_vqgan.save(tmp_path / "run" / "vqgan")
+    (tmp_path / "run" / name).mkdir()
+    before = contents(tmp_path / "run")
+    with pytest.raises(FileExistsError, match=f"output must not hold a model, got .*run with {name}/"):
+        encode(tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_training_does_not_replace_the_models_of_a_cache(cache):
+    with pytest.raises(FileExistsError, match="output must not be a token cache"):
+        refuse_other_runs(cache, None)
 
 
 def test_model_identity_depends_only_on_the_weights(tmp_path, tiny_vqgan, fit):

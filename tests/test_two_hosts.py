@@ -144,8 +144,9 @@ def start_host(hosts: list[str], number: int, folder: Path, *arguments: str) -> 
         "--rdzv-id=job",
         f"--rdzv-endpoint={SUBNET}.1:{PORT}",
         f"--local-addr={SUBNET}.{number + 1}",
-        # torchrun cannot tell by the name of the machine, which both hosts have
-        f"--rdzv-conf=is_host={int(number == 0)}",
+        # torchrun cannot tell by the name of the machine, which both hosts have. By default, a host is given up after
+        # three missed heartbeats of five seconds.
+        f"--rdzv-conf=is_host={int(number == 0)},keep_alive_interval=1,keep_alive_max_attempt=5",
     ]
     environment = {
         **os.environ,

@@ -30,8 +30,8 @@ def test_augmentations_are_crops(images):
     crops = vqgan_clip.augment(ramp, generators_of(0), AugmentationParams(64, 0.5, 0.0))
     assert crops.shape == (64, 3, 32, 32) and crops.abs().max() <= 1
     slopes = crops[:, 0, 16, 20] - crops[:, 0, 16, 12]
-    whole = 8 * 2 / 31
-    assert (slopes.abs() <= whole + 1e-4).all() and (slopes.abs() >= whole / 2 - 1e-4).all()
+    full = 8 * 2 / 31
+    assert (slopes.abs() <= full + 1e-4).all() and (slopes.abs() >= full / 2 - 1e-4).all()
     assert 16 <= (slopes < 0).sum() <= 48
     flat = vqgan_clip.augment(torch.zeros(1, 3, 32, 32), generators_of(0), AugmentationParams(64, 0.5, 0.1))
     assert flat.mean().abs() < 0.01 and flat.std(dim=(1, 2, 3)).min() > 0 and flat.std(dim=(1, 2, 3)).max() < 0.11
@@ -102,7 +102,8 @@ def test_images_do_not_depend_on_each_other(shapes):
     [
         ({"steps": -1}, "steps must be at least 0, got -1"),
         ({"cutouts": 0}, "cutouts must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0 and finite, got 0.0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be above 0 and finite, got inf"),
         ({"smallest_cut": 1.5}, r"smallest_cut must be in \(0, 1\], got 1.5"),
         ({"noise": -0.1}, "noise must be at least 0, got -0.1"),
         ({"image_size": 30}, "image_size must be divisible by 4, got 30"),

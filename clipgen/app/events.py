@@ -190,7 +190,7 @@ def show_message(text: str) -> tuple[Any, ...]:
 
 
 def image_classes(size: int) -> list[str]:
-    """Return the CSS classes of images with so many pixels per side."""
+    """Return the CSS classes of images with ``size`` pixels per side."""
     return ["generated", "pixelated"] if size < SMALL_IMAGE else ["generated"]
 
 

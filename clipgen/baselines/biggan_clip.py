@@ -6,6 +6,7 @@ numbers come from one generator per image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,8 +79,8 @@ class BigGANCLIPParams:
         for name, value, minimum in (("steps", self.steps, 0), ("cutouts", self.cutouts, 1)):
             if value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if not self.class_temperature > 0:
             raise ValueError(f"class_temperature must be above 0, got {self.class_temperature}")
         if not 0 <= self.ema_decay < 1:

@@ -6,6 +6,7 @@ of CLIP-GEN's Table 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -114,8 +115,8 @@ def check_arguments(
         raise ValueError(f"steps must be at least 0, got {steps}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0, got {learning_rate}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be above 0 and finite, got {learning_rate}")
     if image_size < 1 or image_size % vqgan.downsampling:
         raise ValueError(f"image_size must be divisible by {vqgan.downsampling}, got {image_size}")
     if clip_embedding.ndim != 2 or clip_embedding.shape[1] != clip.embed_dim:

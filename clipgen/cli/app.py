@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from importlib.util import find_spec
-from pathlib import Path
 
 from clipgen.cli.console import guarded
 from clipgen.cli.model_path import check_model_path
 from clipgen.run_list import OUTPUTS
+from clipgen.storage.files import user_path
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--port", type=int, metavar="N", help="port to listen on (default: the first free one from 7860)")
     p.add_argument(
         "--outputs",
-        type=Path,
+        type=user_path,
         default=OUTPUTS,
         metavar="FOLDER",
         help="folder of the runs that visitors can choose (default: %(default)s)",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from clipgen.cli.sampling_args import sampling_options
 from clipgen.sampling_params import SamplingParams
+from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
     from clipgen import FrozenCLIP
@@ -19,7 +20,9 @@ NO_PROMPT = "a prompt is needed: give --prompt, --prompts-file or --captions"
 def add_prompts(p: argparse.ArgumentParser) -> None:
     """Add the options that name the prompts."""
     p.add_argument("--prompt", action="append", default=[], help="prompt; may be repeated")
-    p.add_argument("--prompts-file", type=Path, action="append", default=[], help="text file with one prompt per line")
+    p.add_argument(
+        "--prompts-file", type=user_path, action="append", default=[], help="text file with one prompt per line"
+    )
     p.add_argument(
         "--captions",
         help="captions of images instead of prompts, in any format of clipgen-eval: the first of each image",

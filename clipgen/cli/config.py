@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from clipgen.training import factory
 from clipgen.training.factory import config_dir as config_dir
 
+SEVERAL_VALUES = r"""\1=\2 has several values: write a list as [a,b], a text as '\1="\2"', or use --multirun"""
 # Pattern of an error of Hydra -> our message
 MESSAGES = (
     (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
@@ -25,7 +26,7 @@ MESSAGES = (
     (r"Error parsing override '(.*?)' (.*) See https.*", r"arguments must be KEY=VALUE, got \1: \2"),
     (r".*(mismatched|extraneous|token|LexerNoViableAlt).* See https.*", r"arguments must be KEY=VALUE"),
     (r"Could not override '(.*?)'\..*", r"there is no key \1; clipgen-train stage=vqgan --cfg job shows all keys"),
-    (r"Ambiguous value for argument '(.*?)'.*", r"\1 has several values: write a list as [a,b], or use --multirun"),
+    (r"Ambiguous value for argument '(.*?)=(.*?)'.*", SEVERAL_VALUES),
     (r".*interpolation '\$.(experiment|variant)._\$.stage.'.*", r"--multirun cannot sweep over stage or experiment"),
 )
 # KEY=VALUE with a key as Hydra accepts it, such as ++data.root or data@package

@@ -8,9 +8,9 @@ clipgen-sample --checkpoint coco --prompt "A city bus driving on the city street
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from clipgen.cli.console import guarded
+from clipgen.cli.console import guarded, say
+from clipgen.storage.files import user_path
 
 
 def main() -> None:
@@ -24,12 +24,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("clipgen-convert", description=__doc__, formatter_class=raw)
     projects = parser.add_subparsers(dest="project", required=True)
     taming = projects.add_parser("taming", help="convert a tokenizer of CompVis/taming-transformers")
-    taming.add_argument("vqgan", type=Path, help="last.ckpt")
-    taming.add_argument("config", type=Path, help="model.yaml")
+    taming.add_argument("vqgan", type=user_path, help="last.ckpt")
+    taming.add_argument("config", type=user_path, help="model.yaml")
     hfailab = projects.add_parser("hfailab", help="convert the tokenizer of HFAiLab/clip-gen, or both of its models")
-    hfailab.add_argument("vqgan", type=Path, help="vqgan_*.pt")
+    hfailab.add_argument("vqgan", type=user_path, help="vqgan_*.pt")
     hfailab.add_argument(
-        "transformer", type=Path, nargs="?", help="gpt_*.pt; the output can then be used by clipgen-sample"
+        "transformer", type=user_path, nargs="?", help="gpt_*.pt; the output can then be used by clipgen-sample"
     )
     hfailab.add_argument(
         "--n-head", type=int, help="number of attention heads of the transformer (default: heads of dimension 64)"
@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="CLIP that the transformer was trained with (default: %(default)s)",
     )
     for project in (taming, hfailab):
-        project.add_argument("--output", type=Path, required=True, help="folder to write")
+        project.add_argument("--output", type=user_path, required=True, help="folder to write")
         project.add_argument(
             "--training", action="store_true", help="keep the discriminator and LPIPS, which only training needs"
         )
@@ -60,11 +60,11 @@ def run() -> None:
     else:
         vqgan = VQGAN.from_hfailab(args.vqgan)
     if args.project == "taming" or args.transformer is None:
-        print(vqgan.save(args.output, training=args.training))
+        say(vqgan.save(args.output, training=args.training))
         return
     transformer = ConditionalTransformer.from_hfailab(args.transformer, args.n_head)
     clip = FrozenCLIP.from_spec(args.clip)
-    print(TextToImage(vqgan, transformer, clip).save(args.output))
+    say(TextToImage(vqgan, transformer, clip).save(args.output))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def describe_processor() -> str:
     """Return the processor, its cores, the instruction set that torch uses, and whether bfloat16 is fast on it."""
     import torch
 
-    from clipgen.processor import has_bf16_units, instruction_set
+    from clipgen.hardware.processor import has_bf16_units, instruction_set
 
     bfloat16 = "fast" if has_bf16_units("cpu") else "emulated"
     cores = f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from clipgen.data.byte_images import packed_collate, unpack, with_images
+from clipgen.data.permutation import permuted
 from clipgen.data.samplers import ResumableSampler, ValidationSampler, batches_done, position_callback
 from clipgen.data.source import ResumableStream, skip_counter_of, supports_epoch_index
 
@@ -54,7 +55,10 @@ class ImageDataModule(pl.LightningDataModule):
         if not isinstance(train, IterableDataset):
             num_images = len(train)  # type: ignore[arg-type]
             if num_images < batch_size:
-                raise ValueError(f"batch_size must be at most {num_images}, the training images, got {batch_size}")
+                raise ValueError(
+                    f"data.batch_size must be at most {num_images}, the training images, got {batch_size}: give "
+                    f"data.batch_size={num_images} or less"
+                )
         self.train = train
         self.val = val
         self.batch_size = batch_size
@@ -149,7 +153,6 @@ def training_images(trainer: Any, count: int, batch_size: int) -> Iterator[Tenso
 
 def _random_samples(dataset: Any, rank: int, world_size: int) -> Iterator[Any]:
     """Yield the samples of this rank in random order."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     has_epochs = supports_epoch_index(dataset)
-    for item in order[rank::world_size].tolist():
+    for item in permuted(len(dataset), 0, range(rank, len(dataset), world_size)):
         yield dataset[(0, item) if has_epochs else item]

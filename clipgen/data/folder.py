@@ -6,13 +6,12 @@ import copy
 import errno
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import compress, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
@@ -29,18 +28,22 @@ from clipgen.data.decoding import (
 )
 from clipgen.data.handover import from_first_process
 from clipgen.data.indexed import IndexedImages
+from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
-from clipgen.files import natural_key
 from clipgen.hashing import hash_files, unit_hash
+from clipgen.storage.files import natural_key, printable
 
 logger = logging.getLogger(__name__)
 
 # Decoding this many photos of a megapixel takes about a minute on eight cores.
 _MAX_DECODED = 5_000
 _NUM_THREADS = 16
-# Bytes of the names of files that are kept in memory.
-_MAX_IN_MEMORY = 1 << 26
+_FILES_PER_BLOCK = 10_000
+# From this number on, shards are recommended.
+_MANY_FILES = 10_000_000
+# Number of other types of files that are named.
+_MAX_TYPES = 10
 
 
 class ImageFolder(IndexedImages):
@@ -92,10 +95,10 @@ class ImageFolder(IndexedImages):
         if labels:
             self._check_classes(usable_files, "one of the training classes" if class_names else "its class")
         train_files, val_files = split_files(usable_files, val_fraction)
-        self._held_out = PackedStrings(val_files)
-        self.files = self._held_out if val_files and not train else PackedStrings(train_files)
+        self._held_out = val_files
+        self.files = val_files if val_files and not train else train_files
 
-    def _check_classes(self, files: list[str], wanted: str) -> None:
+    def _check_classes(self, files: Sequence[str], wanted: str) -> None:
         """Raise ValueError unless each file is in the folder of a class."""
         folders = set(self.class_names)
         for file in files:
@@ -126,110 +129,130 @@ class ImageFolder(IndexedImages):
 
     def file_names(self) -> Sequence[str]:
         """Return the paths of the images relative to the folder."""
-        return list(self.files)
+        return self.files
 
     def content_id(self) -> str:
         """Return a hash of the bytes of all images."""
         return hash_files(self.root / file for file in self.files)
 
 
-class PackedStrings(Sequence[str]):
-    """A list of strings stored in two arrays, which are in a temporary file if they are large.
-
-    Reading a Python list changes reference counts, so forked workers would gradually copy all of it (about 1 GB for 8
-    workers and a million names). The pages of a mapped file are shared, and the system can drop them.
-    """
-
-    def __init__(self, strings: Iterable[str]):
-        with tempfile.TemporaryFile() as content, tempfile.TemporaryFile() as ends:
-            end = 0
-            ends.write(end.to_bytes(8, "little"))
-            for string in strings:
-                end += content.write(string.encode("utf-8", "surrogateescape"))
-                ends.write(end.to_bytes(8, "little"))
-            self.content = mapped(content, np.uint8)
-            self.ends = mapped(ends, np.dtype("<i8"))
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
-    def __getitem__(self, index: int) -> str:  # type: ignore[override]
-        # Indexing a range raises IndexError past the end, which ends a plain for loop.
-        index = range(len(self))[index]
-        return self.content[self.ends[index] : self.ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
-
-
-def mapped(file: IO[bytes], dtype: Any) -> np.ndarray:
-    """Return the content of a file: memory-mapped if it is large, else read."""
-    file.flush()
-    size = file.tell()
-    if size > _MAX_IN_MEMORY:
-        return np.memmap(file, dtype, "r")
-    file.seek(0)
-    return np.frombuffer(file.read(), dtype)
-
-
-@dataclass
 class FolderListing:
-    """Files below a folder, as POSIX paths relative to it.
+    """The files below a folder, except hidden ones, as POSIX paths relative to it.
 
     Args:
-        images: files that are named like images, or have no extension and begin like an image; not sorted.
+        root: the folder.
+
+    Attributes:
+        images: files that are named like images, or have no extension and begin like an image; sorted.
         no_extension: files without an extension that are not images.
         unreadable_folders: folders that cannot be listed, each with the reason.
-        num_others: number of files of other types.
+        others: number of files of other types, by extension.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `root` is not a folder.
     """
 
-    images: list[str] = field(default_factory=list)
-    no_extension: list[str] = field(default_factory=list)
-    unreadable_folders: dict[str, str] = field(default_factory=dict)
-    num_others: int = 0
+    def __init__(self, root: Path):
+        if not root.exists():
+            raise FileNotFoundError(f"root must be an existing folder of images, got {root}")
+        if not root.is_dir():
+            raise NotADirectoryError(f"root must be a folder of images (for tar shards: data=webdataset), got {root}")
+        self.root = root
+        self.no_extension: list[str] = []
+        self.unreadable_folders: dict[str, str] = {}
+        self.others: Counter[str] = Counter()
+        self.images = PackedStrings(self._find_images())
+        if self.others:
+            counts = [f"{count} {extension}" for extension, count in self.others.most_common(_MAX_TYPES)]
+            more = ", ..." if len(self.others) > _MAX_TYPES else ""
+            logger.info("%s: files of other types are not used: %s%s", printable(str(root)), ", ".join(counts), more)
 
-    def add(self, root: Path, file: str, name: str) -> None:
-        """Add a file to the list of its type.
-
-        Args:
-            root: the folder that is listed.
-            file: path relative to ``root``.
-            name: last part of the path.
-        """
-        if name.lower().endswith((*EXTENSIONS, *UNREADABLE_EXTENSIONS)):
-            self.images.append(file)
-        elif has_extension(name):
-            self.num_others += 1
-        elif looks_like_image(read_start(root / file)):
-            self.images.append(file)
-        else:
-            self.no_extension.append(file)
-
-    def sorted_images(self, root: Path) -> list[str]:
-        """Return the images in order.
-
-        Raises:
-            ValueError: there are no images.
-        """
+    def require_images(self) -> PackedStrings:
+        """Return the images; raise ValueError if there are none."""
         if not self.images:
-            got = f"{self.num_others + len(self.no_extension)} files of other types"
+            got = f"{self.others.total() + len(self.no_extension)} files of other types"
             if self.unreadable_folders:
                 got += f" and {len(self.unreadable_folders)} folders that cannot be listed"
-            raise ValueError(f"{root} must hold {', '.join(EXTENSIONS)} files, got {got}")
-        return sorted(self.images)
+            raise ValueError(f"{self.root} must hold {', '.join(EXTENSIONS)} files, got {got}")
+        return self.images
+
+    def _find_images(self) -> Iterator[str]:
+        """Yield the images in order, and note the other files; only the names of open folders are in memory."""
+        num_images = 0
+        visited: set[str] = set()
+        # the next path is the last one
+        pending = [""]
+        while pending:
+            path = pending.pop()
+            if not path or path.endswith("/"):
+                pending += reversed(self._list_folder(path, visited))
+            elif self._is_image(path):
+                num_images += 1
+                if num_images == _MANY_FILES:
+                    _warn_of_many_files(self.root)
+                yield path
+
+    def _list_folder(self, folder: str, visited: set[str]) -> list[str]:
+        """Return the paths in a folder. Those of sub-folders end in "/", which makes the order that of all paths."""
+        # Links may lead in circles, so each folder is visited only once, under its first name.
+        real_path = os.path.realpath(self.root / folder)
+        if real_path in visited:
+            return []
+        visited.add(real_path)
+        try:
+            with os.scandir(self.root / folder) as entries:
+                names = [_name_in_order(entry) for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            self.unreadable_folders[folder.rstrip("/") or "."] = error.strerror or str(error)
+            return []
+        return [folder + name for name in sorted(names)]
+
+    def _is_image(self, file: str) -> bool:
+        """Return whether a file is an image; count it if it is not."""
+        name = file.rpartition("/")[2]
+        if name.lower().endswith((*EXTENSIONS, *UNREADABLE_EXTENSIONS)):
+            return True
+        if has_extension(name):
+            self.others[Path(name).suffix.lower()] += 1
+            return False
+        if looks_like_image(read_start(self.root / file)):
+            return True
+        self.no_extension.append(file)
+        return False
 
 
-def scan_folder(root: Path, skip_counter: SkipCounter) -> list[str]:
+def _name_in_order(entry: os.DirEntry[str]) -> str:
+    """Return the name of a file, or that of a folder with "/" behind it."""
+    try:
+        return f"{entry.name}/" if entry.is_dir() else entry.name
+    except OSError:
+        # A link that cannot be followed is reported when the file is read.
+        return entry.name
+
+
+def _warn_of_many_files(root: Path) -> None:
+    logger.warning(
+        "%s holds at least %d images, which are all listed and opened before a training starts: "
+        "tar shards start faster (python -m clipgen make_shards, data=webdataset)",
+        root,
+        _MANY_FILES,
+    )
+
+
+def scan_folder(root: Path, skip_counter: SkipCounter) -> PackedStrings:
     """Check all images below `root` and return the usable ones, relative to it and sorted; count the others.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is not a folder.
         ValueError: nothing in it is usable.
     """
-    listing = list_files(root)
+    listing = FolderListing(root)
     for folder, reason in listing.unreadable_folders.items():
         error = UnusableImageError("unreadable", f"the folder cannot be listed: {reason}")
         skip_counter.skip(str(root / folder), error)
     for file in listing.no_extension:
         skip_counter.skip(str(root / file), UnusableImageError("not an image", "the name has no extension"))
-    usable = _usable_images(root, listing.sorted_images(root), skip_counter)
+    usable = PackedStrings(_usable_images(root, listing.require_images(), skip_counter))
     skip_counter.use(len(usable))
     if not usable:
         raise ValueError(f"{root} must hold a usable image, got {skip_counter}")
@@ -237,18 +260,19 @@ def scan_folder(root: Path, skip_counter: SkipCounter) -> list[str]:
     return usable
 
 
-def _usable_images(root: Path, candidates: list[str], skip_counter: SkipCounter) -> list[str]:
-    """Check files in parallel; return the usable ones and count the others, in order."""
+def _usable_images(root: Path, candidates: PackedStrings, skip_counter: SkipCounter) -> Iterator[str]:
+    """Check files in parallel; yield the usable ones and count the others, in order."""
     check = decode_image if len(candidates) <= _MAX_DECODED else check_header
+    names = iter(candidates)
     with ThreadPool(_NUM_THREADS) as pool:
-        problems = pool.map(partial(_find_problem, check, root), candidates, chunksize=16)
-    usable = []
-    for file, problem in zip(candidates, problems, strict=True):
-        if problem:
-            skip_counter.skip(str(root / file), problem)
-        else:
-            usable.append(file)
-    return usable
+        # In blocks, because a pool keeps all of its arguments and results.
+        while block := list(islice(names, _FILES_PER_BLOCK)):
+            problems = pool.map(partial(_find_problem, check, root), block, chunksize=16)
+            for file, problem in zip(block, problems, strict=True):
+                if problem:
+                    skip_counter.skip(str(root / file), problem)
+                else:
+                    yield file
 
 
 def find_images(root: Path) -> list[str]:
@@ -259,45 +283,13 @@ def find_images(root: Path) -> list[str]:
         PermissionError: a folder cannot be listed.
         ValueError: there are no images.
     """
-    listing = list_files(root)
+    listing = FolderListing(root)
     for folder, reason in listing.unreadable_folders.items():
         raise PermissionError(errno.EACCES, f"the folder cannot be listed ({reason})", str(root / folder))
-    return listing.sorted_images(root)
+    return list(listing.require_images())
 
 
-def list_files(root: Path) -> FolderListing:
-    """List the files below `root`, except hidden ones.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: `root` is not a folder.
-    """
-    if not root.exists():
-        raise FileNotFoundError(f"root must be an existing folder of images, got {root}")
-    if not root.is_dir():
-        raise NotADirectoryError(f"root must be a folder of images (for tar shards: data=webdataset), got {root}")
-    listing = FolderListing()
-    visited = set()
-
-    def on_error(error: OSError) -> None:
-        listing.unreadable_folders[os.path.relpath(error.filename, root)] = error.strerror or str(error)
-
-    for folder, folders, names in os.walk(root, onerror=on_error, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        # Links may lead in circles, so each folder is visited only once, under its first name.
-        real_path = os.path.realpath(folder)
-        if real_path in visited:
-            folders.clear()
-            continue
-        visited.add(real_path)
-        # Strings are joined, because making a Path for each file is slow.
-        prefix = f"{Path(folder).relative_to(root).as_posix()}/".removeprefix("./")
-        for name in names:
-            if not name.startswith("."):
-                listing.add(root, prefix + name, name)
-    return listing
-
-
-def split_files(files: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+def split_files(files: Sequence[str], val_fraction: float) -> tuple[Sequence[str], Sequence[str]]:
     """Split into (training, validation) by a hash of each name; with `val_fraction` above 0 neither side is empty.
 
     The split is independent of the seed, so no run validates on images another run trained on.
@@ -311,18 +303,11 @@ def split_files(files: list[str], val_fraction: float) -> tuple[list[str], list[
         return files, []
     if len(files) < 2:
         raise ValueError(f"val_fraction must be 0 when there is a single usable image, got {val_fraction}")
-    train: list[str] = []
-    val: list[str] = []
-    for file in files:
-        side = val if unit_hash(file) < val_fraction else train
-        side.append(file)
-    if not val:
-        val.append(min(train, key=unit_hash))
-        train.remove(val[0])
-    if not train:
-        train.append(max(val, key=unit_hash))
-        val.remove(train[0])
-    return train, val
+    hashes = np.fromiter(map(unit_hash, files), float, len(files))
+    held_out = hashes < val_fraction
+    held_out[hashes.argmin()] = True
+    held_out[hashes.argmax()] = False
+    return PackedStrings(compress(files, ~held_out)), PackedStrings(compress(files, held_out))
 
 
 def folder_data(

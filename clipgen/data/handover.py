@@ -11,9 +11,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 
+from clipgen.data.packed_strings import mapped
+
 T = TypeVar("T")
+# File with a result, beside those of its arrays
+RESULT = "result.pickle"
+# Arrays are sent to other processes in blocks of this size.
+BLOCK_BYTES = 1 << 26
 # Environment variable with the folder of the results of a process, for the processes that it starts later
 FOLDER = "CLIPGEN_HANDOVER"
 _numbers: Iterator[int] | None = None
@@ -53,23 +60,75 @@ def from_first_process(compute: Callable[[], T]) -> T:
         return broadcast(compute)
     if FOLDER not in os.environ:
         return compute()
-    path = Path(os.environ[FOLDER]) / f"{next(_numbers)}.pickle"
-    if not path.is_file():
-        path.write_bytes(pickle.dumps(compute()))
-    result: T = pickle.loads(path.read_bytes())
+    folder = Path(os.environ[FOLDER]) / str(next(_numbers))
+    if not folder.is_dir():
+        write_result(folder, compute())
+    result: T = read_result(folder)
     return result
+
+
+def write_result(folder: Path, result: Any) -> None:
+    """Write a result, with a file for each of its arrays."""
+    content, arrays = pickled(result)
+    folder.mkdir()
+    (folder / RESULT).write_bytes(content)
+    for number, array in enumerate(arrays):
+        (folder / str(number)).write_bytes(array)
+
+
+def read_result(folder: Path) -> Any:
+    """Read what ``write_result`` wrote; large arrays are memory-mapped."""
+    arrays = []
+    for number in range(len(list(folder.iterdir())) - 1):
+        with (folder / str(number)).open("rb") as file:
+            arrays.append(mapped(file, np.uint8))
+    return pickle.loads((folder / RESULT).read_bytes(), buffers=arrays)
+
+
+def pickled(result: Any) -> tuple[bytes, list[memoryview]]:
+    """Return a pickled object, and the memory of the arrays in it, which is not copied."""
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
+    return content, [buffer.raw() for buffer in buffers]
 
 
 def broadcast(compute: Callable[[], T]) -> T:
     """Return what ``compute`` returns in the first process, or raise what it raises there."""
-    box: list[Any] = [None, None]
+    result: Any = None
+    arrays: list[memoryview] = []
+    # the error, the pickled result, and the sizes of its arrays
+    message: list[Any] = [None, None, None]
     if dist.get_rank() == 0:
         try:
-            box[0] = compute()
+            result = compute()
+            content, arrays = pickled(result)
+            message = [None, content, [len(array) for array in arrays]]
         except Exception as error:
-            box[1] = error
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    result: T = box[0]
-    return result
+            message[0] = error
+    dist.broadcast_object_list(message)
+    raised, content, sizes = message
+    if raised is not None:
+        raise raised
+    if dist.get_rank() == 0:
+        for array in arrays:
+            send_array(array)
+        received: T = result
+    else:
+        received = pickle.loads(content, buffers=[receive_array(size) for size in sizes])
+    return received
+
+
+def send_array(array: memoryview) -> None:
+    """Send bytes from the first process to the others, which call ``receive_array``."""
+    for start in range(0, len(array), BLOCK_BYTES):
+        dist.broadcast_object_list([bytes(array[start : start + BLOCK_BYTES])])
+
+
+def receive_array(size: int) -> np.ndarray:
+    """Return the bytes that the first process sends; they are memory-mapped if they are many."""
+    with tempfile.TemporaryFile() as file:
+        for _ in range(0, size, BLOCK_BYTES):
+            block: list[Any] = [None]
+            dist.broadcast_object_list(block)
+            file.write(block[0])
+        return mapped(file, np.uint8)

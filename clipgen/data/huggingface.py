@@ -12,12 +12,14 @@ import numpy as np
 
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError
+from clipgen.data.handover import from_first_process
 from clipgen.data.indexed import IndexedImages
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
-from clipgen.files import natural_key, one_line
 from clipgen.hashing import unit_hash
+from clipgen.storage.files import natural_key, one_line
 
+_ROWS_PER_BLOCK = 1_000_000
 # As `webdataset.parse_label` allows.
 _MAX_CLASSES = 2**31
 # Keys of an encoded image in Parquet files.
@@ -44,7 +46,7 @@ class HuggingFaceImages(IndexedImages):
             a hash of its number, so adding rows does not move others. At 0 both sides are all rows.
         seed: seed of crops and flips.
         root: folder of the files that rows may name instead of holding an image's bytes. None: they may name none,
-            because the table may come from somebody else.
+            because the table may be untrusted.
 
     Raises:
         ValueError: an argument is out of range, or no row is usable.
@@ -152,23 +154,61 @@ class HuggingFaceImages(IndexedImages):
         return row
 
 
-def split_rows(count: int, val_fraction: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+class RowsWithout(Sequence[int]):
+    """The row numbers of a table without some of them; only those are in memory.
+
+    Args:
+        num_rows: number of rows of the table.
+        left_out: the rows that are left out, sorted.
+    """
+
+    def __init__(self, num_rows: int, left_out: np.ndarray[Any, Any]):
+        self.num_rows = num_rows
+        # Number of the other rows before each row that is left out.
+        self.rows_before = left_out - np.arange(len(left_out))
+
+    def __len__(self) -> int:
+        return self.num_rows - len(self.rows_before)
+
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]
+        index = range(len(self))[index]
+        return index + int(np.searchsorted(self.rows_before, index, side="right"))
+
+
+def split_rows(count: int, val_fraction: float) -> tuple[Sequence[int], Sequence[int] | np.ndarray[Any, Any]]:
     """Split row numbers into (training, validation) by a hash of each; with `val_fraction` above 0 neither is empty.
 
     Raises:
         ValueError: `val_fraction` is not in [0, 1), or there is only one row to split.
     """
-    rows = np.arange(count)
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
     if val_fraction == 0:
-        return rows, rows[:0]
+        return range(count), range(0)
     if count < 2:
         raise ValueError(f"val_fraction must be 0 when there are fewer than two rows, got {val_fraction}")
-    hashes = np.fromiter((unit_hash(str(row)) for row in range(count)), float, count)
-    num_held_out = min(max(int((hashes < val_fraction).sum()), 1), count - 1)
-    held_out = np.sort(np.argsort(hashes, kind="stable")[:num_held_out])
-    return np.delete(rows, held_out), held_out
+    held_out = from_first_process(lambda: rows_to_hold_out(count, val_fraction))
+    return RowsWithout(count, held_out), held_out
+
+
+def rows_to_hold_out(count: int, val_fraction: float) -> np.ndarray[Any, Any]:
+    """Return the numbers of the rows whose hash is below a fraction; at least one row, but not all."""
+    parts = []
+    for start in range(0, count, _ROWS_PER_BLOCK):
+        block = range(start, min(start + _ROWS_PER_BLOCK, count))
+        hashes = np.fromiter(map(row_hash, block), float, len(block))
+        parts.append(start + np.flatnonzero(hashes < val_fraction))
+    held_out = np.concatenate(parts)
+    if not len(held_out):
+        return np.array([min(range(count), key=row_hash)])
+    if len(held_out) == count:
+        return np.delete(held_out, max(range(count), key=row_hash))
+    return held_out
+
+
+def row_hash(row: int) -> float:
+    """Return a number in [0, 1) that decides on which side of the split a row is."""
+    return unit_hash(str(row))
 
 
 # ------------------------------------------------------------------------------------------------------------- loading

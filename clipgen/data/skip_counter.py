@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import get_worker_info
 
 from clipgen.data.decoding import UnusableImageError
-from clipgen.files import printable
 from clipgen.hashing import unit_hash
+from clipgen.storage.files import printable
 
 logger = logging.getLogger(__name__)
 _REASONS = (
@@ -49,6 +49,7 @@ class SkipCounter:
         self._skipped = torch.zeros(_HASH_SLOTS, dtype=torch.uint8).share_memory_()
         self._warnings = torch.zeros(len(_REASONS), dtype=torch.int64).share_memory_()
         self._set_aside = torch.zeros(_HASH_SLOTS, dtype=torch.uint8).share_memory_()
+        self._other_types = torch.zeros(_HASH_SLOTS, dtype=torch.uint8).share_memory_()
         self._last_summary = ""
 
     @property
@@ -88,6 +89,13 @@ class SkipCounter:
         if not self._set_aside.any():
             logger.info("%s is not used: it belongs to the sample of %s", printable(name), printable(main_name))
         self._set_aside[_slot(name)] = 1
+
+    def ignore_type(self, extension: str) -> None:
+        """Log, once, that files with an extension are not used, because they are neither images nor labels."""
+        slot = _slot(extension)
+        if not self._other_types[slot]:
+            self._other_types[slot] = 1
+            logger.info("%s: %s files are not used", printable(self.name), printable(extension))
 
     def __str__(self) -> str:
         num_used = self.num_used

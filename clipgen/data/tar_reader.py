@@ -17,6 +17,7 @@ from clipgen.data.decoding import (
     has_extension,
     looks_like_image,
 )
+from clipgen.data.decompression import decompressed, is_compressed
 from clipgen.data.skip_counter import SkipCounter
 
 # Larger files are refused before they are read: two megabytes of a compressed or sparse file may expand to gigabytes.
@@ -81,7 +82,7 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
     Raises:
         tarfile.TarError, OSError, EOFError: the shard is damaged; the files before the damage have been yielded.
     """
-    with _Archive.open(fileobj=stream, mode="r|*") as archive:
+    with _Archive.open(fileobj=decompressed(stream), mode="r|") as archive:
         while (info := archive.next()) is not None:
             try:
                 member = _read_member(archive, info)
@@ -90,15 +91,23 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
                 continue
             if member is not None:
                 yield member
+            elif info.isreg() and not _is_hidden(info.name):
+                skip_counter.ignore_type(Path(info.name).suffix.lower())
 
 
 def is_tar(path: Path) -> bool:
-    """Return whether a file is a tar file, compressed or not, whose first member can be read."""
+    """Return whether a file is a tar file, compressed or not, whose first member can be read.
+
+    Raises:
+        PermissionError: the file may not be read.
+    """
     if not path.is_file():
         return False
     try:
-        with _Archive.open(path, mode="r:*"):
+        with path.open("rb") as file, _Archive.open(fileobj=decompressed(file), mode="r|"):
             return True
+    except PermissionError:
+        raise
     except Exception:  # damaged headers raise anything
         return False
 
@@ -107,11 +116,20 @@ def count_samples(path: Path) -> int:
     """Return the number of samples with images in a local shard, as far as it can be read."""
     samples = set()
     # Errors are reported when the images are read.
-    with suppress(Exception), path.open("rb") as file, _Archive.open(fileobj=file, mode="r:*") as archive:
+    with suppress(Exception), path.open("rb") as file, _open_local(file) as archive:
         while (info := archive.next()) is not None:
             if info.name.lower().endswith(EXTENSIONS):
                 samples.add(info.name.rpartition("/")[2].partition(".")[0])
     return len(samples)
+
+
+def _open_local(file: IO[bytes]) -> _Archive:
+    """Open a tar file on the disk, compressed or not. Without compression, content that is not read is skipped."""
+    compressed = is_compressed(file)
+    file.seek(0)
+    if compressed:
+        return _Archive.open(fileobj=decompressed(file), mode="r|")
+    return _Archive.open(fileobj=file, mode="r:")
 
 
 def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Member | None:
@@ -136,9 +154,7 @@ def _member_of(info: tarfile.TarInfo) -> Member | None:
         UnusableImageError: the file is an image that is not stored as a plain file.
     """
     folder, slash, file_name = info.name.rpartition("/")
-    # webdataset reserves names like __meta__.
-    is_reserved = re.match(r"__[^/]*__($|/)", info.name)
-    if info.isdir() or file_name.startswith(".") or is_reserved:
+    if info.isdir() or _is_hidden(info.name):
         return None
     extension = Path(file_name).suffix.lower() if has_extension(file_name) else ""
     if extension not in (*EXTENSIONS, *UNREADABLE_EXTENSIONS, _LABEL_EXTENSION, ""):
@@ -148,6 +164,11 @@ def _member_of(info: tarfile.TarInfo) -> Member | None:
     stem = folder + slash + file_name[: len(file_name) - len(extension)]
     base = folder + slash + file_name.split(".", 1)[0]
     return Member(info.name, base, stem, is_label=extension == _LABEL_EXTENSION)
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a file is hidden, or has a name like `__meta__`, which webdataset reserves."""
+    return name.rpartition("/")[2].startswith(".") or re.match(r"__[^/]*__($|/)", name) is not None
 
 
 def _read_content(archive: tarfile.TarFile, info: tarfile.TarInfo, max_bytes: int) -> bytes:

@@ -13,8 +13,8 @@ import clipgen
 from clipgen.evaluation.feature_store import Advance, FeatureStore, Source, collect
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.report import summary
-from clipgen.files import cache_folder, read_json, write_json
-from clipgen.resumable_store import require_same_identity
+from clipgen.storage.files import cache_folder, read_json, write_json
+from clipgen.storage.resumable_store import require_same_identity
 
 METRICS_FILE = "metrics.json"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +14,14 @@ from torch import Tensor
 
 from clipgen.data.chunks import index_ranges, iter_batches
 from clipgen.data.decoding import UnusableImageError, decode_image, upright_size
-from clipgen.data.folder import ImageFolder, PackedStrings, find_images
+from clipgen.data.folder import ImageFolder, find_images
+from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.source import ImageSource
 from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.captions import Caption, captions_of_files, files_by_caption
 from clipgen.evaluation.feature_store import ImageBatch
-from clipgen.hashing import hash_files
+from clipgen.hashing import hash_files, hash_lines
 from clipgen.images import from_pil
 from clipgen.pipeline import TextToImage
 from clipgen.sampling_params import SamplingParams
@@ -57,7 +57,7 @@ class GeneratedImages:
         self.batch_size = batch_size
         self.chunks = index_ranges(len(self.captions), IMAGES_PER_PART)
         self.identity = identity | {
-            "captions": captions_hash(self.captions),
+            "captions": hash_lines(self.captions),
             "seed": seed,
             "images": len(self.captions),
         }
@@ -135,7 +135,7 @@ class FolderImages:
         self.chunks = index_ranges(len(self.files), IMAGES_PER_PART)
         self.identity = {
             "content": hash_files(self.root / file for file in self.files),
-            "captions": captions_hash(self.captions),
+            "captions": hash_lines(self.captions),
             "image_size": self.image_size,
         }
 
@@ -238,8 +238,3 @@ def keep_files(dataset: ImageSource, files: Collection[str]) -> None:
             "--whole-reference uses all of its images instead"
         )
     dataset.files = PackedStrings([file for file in dataset.files if file in files])
-
-
-def captions_hash(captions: Sequence[str]) -> str:
-    """Return a hash of captions, in order."""
-    return hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from clipgen.checkpoint.model_folder import FOLDERS, check_model
 from clipgen.checkpoint.safe_load import check_finite, check_tensors, read_checkpoint
-from clipgen.files import atomic_write
-from clipgen.inner_files import member
+from clipgen.data.token_cache import MANIFEST
+from clipgen.storage.files import atomic_write
+from clipgen.storage.inner_files import member
 from clipgen.training.callbacks.checkpointing import has_model_order
 
 # Entries of a checkpoint that a training is resumed from
@@ -147,6 +148,8 @@ def refuse_other_runs(output: str | Path, resume: str | None) -> None:
     resumed = Path(resume).expanduser().resolve() if resume else None
     if resumed and output.resolve() in (resumed, *resumed.parents):
         return
+    if (output / MANIFEST).is_file():
+        raise FileExistsError(f"output must not be a token cache, whose models would be replaced: {output}")
     if contains_run(output):
         raise FileExistsError(
             f"output already contains a run: {output}. Use resume={output} to resume it, or choose another output"

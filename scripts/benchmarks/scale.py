@@ -15,35 +15,35 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from clipgen.data import token_cache
-from clipgen.data.folder import PackedStrings
+from clipgen.data.folder import split_files
+from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.samplers import ResumableSampler
-from clipgen.data.shard_order import Position, Segment, ShardOrder
-from clipgen.data.token_cache import TokenCacheDataset, record_dtype
+from clipgen.data.shard_order import Position, ShardOrder
+from clipgen.data.token_cache import MAX_MAPS, TokenCacheDataset, record_dtype
 
 IMAGES_PER_SHARD = 10_000
 BATCH_SIZE = 64
 NUM_WORKERS = 8
-# Limits of what is really written; the columns say how much that was.
-MAX_NAMES = 2_000_000
-MAX_CACHE_SHARDS = 20_000
+# The largest folder of single files that is recommended.
+MAX_NAMES = 10_000_000
 
 
 def run_scale(args: argparse.Namespace) -> dict[str, Any]:
     """Measure each number of images, every part in a process of its own (on Linux)."""
-    rows = {}
+    parts: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
     for images in args.images:
         shards = images // IMAGES_PER_SHARD
-        parts: dict[str, tuple[Callable[..., Any], Any]] = {
-            "order of an epoch": (measure_order, (images, args.ranks)),
-            "names of files": (measure_names, (min(images, MAX_NAMES),)),
-            "token cache": (measure_cache, (min(shards, MAX_CACHE_SHARDS), args.scratch)),
-            "tar shards": (measure_shards, (shards, args.ranks)),
-        }
-        for name, (function, arguments) in parts.items():
-            title = f"{images:.0e} images, {name}"
-            rows[title] = in_fork(function, *arguments)
-            print_row(title, rows[title])
+        parts += [
+            (f"order of {images:.0e} images", measure_order, (images, args.ranks)),
+            (f"{shards} tar shards", measure_shards, (shards, args.ranks)),
+            (f"{shards} shards of a token cache", measure_cache, (shards, args.scratch)),
+        ]
+    names = min(max(args.images), MAX_NAMES)
+    parts.append((f"names of {names:.0e} files", measure_names, (names,)))
+    rows = {}
+    for title, function, arguments in parts:
+        rows[title] = in_fork(function, *arguments)
+        print_row(title, rows[title])
     return {"ranks": args.ranks, "rows": rows}
 
 
@@ -60,15 +60,19 @@ def in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """Return the result of a function, its seconds, and the increase of private and of peak memory, in GiB."""
+    """Return the result of a function, its seconds, and the increase of private and of peak memory, in GiB.
+
+    The seconds of CPU time depend less on other processes.
+    """
     before = anonymous_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     result = function()
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     increase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     return result, {
         "seconds": seconds,
+        "CPU seconds": cpu_seconds,
         "GiB held": (anonymous_memory() - before) / 2**20,
         "GiB peak": increase / 2**20,
     }
@@ -94,19 +98,20 @@ def measure_order(images: int, ranks: int) -> dict[str, float]:
     """Iterate over a thousand batches of the last rank."""
     sampler = ResumableSampler(Numbers(images), BATCH_SIZE, seed=0, rank=ranks - 1, world_size=ranks)
     items, row = measured(lambda: list(islice(sampler, 1000 * BATCH_SIZE)))
-    return row | {"distinct": len(set(items)) / len(items)}
+    seen = sampler.batches * sampler.items_per_step / images
+    return row | {"distinct": len(set(items)) / len(items), "share seen per epoch": seen}
 
 
 def measure_names(count: int) -> dict[str, float]:
-    """Store the names of files, and read a thousand of them."""
-    names, row = measured(lambda: PackedStrings(f"{i // 1000:07d}/{i:010d}.jpg" for i in range(count)))
-    for i in range(0, count, count // 1000):
-        assert names[i].endswith(f"{i:010d}.jpg")
-    return {"names": count} | row
+    """Store the names of files as a folder does, and hold out two percent of them."""
+    names = (f"{i // 1000:07d}/{i:010d}.jpg" for i in range(count))
+    sides, row = measured(lambda: split_files(PackedStrings(names), 0.02))
+    assert sum(map(len, sides)) == count
+    return row
 
 
 def measure_cache(shards: int, scratch: Path | None) -> dict[str, float]:
-    """Open a token cache of sparse files and read a hundred random batches."""
+    """Open a token cache of sparse files, and then more of its shards than a process keeps mapped."""
     dtype = record_dtype(1, 256, 16384, 512)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         header = shard_header(dtype)
@@ -115,13 +120,12 @@ def measure_cache(shards: int, scratch: Path | None) -> dict[str, float]:
                 file.write(header)
                 file.truncate(len(header) + IMAGES_PER_SHARD * dtype.itemsize)
         cache, row = measured(lambda: TokenCacheDataset(folder))
-        rng = np.random.default_rng(0)
-        start = time.perf_counter()
-        for _ in range(100):
-            cache._gather("indices", *random_records(cache, rng), np.zeros(BATCH_SIZE, np.int64))
-        per_batch = (time.perf_counter() - start) / 100
+        # as random access does in the long run
+        for number in range(min(shards, MAX_MAPS + 1000)):
+            cache.shard(number)
         maps = len(Path("/proc/self/maps").read_text().splitlines())
-    return {"shards": shards} | row | {"s/batch": per_batch, "maps": maps, "maps limit": token_cache.MAX_MAPS}
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    return row | {"maps": maps, "system's limit of maps": limit}
 
 
 def shard_header(dtype: np.dtype) -> bytes:
@@ -134,18 +138,11 @@ def shard_header(dtype: np.dtype) -> bytes:
         return file.read()
 
 
-def random_records(cache: TokenCacheDataset, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shard and the row of random records."""
-    return cache._locate(rng.integers(0, len(cache), BATCH_SIZE))
-
-
 def measure_shards(shards: int, ranks: int) -> dict[str, float]:
     """Compute which share of the images all ranks together see in as many steps as one epoch has."""
-    start = time.perf_counter()
     order = ShardOrder(shards, "0", [IMAGES_PER_SHARD] * shards)
     position = Position.start(ranks, NUM_WORKERS)
-    segments = next(order._segments(position, position.num_readers - 1, None))
-    first_seconds = time.perf_counter() - start
+    _, row = measured(lambda: next(order._segments(position, position.num_readers - 1, None)))
     seen = np.zeros(shards)
     pieces = order._pieces(0, position.num_readers)
     share = shards * IMAGES_PER_SHARD / position.num_readers
@@ -155,10 +152,4 @@ def measure_shards(shards: int, ranks: int) -> dict[str, float]:
             size = IMAGES_PER_SHARD / piece.num_parts
             seen[piece.shard] += min(size, left)
             left = max(left - size, 0)
-    assert isinstance(segments, Segment)
-    return {
-        "shards": shards,
-        "readers": position.num_readers,
-        "seconds": first_seconds,
-        "share seen per epoch": seen.sum() / (shards * IMAGES_PER_SHARD),
-    }
+    return row | {"readers": position.num_readers, "share seen per epoch": seen.sum() / (shards * IMAGES_PER_SHARD)}
