@@ -23,16 +23,20 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import clipgen
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP
+from clipgen.checkpoint.safe_load import read_checkpoint
 from clipgen.storage.files import read_json, read_mapping, user_path
 
 BUNDLED = Path(clipgen.__file__).parent / "bundled"
@@ -242,6 +246,39 @@ def make_tar(rng: random.Random, folder: Path) -> Path:
     return path
 
 
+def make_checkpoint(rng: random.Random, folder: Path) -> Path:
+    """Write a file of torch.save with a mutated pickle, or with mutated bytes."""
+    content = {
+        "state_dict": {"a.weight": torch.ones(4, 3), "a.bias": torch.ones(3).half()},
+        "hyper_parameters": {"sizes": [1, 2, 3], "rate": 1e-3, "bytes": b"abc"},
+        "counter": Counter({3: 1}),
+    }
+    path = folder / "last.ckpt"
+    if rng.random() < 0.5:
+        torch.save(content, path, _use_new_zipfile_serialization=False)
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
+        return path
+    torch.save(content, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in records if name.endswith("data.pkl"))
+    calls = [
+        b"cbuiltins\nbytearray\n(J\xff\xff\xff\x7ftR",
+        b"c_codecs\nencode\n",
+        b"(X\x03\x00\x00\x00hex",
+        b"h\x00",
+        b"tR",
+    ]
+    data = mutate_bytes(rng, records[pickled])
+    for _ in range(rng.choice([0, 1, 3])):
+        position = rng.randrange(len(data) + 1)
+        data = data[:position] + rng.choice(calls) + data[position:]
+    with zipfile.ZipFile(path, "w", rng.choice([zipfile.ZIP_STORED] * 4 + [zipfile.ZIP_DEFLATED])) as archive:
+        for name, record in records.items():
+            archive.writestr(name, data if name == pickled else record)
+    return path
+
+
 def make_image(rng: random.Random, folder: Path) -> Path:
     """Write an image file of some format with mutated bytes."""
     kind = rng.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -326,6 +363,7 @@ def targets() -> dict[str, Target]:
     vqgan, transformer, clip = BUNDLED / "vqgan", BUNDLED / "transformer", BUNDLED / "clip"
     load_clip = lambda folder: FrozenCLIP(str(folder))
     return {
+        "checkpoint": Target(make_checkpoint, read_checkpoint),
         "vqgan-config": Target(json_maker(vqgan, "config.json"), VQGAN.load),
         "vqgan-weights": Target(safetensors_maker(vqgan, "model.safetensors"), VQGAN.load),
         "transformer-config": Target(json_maker(transformer, "config.json"), ConditionalTransformer.load),

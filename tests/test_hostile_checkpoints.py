@@ -746,9 +746,9 @@ def test_honest_values_of_checkpoints_are_read(tmp_path, layout):
     if layout:
         content |= {"float8": torch.ones(3).to(torch.float8_e4m3fn), "unsigned": torch.ones(3, dtype=torch.uint16)}
     torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=layout)
-    found = safe_load.read_checkpoint(tmp_path / "x.pt")
-    assert all(torch.equal(found[name], content[name]) for name in ("weights", "transposed", "row", "parameter"))
-    assert found["bytes"] == content["bytes"] and found["milestones"] == content["milestones"]
+    loaded = safe_load.read_checkpoint(tmp_path / "x.pt")
+    assert all(torch.equal(loaded[name], content[name]) for name in ("weights", "transposed", "row", "parameter"))
+    assert loaded["bytes"] == content["bytes"] and loaded["milestones"] == content["milestones"]
 
 
 # -------------------------------------------------------------------------------- files that other libraries read
@@ -798,6 +798,29 @@ def test_weights_of_an_open_clip_model_are_checked_before_it_reads_them(tmp_path
 def test_weights_of_the_perceptual_loss_are_checked(tmp_path, little, content):
     path = archive_of(tmp_path / "vgg.pth", document(content))
     refused(lambda: load_lpips(str(path)), path, "not a readable checkpoint", "refused")
+
+
+def test_cached_weights_of_the_perceptual_loss_are_checked(tmp_path, monkeypatch, little):
+    (tmp_path / "checkpoints").mkdir()
+    path = archive_of(tmp_path / "checkpoints" / "vgg16-397923af.pth", document(BOMBS["bytearray"]))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    refused(lambda: load_lpips(), path, "not a readable checkpoint", "refused")
+
+
+def test_weights_of_the_first_versions_of_torch_are_read(tmp_path):
+    """torchvision's VGG-16 is of 2017: tensors are made without a size, and then set to their storage."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x06NtQ"
+    place, size, stride = b"K\x00", b"K\x02K\x03\x86", b"K\x03K\x01\x86"
+    values = [
+        called("torch._utils._rebuild_tensor", storage, place, size, stride),
+        called("torch._utils._rebuild_tensor", storage, place, called("torch.Size", size), stride),
+        b"ctorch\nFloatTensor\n)R(" + storage + place + size + stride + b"tb",
+    ]
+    for value in values:
+        path = sequence_of(tmp_path / "x.pth", b"\x80\x02}" + text("a") + value + b"s.")
+        numbers = (6).to_bytes(8, "little") + np.arange(6, dtype=np.float32).tobytes()
+        path.write_bytes(path.read_bytes().removesuffix(pickle.dumps([], 2)) + pickle.dumps(["0"], 2) + numbers)
+        assert safe_load.read_checkpoint(path)["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_only_the_sizes_in_a_gpt2s_configuration_count(tmp_path, little, tiny_transformer):

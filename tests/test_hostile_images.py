@@ -28,6 +28,7 @@ from PIL import Image, ImageCms, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from clipgen.cli import console
+from clipgen.cli.sample_request import read_image
 from clipgen.data import decoding as images_module
 from clipgen.data import tar_reader as tar_module
 from clipgen.data import webdataset as shards_module
@@ -38,6 +39,7 @@ from clipgen.data.tar_reader import Sample
 from clipgen.data.webdataset import ImageShards, shuffled
 from clipgen.evaluation.captions import embedded_caption
 from clipgen.evaluation.sources import FolderImages, RealImages
+from clipgen.generation.prompts import read_prompts
 from clipgen.storage.files import natural_key, printable
 from clipgen.visualization import break_word, grid, wrap
 
@@ -597,6 +599,25 @@ def test_closed_or_full_output_gives_no_traceback(redirect, message):
     done = say_in_a_process("range(100000)", redirect)
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
     assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
+
+
+def test_pictures_in_place_of_a_prompt_are_reduced_to_what_a_model_can_see(tmp_path):
+    """In floating-point numbers, this file of 20 kB would take four times 400 MB."""
+    path = tmp_path / "large.png"
+    path.write_bytes(blank_png(9000, 3000))
+    assert read_image(path).size == (4096, 1365)
+
+
+def test_large_images_are_evaluated_at_a_size_that_was_chosen(tmp_path):
+    (tmp_path / "large.png").write_bytes(blank_png(4000, 3000))
+    with pytest.raises(ValueError, match="image_size must be given for images above 1024 pixels, got 4000 x 3000"):
+        FolderImages(tmp_path)
+    assert FolderImages(tmp_path, image_size=64).image_size == 64
+
+
+def test_a_device_without_end_is_not_a_file_of_prompts():
+    with pytest.raises(ValueError, match="/dev/zero must hold at most 16777216 bytes of prompts"):
+        read_prompts(Path("/dev/zero"))
 
 
 def test_commands_print_names_without_control_characters():

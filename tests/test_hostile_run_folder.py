@@ -408,6 +408,7 @@ DAMAGES = [
     {"state_dict": {"a": 1}},
     {"state_dict": {"a": torch.tensor([float("nan")])}},
     {"optimizer_states": [{"state": {0: {"exp_avg": torch.tensor([float("inf")])}}, "param_groups": []}]},
+    {"optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(1).expand(10**6, 10**6)}}, "param_groups": []}]},
 ]
 STATE = {
     "clipgen_model": "VQGAN",
@@ -444,6 +445,17 @@ def test_runs_of_others_are_listed_whatever_their_checkpoint_holds(tmp_path, sta
     path.parent.mkdir(parents=True)
     torch.save({"global_step": 3, "callbacks": {"a": state} if isinstance(state, dict) else state}, path)
     assert "-" in table(find_runs(tmp_path))[1]
+
+
+def test_moments_of_another_shape_are_not_used(call, run):
+    """Fused kernels would read and write beyond their ends, and crash."""
+    path = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    for moments in checkpoint["optimizer_states"][0]["state"].values():
+        moments["exp_avg"] = torch.zeros(3)
+    torch.save(checkpoint, path)
+    result = call("resume=run", "trainer.max_steps=4")
+    assert result.code == 1 and "the checkpoint must hold exp_avg of the optimizer as" in result.stderr
 
 
 def test_environment_variables_that_are_not_numbers_are_named(monkeypatch):

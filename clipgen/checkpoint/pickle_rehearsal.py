@@ -57,6 +57,24 @@ class Storage(Placeholder):
         self.length = length
 
 
+class BoundedFile:
+    """Read no more than the rest of a file: ``BufferedReader.read`` allocates as much as a pickle claims.
+
+    Args:
+        file: the file.
+        size: its bytes.
+    """
+
+    def __init__(self, file: IO[bytes], size: int):
+        self.file = file
+        self.size = size
+        self.readline = file.readline
+
+    def read(self, size: int) -> bytes:
+        """Return at most ``size`` bytes."""
+        return self.file.read(min(size, self.size))
+
+
 class Rehearsal(pickle._Unpickler):
     """Read pickles without calling anything.
 
@@ -74,7 +92,7 @@ class Rehearsal(pickle._Unpickler):
     }
 
     def __init__(self, file: IO[bytes], size: int):
-        super().__init__(file, encoding="utf-8")
+        super().__init__(BoundedFile(file, size), encoding="utf-8")
         self.size = size
         # Elements of the arguments of all calls, and of all storages, by their keys.
         self.num_copied = 0
@@ -109,8 +127,8 @@ class Rehearsal(pickle._Unpickler):
             return self.call(arguments[0], arguments[2])
         if not is_harmless(name, arguments):
             raise ValueError(f"it calls {function.name} as no weights need: refused")
-        # The text stands for its bytes.
-        return arguments[0] if name == "encode" else Placeholder()
+        # A text stands for its bytes, a tuple for a size.
+        return arguments[0] if name in ("encode", "Size") and arguments else Placeholder()
 
     def count(self, values: Iterable[Any]) -> None:
         """Count the elements of values that are copied."""

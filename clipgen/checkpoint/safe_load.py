@@ -21,6 +21,7 @@ from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stand_in
 __all__ = [
     "State",
     "check_archive",
+    "check_download",
     "check_finite",
     "check_header",
     "check_weights_file",
@@ -43,7 +44,7 @@ ZIP = b"PK\x03\x04"
 ZIP_END = struct.Struct("<4s8xLLH")
 ZIP64_END = struct.Struct("<4s36xQQ")
 ZIP64_LOCATOR = struct.Struct("<4s4xQ4x")
-# torch.save writes so many pickles before the weights if it writes no archive.
+# Number of pickles that torch.save writes before the weights if it writes no archive.
 PICKLES = 5
 STATES = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
 # What torch.compile, FSDP, activation checkpointing and Fabric put between the names of modules
@@ -227,6 +228,13 @@ def check_weights_file(path: Path) -> None:
             raise ValueError(f"{path} is damaged: {error}") from error
     else:
         read_checkpoint(path)
+
+
+def check_download(url: str) -> None:
+    """Check the file of an address in torch's cache, if it is there, as ``read_checkpoint`` does."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if cached.is_file():
+        read_checkpoint(cached)
 
 
 def read_weights(path: str | Path, key: str, first: str, project: str) -> State:

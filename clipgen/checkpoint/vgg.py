@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from clipgen.checkpoint.safe_load import State, only_weights, read_checkpoint
+from clipgen.checkpoint.safe_load import State, check_download, only_weights, read_checkpoint
 from clipgen.models.lpips import build_lpips, copy_vgg_
 from clipgen.storage.files import one_line
 
@@ -43,6 +43,8 @@ def published_vgg() -> State:
     """Return torchvision's weights of VGG-16, from its cache or its download."""
     from torchvision.models import VGG16_Weights
 
+    published = VGG16_Weights.IMAGENET1K_V1
+    check_download(published.url)
     with only_weights():
-        weights: State = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+        weights: State = published.get_state_dict(progress=False, check_hash=True)
     return weights

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from clipgen.generation.prompts import Prompt
     from clipgen.generation.sweep import Axis
 
+# Larger images are reduced to this width and height: CLIP sees at most a few hundred pixels, and a small file can hold
+# an image of gigabytes in floating-point numbers.
+MAX_IMAGE_SIDE = 4096
 NO_PROMPT = (
     'there must be a prompt: give a text in quotes ("a red ring"), --prompt, --prompts-file, --image, --prompt-mix, '
     "--outpaint, --interpolate, --gallery or --reproduce"
@@ -207,15 +210,17 @@ def add_gallery(request: SampleRequest, gallery: Gallery) -> None:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file."""
+    """Read an image file; one that is larger than any model needs is reduced."""
     from clipgen.data.decoding import UnusableImageError, decode_image
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}")
     try:
-        return decode_image(path)
+        image = decode_image(path)
     except UnusableImageError as error:
         raise ValueError(f"{path} cannot be used as an image: {error}") from error
+    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    return image
 
 
 def parse_axis(text: str) -> Axis:

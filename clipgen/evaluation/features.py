@@ -16,7 +16,7 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from clipgen.checkpoint.model_folder import fingerprint
-from clipgen.checkpoint.safe_load import check_weights_file, only_weights, read_checkpoint
+from clipgen.checkpoint.safe_load import check_download, check_weights_file, only_weights, read_checkpoint
 from clipgen.clip import FrozenCLIP
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier
 from clipgen.images import to_bytes
@@ -149,10 +149,11 @@ def inception_features(name: str, clean: bool, weights: str | None) -> Features:
 
 def load_inception(weights: str | None) -> Any:
     """Load the network from a file, or from torch-fidelity's download."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
-    if weights is not None:
-        # Refuses files that claim more than they hold.
+    if weights is None:
+        check_download(URL_INCEPTION_V3)
+    else:
         read_checkpoint(weights)
     # torch-fidelity's own loading would execute code.
     with only_weights():
@@ -231,6 +232,8 @@ class TorchvisionClassifier(nn.Module):
 
         super().__init__()
         default: Any = get_model_weights(model)["DEFAULT"]
+        if not weights:
+            check_download(default.url)
         with only_weights():
             network = get_model(model, weights=None if weights else default).eval().requires_grad_(False)
         if weights:

@@ -28,6 +28,7 @@ from clipgen.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 IMAGES_PER_PART = 500  # lost at most when an evaluation is interrupted
+MAX_DEFAULT_SIZE = 1024  # a batch of larger images takes gigabytes, however small their files are
 GRID_FILES = ("grid.png", "preview.png")  # written by clipgen-sample beside its images
 GenerateFn = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> images (B, 3, H, W) in [-1, 1]
 
@@ -125,7 +126,7 @@ class FolderImages:
         if not self.files:
             raise ValueError(f"{root} must hold images, got only grids of images")
         self.first_size = self._read_size(self.files[0])
-        self.image_size = image_size or min(self.first_size)
+        self.image_size = image_size or self._default_size()
         self.sizes_may_differ = image_size is not None
         self.captions: list[str] = []
         if captions is not None and captions != "embedded" and all_captions:
@@ -153,6 +154,16 @@ class FolderImages:
         with self._path_in_errors(file):
             image = decode_image(self.root / file, image_size=self.image_size)
         return from_pil(image, self.image_size)
+
+    def _default_size(self) -> int:
+        """Return the short side of the first image; ValueError if it is so large that it must be meant."""
+        size = min(self.first_size)
+        if size > MAX_DEFAULT_SIZE:
+            raise ValueError(
+                f"image_size must be given for images above {MAX_DEFAULT_SIZE} pixels, got {self.first_size[0]} x "
+                f"{self.first_size[1]} in {self.root}: choose --image-size"
+            )
+        return size
 
     def _check_size(self, file: str) -> None:
         """Log a warning, once, if the size of an image differs from that of the first one."""

@@ -10,13 +10,15 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from clipgen.storage.files import read_text
+from clipgen.storage.files import decode_text
 
 Prompt = str | Mapping[str, float] | Image.Image | Tensor
 
 # What `describe` returns for prompts that have no text.
 IMAGE_PROMPT = "an image"
 EMBEDDING_PROMPT = "an embedding"
+# Bytes of a file of prompts.
+MAX_FILE_BYTES = 16 << 20
 
 
 def describe(prompt: Prompt) -> str:
@@ -56,7 +58,12 @@ def parse_term(term: str) -> tuple[float, str]:
 
 def read_prompts(path: Path) -> list[str]:
     """Read a file with one prompt per line; empty lines are skipped."""
-    lines = [line.strip() for line in read_text(path).splitlines()]
+    with path.open("rb") as file:
+        # A pipe of the shell is allowed, a device without an end is not.
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{path} must hold at most {MAX_FILE_BYTES} bytes of prompts")
+    lines = [line.strip() for line in decode_text(content, path).splitlines()]
     return [line for line in lines if line]
 
 

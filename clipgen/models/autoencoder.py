@@ -20,7 +20,7 @@ from clipgen.models.config import AutoencoderConfig, QuantizerConfig
 from clipgen.models.quantizers import make_quantizer
 from clipgen.models.quantizers.base import QuantizerOutput
 
-NUM_GROUPS = 32  # of the group norms, as in VQ-GAN
+NUM_GROUPS = 32  # groups of a group norm, as in VQ-GAN
 
 
 class LayerNorm2d(nn.LayerNorm):

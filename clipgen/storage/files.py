@@ -14,7 +14,7 @@ from typing import Any
 
 MAX_JSON = 64 * 2**20  # bytes; parsed JSON takes 10 to 30 times as much memory
 MAX_YAML = 2**20
-MAX_JSON_VALUES = 4_000_000  # of 65 bytes and more each, also if a file stores them in two
+MAX_JSON_VALUES = 4_000_000  # values take 65 bytes and more each, also if a file stores them in two
 PARTIAL_FILE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.partial")
 _cleaned_folders: set[Path] = set()
 
@@ -111,8 +111,13 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def read_text(path: Path) -> str:
     """Read a text file in UTF-8, with or without a byte order mark."""
+    return decode_text(path.read_bytes(), path)
+
+
+def decode_text(content: bytes, path: Path) -> str:
+    """Decode the content of a text file, see ``read_text``. Line ends become ``\\n``."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text: {error}") from error
 

@@ -12,7 +12,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from clipgen.checkpoint.model_folder import FOLDERS, check_model
-from clipgen.checkpoint.safe_load import check_finite, check_tensors, read_checkpoint
+from clipgen.checkpoint.safe_load import check_tensors, read_checkpoint
 from clipgen.data.token_cache import MANIFEST
 from clipgen.storage.files import atomic_write
 from clipgen.storage.inner_files import member
@@ -77,7 +77,7 @@ def read_training_state(path: Path, model: str) -> dict[str, Any]:
     for number, state in enumerate(checkpoint["optimizer_states"]):
         if not isinstance(state, dict) or not fits_optimizer(state):
             raise ValueError(f"{path} is damaged: its optimizer_states[{number}] is not the state of an optimizer")
-        check_finite(moments_of(state), path)
+        check_tensors(moments_of(state), path)
     return checkpoint
 
 
