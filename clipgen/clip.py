@@ -15,10 +15,11 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
-from clipgen import clip_folder, clip_tokenizer
-from clipgen.files import one_line
+from clipgen.checkpoint import clip_folder, clip_tokenizer
+from clipgen.checkpoint.safe_load import check_weights_file
 from clipgen.images import check_images
-from clipgen.inner_files import member
+from clipgen.storage.files import one_line
+from clipgen.storage.inner_files import member
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +235,8 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
         )
     if not pretrained:
         raise ValueError(f"clip.pretrained must name the weights of {name} (a tag such as openai, or a file), got none")
+    if Path(pretrained).is_file():
+        check_weights_file(Path(pretrained))
     with clip_folder.open_clip_interface():
         try:
             model = open_clip.create_model(

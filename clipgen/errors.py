@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipgen.files import printable
+from clipgen.storage.files import printable
 
 # Errors that a user can cause; the others are bugs.
 EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)

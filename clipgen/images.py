@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipgen.data.decoding import to_rgb
 from clipgen.data.transforms import val_transform
-from clipgen.files import atomic_write
+from clipgen.storage.files import atomic_write
 
 
 def check_images(images: Tensor) -> None:

@@ -16,9 +16,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import clipgen
 from clipgen.checkpoint.safe_load import add_prefix
 from clipgen.clip import FrozenCLIP
-from clipgen.files import one_line, read_json, read_yaml
-from clipgen.inner_files import member
 from clipgen.sampling_params import SamplingParams
+from clipgen.storage.files import one_line, read_json, read_yaml
+from clipgen.storage.inner_files import member
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from clipgen.processor import has_bf16_units
+from clipgen.hardware.processor import has_bf16_units
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LR_ADJUSTMENTS = ("original", "match_rms_adamw")
 # Elements per stack of matrices. Larger stacks need more memory and are not faster.
 MAX_ELEMENTS = 2**26
-# Matrices with at least so many times more columns than rows are iterated by their Gram matrices, in float32.
+# Ratio of columns to rows from which a matrix is iterated by its Gram matrix, in float32.
 MIN_GRAM_RATIO = 2
-# After so many steps the Gram matrix is computed from X itself, which keeps rounding errors as small as in the plain
+# Steps after which the Gram matrix is computed from X again, which keeps rounding errors as small as in the usual
 # iteration.
 GRAM_STEPS = 3
 

@@ -63,7 +63,7 @@ class StepGuard:
         # Names of loss terms -> the step at which each was first non-finite.
         self.first_steps: dict[tuple[str, ...], Tensor] = {}
 
-    def watch(self, losses: dict[str, Tensor]) -> None:
+    def record(self, losses: dict[str, Tensor]) -> None:
         """Record the scalar losses of a batch."""
         for name, value in losses.items():
             value = value.detach().float()

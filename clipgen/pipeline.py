@@ -15,20 +15,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clipgen
-from clipgen.atomic_folder import finish_swap, replace_folder
 from clipgen.checkpoint import model_folder
 from clipgen.checkpoint.pretrained import PretrainedMixin
-from clipgen.clip import FrozenCLIP
-from clipgen.files import write_json
-from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator, Preview, Progress
+from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator
 from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
-from clipgen.inner_files import check_inside
 from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
+from clipgen.models.conditioning import Conditioner
 from clipgen.run_folder import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.sampling import per_sample_seeds
 from clipgen.sampling_params import SamplingParams, resolve_params
+from clipgen.storage.atomic_folder import finish_swap, replace_folder
+from clipgen.storage.files import write_json
+from clipgen.storage.inner_files import check_inside
 from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import grid
 from clipgen.vqgan import VQGAN
@@ -48,7 +49,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
     Args:
         vqgan: decodes code indices to images.
         transformer: samples code indices from CLIP embeddings.
-        clip: embeds prompts; reranks images.
+        clip: embeds prompts; reranks images. A ``Conditioner``, usually a ``FrozenCLIP``.
         projector: moves text embeddings towards image embeddings; None uses them as they are.
     """
 
@@ -56,7 +57,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         self,
         vqgan: VQGAN,
         transformer: ConditionalTransformer,
-        clip: FrozenCLIP,
+        clip: Conditioner,
         projector: EmbeddingProjector | None = None,
     ):
         transformer.attach_encoders(vqgan, clip)  # raises an error if they do not fit together
@@ -126,7 +127,8 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         if details.prompts:
             images = self(list(details.prompts), params=details.params, seed=0)
             save_png(grid(images, captions=details.prompts), folder / SAMPLES)
-        text = model_card(self.vqgan, self.transformer, self.clip, self.training, details)
+        clip: Any = self.clip  # a FrozenCLIP, which `save_frozen` has checked
+        text = model_card(self.vqgan, self.transformer, clip, self.training, details)
         (folder / CARD).write_text(text, "utf-8")
 
     def push_to_hub(
@@ -173,7 +175,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
     @property
     def parts(self) -> list[nn.Module]:
         """The modules that ``to`` moves to a device."""
-        modules = [*super().parts, self.clip]
+        modules: list[Any] = [*super().parts, self.clip]
         if self.projector is not None:
             modules.append(self.projector)
         return modules
@@ -249,44 +251,36 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             seed: image i of a prompt uses ``seed + i`` (None: a random seed). It is recorded in the image's ``info``.
             outpaint: image to complete: its upper part is kept, the rest is generated.
             keep_fraction: fraction of the height of ``outpaint`` that is kept.
-            preview: called after each row of indices with the images so far, (B, 3, h, W) in [-1, 1].
-            progress: called after each row of indices with the work done since the last call, in images (a fraction).
+            preview: called after each row of indices with the images so far.
+            progress: called after each row of indices with the work done since the last call.
             sampling: temperature, top_k, top_p, guidance_scale, guidance_power; they override ``params``.
 
         Returns:
             PIL images, prompt by prompt, best first if reranked. Their ``info`` holds prompt, seed and parameters.
         """
         params = resolve_params(params, sampling)
+        options = GenerationOptions(outpaint, keep_fraction, preview, progress)
         prompts = checked_prompts(prompt, num_images, rerank_from)
         seeds = per_sample_seeds(seed, rerank_from or num_images)
         # Prompts are embedded one at a time: a batch differs by floating-point rounding, which changes the images.
         embeddings = torch.cat([self.embed(item) for item in prompts])
-        candidates = self.generate(
-            embeddings.repeat_interleave(len(seeds), dim=0),
-            seeds * len(prompts),
-            params,
-            prefix=self._prefix(outpaint, keep_fraction),
-            preview=preview,
-            progress=progress,
-        )
-        metadata = self._metadata(params, keep_fraction if outpaint else None)
+        embeddings = embeddings.repeat_interleave(len(seeds), dim=0)
+        uniforms = self.uniforms(seeds * len(prompts), len(embeddings))
+        candidates = self.generate_from_conditions(embeddings, uniforms, params, options)
+        metadata = self._metadata(params, options)
         results = []
         for item, images in zip(prompts, candidates.split(len(seeds))):
             order = self._rank(item, images)[:num_images] if rerank_from else list(range(num_images))
             results += with_metadata(images[order], item, [seeds[i] for i in order], metadata)
         return results
 
-    def _prefix(self, outpaint: Image.Image | None, keep_fraction: float) -> Tensor | None:
-        """Return the indices (1, P) of the upper part of an image that is to be completed."""
-        return None if outpaint is None else self.upper_indices(outpaint, keep_fraction)
-
-    def _metadata(self, params: SamplingParams, keep_fraction: float | None) -> dict[str, Any]:
+    def _metadata(self, params: SamplingParams, options: GenerationOptions) -> dict[str, Any]:
         """Return what every image's ``info`` records: sampling parameters, model, and dtype if not float32."""
         metadata: dict[str, Any] = {**asdict(params), "clipgen": clipgen.__version__, "model": self.fingerprint}
         if self.dtype != torch.float32:
             metadata["dtype"] = str(self.dtype).removeprefix("torch.")
-        if keep_fraction is not None:
-            metadata["keep_fraction"] = keep_fraction
+        if options.outpaint:
+            metadata["keep_fraction"] = options.keep_fraction
         return metadata
 
     def _rank(self, prompt: Prompt, images: Tensor) -> list[int]:
@@ -300,28 +294,19 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         clip_embedding: Tensor,
         seed: int | Sequence[int] | None = None,
         params: SamplingParams | None = None,
-        *,
-        prefix: Tensor | None = None,
-        preview: Preview | None = None,
-        progress: Progress | None = None,
-        **sampling: Any,
+        **keywords: Any,
     ) -> Tensor:
         """Generate one image per CLIP embedding: (B, E) -> (B, 3, H, W) in [-1, 1].
 
         Args:
             clip_embedding: embeddings of texts or images, (B, E).
             seed: image i uses ``seed + i``; or one seed per image.
-            params: sampling parameters, see ``__call__``.
-            prefix: (1, P), the first indices of every image.
-            preview: see ``__call__``.
-            progress: see ``__call__``.
-            sampling: see ``__call__``.
+            params: sampling parameters.
+            keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
         """
-        params = resolve_params(params, sampling)
+        params, options = resolve_options(params, keywords)
         uniforms = self.uniforms(seed, len(clip_embedding))
-        return self.generate_from_conditions(
-            clip_embedding, uniforms, params, prefix=prefix, preview=preview, progress=progress
-        )
+        return self.generate_from_conditions(clip_embedding, uniforms, params, options)
 
     def interpolate(
         self,
@@ -331,11 +316,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         params: SamplingParams | None = None,
         *,
         seed: int | None = None,
-        outpaint: Image.Image | None = None,
-        keep_fraction: float = 0.5,
-        preview: Preview | None = None,
-        progress: Progress | None = None,
-        **sampling: Any,
+        **keywords: Any,
     ) -> list[Image.Image]:
         """Generate images along the arc between the embeddings of two prompts, all from the same seed.
 
@@ -343,31 +324,21 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             first: prompt of the first image.
             second: prompt of the last image.
             steps: number of images, at least 2.
-            params: sampling parameters, see ``__call__``.
+            params: sampling parameters.
             seed: seed of all images.
-            outpaint: see ``__call__``.
-            keep_fraction: see ``__call__``.
-            preview: see ``__call__``.
-            progress: see ``__call__``.
-            sampling: see ``__call__``.
+            keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
         """
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
         for prompt in (first, second):
             check_request(prompt, steps, None)
-        params = resolve_params(params, sampling)
+        params, options = resolve_options(params, keywords)
         shared_seed = per_sample_seeds(seed, 1)[0]
-        images = self.generate(
-            slerp(self.embed(first), self.embed(second), steps),
-            [shared_seed] * steps,
-            params,
-            prefix=self._prefix(outpaint, keep_fraction),
-            preview=preview,
-            progress=progress,
-        )
-        results = to_pil(images)
+        embeddings = slerp(self.embed(first), self.embed(second), steps)
+        uniforms = self.uniforms([shared_seed] * steps, steps)
+        results = to_pil(self.generate_from_conditions(embeddings, uniforms, params, options))
         ends = [dict(end) if isinstance(end, Mapping) else describe(end) for end in (first, second)]
-        metadata = self._metadata(params, keep_fraction if outpaint else None)
+        metadata = self._metadata(params, options)
         for image in results:
             image.info.update(interpolate=ends, steps=steps, seed=shared_seed, **metadata)
         return results

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import clipgen
-from clipgen import clip_folder
-from clipgen.atomic_folder import clear_leftovers
+from clipgen.checkpoint import clip_folder
 from clipgen.clip import FrozenCLIP, find_folder
 from clipgen.data.chunks import Batch, iter_batches
 from clipgen.data.source import Chunk, ImageSource, require_source
@@ -35,10 +34,11 @@ from clipgen.data.token_cache import (
     write_shard,
 )
 from clipgen.hashing import hash_lines
-from clipgen.inner_files import refuse_links
-from clipgen.resumable_store import ResumableStore
 from clipgen.run_folder import save_frozen, vqgan_identity
 from clipgen.run_folder import saved_identity as saved_identity
+from clipgen.storage.atomic_folder import clear_leftovers
+from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.resumable_store import ResumableStore
 from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)

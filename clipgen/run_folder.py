@@ -12,24 +12,29 @@ from typing import Any
 
 import open_clip
 
-from clipgen import clip_folder
-from clipgen.atomic_folder import replace_folder
-from clipgen.checkpoint import model_folder
+from clipgen.checkpoint import clip_folder, model_folder
 from clipgen.checkpoint.safe_load import State, strip_prefix
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
-from clipgen.files import flush_to_disk, read_json, write_json
-from clipgen.inner_files import check_inside, member
+from clipgen.models.conditioning import Conditioner
 from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
+from clipgen.storage.atomic_folder import replace_folder
+from clipgen.storage.files import flush_to_disk, read_json, write_json
+from clipgen.storage.inner_files import check_inside, member
 from clipgen.vqgan import OPTIONAL_PARTS, VQGAN
 
 ALLOW = "CLIPGEN_ALLOW_CLIP"  # environment variable: a CLIP that clip.json may name besides the folder's own
 
 
-def save_frozen(root: Path, vqgan: VQGAN, clip: FrozenCLIP, half: bool = False) -> None:
+def save_frozen(root: Path, vqgan: VQGAN, clip: Conditioner, half: bool = False) -> None:
     """Write the tokenizer to ``vqgan/`` and the name of the CLIP to ``clip.json``.
 
     A CLIP from a folder, a file or the hub is copied to ``clip/``, so that the folder can be moved.
+
+    Raises:
+        TypeError: the conditioner is not a FrozenCLIP.
     """
+    if not isinstance(clip, FrozenCLIP):
+        raise TypeError(f"the conditioner must be a FrozenCLIP to be saved, got {type(clip).__name__}")
     check_clip_folder(root / "clip")
     root.mkdir(parents=True, exist_ok=True)
     vqgan.save(root / "vqgan", half)

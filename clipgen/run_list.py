@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipgen.files import printable
+from clipgen.storage.files import printable
 
 logger = logging.getLogger(__name__)
 # Default output folder of clipgen-train.

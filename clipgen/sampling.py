@@ -28,33 +28,11 @@ def sample_from_logits(logits: Tensor, uniforms: Tensor, params: SamplingParams)
     """
     if params.temperature == 0:
         return logits.argmax(dim=-1)
-    return sample_top(logits, uniforms, int(params.top_k), params.temperature, params.top_p)
-
-
-def sample_top(
-    logits: Tensor,
-    uniforms: Tensor,
-    top_k: int,
-    temperature: float | Tensor,
-    top_p: float | Tensor,
-) -> Tensor:
-    """Sample one index per sample, as ``sample_from_logits`` does at a temperature above 0.
-
-    Args:
-        logits: (B, K); not modified.
-        uniforms: (B,) in [0, 1).
-        top_k: number of most likely codes that are kept.
-        temperature: divides the logits; a tensor () can change between two replays of a CUDA graph.
-        top_p: probability of the most likely codes that are kept, of the same form.
-
-    Returns:
-        (B,) int64.
-    """
     # Sorted in descending order. The difference to the largest logit cannot overflow at low temperatures.
-    values, candidates = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
-    p = torch.softmax((values - values[:, :1]) / temperature, dim=-1)
+    values, candidates = logits.float().topk(min(int(params.top_k), logits.shape[-1]), dim=-1)
+    p = torch.softmax((values - values[:, :1]) / params.temperature, dim=-1)
     better = p.cumsum(dim=-1) - p  # probability of all better candidates; 0 for the best, which is always kept
-    kept = better < top_p
+    kept = better < params.top_p
     cumulative = torch.where(kept, p, 0.0).cumsum(dim=-1)
     target = uniforms[:, None].to(p) * cumulative[:, -1:]
     choice = (cumulative <= target).sum(dim=-1, keepdim=True)
@@ -87,8 +65,8 @@ def with_cfg(logits_fn: LogitsFn, scales: Sequence[float]) -> LogitsFn:
 
     def guided_logits(position: int, previous: Tensor | None) -> Tensor:
         both = None if previous is None else previous.repeat(2)
-        condition, null = logits_fn(position, both).float().chunk(2)
-        return null + scales[position] * (condition - null)
+        conditional, null = logits_fn(position, both).float().chunk(2)
+        return null + scales[position] * (conditional - null)
 
     return guided_logits
 

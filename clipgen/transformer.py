@@ -17,11 +17,11 @@ from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import strip_prefix
-from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
+from clipgen.hardware.device import check_compile, should_compile
 from clipgen.images import images_from_batch
 from clipgen.models import losses
-from clipgen.models.conditioning import add_condition_noise
+from clipgen.models.conditioning import Conditioner, add_condition_noise
 from clipgen.models.config import (
     LOSS_REDUCTIONS,
     ClipLossConfig,
@@ -55,7 +55,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         optimizer: optimizer, schedule and EMA, see ``TransformerOptimizerConfig``.
         loss_reduction: ``"mean"`` adds the mean cross-entropy per token and the CLIP loss; ``"sum"`` adds that of the
             whole sequence, as Eq. 8 prints.
-        compile: compile the training step with torch.compile.
+        compile: compile the training step with torch.compile; "auto" on a GPU only.
         network: the fields of ``GPTConfig``: n_layer, n_head, n_embd, codebook_size, num_tokens, clip_dim, ...
     """
 
@@ -68,7 +68,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         clip_loss: ClipLossConfig | Mapping[str, Any] | None = None,
         optimizer: TransformerOptimizerConfig | Mapping[str, Any] | None = None,
         loss_reduction: str = "mean",
-        compile: bool = False,
+        compile: bool | str = False,
         **network: Any,
     ):
         super().__init__()
@@ -85,7 +85,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
                 "clip_loss": to_plain(self.clip_loss_config),
                 "optimizer": to_plain(self.optimizer_config),
                 "loss_reduction": loss_reduction,
-                "compile": compile,
+                "compile": check_compile(compile),
             }
         )
         self.num_tokens = self.gpt_config.num_tokens
@@ -99,13 +99,13 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         self.guard = StepGuard(self.optimizer_config.max_skipped_steps)
         self.averages = losses.Averages()
         # In a tuple, so that the frozen models are not part of parameters, mode or checkpoints.
-        self._encoders: tuple[VQGAN, FrozenCLIP] | None = None
+        self._encoders: tuple[VQGAN, Conditioner] | None = None
         self.compiled = False  # see ``compile_decoder``
         # The compiled decoders by batch size, device, dtype and weights.
         self.decoders: dict[Any, CompiledDecoder] = {}
 
-    def attach_encoders(self, vqgan: VQGAN, clip: FrozenCLIP) -> ConditionalTransformer:
-        """Attach and freeze the VQ-GAN and CLIP that encode training images.
+    def attach_encoders(self, vqgan: VQGAN, clip: Conditioner) -> ConditionalTransformer:
+        """Attach and freeze the VQ-GAN and CLIP (or another ``Conditioner``) that encode training images.
 
         They are excluded from ``parameters()`` and from checkpoints.
         """
@@ -159,20 +159,20 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         """
         params = resolve_params(params, settings)
         self._check_shapes(clip_embedding, uniforms, prefix)
-        condition = self._condition_tokens(clip_embedding, params)
+        condition_tokens = self._condition_tokens(clip_embedding, params)
         if uniforms is None:
             seeds = sampling.per_sample_seeds(seed, len(clip_embedding))
             uniforms = sampling.per_sample_uniforms(seeds, self.num_tokens, clip_embedding.device)
-        sample_fn = self._decoder(condition).start_sampling(condition, uniforms, params)
+        sample_fn = self._decoder(condition_tokens).start_sampling(condition_tokens, uniforms, params)
         return sampling.sample_sequence(sample_fn, uniforms.shape, uniforms.device, prefix=prefix, callback=callback)
 
     def _condition_tokens(self, clip_embedding: Tensor, params: SamplingParams) -> Tensor:
         """Return the condition tokens (B, C); with guidance (2 B, C), followed by those of the null condition."""
-        condition = self.eval_model.condition(clip_embedding)
+        tokens = self.eval_model.condition_tokens(clip_embedding)
         if not params.uses_guidance:
-            return condition
-        drop_all = torch.ones(len(condition), dtype=torch.bool, device=condition.device)
-        return torch.cat([condition, self.eval_model.condition(clip_embedding, drop=drop_all)])
+            return tokens
+        drop_all = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        return torch.cat([tokens, self.eval_model.condition_tokens(clip_embedding, drop=drop_all)])
 
     def _check_shapes(self, clip_embedding: Tensor, uniforms: Tensor | None, prefix: Tensor | None) -> None:
         batch_size = len(clip_embedding)
@@ -204,13 +204,13 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
             total += 2 * sum(keys.nbytes for keys in decoder.keys)
         return total
 
-    def _decoder(self, condition: Tensor) -> IncrementalDecoder:
+    def _decoder(self, condition_tokens: Tensor) -> IncrementalDecoder:
         """Return a decoder for a batch of condition tokens, a compiled one if ``compile_decoder`` was called."""
         if not self.compiled:
-            return IncrementalDecoder(self.eval_model, len(condition))
-        batch_size = 2 ** (len(condition) - 1).bit_length()
+            return IncrementalDecoder(self.eval_model, len(condition_tokens))
+        batch_size = 2 ** (len(condition_tokens) - 1).bit_length()
         # A decoder refers to the weights, which may have been moved, cast or replaced since it was compiled.
-        key = (batch_size, condition.device, condition.dtype, id(self.eval_model.head.weight))
+        key = (batch_size, condition_tokens.device, condition_tokens.dtype, id(self.eval_model.head.weight))
         if key not in self.decoders:
             self.decoders[key] = CompiledDecoder(self.eval_model, batch_size)
         return self.decoders[key]
@@ -266,7 +266,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
     def on_fit_start(self) -> None:
         # A loaded model is in evaluation mode, and Lightning does not change that.
         self.train()
-        if self.hparams["compile"]:
+        if should_compile(self.hparams["compile"], self.device):
             self.gpt.compile()  # in place, which keeps the names of parameters
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -280,7 +280,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         """True if a VQ-GAN and a CLIP are attached."""
         return self._encoders is not None
 
-    def encoders(self) -> tuple[VQGAN, FrozenCLIP]:
+    def encoders(self) -> tuple[VQGAN, Conditioner]:
         """Return the attached VQ-GAN and CLIP, on this module's device."""
         if self._encoders is None:
             raise RuntimeError(
@@ -323,7 +323,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         if config.weight > 0 and self.global_step % config.interval == 0:
             terms["clip_loss"] = self.clip_loss(logits, clip_embedding)
             loss = loss + config.weight * config.interval * terms["clip_loss"]  # Eq. 10
-        self.guard.watch(terms)
+        self.guard.record(terms)
         for name, value in (terms | {"loss": loss}).items():
             self.log(f"train/{name}", value.detach())
         return loss
@@ -344,7 +344,7 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         indices, clip_embedding = self.prepare_batch(batch)
         num_real = num_real_samples(self._trainer, batch_idx, len(indices))
-        # Under FSDP all ranks must compute equally often, even on batches that only repeat other samples.
+        # Under FSDP all ranks must compute the same number of times, even on batches that only repeat other samples.
         kept = num_real or len(indices)
         loss, _ = self.eval_model(indices[:kept], clip_embedding[:kept], with_loss=True)
         if num_real:
@@ -385,9 +385,8 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
             revision: branch, tag or commit on the hub.
             token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
-        path = model_folder.resolve_path(path, revision, token)
-        arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
-        return model_folder.build(cls, arguments, state, path)
+        loaded: Self = model_folder.load_model(cls, path, revision, token)
+        return loaded
 
     @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:

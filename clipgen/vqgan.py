@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from clipgen.checkpoint import hfailab, model_folder, taming
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
+from clipgen.checkpoint.vgg import load_lpips
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
+from clipgen.hardware.device import check_compile, should_compile
 from clipgen.images import check_images, images_from_batch, psnr, to_bytes
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
@@ -34,7 +36,7 @@ from clipgen.models.config import (
     to_plain,
 )
 from clipgen.models.discriminator import PatchDiscriminator, average_statistics
-from clipgen.models.lpips import load_lpips, lpips_from_state
+from clipgen.models.lpips import lpips_from_state
 from clipgen.models.quantizers.base import QuantizerOutput, code_counts, usage_and_perplexity
 from clipgen.nonfinite import StepGuard, StopOnNonFinite, check_losses, check_weights
 from clipgen.optim import EMA, has_fused_kernels, make_lr_scheduler, parameters_of, total_optimizer_steps
@@ -68,7 +70,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         gan: discriminator and adversarial loss, see ``GANConfig``.
         optimizer: Adam's settings for generator and discriminator, see ``OptimizerConfig``. The discriminator's
             warm-up begins at ``gan.start_step``; gradients of both are clipped separately.
-        compile: use torch.compile in training.
+        compile: use torch.compile in training; "auto" on a GPU only.
         channels_last: NHWC memory format of images and weights.
 
     Each may be a dataclass or a mapping of its fields; None uses the defaults, which are the published ones.
@@ -84,7 +86,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         loss: LossConfig | Mapping[str, Any] | None = None,
         gan: GANConfig | Mapping[str, Any] | None = None,
         optimizer: OptimizerConfig | Mapping[str, Any] | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
         channels_last: bool = False,
     ):
         super().__init__()
@@ -100,7 +102,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
                 "loss": to_plain(self.loss_config),
                 "gan": to_plain(self.gan_config),
                 "optimizer": to_plain(self.optimizer_config),
-                "compile": compile,
+                "compile": check_compile(compile),
                 "channels_last": channels_last,
             }
         )
@@ -233,7 +235,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         """
         if self.hparams["channels_last"]:
             self.to(memory_format=torch.channels_last)
-        if self.hparams["compile"]:
+        if should_compile(self.hparams["compile"], self.device):
             self._compile()
 
     def _compile(self) -> None:
@@ -281,7 +283,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
             self.manual_backward((vjp + quantizer_loss) / grad_accum_steps)
             if logits_fake is not None:
                 self.manual_backward(self._discriminator_loss(images, logits_fake) / grad_accum_steps)
-        self.guard.watch(loss_terms)
+        self.guard.record(loss_terms)
         if is_optimizer_step:
             self._step_optimizers(num_optimizers=1 if logits_fake is None else 2)
         self._log_losses(loss_terms, quantized)
@@ -294,7 +296,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         return strategy.block_backward_sync()
 
     def _initialize_codebook(self, images: Tensor, batch_idx: int) -> None:
-        """Initialize the codes by k-means before the first step of a training, if asked for."""
+        """Initialize the codes by k-means before the first step of a training, if ``kmeans_iters`` is above 0."""
         if self.quantizer_config.kmeans_iters and self.global_step == batch_idx == 0:
             self._kmeans_init(images)
 
@@ -364,10 +366,10 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         loss = losses.discriminator_loss(logits_real, logits_fake, self.gan_config.loss)
         logged = {"discriminator_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
         self.log_dict(add_prefix("train/", detached(logged)))
-        self.guard.watch({"discriminator_loss": loss})
+        self.guard.record({"discriminator_loss": loss})
         if self.lecam is not None:
             lecam_loss = self.gan_config.lecam_weight * self.lecam(logits_real, logits_fake)
-            self.guard.watch({"lecam_loss": lecam_loss})
+            self.guard.record({"lecam_loss": lecam_loss})
             self.log("train/lecam_loss", lecam_loss.detach())
             loss = loss + lecam_loss
         return loss
@@ -475,9 +477,8 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
             revision: branch, tag or commit on the hub.
             token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """
-        path = model_folder.resolve_path(path, revision, token)
-        arguments, state = model_folder.load(path, model_folder.model_name_of(cls))
-        return model_folder.build(cls, arguments, state, path)
+        loaded: Self = model_folder.load_model(cls, path, revision, token)
+        return loaded
 
     @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:

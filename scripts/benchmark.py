@@ -32,7 +32,7 @@ from benchmarks.timing import IMITATE, describe_machine, imitate_processor
 from benchmarks.training import run_transformer, run_vqgan
 from benchmarks.web_page import run_app
 
-from clipgen.files import user_path, write_json
+from clipgen.storage.files import user_path, write_json
 
 RUNS = {
     "vqgan": run_vqgan,

@@ -9,7 +9,7 @@ import argparse
 
 from clipgen import TextToImage
 from clipgen.checkpoint.model_folder import BUNDLED
-from clipgen.files import user_path
+from clipgen.storage.files import user_path
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from clipgen.files import user_path
 from clipgen.images import save_png
+from clipgen.storage.files import user_path
 from clipgen.visualization import GAP, font_for
 
 Curve = list[tuple[int, float]]  # step, value

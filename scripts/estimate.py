@@ -26,7 +26,7 @@ from clipgen.vqgan import VQGAN
 
 # A data set that the recipes need only to be composed.
 PLACEHOLDERS = ("data.root=photos",)
-CLIP_DIM = 512  # of ViT-B/32
+CLIP_DIM = 512  # ViT-B/32
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import clipgen
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP
-from clipgen.files import read_json, read_mapping, user_path
+from clipgen.storage.files import read_json, read_mapping, user_path
 
 BUNDLED = Path(clipgen.__file__).parent / "bundled"
 SEEDS = Path(__file__).with_name("fuzz_seeds.json")

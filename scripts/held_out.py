@@ -15,7 +15,7 @@ from torch import Tensor
 from clipgen import TextToImage
 from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, held_out_attributes
 from clipgen.evaluation.shapes_evaluator import ATTRIBUTES, accuracy
-from clipgen.files import user_path, write_json
+from clipgen.storage.files import user_path, write_json
 
 COLUMNS = ("all", *ATTRIBUTES)
 

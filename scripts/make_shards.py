@@ -38,9 +38,9 @@ from PIL import Image, ImageOps
 from clipgen.data.decoding import UnusableImageError, decode_image, to_rgb
 from clipgen.data.folder import scan_folder, split_files
 from clipgen.data.skip_counter import SkipCounter
-from clipgen.files import user_path
 from clipgen.hashing import unit_hash
-from clipgen.run_lock import hold_lock
+from clipgen.storage.files import user_path
+from clipgen.storage.run_lock import hold_lock
 
 logger = logging.getLogger("make_shards")
 

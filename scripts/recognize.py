@@ -28,8 +28,8 @@ from clipgen.evaluation import functional
 from clipgen.evaluation.classifier import BATCH_SIZE, ImageClassifier, load_classifier
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.evaluation.sources import make_generate_fn
-from clipgen.files import user_path, write_json
 from clipgen.images import save_png, to_pil
+from clipgen.storage.files import user_path, write_json
 from clipgen.visualization import grid
 
 

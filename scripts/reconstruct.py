@@ -14,8 +14,8 @@ from torch import Tensor
 
 from clipgen import VQGAN
 from clipgen.evaluation.sources import open_dataset
-from clipgen.files import user_path
 from clipgen.images import save_png, to_pil
+from clipgen.storage.files import user_path
 from clipgen.visualization import grid
 
 

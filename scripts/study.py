@@ -7,9 +7,9 @@
     python -m clipgen study shapes --output study/shapes --rows curve     # the CLIP loss over its weight
     python -m clipgen study shapes --output study/shapes --rows biggan --generator biggan:FILE    # BigGAN-CLIP alone
 
-All transformers are trained on one token cache, with equal floating-point operations (--equal steps: equally often).
+All transformers are trained on one token cache, with equal floating-point operations (--equal steps: as many steps).
 Rate and schedule of each row are tuned on one small grid, its sampling parameters on prompts (CIFAR-10: seeds) that
-are not reported. --second-clip names a CLIP of another seed and other data, which scores what the first one chose:
+are not reported. --second-clip names a CLIP of another seed and other data, which scores the images of the first one:
 
     python -m clipgen train_shapes_clip --output runs/second-clip --seed 1
     python -m clipgen train_clip --data data/cifar10 --output runs/second-clip --seed 1 --shards 'train-00000[5-9].tar'
@@ -31,9 +31,9 @@ from studies.search_tables import search_tables
 from studies.workspace import Study
 
 from clipgen.cli.console import set_up_logging
-from clipgen.files import atomic_write, user_path
 from clipgen.images import save_png
-from clipgen.run_lock import hold_lock
+from clipgen.storage.files import atomic_write, user_path
+from clipgen.storage.run_lock import hold_lock
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,7 +100,7 @@ def add_budget(group: argparse._ArgumentGroup) -> None:
 
 
 def rows_of(study: Study) -> list[Row]:
-    """Return the rows of the table that is asked for."""
+    """Return the rows of the requested table."""
     if study.args.rows == "systems":
         return study_rows.system_rows() + ([study_rows.BIGGAN_CLIP] if study.args.generator else [])
     if study.args.rows == "gap":

@@ -3,9 +3,9 @@
     python -m clipgen train_classifier --data data/cifar10 --output runs/classifier
 
 writes classifier.pt with the weights, the accuracy on the validation images and its 95 % interval. The last training
-shard is held out, so that there are other real images than the validation shards that the classifier has not been
-trained on. An interrupted run resumes after its last epoch. ``classifier:runs/classifier/classifier.pt`` is a feature
-space of clipgen-eval.
+shard is held out: besides the validation shards, other real images are needed that the classifier has not seen. An
+interrupted run resumes after its last epoch. ``classifier:runs/classifier/classifier.pt`` is a feature space of
+clipgen-eval.
 
 The recipe is that of airbench94 (Jordan 2024, arXiv:2404.00498): whitened patches, alternating flips, translation by
 two pixels, label smoothing, SGD with a triangular learning rate, an average of the weights, predictions averaged over
@@ -30,16 +30,16 @@ from torch import Tensor, nn
 from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.classifier import WHITENING_SIZE, WIDTHS, ImageClassifier
 from clipgen.evaluation.intervals import wilson_interval
-from clipgen.files import atomic_write, user_path
+from clipgen.hardware.processor import has_bf16_units
 from clipgen.nonfinite import check_loss
-from clipgen.processor import has_bf16_units
-from clipgen.run_lock import hold_lock
+from clipgen.storage.files import atomic_write, user_path
+from clipgen.storage.run_lock import hold_lock
 
 # At a batch size of 1024; it scales with the batch size.
 LEARNING_RATE = 1.5
 MOMENTUM = 0.85
 WEIGHT_DECAY = 1.33e-3
-# Biases of the batch norms learn so much faster, with the same decay per step.
+# Factor of the learning rate of the biases of batch norms, whose decay per step stays the same.
 BIAS_SCALE = 64
 LABEL_SMOOTHING = 0.2
 # Fractions of the peak learning rate at the start and the end, and position of the peak in the training.
@@ -48,7 +48,7 @@ START, END, PEAK = 0.2, 0.07, 0.23
 TRANSLATION = 2
 # Epochs after which the biases of the first layer are frozen.
 WHITENING_EPOCHS = 3
-# The average of the weights takes and gives every so many steps.
+# Steps between two updates of the average of the weights.
 AVERAGE_EVERY = 5
 # Images whose patches define the first layer.
 WHITENING_IMAGES = 5000
@@ -313,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
     p.add_argument("--output", type=user_path, required=True, help="folder of classifier.pt and checkpoint.pt")
     p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
-    p.add_argument("--epochs", type=int, default=16, help="passes over the images (default: %(default)s)")
+    p.add_argument("--epochs", type=int, default=16, help="epochs (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=512, help="images per step (default: %(default)s)")
     p.add_argument("--held-out", type=int, default=1, help="training shards that are held out (default: %(default)s)")
     p.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels of the blocks (default: %(default)s)")

@@ -4,6 +4,7 @@
 
 The labels become captions ("a photo of a cat"); the text-to-image model that is trained later does not see them. The
 folder has open_clip's layout ("local-dir:") plus vocabulary.json. Use it as ``clip.model_name=runs/cifar10-clip``.
+The same command resumes an interrupted training, from where on the images come in another order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipgen.atomic_folder import replace_folder
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
 from clipgen.data.webdataset import ImageShards
-from clipgen.files import atomic_write, user_path, write_json
 from clipgen.nonfinite import check_loss, check_weights
+from clipgen.storage.atomic_folder import replace_folder
+from clipgen.storage.files import atomic_write, user_path, write_json
 
 WEIGHTS = "open_clip_model.safetensors"
 FILES = ("open_clip_config.json", VOCABULARY_FILE, WEIGHTS)
 CONTEXT_LENGTH = 16
 MAX_LOGIT_SCALE = 4.6052  # CLIP's bound: a temperature of at least 0.01
+CHECKPOINT_EVERY = 200  # steps
 CIFAR_CLIP = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 48, "layers": [1, 1, 1, 1], "width": 32, "head_width": 32, "patch_size": None},
@@ -89,28 +91,33 @@ def contrastive_loss(image: Tensor, text: Tensor, labels: Tensor, scale: Tensor)
 def train(
     folder: Path,
     captions: Sequence[str],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches_from: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
     steps: int,
     learning_rate: float,
     seed: int,
+    checkpoint: Path,
 ) -> nn.Module:
     """Train the CLIP of a folder and write its weights there, in fp16.
 
     Args:
         folder: folder with the files of ``write_config``.
         captions: all captions.
-        batches: endless batches of (images in [-1, 1], caption indices).
+        batches_from: returns endless batches of (images in [-1, 1], caption indices), from a step on.
         steps: number of steps.
         learning_rate: peak learning rate.
         seed: seed of the initialization.
+        checkpoint: file that an interrupted training is resumed from.
     """
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).train()
     tokens = WordTokenizer(json.loads((folder / VOCABULARY_FILE).read_text()), CONTEXT_LENGTH)(captions)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = one_cycle(optimizer, learning_rate, steps, warmup=0.1)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    settings = {"captions": list(captions), "steps": steps, "learning_rate": learning_rate, "seed": seed}
+    done = load_checkpoint(checkpoint, settings, parts) if checkpoint.is_file() else 0
     start = time.time()
-    for step, (images, labels) in zip(range(1, steps + 1), batches):
+    for step, (images, labels) in zip(range(done + 1, steps + 1), batches_from(done)):
         image = model.encode_image(preprocess(model, images), normalize=True)
         loss = contrastive_loss(image, model.encode_text(tokens, normalize=True), labels, model.logit_scale.exp())
         check_loss(loss.item(), step)
@@ -122,8 +129,38 @@ def train(
         model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
+        if step % CHECKPOINT_EVERY == 0:
+            save_checkpoint(checkpoint, step, settings, parts)
     save(model, folder)
+    checkpoint.unlink(missing_ok=True)
     return model
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Return the file beside a model's folder that its training is resumed from."""
+    return folder.with_name(f"{folder.name}.checkpoint.pt")
+
+
+def save_checkpoint(path: Path, step: int, settings: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Write the state of a training after a step."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    with atomic_write(path) as partial:
+        torch.save({"step": step, "settings": settings, "rng": torch.get_rng_state(), **states}, partial)
+
+
+def load_checkpoint(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> int:
+    """Restore the state of a training; return its step.
+
+    Raises:
+        ValueError: the checkpoint has other settings.
+    """
+    saved = torch.load(path, weights_only=True)
+    if saved["settings"] != settings:
+        raise ValueError(f"{path} must be of the same settings: delete it, or use another --output")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["rng"])
+    return saved["step"]
 
 
 def preprocess(model: Any, images: Tensor) -> Tensor:
@@ -219,10 +256,14 @@ def main() -> None:
     if not classes.is_file():
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
     captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
-    batches = labeled_batches(str(args.data / args.shards), args.image_size, args.batch_size, args.seed)
+    shards = str(args.data / args.shards)
+
+    def batches_from(step: int) -> Iterable[tuple[Tensor, Tensor]]:
+        return labeled_batches(shards, args.image_size, args.batch_size, args.seed + step)
+
     with replace_folder(args.output, FILES) as folder:
         write_config(folder, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
-        train(folder, captions, batches, args.steps, args.learning_rate, args.seed)
+        train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint_of(args.output))
     accuracy = caption_accuracy(args.output, captions, str(args.data / "val-*.tar"), args.image_size)
     print(f"validation images whose own caption is the nearest: {accuracy:.4f}")
 

@@ -5,7 +5,7 @@
 
 The network is BigGAN's (arXiv:1809.11096, Appendix B) with 32 x 32 pixels, and its classes are the 288 sentences. It is
 trained without a discriminator, which would take much longer: its noise decides where a shape lies and how large it is,
-so that there is one right image for each noise and class. The file has the layout of ajbrock's BigGAN-PyTorch.
+so that each noise and class determine one image. The file has the layout of ajbrock's BigGAN-PyTorch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from clipgen.baselines.biggan import NORM_EPS, BigGAN
 from clipgen.data.shapes import ALL_ATTRIBUTES, BACKGROUNDS, COLORS, RADII, SHAPES, SHIFTS, ShapesDataset
 from clipgen.evaluation.shapes_evaluator import accuracy
-from clipgen.files import atomic_write, user_path, write_json
 from clipgen.images import save_png, to_pil
 from clipgen.nonfinite import check_loss
+from clipgen.storage.files import atomic_write, user_path, write_json
 from clipgen.visualization import grid
 
 PIECE = 16  # noise per layer
 CLASS_DIM = 32
-CHANNELS = (64, 48, 24, 12)  # of the first map and after each block: 4, 8, 16, 32 pixels
+CHANNELS = (64, 48, 24, 12)  # after the first layer and each block: 4, 8, 16, 32 pixels
 NOISE_DIM = PIECE * len(CHANNELS)
 LEARNING_RATE = 3e-3
 EMA_DECAY = 0.99
@@ -109,7 +109,7 @@ class Training:
         self.average = copy.deepcopy(self.generator).requires_grad_(False).eval()
 
     def step(self, batch_size: int) -> float:
-        """Make one step with the mean absolute error, and return it."""
+        """Take one step with the mean absolute error as the loss, and return it."""
         classes = torch.randint(len(ALL_ATTRIBUTES), (batch_size,))
         noise = torch.randn(batch_size, NOISE_DIM)
         layers = len(CHANNELS)

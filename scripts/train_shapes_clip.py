@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from train_clip import CONTEXT_LENGTH, FILES, train, write_config
+from train_clip import CONTEXT_LENGTH, FILES, checkpoint_of, train, write_config
 
-from clipgen.atomic_folder import replace_folder
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, ShapesDataset, held_out_attributes
-from clipgen.files import user_path
+from clipgen.storage.atomic_folder import replace_folder
+from clipgen.storage.files import user_path
 
 SHAPES_CLIP = {
     "embed_dim": 64,
@@ -73,9 +73,14 @@ def main() -> None:
     seen = seen_attributes(args.held_out)
     captions = [str(attributes) for attributes in seen]
     # The vocabulary is that of all captions, so that models of any --held-out can encode them.
+    first_seed = args.seed * 1_000_000
+
+    def batches_from(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return batches(seen, first_seed + step)
+
     with replace_folder(args.output, FILES) as folder:
         write_config(folder, SHAPES_CLIP, CAPTIONS, (0.5,) * 3, (0.5,) * 3)
-        train(folder, captions, batches(seen, args.seed * 1_000_000), args.steps, args.learning_rate, args.seed)
+        train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint_of(args.output))
     score, matched = caption_accuracy(args.output, images=2000, seed=12_345)
     print(f"renders whose own caption is the nearest, of 2000: {score:.4f}  matched cosine: {matched:.3f}")
     if args.held_out > 0:

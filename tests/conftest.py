@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ShapesDataset
+from clipgen.hardware.processor import has_bf16_units
 from clipgen.pipeline import TextToImage
-from clipgen.processor import has_bf16_units
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

@@ -15,6 +15,7 @@ from PIL import Image
 from clipgen.app import builders, generation, limits, models, results
 from clipgen.app.messages import error_status
 from clipgen.app.models import ModelStore
+from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
 from clipgen.app.tokenizer import tokenize
 from clipgen.app.uploads import read_upload
@@ -349,6 +350,37 @@ def test_command_names_a_missing_checkpoint(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["clipgen-app", "--checkpoint", "nowhere"])
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         command.run()
+
+
+def test_stop_waits_for_the_end_of_the_requests_of_one_visitor():
+    """What the page says after that is not replaced by a row that was on its way."""
+    running = RunningRequests()
+    ended = []
+
+    def work(visitor, stopped):
+        stopped.wait(10)
+        time.sleep(0.2)
+        ended.append(visitor)
+
+    def request(visitor, registered):
+        with running.register(visitor) as stopped:
+            registered.set()
+            work(visitor, stopped)
+
+    threads = []
+    for visitor in ("one", "two"):
+        registered = threading.Event()
+        threads.append(threading.Thread(target=request, args=(visitor, registered)))
+        threads[-1].start()
+        assert registered.wait(10)
+    running.stop("one", timeout=10)
+    assert ended == ["one"]
+    running.stop("two")  # does not wait
+    assert ended == ["one"]
+    running.stop("nobody", timeout=10)
+    for thread in threads:
+        thread.join(10)
+    assert ended == ["one", "two"]
 
 
 def test_hub_is_closed_to_visitors_of_a_public_page(monkeypatch):

@@ -17,6 +17,7 @@ from clipgen.app import limits
 from clipgen.app.models import ModelStore
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
 PROMPT = "a large blue ring on a white background"
 # Model, number of images, seed, candidates, temperature, top-k, top-p, guidance scale and power.
 SETTINGS = ("shapes", 2, "5", 0, 1.0, 300, 0.8, 1.0, 0.0)
@@ -69,6 +70,15 @@ def test_program_gets_partial_images_and_files_with_metadata(connect):
     assert rows and "Row 8 of 8" in rows[-1]
     image = Image.open(gallery["value"][1]["image"])
     assert image.size == (32, 32) and image.text["prompt"] == PROMPT and image.text["seed"] == "6"
+
+
+def test_example_of_the_documentation_runs(page, connect):
+    connect().close()
+    text = (ROOT / ".github" / "docs" / "web_page.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```py\n(from gradio_client.*?)^```", text, re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(compile(example.replace("http://127.0.0.1:7860/", page.local_url), "web_page.md", "exec"), names)
+    assert "4 images in" in names["status"] and len(names["gallery"]["value"]) == 4
 
 
 def test_only_the_requests_of_the_tabs_are_offered_to_programs(connect):

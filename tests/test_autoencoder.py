@@ -83,3 +83,8 @@ def test_patches_are_folded_and_unfolded_without_loss():
     sizes = dict(ch=32, ch_mult=[1], num_res_blocks=1, attn_resolutions=[], resolution=8, z_channels=4, patch_size=4)
     images = torch.randn(2, 3, 8, 12)
     assert torch.equal(Decoder(config(**sizes)).unpatch(Encoder(config(**sizes)).patch(images)), images)
+
+
+def test_channels_that_group_norms_cannot_divide_are_refused():
+    with pytest.raises(ValueError, match=r"autoencoder.ch must give multiples of 32 channels, got 16"):
+        Encoder(config(ch=16, ch_mult=(1, 2), resolution=32))

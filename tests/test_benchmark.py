@@ -17,7 +17,7 @@ from benchmarks.models import VARIANTS, merge, settings_of
 from benchmarks.timing import describe_machine
 
 from clipgen.data.token_cache import record_dtype
-from clipgen.processor import instruction_set
+from clipgen.hardware.processor import instruction_set
 
 TINY = ["--n-layer", 1, "--n-embd", 8, "--codebook-size", 16, "--num-tokens", 4]
 

@@ -139,6 +139,12 @@ def test_names_that_were_downloaded_ask_for_a_file():
         load_generator("biggan-deep-256")
 
 
+@pytest.mark.parametrize("kind", ["biggan", "sagan"])
+def test_prefix_without_a_file_is_refused(kind):
+    with pytest.raises(ValueError, match=rf"generator must name a file, {kind}:FILE, got '{kind}:'"):
+        load_generator(f"{kind}:")
+
+
 def test_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold pytorch_model.bin or G_ema.pth, got 0 other files"):
         load_generator(f"biggan:{tmp_path}")

@@ -62,7 +62,7 @@ def test_blip_matches_the_product_of_word_probabilities(tmp_path, images):
     with pytest.raises(ValueError, match=r"a caption with a token, got none in '\\x00'"):
         ImageMetrics(captioner=blip)(images[:1], ["\x00"])
     other = load_captioner(f"blip:{tmp_path / 'blip'}")
-    identities = [ImageMetrics(captioner=each, captioner_name="blip").identity() for each in (blip, other)]
+    identities = [ImageMetrics(captioner=model, captioner_name="blip").identity() for model in (blip, other)]
     torch.nn.init.zeros_(next(other.model.parameters()))
     assert identities[0] == identities[1] != ImageMetrics(captioner=other, captioner_name="blip").identity()
 

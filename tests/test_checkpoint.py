@@ -12,9 +12,9 @@ import pytest
 import torch
 from conftest import changed, weights_of
 
-from clipgen import atomic_folder
 from clipgen.checkpoint import model_folder
 from clipgen.pipeline import TextToImage
+from clipgen.storage import atomic_folder
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -44,8 +44,8 @@ def test_half_halves_floats_only(tmp_path):
 
 def test_shared_and_strided_memory(tmp_path):
     """Tied weights, a transposed view and a slice: safetensors takes none of them as they are."""
-    whole = torch.arange(12.0).view(3, 4)
-    state = {"a": whole, "tied": whole, "transposed": whole.T, "slice": whole[:, 1]}
+    full = torch.arange(12.0).view(3, 4)
+    state = {"a": full, "tied": full, "transposed": full.T, "slice": full[:, 1]}
     _, again = model_folder.load(model_folder.save_folder(tmp_path / "m", "VQGAN", {}, state), "VQGAN")
     assert all(torch.equal(again[name], state[name]) for name in state)
 
@@ -82,7 +82,7 @@ def test_a_name_that_the_hub_does_not_give(monkeypatch, error):
 
 
 def test_other_folders_are_not_replaced(tmp_path):
-    """A wrong path must not cost somebody's files."""
+    """A wrong path must not delete other files."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     (tmp_path / "notes").write_text("precious")
@@ -213,9 +213,9 @@ def test_damaged_checkpoints(tmp_path, tiny_vqgan, fit, content):
     path = tmp_path / "last.ckpt"
     if isinstance(content, str):
         fit(VQGAN(**dict(tiny_vqgan.hparams)), 1, batch=2).save_checkpoint(path)
-        whole = path.read_bytes()
-        middle = len(whole) // 2
-        content = whole[:middle] if content == "half" else whole[:64] + b"\0" * 512 + whole[576:]
+        full = path.read_bytes()
+        middle = len(full) // 2
+        content = full[:middle] if content == "half" else full[:64] + b"\0" * 512 + full[576:]
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
         VQGAN.load(path)

@@ -31,13 +31,13 @@ def trained(small_classifier) -> Path:
 
 
 def test_interrupted_training_resumes_with_the_same_result(shards, tmp_path, monkeypatch):
-    whole = train_classifier.train(settings(shards), shards, CLASSES, tmp_path / "whole")
+    uninterrupted = train_classifier.train(settings(shards), shards, CLASSES, tmp_path / "whole")
     train_epoch = train_classifier.Training.train_epoch
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(train_classifier.Training, "train_epoch", interrupted_after_one_epoch(train_epoch))
         train_classifier.train(settings(shards), shards, CLASSES, tmp_path / "parts")
     resumed = train_classifier.train(settings(shards), shards, CLASSES, tmp_path / "parts")
-    assert resumed["accuracy"] == whole["accuracy"]
+    assert resumed["accuracy"] == uninterrupted["accuracy"]
     states = [load_classifier(tmp_path / name / "classifier.pt")[0].state_dict() for name in ("whole", "parts")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

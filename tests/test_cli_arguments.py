@@ -14,7 +14,7 @@ import clipgen
 from clipgen.__main__ import scripts_dir
 from clipgen.cli import evaluate
 from clipgen.cli.config import composed, expand_home, quote, readable, readable_arguments
-from clipgen.files import user_path
+from clipgen.storage.files import user_path
 
 UNREADABLE = [
     "it's",

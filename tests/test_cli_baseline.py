@@ -11,7 +11,7 @@ from commands import everything
 from PIL import Image
 
 from clipgen.cli.baseline import parser
-from clipgen.cli.search import training_score
+from clipgen.cli.baseline_search import training_score
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.sources import FolderImages
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from clipgen import VQGAN, ConditionalTransformer
 from clipgen.cli import demo
-from clipgen.training.callbacks.progress import TimeForecast
+from clipgen.training.callbacks import TimeForecast
 
 TINY = ["trainer.max_steps=2", "trainer.val_check_interval=1", "data.train_size=64", "data.val_size=64"]
 
@@ -97,19 +97,24 @@ def test_second_demo_does_not_overwrite_the_first(tmp_path, monkeypatch, capsys)
 
 
 def test_steps_are_shared_between_the_stages():
-    found = demo.compose_stages(Path("demo"), 0, 360, [])
-    assert [config.trainer.max_steps for config in found.values()] == [360, 160]
+    stages = demo.compose_stages(Path("demo"), 0, 360, [])
+    assert [config.trainer.max_steps for config in stages.values()] == [360, 160]
 
 
 @pytest.mark.parametrize(("seconds", "slow"), [(100, False), (700, True)])
 def test_slow_machines_get_a_suggestion(capsys, seconds, slow):
-    demo.print_forecast(seconds / 4, seconds)
+    demo.print_forecast(later_steps=3, steps_left=1, seconds_per_step=seconds / 4)
     out = capsys.readouterr().out
     assert f"About 0:{seconds // 60:02d}:{seconds % 60} left" in out
     assert ("--steps 360" in out and "clipgen-sample" in out) == slow
 
 
-def test_forecast_includes_later_stages(fit, tiny_vqgan):
-    told = []
-    fit(tiny_vqgan, 25, TimeForecast(later_steps=50, report=lambda stage, total: told.append(total / stage)))
-    assert told == [pytest.approx((5 + 50) / 5)]
+def test_time_is_forecast_once_after_the_first_20_steps(fit, tiny_vqgan):
+    reports = []
+    fit(
+        tiny_vqgan,
+        25,
+        TimeForecast(lambda steps_left, seconds_per_step: reports.append((steps_left, seconds_per_step))),
+    )
+    ((steps_left, seconds_per_step),) = reports
+    assert steps_left == 5 and seconds_per_step > 0

@@ -11,10 +11,10 @@ from commands import Call
 from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 
+from clipgen.checkpoint.vgg import MissingWeightsError
 from clipgen.cli.evaluate import captions_from, parser
 from clipgen.evaluation.features import feature_extractor
 from clipgen.evaluation.sources import FolderImages
-from clipgen.models.lpips import MissingWeightsError
 from clipgen.run_folder import vqgan_identity
 
 pytest.importorskip("torch_fidelity")

@@ -18,10 +18,10 @@ from PIL import Image
 
 import clipgen
 from clipgen.cli import sample_output
-from clipgen.cli.output_dir import free_folder
 from clipgen.cli.sample_request import join_words
 from clipgen.images import save_png
 from clipgen.run_list import newest_run
+from clipgen.storage.output_folder import free_folder
 
 BUNDLED = Path(clipgen.__file__).parent / "bundled"
 NAME = "00_a-large-blue-ring-on-a-white-background_{}.png"

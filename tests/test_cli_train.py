@@ -36,6 +36,7 @@ from clipgen.cli import info
 from clipgen.cli.config import config_dir
 from clipgen.cli.progress_bar import ProgressBar
 from clipgen.cli.train import CHOICES
+from clipgen.progress import ProgressLog
 from clipgen.training.callbacks import AtomicCheckpointIO, ProgressReport
 
 
@@ -72,23 +73,24 @@ def test_run_folder_has_models_checkpoints_and_settings(runs):
 def test_progress_reads_losses_as_often_as_they_are_logged(fit, tiny_vqgan, caplog):
     """Reading a loss waits for the GPU."""
     caplog.set_level(logging.INFO)
-    fit(tiny_vqgan, 5, ProgressReport(interval=0.0), log_every_n_steps=2)
-    lines = [record.getMessage() for record in caplog.records if record.name.endswith("callbacks.progress")]
-    assert [line.split(",")[0] for line in lines] == [f"step {step} of 5" for step in range(1, 6)]
-    assert all(re.search(r", \S+ it/s, \S+ img/s, ETA \d+:\d\d:\d\d  ", line) for line in lines)
-    losses = [re.search(r"ETA \S+  (.*)", line)[1] for line in lines]
+    fit(tiny_vqgan, 5, ProgressReport(partial(ProgressLog, interval=0.0)), log_every_n_steps=2)
+    lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.progress"]
+    assert [line.split(",")[0] for line in lines] == [f"training: {step} of 5 steps" for step in range(1, 6)]
+    assert all(re.search(r", \S+ it/s, \S+ img/s, ETA \d+:\d\d:\d\d(  |$)", line) for line in lines)
+    losses = [re.search(r"ETA \S+ *(.*)", line)[1] for line in lines]
     assert losses[0] == "" and losses[1] == losses[2] != losses[3] == losses[4] and "train/loss 1." in losses[1]
 
 
 def test_progress_bar_counts_the_steps_of_all_epochs(fit, tiny_vqgan):
-    report = ProgressBar()
+    report = ProgressReport(ProgressBar)
     fit(tiny_vqgan, 5, report, limit_train_batches=2)
-    (task,) = report.bar.tasks
-    assert (task.completed, task.total, task.description) == (5, 5, "training") and not report.bar.live.is_started
+    bar = report.progress.bar
+    (task,) = bar.tasks
+    assert (task.completed, task.total, task.description) == (5, 5, "training") and not bar.live.is_started
 
 
 def test_progress_bar_stops_when_training_is_interrupted(fit, tiny_vqgan, monkeypatch):
-    report = ProgressBar()
+    report = ProgressReport(ProgressBar)
 
     def interrupted(*_):
         raise KeyboardInterrupt  # no signal: a shell's background jobs ignore it
@@ -96,7 +98,7 @@ def test_progress_bar_stops_when_training_is_interrupted(fit, tiny_vqgan, monkey
     monkeypatch.setattr(Tokenizer, "training_step", interrupted)
     with pytest.raises(SystemExit):  # what Lightning makes of it
         fit(tiny_vqgan, 5, report)
-    assert report.bar.tasks and not report.bar.live.is_started
+    assert report.progress.bar.tasks and not report.progress.bar.live.is_started
 
 
 def test_run_folder_has_the_resolved_configuration_and_versions(runs):
@@ -395,7 +397,7 @@ def test_optuna_finds_the_best_learning_rate(tmp_path):
 def test_optuna_continues_after_failed_runs_and_reports_them(tmp_path, sizes, succeeds):
     done = optuna_sweep(tmp_path, 2, f"data.batch_size=choice({sizes})", "hydra/sweeper/sampler=grid")
     assert done.returncode == 1
-    assert "error: batch_size must be at most 64, the training images, got" in done.stderr.splitlines()[-1]
+    assert "error: data.batch_size must be at most 64, the training images, got" in done.stderr.splitlines()[-1]
     assert (tmp_path / "sweep" / "optimization_results.yaml").is_file() == succeeds
 
 
@@ -555,7 +557,7 @@ def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, runs, tmp_pa
     places["clip"].mkdir()
     shutil.copy(Path(sys.modules["clipgen"].__file__).parent / "bundled/clip/open_clip_config.json", places["clip"])
     before, (arguments, message) = everything(tmp_path), ERRORS[name]
-    result = call(*(re.sub(r"\{(\w+)\}", lambda found: str(places[found[1]]), argument) for argument in arguments))
+    result = call(*(re.sub(r"\{(\w+)\}", lambda match: str(places[match[1]]), argument) for argument in arguments))
     assert result.code == 1
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and re.search(f"^clipgen-train: error: .*{message}", lines[0]), result.stderr

@@ -75,7 +75,7 @@ def test_gradients_reach_the_images_and_nothing_else(shapes_clip, images):
     (shapes_clip.encode_image(free) * torch.randn(8, shapes_clip.embed_dim)).sum().backward()
     assert torch.isfinite(free.grad).all() and (free.grad.flatten(1).abs().sum(1) > 0).all()
     assert not any(p.requires_grad or p.grad is not None for p in shapes_clip.parameters())
-    assert torch.equal(free.detach(), images)  # nothing is normalised in place
+    assert torch.equal(free.detach(), images)  # nothing is normalized in place
 
 
 def test_clip_is_a_lightning_module_without_anything_to_train(shapes_clip):
@@ -192,9 +192,9 @@ def test_known_sentences_raise_no_warning(shapes_clip, caplog, tmp_path):
     ],
 )
 def test_activation_follows_the_weights(name, tag, quick_gelu):
-    found, force = match_activation(name, tag)
-    assert found.removesuffix("-quickgelu") == name.removesuffix("-quickgelu")
-    assert (force or open_clip.get_model_config(found).get("quick_gelu", False)) == quick_gelu
+    matched, force = match_activation(name, tag)
+    assert matched.removesuffix("-quickgelu") == name.removesuffix("-quickgelu")
+    assert (force or open_clip.get_model_config(matched).get("quick_gelu", False)) == quick_gelu
 
 
 def test_openai_weights_under_the_plain_name_get_quick_gelu(monkeypatch, byte_pair_clip, caplog):

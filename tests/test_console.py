@@ -1,53 +1,13 @@
-"""Console output of the commands: progress, error messages and signals."""
+"""Console output of the commands: error messages, log lines and signals."""
 
 from __future__ import annotations
 
 import logging
 import signal
-import sys
 
 import pytest
 
-from clipgen.cli import console
-from clipgen.cli.console import ProgressLog, error_line, guarded, interruptible, progress_bar, set_up_logging
-
-
-def test_progress_log_shows_rate_and_eta():
-    progress = ProgressLog("Generating", 100, interval=1e9)
-    progress.advance(12.5)
-    progress.advance(12.5)
-    assert progress.line(10.0) == "Generating: 25 of 100 images, 2.5 img/s, ETA 0:00:30"
-
-
-def test_progress_log_without_a_total():
-    progress = ProgressLog("Encoding", None, interval=1e9)
-    progress.advance(5)
-    assert progress.line(10.0) == "Encoding: 5 images, 0.5 img/s"
-
-
-def test_progress_is_logged_once_per_interval(monkeypatch, caplog):
-    caplog.set_level(logging.INFO)
-    times = iter([0.0, 30.0, 61.0, 90.0, 122.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
-    progress = ProgressLog("Generating", 8)
-    for _ in range(4):
-        progress.advance(1)
-    assert [message.partition(" images")[0] for message in caplog.messages] == [
-        "Generating: 2 of 8",
-        "Generating: 4 of 8",
-    ]
-
-
-def test_progress_bar_on_a_terminal_shows_rate_and_eta(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    with progress_bar("Generating", 4) as advance:
-        advance(1)
-        advance(0.5)
-    shown = capsys.readouterr().err
-    assert "Generating" in shown and "img/s" in shown and "ETA" in shown
+from clipgen.cli.console import error_line, guarded, interruptible, set_up_logging
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.hardware.device import should_compile
 from clipgen.models import losses
 from clipgen.models.conditioning import add_condition_noise
 from clipgen.pipeline import TextToImage
@@ -68,6 +70,16 @@ def test_training_steps_do_not_synchronize(request, fit, stage):
     assert counts[1] == counts[2]
 
 
+def test_compile_auto_compiles_on_a_gpu_only(monkeypatch, fit):
+    """On a CPU the first step would wait for minutes without a word."""
+    assert should_compile("auto", torch.device("cuda", 0)) and not should_compile("auto", torch.device("cpu"))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
+    fit(make_vqgan(**VQGAN_SIZES, compile="auto"), 1)
+    with pytest.raises(ValueError, match="compile must be true, false or auto, got 'yes'"):
+        make_vqgan(**VQGAN_SIZES, compile="yes")
+
+
 # --------------------------------------------------------------------------------------------------------- placement
 
 
@@ -104,8 +116,12 @@ def test_generation_stays_on_the_gpu(pipe, monkeypatch, gpu):
     gpu_pipe = TextToImage(on_gpu(pipe.vqgan), on_gpu(pipe.transformer), on_gpu(pipe.clip))
     gpu_pipe.projector = on_gpu(EmbeddingProjector(shift=torch.zeros(64), memory=torch.zeros(5, 64)))
     e = gpu_pipe.embed("a small red star on a black background")
-    prefix = gpu_pipe.vqgan.encode(torch.empty(1, 3, 32, 32, device=gpu)).flatten(1)[:, :8]
-    for settings in ({}, dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9), dict(temperature=0.0, prefix=prefix)):
+    image = Image.new("RGB", (32, 32))
+    for settings in (
+        {},
+        dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9),
+        dict(temperature=0.0, outpaint=image),
+    ):
         images = gpu_pipe.generate(e.expand(3, -1), 0, **settings)
         assert images.shape == (3, 3, 32, 32) and images.device == gpu
 

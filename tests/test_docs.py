@@ -8,6 +8,7 @@ import importlib
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import TINY_VQGAN
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+
+from clipgen.data.shapes import ShapesDataset
+from clipgen.images import to_pil
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -50,7 +55,7 @@ def inline_code(page: Path, pattern: str) -> list[str]:
 def blocks_of_all_pages(language: str) -> list[Any]:
     """Return a parameter for each fenced block of a language."""
     return [
-        pytest.param(block, id=f"{page.stem} {number}")
+        pytest.param(block, id=f"{page.stem} {language} {number}")
         for page in PAGES
         for number, block in enumerate(fenced_blocks(page, language))
     ]
@@ -185,6 +190,8 @@ def shell_words(block: str, folder: Path) -> list[list[str]]:
     record = r"record() { printf '%s\037' " + '"$@"' + r"; printf '\036'; }"
     programs = (*COMMANDS, *OTHER_PROGRAMS)
     functions = [f'{program}() {{ record {program} "$@"; }}' for program in programs]
+    # The programs of SLURM run the command that follows, or that of --wrap.
+    functions += ['srun() { "$@"; }', 'sbatch() { eval "${@: -1}"; }']
     script = "\n".join(["set -e", record, *functions, block])
     done = subprocess.run([bash, "-c", script], cwd=folder, env={"PATH": ""}, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stderr}\n{block}"
@@ -252,10 +259,10 @@ def check_command(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE), f"pyproject.toml has no extra {extra}"
 
 
-@pytest.mark.parametrize("block", blocks_of_all_pages("bash"))
+@pytest.mark.parametrize("block", [*blocks_of_all_pages("bash"), *blocks_of_all_pages("sh")])
 def test_commands_parse(block, tmp_path, monkeypatch):
     commands = shell_words(block, tmp_path)
-    assert commands
+    assert commands or block.startswith("export ")
     for argv in commands:
         check_command(argv, monkeypatch)
 
@@ -318,6 +325,82 @@ def test_quickstart_commands_run(tmp_path):
 def test_sampling_commands_run(tmp_path):
     """The commands of sampling.md in order: some read images that earlier ones wrote."""
     run_in_shell(fenced_blocks(ROOT / ".github" / "docs" / "sampling.md", "bash")[0], tmp_path)
+
+
+# What makes the commands of the pages small, however large their models are
+SMALL_DATA = ["data.image_size=32", "data.batch_size=8", "data.num_workers=0"]
+SMALL_STEPS = ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.precision=32-true", "clip=shapes"]
+SMALL_STAGES = {
+    "vqgan": [
+        *[argument for argument in TINY_VQGAN if not argument.startswith("stage=")],
+        "model.compile=false",
+        "model.loss.perceptual_weight=0",
+    ],
+    "transformer": ["model.n_layer=2", "model.n_head=2", "model.n_embd=32"],
+}
+
+
+def small_training() -> str:
+    """Return shell functions that add small sizes to the arguments of the training commands."""
+    common = shlex.join([*SMALL_DATA, *SMALL_STEPS])
+    cases = [f'*stage={stage}*) set -- "$@" {shlex.join(more)};;' for stage, more in SMALL_STAGES.items()]
+    return f"""
+    clipgen-train() {{
+        case "$*" in *data=cached*) set -- "$@" {shlex.join(SMALL_STEPS)};; *) set -- "$@" {common};; esac
+        case "$*" in {" ".join(cases)} esac
+        command clipgen-train "$@"
+    }}
+    clipgen-encode() {{ command clipgen-encode "$@" {shlex.join(SMALL_DATA[:1])} clip=shapes; }}
+    """
+
+
+def write_photos(folder: Path) -> None:
+    """Write a folder of forty images."""
+    folder.mkdir()
+    for i, image in enumerate(to_pil(ShapesDataset(40, seed=5).render(range(40)))):
+        image.save(folder / f"{i:02d}.png")
+
+
+@pytest.mark.slow
+def test_training_commands_run(tmp_path):
+    """README's commands for a user's own images, and the token cache of data.md, with small models."""
+    (train,) = [block for block in fenced_blocks(README, "bash") if "data.root=/photos" in block]
+    assert train.splitlines() == [
+        line.partition("    #")[0].rstrip()
+        for line in fenced_blocks(ROOT / ".github" / "docs" / "training.md", "bash")[0].splitlines()
+    ]
+    (cache,) = [
+        block
+        for block in fenced_blocks(ROOT / ".github" / "docs" / "data.md", "bash")
+        if block.startswith("clipgen-encode") and "data=cached" in block
+    ]
+    write_photos(tmp_path / "photos")
+    block = (train + cache).replace("/photos", "photos").replace("outputs/vqgan/RUN", "outputs/vqgan/*")
+    run_in_shell(small_training() + block, tmp_path)
+    assert len(list((tmp_path / "outputs" / "transformer").iterdir())) == 2
+    assert list((tmp_path / "samples").glob("00_a-city-bus*.png"))
+
+
+@pytest.mark.slow
+def test_shard_commands_run(tmp_path):
+    """The commands of data.md that write shards and train on them."""
+    (block,) = [
+        block
+        for block in fenced_blocks(ROOT / ".github" / "docs" / "data.md", "bash")
+        if block.startswith("python -m clipgen make_shards /photos")
+    ]
+    write_photos(tmp_path / "photos")
+    run_in_shell(small_training() + block.replace("/photos", "photos"), tmp_path)
+    assert len(list((tmp_path / "outputs" / "vqgan").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_baseline_command_runs(tmp_path):
+    """The first baseline of evaluation.md, with two steps."""
+    page = ROOT / ".github" / "docs" / "evaluation.md"
+    (block,) = [block for block in fenced_blocks(page, "bash") if block.startswith("clipgen-baseline vqgan-clip")]
+    run_in_shell(block.splitlines()[0] + " --steps 2 --cutouts 2 --output images", tmp_path)
+    assert list((tmp_path / "images").glob("*.png"))
 
 
 @pytest.mark.slow

@@ -82,8 +82,8 @@ def test_images_are_moved_to_the_device_of_the_networks(images, shapes_clip):
         return torch.zeros(len(images), 1)
 
     metrics = ImageMetrics(Features(features), [0], device="meta")
-    for each in (metrics, metrics.for_reference()):
-        each(images, [])
+    for measure in (metrics, metrics.for_reference()):
+        measure(images, [])
     assert seen[1:] == [("meta", 8)] * 2
     moved = Features(copy.deepcopy(shapes_clip).encode_image).to(torch.float64)
     assert moved.classify(images.double())[0].shape == (8, shapes_clip.embed_dim)

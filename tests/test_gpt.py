@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
-from clipgen.kept_choices import kept_choice
+from clipgen.hardware.kept_choices import kept_choice
 from clipgen.models import cpu_kernels, kv_cache
 from clipgen.models.config import GPTConfig
 from clipgen.models.gpt import ConditionalGPT2
@@ -88,7 +89,7 @@ def test_greedy_decoding_matches_gpt2():
         max_new_tokens=T,
         pad_token_id=0,
     )
-    logits_fn = IncrementalDecoder(gpt, 32).start(gpt.condition(e))
+    logits_fn = IncrementalDecoder(gpt, 32).start(gpt.condition_tokens(e))
     previous = None
     indices = []
     for position in range(T):
@@ -112,7 +113,7 @@ def test_incremental_decoding_matches_the_full_forward_pass():
     gpt = network()
     e = embeddings(4)
     indices = torch.randint(K, (4, T))
-    logits = decode(IncrementalDecoder(gpt, 4).start(gpt.condition(e)), indices)
+    logits = decode(IncrementalDecoder(gpt, 4).start(gpt.condition_tokens(e)), indices)
     torch.testing.assert_close(logits, gpt(indices, e), atol=1e-4, rtol=1e-4)
 
 
@@ -125,7 +126,7 @@ def test_compiled_decoding_matches_the_full_forward_pass():
     for batch_size in (4, 3):
         e = embeddings(batch_size)
         indices = torch.randint(K, (batch_size, T))
-        logits = decode(decoder.start(gpt.condition(e)), indices)
+        logits = decode(decoder.start(gpt.condition_tokens(e)), indices)
         torch.testing.assert_close(logits, gpt(indices, e), atol=1e-4, rtol=1e-4)
 
 
@@ -135,7 +136,7 @@ def test_more_than_eight_batch_sizes_can_be_compiled(eager_compile):
     """Dynamo counts the graphs of all decoders together, and its default limit is eight."""
     gpt = network()
     for batch_size in range(1, 11):
-        logits_fn = CompiledDecoder(gpt, batch_size).start(gpt.condition(embeddings(batch_size)))
+        logits_fn = CompiledDecoder(gpt, batch_size).start(gpt.condition_tokens(embeddings(batch_size)))
         assert logits_fn(0, None).shape == (batch_size, K)
 
 
@@ -154,7 +155,7 @@ def test_one_graph_serves_all_positions_without_copying_the_cache(monkeypatch):
     backend = aot_autograd(fw_compiler=record, inference_compiler=record)
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=backend, **options))
     gpt = network(tie_embeddings=False)
-    logits_fn = CompiledDecoder(gpt, 4).start(gpt.condition(embeddings(3)))
+    logits_fn = CompiledDecoder(gpt, 4).start(gpt.condition_tokens(embeddings(3)))
     for position in (0, 3):
         assert logits_fn(position, None).shape == (3, K)
     assert len(programs) == 1 and not [name for name in programs[0] if "scatter" in name]
@@ -203,7 +204,11 @@ def test_all_kernels_compute_the_product(kernel, batch_size):
     weight, bias = torch.randn(32, 48), torch.randn(48)
     x = torch.randn(batch_size, 32)
     expected = (x.double() @ weight.double() + bias.double()).float()
-    torch.testing.assert_close(kernel(weight, bias, batch_size)(x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kernel(weight, bias)(x), expected, atol=1e-5, rtol=1e-5)
+    for name in ("gelu_pytorch_tanh", "gelu", "gelu_new", "relu"):
+        activation = ACT2FN[name]
+        y = kernel(weight, bias, activation)(x)
+        torch.testing.assert_close(y, activation(expected), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +280,7 @@ def test_small_advantages_do_not_outweigh_the_usual_kernel(monkeypatch, advantag
         def run(x):
             clock[0] += seconds
 
-        return lambda weight, bias, batch_size: run
+        return lambda weight, bias: run
 
     monkeypatch.setattr(cpu_kernels.time, "perf_counter", lambda: clock[0])
     kernels = {"usual": kernel(1.0), "other": kernel(advantage)}
@@ -324,7 +329,7 @@ def test_graphs_of_large_batches_read_the_cache_in_buckets(monkeypatch, eager_co
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", record)
     for batch_size, expected in ((2, [12] * T), (kv_cache.MIN_BATCH_SIZE_FOR_BUCKETS, [5] * 5 + [10] * 5 + [12] * 2)):
-        condition = gpt.condition(embeddings(batch_size))
+        condition = gpt.condition_tokens(embeddings(batch_size))
         indices = torch.randint(K, (batch_size, T))
         compiled = CompiledDecoder(gpt, batch_size).start(condition)
         incremental = IncrementalDecoder(gpt, batch_size).start(condition)
@@ -351,7 +356,7 @@ def test_sampling_inside_the_graph_gives_the_indices_of_sampling_outside(eager_c
     gpt = network()
     decoder = CompiledDecoder(gpt, 8)
     for batch_size in (4, 3):
-        condition = gpt.condition(embeddings((1 + params.uses_guidance) * batch_size))
+        condition = gpt.condition_tokens(embeddings((1 + params.uses_guidance) * batch_size))
         uniforms = torch.rand(batch_size, T)
         prefix = torch.randint(K, (batch_size, 2))
         decoder.start_sampling(condition[:batch_size], uniforms, SamplingParams(temperature=3.0, top_k=3))(0, None)
@@ -369,9 +374,9 @@ def test_decoder_created_in_inference_mode_works_outside(eager_compile):
     gpt = network()
     with torch.inference_mode():
         decoder = CompiledDecoder(gpt, 2)
-        first = decoder.start(gpt.condition(embeddings(2)))(0, None).clone()
+        first = decoder.start(gpt.condition_tokens(embeddings(2)))(0, None).clone()
     with torch.no_grad():
-        second = decoder.start(gpt.condition(embeddings(2)))(0, None)
+        second = decoder.start(gpt.condition_tokens(embeddings(2)))(0, None)
     assert first.shape == second.shape == (2, K)
 
 
@@ -416,7 +421,7 @@ def test_null_condition_replaces_only_dropped_embeddings():
     assert torch.equal(first[[0, 2]], second[[0, 2]]) and torch.allclose(first[0], first[2], atol=1e-5)
     torch.testing.assert_close(first[1], gpt(indices, a)[1])
     with pytest.raises(ValueError, match=r"no null condition: train it with model\.conditioning.drop_prob > 0"):
-        network().condition(a, drop)
+        network().condition_tokens(a, drop)
 
 
 @torch.no_grad()
@@ -462,8 +467,8 @@ def test_condition_is_scaled_to_unit_variance_unless_disabled():
     embedding = F.normalize(torch.randn(2, E), dim=-1)
     scaled, plain = network(), network(scale_condition=False)
     plain.load_state_dict(scaled.state_dict())
-    assert torch.allclose(scaled.condition(embedding), plain.condition(4 * embedding))  # sqrt(E) = 4
-    assert torch.allclose(plain.condition(embedding), plain.clip_proj(embedding))
+    assert torch.allclose(scaled.condition_tokens(embedding), plain.condition_tokens(4 * embedding))  # sqrt(E) = 4
+    assert torch.allclose(plain.condition_tokens(embedding), plain.clip_proj(embedding))
 
 
 def test_torch_initialization_has_the_moments_of_hfailabs_modules():

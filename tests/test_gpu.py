@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import PROMPT, SHAPES, TRANSFORMER, VQGAN
 
-from clipgen.processor import has_bf16_units
+from clipgen.hardware.processor import has_bf16_units
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 GUIDED = dict(guidance_scale=2.0, guidance_power=1.0, top_p=0.9)

@@ -9,7 +9,7 @@ import pickle
 import resource
 import time
 import zipfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from datetime import datetime, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -23,8 +23,11 @@ from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS, nested
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from test_published import CONFIG
+from transformers import GPT2Config, GPT2Model
 
 from clipgen.checkpoint import gpt2, model_folder, pickle_stubs, safe_load, taming
+from clipgen.checkpoint.vgg import load_lpips
+from clipgen.clip import load_open_clip
 from clipgen.evaluation.features import feature_extractor
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.models.quantizers.fsq import FSQ
@@ -470,9 +473,9 @@ def wrapped_file(source: Path, path: Path, key: str, wrap) -> Path:
 def test_wrapped_names_of_published_checkpoints_are_restored(shared, tmp_path, file, wrap):
     key, first = PUBLISHED[file]
     source = shared / "parity" / file
-    found = safe_load.read_weights(wrapped_file(source, tmp_path / "x.ckpt", key, wrap), key, first, "theirs")
+    loaded = safe_load.read_weights(wrapped_file(source, tmp_path / "x.ckpt", key, wrap), key, first, "theirs")
     theirs = safe_load.read_checkpoint(source)[key]
-    assert found.keys() == theirs.keys() and all(torch.equal(found[name], theirs[name]) for name in theirs)
+    assert loaded.keys() == theirs.keys() and all(torch.equal(loaded[name], theirs[name]) for name in theirs)
 
 
 def test_wrapped_published_checkpoints_load(shared, tmp_path):
@@ -561,8 +564,8 @@ def test_functions_stay_refused(tmp_path, tiny_vqgan, function):
 
 def test_stand_ins_execute_nothing(tmp_path):
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pt")
-    found = safe_load.read_checkpoint(tmp_path / "x.pt")["args"]
-    assert type(found) is pickle_stubs.PickleStub and found.state == {"a": 1}
+    loaded = safe_load.read_checkpoint(tmp_path / "x.pt")["args"]
+    assert type(loaded) is pickle_stubs.PickleStub and loaded.state == {"a": 1}
 
 
 def test_the_bundled_pipeline_still_loads_and_draws_the_same(tmp_path):
@@ -622,3 +625,191 @@ def test_weights_for_evaluation_that_claim_more_than_they_hold_are_refused(tmp_p
             bomb.writestr(record, stored.read(record))
     with pytest.raises(ValueError, match=r"weights\.pt is not a readable checkpoint: .* is compressed"):
         feature_extractor(f"{name}:{path}")
+
+
+# ------------------------------------------------------------------------------------------------ calls of a pickle
+
+
+def text(value: str) -> bytes:
+    """The pickle of a text."""
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def number(value: int) -> bytes:
+    """The pickle of a number."""
+    data = pickle.encode_long(value)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def called(function: str, *arguments: bytes) -> bytes:
+    """The pickle of a call."""
+    module, _, name = function.rpartition(".")
+    return f"c{module}\n{name}\n".encode() + b"(" + b"".join(arguments) + b"tR"
+
+
+def doubled(times: int) -> bytes:
+    """The pickle of 100 bytes that are written in hexadecimal digits again and again."""
+    value = called("_codecs.encode", text("a" * 100), text("latin1"))
+    for _ in range(times):
+        value = called("_codecs.encode", value, text("hex"))
+    return value
+
+
+def copied(function: str) -> bytes:
+    """The pickle of a list that a function copies 5000 times."""
+    numbers = b"(" + b"".join(number(i) for i in range(20_000)) + b"l"
+    return b"](" + b"(" + numbers[1:-1] + b"tq\x00" + b"".join([called(function, b"h\x00")] * 5000) + b"e"
+
+
+BOMBS = {
+    "bytearray": called("builtins.bytearray", number(2 * 10**9)),
+    "bytearray of Python 2": called("__builtin__.bytearray", number(2 * 10**9)),
+    "new bytearray": called("builtins.bytearray", number(2 * 10**9))[:-1] + b"\x81",
+    "bytearray behind a type": called(
+        "torch._tensor._rebuild_from_type_v2",
+        b"cbuiltins\nbytearray\n",
+        b"ctorch\nTensor\n",
+        b"(" + number(2 * 10**9) + b"t",
+        b"}",
+    ),
+    "hexadecimal": doubled(24),
+    "tensor": called("torch.Tensor", number(10**9)),
+    "storage": called("torch.storage.UntypedStorage", number(4 * 10**9)),
+    "sets": copied("builtins.set"),
+    "sizes": copied("torch.Size"),
+}
+
+
+def document(value: bytes) -> bytes:
+    """The pickle of a checkpoint with a value in its hyperparameters."""
+    entries = {"clipgen_model": text("VQGAN"), "state_dict": b"}", "hyper_parameters": value}
+    return b"\x80\x02}(" + b"".join(text(key) + entry for key, entry in entries.items()) + b"u."
+
+
+def archive_of(path: Path, content: bytes) -> Path:
+    """A file of torch.save with a pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+def sequence_of(path: Path, content: bytes) -> Path:
+    """A file of torch.save with a pickle, as it was before archives."""
+    sizes = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    start = [0x1950A86A20F9469CFC6C, 1001, sizes]
+    path.write_bytes(b"".join(pickle.dumps(part, 2) for part in start) + content + pickle.dumps([], 2))
+    return path
+
+
+@pytest.mark.parametrize("write", [archive_of, sequence_of])
+@pytest.mark.parametrize("name", BOMBS)
+def test_calls_that_take_memory_are_refused(tmp_path, little, name, write):
+    path = write(tmp_path / "x.ckpt", document(BOMBS[name]))
+    refused(lambda: VQGAN.load(path), path, "not a readable checkpoint", "refused" if name[0] == "b" else "")
+
+
+def test_tensors_larger_than_their_storage_are_refused(tmp_path, little):
+    """torch would enlarge the storage."""
+    torch.save({"a": torch.zeros(7, 11)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "x.pt").read_bytes()
+    # 7 * 11 numbers in rows of 11 become 127 * 127 in rows of 127
+    changed = content.replace(b"K\x07K\x0b\x86", b"K\x7fK\x7f\x86").replace(b"K\x0bK\x01\x86", b"K\x7fK\x01\x86")
+    assert changed != content and safe_load.read_checkpoint(tmp_path / "x.pt")["a"].shape == (7, 11)
+    (tmp_path / "x.pt").write_bytes(changed)
+    refused(lambda: safe_load.read_checkpoint(tmp_path / "x.pt"), "x.pt", "refused")
+
+
+def test_archives_with_two_directories_are_refused(tmp_path):
+    """One reader finds a directory by its offset, another one by the end of the file."""
+    archive_of(tmp_path / "inner.ckpt", document(b"}"))
+    inner = (tmp_path / "inner.ckpt").read_bytes()
+    (tmp_path / "x.ckpt").write_bytes(inner + inner)
+    with zipfile.ZipFile(tmp_path / "x.ckpt") as archive:
+        assert archive.namelist()
+    refused(lambda: safe_load.read_checkpoint(tmp_path / "x.ckpt"), "x.ckpt", "does not end with the directory")
+
+
+@pytest.mark.parametrize("layout", [True, False])
+def test_honest_values_of_checkpoints_are_read(tmp_path, layout):
+    """Bytes, arrays, shared and transposed tensors, parameters, counters."""
+    weights = torch.arange(12.0).view(3, 4)
+    content = {
+        "weights": weights,
+        "transposed": weights.T,
+        "row": weights[1],
+        "empty": torch.zeros(0, 5),
+        "scalar": torch.tensor(3),
+        "parameter": torch.nn.Parameter(weights),
+        "bytes": b"\x00\xff" * 100,
+        "array": bytearray(b"abc"),
+        "milestones": Counter({3: 1}),
+        "names": {"a", "b"},
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "lr": np.float64(0.5),
+    }
+    if layout:
+        content |= {"float8": torch.ones(3).to(torch.float8_e4m3fn), "unsigned": torch.ones(3, dtype=torch.uint16)}
+    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=layout)
+    loaded = safe_load.read_checkpoint(tmp_path / "x.pt")
+    assert all(torch.equal(loaded[name], content[name]) for name in ("weights", "transposed", "row", "parameter"))
+    assert loaded["bytes"] == content["bytes"] and loaded["milestones"] == content["milestones"]
+
+
+# -------------------------------------------------------------------------------- files that other libraries read
+
+
+class Marker:
+    """A pickle that makes a file when it is read, behind a name that checkpoints of Lightning may hold."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def written(self) -> bytes:
+        """The pickle: from protocol 4 on, a name can lead through a module to another one."""
+        function = b"clightning_fabric.plugins.io.torch_io\nos.mkdir\n"
+        return b"\x80\x04}(" + text("a") + function + b"(" + text(str(self.marker)) + b"tRu."
+
+
+@pytest.mark.parametrize("write", [archive_of, sequence_of])
+@pytest.mark.parametrize("name", ["inception", "torchvision:resnet18", "timm:resnet10t", "classifier"])
+def test_no_library_executes_code_in_weights(tmp_path, name, write):
+    path = write(tmp_path / "weights.pth", Marker(tmp_path / "marker").written())
+    with pytest.raises(ValueError, match="weights"):
+        feature_extractor(f"{name}:{path}")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_libraries_read_their_own_downloads_as_weights_only(tmp_path):
+    sequence_of(tmp_path / "weights.pth", Marker(tmp_path / "marker").written())
+    with safe_load.only_weights(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "weights.pth", weights_only=False)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.npz", "x.safetensors"])
+def test_weights_of_an_open_clip_model_are_checked_before_it_reads_them(tmp_path, little, name):
+    path = tmp_path / name
+    if name == "x.pt":
+        archive_of(path, document(BOMBS["bytearray"]))
+    elif name == "x.npz":
+        np.savez_compressed(path, a=np.zeros(10**6))
+    else:
+        path.write_bytes((2**30).to_bytes(8, "little"))
+    refused(lambda: load_open_clip("ViT-B-32", str(path), False), path)
+
+
+@pytest.mark.parametrize("content", [BOMBS["bytearray"], called("os.mkdir", text("marker"))])
+def test_weights_of_the_perceptual_loss_are_checked(tmp_path, little, content):
+    path = archive_of(tmp_path / "vgg.pth", document(content))
+    refused(lambda: load_lpips(str(path)), path, "not a readable checkpoint", "refused")
+
+
+def test_only_the_sizes_in_a_gpt2s_configuration_count(tmp_path, little, tiny_transformer):
+    folder = tmp_path / "gpt2"
+    sizes = {name: getattr(tiny_transformer.gpt_config, name) for name in gpt2.SIZES}
+    GPT2Model(GPT2Config(vocab_size=16, n_positions=16, **sizes)).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"n_inner": 10**9, "add_cross_attention": True, "_attn_implementation": "evil/kernels"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert gpt2.load_gpt2_weights(folder, GPT2Config(**sizes))["wte.weight"].shape == (16, sizes["n_embd"])

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipgen import clip_folder, clip_tokenizer
+from clipgen.checkpoint import clip_folder, clip_tokenizer
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
-from clipgen.files import read_json, write_json
 from clipgen.run_folder import ALLOW, copy_frozen, load_clip, save_frozen
+from clipgen.storage.files import read_json, write_json
 
 WEIGHTS = "open_clip_model.safetensors"
 

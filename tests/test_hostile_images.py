@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import bz2
 import gzip
 import io
 import json
 import logging
+import lzma
 import os
 import struct
 import subprocess
@@ -35,7 +38,7 @@ from clipgen.data.tar_reader import Sample
 from clipgen.data.webdataset import ImageShards, shuffled
 from clipgen.evaluation.captions import embedded_caption
 from clipgen.evaluation.sources import FolderImages, RealImages
-from clipgen.files import natural_key, printable
+from clipgen.storage.files import natural_key, printable
 from clipgen.visualization import break_word, grid, wrap
 
 ESCAPE = "\x1b]0;owned\x07"
@@ -149,6 +152,21 @@ def test_size_limit_of_a_jpeg_applies_to_the_decoded_size(monkeypatch):
     assert decode_image(photo, image_size=16).size == (80, 60)
     with pytest.raises(UnusableImageError, match="too large"):
         decode_image(photo)
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {}])
+def test_size_limit_of_a_jpeg_of_several_scans_applies_to_its_full_size(options):
+    """libjpeg keeps the coefficients of the full size, also if a smaller image is decoded."""
+    content = bytearray(encoded(Image.new("RGB", (64, 64)), "JPEG", **options))
+    frame = max(content.find(b"\xff\xc0"), content.find(b"\xff\xc2"))
+    content[frame + 5 : frame + 9] = struct.pack(">HH", 30_000, 30_000)
+    if not options:
+        # the first scan holds one of the three components
+        scan = content.find(b"\xff\xda")
+        content[scan : scan + 14] = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+    for check in (lambda: decode_image(bytes(content), 32), lambda: check_header(bytes(content))):
+        with pytest.raises(UnusableImageError, match="too large"):
+            check()
 
 
 def test_memory_budget_grants_a_large_request_alone():
@@ -436,6 +454,53 @@ def test_compressed_shards_do_not_fill_memory(tmp_path):
     assert printed.startswith("1 1\n") and grown < 200
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes only on Linux")
+def test_a_block_of_a_compressed_shard_does_not_fill_memory(tmp_path):
+    """Ten kilobytes of bzip2 expand to gigabytes; the decoder of xz keeps as much as the file asks for."""
+    make_tar(tmp_path / "good.tar", [("0.png", square(1))])
+    good = (tmp_path / "good.tar").read_bytes()[:1024]
+    info = tarfile.TarInfo("notes.bin")
+    info.size = 60 << 24
+    compressors = {"bz2": bz2.BZ2Compressor(), "xz": lzma.LZMACompressor(preset=0), "gz": zlib.compressobj(1, 8, 31)}
+    for name, compressor in compressors.items():
+        with (tmp_path / f"{name}.tar").open("wb") as file:
+            for part in (good, info.tobuf(), *[bytes(1 << 24)] * 60, bytes(1024)):
+                file.write(compressor.compress(part))
+            file.write(compressor.flush())
+    ask_for_a_gigabyte(tmp_path / "xz.tar")
+    program = (
+        "from clipgen.data.webdataset import ImageShards\n"
+        "for name in ('bz2', 'gz'): print(len(list(ImageShards(f'{sys.argv[1]}/{name}.tar', 8, train=False))))\n"
+        "try: ImageShards(f'{sys.argv[1]}/xz.tar', 8, train=False)\n"
+        "except ValueError as error: print(error)"
+    )
+    grown, printed = peak_of(program, tmp_path)
+    assert printed.startswith("1\n1\n") and "must be a tar file" in printed and grown < 200
+
+
+def ask_for_a_gigabyte(path: Path) -> None:
+    """Change the size of the dictionary in the first block of an xz file."""
+    content = bytearray(path.read_bytes())
+    header = slice(12, 12 + 4 * content[12])
+    content[16] = 36
+    path.write_bytes(
+        content[: header.stop] + struct.pack("<I", zlib.crc32(content[header])) + content[header.stop + 4 :]
+    )
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_compressed_shards_are_read(kind, tmp_path):
+    """Also if they were compressed in several parts, with padding between them."""
+    path = make_tar(tmp_path / "a.tar", [(f"{number}.png", square(number)) for number in range(4)])
+    content = path.read_bytes()
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind]
+    padding = bytes(4) if kind == "xz" else b""
+    path.write_bytes(compress(content[:1500]) + padding + compress(content[1500:]))
+    dataset = ImageShards(str(path), 8, train=False)
+    assert reds(dataset) == [0, 1, 2, 3] and dataset.count_images().images == 4
+
+
 def test_any_damage_of_a_shard_is_counted(tmp_path):
     path = make_tar(tmp_path / "a.tar", [(f"{number}.png", square(number)) for number in range(4)])
     intact = path.read_bytes()
@@ -532,6 +597,22 @@ def test_closed_or_full_output_gives_no_traceback(redirect, message):
     done = say_in_a_process("range(100000)", redirect)
     assert done.returncode == 0 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
     assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
+
+
+def test_commands_print_names_without_control_characters():
+    """A prompt, a file or a folder may be named by somebody else: lines with variable parts are printed by `say`."""
+    for path in sorted(Path(console.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and path.name != "console.py":
+                assert not any(isinstance(value, (ast.JoinedStr, ast.Starred)) for value in node.args), (
+                    path,
+                    node.lineno,
+                )
+
+
+def test_say_escapes_what_a_terminal_would_interpret(capsys):
+    console.say(f"{ESCAPE}\n")
+    assert capsys.readouterr().out == r"\x1b]0;owned\x07\n" + "\n"
 
 
 # ------------------------------------------------------------------------------------------ clipgen-sample --reproduce

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from safetensors.torch import save_file
 
 from clipgen import TextToImage, atomic_folder, files
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
-from clipgen.files import atomic_write, flush_to_disk, read_json, read_yaml, write_json
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.model_card import cell, settings_of, training_settings
 from clipgen.run_folder import vqgan_identity
+from clipgen.storage.files import atomic_write, flush_to_disk, read_json, read_yaml, write_json
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -382,6 +383,12 @@ def test_json_that_is_too_deep_is_named(tmp_path, text):
         read_json(tmp_path / "x.json")
 
 
+def test_json_of_many_small_values_is_refused_before_it_is_parsed(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": [' + "[]," * 3_000_000 + "0]}")
+    with pytest.raises(ValueError, match=r"a\.json is damaged: it must hold at most 4000000 values"):
+        read_json(tmp_path / "a.json")
+
+
 def test_files_that_are_too_large_to_parse_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_JSON", 10)
     monkeypatch.setattr(files, "MAX_YAML", 10)
@@ -440,3 +447,25 @@ def test_a_folder_that_cannot_be_flushed_is_no_error(tmp_path, monkeypatch):
 
 def test_training_settings_of_nothing(tmp_path):
     assert training_settings(tmp_path) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [("clipgen-baseline", ["search"]), ("clipgen-baseline", ["biggan-clip"]), ("clipgen-eval", [])],
+)
+def test_the_help_says_what_is_code(call, command, arguments):
+    text = " ".join(call(command, *arguments, "--help").stdout.split())
+    assert "name only" in text and "that you trust" in text and "code" in text
+
+
+def test_every_row_of_the_security_page_names_its_tests():
+    root = Path(__file__).parents[1]
+    page = (root / ".github" / "SECURITY.md").read_text("utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "you open" not in line]
+    assert len(rows) > 5
+    for row in rows:
+        modules = re.findall(r"`(test_\w+\.py)`", row.split("|")[-2])
+        assert modules and all((root / "tests" / module).is_file() for module in modules), row

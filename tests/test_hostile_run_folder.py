@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import os
 import shutil
@@ -18,13 +20,14 @@ import yaml
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
+from clipgen.cli import demo
 from clipgen.cli.config import make
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
-from clipgen.environment import environment_int
-from clipgen.inner_files import refuse_links
+from clipgen.hardware.environment import environment_int
 from clipgen.run_list import find_runs, table
-from clipgen.run_lock import LOCK, hold_lock
+from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.run_lock import LOCK, hold_lock
 from clipgen.training.callbacks import AtomicCheckpointIO, BestCheckpoint
 from clipgen.training.csv_logger import read_rows
 from clipgen.training.resume import copy_best_checkpoint, read_training_state
@@ -152,6 +155,9 @@ HOSTILE = [
     "trainer.plugins=x",
     "--config-dir=/tmp",
     "checkpoint._target_=os.remove",
+    "data.dataset=evil/pictures",
+    "init_from_gpt2=evil/gpt2",
+    "data.cache_dir=/elsewhere",
 ]
 
 
@@ -228,6 +234,8 @@ def test_accepted_arguments_are_logged(call, run, caplog):
         ("- 1", "list"),
         ("- '" + "x" * 1_000_000 + "'", "at most"),
         ("[" * 100_000, "damaged"),
+        ("- seed=1\n" * 1001, "at most 1000 arguments"),
+        ("- 'model.autoencoder.ch_mult=" + "[" * 10_000 + "'", "at most 10000 letters"),
         ("- !!python/name:os.system", "damaged"),
         ("- x", "KEY=VALUE"),
         ("\xff", "damaged"),
@@ -444,3 +452,32 @@ def test_environment_variables_that_are_not_numbers_are_named(monkeypatch):
         environment_int("RANK", 0)
     monkeypatch.setenv("RANK", "")
     assert environment_int("RANK", 0) == 0
+
+
+# ---------------------------------------------------------------------------------------------------- resumed demos
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"overrides": ["data=webdataset", "data.train_urls='pipe:touch marker'"]},
+        {"overrides": ["+logger.x={_target_:os.system,command:'touch marker'}"]},
+        {"overrides": ["hydra.run.dir=/elsewhere"]},
+        {"overrides": [1]},
+        {"overrides": ["seed=1"] * 1001},
+        {"seed": "${oc.env:HOME}"},
+        {"steps": "many"},
+        5,
+    ],
+    ids=str,
+)
+def test_the_report_of_a_demo_gives_plain_settings_only(tmp_path, settings):
+    good = {"seed": 0, "steps": None, "overrides": []}
+    content = {"settings": good | settings if isinstance(settings, dict) else settings}
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    args = argparse.Namespace(output=tmp_path, overrides=[], steps=None)
+    with pytest.raises(ValueError, match=r"report\.json (must contain plain settings only|is damaged)"):
+        demo.read_settings(args)
+    (tmp_path / "report.json").write_text(json.dumps({"settings": good | {"overrides": ["trainer.max_steps=2"]}}))
+    demo.read_settings(args)
+    assert args.overrides == ["trainer.max_steps=2"]

@@ -21,7 +21,10 @@ YAML = sorted((ROOT / "configs").rglob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / ".github").rglob("*.md"))]
 
 # "file: matched text" -> why it stays
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS = {
+    "tests/test_cli_sample.py: pictures": "a folder of a run",
+    "tests/test_cli_train.py: pictures": "a folder of a run",
+}
 
 PER_UNITS = "batch|caption|class|code|dimension|epoch|image|layer|panel|pixel|position|process|prompt|rank|row|sample"
 PER_UNITS += "|second|shard|step|token|worker"
@@ -45,6 +48,7 @@ PHRASES = {
     "say start": r"\bwakes? up\b",
     "say given, reported or stated": r"\btold\b",
     "say evaluator": r"\bjudge[ds]?\b",
+    "say that number": r"\bso many\b",
     "spell as Americans do": (
         rf"colour|\bgrey|\bcentre|neighbour|behaviour|({BRITISH_STEMS})is(e|ed|er|es|ing|ation)s?\b"
     ),
@@ -95,6 +99,10 @@ def all_prose() -> Iterator[tuple[Path, int, str]]:
     for paths, read in readers:
         for path in paths:
             for line, text in read(path):
+                yield path, line, text
+    for path in TESTS:
+        if path.name != Path(__file__).name:
+            for line, text in python_prose(path):
                 yield path, line, text
 
 
@@ -173,6 +181,15 @@ def test_help_texts_name_the_noun_before_of():
     assert not failures, "\n".join(failures)
 
 
+def test_comments_behind_code_name_the_noun_before_of():
+    failures = []
+    for path in PYTHON:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if re.search(r"\S\s+# (of|and) ", line):
+                failures.append(place(path, number, line))
+    assert not failures, "\n".join(failures)
+
+
 # --------------------------------------------------------------------------------------------------------- names, code
 
 
@@ -187,7 +204,7 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def test_names_are_not_pronouns():
     failures = []
-    for path in PYTHON:
+    for path in chain(PYTHON, TESTS):
         for line, name in bound_names(ast.parse(path.read_text(encoding="utf-8"))):
             if name in PRONOUN_NAMES:
                 failures.append(place(path, line, name))

@@ -14,9 +14,9 @@ from models import VQGAN_SIZES, make_vqgan
 from torch import nn
 from torchvision.models import vgg
 
+from clipgen.checkpoint.vgg import load_lpips
 from clipgen.models import losses
 from clipgen.models.discriminator import PatchDiscriminator
-from clipgen.models.lpips import load_lpips
 
 # ------------------------------------------------------------------------------------------------------- discriminator
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from clipgen.data.folder import folder_data
 from clipgen.data.webdataset import ImageShards
-from clipgen.run_lock import hold_lock
+from clipgen.storage.run_lock import hold_lock
 
 BAD = SHARED / "data" / "bad_images"
 

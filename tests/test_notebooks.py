@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from repository_address import repository_name
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -45,10 +46,11 @@ def test_notebook_keeps_its_images_and_little_else(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_opens_in_colab_and_installs_there_only(path):
     cells = cells_of(path)
-    assert f"colab.research.google.com/github/OWNER/clipgen/blob/main/scripts/notebooks/{path.name}" in "".join(
-        cells[0]["source"]
-    )
+    name = repository_name()
+    title = "".join(cells[0]["source"])
+    assert f"colab.research.google.com/github/{name}/blob/main/scripts/notebooks/{path.name}" in title
     (install,) = [cell for cell in cells if "".join(cell["source"]).startswith("%pip")]
+    assert "".join(install["source"]) == f'%pip install -q "git+https://github.com/{name}"'
     assert install["metadata"]["tags"] == ["skip-execution"]
 
 

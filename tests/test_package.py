@@ -17,6 +17,9 @@ from commands import command, everything
 import clipgen
 
 ROOT = Path(__file__).parents[1]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+# The package that is imported keeps its name if this one changes.
+DISTRIBUTION = re.findall(r'^name = "([\w.-]+)"', PYPROJECT, re.MULTILINE)[0]
 HEAVY = {
     "torch",
     "torchvision",
@@ -66,7 +69,20 @@ def test_import_does_not_load_torch(tmp_path):
 
 
 def test_version_is_that_of_the_installed_package():
-    assert importlib.metadata.version("clipgen") == clipgen.__version__
+    assert importlib.metadata.version(DISTRIBUTION) == clipgen.__version__
+
+
+def test_name_of_the_distribution_stands_in_one_place():
+    """pyproject.toml must not name itself in an extra, and no module or page may ask for the distribution by name."""
+    assert f"{DISTRIBUTION}[" not in PYPROJECT
+    named = re.compile(
+        rf"""version\(["']{DISTRIBUTION}["']\)|{DISTRIBUTION}(\[\w+\])? @ |install ["']?{DISTRIBUTION}\b"""
+    )
+    files = [ROOT / "README.md", *(ROOT / ".github").rglob("*.md")]
+    for folder in ("clipgen", "configs", "scripts"):
+        files += [path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".yaml", ".txt", ".ipynb")]
+    assert len(files) > 200
+    assert not [str(path) for path in files if named.search(path.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize("name", ["CITATION.cff", "README.md"])

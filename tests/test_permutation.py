@@ -38,8 +38,8 @@ def test_small_permutations_are_those_of_torch():
 def test_parts_of_large_permutations_do_not_depend_on_the_blocks(monkeypatch):
     monkeypatch.setattr(permutation, "MAX_IN_MEMORY", 10)
     monkeypatch.setattr(permutation, "BLOCK", 7)
-    whole = list(permuted(1000, 5, range(1000)))
-    assert sorted(whole) == list(range(1000))
-    assert list(permuted(1000, 5, range(10, 900, 3))) == whole[10:900:3]
+    full = list(permuted(1000, 5, range(1000)))
+    assert sorted(full) == list(range(1000))
+    assert list(permuted(1000, 5, range(10, 900, 3))) == full[10:900:3]
     # a position in 10^12 numbers is computed at once
     assert 0 <= next(permuted(10**12, 5, range(10**11, 10**12))) < 10**12

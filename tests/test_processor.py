@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from clipgen import muon, processor
+from clipgen import muon
 from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
+from clipgen.hardware import processor
+from clipgen.hardware.processor import has_bf16_units, require_bf16_units
 from clipgen.models.config import TransformerOptimizerConfig
 from clipgen.optim import has_fused_kernels, make_optimizer
-from clipgen.processor import has_bf16_units, require_bf16_units
 from clipgen.training.run import set_precision
 
 

@@ -88,7 +88,7 @@ def test_default_sampling_parameters_are_the_papers(tiny_transformer):
 
 
 def test_unknown_sampling_parameters_raise_type_error(pipe, tiny_transformer):
-    message = r"a sampling parameter must be one of temperature, top_k, .*, got tempreature$"
+    message = r"must be one of temperature, top_k, .*, got tempreature$"
     e = pipe.embed("a red star")
     for generate in (
         lambda: pipe("a red star", tempreature=0.5),

@@ -1,4 +1,4 @@
-"""Other projects' tokenizers come in: the same indices and pictures as their own modules, and nothing is executed."""
+"""Published checkpoints give the indices and images of their own modules, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_a_converted_folder_is_the_same_bit_for_bit(folder, tmp_path, images):
     again = VQGAN.load(vqgan.save(tmp_path / "bare"))
     assert again.discriminator is None and vqgan.discriminator is not None
     assert torch.equal(again(images), vqgan(images))
-    whole = VQGAN.load(vqgan.save(tmp_path / "whole", training=True))
-    assert not changed(whole, weights_of(vqgan))
+    loaded = VQGAN.load(vqgan.save(tmp_path / "whole", training=True))
+    assert not changed(loaded, weights_of(vqgan))
 
 
 def test_published_weights_can_be_trained_further(folder, fit):
@@ -120,11 +120,11 @@ def test_any_ddconfig(tmp_path, images, change):
 def test_a_ddconfig_may_leave_out_what_taming_has_a_value_for():
     params = CONFIG["model"]["params"]
     net = {name: value for name, value in params["ddconfig"].items() if name not in ("ch_mult", "dropout")}
-    found = taming.arguments_of({"model": CONFIG["model"] | {"params": params | {"ddconfig": net}}})
+    arguments = taming.arguments_of({"model": CONFIG["model"] | {"params": params | {"ddconfig": net}}})
     assert (
-        found["autoencoder"]["ch_mult"],
-        found["autoencoder"]["dropout"],
-        found["autoencoder"]["resamp_with_conv"],
+        arguments["autoencoder"]["ch_mult"],
+        arguments["autoencoder"]["dropout"],
+        arguments["autoencoder"]["resamp_with_conv"],
     ) == ([1, 2, 4, 8], 0.0, True)
 
 
@@ -144,9 +144,9 @@ def test_lpips_of_the_file_is_used(tmp_path, images, fit):
     theirs |= {"loss.perceptual_loss.scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
     path = checkpoint_of(VQGAN(**taming.arguments_of(CONFIG)), tmp_path / "last.ckpt", **theirs)
     vqgan = VQGAN.from_taming(path, CONFIG)
-    found = vqgan._lpips[0]
-    assert not found.training and not any(p.requires_grad for p in found.parameters())
-    assert torch.equal(found(images, -images), lpips(images, -images))
+    loaded_lpips = vqgan._lpips[0]
+    assert not loaded_lpips.training and not any(p.requires_grad for p in loaded_lpips.parameters())
+    assert torch.equal(loaded_lpips(images, -images), lpips(images, -images))
     metrics = fit(vqgan, 1, batch=2).callback_metrics
     assert metrics["train/perceptual_loss"] > 0
     again = VQGAN.load(vqgan.save(tmp_path / "folder", training=True))
@@ -270,9 +270,9 @@ def test_hfailabs_transformer(shared):
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["encoder.conv_in", "encoder.", "e"])
 def test_a_part_of_hfailabs_tokenizer(shared, tmp_path, kept):
-    whole = torch.load(next((shared / "parity/hfailab_clip_gen").glob("vqgan*.pt")), weights_only=True)
-    model = {name: tensor for name, tensor in whole["model"].items() if name.startswith(kept)}
-    torch.save(whole | {"model": model}, tmp_path / "part.pt")
+    full = torch.load(next((shared / "parity/hfailab_clip_gen").glob("vqgan*.pt")), weights_only=True)
+    model = {name: tensor for name, tensor in full["model"].items() if name.startswith(kept)}
+    torch.save(full | {"model": model}, tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"part.pt does not fit the VQGAN"):
         VQGAN.from_hfailab(tmp_path / "part.pt")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clipgen.resumable_store import ResumableStore
+from clipgen.storage.resumable_store import ResumableStore
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_other_files_are_prepared_before_the_identity_is_written(store):
 
 
 def test_a_process_that_loses_the_race_to_create_a_store_opens_it(store, monkeypatch):
-    monkeypatch.setattr("clipgen.resumable_store.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("clipgen.storage.resumable_store.time.sleep", lambda seconds: None)
 
     def overtaken() -> None:
         if not store.identity_path.exists():

@@ -117,11 +117,11 @@ def slow(*arguments: Any) -> Any:
 def state(run: str) -> dict[str, torch.Tensor]:
     """Return everything in the last checkpoint that the next step depends on."""
     checkpoint = torch.load(Path(run) / "checkpoints" / "last.ckpt", weights_only=True)
-    found = dict(checkpoint["state_dict"])
+    tensors = dict(checkpoint["state_dict"])
     for half, optimizer in enumerate(checkpoint["optimizer_states"]):
         for number, moments in optimizer["state"].items():
-            found |= {f"{half}.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    return found | {"step": torch.tensor(checkpoint["global_step"])}
+            tensors |= {f"{half}.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    return tensors | {"step": torch.tensor(checkpoint["global_step"])}
 
 
 @pytest.mark.parametrize(
@@ -226,13 +226,13 @@ def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, sto
         lambda self: (validated.append((self.global_step, self.counts.sum().item())), original(self))[1],
     )
     assert call(*arguments, "output=straight").code == 0
-    whole = validated[1:]  # the first is the sanity check's
+    validations = validated[1:]  # the first is the sanity check's
     validated.clear()
     with monkeypatch.context() as patch:  # 2 and 3: its first and its second batch
         interrupt_at(patch, VQGAN, "validation_step", stop)
         assert call(*arguments, "output=half").code == 130
     assert call(*arguments, "output=half", "resume=half").code == 0
-    assert [entry for entry in validated if entry[0]] == whole
+    assert [entry for entry in validated if entry[0]] == validations
     best = [torch.load(Path(run) / "checkpoints" / "best.ckpt", weights_only=True) for run in ("straight", "half")]
     assert best[0]["global_step"] == best[1]["global_step"]
     assert all(torch.equal(best[1]["state_dict"][name], value) for name, value in best[0]["state_dict"].items())
@@ -256,8 +256,17 @@ def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:
 def test_optimizer_settings_can_be_changed_on_resume(call, sources, stage, kind, more):
     """The learning rate, betas and weight decay of the command line replace those of the checkpoint."""
     run = [*STAGES[stage], *sources[kind], *more[:1]]
-    given = ["model.optimizer.learning_rate=1e-5", "model.optimizer.betas=[0.1,0.2]", "trainer.max_steps=5", *more[1:]]
-    for options in ([*run, *given, "output=new"], [*run, "trainer.max_steps=3", "output=old"], ["resume=old", *given]):
+    extra = [
+        "model.optimizer.learning_rate=1e-5",
+        "model.optimizer.betas=[0.1,0.2]",
+        "trainer.max_steps=5",
+        *more[1:],
+    ]
+    for options in (
+        [*run, *extra, "output=new"],
+        [*run, "trainer.max_steps=3", "output=old"],
+        ["resume=old", *extra],
+    ):
         result = call("clipgen-train", *options)
         assert result.code == 0, result.stderr
     assert settings("old") == settings("new")
@@ -360,7 +369,7 @@ def test_resume_auto_starts_a_run_and_then_resumes_it(call, tmp_path):
         "model.optimizer.schedule=constant",
     ]
     assert call(*arguments, "output=straight").code == 0
-    for more in (["trainer.max_steps=3"], [], []):  # begins, goes on, and has nothing left to do
+    for more in (["trainer.max_steps=3"], [], []):  # starts, continues, and has nothing left to do
         result = call(*arguments, *more, "output=run", "resume=auto")
         assert result.code == 0, result.stderr
     straight, resumed = state("straight"), state("run")

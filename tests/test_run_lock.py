@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from clipgen import run_lock
-from clipgen.run_lock import LOCK, hold_lock
+from clipgen.storage import run_lock
+from clipgen.storage.run_lock import LOCK, hold_lock
 
 
 def test_processes_with_different_ranks_share_a_folder(tmp_path):
@@ -57,7 +57,7 @@ def test_only_one_of_many_threads_gets_the_lock(tmp_path):
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom clipgen.run_lock import hold_lock\n"
+        "import sys, time\nfrom pathlib import Path\nfrom clipgen.storage.run_lock import hold_lock\n"
         "with hold_lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)

@@ -26,8 +26,8 @@ def taken(size: int, count: int, consumed: int = 0, **options) -> list:
 
 @pytest.mark.parametrize("start", range(9))
 def test_sampler_resumes_at_any_item(start):
-    whole = taken(14, 60, batch_size=4)
-    assert taken(14, 20, 4 * start, batch_size=4) == whole[4 * start : 4 * start + 20]
+    full = taken(14, 60, batch_size=4)
+    assert taken(14, 20, 4 * start, batch_size=4) == full[4 * start : 4 * start + 20]
 
 
 def test_each_epoch_has_every_item_once_in_another_order():
@@ -128,8 +128,8 @@ def test_resume_with_other_devices_and_batch_size_shows_each_item_once(tmp_path)
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     epoch = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert epoch["is_last_batch"] and epoch["current"]["processed"] == 20
-    whole = [trained_items(tmp_path / "whole", 5, 6, rank, 2, False) for rank in range(2)]
-    assert sorted(joined(whole[0] + whole[1])) == list(range(60))
+    full = [trained_items(tmp_path / "whole", 5, 6, rank, 2, False) for rank in range(2)]
+    assert sorted(joined(full[0] + full[1])) == list(range(60))
 
 
 def test_data_position_survives_several_batch_sizes(tmp_path):
@@ -151,7 +151,7 @@ def test_checkpoint_without_a_data_position_resumes_by_batches(tmp_path):
 
 
 def test_batch_size_larger_than_the_dataset_is_refused():
-    with pytest.raises(ValueError, match="batch_size must be at most 3, the training images per device, got 4"):
+    with pytest.raises(ValueError, match=r"data\.batch_size must be at most 3, the training images per device, got 4"):
         ResumableSampler(range(7), 4, seed=0, world_size=2)
 
 

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import compare_runs
 import fuzz
 import pytest
+import repository_address
 import torch
 import train_clip
 import train_generator
+import train_shapes_clip
 import webdataset as wds
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 from train_clip import one_cycle
 
 from clipgen.baselines import load_generator
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.shapes_evaluator import accuracy
 from clipgen.nonfinite import NonFiniteError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def test_clip_with_non_finite_weights_is_never_saved(tmp_path):
     train_clip.write_config(tmp_path, sizes, ["a"], (0.5,) * 3, (0.5,) * 3)
     nothing = (torch.full((1, 3, 32, 32), float("nan")), torch.tensor([0]))
     with pytest.raises(NonFiniteError, match="training stopped at step 1 with a loss of nan"):
-        train_clip.train(tmp_path, ["a"], [nothing], steps=1, learning_rate=1e-3, seed=0)
+        train_clip.train(tmp_path, ["a"], lambda step: [nothing], 1, 1e-3, 0, train_clip.checkpoint_of(tmp_path))
     with pytest.raises(NonFiniteError, match="must be finite, got 1 of"):
         train_clip.save(torch.nn.Linear(2, 2, bias=False).requires_grad_(False).apply(overflow_in_fp16), tmp_path)
     assert not (tmp_path / "open_clip_model.safetensors").exists()
@@ -142,3 +151,84 @@ def test_noise_decides_position_and_radius_of_a_render():
     assert torch.equal(images[:1], train_generator.render(noise[:1], classes[:1]))
     named = [ALL_ATTRIBUTES[i] for i in classes]
     assert accuracy(images, named)["all"] == 1
+
+
+def test_interrupted_training_of_a_clip_resumes_bit_identically(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_clip, "CHECKPOINT_EVERY", 2)
+    captions = ["a red ring", "a blue star"]
+    sizes = train_shapes_clip.SHAPES_CLIP
+
+    def batches_from(step: int, stop: int = 10) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(step, stop):
+            yield torch.rand(2, 3, 32, 32) * 2 - 1, torch.arange(2)
+
+    def trained(folder: Path, *batches: Callable) -> dict[str, Tensor]:
+        train_clip.write_config(folder, sizes, captions, (0.5,) * 3, (0.5,) * 3)
+        for part in batches:
+            with suppress(RuntimeError):
+                train_clip.train(folder, captions, part, 5, 1e-3, 0, train_clip.checkpoint_of(folder))
+        return load_file(folder / "open_clip_model.safetensors")
+
+    def interrupted(step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches_from(step, 3)
+        raise RuntimeError("interrupted")
+
+    expected = trained(tmp_path / "whole", batches_from)
+    actual = trained(tmp_path / "parts", interrupted, batches_from)
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    assert not train_clip.checkpoint_of(tmp_path / "parts").exists()
+
+
+# ------------------------------------------------------------------------------------------- address of the repository
+
+
+@pytest.fixture
+def checkout(monkeypatch, tmp_path) -> Path:
+    """Return a folder with copies of the files that name the repository."""
+    for pattern in ("pyproject.toml", *repository_address.FILES):
+        for path in ROOT.glob(pattern):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    monkeypatch.setattr(repository_address, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_address_of_the_repository_stands_in_one_place():
+    """All files state what pyproject.toml states, and no file has the address that the script does not know."""
+    name = repository_address.repository_name()
+    assert repository_address.outdated_files(name) == {}
+    known = {ROOT / "pyproject.toml"}
+    for pattern in repository_address.FILES:
+        known |= set(ROOT.glob(pattern))
+    named = set()
+    for folder in (".github", "clipgen", "configs", "scripts"):
+        for path in (ROOT / folder).rglob("*.*"):
+            generated = path.parts[len(ROOT.parts) :][:2] in ((".github", "site"), (".github", "site_source"))
+            if path.is_file() and not generated and f"/{name}".encode() in path.read_bytes():
+                named.add(path)
+    assert named <= known
+
+
+def test_address_of_the_repository_is_written_to_all_files(checkout, monkeypatch, capsys):
+    pyproject = checkout / "pyproject.toml"
+    old = repository_address.repository_name()
+    pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/made.up"))
+    monkeypatch.setattr(sys, "argv", ["repository_address"])
+    repository_address.main()
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(written) == 5 and not repository_address.outdated_files("me/made.up")
+    for path in written:
+        assert "github.com/me/made.up" in path.read_text() and old not in path.read_text()
+    json.loads((checkout / "scripts/notebooks/inside.ipynb").read_text())
+
+
+def test_release_is_refused_while_the_address_is_not_that_of_the_repository(checkout, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["repository_address", "--expect", "me/clipgen"])
+    with pytest.raises(SystemExit, match=r"must be me/clipgen, got "):
+        repository_address.main()
+    pyproject = checkout / "pyproject.toml"
+    old = repository_address.repository_name()
+    pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/clipgen"))
+    with pytest.raises(SystemExit, match=r"first_images.ipynb names another repository: run python -m clipgen"):
+        repository_address.main()

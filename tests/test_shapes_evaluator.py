@@ -49,10 +49,10 @@ def test_evaluator_finds_no_shape_in_noise_or_flat_images(image):
 
 
 def test_half_a_shape_is_not_the_shape():
-    whole = parse("a large red circle on a white background")
-    images = ShapesDataset(100, seed=15, attributes=[whole]).render(range(100))
+    circle = parse("a large red circle on a white background")
+    images = ShapesDataset(100, seed=15, attributes=[circle]).render(range(100))
     images[:, :, :, 14:] = 1.0  # white
-    assert accuracy(images, [whole] * 100)["all"] < 0.05
+    assert accuracy(images, [circle] * 100)["all"] < 0.05
 
 
 def test_images_must_be_square():

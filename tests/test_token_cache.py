@@ -19,14 +19,14 @@ from PIL import Image
 from test_image_data import GOOD, make_tar
 
 from clipgen import precompute
-from clipgen.cli.device import rank_and_world_size
 from clipgen.data import token_cache
 from clipgen.data.class_names import read_names
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
 from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, class_names, read_manifest
 from clipgen.data.webdataset import shard_data
-from clipgen.device import default_device
+from clipgen.hardware.device import default_device
+from clipgen.hardware.ranks import rank_and_world_size
 from clipgen.images import to_pil
 from clipgen.training.resume import refuse_other_runs
 

@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig
 
 from clipgen import TextToImage
 from clipgen.data.shapes import ShapesDataset
-from clipgen.processor import has_bf16_units
+from clipgen.hardware.processor import has_bf16_units
 from clipgen.transformer import ConditionalTransformer
 
 

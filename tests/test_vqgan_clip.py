@@ -30,8 +30,8 @@ def test_augmentations_are_crops(images):
     crops = vqgan_clip.augment(ramp, generators_of(0), AugmentationParams(64, 0.5, 0.0))
     assert crops.shape == (64, 3, 32, 32) and crops.abs().max() <= 1
     slopes = crops[:, 0, 16, 20] - crops[:, 0, 16, 12]
-    whole = 8 * 2 / 31
-    assert (slopes.abs() <= whole + 1e-4).all() and (slopes.abs() >= whole / 2 - 1e-4).all()
+    full = 8 * 2 / 31
+    assert (slopes.abs() <= full + 1e-4).all() and (slopes.abs() >= full / 2 - 1e-4).all()
     assert 16 <= (slopes < 0).sum() <= 48
     flat = vqgan_clip.augment(torch.zeros(1, 3, 32, 32), generators_of(0), AugmentationParams(64, 0.5, 0.1))
     assert flat.mean().abs() < 0.01 and flat.std(dim=(1, 2, 3)).min() > 0 and flat.std(dim=(1, 2, 3)).max() < 0.11

@@ -39,6 +39,19 @@ def test_workflow_is_valid(path):
         assert "uses" not in step or re.fullmatch(r"[\w.-]+/[\w.-]+@(v\d+|release/v1)", step["uses"])
 
 
+def test_ci_runs_the_tests_that_need_an_extra_and_none_may_be_skipped():
+    """The tests of the extra ``docs`` are run by docs.yml, and those of ``eval`` by all jobs."""
+    steps = load("workflows/ci.yml")["jobs"]["extras"]["steps"]
+    commands = " ".join(step["run"] for step in steps if "run" in step)
+    named = set(re.findall(r"tests/(test_\w+)\.py", commands))
+    assert named and all((ROOT / "tests" / f"{name}.py").is_file() for name in named)
+    needs = re.compile(r"""\[(app|hub|sweep|notebooks)\]['"]|import .*served_page|pip install cog""")
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        if path != Path(__file__) and needs.search(path.read_text(encoding="utf-8")):
+            assert path.stem in named, path.name
+    assert "! grep SKIPPED" in commands
+
+
 def test_release_tests_the_wheel_on_every_supported_python_and_system():
     jobs = load("workflows/release.yml")["jobs"]
     matrix = jobs["test"]["strategy"]["matrix"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clipgen.app.request import ImageRequest, random_seed
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from clipgen.generation.prompts import Prompt
-
-Builder = Callable[..., ImageRequest]
 
 
 def make_request(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # Images with fewer pixels per side are enlarged with sharp pixels.
 SMALL_IMAGE = 128
 NUM_SETTINGS = len(Settings._fields)
+# A row of a large model may take longer; the work is stopped after it all the same.
+MAX_STOP_SECONDS = 5.0
 Handler = Callable[..., Iterator[Any]]
 
 
@@ -90,9 +92,12 @@ class Handlers:
         """Generate images with the chosen image as the prompt."""
         yield from self.serve(visit, lambda: chosen(results, selected).variations(int(num_images)))
 
-    def stop(self, visit: gr.Request) -> str:
-        """Stop the requests of a visitor, and return what the page says then."""
-        self.running.stop(str(visit.session_hash))
+    def stop(self, visit: gr.Request) -> None:
+        """Stop the requests of a visitor, and wait until their last rows are on the way to the page."""
+        self.running.stop(str(visit.session_hash), MAX_STOP_SECONDS)
+
+    def stopped(self) -> str:
+        """Return what the page says after the requests of a visitor were stopped."""
         return status("Stopped.")
 
     def leave(self, visit: gr.Request) -> None:
@@ -185,7 +190,7 @@ def show_message(text: str) -> tuple[Any, ...]:
 
 
 def image_classes(size: int) -> list[str]:
-    """Return the CSS classes of images with so many pixels per side."""
+    """Return the CSS classes of images with ``size`` pixels per side."""
     return ["generated", "pixelated"] if size < SMALL_IMAGE else ["generated"]
 
 

@@ -1,4 +1,4 @@
-"""Serve a request: wait for the model, generate in a thread, and yield what the page shows meanwhile."""
+"""Serve a request: wait for the model, generate in a thread, and yield what the page shows during that time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def serve_request(
     """
     start = time.monotonic()
     yield Update(status("Waiting for the model ..."))
-    # The page must not wait for the end of the work; `ModelStore.generating` keeps others from the pipeline meanwhile.
+    # The page must not wait for the end of the work. Until then `ModelStore.generating` keeps others from the pipeline.
     for message in stream(lambda report: work(store, request, report), stopped, join=False):
         if message.kind == "result":
             seconds = time.monotonic() - start

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgen.app.limits import MAX_MODELS
-from clipgen.device import default_device
+from clipgen.hardware.device import default_device
 from clipgen.run_list import BUNDLED_MODELS, OUTPUTS, Run, find_runs, is_class_conditional
 
 if TYPE_CHECKING:

@@ -46,15 +46,7 @@ def build_page(store: ModelStore, folder: Path) -> gr.Blocks:
         connect_model(page, controls, facts, handlers)
         requests = connect_tabs(generating_tabs, controls, panel, handlers)
         requests += connect_results(controls, panel, handlers)
-        panel.stop.click(
-            handlers.stop,
-            None,
-            [panel.status],
-            cancels=requests,
-            queue=False,
-            api_visibility="private",
-            show_progress="hidden",
-        )
+        connect_stop(panel, requests, handlers)
         page.unload(handlers.leave)
         tokenizer.button.click(
             handlers.tokenize,
@@ -128,6 +120,19 @@ def connect_results(controls: Controls, panel: OutputPanel, handlers: Handlers) 
         add_request([panel.more.click], handlers.more, inputs, panel),
         add_request([panel.variations.click], handlers.variations, inputs, panel),
     ]
+
+
+def connect_stop(panel: OutputPanel, requests: list[Any], handlers: Handlers) -> None:
+    """Stop the running and waiting requests. What the page says is a second step, or a late row would replace it."""
+    stopping = panel.stop.click(handlers.stop, None, None, cancels=requests, queue=False, api_visibility="private")
+    stopping.then(
+        handlers.stopped,
+        None,
+        [panel.status],
+        queue=False,
+        api_visibility="private",
+        show_progress="hidden",
+    )
 
 
 def add_request(

@@ -13,7 +13,7 @@ from clipgen.sampling import per_sample_seeds
 from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from clipgen.generation.generator import Preview
+    from clipgen.generation.options import Preview
     from clipgen.pipeline import TextToImage
 
 

@@ -1,4 +1,4 @@
-"""The requests in work, which are stopped when their visitor leaves."""
+"""The requests in work, which are stopped when their visitor wants that or leaves."""
 
 from __future__ import annotations
 
@@ -13,24 +13,31 @@ class RunningRequests:
 
     def __init__(self) -> None:
         self._events: defaultdict[str, set[threading.Event]] = defaultdict(set)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
 
     @contextmanager
     def register(self, visitor: str) -> Iterator[threading.Event]:
-        """Return an event that is set if the visitor leaves before the context ends."""
+        """Return an event that is set if the visitor stops or leaves before the context ends."""
         event = threading.Event()
-        with self._lock:
+        with self._changed:
             self._events[visitor].add(event)
         try:
             yield event
         finally:
-            with self._lock:
+            with self._changed:
                 self._events[visitor].discard(event)
                 if not self._events[visitor]:
                     del self._events[visitor]
+                self._changed.notify_all()
 
-    def stop(self, visitor: str) -> None:
-        """Stop the requests of a visitor who has left."""
-        with self._lock:
+    def stop(self, visitor: str, timeout: float = 0) -> None:
+        """Stop the requests of a visitor.
+
+        Args:
+            visitor: the visitor.
+            timeout: longest time in seconds to wait for their end.
+        """
+        with self._changed:
             for event in self._events.get(visitor, ()):
                 event.set()
+            self._changed.wait_for(lambda: visitor not in self._events, timeout)

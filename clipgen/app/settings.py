@@ -22,7 +22,8 @@ class Settings(NamedTuple):
 
     def sampling(self) -> dict[str, Any]:
         """Return the sampling parameters by name, with the types of ``SamplingParams``."""
-        return {name: option.type(getattr(self, name)) for name, option in SAMPLING_OPTIONS.items()}
+        names = [name for name in self._fields if name in SAMPLING_OPTIONS]
+        return {name: SAMPLING_OPTIONS[name].type(getattr(self, name)) for name in names}
 
     def first_seed(self) -> int | None:
         """Return the seed; None if the field is empty.

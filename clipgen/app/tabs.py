@@ -14,7 +14,6 @@ EXAMPLES = (
     "a large green triangle on a gray background",
     "a large yellow circle on a black background",
 )
-MAX_TERMS = 3
 MAX_STEPS = 16
 
 

@@ -26,12 +26,12 @@ from clipgen.baselines.gan_weights import (
     read_generator_state,
     rename,
 )
-from clipgen.files import read_json
+from clipgen.storage.files import read_json
 
 __all__ = ["BigGAN", "BigGANDeep", "load_biggan"]
 
 DEEP_EPS = 1e-4
-NORM_EPS = 1e-5  # of ajbrock's batch norms
+NORM_EPS = 1e-5  # ajbrock's value for batch norms
 SPECTRAL_EPS = 1e-6
 CONVERTED_EPS = 1e-4  # both, in the files converted from TF Hub, which have no sv0
 FILES = ("pytorch_model.bin", "G_ema.pth")

@@ -24,7 +24,7 @@ from clipgen.hashing import hashed_seed
 
 __all__ = ["CLIP_INPUTS", "Protocol", "PublishedCLIPInput", "keras_names", "prepare_caption", "ranking_caption"]
 
-TRUNCATION = 0.4  # of BigGAN-deep; SAGAN's noise is not truncated
+TRUNCATION = 0.4  # for BigGAN-deep; SAGAN's noise is not truncated
 THRESHOLD = 0.2841796875  # mean score of real training images and captions, in the published scale
 NUM_IMAGES = 100
 RANKING_SEED = 42

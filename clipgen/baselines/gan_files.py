@@ -35,6 +35,8 @@ def load_gan(source: str) -> BigGAN | BigGANDeep | SAGAN:
             f"{source} is not downloaded: name its file, biggan:FILE_OR_FOLDER, with pytorch_model.bin and config.json"
         )
     kind, _, path = source.partition(":")
+    if not path:
+        raise ValueError(f"generator must name a file, {kind}:FILE, got {source!r}")
     return load_biggan(path) if kind == "biggan" else load_sagan(path)
 
 

@@ -21,8 +21,8 @@ from clipgen.baselines.class_conditional import ClassConditionalGenerator
 from clipgen.baselines.gan_files import is_gan_file, load_gan_file
 from clipgen.data.class_names import NAME_LISTS, name_list, read_names
 from clipgen.evaluation.features import import_function
-from clipgen.files import one_line
 from clipgen.sampling_params import SamplingParams
+from clipgen.storage.files import one_line
 
 TOLERANCE = 0.05  # distance from [-1, 1] that is accepted as rounding
 

@@ -19,7 +19,7 @@ from clipgen.baselines.gan_weights import State, fold_spectral_norms, load_compl
 
 __all__ = ["SAGAN", "load_sagan"]
 
-EPS = 1e-4  # of StudioGAN's batch norms; it is not stored
+EPS = 1e-4  # StudioGAN's value for batch norms, which it does not store
 NAMES = (
     (r"\.bn\.running_", "."),
     (r"\.running_", "."),

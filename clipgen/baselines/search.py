@@ -42,7 +42,7 @@ class SearchResult(NamedTuple):
         score: its cosine similarity with the prompt.
         class_index: its class.
         curve: best score after b = 1, 2, ... images, (num_images,).
-        images: all images (num_images, 3, H, W), if they were asked for.
+        images: all images (num_images, 3, H, W), if ``return_images`` was set.
     """
 
     image: Tensor

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, GPT2Config, GPT2Model
 
-from clipgen.checkpoint.safe_load import State, check_finite
-from clipgen.files import one_line
+from clipgen.checkpoint.safe_load import State, check_finite, check_weights_file
+from clipgen.storage.files import one_line
 
 SIZES = ("n_layer", "n_head", "n_embd")
 TABLES = ("vocab_size", "n_positions")
@@ -36,7 +36,11 @@ def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
         rows = getattr(config, size)
         if not isinstance(rows, int) or not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"init_from_gpt2 must name a GPT-2, got {name} whose {size} is {rows!r:.60}")
-    model, loading_info = from_pretrained(GPT2Model, name, output_loading_info=True)
+    for file in sorted(Path(name).glob("*.bin")):
+        check_weights_file(file)
+    # Without the other settings, which can ask for larger or more layers, or for code.
+    plain = GPT2Config(**{size: getattr(config, size) for size in (*SIZES, *TABLES)})
+    model, loading_info = from_pretrained(GPT2Model, name, config=plain, output_loading_info=True)
     missing = loading_info["missing_keys"]
     if missing:
         raise ValueError(f"init_from_gpt2 must name a complete GPT-2, got {name} without {min(missing)}")

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 import clipgen
-from clipgen.atomic_folder import finish_swap, replace_folder
 from clipgen.checkpoint.pickle_stubs import thaw
 from clipgen.checkpoint.safe_load import (
     State,
@@ -30,8 +29,9 @@ from clipgen.checkpoint.safe_load import (
     strip_wrappers,
 )
 from clipgen.checkpoint.verified_build import build, named_load_errors
-from clipgen.files import one_line, read_json
-from clipgen.inner_files import check_inside
+from clipgen.storage.atomic_folder import finish_swap, replace_folder
+from clipgen.storage.files import one_line, read_json
+from clipgen.storage.inner_files import check_inside
 
 __all__ = ["build", "named_load_errors"]  # for the models, which know files by this module
 
@@ -108,7 +108,7 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None, token: s
     if not name.startswith("hf-hub:"):
         if revision is not None:
             raise ValueError(f"revision must be None for {name}, which is not on the hub, got {revision}")
-        # a Path is one, whatever its name
+        # a Path is always a path, also if it looks like a name
         return Path(BUNDLED.get(name, name) if isinstance(path_or_name, str) else name).expanduser()
     from huggingface_hub import snapshot_download
 
@@ -139,6 +139,13 @@ def load(path: str | Path, model: str) -> Model:
         finish_swap(folder)
     source = find_model(place, model)
     return load_ckpt(source, model) if source.is_file() else load_folder(source, model)
+
+
+def load_model(cls: Any, path: str | Path, revision: str | None, token: str | None) -> Any:
+    """Load a model of a class, in evaluation mode; see ``resolve_path`` for the arguments and ``load`` for errors."""
+    place = resolve_path(path, revision, token)
+    arguments, state = load(place, model_name_of(cls))
+    return build(cls, arguments, state, place)
 
 
 def find_model(path: Path, model: str) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipgen.checkpoint.pickle_rehearsal import rehearse
 from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stand_in
 
 __all__ = [
@@ -19,6 +23,8 @@ __all__ = [
     "check_archive",
     "check_finite",
     "check_header",
+    "check_weights_file",
+    "only_weights",
     "read_checkpoint",
     "read_weights",
     "strip_prefix",
@@ -26,11 +32,19 @@ __all__ = [
 ]
 
 State = dict[str, Tensor]
+# torch.load obeys this environment variable, whatever its caller asks for
+FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 MAX_NAMES = 100  # classes that one file may name
 MAX_VALUES = 2_000_000  # in all nested dictionaries and lists of a file
 MAX_DEPTH = 100
 MAX_HEADER = 2**23  # bytes of the header of a safetensors file: about 80 000 tensors
 ZIP = b"PK\x03\x04"
+# The ends of a zip file, without a comment: of the ordinary format, and of the one for large files.
+ZIP_END = struct.Struct("<4s8xLLH")
+ZIP64_END = struct.Struct("<4s36xQQ")
+ZIP64_LOCATOR = struct.Struct("<4s4xQ4x")
+# Number of pickles that torch.save writes before the weights if it writes no archive.
+PICKLES = 5
 STATES = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
 # What torch.compile, FSDP, activation checkpointing and Fabric put between the names of modules
 INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -61,12 +75,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def only_weights() -> Iterator[None]:
+    """Let libraries read weights without executing code inside the ``with``, though they ask torch to allow it."""
+    previous = os.environ.get(FORCE_WEIGHTS_ONLY)
+    os.environ[FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[FORCE_WEIGHTS_ONLY] = previous
+
+
 def unpickle(path: Path) -> Any:
     """Read a file of torch.save with inert stand-ins for the harmless classes that it names."""
     with path.open("rb") as file:
         archive = file.read(len(ZIP)) == ZIP
     if archive:
         check_archive(path)
+    rehearse_pickles(path, archive)
     names: dict[str, Any] = {}
     while True:
         try:
@@ -79,6 +108,21 @@ def unpickle(path: Path) -> Any:
             if name is None or kind is None or name in names or len(names) >= MAX_NAMES:
                 raise
             names[name] = kind
+
+
+def rehearse_pickles(path: Path, archive: bool) -> None:
+    """Raise ValueError if a pickle of a file makes calls that weights do not need, see ``rehearse``."""
+    size = path.stat().st_size
+    if not archive:
+        with path.open("rb") as file:
+            rehearse(file, size, PICKLES)
+        return
+    with zipfile.ZipFile(path) as records:
+        for record in records.infolist():
+            # The name as torch reads it; zipfile can prefer another one.
+            if ".pkl" in record.orig_filename:
+                with records.open(record) as file:
+                    rehearse(file, size)
 
 
 def check_values(content: Any) -> None:
@@ -105,6 +149,7 @@ def children_of(value: Any) -> list[Any]:
 
 def check_archive(path: Path) -> None:
     """Raise ValueError if records of a zip file are compressed, or claim more bytes than the file has."""
+    check_directory(path)
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
     for record in records:
@@ -113,6 +158,26 @@ def check_archive(path: Path) -> None:
     claimed, size = sum(max(record.file_size, record.compress_size) for record in records), path.stat().st_size
     if claimed > size:
         raise ValueError(f"its records claim {claimed} bytes, but the file has {size}")
+
+
+def check_directory(path: Path) -> None:
+    """Raise ValueError unless the directory of a zip file is directly before its end.
+
+    Otherwise another reader could find another directory, with records that were not checked.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(size - 98, 0))
+        end = file.read()
+    directory_end = size - 22
+    mark, length, offset, comment = ZIP_END.unpack(end[-22:].rjust(22))
+    if end[-42:-38] == b"PK\x06\x07":
+        directory_end = size - 98
+        _, place = ZIP64_LOCATOR.unpack(end[-42:-22])
+        _, length, offset = ZIP64_END.unpack(end[-98:-42])
+        offset = offset if place == directory_end else -1
+    if mark != b"PK\x05\x06" or comment or offset + length != directory_end:
+        raise ValueError("it does not end with the directory of its records")
 
 
 def refused_name(error: Exception) -> str | None:
@@ -146,6 +211,22 @@ def check_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER:
         raise ValueError(f"{path} is damaged: its header must have at most {MAX_HEADER} bytes, got {length}")
+
+
+def check_weights_file(path: Path) -> None:
+    """Raise ValueError if a file of weights claims more than it holds, or wants to run code.
+
+    This is for files that another library reads: of safetensors, of NumPy or of torch.save.
+    """
+    if path.suffix == ".safetensors":
+        check_header(path)
+    elif path.suffix in (".npz", ".npy"):
+        try:
+            check_archive(path)
+        except (ValueError, zipfile.BadZipFile, struct.error) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+    else:
+        read_checkpoint(path)
 
 
 def read_weights(path: str | Path, key: str, first: str, project: str) -> State:

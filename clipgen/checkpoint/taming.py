@@ -12,8 +12,8 @@ from typing import Any
 
 from clipgen.checkpoint.model_folder import Model
 from clipgen.checkpoint.safe_load import add_prefix, read_weights, strip_prefix
-from clipgen.files import read_mapping
 from clipgen.models.discriminator import sizes_from_state
+from clipgen.storage.files import read_mapping
 
 TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")

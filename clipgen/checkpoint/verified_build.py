@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 import clipgen
 from clipgen.checkpoint.safe_load import State
-from clipgen.files import one_line
+from clipgen.storage.files import one_line
 from clipgen.type_checks import check_values, fits, parameter_hints
 
 Model = TypeVar("Model")
@@ -27,7 +27,7 @@ Model = TypeVar("Model")
 DEPTHS = ("n_layer", "num_layers", "num_res_blocks")  # numbers of blocks, each with weights of its own
 RANDOM = (Tensor.normal_, Tensor.uniform_)
 SPARE = 1000  # parameters that a model may have beyond those of its file, as a part that is left out
-SPARE_BYTES = 2**26  # of buffers that no file holds
+SPARE_BYTES = 2**26  # allowance for buffers that no file holds
 
 
 def build(model: type[Model], arguments: Any, state: State, path: str | Path) -> Model:

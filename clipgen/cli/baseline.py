@@ -21,15 +21,15 @@ from clipgen.cli.baseline_args import (
     image_seeds,
     read_caption_groups,
 )
+from clipgen.cli.baseline_biggan_clip import add_biggan_clip
 from clipgen.cli.baseline_output import ImageOutput
-from clipgen.cli.biggan_clip import add_biggan_clip
-from clipgen.cli.console import guarded
+from clipgen.cli.baseline_search import add_search, check_threshold
+from clipgen.cli.console import guarded, say
 from clipgen.cli.model_path import check_generator_path, check_model_path
-from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options
-from clipgen.cli.search import add_search, check_threshold
-from clipgen.device import default_device
-from clipgen.files import user_path
+from clipgen.hardware.device import default_device
+from clipgen.storage.files import user_path
+from clipgen.storage.output_folder import output_folder
 
 if TYPE_CHECKING:
     from clipgen import VQGAN, FrozenCLIP
@@ -164,7 +164,7 @@ def run_vqgan_clip(args: argparse.Namespace) -> None:
         scores = [real_score(clip, image[None], [prompt]) for image in images]
         metadata = [{"prompt": prompt, "clip_score": score} for score in scores]
         output.add(images, prompt, image_seeds(args), metadata)
-        print(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}, {seconds:.1f} s per image")
+        say(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}, {seconds:.1f} s per image")
     output.save_grid()
 
 

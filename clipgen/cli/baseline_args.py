@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgen.cli.sampling_args import sampling_options
-from clipgen.files import user_path
 from clipgen.sampling_params import SamplingParams
+from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
     from clipgen import FrozenCLIP

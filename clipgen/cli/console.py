@@ -1,4 +1,4 @@
-"""Output of the commands: one-line errors, log lines, and a progress bar."""
+"""Output of the commands: one-line errors and log lines."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from types import FrameType
 
 from clipgen.errors import EXPECTED, error_line
-from clipgen.files import printable
+from clipgen.storage.files import printable
 
 logger = logging.getLogger("clipgen")
 # Warnings of libraries that do not apply here, or that clipgen reports in its own words.
@@ -81,86 +79,13 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-# ------------------------------------------------------------------------------------------------------------- progress
-
-
-@contextmanager
-def progress_bar(name: str, total: float | None) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar with img/s and ETA, or log one line per minute without a terminal.
-
-    Args:
-        name: description of the work.
-        total: number of images; None if it is unknown.
-
-    Yields:
-        A function that is called with the number of images done since the last call.
-    """
-    if not sys.stderr.isatty():
-        yield ProgressLog(name, total).advance
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-
-    columns = (
-        "{task.description}",
-        BarColumn(),
-        TaskProgressColumn(),
-        "{task.fields[rate]}  ETA",
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task_id = progress.add_task(name, total=total, rate="")
-
-        def advance(count: float) -> None:
-            progress.advance(task_id, count)
-            task = progress.tasks[0]
-            rate = task.completed / max(task.elapsed or 0, 1e-6)
-            progress.update(task_id, rate=f"{rate:.3g} img/s")
-
-        yield advance
-
-
-class ProgressLog:
-    """Log the progress once per interval.
-
-    Args:
-        name: description of the work.
-        total: number of images; None if it is unknown.
-        interval: seconds between two lines.
-    """
-
-    def __init__(self, name: str, total: float | None, interval: float = 60.0):
-        self.name = name
-        self.total = total
-        self.interval = interval
-        self.done = 0.0
-        self.start = time.monotonic()
-        self.last = self.start
-
-    def advance(self, count: float) -> None:
-        """Count images, and log a line if it is time."""
-        self.done += count
-        now = time.monotonic()
-        if now - self.last >= self.interval:
-            self.last = now
-            logger.info("%s", self.line(now - self.start))
-
-    def line(self, seconds: float) -> str:
-        """Return the log line after a number of seconds."""
-        rate = self.done / seconds
-        if not self.total:
-            return f"{self.name}: {self.done:.0f} images, {rate:.3g} img/s"
-        eta = timedelta(seconds=round((self.total - self.done) / max(rate, 1e-9)))
-        return f"{self.name}: {self.done:.0f} of {self.total:.0f} images, {rate:.3g} img/s, ETA {eta}"
-
-
 # -------------------------------------------------------------------------------------------------------------- streams
 
 
 def say(text: object) -> None:
     """Print a line of results. If the reader has closed the pipe or the disk is full, the work continues without."""
     try:
-        print(printable(str(text)))
+        print(printable(str(text)), flush=True)
     except OSError as error:
         give_up_stdout(error)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from clipgen.cli.console import guarded
-from clipgen.files import user_path
+from clipgen.cli.console import guarded, say
+from clipgen.storage.files import user_path
 
 
 def main() -> None:
@@ -60,11 +60,11 @@ def run() -> None:
     else:
         vqgan = VQGAN.from_hfailab(args.vqgan)
     if args.project == "taming" or args.transformer is None:
-        print(vqgan.save(args.output, training=args.training))
+        say(vqgan.save(args.output, training=args.training))
         return
     transformer = ConditionalTransformer.from_hfailab(args.transformer, args.n_head)
     clip = FrozenCLIP.from_spec(args.clip)
-    print(TextToImage(vqgan, transformer, clip).save(args.output))
+    say(TextToImage(vqgan, transformer, clip).save(args.output))
 
 
 if __name__ == "__main__":

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipgen.cli.console import guarded
-from clipgen.cli.output_dir import free_folder
-from clipgen.files import user_path
+from clipgen.cli.console import guarded, say
+from clipgen.progress import duration
+from clipgen.storage.files import one_line, user_path
+from clipgen.storage.output_folder import free_folder
 
 START_TIME = time.perf_counter()
 DESCRIPTION = (
@@ -34,6 +35,8 @@ FEWER_STEPS = 360
 EXAMPLE_PROMPT = "a large blue ring on a white background"
 # The lower of the paper's two values for top_p, which is more accurate
 SAMPLING = {"temperature": 1.0, "top_k": 300, "top_p": 0.8}
+# Types of the settings in the report that a resumed demo reads
+SETTING_TYPES = {"seed": int, "steps": int | None, "overrides": list[str]}
 # Losses that are plotted, without train/ or val/
 PLOTTED_LOSSES = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
 
@@ -74,11 +77,11 @@ def run() -> None:
     seconds: dict[str, float] = {}
     settings = choose_settings(args)
     stages = compose_stages(args.output, args.seed, args.steps, args.overrides)
-    print(describe_plan(args.output, stages), flush=True)
+    say(describe_plan(args.output, stages))
     with timed(seconds, "imports"):
-        from clipgen.files import write_json
-        from clipgen.output_folder import output_folder
         from clipgen.pipeline import TextToImage
+        from clipgen.storage.files import write_json
+        from clipgen.storage.output_folder import output_folder
     with output_folder(args.output, keep_pattern="*/checkpoints/*.ckpt"):
         # --resume reads the settings from the report
         write_json(args.output / REPORT, {"settings": settings})
@@ -126,10 +129,19 @@ def read_settings(args: argparse.Namespace) -> None:
     path = args.output / REPORT
     if not path.is_file():
         raise FileNotFoundError(f"no demo to resume in {args.output}: there is no {path}")
-    settings = json.loads(path.read_text("utf-8"))["settings"]
+    from clipgen.cli.resume_args import harmless_arguments
+    from clipgen.storage.files import read_json
+    from clipgen.type_checks import check_values
+
+    settings = read_json(path, "settings")["settings"]
+    try:
+        check_values({name: settings.get(name) for name in SETTING_TYPES}, SETTING_TYPES)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
     args.seed = settings["seed"]
     args.steps = settings.get("steps")
-    args.overrides = settings["overrides"]
+    # The folder may come from somebody else.
+    args.overrides = list(harmless_arguments(settings["overrides"], path).values())
 
 
 def choose_folder(args: argparse.Namespace) -> None:
@@ -137,7 +149,7 @@ def choose_folder(args: argparse.Namespace) -> None:
     requested = args.output
     args.output = free_folder(requested, REPORT)
     if args.output != requested and not (requested / "grid.png").is_file():
-        print(f"{requested} contains an interrupted demo: {resume_command(requested)} resumes it")
+        say(f"{requested} contains an interrupted demo: {resume_command(requested)} resumes it")
 
 
 def resume_command(output: Path) -> str:
@@ -186,29 +198,34 @@ def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]
     """Train the stages that are not finished."""
     from clipgen.cli import train
     from clipgen.run_list import finished_model
-    from clipgen.training.callbacks.progress import TimeForecast
+    from clipgen.training.callbacks import TimeForecast
 
     for stage, config in stages.items():
         if finished_model(output / stage, stage):
-            print(f"stage={stage} is already trained")
+            say(f"stage={stage} is already trained")
             continue
-        print(f"Training stage={stage} ...", flush=True)
+        say(f"Training stage={stage} ...")
         later_steps = stages["transformer"].trainer.max_steps * STEP_COST if stage == "vqgan" else 0
-        forecast = TimeForecast(later_steps, print_forecast)
+        forecast = TimeForecast(partial(print_forecast, later_steps))
         with timed(seconds, stage):
             train.train(config, callbacks=[forecast], resume_command=resume_command(output))
 
 
-def print_forecast(stage_seconds: float, total_seconds: float) -> None:
-    """Print the time left in this stage and in all, and what to do if it is long."""
-    from clipgen.training.callbacks.progress import duration
+def print_forecast(later_steps: float, steps_left: float, seconds_per_step: float) -> None:
+    """Print the time left in this stage and in all, and what to do if it is long.
 
-    print(f"About {duration(total_seconds)} left, {duration(stage_seconds)} of it in this stage", flush=True)
+    Args:
+        later_steps: cost of the later stages, in steps of this one.
+        steps_left: steps left in this stage.
+        seconds_per_step: duration of a step of this stage.
+    """
+    stage_seconds = steps_left * seconds_per_step
+    total_seconds = (steps_left + later_steps) * seconds_per_step
+    say(f"About {duration(total_seconds)} left, {duration(stage_seconds)} of it in this stage")
     if total_seconds > MAX_SECONDS:
-        print(
+        say(
             f"The demo is slow on this machine: --steps {FEWER_STEPS} would take a fifth of the time, with less "
-            f'accurate images. Without training, clipgen-sample "{EXAMPLE_PROMPT}" uses the bundled model',
-            flush=True,
+            f'accurate images. Without training, clipgen-sample "{EXAMPLE_PROMPT}" uses the bundled model'
         )
 
 
@@ -258,7 +275,7 @@ def plot_losses(files: list[Path], path: Path) -> None:
     """Plot the training and validation losses of both stages."""
     from matplotlib.figure import Figure
 
-    from clipgen.files import atomic_write
+    from clipgen.storage.files import atomic_write
 
     figure = Figure(figsize=(5 * len(files), 3.5), layout="constrained")
     for axis, file in zip(figure.subplots(1, len(files)), files):
@@ -285,7 +302,7 @@ def read_losses(file: Path, stage: str) -> dict[str, list[tuple[int, float]]]:
 
 def write_report(output: Path, accuracy: dict[str, float], seconds: dict[str, float], settings: dict[str, Any]) -> None:
     """Write ``report.json``."""
-    from clipgen.files import read_json, write_json
+    from clipgen.storage.files import read_json, write_json
 
     report = {
         "accuracy": accuracy,
@@ -298,14 +315,13 @@ def write_report(output: Path, accuracy: dict[str, float], seconds: dict[str, fl
 
 def print_results(output: Path, accuracy: dict[str, float], seconds: dict[str, float]) -> None:
     """Print the accuracy as a table, the durations and what to do next."""
-    print(f"\nOf {NUM_PROMPTS} prompts, none of them seen in training, the images that show what the prompt says:")
+    say("")
+    say(f"Of {NUM_PROMPTS} prompts, none of them seen in training, the images that show what the prompt says:")
     for name, value in accuracy.items():
-        print(f"  {name:<11} {value:6.1%}")
-    print("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
-    print(f"See {output}/grid.png, reconstructions.png and losses.png; then try")
-    print(
-        f'  clipgen-sample --checkpoint {shlex.quote(str(output))}/transformer --prompt "{EXAMPLE_PROMPT}" --top-p 0.8'
-    )
+        say(f"  {name:<11} {value:6.1%}")
+    say("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    say(f"See {output}/grid.png, reconstructions.png and losses.png; then try")
+    say(f'  clipgen-sample --checkpoint {shlex.quote(str(output))}/transformer --prompt "{EXAMPLE_PROMPT}" --top-p 0.8')
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded, progress_bar
+from clipgen.cli.console import guarded, say
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -60,10 +60,11 @@ def encode(config: DictConfig) -> None:
     # torch is imported only now, after the checks that do not need it
     from clipgen import VQGAN, precompute
     from clipgen.cli.config import make
-    from clipgen.cli.device import rank_and_world_size
-    from clipgen.device import default_device
-    from clipgen.output_folder import output_folder
-    from clipgen.run_lock import LOCK
+    from clipgen.cli.progress_bar import progress_bar
+    from clipgen.hardware.device import default_device
+    from clipgen.hardware.ranks import rank_and_world_size
+    from clipgen.storage.output_folder import output_folder
+    from clipgen.storage.run_lock import LOCK
     from clipgen.training.model_builder import warn_of_image_size
 
     vqgan = VQGAN.load(config.vqgan)
@@ -91,7 +92,7 @@ def encode(config: DictConfig) -> None:
             advance=advance,
         )
     status = "Finished" if finished else "This process has finished its part, other processes have not"
-    print(f"{status}: {Path(config.output)}")
+    say(f"{status}: {Path(config.output)}")
 
 
 def complete(config: DictConfig) -> None:

@@ -10,15 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from clipgen.cli.console import guarded, progress_bar
-from clipgen.cli.device import rank_and_world_size
+from clipgen.cli.console import guarded, say
 from clipgen.cli.model_path import check_model_path
-from clipgen.cli.output_dir import output_folder
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
 from clipgen.data.urls import expand_urls
-from clipgen.device import default_device
-from clipgen.files import user_path
-from clipgen.run_lock import LOCK
+from clipgen.hardware.device import default_device
+from clipgen.hardware.ranks import rank_and_world_size
+from clipgen.storage.files import user_path
+from clipgen.storage.output_folder import output_folder
+from clipgen.storage.run_lock import LOCK
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -130,8 +130,7 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         default="inception",
         help="feature space of IS, FID, KID, precision and recall: inception (torch-fidelity's resize), "
         "inception-clean, inception:FILE, clip:MODEL[:TAG], classifier:FILE, torchvision:MODEL, timm:MODEL, "
-        "module:function, none "
-        "(default: %(default)s)",
+        "module:function (code: name only one that you trust), none (default: %(default)s)",
     )
     group.add_argument(
         "--blur",
@@ -146,7 +145,7 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         help=f"MODEL[:TAG] of a CLIP score, may be repeated; none disables it (default: {DEFAULT_CLIP} if there are "
         "captions)",
     )
-    group.add_argument("--captioner", help="captioner of CapS: blip, blip:NAME_OR_FOLDER, module:function")
+    group.add_argument("--captioner", help="captioner of CapS: blip, blip:NAME_OR_FOLDER, module:function (code)")
     group.add_argument("--shapes-eval", action="store_true", help="read the images by the rules of the shapes data")
     group.add_argument(
         "--image-size", type=int, help="size of --images and the reference in pixels (default: as the images)"
@@ -170,19 +169,21 @@ def run() -> None:
     check_paths(args)
     from clipgen.evaluation.report import table
     from clipgen.evaluation.run import METRICS_FILE
-    from clipgen.files import atomic_write
+    from clipgen.storage.files import atomic_write
 
     rank, _ = rank_and_world_size()
     with output_folder(args.output, keep_pattern="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
         results = evaluate_reconstructions(args) if args.vqgan else evaluate_images(args)
         if results is None:
-            print(f"This process has finished its share; waiting for the others: {args.output}")
+            say(f"This process has finished its share; waiting for the others: {args.output}")
             return
         name = args.name or args.checkpoint or args.vqgan or str(args.images)
         row = table([(name, results)], args.features, args.captioner or "")
         with atomic_write(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
-    print(f"{row}\nProtocol: {args.output / METRICS_FILE}")
+    for line in row.splitlines():
+        say(line)
+    say(f"Protocol: {args.output / METRICS_FILE}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -239,6 +240,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of images; None if other processes have not finished."""
+    from clipgen.cli.progress_bar import progress_bar
     from clipgen.data.shapes import parse
     from clipgen.evaluation.captions import select_captions
     from clipgen.evaluation.run import METRICS_FILE, evaluate, require_same_protocol
@@ -361,9 +363,11 @@ def evaluate_reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from torch.utils.data import DataLoader
 
     from clipgen import VQGAN
+    from clipgen.cli.progress_bar import progress_bar
     from clipgen.evaluation.run import METRICS_FILE, require_same_protocol, write_results
     from clipgen.evaluation.sources import RealImages
     from clipgen.run_folder import vqgan_identity
+    from clipgen.training.callbacks import ValidationProgress
 
     vqgan = VQGAN.load(args.vqgan)
     images = RealImages(args.reference, args.image_size or vqgan.autoencoder_config.resolution)
@@ -374,8 +378,11 @@ def evaluate_reconstructions(args: argparse.Namespace) -> dict[str, float]:
         "reference": images.identity,
     }
     require_same_protocol(args.output / METRICS_FILE, protocol)
-    trainer = make_trainer(args, metrics)
-    (logged,) = trainer.validate(vqgan, DataLoader(cast(Any, images.dataset), args.batch_size), verbose=False)
+    loader = DataLoader(cast(Any, images.dataset), args.batch_size)
+    number = images.dataset.count_images()
+    with progress_bar("images", number.images if number else None) as advance:
+        trainer = make_trainer(args, [metrics, ValidationProgress(advance)])
+        (logged,) = trainer.validate(vqgan, loader, verbose=False)
     results = {name.removeprefix("val/"): value for name, value in logged.items()}
     write_results(args.output / METRICS_FILE, results, protocol)
     return results
@@ -383,8 +390,8 @@ def evaluate_reconstructions(args: argparse.Namespace) -> dict[str, float]:
 
 def make_reconstruction_metrics(vqgan: VQGAN, features: str | None) -> ReconstructionMetrics:
     """Return the metrics; without VGG-16's weights LPIPS is omitted, also from the VQ-GAN's validation loss."""
+    from clipgen.checkpoint.vgg import MissingWeightsError
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
-    from clipgen.models.lpips import MissingWeightsError
 
     try:
         return ReconstructionMetrics(lpips=True, fid_features=features)
@@ -394,7 +401,7 @@ def make_reconstruction_metrics(vqgan: VQGAN, features: str | None) -> Reconstru
         return ReconstructionMetrics(lpips=False, fid_features=features)
 
 
-def make_trainer(args: argparse.Namespace, metrics: ReconstructionMetrics) -> pl.Trainer:
+def make_trainer(args: argparse.Namespace, callbacks: list[pl.Callback]) -> pl.Trainer:
     """Return a trainer that only validates."""
     import pytorch_lightning as pl
     import torch
@@ -403,11 +410,11 @@ def make_trainer(args: argparse.Namespace, metrics: ReconstructionMetrics) -> pl
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=1 if device.index is None else [device.index],
-        callbacks=[metrics],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=False,
         default_root_dir=args.output,
     )
 

@@ -1,4 +1,4 @@
-"""Read the metadata that ``clipgen-sample`` writes to PNG files. Files of strangers are checked in every detail."""
+"""Read the metadata that ``clipgen-sample`` writes to PNG files, which are untrusted: every value is checked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.data.decoding import UnusableImageError, png_text
-from clipgen.files import printable
 from clipgen.generation.sampling_options import DTYPES, SAMPLING_OPTIONS
+from clipgen.storage.files import printable
 
 if TYPE_CHECKING:
     from clipgen.sampling_params import SamplingParams

@@ -7,6 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import clipgen
+
 PACKAGES = (
     "torch",
     "torchvision",
@@ -25,7 +27,7 @@ OPTIONAL_PACKAGES = ("torch-fidelity", "datasets", "gradio", "wandb")
 def info_text() -> str:
     """Return the versions of clipgen, Python and the packages, and the processor, memory and GPUs of this machine."""
     lines = {
-        "clipgen": f"{version('clipgen')} ({Path(__file__).parents[1]})",
+        "clipgen": f"{clipgen.__version__} ({Path(__file__).parents[1]})",
         "Python": f"{platform.python_version()}, {platform.platform()}",
         "packages": ", ".join(installed_packages()),
         "processor": describe_processor(),
@@ -51,7 +53,7 @@ def describe_processor() -> str:
     """Return the processor, its cores, the instruction set that torch uses, and whether bfloat16 is fast on it."""
     import torch
 
-    from clipgen.processor import has_bf16_units, instruction_set
+    from clipgen.hardware.processor import has_bf16_units, instruction_set
 
     bfloat16 = "fast" if has_bf16_units("cpu") else "emulated"
     cores = f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()}"

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.environment import environment_int
+from clipgen.hardware.environment import environment_int
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,6 +24,13 @@ COMMAND_ONLY = ("resume", "output")
 AUTO = "auto"
 # Options that send data to a host on the network
 NETWORK_OPTIONS = {"wandb"}
+# Keys whose values may name a repository on the hub, and a key with a folder to write to
+HUB_KEYS = ("data.dataset", "init_from_gpt2")
+REPOSITORY = r"[\w.-]+/[\w.-]+"
+FOLDER_KEYS = ("logger.save_dir", "data.cache_dir")
+# Hydra takes a millisecond to parse an argument
+MAX_ARGUMENTS = 1000
+MAX_LENGTH = 10_000
 SCALARS = (str, int, float, bool, type(None))
 RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
@@ -114,27 +121,45 @@ def by_key(arguments: list[str]) -> dict[str, tuple[str, Any]]:
 def run_arguments(run: Path, excluded: Collection[str]) -> dict[str, str]:
     """Return the arguments of a run by key, without the excluded keys.
 
-    A run folder may come from somebody else: only keys that ``configs/`` has are accepted, with plain values that
+    A run folder may be untrusted: only keys that ``configs/`` has are accepted, with plain values that
     neither run a command or code of a module, nor name a host on the network or a folder to write to.
 
     Raises:
         ValueError: the file is damaged, or an argument must not be taken from a file.
     """
+    return harmless_arguments(read_arguments(run), run / ARGUMENTS, excluded)
+
+
+def harmless_arguments(arguments: list[str], path: Path, excluded: Collection[str] = ()) -> dict[str, str]:
+    """Return the arguments of a file by key, without the excluded keys, see ``run_arguments``.
+
+    Args:
+        arguments: the arguments.
+        path: the file, for messages.
+        excluded: keys that are left out.
+
+    Raises:
+        ValueError: an argument is damaged, or must not be taken from a file.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    if len(arguments) > MAX_ARGUMENTS or any(len(argument) > MAX_LENGTH for argument in arguments):
+        raise ValueError(
+            f"{path} is damaged: it must have at most {MAX_ARGUMENTS} arguments of at most {MAX_LENGTH} letters"
+        )
     accepted = {}
-    for text in read_arguments(run):
+    for text in arguments:
         try:
             override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise ValueError(f"{run / ARGUMENTS} is damaged: {text!r} is not KEY=VALUE") from error
+        except (HydraException, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {text!r:.200} is not KEY=VALUE") from error
         key = override.key_or_group
         if key in COMMAND_ONLY or key in excluded:
             continue
         if not is_harmless(override):
             raise ValueError(
-                f"{run / ARGUMENTS} must contain plain settings only, got {text!r}, which is not accepted from a "
+                f"{path} must contain plain settings only, got {text!r:.500}, which is not accepted from a "
                 "file: give this argument on the command line, too, if you trust it"
             )
         accepted[key] = text
@@ -157,10 +182,14 @@ def is_harmless(override: Any) -> bool:
 def is_plain(key: str, value: Any) -> bool:
     """Return True if a value has no effect outside of the run folder and the training."""
     text = str(value)
+    if key in FOLDER_KEYS:
+        return value is None
+    if key in HUB_KEYS and re.fullmatch(REPOSITORY, text) and not Path(text).exists():
+        return False
     if key == "image_logger.prompts":
         return "${" not in text
     if key.startswith("logger."):
-        return key != "logger.save_dir" and not re.search(r"[/\\:]|\.\.|\$\{", text)
+        return not re.search(r"[/\\:]|\.\.|\$\{", text)
     # values with a colon may be URLs, commands, models or functions; this kind is harmless
     is_known = re.fullmatch(r"(clip|torchvision|timm):[\w.-]+(:[\w.-]+)?", text)
     return bool(is_known) or not re.search(r":|\$\{", text)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgen.cli.console import flush_stdout, guarded, say
-from clipgen.cli.output_dir import free_folder, output_folder
 from clipgen.cli.sample_request import check_early, join_words, read_request
 from clipgen.cli.sampling_args import add_sampling_options
-from clipgen.device import default_device
-from clipgen.files import user_path
 from clipgen.generation.sampling_options import DTYPES
+from clipgen.hardware.device import default_device
 from clipgen.run_list import OUTPUTS, find_runs, newest_run, table
+from clipgen.storage.files import printable, user_path
+from clipgen.storage.output_folder import free_folder, output_folder
 
 if TYPE_CHECKING:
     from clipgen.cli.sample_request import SampleRequest
@@ -203,7 +203,8 @@ def run() -> None:
         say(f"Model: {'the bundled shapes model' if checkpoint == BUNDLED_MODEL else checkpoint}")
         if checkpoint == BUNDLED_MODEL:
             lines = [UNKNOWN_WORDS] if args.gallery else remarks_on(request)
-            print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+            for line in lines:
+                print(printable(line), file=sys.stderr)
             request.heading += lines if args.gallery else []
         generate(pipe, request, output, args.preview)
 
@@ -226,8 +227,8 @@ def load_pipeline(checkpoint: str, request: SampleRequest, args: argparse.Namesp
     """
     import torch
 
+    from clipgen.hardware.processor import require_bf16_units
     from clipgen.pipeline import TextToImage
-    from clipgen.processor import require_bf16_units
 
     pipe = TextToImage.load(checkpoint)
     device = args.device or default_device()
@@ -243,9 +244,10 @@ def print_models() -> None:
     """Print the runs below ``outputs/`` and the bundled models."""
     runs = find_runs(OUTPUTS)
     if runs:
-        print(*table(runs), sep="\n")
+        for line in table(runs):
+            say(line)
     else:
-        print(f"There are no runs below {OUTPUTS}/: start one with clipgen-train stage=vqgan")
+        say(f"There are no runs below {OUTPUTS}/: start one with clipgen-train stage=vqgan")
     print("Bundled: shapes, a tokenizer and a transformer for colored shapes of 32 x 32 pixels (--checkpoint shapes)")
 
 
@@ -254,7 +256,7 @@ def print_galleries() -> None:
     from clipgen.generation.gallery import gallery_names, load_gallery
 
     for name in gallery_names():
-        print(f"{name:6} {load_gallery(name).title}")
+        say(f"{name:6} {load_gallery(name).title}")
 
 
 def remarks_on(request: SampleRequest) -> list[str]:

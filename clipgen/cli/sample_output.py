@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from clipgen.cli.console import progress_bar, say
+from clipgen.cli.console import say
+from clipgen.cli.progress_bar import progress_bar
 from clipgen.cli.sample_request import SampleRequest
 from clipgen.generation.file_names import file_name
-from clipgen.generation.generator import Preview
+from clipgen.generation.options import Preview
 from clipgen.generation.prompts import describe
 from clipgen.generation.sweep import sweep_labels
 from clipgen.images import save_png, to_pil

@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipgen.cli.console import guarded, set_up_logging
 
@@ -175,15 +175,17 @@ def train(
     """
     training_config = to_training_config(config)
     # torch is imported only now, after the checks that do not need it
+    from clipgen.cli.progress_bar import make_progress
     from clipgen.cli.resume_args import ARGUMENTS, command_arguments
     from clipgen.training import train as run_training
+    from clipgen.training.callbacks import ProgressReport
 
     if is_sweep:
         refuse_several_devices(training_config)
     run_files = command_arguments()
     if ARGUMENTS in run_files:
         resume_command = resume_command or f"clipgen-train resume={training_config.output}"
-    return run_training(training_config, [*progress_bar(), *callbacks], run_files, resume_command)
+    return run_training(training_config, [ProgressReport(make_progress), *callbacks], run_files, resume_command)
 
 
 def to_training_config(config: DictConfig) -> TrainingConfig:
@@ -207,15 +209,6 @@ def refuse_several_devices(config: TrainingConfig) -> None:
     devices = trainer.world_size
     if devices > 1:
         raise ValueError(f"--multirun needs a single device, got {devices}: each process would start its own sweep")
-
-
-def progress_bar() -> list[Any]:
-    """Return a progress bar if stderr is a terminal; otherwise training logs lines."""
-    if not sys.stderr.isatty():
-        return []
-    from clipgen.cli.progress_bar import ProgressBar
-
-    return [ProgressBar()]
 
 
 if __name__ == "__main__":

@@ -55,7 +55,10 @@ class ImageDataModule(pl.LightningDataModule):
         if not isinstance(train, IterableDataset):
             num_images = len(train)  # type: ignore[arg-type]
             if num_images < batch_size:
-                raise ValueError(f"batch_size must be at most {num_images}, the training images, got {batch_size}")
+                raise ValueError(
+                    f"data.batch_size must be at most {num_images}, the training images, got {batch_size}: give "
+                    f"data.batch_size={num_images} or less"
+                )
         self.train = train
         self.val = val
         self.batch_size = batch_size

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL.JpegImagePlugin import JpegImageFile
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # Image formats without a decoder here: such files are counted as skipped, and their format is named.
@@ -25,7 +26,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_PIXELS = 120_000_000
 # Memory of the images that threads decode at the same time; a larger image is decoded alone.
 _DECODING_BYTES = 1 << 29
-# Conversions work on bands of so many pixels, so that they need no second copy of a large image.
+# Pixels per band: conversions work on one band at a time, so that they need no second copy of a large image.
 _BAND_PIXELS = 1 << 22
 # The profiles of printers have 0.5 to 3 MB.
 _MAX_PROFILE_BYTES = 4 << 20
@@ -72,10 +73,11 @@ def decode_image(source: Path | bytes, image_size: int | None = None) -> Image.I
             or it has more than `MAX_PIXELS` pixels according to its header.
     """
     with _opened(source) as image:
+        coefficient_bytes = _coefficient_bytes(image)
         if image_size:
             image.draft(None, (2 * image_size, 2 * image_size))
         check_pixels(image)
-        with _memory.reserved(_bytes_needed(image)):
+        with _memory.reserved(_bytes_needed(image) + coefficient_bytes):
             image.load()
             # Pixels are rotated first; an error in other tags after that does not matter.
             with suppress(Exception):
@@ -86,6 +88,7 @@ def decode_image(source: Path | bytes, image_size: int | None = None) -> Image.I
 def check_header(source: Path | bytes) -> None:
     """Raise the errors of `decode_image` that the first bytes reveal: empty, not an image, too large."""
     with _opened(source) as image:
+        _coefficient_bytes(image)
         image.draft(None, (1, 1))
         check_pixels(image)
 
@@ -106,6 +109,31 @@ def check_pixels(image: Image.Image) -> None:
         pixels = width * height
         if pixels > MAX_PIXELS:
             raise UnusableImageError("too large", f"{width} x {height} pixels are {pixels}, above {MAX_PIXELS}")
+
+
+def _coefficient_bytes(image: Image.Image) -> int:
+    """Return the memory that a JPEG of several scans takes besides its pixels, also if it is decoded at a smaller size.
+
+    Such a file needs two bytes for each sample of the full size, because each scan refines them. 0 for other images.
+
+    Raises:
+        UnusableImageError: the full size has more than `MAX_PIXELS` pixels.
+    """
+    if not isinstance(image, JpegImageFile) or not _has_several_scans(image):
+        return 0
+    check_pixels(image)
+    return 2 * image.width * image.height * len(image.layer)
+
+
+def _has_several_scans(image: JpegImageFile) -> bool:
+    """Return whether a JPEG that was just opened has several scans: if not, the first one holds all components."""
+    assert image.fp is not None
+    num_components = len(image.layer)
+    header_bytes = 6 + 2 * num_components
+    # Pillow stops behind the header of the first scan.
+    image.fp.seek(max(image.fp.tell() - header_bytes - 2, 0))
+    header = b"\xff\xda" + header_bytes.to_bytes(2, "big") + bytes([num_components])
+    return "progressive" in image.info or image.fp.read(len(header)) != header
 
 
 def _tile_size(image: Image.Image) -> tuple[int, int]:

@@ -31,8 +31,8 @@ from clipgen.data.indexed import IndexedImages
 from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
-from clipgen.files import natural_key, printable
 from clipgen.hashing import hash_files, unit_hash
+from clipgen.storage.files import natural_key, printable
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from clipgen.data.handover import from_first_process
 from clipgen.data.indexed import IndexedImages
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
-from clipgen.files import natural_key, one_line
 from clipgen.hashing import unit_hash
+from clipgen.storage.files import natural_key, one_line
 
 _ROWS_PER_BLOCK = 1_000_000
 # As `webdataset.parse_label` allows.
@@ -46,7 +46,7 @@ class HuggingFaceImages(IndexedImages):
             a hash of its number, so adding rows does not move others. At 0 both sides are all rows.
         seed: seed of crops and flips.
         root: folder of the files that rows may name instead of holding an image's bytes. None: they may name none,
-            because the table may come from somebody else.
+            because the table may be untrusted.
 
     Raises:
         ValueError: an argument is out of range, or no row is usable.

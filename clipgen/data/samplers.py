@@ -145,7 +145,7 @@ class ResumableSampler(DistributedSampler[Any]):
         self.batches = self.size // self.items_per_step
         if not self.batches:
             raise ValueError(
-                f"batch_size must be at most {self.size // world_size}, the training images per device, "
+                f"data.batch_size must be at most {self.size // world_size}, the training images per device, "
                 f"got {batch_size}"
             )
         self.yields_epoch = supports_epoch_index(dataset)

@@ -146,22 +146,12 @@ class ShardOrder:
             skip: number of samples to leave out.
         """
         skip += position.delivered[reader]
-        for left in self._left_by_others(position, reader):
-            size = left.size(self)
+        for part in self._parts(position, reader, end_pass):
+            size = self._size(part)
             if size is not None and size <= skip:
                 skip -= size
                 continue
-            for sample in left.samples(self, read):
-                if skip:
-                    skip -= 1
-                else:
-                    yield sample
-        for segment in self._segments(position, reader, end_pass):
-            size = self._size(segment)
-            if size is not None and size <= skip:
-                skip -= size
-                continue
-            for sample in read(segment):
+            for sample in part.samples(self, read) if isinstance(part, Left) else read(part):
                 if skip:
                     skip -= 1
                 else:
@@ -170,13 +160,8 @@ class ShardOrder:
     def remaining(self, position: Position, reader: int, end_pass: int) -> int | None:
         """Return the number of samples that a reader has left before a pass, or None if it is not known."""
         total = -position.delivered[reader]
-        for left in self._left_by_others(position, reader):
-            size = left.size(self)
-            if size is None:
-                return None
-            total += size
-        for segment in self._segments(position, reader, end_pass):
-            size = self._size(segment)
+        for part in self._parts(position, reader, end_pass):
+            size = self._size(part)
             if size is None:
                 return None
             total += size
@@ -184,21 +169,21 @@ class ShardOrder:
 
     def _current_pass(self, position: Position, reader: int) -> int:
         """Return the pass in which a reader stands."""
-        skip = position.delivered[reader]
-        for left in self._left_by_others(position, reader):
-            size = left.size(self)
-            # What nobody has read to the end has not been delivered completely.
-            if size is None or size > skip:
-                return position.first_pass - 1
-            skip -= size
         if not any(self.sizes):
             return position.first_pass
-        for segment in self._segments(position, reader, None):
-            size = self._size(segment)
+        skip = position.delivered[reader]
+        for part in self._parts(position, reader):
+            size = self._size(part)
+            # A part of unknown size has not been read to its end, so it has not been delivered completely.
             if size is None or size > skip:
-                return segment.pass_number
+                return part.pass_number
             skip -= size
-        raise AssertionError("the segments of a reader have no end")
+        raise AssertionError("the parts of a reader have no end")
+
+    def _parts(self, position: Position, reader: int, end_pass: int | None = None) -> Iterator[Left | Segment]:
+        """Yield what a reader reads: what earlier readers have left, and then its own segments."""
+        yield from self._left_by_others(position, reader)
+        yield from self._segments(position, reader, end_pass)
 
     def _left_by_others(self, position: Position, reader: int) -> list[Left]:
         """Return what earlier readers have left to a reader."""
@@ -206,7 +191,7 @@ class ShardOrder:
         if previous is None:
             return []
         num_old = previous.num_readers
-        # Groups of old and new readers, so that all new ones get equally much.
+        # Groups of old and new readers, so that all new readers get the same share.
         num_groups = math.gcd(num_old, position.num_readers)
         if position.num_readers // num_groups > MAX_READS:
             num_groups = min(num_old, position.num_readers)
@@ -237,10 +222,12 @@ class ShardOrder:
         random.Random(f"{self.seed} {pass_number}").shuffle(order)
         return [Piece(number % self.num_shards, number // self.num_shards, num_parts) for number in order]
 
-    def _size(self, segment: Segment) -> int | None:
-        """Return the number of samples in a segment, or None if it is not known."""
+    def _size(self, part: Left | Segment) -> int | None:
+        """Return the number of samples in a part of the data of a reader, or None if it is not known."""
+        if isinstance(part, Left):
+            return part.size(self)
         total = 0
-        for piece in segment.pieces:
+        for piece in part.pieces:
             size = int(self.sizes[piece.shard])
             if size == UNKNOWN:
                 return None
@@ -251,7 +238,7 @@ class ShardOrder:
 def parts_per_shard(num_shards: int, num_readers: int) -> int:
     """Return the number of pieces per shard: 1 if there are enough shards.
 
-    Otherwise all readers get equally many pieces, unless shards would be read very often for that.
+    Otherwise all readers get the same number of pieces, unless that would read shards very often.
     """
     if num_shards >= num_readers:
         return 1
@@ -277,6 +264,11 @@ class Left:
     end_pass: int
     part: int = 0
     step: int = 1
+
+    @property
+    def pass_number(self) -> int:
+        """The pass that the samples belong to, or the last one of several."""
+        return self.end_pass - 1
 
     def samples(self, order: ShardOrder, read: Callable[[Segment], Iterator[Any]]) -> Iterator[Any]:
         """Yield the samples."""

@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import get_worker_info
 
 from clipgen.data.decoding import UnusableImageError
-from clipgen.files import printable
 from clipgen.hashing import unit_hash
+from clipgen.storage.files import printable
 
 logger = logging.getLogger(__name__)
 _REASONS = (

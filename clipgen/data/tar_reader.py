@@ -17,6 +17,7 @@ from clipgen.data.decoding import (
     has_extension,
     looks_like_image,
 )
+from clipgen.data.decompression import decompressed, is_compressed
 from clipgen.data.skip_counter import SkipCounter
 
 # Larger files are refused before they are read: two megabytes of a compressed or sparse file may expand to gigabytes.
@@ -81,7 +82,7 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
     Raises:
         tarfile.TarError, OSError, EOFError: the shard is damaged; the files before the damage have been yielded.
     """
-    with _Archive.open(fileobj=stream, mode="r|*") as archive:
+    with _Archive.open(fileobj=decompressed(stream), mode="r|") as archive:
         while (info := archive.next()) is not None:
             try:
                 member = _read_member(archive, info)
@@ -103,7 +104,7 @@ def is_tar(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with _Archive.open(path, mode="r:*"):
+        with path.open("rb") as file, _Archive.open(fileobj=decompressed(file), mode="r|"):
             return True
     except PermissionError:
         raise
@@ -115,11 +116,20 @@ def count_samples(path: Path) -> int:
     """Return the number of samples with images in a local shard, as far as it can be read."""
     samples = set()
     # Errors are reported when the images are read.
-    with suppress(Exception), path.open("rb") as file, _Archive.open(fileobj=file, mode="r:*") as archive:
+    with suppress(Exception), path.open("rb") as file, _open_local(file) as archive:
         while (info := archive.next()) is not None:
             if info.name.lower().endswith(EXTENSIONS):
                 samples.add(info.name.rpartition("/")[2].partition(".")[0])
     return len(samples)
+
+
+def _open_local(file: IO[bytes]) -> _Archive:
+    """Open a tar file on the disk, compressed or not. Without compression, content that is not read is skipped."""
+    compressed = is_compressed(file)
+    file.seek(0)
+    if compressed:
+        return _Archive.open(fileobj=decompressed(file), mode="r|")
+    return _Archive.open(fileobj=file, mode="r:")
 
 
 def _read_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Member | None:

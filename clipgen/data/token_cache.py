@@ -26,7 +26,7 @@ from clipgen.checkpoint.model_folder import codebook_rows
 from clipgen.data.datamodule import make_loader
 from clipgen.data.handover import from_first_process
 from clipgen.data.samplers import ResumableSampler, ValidationSampler
-from clipgen.files import atomic_write, one_line, read_json
+from clipgen.storage.files import atomic_write, one_line, read_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")

@@ -35,11 +35,11 @@ from clipgen.hashing import hash_files, hashed_seed
 
 logger = logging.getLogger(__name__)
 
-# So many consecutive unusable images mean that the source is wrong.
+# Number of consecutive unusable images from which the source is considered wrong.
 _MAX_CONSECUTIVE_SKIPS = 1_000
 # Limit of the shuffle buffer, however large the images are.
 _SHUFFLE_BYTES = 1 << 29
-# The shuffle buffer starts to yield when it holds so many samples.
+# Number of samples in the shuffle buffer from which it yields.
 _SHUFFLE_START = 100
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.evaluation.features import import_function
-from clipgen.files import one_line
 from clipgen.images import to_bytes
+from clipgen.storage.files import one_line
 
 BLIP = "Salesforce/blip-image-captioning-base"
 Captioner = Callable[[Tensor, Sequence[str]], list[Tensor]]  # images, captions -> log p of each caption's tokens, (L,)

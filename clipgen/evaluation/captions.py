@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from itertools import cycle, islice, starmap
@@ -15,11 +14,12 @@ from clipgen.data.class_names import MAX_NAMES_BYTES, NAME_LISTS, name_list, par
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.cub import read_text_folder
-from clipgen.files import check_size, natural_key, one_line, read_text
+from clipgen.storage.files import check_size, loads_json, natural_key, one_line, read_text
 
 logger = logging.getLogger(__name__)
 MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
-MAX_SIDECAR_BYTES = 1 << 20  # of a text file beside an image
+MAX_VALUES = 20_000_000  # three per caption
+MAX_SIDECAR_BYTES = 1 << 20  # size of a text file beside an image
 
 
 class Caption(NamedTuple):
@@ -54,7 +54,7 @@ def read_captions(source: str | Path, split: str | None = None) -> list[Caption]
     check_size(path, MAX_CAPTIONS_BYTES)
     text = read_text(path)
     try:
-        captions = parse_json(json.loads(text)) if path.suffix.lower() == ".json" else parse_lines(text)
+        captions = parse_json(loads_json(text, MAX_VALUES)) if path.suffix.lower() == ".json" else parse_lines(text)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     return check_captions(captions, path)

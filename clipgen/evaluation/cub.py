@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from clipgen.files import check_size, natural_key, read_text
+from clipgen.storage.files import check_size, natural_key, read_text
 
 __all__ = ["SPLITS", "read_text_folder"]
 
@@ -20,7 +20,7 @@ SPLITS = ("train", "test", "all")
 TEXT_FOLDERS = ("text_c10", "text")
 INDEX, SPLIT_FILE = "images.txt", "train_test_split.txt"
 MAX_INDEX_BYTES = 16 << 20
-MAX_TEXT_BYTES = 1 << 20  # of the captions of an image
+MAX_TEXT_BYTES = 1 << 20  # size of the captions of an image
 IMAGE_SUFFIX = ".jpg"
 
 

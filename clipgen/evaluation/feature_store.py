@@ -21,9 +21,9 @@ import numpy as np
 from torch import Tensor
 
 from clipgen.checkpoint.safe_load import check_archive
-from clipgen.files import atomic_write, one_line
 from clipgen.images import check_images, to_bytes
-from clipgen.resumable_store import ResumableStore
+from clipgen.storage.files import atomic_write, one_line
+from clipgen.storage.resumable_store import ResumableStore
 
 KEY_COLUMN = "key"
 IDENTITY_FILE = "identity.json"

@@ -16,11 +16,11 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor, nn
 
 from clipgen.checkpoint.model_folder import fingerprint
-from clipgen.checkpoint.safe_load import read_checkpoint
+from clipgen.checkpoint.safe_load import check_weights_file, only_weights, read_checkpoint
 from clipgen.clip import FrozenCLIP
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier
-from clipgen.files import one_line
 from clipgen.images import to_bytes
+from clipgen.storage.files import one_line
 
 FORMATS = (
     "inception[-clean][:FILE], clip:MODEL[:TAG], classifier:FILE, torchvision:MODEL[:FILE], timm:MODEL[:FILE] or "
@@ -152,9 +152,11 @@ def load_inception(weights: str | None) -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     if weights is not None:
-        # Refuses code, which torch-fidelity's own loading would execute, and files that claim more than they hold.
+        # Refuses files that claim more than they hold.
         read_checkpoint(weights)
-    return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
+    # torch-fidelity's own loading would execute code.
+    with only_weights():
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
 
 
 class BytesInception(nn.Module):
@@ -229,7 +231,8 @@ class TorchvisionClassifier(nn.Module):
 
         super().__init__()
         default: Any = get_model_weights(model)["DEFAULT"]
-        network = get_model(model, weights=None if weights else default).eval().requires_grad_(False)
+        with only_weights():
+            network = get_model(model, weights=None if weights else default).eval().requires_grad_(False)
         if weights:
             network.load_state_dict(read_checkpoint(weights))
         self.fingerprint = fingerprint(network.state_dict())
@@ -258,7 +261,10 @@ class TimmClassifier(nn.Module):
         import timm
 
         super().__init__()
-        network = timm.create_model(model, pretrained=not weights, checkpoint_path=weights)
+        if weights:
+            check_weights_file(Path(weights))
+        with only_weights():
+            network = timm.create_model(model, pretrained=not weights, checkpoint_path=weights)
         self.network: Any = network.eval().requires_grad_(False)
         self.fingerprint = fingerprint(network.state_dict())
         self.config = timm.data.resolve_model_data_config(network)

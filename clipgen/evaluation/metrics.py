@@ -250,7 +250,7 @@ def caption_scores(captioner: Captioner, images: Tensor, captions: Sequence[str]
 
 
 class ShapesAccuracy:
-    """Fraction of the images of the shapes data in which the rule-based evaluator reads the attributes asked for."""
+    """Fraction of the images of shapes in which the rule-based evaluator recognizes the requested attributes."""
 
     names = ("all", *shapes_evaluator.ATTRIBUTES)
     labels: ClassVar[Labels] = {f"shapes_{name}": f"shapes: {name} ↑" for name in names}

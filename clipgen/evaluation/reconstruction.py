@@ -10,9 +10,9 @@ from torchmetrics import Metric
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from clipgen.checkpoint.vgg import load_lpips
 from clipgen.evaluation.features import feature_extractor
 from clipgen.models.losses import Averages
-from clipgen.models.lpips import load_lpips
 
 
 class ReconstructionMetrics(pl.Callback):

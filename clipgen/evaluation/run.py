@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import clipgen
 from clipgen.evaluation.feature_store import Advance, FeatureStore, Source, collect
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.report import summary
-from clipgen.files import cache_folder, read_json, write_json
-from clipgen.resumable_store import require_same_identity
+from clipgen.storage.files import cache_folder, read_json, write_json
+from clipgen.storage.resumable_store import require_same_identity
 
 METRICS_FILE = "metrics.json"
 
@@ -110,5 +111,5 @@ def require_same_protocol(path: Path, protocol: Mapping[str, Any]) -> None:
 
 def write_results(path: Path, results: Mapping[str, float], protocol: Mapping[str, Any]) -> None:
     """Write the results and all that must be known to compare them with others."""
-    versions = {name: version(name) for name in ("clipgen", "torch", "pillow")}
+    versions = {"clipgen": clipgen.__version__, "torch": version("torch"), "pillow": version("pillow")}
     write_json(path, {"metrics": dict(results), "protocol": dict(protocol), "versions": versions})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clipgen.files import natural_key, read_mapping
+from clipgen.storage.files import natural_key, read_mapping
 
 __all__ = ["Gallery", "GalleryPrompt", "gallery_names", "load_gallery"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipgen.checkpoint import model_folder
+from clipgen.generation.options import GenerationOptions
 from clipgen.images import from_pil
 from clipgen.sampling import StepCallback, per_sample_seeds, per_sample_uniforms
 from clipgen.sampling_params import SamplingParams
@@ -29,11 +30,6 @@ DECODE_BATCH_SIZE = 64
 MAX_GPU_BATCH_SIZE = 1024
 # Bytes that the KV cache may take on a CPU.
 CPU_MEMORY = 2**31
-
-# Receives the images so far, (B, 3, h, W).
-Preview = Callable[[Tensor], None]
-# Receives the work done since the last call, in images.
-Progress = Callable[[float], None]
 
 
 class ImageGenerator:
@@ -113,10 +109,7 @@ class ImageGenerator:
         conditions: Tensor,
         uniforms: Tensor,
         params: SamplingParams,
-        *,
-        prefix: Tensor | None = None,
-        preview: Preview | None = None,
-        progress: Progress | None = None,
+        options: GenerationOptions | None = None,
     ) -> Tensor:
         """Generate one image per condition: (B, E) -> (B, 3, H, W) in [-1, 1].
 
@@ -126,13 +119,12 @@ class ImageGenerator:
             conditions: conditions of the transformer, (B, E).
             uniforms: (B, T) uniform random numbers in [0, 1).
             params: sampling parameters.
-            prefix: (1, P), the first indices of every image.
-            preview: called after each row of indices with the images so far, (B, 3, h, W) in [-1, 1].
-            progress: called after each row of indices with the work done since the last call, in images (a fraction);
-                does not decode.
+            options: an image to complete, and functions that are called after each row of indices.
         """
+        options = options or GenerationOptions()
+        prefix = self.upper_indices(options.outpaint, options.keep_fraction) if options.outpaint else None
+        callback = self._step_callback(options) if options.preview or options.progress else None
         batch_size = self.batch_size(guided=params.uses_guidance)
-        callback = self._step_callback(preview, progress) if preview or progress else None
         images: list[Tensor] = []
         done = 0
         while done < len(conditions):
@@ -216,16 +208,16 @@ class ImageGenerator:
         with torch.compiler.set_stance("default" if is_complete else "force_eager"):
             return self.vqgan.decode(F.pad(grids, (0, 0, 0, 0, 0, padding)))[: len(grids)]
 
-    def _step_callback(self, preview: Preview | None, progress: Progress | None) -> StepCallback:
+    def _step_callback(self, options: GenerationOptions) -> StepCallback:
         """Return a function that reports the sampled indices after each row."""
 
         def on_step(indices: Tensor) -> None:
             if indices.shape[1] % self.side:
                 return
-            if preview:
-                preview(self.decode(indices))
-            if progress:
-                progress(len(indices) / self.side)
+            if options.preview:
+                options.preview(self.decode(indices))
+            if options.progress:
+                options.progress(len(indices) / self.side)
 
         return on_step
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipgen.checkpoint.safe_load import check_header
-from clipgen.files import atomic_write, one_line
+from clipgen.storage.files import atomic_write, one_line
 
 
 class EmbeddingProjector(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from clipgen.files import read_text
+from clipgen.storage.files import read_text
 
 Prompt = str | Mapping[str, float] | Image.Image | Tensor
 

@@ -11,12 +11,12 @@ from typing import Any
 # The name of the thread, for logs and tests.
 THREAD_NAME = "clipgen-stream"
 
-# Called by the work with intermediate results; raises `Stopped` if nobody wants them any more.
+# Called by the work with intermediate results; raises `Stopped` if they are no longer wanted.
 Report = Callable[[Any], None]
 
 
 class Stopped(Exception):
-    """Nobody wants the result of the work any more."""
+    """The result of the work is no longer wanted."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def stream(
     Args:
         work: runs in a thread of its own.
         stopped: stops the work at its next report, too, when it is set.
-        join: wait for the end of the work when the generator is closed. Without this the caller has to see to it that
-            no other work uses the pipeline meanwhile.
+        join: wait for the end of the work when the generator is closed. Without this, the caller must ensure that no
+            other work uses the pipeline until then.
 
     Raises:
         Stopped: ``stopped`` was set.
@@ -81,7 +81,7 @@ def run(work: Callable[[Report], Any], report: Report, messages: queue.SimpleQue
     """Run the work and send its result or error."""
     try:
         messages.put(Message("result", work(report)))
-    except BaseException as error:  # also SystemExit, or the reader would wait for ever
+    except BaseException as error:  # also SystemExit, or the reader would wait forever
         messages.put(Message("error", error))
 
 

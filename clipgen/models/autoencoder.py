@@ -20,6 +20,8 @@ from clipgen.models.config import AutoencoderConfig, QuantizerConfig
 from clipgen.models.quantizers import make_quantizer
 from clipgen.models.quantizers.base import QuantizerOutput
 
+NUM_GROUPS = 32  # groups of a group norm, as in VQ-GAN
+
 
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of each position: (B, C, h, w) -> (B, C, h, w)."""
@@ -30,7 +32,11 @@ class LayerNorm2d(nn.LayerNorm):
 
 def make_norm(channels: int, eps: float, kernel_size: int = 3) -> nn.Module:
     """Return a group norm, or for 1 x 1 kernels a layer norm, which does not mix positions."""
-    return LayerNorm2d(channels, eps=1e-6) if kernel_size == 1 else nn.GroupNorm(32, channels, eps=eps)
+    if kernel_size == 1:
+        return LayerNorm2d(channels, eps=1e-6)
+    if channels % NUM_GROUPS:
+        raise ValueError(f"autoencoder.ch must give multiples of {NUM_GROUPS} channels, got {channels}")
+    return nn.GroupNorm(NUM_GROUPS, channels, eps=eps)
 
 
 def make_conv(in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Conv2d:

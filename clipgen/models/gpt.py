@@ -68,7 +68,7 @@ class ConditionalGPT2(nn.Module):
         if config.pos_embed_init == "sincos_2d":
             self.transformer.wpe.weight.data.copy_(0.1 * sinusoids_2d(config.num_tokens, config.n_embd))
 
-    def condition(self, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
+    def condition_tokens(self, clip_embedding: Tensor, drop: Tensor | None = None) -> Tensor:
         """Project CLIP embeddings (B, E) to condition tokens (B, n_embd).
 
         The embeddings, of unit norm, are first scaled to unit variance unless ``scale_condition`` is False; the paper
@@ -98,11 +98,11 @@ class ConditionalGPT2(nn.Module):
         Args:
             indices: (B, T) int64.
             clip_embedding: (B, E), unit norm.
-            drop: (B,) bool, see ``condition``.
+            drop: (B,) bool, see ``condition_tokens``.
             with_loss: return the mean cross-entropy per token (Eq. 8 prints the sum) and the logits. Computing the
                 loss inside the compiled graph saves memory traffic on the large logits tensor.
         """
-        condition_token = self.condition(clip_embedding, drop)[:, None]  # (B, 1, C)
+        condition_token = self.condition_tokens(clip_embedding, drop)[:, None]  # (B, 1, C)
         inputs = torch.cat([condition_token, self.transformer.wte(indices[:, :-1])], dim=1)  # (B, T, C)
         logits = self.head(self.transformer(inputs_embeds=inputs).last_hidden_state)
         if not with_loss:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from clipgen.models.cpu_kernels import Linear, addmm_linear, choose_cpu_kernel
+from clipgen.models.cpu_kernels import Activation, Linear, addmm_linear, choose_cpu_kernel, with_activation
 from clipgen.models.gpt import ConditionalGPT2
-from clipgen.sampling import LogitsFn, SampleFn, sample_top, sampler, with_cfg
+from clipgen.sampling import LogitsFn, SampleFn, sample_from_logits, sampler, with_cfg
 from clipgen.sampling_params import SamplingParams
 
-# A compiled graph reads the cache up to a multiple of so many positions.
+# A compiled graph reads the cache up to a multiple of this many positions.
 BUCKET_SIZE = 64
 # Smaller batches read the whole cache, which is small compared with the weights.
 MIN_BATCH_SIZE_FOR_BUCKETS = 64
@@ -44,32 +44,32 @@ class IncrementalDecoder:
         self.head = self.make_linear(gpt.head.weight.T, gpt.head.bias, batch_size)
         self.cache_shape = (batch_size, config.n_head, gpt.num_tokens, config.n_embd // config.n_head)
 
-    def start(self, condition: Tensor) -> LogitsFn:
-        """Begin a batch, given its condition tokens (B, n_embd) from ``gpt.condition``.
+    def start(self, condition_tokens: Tensor) -> LogitsFn:
+        """Begin a batch, given its condition tokens (B, n_embd) from ``gpt.condition_tokens``.
 
         Returns:
             The function from a position and the previous index (B,), None at position 0, to the logits (B, K).
         """
-        self.keys = self.allocate_cache(condition)
-        self.values = self.allocate_cache(condition)
+        self.keys = self.allocate_cache(condition_tokens)
+        self.values = self.allocate_cache(condition_tokens)
 
         def logits_fn(position: int, previous: Tensor | None) -> Tensor:
-            return self.logits(self._token(condition, previous), position)
+            return self.logits(self._token(condition_tokens, previous), position)
 
         return logits_fn
 
-    def start_sampling(self, condition: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
+    def start_sampling(self, condition_tokens: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
         """Begin a batch whose indices are sampled.
 
         Args:
-            condition: condition tokens (B, n_embd); with guidance (2 B, n_embd), the second half of the null condition.
+            condition_tokens: (B, n_embd); with guidance (2 B, n_embd), the second half of the null condition.
             uniforms: (B, T) in [0, 1), see ``clipgen.sampling.sample_from_logits``.
             params: sampling parameters.
 
         Returns:
             The function from a position and the previous index (B,), None at position 0, to the index (B,).
         """
-        logits_fn = self.start(condition)
+        logits_fn = self.start(condition_tokens)
         if params.uses_guidance:
             logits_fn = with_cfg(logits_fn, params.guidance_scales(uniforms.shape[1]))
         return sampler(logits_fn, uniforms, params)
@@ -78,15 +78,15 @@ class IncrementalDecoder:
         """Allocate one tensor per block: torch.compile would copy a shared one at every write to a part of it."""
         return [like.new_zeros(self.cache_shape) for _ in self.blocks]
 
-    def _token(self, condition: Tensor, previous: Tensor | None) -> Tensor:
-        return condition if previous is None else F.embedding(previous, self.wte)
+    def _token(self, condition_tokens: Tensor, previous: Tensor | None) -> Tensor:
+        return condition_tokens if previous is None else F.embedding(previous, self.wte)
 
     def logits(self, token: Tensor, position: Any) -> Tensor:
         """Compute the logits (B, K) that follow tokens (B, C) at a position."""
         x = token + self.wpe[position]
         for block, keys, values in zip(self.blocks, self.keys, self.values):
             x = x + block.proj(self.attend(position, block.qkv(block.ln_1(x)), keys, values))
-            x = x + block.mlp_proj(block.act(block.mlp_fc(block.ln_2(x))))
+            x = x + block.mlp_proj(block.mlp_fc(block.ln_2(x)))
         return self.head(self.norm(x))
 
     def attend(self, position: Any, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -99,16 +99,21 @@ class IncrementalDecoder:
         return y.reshape(len(qkv), self.n_embd)
 
     @staticmethod
-    def make_linear(weight: Tensor, bias: Tensor | None, batch_size: int) -> Linear:
-        """Return the function x (B, in) -> x @ weight + bias (B, out) for a weight (in, out).
+    def make_linear(
+        weight: Tensor,
+        bias: Tensor | None,
+        batch_size: int,
+        activation: Activation | None = None,
+    ) -> Linear:
+        """Return the function x (B, in) -> activation(x @ weight + bias) (B, out) for a weight (in, out).
 
         Small batches are memory-bound, and torch's CPU product reaches only a third of the memory bandwidth.
         ``choose_cpu_kernel`` selects a faster one.
         """
         bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            return choose_cpu_kernel(batch_size, *weight.shape)(weight, bias, batch_size)
-        return addmm_linear(weight, bias, batch_size)
+            return choose_cpu_kernel(batch_size, *weight.shape)(weight, bias, activation)
+        return addmm_linear(weight, bias, activation)
 
 
 # ------------------------------------------------------------------------------------------------- compiled decoding
@@ -120,8 +125,8 @@ class CompiledDecoder(IncrementalDecoder):
     A CUDA graph holds a whole step: the embedding of the previous index, the network, guidance and sampling. One graph
     serves many positions, so attention covers a prefix of the cache with a mask. Large batches have a graph per
     ``BUCKET_SIZE`` positions, which reads the cache up to there; small batches have one graph for the whole cache. Each
-    graph is compiled at its first step. The decoder can be started again once a batch is complete. Each step overwrites
-    the indices that it returned before.
+    graph is compiled at its first step, and captured again if the sampling parameters change. The decoder can be
+    started again once a batch is complete. Each step overwrites the indices that it returned before.
 
     Args:
         gpt: the network, on its device.
@@ -139,9 +144,10 @@ class CompiledDecoder(IncrementalDecoder):
         self.length = 0  # positions of the cache that attention reads
         self.positions = torch.arange(gpt.num_tokens, device=self.wte.device)
         self._allocate_inputs(batch_size, gpt.num_tokens)
-        # By ``length`` and the settings of ``sample_next``. The graphs of torch.compile itself cost the host 250 us per
-        # step, these 12 us.
-        self.graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        # By ``length``, for these parameters. The graphs of torch.compile itself cost the host 250 us per step, these
+        # 12 us.
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.params = SamplingParams()
         # Dynamo counts the graphs of all batch sizes together.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, 64)
@@ -150,46 +156,44 @@ class CompiledDecoder(IncrementalDecoder):
     def _allocate_inputs(self, batch_size: int, num_tokens: int) -> None:
         """Allocate what a step reads: a CUDA graph always reads the same memory."""
         floats = {"dtype": torch.float32, "device": self.wte.device}
-        self.condition = self.wte.new_zeros(batch_size, self.n_embd)
+        self.condition_tokens = self.wte.new_zeros(batch_size, self.n_embd)
         self.previous = self.positions.new_zeros(batch_size)
         self.position = self.positions[:1].clone()
         self.uniforms = torch.zeros(batch_size, num_tokens, **floats)
         self.guidance_scales = torch.ones(num_tokens, **floats)
-        self.temperature = torch.ones((), **floats)
-        self.top_p = torch.ones((), **floats)
 
-    def start(self, condition: Tensor) -> LogitsFn:
+    def start(self, condition_tokens: Tensor) -> LogitsFn:
         """Begin a batch, see ``IncrementalDecoder.start``. No CUDA graph is captured."""
-        size = len(condition)
-        self.condition[:size] = condition
+        size = len(condition_tokens)
+        self.condition_tokens[:size] = condition_tokens
 
         def logits_fn(position: int, previous: Tensor | None) -> Tensor:
             if previous is not None:
                 self.previous[:size] = previous
             self.move_to(position)
-            return self.compiled_logits(self.condition, self.previous, self.position)[:size]
+            return self.compiled_logits(self.condition_tokens, self.previous, self.position)[:size]
 
         return logits_fn
 
-    def start_sampling(self, condition: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
+    def start_sampling(self, condition_tokens: Tensor, uniforms: Tensor, params: SamplingParams) -> SampleFn:
         """Begin a batch whose indices are sampled, see ``IncrementalDecoder.start_sampling``."""
         size = len(uniforms)
-        guided = params.uses_guidance
         # With guidance, the second half of the rows has the null condition.
-        halves = 2 if guided else 1
-        self.condition.view(halves, -1, self.n_embd)[:, :size] = condition.view(halves, size, -1)
+        halves = 2 if params.uses_guidance else 1
+        self.condition_tokens.view(halves, -1, self.n_embd)[:, :size] = condition_tokens.view(halves, size, -1)
         self.uniforms[:size] = uniforms
         self.guidance_scales.copy_(torch.tensor(params.guidance_scales(len(self.positions))))
-        self.temperature.fill_(params.temperature)
-        self.top_p.fill_(params.top_p)
-        top_k = int(params.top_k) if params.temperature > 0 else 1
+        if params != self.params:
+            # A graph samples with the parameters that it was captured with.
+            self.graphs.clear()
+            self.params = params
         sampled = self.previous[:size]
 
         def sample_fn(position: int, previous: Tensor | None) -> Tensor:
             if previous is not None and previous is not sampled:
                 self.previous.view(halves, -1)[:, :size] = previous
             self.move_to(position)
-            self.run(top_k, params.temperature == 0, guided)
+            self.run()
             return sampled
 
         return sample_fn
@@ -199,35 +203,31 @@ class CompiledDecoder(IncrementalDecoder):
         self.position.fill_(position)
         self.length = min((position // self.bucket_size + 1) * self.bucket_size, len(self.positions))
 
-    def logits_after(self, condition: Tensor, previous: Tensor, position: Tensor) -> Tensor:
+    def logits_after(self, condition_tokens: Tensor, previous: Tensor, position: Tensor) -> Tensor:
         """Compute the logits (B, K) at a position (1,), from the condition token or from the previous index (B,)."""
-        token = torch.where(position == 0, condition, F.embedding(previous, self.wte))
+        token = torch.where(position == 0, condition_tokens, F.embedding(previous, self.wte))
         return self.logits(token, position)
 
-    def sample_next(self, top_k: int, greedy: bool, guided: bool) -> None:
+    def sample_next(self) -> None:
         """Compute the logits at ``position``, and replace ``previous`` by the index that is sampled from them."""
-        logits = self.compiled_logits(self.condition, self.previous, self.position)
-        if guided:
-            condition, null = logits.float().chunk(2)
-            logits = null + self.guidance_scales.index_select(0, self.position) * (condition - null)
+        logits = self.compiled_logits(self.condition_tokens, self.previous, self.position)
+        if self.params.uses_guidance:
+            conditional, null = logits.float().chunk(2)
+            logits = null + self.guidance_scales.index_select(0, self.position) * (conditional - null)
         uniforms = self.uniforms[: len(logits)].index_select(1, self.position)[:, 0]
-        if greedy:
-            index = logits.argmax(dim=-1)
-        else:
-            index = sample_top(logits, uniforms, top_k, self.temperature, self.top_p)
-        self.previous.copy_(index.repeat(2) if guided else index)
+        index = sample_from_logits(logits, uniforms, self.params)
+        self.previous.copy_(index.repeat(2) if self.params.uses_guidance else index)
 
-    def run(self, top_k: int, greedy: bool, guided: bool) -> None:
+    def run(self) -> None:
         """Run ``sample_next``, on a GPU by replaying its CUDA graph."""
         if not self.previous.is_cuda:
-            self.sample_next(top_k, greedy, guided)
+            self.sample_next()
             return
-        key = (self.length, top_k, greedy, guided)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(top_k, greedy, guided)
-        self.graphs[key].replay()
+        if self.length not in self.graphs:
+            self.graphs[self.length] = self._capture()
+        self.graphs[self.length].replay()
 
-    def _capture(self, top_k: int, greedy: bool, guided: bool) -> torch.cuda.CUDAGraph:
+    def _capture(self) -> torch.cuda.CUDAGraph:
         """Return the CUDA graph of ``sample_next``."""
         previous = self.previous.clone()
         # The first call compiles, on the stream of the capture, for which libraries then have their handles. What it
@@ -235,12 +235,12 @@ class CompiledDecoder(IncrementalDecoder):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.sample_next(top_k, greedy, guided)
+            self.sample_next()
         torch.cuda.current_stream().wait_stream(stream)
         self.previous.copy_(previous)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            self.sample_next(top_k, greedy, guided)
+            self.sample_next()
         return graph
 
     def attend(self, position: Tensor, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -258,11 +258,16 @@ class CompiledDecoder(IncrementalDecoder):
         return y.reshape(len(qkv), self.n_embd)
 
     @staticmethod
-    def make_linear(weight: Tensor, bias: Tensor | None, batch_size: int) -> Linear:
+    def make_linear(
+        weight: Tensor,
+        bias: Tensor | None,
+        batch_size: int,
+        activation: Activation | None = None,
+    ) -> Linear:
         """Return a linear layer that uses torch's own product, whose layout torch.compile chooses."""
         if bias is None:
-            return lambda x: x @ weight
-        return lambda x: torch.addmm(bias, x, weight)
+            return with_activation(lambda x: x @ weight, activation)
+        return addmm_linear(weight, bias, activation)
 
 
 class DecoderBlock:
@@ -271,18 +276,19 @@ class DecoderBlock:
     Args:
         block: transformers' block.
         batch_size: number of samples.
-        make_linear: returns the linear layer of a weight, a bias and a batch size.
+        make_linear: returns the linear layer of a weight, a bias, a batch size and an activation.
     """
 
-    def __init__(self, block: Any, batch_size: int, make_linear: Callable[[Tensor, Tensor | None, int], Linear]):
-        def linear(module: Any) -> Linear:
+    def __init__(self, block: Any, batch_size: int, make_linear: Callable[..., Linear]):
+        def linear(module: Any, activation: Activation | None = None) -> Linear:
+            if type(module) is Conv1D:
+                return make_linear(module.weight, module.bias, batch_size, activation)
             # A layer that is not GPT-2's own, e.g. one with an adapter, is called as it is.
-            return make_linear(module.weight, module.bias, batch_size) if type(module) is Conv1D else module
+            return with_activation(module, activation)
 
         self.ln_1 = block.ln_1
         self.ln_2 = block.ln_2
-        self.act = block.mlp.act
         self.qkv = linear(block.attn.c_attn)
         self.proj = linear(block.attn.c_proj)
-        self.mlp_fc = linear(block.mlp.c_fc)
+        self.mlp_fc = linear(block.mlp.c_fc, block.mlp.act)
         self.mlp_proj = linear(block.mlp.c_proj)

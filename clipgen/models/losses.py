@@ -108,7 +108,7 @@ class LeCam(nn.Module):
     def __init__(self, decay: float = 0.99):
         super().__init__()
         self.decay = decay
-        self.register_buffer("means", torch.zeros(2))  # of real and of fake logits
+        self.register_buffer("means", torch.zeros(2))  # means of the real and of the fake logits
 
     def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
         """Update the running means and return E[relu(D(I) - mean_fake)^2] + E[relu(mean_real - D(I'))^2]."""

@@ -1,19 +1,11 @@
-"""LPIPS, the perceptual loss (arXiv:1801.03924): torchmetrics' network and torchvision's VGG-16 weights."""
+"""LPIPS, the perceptual loss (arXiv:1801.03924): torchmetrics' network with torchvision's VGG-16."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from clipgen.files import one_line
-
-
-class MissingWeightsError(ValueError):
-    """VGG-16's weights could not be loaded; the message says how to provide them or do without."""
 
 
 def build_lpips() -> Any:
@@ -45,36 +37,6 @@ class VGGSlices(nn.Module):
         for vgg_slice in self.children():
             features.append(vgg_slice(features[-1]))
         return features[1:]
-
-
-def load_lpips(vgg_weights: str | None = None) -> nn.Module:
-    """Load the frozen LPIPS: two batches of images (B, 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1).
-
-    Args:
-        vgg_weights: file of torchvision's VGG-16 weights; None uses torchvision's cache or downloads them.
-
-    Returns:
-        A module that must stay in evaluation mode, because its linear layers contain dropout.
-
-    Raises:
-        MissingWeightsError: the weights cannot be loaded.
-    """
-    from torchvision.models import VGG16_Weights
-
-    try:
-        if vgg_weights is None:
-            vgg = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False)
-        else:
-            vgg = torch.load(Path(vgg_weights).expanduser(), map_location="cpu", weights_only=True)
-        return copy_vgg_(build_lpips(), vgg)
-    # Missing file, no network, wrong content: the remedy is the same.
-    except Exception as error:
-        source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
-        raise MissingWeightsError(
-            f"the perceptual loss needs the weights {source}, which cannot be loaded ({one_line(error)}): put "
-            f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), set "
-            "model.loss.vgg_weights=PATH, or disable the loss with model.loss.perceptual_weight=0"
-        ) from error
 
 
 def lpips_from_state(state: dict[str, Tensor]) -> nn.Module:

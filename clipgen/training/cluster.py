@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from torch.distributed import TCPStore
 
 from clipgen.data.handover import FOLDER, results_for_children
-from clipgen.environment import environment_int
+from clipgen.hardware.environment import environment_int
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from pytorch_lightning.loggers import CSVLogger as LightningCSVLogger
 from pytorch_lightning.utilities import rank_zero_only
 
-from clipgen.files import check_size, one_line, read_text
+from clipgen.storage.files import check_size, one_line, read_text
 
 MAX_BYTES = 2**28
 

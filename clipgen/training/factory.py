@@ -1,6 +1,6 @@
 """Make objects from the sections of a configuration: only listed classes and functions, with checked types.
 
-A configuration may come from the run folder of somebody else, so a section must not name arbitrary code.
+A configuration may come from an untrusted run folder, so a section must not name arbitrary code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from clipgen.files import read_yaml
+from clipgen.storage.files import read_yaml
 from clipgen.type_checks import check_values, parameter_hints
 
 # Everything that a ``_target_`` may name, besides the data sources of configs/data: see ``allowed_targets``

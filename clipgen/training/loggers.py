@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from clipgen.files import read_json, write_json
+from clipgen.storage.files import read_json, write_json
 from clipgen.training.config import TrainingConfig
 from clipgen.training.factory import make
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytorch_lightning as pl
 
 from clipgen.data.token_cache import class_names, read_manifest
-from clipgen.files import read_json
 from clipgen.models.config import model_settings
 from clipgen.precompute import clip_identity, saved_identity
 from clipgen.run_folder import load_clip
+from clipgen.storage.files import read_json
 from clipgen.training.config import TrainingConfig
 from clipgen.training.factory import find_target, make
 from clipgen.type_checks import check_values, parameter_hints

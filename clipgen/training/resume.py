@@ -14,8 +14,8 @@ from torch import Tensor
 from clipgen.checkpoint.model_folder import FOLDERS, check_model
 from clipgen.checkpoint.safe_load import check_finite, check_tensors, read_checkpoint
 from clipgen.data.token_cache import MANIFEST
-from clipgen.files import atomic_write
-from clipgen.inner_files import member
+from clipgen.storage.files import atomic_write
+from clipgen.storage.inner_files import member
 from clipgen.training.callbacks.checkpointing import has_model_order
 
 # Entries of a checkpoint that a training is resumed from

@@ -16,14 +16,15 @@ import torch
 import yaml
 from pytorch_lightning.strategies import ModelParallelStrategy
 
+import clipgen
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.handover import one_process_works
 from clipgen.data.samplers import DataPositionCallback
-from clipgen.files import atomic_write, one_line, write_json
-from clipgen.inner_files import refuse_links
-from clipgen.output_folder import output_folder
-from clipgen.processor import require_bf16_units
+from clipgen.hardware.processor import require_bf16_units
 from clipgen.run_folder import bind, copy_frozen, save_frozen
+from clipgen.storage.files import atomic_write, one_line, write_json
+from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.output_folder import output_folder
 from clipgen.training.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -33,6 +34,7 @@ from clipgen.training.callbacks import (
     OverrideOptimizerSettings,
     PerStepSeed,
     ProgressReport,
+    TimeForecast,
 )
 from clipgen.training.cluster import check_num_processes, requeue_slurm_job, share_results, use_own_store
 from clipgen.training.config import TrainingConfig
@@ -51,7 +53,6 @@ from clipgen.transformer import ConditionalTransformer
 
 logger = logging.getLogger(__name__)
 PACKAGES = (
-    "clipgen",
     "torch",
     "torchvision",
     "pytorch-lightning",
@@ -74,7 +75,7 @@ def train(
 
     Args:
         config: what to train, on which data, and how.
-        callbacks: further callbacks; a ``ProgressReport`` among them replaces the default one.
+        callbacks: further callbacks; a ``ProgressReport`` or ``TimeForecast`` among them replaces the default one.
         run_files: further files of the run folder, by name, with their text.
         resume_command: the command that resumes the training, for the message after Ctrl-C.
 
@@ -184,8 +185,9 @@ def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callb
         callbacks.append(make(config.metrics, "metrics"))
     callbacks += make(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
     callbacks += [FinalValidation(), MetricPrinter(), ContinueLog()]
-    if not any(isinstance(callback, ProgressReport) for callback in more):
-        callbacks.append(ProgressReport())
+    for default in (ProgressReport, TimeForecast):
+        if not any(isinstance(callback, default) for callback in more):
+            callbacks.append(default())
     return [*callbacks, *more]
 
 
@@ -216,7 +218,7 @@ def make_fsdp_strategy(config: TrainingConfig) -> Any:
     if config.data.get("val_urls") and not isinstance(limit, int):
         raise ValueError(
             "trainer.limit_val_batches must be a number that every process has with trainer.strategy=fsdp "
-            f"and data.val_urls, got {limit}: streams end at different batches, and the processes would wait for ever"
+            f"and data.val_urls, got {limit}: streams end at different batches, and the processes would wait forever"
         )
     processes = devices * config.trainer["num_nodes"]
     return ModelParallelStrategy(processes, tensor_parallel_size=1, save_distributed_checkpoint=False)
@@ -228,7 +230,8 @@ def write_run_folder(output: Path, config: TrainingConfig, model: Any, run_files
     for name, text in {"config.yaml": config_text, **run_files}.items():
         with atomic_write(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    versions = {"python": platform.python_version(), "clipgen": clipgen.__version__}
+    versions |= {name: version(name) for name in PACKAGES}
     write_json(output / "versions.json", versions)
     if not isinstance(model, ConditionalTransformer):
         return

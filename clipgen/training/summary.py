@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgen.data.source import count_images, skip_counter_of
+from clipgen.hardware.device import should_compile
 from clipgen.vqgan import VQGAN
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def log_summary(config: TrainingConfig, trainer: pl.Trainer, model: Any, data: A
         "Length": describe_length(config, trainer, data),
         "Memory": describe_memory(model, data.batch_size, str(config.trainer["precision"])),
     }
+    if should_compile(model.hparams["compile"], trainer.strategy.root_device):
+        lines["Compile"] = "torch.compile; the first steps take minutes"
     for name, text in lines.items():
         logger.info("%-11s %s", f"{name}:", text)
     if config.trainer["strategy"] == "fsdp":

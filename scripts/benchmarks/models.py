@@ -11,7 +11,7 @@ import open_clip
 import torch
 
 from clipgen import VQGAN, FrozenCLIP
-from clipgen.files import write_json
+from clipgen.storage.files import write_json
 
 Settings = dict[str, Any]  # arguments of a model, nested as in the configuration
 

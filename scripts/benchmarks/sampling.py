@@ -119,7 +119,7 @@ def transformers_generate(transformer: ConditionalTransformer, embedding: Tensor
 
     def run() -> Any:
         return model.generate(
-            inputs_embeds=gpt.condition(embedding)[:, None],
+            inputs_embeds=gpt.condition_tokens(embedding)[:, None],
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=True,

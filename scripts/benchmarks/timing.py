@@ -17,7 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from clipgen.processor import has_bf16_units, instruction_set
+from clipgen.hardware.processor import has_bf16_units, instruction_set
 
 # Environment that makes torch's own kernels, oneDNN and MKL do without what AVX2 does not have. The libraries read it
 # when they are loaded.

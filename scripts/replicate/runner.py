@@ -10,10 +10,10 @@ from cog import BaseRunner, Input, Path
 from PIL import Image
 
 from clipgen import TextToImage
-from clipgen.device import default_device
-from clipgen.generation.generator import Preview
+from clipgen.generation.options import Preview
 from clipgen.generation.partial_images import PartialImages
 from clipgen.generation.streaming import stream
+from clipgen.hardware.device import default_device
 from clipgen.images import save_png
 from clipgen.visualization import grid
 

@@ -1,4 +1,4 @@
-"""The curve of the CLIP loss: what Eq. 9 is worth, by its weight lambda, form and gradient estimator."""
+"""The curve of the CLIP loss: the effect of Eq. 9, by its weight lambda, form and gradient estimator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ValuesFn = Callable[[Row, int], Tensor]  # row, seed -> values (N,)
 
 
 def draw_clip_loss_curves(study: Study, rows: Sequence[Row], weights: Sequence[float]) -> None:
-    """Draw the share of right images and the CLIP scores over lambda, with 95 % intervals."""
+    """Draw the share of correct images and the CLIP scores over lambda, with 95 % intervals."""
 
     def right(row: Row, seed: int) -> Tensor:
         return 100 * correct_values(study, row, seed)

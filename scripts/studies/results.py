@@ -19,7 +19,7 @@ PER_SET = ("fid_0", "precision", "recall")
 
 
 def correct_values(study: Study, row: Row, seed: int) -> Tensor:
-    """Return whether each image of a row is right, (N,)."""
+    """Return 1 for each correct image of a row and 0 for the others, (N,)."""
     store = study.measured(row, seed)
     column = store.column("shapes")[:, 0] if study.is_shapes else store.column("accuracy")
     return torch.from_numpy(column.astype("float64"))
@@ -84,7 +84,7 @@ def markdown(lines: Sequence[tuple[str, dict[str, str]]]) -> str:
 
 
 def explanation(study: Study) -> str:
-    """Return what must be known to read a table."""
+    """Return the explanation above a table."""
     budget = "steps" if study.args.equal == "steps" else "floating-point operations"
     return (
         f"Equal budgets in {budget} (training cost: relative to the row without the CLIP loss). Learning rate and "
@@ -101,7 +101,7 @@ def seed_list(study: Study) -> str:
 
 
 def evaluator_error(study: Study) -> str:
-    """Return a sentence about the error of what calls an image right."""
+    """Return a sentence about the error of the evaluator or classifier."""
     if study.is_shapes:
         right = [correct_values(study, REAL, seed) for seed in study.args.seeds]
         return f"The rules call {with_interval(right, 100, 2)} % of real images right."

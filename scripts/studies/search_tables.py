@@ -82,7 +82,7 @@ def search_reference(study: Study, prompts: list[str]) -> GeneratedImages | Real
 
 
 def real_fid(study: Study, prompts: list[str], count: int) -> float:
-    """Return the FID of as many other real images of the same prompts."""
+    """Return the FID of the same number of other real images of the same prompts."""
     captions = spread(prompts, count)
     images = study.real_images(captions, [SEED_STRIDE * 7 + i for i in range(count)])
     return search_fid(study, prompts, "real images", images)

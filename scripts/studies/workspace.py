@@ -33,10 +33,10 @@ from clipgen.evaluation.features import feature_extractor, image_classifier_feat
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import GeneratedImages, GenerateFn, RealImages, make_generate_fn
-from clipgen.files import write_json
 from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
 from clipgen.images import save_png, to_pil
 from clipgen.sampling_params import SamplingParams
+from clipgen.storage.files import write_json
 from clipgen.visualization import grid
 from studies import rows as study_rows
 from studies.budget import equal_flops_steps, flops_per_step
@@ -101,7 +101,7 @@ class Study:
         if self.second_clip:
             clips["independent"] = self.second_clip
         if self.is_shapes:
-            # In the features of the CLIP that has chosen nothing, if there is one.
+            # In the features of the CLIP that did not select images, if there is one.
             features = feature_extractor(f"clip:{self.args.second_clip or self.args.clip}")
             return ImageMetrics(features, [0], clips, shapes=True)
         return ImageMetrics(image_classifier_features(self.classifier[0]), [0], clips, classes=self.setting.prompts)
@@ -242,7 +242,7 @@ class Study:
         return [SamplingParams(top_p=p, guidance_scale=scale) for p, scale in product(study_rows.TOP_PS, scales)]
 
     def tuning_score(self, row: Row, system: str, params: SamplingParams) -> float:
-        """Return the fraction of right images of the tuning prompts."""
+        """Return the fraction of correct images of the tuning prompts."""
         tried = replace(row, system=system, params=params)
         captions = spread(self.setting.tuning_prompts, self.args.num_tuning)
         assert row.recipe is not None
@@ -312,7 +312,7 @@ class Study:
         return torch.tensor([next(i for i, name in enumerate(names) if prompt.endswith(name)) for prompt in prompts])
 
     def projector(self, row: Row) -> EmbeddingProjector | None:
-        """Return what a row does to the embeddings of the prompts."""
+        """Return the projector of a row, which moves the embeddings of the prompts; None if it has none."""
         if not (row.shift or row.nearest):
             return None
         memory = TokenCacheDataset(self.token_cache / "train").embeddings()
@@ -360,7 +360,7 @@ def split_prompts(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """Return ``count`` prompts, each as often as the others; fewer than there are: the first ones of a random order."""
+    """Return ``count`` prompts: the first ones, or all of them in turn if ``count`` is larger."""
     return [prompts[i % len(prompts)] for i in range(count)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipgen.models.config import QuantizerConfig
 from clipgen.models.quantizers.base import QuantizerOutput
 
-MAX_BITS = 30  # of an index
+MAX_BITS = 30  # largest number of bits of an index
 
 
 class FSQ(nn.Module):

@@ -178,7 +178,7 @@ class VectorQuantizer(nn.Module):
 
 
 def gather_rows(vectors: Tensor) -> Tensor:
-    """Return the rows (N, D) of all ranks, equally many of each rank."""
+    """Return the rows (N, D) of all ranks, the same number from each rank."""
     if not dist.is_initialized():
         return vectors
     num_rows = torch.tensor(len(vectors), device=vectors.device)

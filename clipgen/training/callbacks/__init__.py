@@ -9,5 +9,7 @@ from clipgen.training.callbacks.metric_printer import MetricPrinter as MetricPri
 from clipgen.training.callbacks.optimizer_settings import OverrideOptimizerSettings as OverrideOptimizerSettings
 from clipgen.training.callbacks.per_step_seed import PerStepSeed as PerStepSeed
 from clipgen.training.callbacks.progress import ProgressReport as ProgressReport
+from clipgen.training.callbacks.progress import TimeForecast as TimeForecast
+from clipgen.training.callbacks.progress import ValidationProgress as ValidationProgress
 from clipgen.training.callbacks.validation import FinalValidation as FinalValidation
 from clipgen.training.callbacks.validation import ResumeValidation as ResumeValidation

@@ -16,11 +16,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch.distributed.tensor import DTensor
 
-from clipgen.files import atomic_write
 from clipgen.optim import parameters_of
+from clipgen.storage.files import atomic_write
 from clipgen.training.callbacks.validation import ResumeValidation, validation_due
 
-# Several processes agree on whether to stop only every so many steps, because the agreement waits for their devices.
+# Steps between two agreements of several processes on whether to stop: each agreement waits for their devices.
 STEPS_BETWEEN_AGREEMENTS = 10
 
 
@@ -42,7 +42,7 @@ class BestCheckpoint(ModelCheckpoint):
     """Write ``best.ckpt`` whenever ``monitor`` is lower than ever before.
 
     A checkpoint stores the best score, but no path: the best model is always ``best.ckpt`` in the folder of this run,
-    even if the folder was moved, and never a file that somebody else's checkpoint names.
+    even if the folder was moved, and never a file that a checkpoint from elsewhere names.
     """
 
     def __init__(self, folder: str | Path, monitor: str):

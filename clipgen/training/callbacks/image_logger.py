@@ -18,6 +18,7 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
 from clipgen.generation.generator import ImageGenerator
 from clipgen.images import save_png, to_pil
+from clipgen.models.conditioning import Conditioner
 from clipgen.run_folder import load_clip
 from clipgen.sampling_params import SamplingParams
 from clipgen.transformer import ConditionalTransformer
@@ -59,7 +60,7 @@ class ImageLogger(pl.Callback):
         self.keep = keep
         self.params = SamplingParams(**sampling)
         self.batch: dict[str, Tensor] = {}
-        self.frozen_models: tuple[VQGAN, FrozenCLIP | None] | None = None
+        self.frozen_models: tuple[VQGAN, Conditioner | None] | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not self.params.uses_guidance or not isinstance(module, ConditionalTransformer):
@@ -132,7 +133,7 @@ class ImageLogger(pl.Callback):
         uniforms = generator.uniforms(0, len(conditions))
         return generator.generate_from_conditions(conditions, uniforms, self.params)
 
-    def _find_frozen_models(self, module: ConditionalTransformer) -> tuple[VQGAN | None, FrozenCLIP | None]:
+    def _find_frozen_models(self, module: ConditionalTransformer) -> tuple[VQGAN | None, Conditioner | None]:
         """Return the models that the transformer trains with, or else those in the run folder, if it has them.
 
         The CLIP is None without prompts, for a class-conditional transformer, and if it cannot be loaded.
@@ -146,7 +147,7 @@ class ImageLogger(pl.Callback):
         vqgan, clip = self.frozen_models
         return vqgan.to(module.device), None if clip is None else clip.to(module.device)
 
-    def _load_frozen_models(self, supports_prompts: bool) -> tuple[VQGAN, FrozenCLIP | None] | None:
+    def _load_frozen_models(self, supports_prompts: bool) -> tuple[VQGAN, Conditioner | None] | None:
         """Load the tokenizer and, for prompts, the CLIP of the run folder; return None if it has no tokenizer."""
         root = self.folder.parent
         if not (root / "vqgan").is_dir():

@@ -1,4 +1,4 @@
-"""The tokenizer of a CLIP folder, which may come from a stranger: no code of it runs, and no file outside is read."""
+"""The tokenizer of an untrusted CLIP folder: no code in it is run, and no file outside of it is read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import open_clip
 from torch import Tensor
 
-from clipgen.clip_folder import BYTE_PAIRS, CONFIG, TOKENIZER_DATA, TOKENIZER_SETTINGS, open_clip_interface
-from clipgen.clip_rules import shown
-from clipgen.files import one_line, parse_json, read_json, write_json
-from clipgen.inner_files import member
+from clipgen.checkpoint.clip_folder import BYTE_PAIRS, CONFIG, TOKENIZER_DATA, TOKENIZER_SETTINGS, open_clip_interface
+from clipgen.checkpoint.clip_rules import shown
+from clipgen.storage.files import one_line, parse_json, read_json, write_json
+from clipgen.storage.inner_files import member
 from clipgen.type_checks import fits
 
 
@@ -73,7 +73,7 @@ class CheckedTokenizer:
             tokens: Tensor = self.tokenizer(texts)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the panics of tokenizers, which is written in Rust, are not Exceptions
+        except BaseException as error:  # a panic of the Rust package tokenizers is not an Exception
             raise ValueError(f"the tokenizer in {self.folder} cannot read this text: {one_line(error)}") from error
         if tokens.ndim != 2 or tokens.shape[1] != self.length:
             got = f"{tuple(tokens.shape)}"
@@ -103,8 +103,10 @@ def load_hf_tokenizer(folder: Path, length: int, mode: str | None, options: dict
             raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason}") from error
 
 
-MAX_GROWTH = 64  # how many times longer the replacements of a normalizer may make a text
-MAX_PREPENDED = 1000  # letters
+# Largest factor by which the replacements of a normalizer may lengthen a text.
+MAX_GROWTH = 64
+# Largest number of letters that a normalizer may prepend.
+MAX_PREPENDED = 1000
 
 
 def check_growth(path: Path) -> None:
@@ -147,7 +149,8 @@ def replacement_growth(step: dict[str, Any]) -> int:
 
 WORD = re.compile(r"\w{0,60}Tokenizer(Fast)?|TokenizersBackend|PreTrainedTokenizerFast")
 TOKEN_KEYS = {"content", "lstrip", "rstrip", "single_word", "normalized", "special", "__type"}
-FLAGS = {  # of tokenizer_config.json; whatever else stands there is left out
+# Allowed entries of tokenizer_config.json; all others are ignored.
+FLAGS = {
     "add_bos_token",
     "add_eos_token",
     "add_prefix_space",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clipgen.files import read_json, write_json
+from clipgen.storage.files import read_json, write_json
 
 RETRY_DELAYS = (1, 2, 4, 8)  # seconds
 MAX_VALUE_LENGTH = 200  # characters of a value in an error message

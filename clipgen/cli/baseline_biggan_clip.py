@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.baseline_args import add_clip, add_prompts, image_seeds, load_search_clip
 from clipgen.cli.baseline_output import ImageOutput
+from clipgen.cli.console import say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PROGRESS_INTERVAL = 10  # seconds
-LAYERED = ("generate", "num_layers", "layer_noise_dim", "num_classes")  # of a ``LayeredGenerator``
+LAYERED = ("generate", "num_layers", "layer_noise_dim", "num_classes")  # attributes of a ``LayeredGenerator``
 
 
 def add_biggan_clip(p: argparse.ArgumentParser) -> None:
@@ -24,7 +25,10 @@ def add_biggan_clip(p: argparse.ArgumentParser) -> None:
     p.add_argument("--penalize", action="append", default=[], help="prompt to stay away from; may be repeated")
     models = p.add_argument_group("models")
     models.add_argument(
-        "--generator", required=True, help="biggan:FILE_OR_FOLDER, or module:object with a condition per layer"
+        "--generator",
+        required=True,
+        help="biggan:FILE_OR_FOLDER, or module:object with a condition per layer, which is code: name only one that "
+        "you trust",
     )
     add_clip(models, "the papers' ViT-B/32")
     group = p.add_argument_group("optimization")
@@ -66,7 +70,7 @@ def run_biggan_clip(args: argparse.Namespace) -> None:
         )
         scores = [real_score(clip, image[None], [prompt]) for image in images]
         output.add(images, prompt, image_seeds(args), [{"prompt": prompt, "clip_score": score} for score in scores])
-        print(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}")
+        say(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}")
     output.save_grid()
 
 
@@ -105,9 +109,7 @@ def progress(args: argparse.Namespace, prompt: str) -> Callable[[int, int, float
         if now - last > PROGRESS_INTERVAL or done == total:
             last = now
             speed = done / (now - start)
-            print(
-                f"{prompt}: step {done}/{total}, loss {loss:.3f}, {speed:.2f} it/s, ETA {(total - done) / speed:.0f} s"
-            )
+            say(f"{prompt}: step {done}/{total}, loss {loss:.3f}, {speed:.2f} it/s, ETA {(total - done) / speed:.0f} s")
         if args.preview_every and (step + 1) % args.preview_every == 0:
             save_png(to_pil(image())[0], args.output / "preview.png", {"prompt": prompt, "step": step + 1})
 

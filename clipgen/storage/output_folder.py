@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from clipgen.run_lock import LOCK, hold_lock
+from clipgen.storage.run_lock import LOCK, hold_lock
 
 
 @contextmanager
@@ -63,3 +63,14 @@ def check_writable(folder: Path) -> None:
             file.write(b"0")
     except OSError as error:
         raise OSError(f"output must be a folder that can be written to, got {folder}: {error.strerror}") from error
+
+
+def free_folder(folder: Path, pattern: str) -> Path:
+    """Return the folder, or the first of FOLDER-2, FOLDER-3, ..., that holds no file that matches a pattern."""
+    name = folder.name.strip(".") or "samples"
+    candidate = folder
+    number = 1
+    while any(candidate.glob(pattern)):
+        number += 1
+        candidate = folder.parent / f"{name}-{number}"
+    return candidate

@@ -1,4 +1,4 @@
-"""Atomic and flush_to_disk writes of files, readers of text, JSON and YAML, and errors that name the file."""
+"""Atomic writes of files that survive a power loss, readers of text, JSON and YAML, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 MAX_JSON = 64 * 2**20  # bytes; parsed JSON takes 10 to 30 times as much memory
 MAX_YAML = 2**20
+MAX_JSON_VALUES = 4_000_000  # values take 65 bytes and more each, also if a file stores them in two
 PARTIAL_FILE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.partial")
 _cleaned_folders: set[Path] = set()
 
@@ -139,12 +140,26 @@ def parse_json(path: Path) -> Any:
     """
     check_size(path, MAX_JSON)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return loads_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         # Not JSON, or not UTF-8.
         raise ValueError(f"{path} is damaged: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is damaged: its values are nested too deeply") from error
+
+
+def loads_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is not JSON, or holds more than ``max_values`` values.
+        RecursionError: its values are nested too deeply.
+    """
+    # Commas in texts are counted, too, which the limit leaves room for.
+    num_values = text.count(",") + text.count("[") + text.count("{")
+    if num_values > max_values:
+        raise ValueError(f"it must hold at most {max_values} values, got about {num_values}")
+    return json.loads(text)
 
 
 def read_yaml(path: Path) -> Any:

@@ -14,13 +14,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from clipgen.storage.files import is_running
+
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
 # Seconds after which the holder of a lock updates its modification time.
 HEARTBEAT = 15.0
 # Seconds without an update after which a holder on another machine is assumed dead.
 TIMEOUT = 90.0
-# Letters of a lock file that are read.
+# Number of characters of a lock file that are read.
 MAX_LOCK = 10_000
 
 
@@ -162,7 +164,7 @@ def is_alive(holder: dict[str, Any], path: Path) -> bool:
     """Return whether the holder of a lock is running. For another machine, wait for an update of the lock."""
     pid = holder.get("pid")
     if holder.get("process_table") == process_table() and isinstance(pid, int):
-        return process_exists(pid) and start_time(pid) == holder.get("started")
+        return is_running(pid) and start_time(pid) == holder.get("started")
     logger.info("%s: waiting to see if process %s on %s is alive", path, pid, holder.get("host"))
     last_update = modification_time(path)
     deadline = time.monotonic() + TIMEOUT
@@ -171,17 +173,6 @@ def is_alive(holder: dict[str, Any], path: Path) -> bool:
         if modification_time(path) != last_update:
             return path.exists()
     return False
-
-
-def process_exists(pid: int) -> bool:
-    """Return whether a process has this id."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True  # a process of another user
-    return True
 
 
 def start_time(pid: int) -> str:

@@ -1,4 +1,4 @@
-"""Allowed keys and values of ``open_clip_config.json``, which may come from a stranger."""
+"""Allowed keys and values of an untrusted ``open_clip_config.json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files inside a folder of unknown origin, whose links must not lead out of it."""
+"""Files inside an untrusted folder, whose links must not lead out of it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ def member(folder: Path, name: str) -> Path:
 
 
 def contained(path: Path, folder: Path) -> bool:
-    """Return whether a path, with all links followed, stays in a folder, or in the store of the hub's cache that the
-    folder is a snapshot of."""
+    """Return whether a path stays in a folder when all links are followed.
+
+    The folder of a snapshot in the hub's cache includes the store that the snapshot links to.
+    """
     target, root = path.resolve(), folder.resolve()
     if target.is_relative_to(root):
         return True
@@ -43,15 +45,15 @@ def check_inside(root: Path, *names: str) -> None:
 
 
 def refuse_links(output: Path) -> None:
-    """Raise ValueError if a folder holds a link that leaves it, a pipe or a device, through which we would write.
+    """Raise ValueError if a folder holds a link that leaves it, a pipe or a device, because writing would follow it.
 
-    A run or a token cache may come from somebody else: a link called ``metrics.csv`` could lead to any file of ours.
+    A run or a token cache may be untrusted: a link called ``metrics.csv`` could lead to any file of the user.
     """
     for folder, folders, files in os.walk(output):
         for name in [*folders, *files]:
             path = Path(folder, name)
             if not contained(path, output):
                 raise ValueError(f"{path} must lie in {output}, got a link to {path.resolve()}: copy the file itself")
-            # temporary files of other processes may vanish meanwhile
+            # temporary files of other processes may disappear in the meantime
             if not path.is_file() and not path.is_dir() and os.path.lexists(path):
                 raise ValueError(f"{path} must be a regular file or a folder")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from clipgen.files import cache_folder, read_json, write_json
-from clipgen.processor import instruction_set
+from clipgen.hardware.processor import instruction_set
+from clipgen.storage.files import cache_folder, read_json, write_json
 
 logger = logging.getLogger(__name__)
 FILE = "kernels.json"
@@ -51,13 +51,13 @@ def read_choices(path: Path) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Return what the speed of a kernel depends on: processor, instruction set, number of threads, build of torch."""
+    """Return the parts that the speed of a kernel depends on: processor, instruction set, threads, build of torch."""
     return f"{processor_name()}, {instruction_set()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 @cache
 def processor_name() -> str:
-    """Return the model of the processor, as far as the system tells."""
+    """Return the model of the processor, as far as the system names it."""
     try:
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             if line.startswith("model name"):

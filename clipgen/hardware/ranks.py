@@ -1,16 +1,10 @@
-"""The device that a command uses, and its rank among several processes."""
+"""The rank of this process among several, which torchrun or SLURM has started."""
 
 from __future__ import annotations
 
 import os
 
-from clipgen.device import default_device
-from clipgen.environment import environment_int
-
-
-def device_type(accelerator: str) -> str:
-    """Return the device type of a Lightning accelerator: ``"cuda"``, ``"mps"`` or ``"cpu"``."""
-    return default_device().partition(":")[0] if accelerator in ("auto", "gpu") else accelerator
+from clipgen.hardware.environment import environment_int
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""CLIPs in folders, which may be a stranger's: ``open_clip_config.json``, one file of weights, and a tokenizer.
+"""CLIPs in untrusted folders: ``open_clip_config.json``, one file of weights, and a tokenizer.
 
-open_clip would hand the settings of such a folder on to transformers and timm, which run Python files that the folder
-holds and download what it names. So this module reads the folder itself: settings are compared with a list of allowed
+open_clip would pass the settings of such a folder to transformers and timm, which run Python files in the folder and
+download what it names. So this module reads the folder itself: settings are compared with a list of allowed
 names and values, and sizes are compared with the weights before any memory is allocated. ``clip_tokenizer`` reads the
 tokenizer.
 """
@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clipgen.checkpoint.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
 from clipgen.checkpoint.safe_load import State, check_header, read_checkpoint
-from clipgen.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
-from clipgen.files import one_line, read_json, write_json
-from clipgen.inner_files import member
+from clipgen.storage.files import one_line, read_json, write_json
+from clipgen.storage.inner_files import member
 
 CONFIG = "open_clip_config.json"
 VOCABULARY = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
-WEIGHTS = (  # the first that is there; open_clip's order
+WEIGHTS = (  # the first that exists is used, as in open_clip
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -129,7 +129,7 @@ def download(name: str) -> Path:
             folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=[*settings, weights]))
             if (folder / weights).is_file():
                 break
-    except (OSError, ValueError) as error:  # no network, no such name, no right to it
+    except (OSError, ValueError) as error:  # no network, no such name, or no permission
         raise ValueError(
             f"CLIP {name!r} cannot be downloaded ({one_line(error)}): download it once on a machine with a network"
         ) from error
@@ -141,7 +141,7 @@ def download(name: str) -> Path:
 
 @contextmanager
 def open_clip_interface() -> Iterator[None]:
-    """Tell a version of open_clip that clipgen does not fit from weights that are missing."""
+    """Turn the errors of an incompatible version of open_clip into a ValueError that names the version."""
     try:
         yield
     except (ImportError, TypeError, AttributeError, NameError) as error:

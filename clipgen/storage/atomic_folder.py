@@ -19,9 +19,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipgen.files import flush_to_disk, host_name, is_running, read_json, with_path_in_errors, write_json
+from clipgen.storage.files import flush_to_disk, host_name, is_running, read_json, with_path_in_errors, write_json
 
-# Lists the new entries, in a folder whose moves have begun.
+# File that lists the new entries, in a folder whose moves have started.
 NAMES = "names.json"
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.\w+\.(?P<state>partial|swapping)")
 RENAME_EXCHANGE = 2

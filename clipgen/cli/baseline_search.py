@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.baseline_args import add_clip, add_prompts, given_sampling_params, load_search_clip
 from clipgen.cli.baseline_output import ImageOutput
+from clipgen.cli.console import say
 from clipgen.cli.sampling_args import add_sampling_options
-from clipgen.files import user_path
+from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
     from clipgen.baselines.csc2516 import Protocol
@@ -26,7 +27,8 @@ def add_search(p: argparse.ArgumentParser) -> None:
         "--generator",
         required=True,
         help="run folder of the class-conditional transformer, biggan:FILE_OR_FOLDER, sagan:FILE, TorchScript file, "
-        "or module:function that is called with (noise, class_indices)",
+        "or module:function that is called with (noise, class_indices); the last two are code: name only those that "
+        "you trust",
     )
     models.add_argument(
         "--truncation",
@@ -131,7 +133,7 @@ def run_search(args: argparse.Namespace) -> None:
         name = generator.class_names[result.class_index]
         metadata = {"prompt": prompt, "clip_score": result.score, "label": name, "curve": result.curve.tolist()}
         output.add(result.image[None], prompt, [args.seed], [metadata])
-        print(f"{prompt}: CLIP score {result.score:.4f}, class {name!r}")
+        say(f"{prompt}: CLIP score {result.score:.4f}, class {name!r}")
     output.save_grid()
 
 
@@ -186,7 +188,7 @@ def training_score(args: argparse.Namespace, clip: Any) -> float:
         for images, captions in source.read(chunk):
             total += real_score(clip, images.to(clip.device), captions) * len(images)
     score = total / len(source.captions)
-    print(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
+    say(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
     return score
 
 
@@ -272,14 +274,14 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
         args: the arguments.
         deviations: where the run departs from ``--protocol``.
     """
-    from clipgen.files import atomic_write, write_json
     from clipgen.images import save_png
+    from clipgen.storage.files import atomic_write, write_json
     from clipgen.visualization import line_chart
 
-    print(f"{'k':>5}  best CLIP score    images needed")
+    say(f"{'k':>5}  best CLIP score    images needed")
     for row in rows:
         mean, std = row.best_mean_std
-        print(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
+        say(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
     report = {
         "generator": args.generator,
         "truncation": args.truncation,
@@ -293,13 +295,15 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
     if deviations is not None:
         report |= {"protocol": args.protocol, "clip_input": args.clip_input, "deviations": deviations}
         system = f"{args.generator}, {args.protocol}; deviations: {'; '.join(deviations)}"
-        print(f"Deviations from {args.protocol}:", *deviations, sep="\n- ")
+        for line in (f"Deviations from {args.protocol}:", *(f"- {text}" for text in deviations)):
+            say(line)
     write_json(args.output / "search.json", report)
     with atomic_write(args.output / "search.md") as partial:
         partial.write_text(markdown(rows, system, args), encoding="utf-8")
-    print(args.output / "search.json", args.output / "search.md", sep="\n")
+    say(args.output / "search.json")
+    say(args.output / "search.md")
     curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
-    print(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
+    say(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
 
 
 def markdown(rows: list[SearchRow], system: str, args: argparse.Namespace) -> str:
