@@ -93,17 +93,11 @@ def encode(
 
     Raises:
         ValueError: the folder holds another cache or a link that leaves it, or the models cannot encode the images.
-        FileExistsError: the folder holds a model.
     """
     refuse_links(Path(root))
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
-
-    def prepare() -> None:
-        refuse_models(store.folder)
-        save_frozen(store.folder, vqgan, clip)
-
-    store.open(identity, prepare)
+    store.open(identity, lambda: prepare(store.folder, vqgan, clip))
 
     def write(path: Path, plan: ShardPlan) -> None:
         batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
@@ -117,11 +111,16 @@ def encode(
     return finish_if_complete(store, plans, identity)
 
 
-def refuse_models(root: Path) -> None:
-    """Raise FileExistsError if a folder holds a trained model, whose tokenizer a new cache would replace."""
+def prepare(root: Path, vqgan: VQGAN, clip: FrozenCLIP) -> None:
+    """Write the frozen models of a new cache.
+
+    Raises:
+        FileExistsError: the folder holds a trained model, whose tokenizer would be replaced.
+    """
     for name in ("checkpoints", "transformer"):
         if (root / name).exists():
             raise FileExistsError(f"output must not hold a model, got {root} with {name}/: choose another output")
+    save_frozen(root, vqgan, clip)
 
 
 def cache_identity(

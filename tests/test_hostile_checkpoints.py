@@ -10,7 +10,11 @@ import resource
 import time
 import zipfile
 from collections import Counter, defaultdict
+from datetime import datetime, timezone
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -443,6 +447,7 @@ BESIDE = {
     "args": argparse.Namespace(lr=1e-3, nested=argparse.Namespace(path=Path("data"))),
     "config": OmegaConf.create({"model": {"ch": 32, "mult": [1, 2], "none": None}}),
     "counts": defaultdict(int, {"a": 1}),
+    "times": [datetime.now(timezone.utc), uuid4(), Decimal("0.5"), Fraction(1, 2), range(3), slice(2), frozenset([1])],
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+BUILTINS = ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "object", "range", "slice", "frozenset")
 # Configurations, paths and numbers that trainers store beside the weights. A file that names anything else, such as
 # os.system, is refused.
 NAMES = {
@@ -26,7 +27,11 @@ NAMES = {
     "datetime.datetime",
     "datetime.timedelta",
     "datetime.date",
-    *(f"builtins.{name}" for name in ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "object")),
+    "datetime.timezone",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "uuid.UUID",
+    *(f"builtins.{name}" for name in BUILTINS),
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
 }
 PACKAGES = ("omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.dtypes.")

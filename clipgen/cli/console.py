@@ -29,6 +29,8 @@ IGNORED_WARNINGS = (
     "dataloader is not resumable",
     "Checkpoint directory",
     "decompression bomb",
+    "sync_dist=True",  # the metrics are averaged over all ranks before they are logged
+    "all_gather is deprecated",
 )
 
 
