@@ -99,29 +99,28 @@ def encode(
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
 
-    def prepare() -> None:
-        refuse_models(store.folder)
-        save_frozen(store.folder, vqgan, clip)
-
-    store.open(identity, prepare)
+    store.open(identity, lambda: save_models(store.folder, vqgan, clip))
 
     def write(path: Path, plan: ShardPlan) -> None:
         batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
         encode_shard(path, report_progress(batches, advance), vqgan, clip)
 
-    def skip(path: Path) -> None:
-        advance(len(open_shard(path)))
-
     plans = plan_shards(store.folder, data, shard_size, augmentations)
-    store.write_missing(plans, write, skip, rank=rank, world_size=world_size)
+    on_existing = lambda path: advance(len(open_shard(path)))
+    store.write_missing(plans, write, on_existing, rank=rank, world_size=world_size)
     return finish_if_complete(store, plans, identity)
 
 
-def refuse_models(root: Path) -> None:
-    """Raise FileExistsError if a folder holds a trained model, whose tokenizer a new cache would replace."""
+def save_models(root: Path, vqgan: VQGAN, clip: FrozenCLIP) -> None:
+    """Write the frozen models to the folder of a new cache.
+
+    Raises:
+        FileExistsError: the folder holds a trained model, whose tokenizer would be replaced.
+    """
     for name in ("checkpoints", "transformer"):
         if (root / name).exists():
             raise FileExistsError(f"output must not hold a model, got {root} with {name}/: choose another output")
+    save_frozen(root, vqgan, clip)
 
 
 def cache_identity(
