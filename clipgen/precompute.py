@@ -93,26 +93,26 @@ def encode(
 
     Raises:
         ValueError: the folder holds another cache or a link that leaves it, or the models cannot encode the images.
+        FileExistsError: the folder holds a model.
     """
     refuse_links(Path(root))
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
-    store.open(identity, lambda: prepare(store.folder, vqgan, clip))
+
+    store.open(identity, lambda: save_models(store.folder, vqgan, clip))
 
     def write(path: Path, plan: ShardPlan) -> None:
         batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
         encode_shard(path, report_progress(batches, advance), vqgan, clip)
 
-    def skip(path: Path) -> None:
-        advance(len(open_shard(path)))
-
     plans = plan_shards(store.folder, data, shard_size, augmentations)
-    store.write_missing(plans, write, skip, rank=rank, world_size=world_size)
+    on_existing = lambda path: advance(len(open_shard(path)))
+    store.write_missing(plans, write, on_existing, rank=rank, world_size=world_size)
     return finish_if_complete(store, plans, identity)
 
 
-def prepare(root: Path, vqgan: VQGAN, clip: FrozenCLIP) -> None:
-    """Write the frozen models of a new cache.
+def save_models(root: Path, vqgan: VQGAN, clip: FrozenCLIP) -> None:
+    """Write the frozen models to the folder of a new cache.
 
     Raises:
         FileExistsError: the folder holds a trained model, whose tokenizer would be replaced.
