@@ -804,7 +804,7 @@ def test_another_torchmetrics_is_not_called_missing_weights(tmp_path, monkeypatc
     torch.save({}, tmp_path / "vgg.pth")
     monkeypatch.delattr("torchmetrics.functional.image.lpips._LPIPS")
     with pytest.raises(
-        ValueError, match="torchmetrics .* does not work as clipgen expects .*pip install 'torchmetrics"
+        ValueError, match=r"torchmetrics .* does not work as clipgen expects .*pip install 'torchmetrics"
     ):
         load_lpips(str(tmp_path / "vgg.pth"))
 
