@@ -805,6 +805,15 @@ def test_weights_of_the_perceptual_loss_are_checked(tmp_path, little, content):
     refused(lambda: load_lpips(str(path)), path, "not a readable checkpoint", "refused")
 
 
+def test_another_torchmetrics_is_not_called_missing_weights(tmp_path, monkeypatch):
+    torch.save({}, tmp_path / "vgg.pth")
+    monkeypatch.delattr("torchmetrics.functional.image.lpips._LPIPS")
+    with pytest.raises(
+        ValueError, match=r"torchmetrics .* does not work as clipgen expects .*pip install 'torchmetrics"
+    ):
+        load_lpips(str(tmp_path / "vgg.pth"))
+
+
 def test_cached_weights_of_the_perceptual_loss_are_checked(tmp_path, monkeypatch, little):
     (tmp_path / "checkpoints").mkdir()
     path = archive_of(tmp_path / "checkpoints" / "vgg16-397923af.pth", document(BOMBS["bytearray"]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torchmetrics
 from torch import nn
 
 from clipgen.checkpoint.safe_load import State, check_download, only_weights, read_checkpoint
@@ -12,6 +15,10 @@ from clipgen.storage.files import one_line
 
 class MissingWeightsError(ValueError):
     """VGG-16's weights could not be loaded; the message says how to provide them or do without."""
+
+
+class UnknownNetworkError(ValueError):
+    """The installed version of torchmetrics has another network."""
 
 
 def load_lpips(vgg_weights: str | None = None) -> nn.Module:
@@ -25,10 +32,13 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
 
     Raises:
         MissingWeightsError: the weights cannot be loaded.
+        ValueError: this version of torchmetrics has another network.
     """
     try:
         weights = published_vgg() if vgg_weights is None else read_checkpoint(vgg_weights)
-        return copy_vgg_(build_lpips(), weights)
+        return copy_vgg_(build_network(), weights)
+    except UnknownNetworkError:
+        raise
     # Missing file, no network, wrong content: the remedy is the same.
     except Exception as error:
         source = f"of {vgg_weights}" if vgg_weights else "of VGG-16 from torchvision"
@@ -36,6 +46,17 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
             f"the perceptual loss needs the weights {source}, which cannot be loaded ({one_line(error)}): put "
             f"vgg16-397923af.pth into torchvision's cache ({torch.hub.get_dir()}/checkpoints), set "
             "model.loss.vgg_weights=PATH, or disable the loss with model.loss.perceptual_weight=0"
+        ) from error
+
+
+def build_network() -> Any:
+    """Build the network with random weights; the network of another torchmetrics is not called missing weights."""
+    try:
+        return build_lpips()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UnknownNetworkError(
+            f"torchmetrics {torchmetrics.__version__} does not work as clipgen expects ({one_line(error)}): "
+            "pip install 'torchmetrics>=1.5,<2'"
         ) from error
 
 
