@@ -98,7 +98,6 @@ def encode(
     refuse_links(Path(root))
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
-
     store.open(identity, lambda: save_models(store.folder, vqgan, clip))
 
     def write(path: Path, plan: ShardPlan) -> None:
