@@ -99,21 +99,16 @@ class IncrementalDecoder:
         return y.reshape(len(qkv), self.n_embd)
 
     @staticmethod
-    def make_linear(
-        weight: Tensor,
-        bias: Tensor | None,
-        batch_size: int,
-        activation: Activation | None = None,
-    ) -> Linear:
-        """Return the function x (B, in) -> activation(x @ weight + bias) (B, out) for a weight (in, out).
+    def make_linear(weight: Tensor, bias: Tensor | None, batch_size: int, act: Activation | None = None) -> Linear:
+        """Return the function x (B, in) -> act(x @ weight + bias) (B, out) for a weight (in, out).
 
         Small batches are memory-bound, and torch's CPU product reaches only a third of the memory bandwidth.
         ``choose_cpu_kernel`` selects a faster one.
         """
         bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            return choose_cpu_kernel(batch_size, *weight.shape)(weight, bias, activation)
-        return addmm_linear(weight, bias, activation)
+            return choose_cpu_kernel(batch_size, *weight.shape)(weight, bias, act)
+        return addmm_linear(weight, bias, act)
 
 
 # ------------------------------------------------------------------------------------------------- compiled decoding
@@ -258,16 +253,11 @@ class CompiledDecoder(IncrementalDecoder):
         return y.reshape(len(qkv), self.n_embd)
 
     @staticmethod
-    def make_linear(
-        weight: Tensor,
-        bias: Tensor | None,
-        batch_size: int,
-        activation: Activation | None = None,
-    ) -> Linear:
+    def make_linear(weight: Tensor, bias: Tensor | None, batch_size: int, act: Activation | None = None) -> Linear:
         """Return a linear layer that uses torch's own product, whose layout torch.compile chooses."""
         if bias is None:
-            return with_activation(lambda x: x @ weight, activation)
-        return addmm_linear(weight, bias, activation)
+            return with_activation(lambda x: x @ weight, act)
+        return addmm_linear(weight, bias, act)
 
 
 class DecoderBlock:
