@@ -16,11 +16,12 @@ import yaml
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from safetensors.torch import save_file
 
-from clipgen import TextToImage, atomic_folder, files
+from clipgen import TextToImage
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.model_card import cell, settings_of, training_settings
 from clipgen.run_folder import vqgan_identity
+from clipgen.storage import atomic_folder, files
 from clipgen.storage.files import atomic_write, flush_to_disk, read_json, read_yaml, write_json
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
