@@ -3,7 +3,7 @@
     python -m clipgen train_classifier --data data/cifar10 --output runs/classifier
 
 writes classifier.pt with the weights, the accuracy on the validation images and its 95 % interval. The last training
-shard is held out: besides the validation shards, other real images are needed that the classifier has not seen. An
+shard is held out, so that real images besides the validation images exist that the classifier has not seen. An
 interrupted run resumes after its last epoch. ``classifier:runs/classifier/classifier.pt`` is a feature space of
 clipgen-eval.
 

@@ -4,7 +4,7 @@
 
 The labels become captions ("a photo of a cat"); the text-to-image model that is trained later does not see them. The
 folder has open_clip's layout ("local-dir:") plus vocabulary.json. Use it as ``clip.model_name=runs/cifar10-clip``.
-The same command resumes an interrupted training, from where on the images come in another order.
+The same command resumes an interrupted training; the remaining steps see the images in another order.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def train(
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """Return the file beside a model's folder that its training is resumed from."""
+    """Return the path of a model's training checkpoint, which lies beside the folder of the model."""
     return folder.with_name(f"{folder.name}.checkpoint.pt")
 
 

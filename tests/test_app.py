@@ -353,7 +353,7 @@ def test_command_names_a_missing_checkpoint(monkeypatch):
 
 
 def test_stop_waits_for_the_end_of_the_requests_of_one_visitor():
-    """What the page says after that is not replaced by a row that was on its way."""
+    """Return only then, so that no late row replaces the message of the page."""
     running = RunningRequests()
     ended = []
 

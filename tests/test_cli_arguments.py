@@ -114,7 +114,7 @@ def test_home_directory_in_options(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = evaluate.parser().parse_args(["--images=~/images", "--output=~"])
     assert (args.images, args.output) == (tmp_path / "images", tmp_path)
-    # there is no such user, but there may be such a folder
+    # no user has this name, but a folder may
     assert user_path("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
 
 
