@@ -146,6 +146,29 @@ class FrozenCLIP(pl.LightningModule):
         check_images(images)
         return F.normalize(self.model.encode_image(self.preprocess(images)).float(), dim=-1)
 
+    def feature_maps(self, images: Tensor) -> list[Tensor]:
+        """Return the outputs of all stages of the image encoder, each (B, C, h, w); differentiable.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1] of any size.
+        """
+        check_images(images)
+        output = self.model.forward_intermediates(image=self.preprocess(images), intermediates_only=True)
+        maps: list[Tensor] = output["image_intermediates"]
+        return maps
+
+    def perceptual_distance(self, images: Tensor, others: Tensor) -> Tensor:
+        """Return the distance of pairs of images in the image encoder's feature maps: -> (B,); differentiable.
+
+        It is LPIPS (arXiv:1801.03924, Eq. 1) with this network and without learned weights: the squared distance of
+        the feature vectors, each normalized to length 1, averaged over positions and stages.
+        """
+        distances = [
+            (F.normalize(a.float(), dim=1) - F.normalize(b.float(), dim=1)).square().sum(dim=1).mean(dim=(1, 2))
+            for a, b in zip(self.feature_maps(images), self.feature_maps(others))
+        ]
+        return torch.stack(distances).mean(dim=0)
+
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Embed texts: -> (B, E), unit norm. A text longer than the context is truncated, and its end token is kept."""

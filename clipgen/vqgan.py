@@ -20,6 +20,7 @@ from clipgen.checkpoint import hfailab, model_folder, taming
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.checkpoint.vgg import load_lpips
+from clipgen.clip import FrozenCLIP
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
 from clipgen.hardware.device import check_compile, should_compile
@@ -119,8 +120,9 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.guard = StepGuard(self.optimizer_config.max_skipped_steps)
         self.averages = losses.Averages()
-        # In a tuple, so that the frozen LPIPS is not part of parameters, mode or checkpoints.
+        # In tuples, so that the frozen networks are not part of parameters, mode or checkpoints.
         self._lpips: tuple[nn.Module, ...] = ()
+        self._clip: tuple[FrozenCLIP, ...] = ()
 
     def _build_discriminator(self) -> None:
         gan = self.gan_config
@@ -218,6 +220,8 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
             logger.warning("The checkpoint has no discriminator; training continues without the adversarial loss.")
         if self.loss_config.perceptual_weight > 0:
             self.lpips()  # load it now rather than in the first step
+        if self.loss_config.clip_perceptual_weight > 0:
+            self.perceptual_clip()
         # A loaded model is in evaluation mode, and Lightning does not change that.
         self.train()
         self.apply_speed_options_()
@@ -227,6 +231,12 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         if not self._lpips:
             self._lpips = (load_lpips(self.loss_config.vgg_weights),)
         return self._lpips[0].to(self.device)
+
+    def perceptual_clip(self) -> FrozenCLIP:
+        """Return the CLIP of the perceptual loss on this module's device; load it on the first call."""
+        if not self._clip:
+            self._clip = (FrozenCLIP.from_spec(str(self.loss_config.clip_perceptual_model)),)
+        return self._clip[0].to(self.device)
 
     def apply_speed_options_(self) -> None:
         """Apply ``channels_last`` and ``compile``.
@@ -334,6 +344,9 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, config.reconstruction)}
         if config.perceptual_weight > 0:
             terms["perceptual_loss"] = config.perceptual_weight * self.lpips()(images, reconstruction).mean()
+        if config.clip_perceptual_weight > 0:
+            distance = self.perceptual_clip().perceptual_distance(images, reconstruction).mean()
+            terms["clip_perceptual_loss"] = config.clip_perceptual_weight * distance
         for name, value in quantized.losses.items():
             terms[name] = config.weight_of(name) * value
         if config.reduction == "sum":
@@ -471,6 +484,9 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
     def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
         """Load a trained tokenizer, in evaluation mode.
 
+        Files that its configuration names for training are not read, because its maker has chosen them: to train it
+        further with ``loss.vgg_weights`` or ``loss.clip_perceptual_model``, build a VQGAN and call ``init_from``.
+
         Args:
             path: a model folder, a run folder or a checkpoint of stage 1; ``"shapes"`` (bundled); or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose tokenizer is loaded.
@@ -489,7 +505,7 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         gan = as_config(GANConfig, arguments.get("gan"))
         has_discriminator = bool(strip_prefix("discriminator.", state))
         built = arguments | {"gan": to_plain(gan if has_discriminator else replace(gan, weight=0.0))}
-        model = cls(**without_kmeans(built))
+        model = cls(**without_foreign_files(without_kmeans(built)))
         model.gan_config = gan
         model.hparams["gan"] = to_plain(gan)
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
@@ -563,6 +579,17 @@ def nearest_multiples(side: int, factor: int) -> str:
 def without_kmeans(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return constructor arguments whose trained codes are not initialized again when training continues."""
     return arguments | {"quantizer": {**(arguments.get("quantizer") or {}), "kmeans_iters": 0}}
+
+
+def without_foreign_files(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return constructor arguments without the files and models for training that the maker of a folder has named."""
+    loss = replace(
+        as_config(LossConfig, arguments.get("loss")),
+        vgg_weights=None,
+        clip_perceptual_weight=0.0,
+        clip_perceptual_model=None,
+    )
+    return arguments | {"loss": to_plain(loss)}
 
 
 def as_list(one_or_more: Any) -> list[Any]:

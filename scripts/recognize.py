@@ -2,9 +2,11 @@
 
     python -m clipgen train_classifier --data data/cifar10 --output runs/classifier
     python -m clipgen recognize --data data/cifar10 --checkpoint RUN --output runs/recognize
+    python -m clipgen recognize --data data/cifar10 --vqgan RUN --output runs/recognize
 
 Images of every class are generated from the prompt "a photo of a {label}", with the sampling parameters of
-clipgen-sample. FID, precision and recall are in the classifier's features, against the validation images. The row
+clipgen-sample. With --vqgan, the validation images are reconstructed, and "class kept" is the fraction of images that
+are recognized among those whose original is. FID, precision and recall are in the classifier's features, against the validation images. The row
 "real images" is their floor: as many images of the training shards that were held out of the classifier. A FID is
 comparable only with others of the same number of images.
 """
@@ -22,13 +24,13 @@ import torch
 from torch import Tensor
 from train_classifier import LabeledImages, load_images, split_shards
 
-from clipgen import TextToImage
+from clipgen import VQGAN, TextToImage
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
 from clipgen.evaluation import functional
 from clipgen.evaluation.classifier import BATCH_SIZE, ImageClassifier, load_classifier
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.evaluation.sources import make_generate_fn
-from clipgen.images import save_png, to_pil
+from clipgen.images import psnr, save_png, to_bytes, to_pil
 from clipgen.storage.files import user_path, write_json
 from clipgen.visualization import grid
 
@@ -58,6 +60,19 @@ def describe(classifier: ImageClassifier, images: Tensor, labels: Tensor, refere
         "precision": precision,
         "recall": recall,
     }
+
+
+@torch.no_grad()
+def reconstructions(vqgan: VQGAN, images: LabeledImages) -> Tensor:
+    """Return the reconstructions of images, rounded to 8 bits: (N, 3, H, W) in [-1, 1]."""
+    batches = [slice(start, start + BATCH_SIZE) for start in range(0, len(images), BATCH_SIZE)]
+    return torch.cat([to_bytes(vqgan(images.floats(batch))) for batch in batches]).float() / 127.5 - 1
+
+
+def class_kept(classifier: ImageClassifier, images: Tensor, reconstructed: Tensor, labels: Tensor) -> float:
+    """Return the fraction of images whose reconstruction is recognized, among those that are recognized themselves."""
+    originals = recognized(classifier, images, labels)
+    return recognized(classifier, reconstructed, labels)[originals].float().mean().item()
 
 
 def held_out_images(data: Path, image_size: int, count: int, about: dict[str, Any]) -> LabeledImages | None:
@@ -100,7 +115,8 @@ def parser() -> argparse.ArgumentParser:
         default=Path("runs/classifier/classifier.pt"),
         help="file of train_classifier.py (default: %(default)s)",
     )
-    p.add_argument("--checkpoint", help="stage-2 run or pipeline folder; without it, only real images are measured")
+    p.add_argument("--checkpoint", help="stage-2 run or pipeline folder, whose images are evaluated")
+    p.add_argument("--vqgan", help="stage-1 run or model folder, whose reconstructions are evaluated")
     p.add_argument("--template", default="a photo of a {label}", help="prompt of a class (default: %(default)s)")
     p.add_argument("--per-class", type=int, default=100, help="images per class (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
@@ -135,12 +151,14 @@ def main() -> None:
     write_json(args.output / "recognized.json", report | {"classifier": about})
     (args.output / "recognized.md").write_text(table(report["rows"], about))
     print(table(report["rows"], about))
+    if args.vqgan:
+        print(f"Reconstructions: class kept {report['class_kept']:.1%}, PSNR {report['psnr']:.2f} dB")
 
 
 def evaluate(
     args: argparse.Namespace, classifier: ImageClassifier, about: dict[str, Any], class_names: list[str]
 ) -> dict[str, Any]:
-    """Return the results of generated images, if there is a model, and of as many real ones."""
+    """Return the results of generated images and reconstructions, if there is a model, and of real images."""
     image_size = about["trained"]["image_size"]
     validation = load_images(sorted(args.data.glob("val-*.tar")), image_size)
     reference = features_of(classifier, validation.floats(slice(None)))
@@ -154,6 +172,12 @@ def evaluate(
         settings = {**asdict(sampling_params(args)), "rerank_from": args.rerank_from, "seed": args.seed}
         report["settings"] = settings
         save_png(class_grid(images, class_names), args.output / "grid.png")
+    if args.vqgan:
+        originals = validation.floats(slice(None))
+        reconstructed = reconstructions(VQGAN.load(args.vqgan), validation)
+        report["rows"]["reconstructions"] = describe(classifier, reconstructed, validation.labels, reference)
+        report["class_kept"] = class_kept(classifier, originals, reconstructed, validation.labels)
+        report["psnr"] = psnr(originals, reconstructed).mean().item()
     real = held_out_images(args.data, image_size, args.per_class * len(class_names), about)
     if real is not None:
         report["rows"]["real images"] = describe(classifier, real.floats(slice(None)), real.labels, reference)

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 
 from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP, WordTokenizer, match_activation
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
@@ -76,6 +77,38 @@ def test_gradients_reach_the_images_and_nothing_else(shapes_clip, images):
     assert torch.isfinite(free.grad).all() and (free.grad.flatten(1).abs().sum(1) > 0).all()
     assert not any(p.requires_grad or p.grad is not None for p in shapes_clip.parameters())
     assert torch.equal(free.detach(), images)  # nothing is normalized in place
+
+
+def test_feature_maps_are_the_tokens_after_each_block_as_a_grid(shapes_clip, images):
+    outputs: list[Tensor] = []
+    blocks = shapes_clip.model.visual.transformer.resblocks
+    hooks = [block.register_forward_hook(lambda module, args, output: outputs.append(output)) for block in blocks]
+    shapes_clip.encode_image(images)
+    for hook in hooks:
+        hook.remove()
+    maps = shapes_clip.feature_maps(images)
+    assert len(maps) == len(outputs) == 4
+    for feature_map, tokens in zip(maps, outputs):
+        # the first token is the class token; 4 x 4 patches of 8 pixels follow
+        torch.testing.assert_close(feature_map[:, :, 1, 2], tokens[:, 1 + 4 * 1 + 2])
+
+
+def test_perceptual_distance_matches_its_definition(shapes_clip, images):
+    others = images.flip(0)
+    expected = torch.zeros(len(images))
+    pairs = list(zip(shapes_clip.feature_maps(images), shapes_clip.feature_maps(others)))
+    for a, b in pairs:
+        # the squared distance of unit vectors is 2 - 2 cos
+        expected += (2 - 2 * F.cosine_similarity(a, b, dim=1)).mean(dim=(1, 2)) / len(pairs)
+    torch.testing.assert_close(shapes_clip.perceptual_distance(images, others), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_perceptual_distance_of_equal_images_is_zero_with_finite_gradient(shapes_clip, images):
+    copy = images.clone().requires_grad_()
+    distance = shapes_clip.perceptual_distance(images, copy)
+    torch.testing.assert_close(distance, torch.zeros(len(images)), atol=1e-10, rtol=0)
+    distance.sum().backward()
+    assert torch.isfinite(copy.grad).all()
 
 
 def test_clip_is_a_lightning_module_without_anything_to_train(shapes_clip):

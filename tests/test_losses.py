@@ -197,6 +197,22 @@ def test_lpips_is_frozen_without_dropout(lpips, vgg_file, images, fit):
     torch.testing.assert_close(terms[0]["perceptual_loss"], by_hand)
 
 
+def test_clip_perceptual_loss_is_the_weighted_distance_and_frozen(shapes_clip, images, fit):
+    vqgan = make_vqgan(**VQGAN_SIZES | dict(clip_perceptual_weight=2.0, clip_perceptual_model="shapes"))
+    trainer = fit(vqgan, 1, batch=2)
+    assert trainer.callback_metrics["train/clip_perceptual_loss"] > 0
+    assert not any("clip" in name for name in [*vqgan.state_dict(), *dict(vqgan.named_parameters())])
+    reconstruction, quantized = vqgan.eval().autoencode(images[:2])
+    terms = vqgan.autoencoder_loss(images[:2], reconstruction, quantized)
+    by_hand = 2 * shapes_clip.perceptual_distance(images[:2], reconstruction).mean()
+    torch.testing.assert_close(terms["clip_perceptual_loss"], by_hand)
+
+
+def test_clip_perceptual_loss_needs_a_clip():
+    with pytest.raises(ValueError, match="loss.clip_perceptual_model, a CLIP; got none"):
+        make_vqgan(**VQGAN_SIZES | dict(clip_perceptual_weight=1.0))
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no weights", {"other": torch.zeros(1)}])
 def test_error_for_missing_vgg_weights_names_the_remedies(tmp_path, content):
     path = tmp_path / "vgg16.pth"

@@ -143,6 +143,9 @@ class LossConfig:
         kl_weight: weight of the KL loss (Gumbel only).
         perceptual_weight: weight of LPIPS. 0 disables it, and then no VGG-16 weights are needed.
         vgg_weights: file of torchvision's VGG-16 weights; None uses torchvision's cache or downloads them.
+        clip_perceptual_weight: weight of the distance in the feature maps of a CLIP's image encoder, see
+            ``FrozenCLIP.perceptual_distance``. A small CLIP costs much less than VGG-16. 0 disables it.
+        clip_perceptual_model: that CLIP, ``"MODEL"`` or ``"MODEL:TAG"`` as in ``FrozenCLIP.from_spec``.
     """
 
     section: ClassVar[str] = "loss"
@@ -155,10 +158,14 @@ class LossConfig:
     kl_weight: float = 1e-8
     perceptual_weight: float = 1.0
     vgg_weights: str | None = None
+    clip_perceptual_weight: float = 0.0
+    clip_perceptual_model: str | None = None
 
     def __post_init__(self) -> None:
         require_choice(self, "reduction", LOSS_REDUCTIONS)
         require_choice(self, "reconstruction", RECONSTRUCTION_LOSSES)
+        if self.clip_perceptual_weight > 0 and not self.clip_perceptual_model:
+            raise ValueError("loss.clip_perceptual_weight above 0 needs loss.clip_perceptual_model, a CLIP; got none")
 
     def weight_of(self, loss: str) -> float:
         """Return the weight of a quantizer's loss, e.g. of ``"codebook_loss"``."""
