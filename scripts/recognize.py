@@ -6,9 +6,9 @@
 
 Images of every class are generated from the prompt "a photo of a {label}", with the sampling parameters of
 clipgen-sample. With --vqgan, the validation images are reconstructed, and "class kept" is the fraction of images that
-are recognized among those whose original is. FID, precision and recall are in the classifier's features, against the validation images. The row
-"real images" is their floor: as many images of the training shards that were held out of the classifier. A FID is
-comparable only with others of the same number of images.
+are recognized, among those whose original is. FID, precision and recall are in the classifier's features, against the
+validation images. The row "real images" is their floor: as many images of the training shards that were held out of
+the classifier. A FID is comparable only with others of the same number of images.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def test_clip_perceptual_loss_is_the_weighted_distance_and_frozen(shapes_clip, i
 
 
 def test_clip_perceptual_loss_needs_a_clip():
-    with pytest.raises(ValueError, match="loss.clip_perceptual_model, a CLIP; got none"):
+    with pytest.raises(ValueError, match=r"loss\.clip_perceptual_model, a CLIP; got none"):
         make_vqgan(**VQGAN_SIZES | dict(clip_perceptual_weight=1.0))
 
 
