@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
-from clipgen.checkpoint.pretrained import PretrainedMixin
+from clipgen.checkpoint.pretrained import PretrainedModule
 from clipgen.checkpoint.safe_load import strip_prefix
 from clipgen.data.samplers import num_real_samples
 from clipgen.hardware.device import check_compile, should_compile
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
+class ConditionalTransformer(PretrainedModule, pl.LightningModule):
     """GPT-2 over code indices with the CLIP embedding as its first token, stage 2 of CLIP-GEN (Eq. 6, 8-10).
 
     Training on images needs the frozen VQ-GAN and CLIP, see ``attach_encoders``; batches are then
@@ -374,19 +374,6 @@ class ConditionalTransformer(PretrainedMixin, pl.LightningModule):
         check_weights(self.eval_model)
         state = {f"gpt.{name}": tensor for name, tensor in self.eval_model.state_dict().items()}
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
-
-    @classmethod
-    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
-        """Load a trained transformer, in evaluation mode.
-
-        Args:
-            path: a model folder, a run folder or a checkpoint of stage 2; ``"shapes"`` (bundled); or
-                ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose transformer is loaded.
-            revision: branch, tag or commit on the hub.
-            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
-        """
-        loaded: Self = model_folder.load_model(cls, path, revision, token)
-        return loaded
 
     @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:

@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from clipgen.checkpoint import hfailab, model_folder, taming
-from clipgen.checkpoint.pretrained import PretrainedMixin
+from clipgen.checkpoint.pretrained import PretrainedModule
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
 from clipgen.checkpoint.vgg import load_lpips
 from clipgen.clip import FrozenCLIP
@@ -56,7 +56,7 @@ SUMMED_LOSSES = {"codebook_loss", "commitment_loss"}
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
 
-class VQGAN(PretrainedMixin, pl.LightningModule):
+class VQGAN(PretrainedModule, pl.LightningModule):
     """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
     The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss. The adversarial
@@ -481,26 +481,12 @@ class VQGAN(PretrainedMixin, pl.LightningModule):
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
-    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
-        """Load a trained tokenizer, in evaluation mode.
-
-        Files that its configuration names for training are not read, because its maker has chosen them: to train it
-        further with ``loss.vgg_weights`` or ``loss.clip_perceptual_model``, build a VQGAN and call ``init_from``.
-
-        Args:
-            path: a model folder, a run folder or a checkpoint of stage 1; ``"shapes"`` (bundled); or
-                ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose tokenizer is loaded.
-            revision: branch, tag or commit on the hub.
-            token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
-        """
-        loaded: Self = model_folder.load_model(cls, path, revision, token)
-        return loaded
-
-    @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``model_folder.build`` checks both first. A discriminator that the file does not hold is not built.
+        ``model_folder.build`` checks both first. A discriminator that the file does not hold is not built. To train the
+        model further with ``loss.vgg_weights`` or ``loss.clip_perceptual_model``, build a VQGAN with them and call
+        ``init_from``.
         """
         gan = as_config(GANConfig, arguments.get("gan"))
         has_discriminator = bool(strip_prefix("discriminator.", state))

@@ -1,4 +1,4 @@
-"""The names ``from_pretrained`` and ``save_pretrained``, which users of the Hugging Face libraries expect."""
+"""Load the models of both stages, also under the names that users of the Hugging Face libraries expect."""
 
 from __future__ import annotations
 
@@ -32,3 +32,22 @@ class PretrainedMixin:
         model: Any = self
         saved: Path = model.save(path, **options)
         return saved
+
+
+class PretrainedModule(PretrainedMixin):
+    """Give the model of a stage its ``load``; the class itself builds a model in ``from_state``."""
+
+    @classmethod
+    def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
+        """Load a trained model of this class, in evaluation mode.
+
+        Files that its configuration names for training are not read, because its maker has chosen them.
+
+        Args:
+            path: a model folder, a run folder or a checkpoint of this stage; ``"shapes"`` (bundled); or
+                ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose model of this class is loaded.
+            revision: see ``from_pretrained``.
+            token: see ``from_pretrained``.
+        """
+        loaded: Self = model_folder.load_model(cls, path, revision, token)
+        return loaded

@@ -8,18 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import clipgen
+from clipgen.hardware.environment import PACKAGES
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "transformers",
-    "open_clip_torch",
-    "hydra-core",
-    "huggingface_hub",
-    "numpy",
-    "pillow",
-)
 # Packages of the extras, which are named only if they are installed.
 OPTIONAL_PACKAGES = ("torch-fidelity", "datasets", "gradio", "wandb")
 

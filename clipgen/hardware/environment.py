@@ -1,8 +1,28 @@
-"""Read numbers from environment variables, such as those of torchrun and SLURM."""
+"""The environment: numbers in variables, such as those of torchrun and SLURM, and versions of packages."""
 
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
+
+# Packages whose versions can change results.
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "pytorch-lightning",
+    "transformers",
+    "open_clip_torch",
+    "webdataset",
+    "hydra-core",
+    "huggingface_hub",
+    "numpy",
+    "pillow",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed version of each of ``PACKAGES``."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def environment_int(name: str, default: int | None = None) -> int:

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import clipgen
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.handover import one_process_works
 from clipgen.data.samplers import DataPositionCallback
+from clipgen.hardware.environment import package_versions
 from clipgen.hardware.processor import require_bf16_units
 from clipgen.run_folder import bind, copy_frozen, save_frozen
 from clipgen.storage.files import atomic_write, one_line, write_json
@@ -52,15 +52,6 @@ from clipgen.training.validation_interval import scale_interval, set_default_int
 from clipgen.transformer import ConditionalTransformer
 
 logger = logging.getLogger(__name__)
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "pytorch-lightning",
-    "transformers",
-    "open_clip_torch",
-    "webdataset",
-    "hydra-core",
-)
 # Arguments of torch.set_float32_matmul_precision: "high" is TF32 on GPUs from Ampere on, "highest" is float32
 MATMUL_PRECISIONS = ("highest", "high")
 
@@ -231,8 +222,7 @@ def write_run_folder(output: Path, config: TrainingConfig, model: Any, run_files
         with atomic_write(output / name) as partial:
             partial.write_text(text, encoding="utf-8")
     versions = {"python": platform.python_version(), "clipgen": clipgen.__version__}
-    versions |= {name: version(name) for name in PACKAGES}
-    write_json(output / "versions.json", versions)
+    write_json(output / "versions.json", versions | package_versions())
     if not isinstance(model, ConditionalTransformer):
         return
     if config.uses_token_cache:
