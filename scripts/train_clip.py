@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from train_classifier import shard_sizes
+
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
 from clipgen.data.webdataset import ImageShards
 from clipgen.nonfinite import check_loss, check_weights
@@ -96,6 +98,7 @@ def train(
     learning_rate: float,
     seed: int,
     checkpoint: Path,
+    data: str,
 ) -> nn.Module:
     """Train the CLIP of a folder and write its weights there, in fp16.
 
@@ -107,6 +110,7 @@ def train(
         learning_rate: peak learning rate.
         seed: seed of the initialization.
         checkpoint: file that an interrupted training is resumed from.
+        data: description of the batches, which a resumed training must share.
     """
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).train()
@@ -114,7 +118,13 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = one_cycle(optimizer, learning_rate, steps, warmup=0.1)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    settings = {"captions": list(captions), "steps": steps, "learning_rate": learning_rate, "seed": seed}
+    settings = {
+        "captions": list(captions),
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "data": data,
+    }
     done = load_checkpoint(checkpoint, settings, parts) if checkpoint.is_file() else 0
     start = time.time()
     for step, (images, labels) in zip(range(done + 1, steps + 1), batches_from(done)):
@@ -257,13 +267,15 @@ def main() -> None:
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
     captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
     shards = str(args.data / args.shards)
+    data = f"{args.batch_size} images of {args.image_size} pixels from {args.shards} {shard_sizes(args.data)}"
 
     def batches_from(step: int) -> Iterable[tuple[Tensor, Tensor]]:
         return labeled_batches(shards, args.image_size, args.batch_size, args.seed + step)
 
     with replace_folder(args.output, FILES) as folder:
         write_config(folder, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
-        train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint_of(args.output))
+        checkpoint = checkpoint_of(args.output)
+        train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint, data)
     accuracy = caption_accuracy(args.output, captions, str(args.data / "val-*.tar"), args.image_size)
     print(f"validation images whose own caption is the nearest: {accuracy:.4f}")
 

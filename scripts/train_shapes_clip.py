@@ -80,7 +80,9 @@ def main() -> None:
 
     with replace_folder(args.output, FILES) as folder:
         write_config(folder, SHAPES_CLIP, CAPTIONS, (0.5,) * 3, (0.5,) * 3)
-        train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint_of(args.output))
+        data = f"renders, held out: {args.held_out}"
+        checkpoint = checkpoint_of(args.output)
+        train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint, data)
     score, matched = caption_accuracy(args.output, images=2000, seed=12_345)
     print(f"renders whose own caption is the nearest, of 2000: {score:.4f}  matched cosine: {matched:.3f}")
     if args.held_out > 0:

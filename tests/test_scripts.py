@@ -97,7 +97,7 @@ def test_clip_with_non_finite_weights_is_never_saved(tmp_path):
     train_clip.write_config(tmp_path, sizes, ["a"], (0.5,) * 3, (0.5,) * 3)
     nothing = (torch.full((1, 3, 32, 32), float("nan")), torch.tensor([0]))
     with pytest.raises(NonFiniteError, match="training stopped at step 1 with a loss of nan"):
-        train_clip.train(tmp_path, ["a"], lambda step: [nothing], 1, 1e-3, 0, train_clip.checkpoint_of(tmp_path))
+        train_clip.train(tmp_path, ["a"], lambda step: [nothing], 1, 1e-3, 0, train_clip.checkpoint_of(tmp_path), "")
     with pytest.raises(NonFiniteError, match="must be finite, got 1 of"):
         train_clip.save(torch.nn.Linear(2, 2, bias=False).requires_grad_(False).apply(overflow_in_fp16), tmp_path)
     assert not (tmp_path / "open_clip_model.safetensors").exists()
@@ -166,7 +166,7 @@ def test_interrupted_training_of_a_clip_resumes_bit_identically(tmp_path, monkey
         train_clip.write_config(folder, sizes, captions, (0.5,) * 3, (0.5,) * 3)
         for part in batches:
             with suppress(RuntimeError):
-                train_clip.train(folder, captions, part, 5, 1e-3, 0, train_clip.checkpoint_of(folder))
+                train_clip.train(folder, captions, part, 5, 1e-3, 0, train_clip.checkpoint_of(folder), "pairs")
         return load_file(folder / "open_clip_model.safetensors")
 
     def interrupted(step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -177,6 +177,11 @@ def test_interrupted_training_of_a_clip_resumes_bit_identically(tmp_path, monkey
     actual = trained(tmp_path / "parts", interrupted, batches_from)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
     assert not train_clip.checkpoint_of(tmp_path / "parts").exists()
+    checkpoint = train_clip.checkpoint_of(tmp_path / "other")
+    with suppress(RuntimeError):
+        train_clip.train(tmp_path / "parts", captions, interrupted, 5, 1e-3, 0, checkpoint, "pairs")
+    with pytest.raises(ValueError, match="must be of the same settings"):
+        train_clip.train(tmp_path / "parts", captions, batches_from, 5, 1e-3, 0, checkpoint, "other pairs")
 
 
 # ------------------------------------------------------------------------------------------- address of the repository
