@@ -13,7 +13,7 @@ from commands import SHAPES, VQGAN
 from pytorch_lightning.loggers import wandb as lightning_wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clipgen.training.loggers import WANDB_RUN, stored_run_id
+from clipgen.training.loggers import WANDB_RUN, remove_log_links, stored_run_id
 
 ARGUMENTS = ["clipgen-train", *VQGAN, *SHAPES, "image_logger.num_images=1", "model.optimizer.schedule=constant"]
 
@@ -70,6 +70,28 @@ def test_resumed_run_continues_its_wandb_run(call, wandb_runs):
     first, second = wandb_runs
     assert first.id == second.id == json.loads(Path("run", WANDB_RUN).read_text())["id"]
     assert set(first.steps) == {0, 1, 2} and min(second.steps) >= 2
+
+
+def test_links_that_wandb_leaves_in_a_run_folder_do_not_stop_a_resume(call, wandb_runs, tmp_path):
+    """wandb 0.31 links its debug log, which it writes to the user's cache, into the folder of each run."""
+    assert call(*ARGUMENTS, "logger=wandb", "output=run", "trainer.max_steps=2").code == 0
+    log = tmp_path / "core-debug.log"
+    log.write_text("log")
+    logs = Path("run", "wandb", "offline-run-20261128_144711-c87f44f0", "logs")
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to(log)
+    assert call("clipgen-train", "resume=run", "logger=wandb", "trainer.max_steps=3").code == 0
+    assert log.read_text() == "log" and not (logs / "debug-core.log").is_symlink()
+
+
+def test_links_in_a_linked_wandb_folder_are_not_touched(tmp_path):
+    elsewhere = tmp_path / "elsewhere" / "run" / "logs"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "debug-core.log").symlink_to("/dev/null")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "wandb").symlink_to(tmp_path / "elsewhere")
+    remove_log_links(tmp_path / "run")
+    assert (elsewhere / "debug-core.log").is_symlink()
 
 
 def test_moved_run_folder_continues_its_wandb_run(call, wandb_runs):

@@ -482,7 +482,11 @@ class EqualOnAllRanks(pl.Callback):
     """Check that all ranks, which trained on different images, have bit-identical weights."""
 
     def on_train_end(self, trainer, module) -> None:
+        norm = next(m for m in module.discriminator.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        of_ranks = module.all_gather(norm.running_mean)
         average_statistics(module.discriminator)  # as before a checkpoint
+        assert not torch.equal(of_ranks[0], of_ranks[1])
+        torch.testing.assert_close(norm.running_mean, of_ranks.mean(dim=0))
         for name, tensor in module.state_dict().items():
             first, second = module.all_gather(tensor.float())
             assert torch.equal(first, second), name

@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from clipgen.storage.files import read_json, write_json
+from clipgen.storage.inner_files import contained
 from clipgen.training.config import TrainingConfig
 from clipgen.training.factory import make
 
@@ -55,6 +56,16 @@ def store_run_id(trainer: pl.Trainer, output: Path) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             write_json(output / WANDB_RUN, {"id": logger.version})
+
+
+def remove_log_links(output: Path) -> None:
+    """Remove the links to its log in the user's cache that wandb leaves in a run folder, which no run needs.
+
+    ``refuse_links`` would refuse to resume the run, because they lead out of the folder.
+    """
+    for path in output.glob("wandb/*/logs/*.log"):
+        if path.is_symlink() and contained(path.parent, output):
+            path.unlink(missing_ok=True)
 
 
 def close_log(trainer: pl.Trainer) -> None:

@@ -39,7 +39,7 @@ from clipgen.training.callbacks import (
 from clipgen.training.cluster import check_num_processes, requeue_slurm_job, share_results, use_own_store
 from clipgen.training.config import TrainingConfig
 from clipgen.training.factory import make
-from clipgen.training.loggers import ContinueLog, close_log, make_logger, store_run_id
+from clipgen.training.loggers import ContinueLog, close_log, make_logger, remove_log_links, store_run_id
 from clipgen.training.model_builder import build
 from clipgen.training.resume import (
     check_strategy,
@@ -80,6 +80,7 @@ def train(
     output = Path(config.output)
     refuse_other_runs(output, config.resume)
     if config.resume:
+        remove_log_links(output)
         refuse_links(output)
     set_precision(config)
     automatic_interval = set_default_interval(config)
