@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
 from train_classifier import shard_sizes
 
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer

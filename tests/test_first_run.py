@@ -126,7 +126,8 @@ def test_lagging_ema_and_dead_codes_are_explained(tiny_vqgan):
 def test_summary_is_logged_before_the_first_step(call, photos, caplog):
     caplog.set_level(logging.INFO)
     (photos / "broken.png").write_bytes(b"no picture")
-    assert call(*OPEN, *FOLDER, *SMALL, "model.optimizer.grad_accum_steps=2").code == 0
+    batch = ["model.optimizer.grad_accum_steps=2", "effective_batch_size=8"]
+    assert call(*OPEN, *FOLDER, *SMALL, *batch).code == 0
     for line in (
         "Images:     59 for training, 1 held out for validation, 1 skipped so far",
         "Batch:      8 images per optimizer step: data.batch_size=4 per device x 2 accumulated batches",

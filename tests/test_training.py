@@ -81,6 +81,17 @@ def test_unknown_stages_are_refused():
         TrainingConfig("x", "run", data=SHAPES)
 
 
+def test_effective_batch_size_is_that_of_all_devices():
+    """The steps of a recipe keep their meaning on any number of devices."""
+    model = {"optimizer": {"grad_accum_steps": 2}}
+    for devices, batch_size in ((1, 32), (8, 4), (32, 1)):
+        config = TrainingConfig("vqgan", "run", data=SHAPES, model=model, effective_batch_size=64)
+        config.divide_batch(devices)
+        assert config.data == {**SHAPES, "batch_size": batch_size}
+    with pytest.raises(ValueError, match="must be a multiple of 6, 3 devices times 2 accumulated batches, got 64"):
+        config.divide_batch(3)
+
+
 def test_nested_sections_are_made_too(tmp_path):
     logger = {"_target_": "clipgen.training.csv_logger.CSVLogger", "save_dir": str(tmp_path)}
     trainer = make({"_target_": "pytorch_lightning.Trainer", "logger": [logger], "accelerator": "cpu"})

@@ -49,6 +49,8 @@ class TrainingConfig:
         monitor: the metric whose lowest value selects ``best.ckpt``.
         seed: seed of the weights, the data order and the randomness of each step.
         matmul_precision: ``"high"`` (TF32 on GPUs from Ampere on) or ``"highest"`` (float32).
+        effective_batch_size: images per optimizer step, over all devices and accumulated batches; it sets
+            ``batch_size`` of ``data``, so that the steps of a recipe keep their meaning on any number of devices.
         resume: a run folder or a ``.ckpt`` file to resume.
         vqgan: the tokenizer of stage 2: a run folder, a checkpoint or a model folder.
         init_from: a trained VQGAN whose network and weights stage 1 starts from.
@@ -68,6 +70,7 @@ class TrainingConfig:
     monitor: str = ""
     seed: int = 0
     matmul_precision: str = "high"
+    effective_batch_size: int | None = None
     resume: str | None = None
     vqgan: str | None = None
     init_from: str | None = None
@@ -97,6 +100,22 @@ class TrainingConfig:
     def grad_accum_steps(self) -> int:
         """Batches per optimizer step."""
         return int(self.model.get("optimizer", {}).get("grad_accum_steps", 1))
+
+    def divide_batch(self, devices: int) -> None:
+        """Set the batch size per device from ``effective_batch_size``, if there is one.
+
+        Raises:
+            ValueError: it cannot be divided by the number of devices and of accumulated batches.
+        """
+        if self.effective_batch_size is None:
+            return
+        batches = devices * self.grad_accum_steps
+        if self.effective_batch_size < 1 or self.effective_batch_size % batches:
+            raise ValueError(
+                f"effective_batch_size must be a multiple of {batches}, {devices} devices times "
+                f"{self.grad_accum_steps} accumulated batches, got {self.effective_batch_size}"
+            )
+        self.data = {**self.data, "batch_size": self.effective_batch_size // batches}
 
     @property
     def uses_token_cache(self) -> bool:

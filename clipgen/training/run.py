@@ -86,6 +86,7 @@ def train(
     automatic_interval = set_default_interval(config)
     trainer = make_trainer(config, output, callbacks)
     check_num_processes(trainer.world_size)
+    config.divide_batch(trainer.world_size)
     use_own_store()
     with share_results(trainer):
         with one_process_works():

@@ -26,7 +26,7 @@ def log_summary(config: TrainingConfig, trainer: pl.Trainer, model: Any, data: A
     """Log what the training is about to do."""
     lines = {
         "Images": describe_images(data),
-        "Batch": describe_batch(data.batch_size, trainer.world_size, config.grad_accum_steps),
+        "Batch": describe_batch(config, data.batch_size, trainer.world_size),
         "Tokens": describe_tokens(model),
         "Parameters": describe_parameters(model, trainer.strategy.root_device),
         "Length": describe_length(config, trainer, data),
@@ -54,20 +54,20 @@ def describe_images(data: Any) -> str:
     return f"{training}, {validation}, {skipped} skipped so far"
 
 
-def describe_batch(batch_size: int, devices: int, grad_accum_steps: int) -> str:
+def describe_batch(config: TrainingConfig, batch_size: int, devices: int) -> str:
     """Return the number of images per optimizer step, and what the steps of a recipe mean on several devices."""
     factors = [f"data.batch_size={batch_size} per device"]
     if devices > 1:
         factors.append(f"{devices} devices")
-    if grad_accum_steps > 1:
-        factors.append(f"{grad_accum_steps} accumulated batches")
-    text = f"{batch_size * devices * grad_accum_steps} images per optimizer step: {' x '.join(factors)}"
-    if devices == 1:
+    if config.grad_accum_steps > 1:
+        factors.append(f"{config.grad_accum_steps} accumulated batches")
+    text = f"{batch_size * devices * config.grad_accum_steps} images per optimizer step: {' x '.join(factors)}"
+    if devices == 1 or config.effective_batch_size is not None:
         return text
     return (
         f"{text}. Steps and validation intervals are counted as on one device, so {devices} devices see {devices} "
         f"times as many images in them, and an epoch of a folder has fewer steps; model.optimizer.learning_rate is not "
-        f"scaled. To keep the number of images per step of a recipe, divide data.batch_size by {devices}"
+        f"scaled. To keep the number of images per step of a recipe, set effective_batch_size to its batch size"
     )
 
 
