@@ -12,7 +12,7 @@ from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 
 from clipgen.checkpoint.vgg import MissingWeightsError
-from clipgen.cli.evaluate import captions_from, parser
+from clipgen.cli.evaluate import captions_from, check_paths, parser
 from clipgen.evaluation.features import feature_extractor
 from clipgen.evaluation.sources import FolderImages
 from clipgen.run_folder import vqgan_identity
@@ -161,7 +161,8 @@ def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny
     [
         (("--checkpoint", "shapes"), "give --captions or --classes"),
         (("--checkpoint", "shapes", "--captions", "shapes", "--num-images", 1), "num_images must be at least 2, got 1"),
-        (("--checkpoint", "shapes", "--captions", "nowhere.txt"), "existing file, got nowhere.txt"),
+        (("--checkpoint", "shapes", "--captions", "nowhere.txt"), "existing file or a folder, got nowhere.txt"),
+        (("--checkpoint", "shapes", "--classes", "nowhere.txt"), "existing file, got nowhere.txt"),
         (("--checkpoint", "shapes", "--captions", "shapes", "--top-p", 1.3), "top_p must be in (0, 1], got 1.3"),
         (
             ("--checkpoint", "shapes", "--captions", "shapes", "--captioner", "blip:/nowhere"),
@@ -280,3 +281,13 @@ def test_images_are_scored_with_all_of_their_captions(call, two_folders, tmp_pat
 def test_classes_may_be_those_of_imagenet():
     args = parser().parse_args(["--images", "x", "--classes", "imagenet"])
     assert captions_from(args)[0] == (None, "A photo of a tench.")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [("--captions", "texts"), ("--classes", "imagenet"), ("--classes", "imagenet-torchvision"), ("--classes", "shapes")],
+)
+def test_every_source_of_prompts_passes_the_early_check(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()  # a text file per image, as in CUB-200-2011
+    check_paths(parser().parse_args(["--checkpoint", "shapes", *source]))

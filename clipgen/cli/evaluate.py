@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from clipgen.cli.console import guarded, say
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_params
+from clipgen.data.class_names import NAME_LISTS
 from clipgen.data.urls import expand_urls
 from clipgen.hardware.device import default_device
 from clipgen.hardware.ranks import rank_and_world_size
@@ -214,9 +215,11 @@ def check_paths(args: argparse.Namespace) -> None:
     check_model_path(args.vqgan, "VQGAN")
     if args.images and not args.images.exists():
         raise FileNotFoundError(f"root must be an existing folder of images, got {args.images}")
-    for name, source, built_in in (("captions", args.captions, "shapes"), ("classes", args.classes, "imagenet")):
-        if source not in (None, "shapes", built_in) and not Path(source).expanduser().is_file():
-            raise FileNotFoundError(f"{name} must be '{built_in}' or an existing file, got {source}")
+    if args.captions not in (None, "shapes") and not Path(args.captions).expanduser().exists():
+        raise FileNotFoundError(f"captions must be 'shapes', an existing file or a folder, got {args.captions}")
+    if args.classes not in (None, "shapes", *NAME_LISTS) and not Path(args.classes).expanduser().is_file():
+        names = ", ".join(map(repr, NAME_LISTS))
+        raise FileNotFoundError(f"classes must be {names} or an existing file, got {args.classes}")
     if args.reference in (None, "shapes") or Path(args.reference).expanduser().exists():
         return
     try:
