@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 
 from clipgen.checkpoint.vgg import MissingWeightsError
 from clipgen.cli.evaluate import captions_from, check_paths, parser
+from clipgen.data.class_names import NAME_LISTS
 from clipgen.evaluation.features import feature_extractor
 from clipgen.evaluation.sources import FolderImages
 from clipgen.run_folder import vqgan_identity
@@ -283,10 +285,10 @@ def test_classes_may_be_those_of_imagenet():
     assert captions_from(args)[0] == (None, "A photo of a tench.")
 
 
-@pytest.mark.parametrize(
-    "source",
-    [("--captions", "texts"), ("--classes", "imagenet"), ("--classes", "imagenet-torchvision"), ("--classes", "shapes")],
-)
+PROMPT_SOURCES = [("--captions", "texts"), *(("--classes", name) for name in ("shapes", *NAME_LISTS))]
+
+
+@pytest.mark.parametrize("source", PROMPT_SOURCES)
 def test_every_source_of_prompts_passes_the_early_check(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     Path("texts").mkdir()  # a text file per image, as in CUB-200-2011
