@@ -186,7 +186,7 @@ def describe_plan(output: Path, stages: dict[str, Any]) -> str:
     return (
         f"clipgen-demo trains a tokenizer ({stages['vqgan'].trainer.max_steps} steps) and a transformer "
         f"({stages['transformer'].trainer.max_steps} steps) on images of shapes, then generates an image of each of "
-        f"{NUM_PROMPTS} prompts and checks them. All files go to {output}/. With the default steps it takes 4 to 6 "
+        f"{NUM_PROMPTS} prompts and checks them. All files go to {output}/. With the default steps it takes 3 to 6 "
         "minutes on two CPU cores; the time left is shown after the first steps. Ctrl-C saves a checkpoint and stops."
     )
 
