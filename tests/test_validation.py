@@ -20,6 +20,7 @@ from clipgen.data.webdataset import shard_data
 from clipgen.evaluation.reconstruction import ReconstructionMetrics
 from clipgen.images import to_pil
 from clipgen.models.losses import Averages
+from clipgen.training.config import TrainingConfig
 from clipgen.training.summary import describe_batch
 
 
@@ -32,11 +33,16 @@ def test_averages_are_weighted_by_batch_size():
     assert averages.compute() == {}
 
 
-@pytest.mark.parametrize(("devices", "words"), [(1, []), (8, ["8 devices see 8 times", "not scaled", "divide"])])
-def test_log_states_the_effective_batch_size(devices, words):
-    text = describe_batch(32, devices, 2)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_log_states_the_effective_batch_size(devices):
+    model = {"optimizer": {"grad_accum_steps": 2}}
+    config = TrainingConfig("vqgan", "run", data={}, model=model)
+    text = describe_batch(config, 32, devices)
     assert text.startswith(f"{64 * devices} images per optimizer step: data.batch_size=32 per device")
-    assert all(word in text for word in words)
+    hints = ["8 devices see 8 times", "not scaled", "set effective_batch_size"]
+    assert all((hint in text) == (devices == 8) for hint in hints)
+    config.effective_batch_size = 64 * devices
+    assert not any(hint in describe_batch(config, 32, devices) for hint in hints)
 
 
 # ------------------------------------------------------------------------------------------------- several processes
