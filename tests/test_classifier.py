@@ -12,6 +12,7 @@ import train_classifier
 
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier, shifted
 from clipgen.evaluation.features import feature_extractor
+from clipgen.images import psnr, to_bytes
 
 CLASSES = 2
 
@@ -128,3 +129,29 @@ def test_table_states_the_classifiers_error_and_the_floor(shards, trained):
     assert row["fid"] == pytest.approx(0, abs=1e-6) and row["precision"] == row["recall"] == 1
     text = recognize.table({"real images": row}, about)
     assert f"The classifier is right on {about['accuracy']['all']:.1%}" in text and "| real images | 8 |" in text
+
+
+def test_class_kept_counts_only_images_that_are_recognized_themselves():
+    class ByBrightness:
+        def predict(self, images: torch.Tensor) -> torch.Tensor:
+            return (images.mean(dim=(1, 2, 3)) > 0).long()
+
+    originals = torch.tensor([0.5, 0.5, 0.5, -0.5, -0.5]).view(5, 1, 1, 1)
+    reconstructed = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.5]).view(5, 1, 1, 1)
+    labels = torch.tensor([1, 1, 1, 0, 1])
+    # the last original is not recognized; of the other four, the third loses its class
+    assert recognize.class_kept(ByBrightness(), originals, reconstructed, labels) == 0.75
+
+
+def test_script_measures_reconstructions(shards, trained, tiny_vqgan, tmp_path, monkeypatch, capsys):
+    vqgan = tiny_vqgan.save(tmp_path / "vqgan")
+    options = ["--data", shards, "--classifier", trained, "--vqgan", vqgan, "--output", tmp_path / "report"]
+    monkeypatch.setattr("sys.argv", ["recognize.py", *map(str, options)])
+    recognize.main()
+    report = json.loads((tmp_path / "report" / "recognized.json").read_text())
+    images = train_classifier.load_images(sorted(shards.glob("val-*.tar")), 32).floats(slice(None))
+    with torch.no_grad():
+        reconstructed = to_bytes(tiny_vqgan(images)).float() / 127.5 - 1
+    assert report["psnr"] == pytest.approx(psnr(images, reconstructed).mean().item(), abs=1e-4)
+    assert report["rows"]["reconstructions"]["images"] == len(images) and 0 <= report["class_kept"] <= 1
+    assert "Reconstructions: class kept" in capsys.readouterr().out
