@@ -484,9 +484,9 @@ class VQGAN(PretrainedModule, pl.LightningModule):
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``model_folder.build`` checks both first. A discriminator that the file does not hold is not built. To train the
-        model further with ``loss.vgg_weights`` or ``loss.clip_perceptual_model``, build a VQGAN with them and call
-        ``init_from``.
+        ``model_folder.build`` checks both first. A discriminator that the file does not hold is not built.
+        ``loss.vgg_weights`` is not taken from the file, and the CLIP perceptual loss is off: to train the model further
+        with either, build a VQGAN with that setting and call ``init_from``.
         """
         gan = as_config(GANConfig, arguments.get("gan"))
         has_discriminator = bool(strip_prefix("discriminator.", state))

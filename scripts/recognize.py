@@ -5,10 +5,10 @@
     python -m clipgen recognize --data data/cifar10 --vqgan RUN --output runs/recognize
 
 Images of every class are generated from the prompt "a photo of a {label}", with the sampling parameters of
-clipgen-sample. With --vqgan, the validation images are reconstructed, and "class kept" is the fraction of images that
-are recognized, among those whose original is. FID, precision and recall are in the classifier's features, against the
-validation images. The row "real images" is their floor: as many images of the training shards that were held out of
-the classifier. A FID is comparable only with others of the same number of images.
+clipgen-sample. With --vqgan, the validation images are reconstructed; "class kept" is the fraction of the recognized
+originals whose reconstruction is recognized, too. FID, precision and recall are in the classifier's features, against
+the validation images. The row "real images" is their floor: at most as many images of the training shards that were
+held out of the classifier. A FID is comparable only with others of the same number of images.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def reconstructions(vqgan: VQGAN, images: LabeledImages) -> Tensor:
 
 
 def class_kept(classifier: ImageClassifier, images: Tensor, reconstructed: Tensor, labels: Tensor) -> float:
-    """Return the fraction of images whose reconstruction is recognized, among those that are recognized themselves."""
+    """Return the fraction of the recognized images whose reconstruction is recognized, too."""
     originals = recognized(classifier, images, labels)
     return recognized(classifier, reconstructed, labels)[originals].float().mean().item()
 
