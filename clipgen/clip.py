@@ -15,17 +15,17 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
+from clipgen.bundled import BUNDLED
 from clipgen.checkpoint import clip_folder, clip_tokenizer
 from clipgen.checkpoint.safe_load import check_weights_file
 from clipgen.images import check_images
 from clipgen.storage.files import one_line
-from clipgen.storage.inner_files import member
+from clipgen.storage.links import member
 
 logger = logging.getLogger(__name__)
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-BUNDLED_CLIPS = {"shapes": Path(__file__).parent / "bundled" / "clip"}
 # Number of warnings about texts that are too long.
 MAX_TRUNCATION_WARNINGS = 10
 VOCABULARY_FILE = clip_folder.VOCABULARY
@@ -86,7 +86,7 @@ class FrozenCLIP(pl.LightningModule):
         super().__init__()
         folder = find_folder(model_name)
         # An absolute path stays valid after os.chdir.
-        use_path = folder and model_name not in BUNDLED_CLIPS
+        use_path = folder and model_name not in BUNDLED
         self.model_name = str(folder) if use_path else model_name
         self.pretrained = pretrained
         if folder is None and model_name.startswith("hf-hub:"):
@@ -210,7 +210,8 @@ class FrozenCLIP(pl.LightningModule):
 
 def find_folder(model_name: str) -> Path | None:
     """Return the folder of a bundled name or of a path; None for names of open_clip or the hub."""
-    path = BUNDLED_CLIPS.get(model_name, Path(model_name.removeprefix("local-dir:")).expanduser())
+    bundled = BUNDLED.get(model_name)
+    path = bundled / "clip" if bundled else Path(model_name.removeprefix("local-dir:")).expanduser()
     if (path / "open_clip_config.json").is_file():
         return path.resolve()
     if path.is_dir():
@@ -253,7 +254,7 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
     """
     if name not in open_clip.list_models():
         raise ValueError(
-            f"CLIP {name!r} must be a bundled model ({', '.join(BUNDLED_CLIPS)}), a folder, an hf-hub: name or a model "
+            f"CLIP {name!r} must be a bundled model ({', '.join(BUNDLED)}), a folder, an hf-hub: name or a model "
             "of open_clip"
         )
     if not pretrained:

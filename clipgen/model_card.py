@@ -18,7 +18,7 @@ from clipgen.checkpoint.safe_load import add_prefix
 from clipgen.clip import FrozenCLIP
 from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import one_line, read_json, read_yaml
-from clipgen.storage.inner_files import member
+from clipgen.storage.links import member
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

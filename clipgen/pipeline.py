@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import clipgen
 from clipgen.checkpoint import model_folder
 from clipgen.checkpoint.pretrained import PretrainedMixin
+from clipgen.frozen_models import check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
@@ -24,12 +25,12 @@ from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
 from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
 from clipgen.models.conditioning import Conditioner
-from clipgen.run_folder import bind, check_bound, check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.sampling import per_sample_seeds
 from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
 from clipgen.storage.files import write_json
-from clipgen.storage.inner_files import check_inside
+from clipgen.storage.links import check_inside
+from clipgen.tokenizer_identity import bind, check_bound
 from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import grid
 from clipgen.vqgan import VQGAN

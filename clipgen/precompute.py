@@ -33,12 +33,13 @@ from clipgen.data.token_cache import (
     record_dtype,
     write_shard,
 )
+from clipgen.frozen_models import save_frozen
 from clipgen.hashing import hash_lines
-from clipgen.run_folder import save_frozen, vqgan_identity
-from clipgen.run_folder import saved_identity as saved_identity
 from clipgen.storage.atomic_folder import clear_leftovers
-from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.links import refuse_links
 from clipgen.storage.resumable_store import ResumableStore
+from clipgen.tokenizer_identity import saved_identity as saved_identity
+from clipgen.tokenizer_identity import vqgan_identity
 from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)

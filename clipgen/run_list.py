@@ -15,8 +15,6 @@ logger = logging.getLogger(__name__)
 OUTPUTS = Path("outputs")
 # Stage -> names of the folders of finished models.
 MODEL_FOLDERS = {"vqgan": ("vqgan",), "transformer": ("transformer", "label_transformer")}
-# Names of the models in the package. They repeat those of `clipgen.checkpoint.model_folder`, which imports torch.
-BUNDLED_MODELS = ("shapes",)
 
 
 @dataclass(frozen=True)

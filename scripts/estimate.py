@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipgen.cli.config import composed, to_plain
-from clipgen.training.factory import make
+from clipgen.training.instantiate import instantiate
 from clipgen.training.summary import GIB, activation_bytes, run_transformer, run_vqgan, state_bytes
 from clipgen.vqgan import VQGAN
 
@@ -81,11 +81,11 @@ def estimate(stage: str, overrides: list[str]) -> Estimate:
 def build(stage: str, config: dict[str, Any], overrides: list[str]) -> Any:
     """Return the model of a stage; the transformer gets its sizes from the recipe of stage 1."""
     if stage == "vqgan":
-        return make(config["model"], "model")
+        return instantiate(config["model"], "model")
     tokenizer = build("vqgan", to_plain(composed("stage=vqgan", *PLACEHOLDERS, *overrides)), overrides)
     tokens = (config["data"]["image_size"] // tokenizer.downsampling) ** 2
     sizes = {"codebook_size": tokenizer.codebook_size, "num_tokens": tokens, "clip_dim": CLIP_DIM}
-    return make(config["model"], "model", **sizes)
+    return instantiate(config["model"], "model", **sizes)
 
 
 def num_tokens(model: Any, config: dict[str, Any]) -> int:

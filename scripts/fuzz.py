@@ -36,10 +36,11 @@ from PIL.PngImagePlugin import PngInfo
 
 import clipgen
 from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP
+from clipgen.bundled import BUNDLED
 from clipgen.checkpoint.safe_load import read_checkpoint
 from clipgen.storage.files import read_json, read_mapping, user_path
 
-BUNDLED = Path(clipgen.__file__).parent / "bundled"
+SHAPES = BUNDLED["shapes"]
 SEEDS = Path(__file__).with_name("fuzz_seeds.json")
 EXPECTED = (ValueError, OSError)  # what a reader may raise for a malformed file
 
@@ -360,7 +361,7 @@ def read_shard(path: Path) -> object:
 
 def targets() -> dict[str, Target]:
     """Return all readers of foreign files, by name."""
-    vqgan, transformer, clip = BUNDLED / "vqgan", BUNDLED / "transformer", BUNDLED / "clip"
+    vqgan, transformer, clip = SHAPES / "vqgan", SHAPES / "transformer", SHAPES / "clip"
     load_clip = lambda folder: FrozenCLIP(str(folder))
     return {
         "checkpoint": Target(make_checkpoint, read_checkpoint),
@@ -371,7 +372,7 @@ def targets() -> dict[str, Target]:
         "clip-config": Target(json_maker(clip, "open_clip_config.json"), load_clip),
         "clip-vocabulary": Target(json_maker(clip, "vocabulary.json"), load_clip),
         "clip-weights": Target(safetensors_maker(clip, "open_clip_model.safetensors"), load_clip),
-        "json": Target(json_maker(BUNDLED, "clip.json"), lambda folder: read_json(folder / "clip.json")),
+        "json": Target(json_maker(SHAPES, "clip.json"), lambda folder: read_json(folder / "clip.json")),
         "png": Target(make_png, read_png),
         "tar": Target(make_tar, read_shard),
         "image": Target(make_image, read_image),

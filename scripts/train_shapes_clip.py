@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from train_clip import CONTEXT_LENGTH, FILES, checkpoint_of, train, write_config
 
-from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
+from clipgen.bundled import BUNDLED
+from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, ShapesDataset, held_out_attributes
 from clipgen.storage.atomic_folder import replace_folder
 from clipgen.storage.files import user_path
@@ -64,7 +65,7 @@ def caption_accuracy(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=user_path, default=BUNDLED_CLIPS["shapes"])
+    parser.add_argument("--output", type=user_path, default=BUNDLED["shapes"] / "clip")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -12,20 +12,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipgen.app import builders, generation, limits, models, results
+from clipgen.app import builders, generation, limits, results
 from clipgen.app.messages import error_status
 from clipgen.app.models import ModelStore
 from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
 from clipgen.app.tokenizer import tokenize
 from clipgen.app.uploads import read_upload
-from clipgen.checkpoint.model_folder import BUNDLED
+from clipgen.bundled import BUNDLED
 from clipgen.cli import app as command
 from clipgen.cli.image_metadata import read_metadata
 from clipgen.generation.partial_images import PartialImages
 from clipgen.generation.streaming import Stopped
 from clipgen.pipeline import TextToImage
-from clipgen.run_list import BUNDLED_MODELS
 from clipgen.sampling_params import SamplingParams
 
 PROMPT = "a large blue ring on a white background"
@@ -268,10 +267,6 @@ def test_models_are_loaded_once_and_the_least_recently_used_is_dropped(monkeypat
     store.load("hf-hub:b/b")
     store.load("shapes")
     assert loaded == ["shapes", "hf-hub:a/a", "hf-hub:b/b"]
-
-
-def test_bundled_models_are_those_of_the_package():
-    assert set(BUNDLED_MODELS) == set(BUNDLED) and models.BUNDLED_MODELS is BUNDLED_MODELS
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads

@@ -17,7 +17,7 @@ from clipgen.cli.evaluate import captions_from, check_paths, parser
 from clipgen.data.class_names import NAME_LISTS
 from clipgen.evaluation.features import feature_extractor
 from clipgen.evaluation.sources import FolderImages
-from clipgen.run_folder import vqgan_identity
+from clipgen.tokenizer_identity import vqgan_identity
 
 pytest.importorskip("torch_fidelity")
 pytestmark = pytest.mark.usefixtures("reference_cache")

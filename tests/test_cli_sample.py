@@ -23,7 +23,6 @@ from clipgen.images import save_png
 from clipgen.run_list import newest_run
 from clipgen.storage.output_folder import free_folder
 
-BUNDLED = Path(clipgen.__file__).parent / "bundled"
 NAME = "00_a-large-blue-ring-on-a-white-background_{}.png"
 
 
@@ -197,7 +196,6 @@ def test_bundled_model_names_unfamiliar_prompts(call, tmp_path, request_, remark
     assert remark in result.stderr and knows == bool(remark)
 
 
-@pytest.mark.skipif(not (BUNDLED / "transformer").is_dir(), reason="no transformer is bundled with the package yet")
 @pytest.mark.parametrize("arguments", [[], ["--checkpoint", "shapes"]], ids=["by default", "by name"])
 def test_bundled_model_is_the_default(call, tmp_path, arguments):
     result = call("--prompt", PROMPT, "--num-images", 1, *arguments)

@@ -556,7 +556,9 @@ def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, runs, tmp_pa
     places |= {"damaged": tmp_path / "damaged.ckpt", "clip": tmp_path / "clip"}
     places["damaged"].write_bytes(b"PK\x03\x04 no checkpoint")
     places["clip"].mkdir()
-    shutil.copy(Path(sys.modules["clipgen"].__file__).parent / "bundled/clip/open_clip_config.json", places["clip"])
+    shutil.copy(
+        Path(sys.modules["clipgen"].__file__).parent / "bundled/shapes/clip/open_clip_config.json", places["clip"]
+    )
     before, (arguments, message) = everything(tmp_path), ERRORS[name]
     result = call(*(re.sub(r"\{(\w+)\}", lambda match: str(places[match[1]]), argument) for argument in arguments))
     assert result.code == 1

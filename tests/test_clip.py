@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP, WordTokenizer, match_activation
+from clipgen.bundled import BUNDLED
+from clipgen.clip import FrozenCLIP, WordTokenizer, match_activation
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
 from clipgen.images import to_pil
 
@@ -57,8 +58,8 @@ def test_bundled_clip_tells_all_sentences_apart(shapes_clip):
 
 def test_bundled_files_are_small():
     size = lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
-    assert 0 < size(BUNDLED_CLIPS["shapes"]) <= 4
-    assert size(BUNDLED_CLIPS["shapes"].parent) <= 10
+    assert 0 < size(BUNDLED["shapes"] / "clip") <= 4
+    assert size(BUNDLED["shapes"]) <= 10
 
 
 # ----------------------------------------------------------------------------------------------------------- embeddings
@@ -149,7 +150,7 @@ def test_preprocessing_is_open_clips(tmp_path, size, resize_mode, interpolation)
 def test_sharp_photos_are_seen_as_open_clip_sees_them(shapes_clip):
     """Hard edges and bright pixels, where bicubic filters overshoot."""
     images = ShapesDataset(16, image_size=96, seed=1).render(range(16))
-    transform = open_clip.create_model_and_transforms(f"local-dir:{BUNDLED_CLIPS['shapes']}")[2]
+    transform = open_clip.create_model_and_transforms(f"local-dir:{BUNDLED['shapes'] / 'clip'}")[2]
     theirs = torch.stack([transform(picture) for picture in to_pil(images)])
     e = shapes_clip.model.encode_image(theirs)
     assert F.cosine_similarity(shapes_clip.encode_image(images), e).min() > 0.999
@@ -204,7 +205,7 @@ def test_unknown_words_are_named_and_the_known_listed(shapes_clip, caplog):
 def test_known_sentences_raise_no_warning(shapes_clip, caplog, tmp_path):
     """Nor does a CLIP when it is made, whatever words it knows."""
     shapes_clip.encode_text([*CAPTIONS, "A small red ring on a white background."])
-    folder = shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "clip")
+    folder = shutil.copytree(BUNDLED["shapes"] / "clip", tmp_path / "clip")
     words = json.loads((folder / "vocabulary.json").read_text())
     (folder / "vocabulary.json").write_text(json.dumps([f"{word}s" for word in words]))
     FrozenCLIP(str(folder))

@@ -14,15 +14,15 @@ from hydra.utils import get_object
 from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS
 from omegaconf import OmegaConf
 
-from clipgen.cli.config import composed, config_dir, make
+from clipgen.cli.config import composed, config_dir, instantiate_node
 from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
 from clipgen.data.huggingface import huggingface_data
 from clipgen.data.shapes import shapes_data
 from clipgen.data.webdataset import shard_data
 from clipgen.models.config import AutoencoderConfig, GPTConfig, QuantizerConfig, is_training_only, to_plain
-from clipgen.run_folder import identity
 from clipgen.sampling_params import SamplingParams
+from clipgen.tokenizer_identity import identity
 from clipgen.training import callbacks
 from clipgen.transformer import ConditionalTransformer
 from clipgen.type_checks import describe, fits
@@ -174,7 +174,7 @@ def assert_known_keys(node: dict, known: dict, path: str) -> None:
 def test_all_quantizers_compose_and_build(name):
     config = composed("stage=vqgan", "experiment=cifar10", f"quantizer={name}")
     with torch.device("meta"):
-        vqgan = make(config.model)
+        vqgan = instantiate_node(config.model)
     assert vqgan.quantizer_config.type == {"paper": "euclidean"}.get(name, name)
 
 
@@ -192,8 +192,8 @@ def test_model_sizes_have_the_published_parameter_counts(name, gpt2_parameters, 
     """With GPT-2's vocabulary and positions, OpenAI's sizes have as many parameters as GPT-2."""
     config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"model_size={name}")
     with torch.device("meta"):
-        transformer = make(config.model, codebook_size=50257, num_tokens=1024, clip_dim=512)
-        own_vocabulary = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
+        transformer = instantiate_node(config.model, codebook_size=50257, num_tokens=1024, clip_dim=512)
+        own_vocabulary = instantiate_node(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
     if gpt2_parameters:
         assert count(transformer) - count(transformer.gpt.clip_proj) == gpt2_parameters
     else:
@@ -213,7 +213,7 @@ def test_all_model_sizes_are_listed():
 def test_recipe_for_small_photographs_has_64_to_256_tokens(image_size, tokens):
     config = composed("stage=vqgan", "experiment=photos", "data.root=x", f"data.image_size={image_size}")
     with torch.device("meta"):
-        vqgan = make(config.model)
+        vqgan = instantiate_node(config.model)
         latents = vqgan.autoencoder.encode(torch.zeros(1, 3, image_size, image_size))
         scores = vqgan.discriminator(torch.zeros(1, 3, image_size, image_size))
     assert vqgan.downsampling == 8 and latents[0, 0].numel() == tokens
@@ -224,7 +224,7 @@ def test_modern_tokenizer():
     """It has 16384 codes of 8 dimensions on a sphere and f = 16, and is trained in bf16, and compiled on a GPU."""
     config = composed("stage=vqgan", "experiment=modern", "data.root=x")
     with torch.device("meta"):
-        vqgan = make(config.model)
+        vqgan = instantiate_node(config.model)
     assert vqgan.downsampling == 16 and vqgan.quantizer_config.type == "cosine"
     assert vqgan.hparams["compile"] == "auto"
     assert count(vqgan.autoencoder) == pytest.approx(71.9e6, rel=0.01)
@@ -247,7 +247,7 @@ def test_stage_1_has_the_papers_hyperparameters(name):
     assert config.data.flip is False  # supplement A: resize and random crop
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
     with torch.device("meta"):
-        vqgan = make(model)
+        vqgan = instantiate_node(model)
     assert vqgan.downsampling == 16
     assert count(vqgan) == pytest.approx(78.8e6, rel=0.002)
     assert count(vqgan.discriminator) == pytest.approx(2.77e6, rel=0.01)  # PatchGAN of 64 channels and 3 layers
@@ -275,7 +275,7 @@ def test_stage_2_has_the_papers_hyperparameters(name, sizes, batch_size, max_ste
     assert (config.clip.model_name, config.clip.pretrained) == ("ViT-B-32-quickgelu", "openai")
     assert (config.image_logger.top_k, config.image_logger.top_p) == (300, 1.0)
     with torch.device("meta"):
-        transformer = make(model, codebook_size=16384, num_tokens=256, clip_dim=512)
+        transformer = instantiate_node(model, codebook_size=16384, num_tokens=256, clip_dim=512)
     assert count(transformer) == pytest.approx(parameters, rel=0.002)
     assert count(transformer) == pytest.approx(table_1, rel=0.15)  # the paper does not say what it counts
 
@@ -284,7 +284,7 @@ def test_stage_2_has_the_papers_hyperparameters(name, sizes, batch_size, max_ste
 def test_printed_variant_of_stage_1_builds_with_the_papers_objective(name):
     config = composed("stage=vqgan", f"experiment={name}", *NEEDED[name], "variant=printed")
     with torch.device("meta"):
-        vqgan = make(config.model)
+        vqgan = instantiate_node(config.model)
     loss, gan = vqgan.loss_config, vqgan.gan_config
     assert (loss.reduction, loss.reconstruction, loss.codebook_weight, loss.commitment_weight) == ("sum", "l2", 1, 1)
     assert (gan.loss, gan.adaptive, gan.weight) == ("minimax", False, 1)
@@ -296,7 +296,7 @@ def test_printed_variant_of_stage_1_builds_with_the_papers_objective(name):
 def test_printed_variant_of_stage_2_builds_with_the_papers_objective(name):
     config = composed("stage=transformer", f"experiment={name}", *NEEDED[name], "variant=printed", "vqgan=x")
     with torch.device("meta"):
-        transformer = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
+        transformer = instantiate_node(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
     assert transformer.hparams["loss_reduction"] == "sum" and not transformer.gpt.scale_condition
     assert transformer.clip_loss_config.weight == 0.2 and transformer.optimizer_config.learning_rate == 1e-5
 
@@ -304,7 +304,7 @@ def test_printed_variant_of_stage_2_builds_with_the_papers_objective(name):
 def test_recipe_of_hfailab_builds():
     config = composed("stage=transformer", "experiment=coco", "recipe=hfailab_transformer", "data.root=x", "vqgan=x")
     with torch.device("meta"):
-        transformer = make(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
+        transformer = instantiate_node(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
     optimizer, network = transformer.optimizer_config, transformer.gpt_config
     assert optimizer.learning_rate == pytest.approx(5e-4 / 256 * config.data.batch_size)
     assert optimizer.warmup_steps == config.trainer.max_steps / 10 and not optimizer.decay_embeddings

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from clipgen.bundled import BUNDLED
 from clipgen.checkpoint import clip_folder, clip_tokenizer
-from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
-from clipgen.run_folder import ALLOW, copy_frozen, load_clip, save_frozen
+from clipgen.clip import FrozenCLIP
+from clipgen.frozen_models import ALLOW, copy_frozen, load_clip, save_frozen
 from clipgen.storage.files import read_json, write_json
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -23,7 +24,7 @@ WEIGHTS = "open_clip_model.safetensors"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "clip")
+    return shutil.copytree(BUNDLED["shapes"] / "clip", tmp_path / "clip")
 
 
 @pytest.fixture
@@ -293,7 +294,7 @@ def test_clip_json_names_nothing_that_its_maker_chose(folder, no_network, monkey
     root = folder.parent
     write_json(root / "clip.json", {"model_name": name, "pretrained": tag})
     made = []
-    monkeypatch.setattr("clipgen.run_folder.FrozenCLIP", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr("clipgen.frozen_models.FrozenCLIP", lambda *arguments: made.append(arguments))
     with pytest.raises(ValueError, match="neither in the folder nor a model and tag of open_clip") as caught:
         load_clip(root)
     assert not made and str(root / "clip.json") in str(caught.value)
@@ -317,14 +318,14 @@ def test_clip_json_of_other_types_is_named(folder, config):
 def test_models_and_tags_of_open_clip_are_allowed(tmp_path, monkeypatch, name, tag):
     write_json(tmp_path / "clip.json", {"model_name": name, "pretrained": tag})
     made = []
-    monkeypatch.setattr("clipgen.run_folder.FrozenCLIP", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr("clipgen.frozen_models.FrozenCLIP", lambda *arguments: made.append(arguments))
     load_clip(tmp_path)
     assert made == [(name, tag)]
 
 
 def test_a_clip_of_a_local_file_travels_along(tmp_path, tiny_vqgan, monkeypatch):
     """A run's clip.json could not name the file: it would be a stranger's choice on another machine."""
-    config = read_json(BUNDLED_CLIPS["shapes"] / clip_folder.CONFIG)["model_cfg"]
+    config = read_json(BUNDLED["shapes"] / "clip" / clip_folder.CONFIG)["model_cfg"]
     config["text_cfg"]["vocab_size"] = clip_folder.BYTE_PAIRS
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)

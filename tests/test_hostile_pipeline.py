@@ -17,12 +17,13 @@ from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from safetensors.torch import save_file
 
 from clipgen import TextToImage
-from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
+from clipgen.bundled import BUNDLED
+from clipgen.clip import FrozenCLIP
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.model_card import cell, settings_of, training_settings
-from clipgen.run_folder import vqgan_identity
 from clipgen.storage import atomic_folder, files
 from clipgen.storage.files import atomic_write, flush_to_disk, read_json, read_yaml, write_json
+from clipgen.tokenizer_identity import vqgan_identity
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -218,7 +219,7 @@ def test_a_tokenizer_with_its_codes_permuted_is_refused(pipe, tmp_path):
 
 
 def test_the_bundled_pipeline_is_bound():
-    root = BUNDLED_CLIPS["shapes"].parent
+    root = BUNDLED["shapes"]
     assert "vqgan" in read_json(root / "transformer" / "config.json")
     TextToImage.load("shapes")
 
@@ -250,7 +251,7 @@ def test_nothing_but_a_pipeline_is_published(pipe, tmp_path, monkeypatch):
     """Links and other files of a stranger's folder stay where they are."""
     import huggingface_hub
 
-    own = shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "own")
+    own = shutil.copytree(BUNDLED["shapes"] / "clip", tmp_path / "own")
     root = TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own))).save(tmp_path / "pipe")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "id_rsa").write_text("PRIVATE KEY")

@@ -26,7 +26,7 @@ from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
 from clipgen.hardware.environment import environment_int
 from clipgen.run_list import find_runs, table
-from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.links import refuse_links
 from clipgen.storage.run_lock import LOCK, hold_lock
 from clipgen.training.callbacks import AtomicCheckpointIO, BestCheckpoint
 from clipgen.training.csv_logger import read_rows

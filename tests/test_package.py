@@ -140,7 +140,7 @@ def test_wheel_is_complete(built):
     configs = {f"clipgen/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     bundled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipgen/bundled").rglob("*") if path.is_file()}
     assert {"clipgen/configs/train.yaml", "clipgen/configs/stage/vqgan.yaml"} <= configs
-    assert "clipgen/bundled/clip/open_clip_model.safetensors" in bundled
+    assert "clipgen/bundled/shapes/clip/open_clip_model.safetensors" in bundled
     scripts = {f"clipgen/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "scripts").rglob("*.py")}
     assert names >= package | configs | bundled | scripts | {"clipgen/py.typed"}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"clipgen"}
@@ -151,7 +151,11 @@ def test_wheel_is_complete(built):
 def test_sdist_has_documentation_and_tests(built):
     names = names_in(built, "sdist")
     assert names >= {"pyproject.toml", "README.md", "LICENSE", "configs/train.yaml", "clipgen/py.typed"}
-    assert names >= {"scripts/make_shards.py", "tests/conftest.py", "clipgen/bundled/clip/open_clip_model.safetensors"}
+    assert names >= {
+        "scripts/make_shards.py",
+        "tests/conftest.py",
+        "clipgen/bundled/shapes/clip/open_clip_model.safetensors",
+    }
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / ".github").rglob("*.*") if path.suffix != ".yml"}
     assert names >= {"CITATION.cff", ".github/docs/index.md", ".github/pictures/demo.png"} | pages
     assert not [name for name in names if name.startswith(("runs", "outputs", "data", ".venv"))]

@@ -17,7 +17,8 @@ from PIL import Image
 
 import clipgen
 from clipgen import TextToImage
-from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
+from clipgen.bundled import BUNDLED
+from clipgen.clip import FrozenCLIP
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.prompts import describe, parse_mixture
 from clipgen.images import from_pil, to_pil
@@ -183,7 +184,7 @@ def test_save_and_load(tmp_path, pipe):
 
 def test_clip_folder_is_saved_with_the_pipeline(tmp_path, pipe):
     """The pipeline can be moved to another place."""
-    own = shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "own_clip")
+    own = shutil.copytree(BUNDLED["shapes"] / "clip", tmp_path / "own_clip")
     path = TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own))).save(tmp_path / "pipe")
     shutil.rmtree(own)
     moved = path.rename(tmp_path / "moved")
@@ -199,9 +200,9 @@ def test_clip_folder_is_saved_with_the_pipeline(tmp_path, pipe):
 def test_save_removes_the_files_of_an_older_clip(tmp_path, pipe):
     """A vocabulary of another CLIP would silently give wrong tokens."""
     root = tmp_path / "pipe"
-    shutil.copytree(BUNDLED_CLIPS["shapes"], root / "clip")
+    shutil.copytree(BUNDLED["shapes"] / "clip", root / "clip")
     (root / "clip" / "leftover.json").write_text("{}")
-    own = shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "own_clip")
+    own = shutil.copytree(BUNDLED["shapes"] / "clip", tmp_path / "own_clip")
     TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own))).save(root)
     assert {p.name for p in (root / "clip").iterdir()} == {p.name for p in own.iterdir()}
 

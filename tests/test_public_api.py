@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 
 import clipgen.vqgan
 from clipgen import ConditionalTransformer, FrozenCLIP, TextToImage
-from clipgen.clip import BUNDLED_CLIPS
+from clipgen.bundled import BUNDLED
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.folder import ImageFolder
 from clipgen.data.shapes import ShapesDataset
@@ -337,7 +337,7 @@ def test_saving_keeps_files_of_others(tmp_path, pipe):
     pipe.save(tmp_path).joinpath("clip").mkdir(exist_ok=True)
     assert (tmp_path / "README.md").read_text() == "my notes"
     (tmp_path / "clip" / "thesis.txt").write_text("years")
-    shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "mine")
+    shutil.copytree(BUNDLED["shapes"] / "clip", tmp_path / "mine")
     other = TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(tmp_path / "mine")))
     with pytest.raises(FileExistsError, match="clip exists and is not a CLIP folder"):
         other.save(tmp_path)
@@ -345,7 +345,7 @@ def test_saving_keeps_files_of_others(tmp_path, pipe):
 
 
 def test_clip_folder_is_found_from_another_working_directory(tmp_path, monkeypatch, pipe):
-    shutil.copytree(BUNDLED_CLIPS["shapes"], tmp_path / "mine")
+    shutil.copytree(BUNDLED["shapes"] / "clip", tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     clip = FrozenCLIP("mine")
     os.chdir("/")

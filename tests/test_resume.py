@@ -22,7 +22,7 @@ from clipgen.cli.config import composed
 from clipgen.cli.train import to_training_config
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
-from clipgen.run_folder import saved_identity
+from clipgen.tokenizer_identity import saved_identity
 from clipgen.training.callbacks import checkpointing
 from clipgen.training.callbacks.checkpointing import renumber
 from clipgen.training.cluster import use_own_store

@@ -12,7 +12,7 @@ from models import TRANSFORMER_SECTIONS, TRANSFORMER_SIZES, VQGAN_SECTIONS, VQGA
 
 from clipgen import VQGAN, ConditionalTransformer, TextToImage
 from clipgen.training import TrainingConfig, build, train
-from clipgen.training.factory import make
+from clipgen.training.instantiate import instantiate
 
 SHAPES = {
     "_target_": "clipgen.data.shapes.shapes_data",
@@ -94,7 +94,7 @@ def test_effective_batch_size_is_that_of_all_devices():
 
 def test_nested_sections_are_made_too(tmp_path):
     logger = {"_target_": "clipgen.training.csv_logger.CSVLogger", "save_dir": str(tmp_path)}
-    trainer = make({"_target_": "pytorch_lightning.Trainer", "logger": [logger], "accelerator": "cpu"})
+    trainer = instantiate({"_target_": "pytorch_lightning.Trainer", "logger": [logger], "accelerator": "cpu"})
     assert Path(trainer.loggers[0].log_dir) == tmp_path
 
 

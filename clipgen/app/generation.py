@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from clipgen.app.messages import status
 from clipgen.app.models import ModelStore
 from clipgen.app.results import Result, make_results
+from clipgen.generation.bundled_vocabulary import remarks
 from clipgen.generation.partial_images import PartialImages, PartialRequest
-from clipgen.generation.shapes_vocabulary import remarks
 from clipgen.generation.streaming import Report, stream
 from clipgen.visualization import grid
 
@@ -123,9 +123,7 @@ def gallery_columns(request: ImageRequest) -> int:
 
 
 def notes(request: ImageRequest) -> list[str]:
-    """Return what a visitor should know about the prompts that the bundled model was not trained for."""
-    if request.model != "shapes":
-        return []
+    """Return what a visitor should know about the prompts that a bundled model was not trained for."""
     texts: list[str] = []
     images: list[Any] = []
     for prompt in request.prompts:
@@ -135,4 +133,4 @@ def notes(request: ImageRequest) -> list[str]:
             texts.extend(prompt)
         elif getattr(prompt, "size", None) != (32, 32):
             images.append("the upload")
-    return remarks(texts, images)
+    return remarks(request.model, texts, images)

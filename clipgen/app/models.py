@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgen.app.limits import MAX_MODELS
+from clipgen.bundled import BUNDLED
 from clipgen.hardware.device import default_device
-from clipgen.run_list import BUNDLED_MODELS, OUTPUTS, Run, find_runs, is_class_conditional
+from clipgen.run_list import OUTPUTS, Run, find_runs, is_class_conditional
 
 if TYPE_CHECKING:
     from clipgen.pipeline import TextToImage
@@ -60,7 +61,7 @@ class ModelStore:
         for run in runs:
             state = "" if run.finished else " (unfinished)"
             choices.append((f"{run.path}{state}", str(run.path)))
-        for name in BUNDLED_MODELS:
+        for name in BUNDLED:
             choices.append((f"{name} (bundled)", name))
         return list({name: (label, name) for label, name in choices}.values())
 
@@ -71,7 +72,7 @@ class ModelStore:
         finished = [run for run in self._runs().values() if run.finished]
         if finished:
             return str(max(finished, key=lambda run: run.time).path)
-        return BUNDLED_MODELS[0]
+        return next(iter(BUNDLED))
 
     def _runs(self) -> dict[str, Run]:
         """Return the runs that take prompts, by name."""
@@ -80,7 +81,7 @@ class ModelStore:
 
     def check(self, name: str) -> None:
         """Raise ValueError if a visitor may not use the name."""
-        if name == self.checkpoint or name in BUNDLED_MODELS or name in self._runs():
+        if name == self.checkpoint or name in BUNDLED or name in self._runs():
             return
         if self.allow_hub and HUB_NAME.fullmatch(name):
             return

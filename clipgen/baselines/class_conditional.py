@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipgen.checkpoint import model_folder
+from clipgen.frozen_models import run_folder
 from clipgen.generation.generator import ImageGenerator
 from clipgen.models.config import ClipLossConfig, ConditioningConfig, as_config
-from clipgen.run_folder import check_bound, run_folder
 from clipgen.sampling_params import SamplingParams
+from clipgen.tokenizer_identity import check_bound
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from clipgen.checkpoint.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
 from clipgen.checkpoint.safe_load import State, check_header, read_checkpoint
 from clipgen.storage.files import one_line, read_json, write_json
-from clipgen.storage.inner_files import member
+from clipgen.storage.links import member
 
 CONFIG = "open_clip_config.json"
 VOCABULARY = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs

@@ -16,7 +16,7 @@ from torch import Tensor
 from clipgen.checkpoint.clip_folder import BYTE_PAIRS, CONFIG, TOKENIZER_DATA, TOKENIZER_SETTINGS, open_clip_interface
 from clipgen.checkpoint.clip_rules import shown
 from clipgen.storage.files import one_line, parse_json, read_json, write_json
-from clipgen.storage.inner_files import member
+from clipgen.storage.links import member
 from clipgen.type_checks import fits
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 import clipgen
+from clipgen.bundled import BUNDLED
 from clipgen.checkpoint.pickle_stubs import thaw
 from clipgen.checkpoint.safe_load import (
     State,
@@ -31,7 +32,7 @@ from clipgen.checkpoint.safe_load import (
 from clipgen.checkpoint.verified_build import build, named_load_errors
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
 from clipgen.storage.files import one_line, read_json
-from clipgen.storage.inner_files import check_inside
+from clipgen.storage.links import check_inside
 
 __all__ = ["build", "named_load_errors"]  # for the models, which know files by this module
 
@@ -53,7 +54,6 @@ FIRST = {  # a weight that every such model has; it reveals a prefix that a wrap
 }
 CODEBOOKS = ("quantize.embedding.weight", "quantize.embed.weight")
 MAX_CONFIG = 2**24  # bytes of config.json
-BUNDLED = {"shapes": Path(clipgen.__file__).parent / "bundled"}
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*(@\S+)?"  # OWNER/NAME or OWNER/NAME@REVISION on the hub
 Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
 

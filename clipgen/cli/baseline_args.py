@@ -72,7 +72,7 @@ def load_search_clip(args: argparse.Namespace) -> FrozenCLIP:
     """Load the CLIP of ``--clip``, else that of the generator's run folder, else the papers'."""
     from clipgen import FrozenCLIP
     from clipgen.baselines.generators import is_run
-    from clipgen.run_folder import load_clip, run_folder
+    from clipgen.frozen_models import load_clip, run_folder
 
     if args.clip:
         clip = FrozenCLIP.from_spec(args.clip)

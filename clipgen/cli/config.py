@@ -13,8 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from clipgen.training import factory
-from clipgen.training.factory import config_dir as config_dir
+from clipgen.training.instantiate import config_dir as config_dir
+from clipgen.training.instantiate import instantiate
 
 SEVERAL_VALUES = r"""\1=\2 has several values: write a list as [a,b], a text as '\1="\2"', or use --multirun"""
 # Pattern of an error of Hydra -> our message
@@ -43,9 +43,9 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
         raise ValueError(explain(error)) from error
 
 
-def make(node: DictConfig, **overrides: Any) -> Any:
-    """Make the object that a node of a configuration describes; see ``clipgen.training.factory.make``."""
-    return factory.make(to_plain(node), node._get_full_key(None) or "", **overrides)
+def instantiate_node(node: DictConfig, **overrides: Any) -> Any:
+    """Make the object that a node of a configuration describes; see ``clipgen.training.instantiate.instantiate``."""
+    return instantiate(to_plain(node), node._get_full_key(None) or "", **overrides)
 
 
 def to_plain(node: DictConfig) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def encode(config: DictConfig) -> None:
     complete(config)
     # torch is imported only now, after the checks that do not need it
     from clipgen import VQGAN, precompute
-    from clipgen.cli.config import make
+    from clipgen.cli.config import instantiate_node
     from clipgen.cli.progress_bar import progress_bar
     from clipgen.hardware.device import default_device
     from clipgen.hardware.ranks import rank_and_world_size
@@ -68,10 +68,10 @@ def encode(config: DictConfig) -> None:
     from clipgen.training.model_builder import warn_of_image_size
 
     vqgan = VQGAN.load(config.vqgan)
-    clip = make(config.clip)
+    clip = instantiate_node(config.clip)
     warn_of_image_size(vqgan, config.data.image_size)
     # the batch size of the data module is for training
-    data = make(config.data, batch_size=1)
+    data = instantiate_node(config.data, batch_size=1)
     for model in (vqgan, clip):
         model.to(config.device or default_device())
     rank, world_size = rank_and_world_size()

@@ -369,7 +369,7 @@ def evaluate_reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from clipgen.cli.progress_bar import progress_bar
     from clipgen.evaluation.run import METRICS_FILE, require_same_protocol, write_results
     from clipgen.evaluation.sources import RealImages
-    from clipgen.run_folder import vqgan_identity
+    from clipgen.tokenizer_identity import vqgan_identity
     from clipgen.training.callbacks import ValidationProgress
 
     vqgan = VQGAN.load(args.vqgan)

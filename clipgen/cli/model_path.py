@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clipgen.bundled import BUNDLED
+
 STAGES = {
     "VQGAN": "stage=vqgan",
     "ConditionalTransformer": "stage=transformer",
@@ -15,11 +17,11 @@ def check_model_path(name: str | None, model: str, hint: str = "") -> None:
     """Raise FileNotFoundError if a model is a path that does not exist.
 
     Args:
-        name: path, ``"shapes"`` or ``"hf-hub:OWNER/NAME"``; None is accepted, too.
+        name: path, name of a bundled model, or ``"hf-hub:OWNER/NAME"``; None is accepted, too.
         model: the class of the model.
         hint: more to do about it, appended to the error.
     """
-    if name in (None, "", "shapes") or name.startswith("hf-hub:") or Path(name).expanduser().exists():
+    if not name or name in BUNDLED or name.startswith("hf-hub:") or Path(name).expanduser().exists():
         return
     raise FileNotFoundError(
         f"no {model} checkpoint: {name} does not exist; `clipgen-train {STAGES[model]}` makes one{hint}"

@@ -202,10 +202,12 @@ def to_training_config(config: DictConfig) -> TrainingConfig:
 
 def refuse_several_devices(config: TrainingConfig) -> None:
     """Raise ValueError if a run of a sweep uses several devices: each of its processes would start its own sweep."""
-    from clipgen.training.factory import make
+    from clipgen.training.instantiate import instantiate
     from clipgen.training.run import make_strategy
 
-    trainer = make(config.trainer, "trainer", strategy=make_strategy(config), logger=False, enable_progress_bar=False)
+    trainer = instantiate(
+        config.trainer, "trainer", strategy=make_strategy(config), logger=False, enable_progress_bar=False
+    )
     devices = trainer.world_size
     if devices > 1:
         raise ValueError(f"--multirun needs a single device, got {devices}: each process would start its own sweep")

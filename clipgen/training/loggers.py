@@ -11,9 +11,9 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from clipgen.storage.files import read_json, write_json
-from clipgen.storage.inner_files import contained
+from clipgen.storage.links import contained
 from clipgen.training.config import TrainingConfig
-from clipgen.training.factory import make
+from clipgen.training.instantiate import instantiate
 
 # File in a run folder with the id of its run at Weights & Biases
 WANDB_RUN = "wandb_run.json"
@@ -36,7 +36,7 @@ def make_logger(config: TrainingConfig) -> Any:
         # An id of our own is known before the first step, so that it can be stored with the run.
         run_id = stored_run_id(Path(config.output)) if config.resume else None
         section = section | {"id": run_id or secrets.token_hex(4)}
-    return make(section, "logger")
+    return instantiate(section, "logger")
 
 
 def stored_run_id(output: Path) -> str | None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytorch_lightning as pl
 
 from clipgen.data.token_cache import class_names, read_manifest
+from clipgen.frozen_models import load_clip
 from clipgen.models.config import model_settings
 from clipgen.precompute import clip_identity, saved_identity
-from clipgen.run_folder import load_clip
 from clipgen.storage.files import read_json
 from clipgen.training.config import TrainingConfig
-from clipgen.training.factory import find_target, make
+from clipgen.training.instantiate import find_target, instantiate
 from clipgen.type_checks import check_values, parameter_hints
 from clipgen.vqgan import VQGAN
 
@@ -25,7 +25,7 @@ CLASS_CONDITIONAL = "clipgen.baselines.class_conditional.ClassConditionalTransfo
 def build(config: TrainingConfig) -> Any:
     """Return the model to train, with its initial weights."""
     if config.stage_name == "vqgan":
-        return make(config.model, "model") if config.init_from is None else build_from(config, config.init_from)
+        return instantiate(config.model, "model") if config.init_from is None else build_from(config, config.init_from)
     model = build_for_cache(config) if config.uses_token_cache else build_for_images(config)
     if config.init_from_gpt2 is not None and config.resume is None:
         model.init_from_gpt2(config.init_from_gpt2)
@@ -39,7 +39,7 @@ def build_from(config: TrainingConfig, init_from: str) -> pl.LightningModule:
     # the codebook is trained: k-means would replace it
     quantizer = model_settings(source.quantizer_config) | {"kmeans_iters": 0}
     gan = {name: source.hparams["gan"][name] for name in ("channels", "num_layers")}
-    return make(
+    return instantiate(
         model,
         "model",
         autoencoder=model.get("autoencoder", {}) | model_settings(source.autoencoder_config),
@@ -55,13 +55,13 @@ def build_for_images(config: TrainingConfig) -> Any:
     vqgan = VQGAN.load(config.vqgan)
     image_size = config.data.get("image_size", vqgan.autoencoder_config.resolution)
     warn_of_image_size(vqgan, image_size)
-    clip = make(config.clip, "clip")
+    clip = instantiate(config.clip, "clip")
     sizes = {
         "codebook_size": vqgan.codebook_size,
         "num_tokens": (image_size // vqgan.downsampling) ** 2,
         "clip_dim": clip.embed_dim,
     }
-    model = make(config.model, "model", **unset_values(config, sizes))
+    model = instantiate(config.model, "model", **unset_values(config, sizes))
     return model.attach_encoders(vqgan, clip)
 
 
@@ -96,7 +96,7 @@ def build_for_cache(config: TrainingConfig) -> Any:
     sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
     if config.data.get("conditioning") == "class":
         return build_class_conditional(config, sizes, class_names(manifest, root))
-    model = make(config.model, "model", **unset_values(config, sizes))
+    model = instantiate(config.model, "model", **unset_values(config, sizes))
     if config.model.get("clip_loss", {}).get("weight", 0) > 0:
         model.attach_encoders(VQGAN.load(root), load_clip(root))
     return model
@@ -123,4 +123,4 @@ def build_class_conditional(config: TrainingConfig, sizes: dict[str, Any], names
     settings = {name: value for name, value in config.model.items() if name != "_target_" and name not in overrides}
     # the class-conditional transformer passes its arguments on, so its own signature does not name their types
     check_values(settings, parameter_hints(find_target(config.model["_target_"])), "model.")
-    return make(config.model | {"_target_": CLASS_CONDITIONAL}, "model", **overrides)
+    return instantiate(config.model | {"_target_": CLASS_CONDITIONAL}, "model", **overrides)

@@ -15,7 +15,7 @@ from clipgen.checkpoint.model_folder import FOLDERS, check_model
 from clipgen.checkpoint.safe_load import check_tensors, read_checkpoint
 from clipgen.data.token_cache import MANIFEST
 from clipgen.storage.files import atomic_write
-from clipgen.storage.inner_files import member
+from clipgen.storage.links import member
 from clipgen.training.callbacks.checkpointing import has_model_order
 
 # Entries of a checkpoint that a training is resumed from

@@ -19,12 +19,13 @@ import clipgen
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.handover import one_process_works
 from clipgen.data.samplers import DataPositionCallback
+from clipgen.frozen_models import copy_frozen, save_frozen
 from clipgen.hardware.environment import package_versions
 from clipgen.hardware.processor import require_bf16_units
-from clipgen.run_folder import bind, copy_frozen, save_frozen
 from clipgen.storage.files import atomic_write, one_line, write_json
-from clipgen.storage.inner_files import refuse_links
+from clipgen.storage.links import refuse_links
 from clipgen.storage.output_folder import output_folder
+from clipgen.tokenizer_identity import bind
 from clipgen.training.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -38,7 +39,7 @@ from clipgen.training.callbacks import (
 )
 from clipgen.training.cluster import check_num_processes, requeue_slurm_job, share_results, use_own_store
 from clipgen.training.config import TrainingConfig
-from clipgen.training.factory import make
+from clipgen.training.instantiate import instantiate
 from clipgen.training.loggers import ContinueLog, close_log, make_logger, remove_log_links, store_run_id
 from clipgen.training.model_builder import build
 from clipgen.training.resume import (
@@ -90,7 +91,7 @@ def train(
     use_own_store()
     with share_results(trainer):
         with one_process_works():
-            data = make(config.data, "data")
+            data = instantiate(config.data, "data")
         if automatic_interval:
             scale_interval(config, trainer, data)
         resume_command = resume_command or f"the same training with resume={output}"
@@ -154,7 +155,7 @@ def device_type(accelerator: str) -> str:
 
 def make_trainer(config: TrainingConfig, output: Path, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """Return Lightning's trainer with the callbacks of a training."""
-    return make(
+    return instantiate(
         config.trainer,
         "trainer",
         strategy=make_strategy(config),
@@ -173,10 +174,10 @@ def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callb
     callbacks: list[pl.Callback] = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPositionCallback()]
     # grids are made by one process, which under FSDP has only a part of the weights
     if config.trainer["strategy"] != "fsdp":
-        callbacks.append(make(config.image_logger, "image_logger", folder=output / "pictures"))
+        callbacks.append(instantiate(config.image_logger, "image_logger", folder=output / "pictures"))
     if config.metrics:
-        callbacks.append(make(config.metrics, "metrics"))
-    callbacks += make(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
+        callbacks.append(instantiate(config.metrics, "metrics"))
+    callbacks += instantiate(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
     callbacks += [FinalValidation(), MetricPrinter(), ContinueLog()]
     for default in (ProgressReport, TimeForecast):
         if not any(isinstance(callback, default) for callback in more):

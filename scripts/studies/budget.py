@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipgen.cli.train import to_training_config
 from clipgen.optim import make_optimizer
 from clipgen.training import build
-from clipgen.training.factory import make
+from clipgen.training.instantiate import instantiate
 
 
 def flops_per_step(config: DictConfig) -> int:
@@ -23,7 +23,7 @@ def flops_per_step(config: DictConfig) -> int:
     training_config = to_training_config(config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        data = make(training_config.data, "data")
+        data = instantiate(training_config.data, "data")
         model: Any = build(training_config).train()
         batch = next(iter(data.train_dataloader()))
         model.log = lambda *args, **kwargs: None

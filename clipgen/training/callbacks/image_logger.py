@@ -16,10 +16,10 @@ from torch import Tensor
 
 from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
+from clipgen.frozen_models import load_clip
 from clipgen.generation.generator import ImageGenerator
 from clipgen.images import save_png, to_pil
 from clipgen.models.conditioning import Conditioner
-from clipgen.run_folder import load_clip
 from clipgen.sampling_params import SamplingParams
 from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import code_frequency_chart, grid

@@ -35,7 +35,7 @@ TARGETS = frozenset(
 )
 
 
-def make(section: Mapping[str, Any], place: str = "", **overrides: Any) -> Any:
+def instantiate(section: Mapping[str, Any], place: str = "", **overrides: Any) -> Any:
     """Call the ``_target_`` of a section with the other values of the section.
 
     Args:
@@ -51,18 +51,18 @@ def make(section: Mapping[str, Any], place: str = "", **overrides: Any) -> Any:
     target = find_target(section["_target_"])
     arguments = {key: value for key, value in section.items() if key != "_target_" and key not in overrides}
     check_values(arguments, parameter_hints(target), f"{place}." if place else "")
-    return target(**{key: make_nested(value) for key, value in arguments.items()}, **overrides)
+    return target(**{key: instantiate_nested(value) for key, value in arguments.items()}, **overrides)
 
 
-def make_nested(value: Any) -> Any:
+def instantiate_nested(value: Any) -> Any:
     """Return a value in which every section with a ``_target_`` is replaced by what the target returns."""
     if isinstance(value, list):
-        return [make_nested(item) for item in value]
+        return [instantiate_nested(item) for item in value]
     if not isinstance(value, dict):
         return value
     if "_target_" in value:
-        return make(value)
-    return {key: make_nested(item) for key, item in value.items()}
+        return instantiate(value)
+    return {key: instantiate_nested(item) for key, item in value.items()}
 
 
 def find_target(name: str) -> Any:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 
+from clipgen.bundled import BUNDLED
 from clipgen.checkpoint import clip_folder, model_folder
-from clipgen.checkpoint.safe_load import State, strip_prefix
-from clipgen.clip import BUNDLED_CLIPS, FrozenCLIP
+from clipgen.clip import FrozenCLIP
 from clipgen.models.conditioning import Conditioner
-from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
 from clipgen.storage.atomic_folder import replace_folder
 from clipgen.storage.files import flush_to_disk, read_json, write_json
-from clipgen.storage.inner_files import check_inside, member
-from clipgen.vqgan import OPTIONAL_PARTS, VQGAN
+from clipgen.storage.links import check_inside, member
+from clipgen.vqgan import VQGAN
 
 ALLOW = "CLIPGEN_ALLOW_CLIP"  # environment variable: a CLIP that clip.json may name besides the folder's own
 
@@ -141,7 +137,7 @@ def read_clip_json(root: Path) -> dict[str, Any]:
 
 def is_own_or_public(name: str, tag: str | None) -> bool:
     """Return whether a CLIP is the folder's own, the bundled one, or one that open_clip publishes under a tag."""
-    if name == "clip" or name in BUNDLED_CLIPS:
+    if name == "clip" or name in BUNDLED:
         return tag is None
     if name not in open_clip.list_models() or tag is None:
         return False
@@ -159,49 +155,3 @@ def run_folder(path: str | Path) -> Path:
     if (path / "config.json").is_file():
         return path.parent
     return path
-
-
-# -------------------------------------------------------------------------------------------- identity of a tokenizer
-
-
-def bind(transformer: Path, vqgan: Path) -> None:
-    """Record in the folder of a transformer which tokenizer its indices belong to."""
-    config = read_json(transformer / "config.json")
-    write_json(transformer / "config.json", config | {"vqgan": saved_identity(vqgan)})
-
-
-def check_bound(transformer: Path, vqgan: VQGAN) -> None:
-    """Raise ValueError if a transformer was trained with another tokenizer."""
-    if not (transformer / "config.json").is_file():  # a checkpoint
-        return
-    bound = read_json(transformer / "config.json").get("vqgan")
-    if bound is not None and bound != vqgan_identity(vqgan):
-        raise ValueError(
-            f"{transformer} was trained with another tokenizer than the one beside it: the folders were mixed up, "
-            "or a save was interrupted; save or copy the whole pipeline again"
-        )
-
-
-def vqgan_identity(vqgan: VQGAN) -> str:
-    """Return a hash of all that determines a tokenizer's indices, the same for every file that holds it."""
-    return identity(vqgan.hparams, vqgan.active_model.state_dict())
-
-
-def saved_identity(path: str | Path) -> str:
-    """Return the ``vqgan_identity`` of a file or folder, without building the network."""
-    arguments, state = model_folder.load(path, "VQGAN")
-    prefix = next((p for p in ("ema.module.", "autoencoder.") if any(k.startswith(p) for k in state)), "")
-    return identity(
-        arguments, {k: v for k, v in strip_prefix(prefix, state).items() if not k.startswith(OPTIONAL_PARTS)}
-    )
-
-
-def identity(arguments: Mapping[str, Any], state: State) -> str:
-    """Return a hash of a tokenizer's configuration and weights, without its usage counters."""
-    kept = {name: tensor for name, tensor in state.items() if name != "quantize.batches_since_use"}
-    settings = {
-        "autoencoder": model_settings(as_config(AutoencoderConfig, arguments.get("autoencoder"))),
-        "quantizer": model_settings(as_config(QuantizerConfig, arguments.get("quantizer"))),
-    }
-    text = json.dumps(settings) + model_folder.fingerprint(kept)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
