@@ -18,6 +18,7 @@ import clipgen
 from clipgen.checkpoint import model_folder
 from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.frozen_models import check_clip_folder, load_clip, run_folder, save_frozen
+from clipgen.generation import default_params
 from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
@@ -38,7 +39,7 @@ from clipgen.vqgan import VQGAN
 PROJECTOR = "projector.safetensors"
 CARD = "README.md"
 # What `save` may replace in a folder; other files stay.
-ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR, TRAINING, CARD, SAMPLES)
+ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR, default_params.FILE, TRAINING, CARD, SAMPLES)
 
 
 class TextToImage(PretrainedMixin, ImageGenerator):
@@ -52,6 +53,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         transformer: samples code indices from CLIP embeddings.
         clip: embeds prompts; reranks images. A ``Conditioner``, usually a ``FrozenCLIP``.
         projector: moves text embeddings towards image embeddings; None uses them as they are.
+        params: sampling parameters where a call gives none; ``load`` takes those of the training's grids.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         transformer: ConditionalTransformer,
         clip: Conditioner,
         projector: EmbeddingProjector | None = None,
+        params: SamplingParams | None = None,
     ):
         transformer.attach_encoders(vqgan, clip)  # raises an error if they do not fit together
         super().__init__(vqgan, transformer)
         self.clip = clip
         self.projector = projector
+        self.params = params or SamplingParams()
         self.training: dict[str, Any] = {}  # see `training_settings`
 
     # -------------------------------------------------------------------------------------------------------- files
@@ -89,12 +93,12 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         root = run_folder(path)
         finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
-        check_inside(root, *models, PROJECTOR)
+        check_inside(root, *models, PROJECTOR, default_params.FILE)
         projector = EmbeddingProjector.load(root / PROJECTOR) if (root / PROJECTOR).is_file() else None
         transformer = ConditionalTransformer.load(path)
         vqgan = VQGAN.load(root)
         check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
-        pipe = cls(vqgan, transformer, load_clip(root), projector)
+        pipe = cls(vqgan, transformer, load_clip(root), projector, default_params.load_params(root))
         pipe.training = training_settings(root)
         return pipe
 
@@ -117,6 +121,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             bind(partial / "transformer", partial / "vqgan")
             if self.projector:
                 self.projector.save(partial / PROJECTOR)
+            default_params.save_params(partial, self.params)
             if self.training:
                 write_json(partial / TRAINING, self.training)
             if not copy_user_card(path.expanduser() / CARD, partial / CARD):
@@ -125,6 +130,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
 
     def _write_card(self, folder: Path, details: CardDetails) -> None:
         """Write the model card, and the images for its prompts, each with seed 0."""
+        details = replace(details, params=details.params or self.params)
         if details.prompts:
             images = self(list(details.prompts), params=details.params, seed=0)
             save_png(grid(images, captions=details.prompts), folder / SAMPLES)
@@ -247,7 +253,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         Args:
             prompt: a text, or anything else that ``embed`` takes; or a list of these.
             num_images: images per prompt.
-            params: sampling parameters.
+            params: sampling parameters; None takes those of the pipeline.
             rerank_from: number of candidates per prompt; the ``num_images`` with the highest CLIP score are returned.
             seed: image i of a prompt uses ``seed + i`` (None: a random seed). It is recorded in the image's ``info``.
             outpaint: image to complete: its upper part is kept, the rest is generated.
@@ -259,7 +265,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         Returns:
             PIL images, prompt by prompt, best first if reranked. Their ``info`` holds prompt, seed and parameters.
         """
-        params = resolve_params(params, sampling)
+        params = resolve_params(params or self.params, sampling)
         options = GenerationOptions(outpaint, keep_fraction, preview, progress)
         prompts = checked_prompts(prompt, num_images, rerank_from)
         seeds = per_sample_seeds(seed, rerank_from or num_images)
@@ -302,10 +308,10 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         Args:
             clip_embedding: embeddings of texts or images, (B, E).
             seed: image i uses ``seed + i``; or one seed per image.
-            params: sampling parameters.
+            params: sampling parameters; None takes those of the pipeline.
             keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
         """
-        params, options = resolve_options(params, keywords)
+        params, options = resolve_options(params or self.params, keywords)
         uniforms = self.uniforms(seed, len(clip_embedding))
         return self.generate_from_conditions(clip_embedding, uniforms, params, options)
 
@@ -325,7 +331,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             first: prompt of the first image.
             second: prompt of the last image.
             steps: number of images, at least 2.
-            params: sampling parameters.
+            params: sampling parameters; None takes those of the pipeline.
             seed: seed of all images.
             keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
         """
@@ -333,7 +339,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             raise ValueError(f"steps must be at least 2, got {steps}")
         for prompt in (first, second):
             check_request(prompt, steps, None)
-        params, options = resolve_options(params, keywords)
+        params, options = resolve_options(params or self.params, keywords)
         shared_seed = per_sample_seeds(seed, 1)[0]
         embeddings = slerp(self.embed(first), self.embed(second), steps)
         uniforms = self.uniforms([shared_seed] * steps, steps)

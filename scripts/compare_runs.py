@@ -1,7 +1,7 @@
 """Compare runs: a Markdown table of their last validation, and a plot of each metric over the steps.
 
-clipgen-train stage=vqgan experiment=cifar10 logger=csv output=runs/a
-clipgen-train stage=vqgan experiment=cifar10 logger=csv output=runs/b quantizer=fsq
+clipgen-train stage=vqgan experiment=cifar10_quick logger=csv output=runs/a
+clipgen-train stage=vqgan experiment=cifar10_quick logger=csv output=runs/b quantizer=fsq
 python -m clipgen compare_runs runs/a runs/b --metrics psnr rfid codebook_usage --output runs/compared.png
 """
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from torch import Tensor
 from train_classifier import LabeledImages, load_images, split_shards
 
 from clipgen import VQGAN, TextToImage
-from clipgen.cli.sampling_args import add_sampling_options, sampling_params
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.evaluation import functional
 from clipgen.evaluation.classifier import BATCH_SIZE, ImageClassifier, load_classifier
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.evaluation.sources import make_generate_fn
 from clipgen.images import psnr, save_png, to_bytes, to_pil
+from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import user_path, write_json
 from clipgen.visualization import grid
 
@@ -165,12 +166,13 @@ def evaluate(
     report: dict[str, Any] = {"rows": {}}
     if args.checkpoint:
         labels = torch.arange(len(class_names)).repeat_interleave(args.per_class)
-        images = generated_images(args, [class_names[label] for label in labels])
+        pipe = TextToImage.load(args.checkpoint)
+        params = replace(pipe.params, **sampling_options(args))
+        images = generated_images(pipe, params, args, [class_names[label] for label in labels])
         report["rows"]["generated images"] = describe(classifier, images, labels, reference)
         correct = recognized(classifier, images, labels).float().view(len(class_names), -1).mean(dim=1)
         report["per_class"] = dict(zip(class_names, correct.tolist()))
-        settings = {**asdict(sampling_params(args)), "rerank_from": args.rerank_from, "seed": args.seed}
-        report["settings"] = settings
+        report["settings"] = {**asdict(params), "rerank_from": args.rerank_from, "seed": args.seed}
         save_png(class_grid(images, class_names), args.output / "grid.png")
     if args.vqgan:
         originals = validation.floats(slice(None))
@@ -184,9 +186,9 @@ def evaluate(
     return report
 
 
-def generated_images(args: argparse.Namespace, labels: list[str]) -> Tensor:
+def generated_images(pipe: TextToImage, params: SamplingParams, args: argparse.Namespace, labels: list[str]) -> Tensor:
     """Return an image of each label."""
-    generate = make_generate_fn(TextToImage.load(args.checkpoint), sampling_params(args), args.rerank_from)
+    generate = make_generate_fn(pipe, params, args.rerank_from)
     prompts = [args.template.format(label=label) for label in labels]
     return generate(prompts, [args.seed + i for i in range(len(prompts))])
 

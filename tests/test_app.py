@@ -269,6 +269,19 @@ def test_models_are_loaded_once_and_the_least_recently_used_is_dropped(monkeypat
     assert loaded == ["shapes", "hf-hub:a/a", "hf-hub:b/b"]
 
 
+def test_a_chosen_model_sets_the_sampling_settings(pipe, tmp_path):
+    gr = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.events import Handlers
+
+    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu"), tmp_path)
+    guided = TextToImage(pipe.vqgan, pipe.transformer, pipe.clip, params=SamplingParams(top_k=9, guidance_power=0.5))
+    run = guided.save(tmp_path / "transformer" / "run")
+    (_, *waiting), (facts, *settings) = handlers.load_model(str(run))
+    assert settings == [1.0, 9, 1.0, 1.0, 0.5] and "pixels" in facts
+    (_, *_), (error, *unchanged) = handlers.load_model("/etc")
+    assert unchanged == waiting == [gr.skip()] * 5 and "must be one of the list" in error
+
+
 # ------------------------------------------------------------------------------------------------------------- uploads
 
 

@@ -400,6 +400,17 @@ def test_progress_counts_all_images_and_decodes_each_once(call, runs, monkeypatc
     assert sum(done) == sum(decoded) == 2 * (3 + 2)
 
 
+def test_sampling_parameters_of_the_model_are_the_defaults(call, runs, tmp_path):
+    run = shutil.copytree(runs[1], tmp_path / "run")
+    assert json.loads((run / "sampling.json").read_text())["top_k"] == 300
+    (run / "sampling.json").write_text('{"top_k": 7, "top_p": 0.5}')
+    for name, given, expected in (("a", [], 7), ("b", ["--top-k", 3], 3), ("c", ["--sweep", "top_k=9"], 9)):
+        result = call(*ONE, "--checkpoint", run, "--output", name, *given)
+        assert result.code == 0, result.stderr
+        info = Image.open(next((tmp_path / name).glob("00_*.png"))).text
+        assert json.loads(info["top_k"]) == expected and json.loads(info["top_p"]) == 0.5
+
+
 def test_sweep_generates_all_combinations(call, runs, tmp_path):
     result = call(*ONE, "--checkpoint", runs[1], "--sweep", "top_k=1,5,9", "top_p=0.5,1.0", "--output", "s")
     assert result.code == 0, result.stderr

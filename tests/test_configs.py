@@ -29,7 +29,7 @@ from clipgen.type_checks import describe, fits
 from clipgen.vqgan import VQGAN
 
 STAGES = ("vqgan", "transformer")
-EXPERIMENTS = ("shapes", "cifar10", "photos", "coco", "imagenet", "modern")
+EXPERIMENTS = ("shapes", "cifar10", "cifar10_quick", "photos", "coco", "imagenet", "modern")
 NEEDED = {
     "modern": ["data.root=x"],
     "photos": ["data.root=x"],

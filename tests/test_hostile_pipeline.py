@@ -281,11 +281,11 @@ def test_nothing_but_a_pipeline_is_published(pipe, tmp_path, monkeypatch):
     assert not any(b"PRIVATE KEY" in content for content in published.values())
     model = {f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("config.json", "model.safetensors")}
     clip = {f"clip/{path.name}" for path in own.iterdir()}
-    assert set(published) == model | clip | {"clip.json", "README.md"}
+    assert set(published) == model | clip | {"clip.json", "sampling.json", "README.md"}
 
 
 @pytest.mark.parametrize(
-    "link", ["vqgan", "transformer/config.json", "vqgan/model.safetensors", "projector.safetensors"]
+    "link", ["vqgan", "transformer/config.json", "vqgan/model.safetensors", "projector.safetensors", "sampling.json"]
 )
 def test_links_out_of_a_pipeline_are_refused(other, tmp_path, link):
     root = other.save(tmp_path / "pipe")

@@ -172,6 +172,7 @@ def test_save_and_load(tmp_path, pipe):
     assert sorted(p.name for p in (tmp_path / "deep" / "pipe").iterdir()) == [
         "README.md",
         "clip.json",
+        "sampling.json",
         "transformer",
         "vqgan",
     ]
@@ -180,6 +181,26 @@ def test_save_and_load(tmp_path, pipe):
     assert np.array_equal(
         pixels(TextToImage.load(tmp_path / "deep" / "pipe")(PROMPT, seed=1)), pixels(pipe(PROMPT, seed=1))
     )
+
+
+def test_default_sampling_parameters_are_saved_and_used_where_a_call_gives_none(tmp_path, pipe):
+    greedy = TextToImage(pipe.vqgan, pipe.transformer, pipe.clip, params=SamplingParams(top_k=1, temperature=0.5))
+    again = TextToImage.load(greedy.save(tmp_path / "pipe"))
+    assert again.params == greedy.params and pipe.params == SamplingParams()
+    assert again(PROMPT, seed=1)[0].info["top_k"] == 1 and again(PROMPT, seed=1, top_k=7)[0].info["top_k"] == 7
+    assert again(PROMPT, seed=1, top_k=7)[0].info["temperature"] == 0.5
+    assert again(PROMPT, seed=1, params=SamplingParams())[0].info["top_k"] == 300
+    expected = pixels(pipe(PROMPT, seed=1, top_k=1, temperature=0.5))
+    assert np.array_equal(pixels(again(PROMPT, seed=1)), expected)
+    assert np.array_equal(pixels(to_pil(again.generate(again.encode_text([PROMPT]), seed=1))), expected)
+
+
+@pytest.mark.parametrize("content", ['{"top_k": 0}', '{"beauty": 1}', '{"top_p": "1"}', "[]", "{"])
+def test_damaged_default_sampling_parameters_are_named(tmp_path, pipe, content):
+    path = pipe.save(tmp_path / "pipe")
+    (path / "sampling.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sampling\.json is damaged"):
+        TextToImage.load(path)
 
 
 def test_clip_folder_is_saved_with_the_pipeline(tmp_path, pipe):

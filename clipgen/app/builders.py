@@ -40,7 +40,7 @@ def make_request(
     request = ImageRequest(
         model=settings.model,
         prompts=prompts,
-        sweep=tuple(expand_sweep(axes, SamplingParams(**settings.sampling()))),
+        sweep=tuple(SamplingParams(**(settings.sampling() | values)) for values in expand_sweep(axes)),
         num_images=int(settings.num_images) if num_images is None else num_images,
         seed=random_seed() if seed is None else seed,
         rerank_from=int(settings.rerank_from) or None if is_single else None,

@@ -24,6 +24,11 @@ class Controls(NamedTuple):
     guidance_scale: gr.Slider
     guidance_power: gr.Slider
 
+    @property
+    def sampling(self) -> list[gr.Slider]:
+        """The sliders of the sampling parameters."""
+        return [getattr(self, name) for name in SAMPLING_OPTIONS]
+
 
 def sampling_slider(name: str, label: str, minimum: float, maximum: float, step: float) -> gr.Slider:
     """Return the slider of a sampling parameter, with the default and the description of the command line."""

@@ -13,6 +13,7 @@ from clipgen.app.models import ModelStore
 from clipgen.app.results import Result, details, save_result
 from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
+from clipgen.generation.sampling_options import SAMPLING_OPTIONS
 from clipgen.generation.streaming import Stopped
 
 if TYPE_CHECKING:
@@ -49,15 +50,16 @@ class Handlers:
         """Return the current list of models."""
         return gr.update(choices=self.store.choices())
 
-    def load_model(self, name: str) -> Iterator[str]:
-        """Load a model, and yield what the page says about it."""
-        yield status("Loading the model ...")
+    def load_model(self, name: str) -> Iterator[tuple[Any, ...]]:
+        """Load a model, and yield what the page says about it, and its default sampling parameters."""
+        unchanged = [gr.skip()] * len(SAMPLING_OPTIONS)
+        yield status("Loading the model ..."), *unchanged
         try:
             pipe = self.store.load(name)
         except Exception as error:
-            yield error_status(error)
+            yield error_status(error), *unchanged
         else:
-            yield status(model_facts(pipe))
+            yield status(model_facts(pipe)), *(getattr(pipe.params, option) for option in SAMPLING_OPTIONS)
 
     # --------------------------------------------------------------------------------------------------- generation
 

@@ -72,13 +72,13 @@ def model_chooser(store: ModelStore) -> gr.Dropdown:
 
 
 def connect_model(page: gr.Blocks, controls: Controls, facts: gr.HTML, handlers: Handlers) -> None:
-    """Load a model when it is chosen, and list the runs when the page is opened."""
+    """Load a model and its sampling parameters when it is chosen; list the runs when the page is opened."""
     listed = page.load(handlers.list_models, None, [controls.model], api_visibility="private", show_progress="hidden")
     for trigger in (listed.then, controls.model.change):
         trigger(
             handlers.load_model,
             [controls.model],
-            [facts],
+            [facts, *controls.sampling],
             concurrency_limit=4,
             trigger_mode="always_last",
             api_visibility="private",

@@ -94,7 +94,7 @@ def add_class(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--checkpoint", required=True, help="run folder of the class-conditional transformer")
     p.add_argument("--num-images", type=int, default=4, help="images per class (default: %(default)s)")
-    add_sampling_options(p.add_argument_group("sampling"), given_only=True)
+    add_sampling_options(p.add_argument_group("sampling"))
 
 
 def run() -> None:

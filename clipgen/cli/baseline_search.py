@@ -51,7 +51,7 @@ def add_search(p: argparse.ArgumentParser) -> None:
     options.add_argument("--batch-size", type=int, default=32, help="images per batch (default: %(default)s)")
     options.add_argument("--save-all", action="store_true", help="write all generated images below OUTPUT/all")
     add_table(p.add_argument_group("tables of the paper"))
-    add_sampling_options(p.add_argument_group("sampling of a class-conditional transformer"), given_only=True)
+    add_sampling_options(p.add_argument_group("sampling of a class-conditional transformer"))
 
 
 def add_table(group: argparse._ArgumentGroup) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from clipgen.cli.console import guarded, say
 from clipgen.cli.model_path import check_model_path
-from clipgen.cli.sampling_args import add_sampling_options, sampling_params
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.data.class_names import NAME_LISTS
 from clipgen.data.urls import expand_urls
 from clipgen.hardware.device import default_device
@@ -189,7 +189,7 @@ def run() -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError if no evaluation is possible with the arguments."""
-    sampling_params(args)
+    sampling_options(args)
     check_numbers(args)
     if args.checkpoint and not (args.captions or args.classes):
         raise ValueError("a model needs captions to generate: give --captions or --classes")
@@ -280,7 +280,7 @@ def generated_source(args: argparse.Namespace, captions: Sequence[Caption]) -> t
     from clipgen.pipeline import TextToImage
 
     pipe = TextToImage.load(args.checkpoint).to(args.device or default_device())
-    params = sampling_params(args)
+    params = replace(pipe.params, **sampling_options(args))
     source = GeneratedImages(
         make_generate_fn(pipe, params, args.rerank_from),
         [text for _, text in captions],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from clipgen.generation.prompts import describe
 from clipgen.generation.sweep import sweep_labels
 from clipgen.images import save_png, to_pil
 from clipgen.pipeline import TextToImage
+from clipgen.sampling_params import SamplingParams
 from clipgen.visualization import grid
 
 # A grid of more images does not open in most viewers, and takes gigabytes of memory.
@@ -62,7 +64,7 @@ def write_images(
     options: dict[str, Any],
 ) -> list[GridCell]:
     """Generate and write the images of all prompts; return the first ones for the grid."""
-    labels = sweep_labels(request.sweep)
+    labels = sweep_labels(sampling_sweep(pipe, request))
     cells = []
     for prompt_index, params_index, image in generate_images(pipe, request, options):
         number = prompt_index * len(request.sweep) + params_index
@@ -81,21 +83,28 @@ def generate_images(
     options: dict[str, Any],
 ) -> Iterator[tuple[int, int, Image.Image]]:
     """Yield (index of the prompt, index of the sampling parameters, image), with as many prompts per batch as fit."""
-    guided = any(params.uses_guidance for params in request.sweep)
+    sweep = sampling_sweep(pipe, request)
+    guided = any(params.uses_guidance for params in sweep)
     prompts_per_batch = max(pipe.batch_size(guided) // request.num_candidates, 1)
     for start in range(0, len(request.prompts), prompts_per_batch):
         batch = [prompt for _, prompt in request.prompts[start : start + prompts_per_batch]]
-        for params_index, params in enumerate(request.sweep):
+        for params_index, params in enumerate(sweep):
             images = pipe(batch, request.num_images, params, rerank_from=request.rerank_from, **options)
             for i, image in enumerate(images):
                 yield start + i // request.num_images, params_index, image
 
 
+def sampling_sweep(pipe: TextToImage, request: SampleRequest) -> list[SamplingParams]:
+    """Return the sampling parameters of a request, the model's where the request names none."""
+    return [replace(pipe.params, **values) for values in request.sweep]
+
+
 def write_strips(pipe: TextToImage, request: SampleRequest, folder: Path, options: dict[str, Any]) -> None:
     """Generate and write one strip of images per interpolation and sampling parameters."""
-    labels = sweep_labels(request.sweep)
+    sweep = sampling_sweep(pipe, request)
+    labels = sweep_labels(sweep)
     for number, (first, second) in enumerate(request.interpolations):
-        for label, params in zip(labels, request.sweep):
+        for label, params in zip(labels, sweep):
             strip = pipe.interpolate(first, second, request.strip_length, params, **options)
             file = file_name(f"interpolation_{number:02d}", describe(first), describe(second), label)
             say(save_png(grid(strip, columns=len(strip)), folder / file, strip[0].info))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipgen.cli.model_path import check_model_path
-from clipgen.cli.sampling_args import sampling_params
+from clipgen.cli.sampling_args import sampling_options
 from clipgen.generation.sampling_options import SAMPLING_OPTIONS
 from clipgen.sampling_params import SamplingParams
 
@@ -45,7 +45,7 @@ class SampleRequest:
     Args:
         prompts: prompts of single images.
         interpolations: pairs of prompts between which a strip of images is generated.
-        sweep: sampling parameters; every prompt is generated with each of them.
+        sweep: sampling parameters that differ from the model's; every prompt is generated with each of them.
         num_images: images per prompt.
         rerank_from: candidates per prompt; None disables reranking.
         seed: seed of the first image of each prompt.
@@ -58,7 +58,7 @@ class SampleRequest:
 
     prompts: list[NamedPrompt]
     interpolations: list[Sequence[Prompt]]
-    sweep: list[SamplingParams]
+    sweep: list[dict[str, Any]]
     num_images: int
     rerank_from: int | None
     seed: int
@@ -101,6 +101,8 @@ class SampleRequest:
         for _, prompt in self.named_prompts():
             check_request(prompt, self.num_images, self.rerank_from)
         per_sample_seeds(self.seed, self.num_candidates)
+        for values in self.sweep:
+            SamplingParams(**values)
 
 
 # --------------------------------------------------------------------------------------------------------- early checks
@@ -129,7 +131,7 @@ def check_early(args: Namespace) -> None:
             raise FileNotFoundError(f"there is no image {path}")
     for path in args.prompts_file:
         path.stat()  # raises the system's error
-    sampling_params(args)
+    sampling_options(args)
     hint = ", `clipgen-sample --list` shows what there is"
     check_model_path(args.checkpoint, "ConditionalTransformer", hint)
 
@@ -145,7 +147,7 @@ def check_gallery(args: Namespace) -> None:
             f"gallery {gallery.name} has its own prompts and settings: leave out other prompts and --sweep"
         )
     for name in gallery.varied:
-        if getattr(args, name) != getattr(SamplingParams, name):
+        if getattr(args, name) is not None:
             raise ValueError(f"gallery {gallery.name} varies {name}: leave out --{name.replace('_', '-')}")
 
 
@@ -166,7 +168,7 @@ def read_request(args: Namespace) -> SampleRequest:
     request = SampleRequest(
         prompts=read_text_prompts(args),
         interpolations=list(args.interpolate),
-        sweep=[sampling_params(args)],
+        sweep=[sampling_options(args)],
         num_images=args.num_images,
         rerank_from=args.rerank_from,
         seed=args.seed,
@@ -179,7 +181,8 @@ def read_request(args: Namespace) -> SampleRequest:
     request.prompts += [NamedPrompt(path.stem, read_image(path)) for path in args.image]
     if request.outpaint and not request.prompts and not request.interpolations:
         request.prompts.append(NamedPrompt(args.outpaint.stem, request.outpaint))
-    request.sweep = expand_sweep([parse_axis(text) for text in args.sweep or []], request.sweep[0])
+    combinations = expand_sweep([parse_axis(text) for text in args.sweep or []])
+    request.sweep = [request.sweep[0] | values for values in combinations]
     if args.gallery:
         add_gallery(request, load_gallery(args.gallery))
     request.check()
@@ -200,9 +203,9 @@ def read_text_prompts(args: Namespace) -> list[NamedPrompt]:
 
 def add_gallery(request: SampleRequest, gallery: Gallery) -> None:
     """Add the prompts, settings and heading of a gallery to a request."""
-    params = request.sweep[0]
+    given = request.sweep[0]
     request.prompts += [NamedPrompt(prompt.label, prompt.text) for prompt in gallery.prompts]
-    request.sweep = [replace(params, **setting) for setting in gallery.settings] or [params]
+    request.sweep = [given | setting for setting in gallery.settings] or [given]
     request.heading = [gallery.title, gallery.source]
     if gallery.settings:
         # The captions below the images name the settings, not the prompt.
@@ -252,7 +255,7 @@ def add_reproduction(request: SampleRequest, metadata: ImageMetadata, args: Name
     elif not is_variation:  # the prompt of a variation is `args.image`
         prompt = metadata.prompt_mix or metadata.prompt or ""
         request.prompts.append(NamedPrompt(describe(prompt), prompt))
-    request.sweep = [metadata.params]
+    request.sweep = [asdict(metadata.params)]
     request.seed = metadata.seed
     request.dtype = metadata.dtype
     request.num_images = metadata.steps

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 # Groups of configs/ in the order of the help, with their options, the usual ones first. The other groups are chosen by
 # the stage or the experiment. A test compares both with the files.
 CHOICES = {
-    "experiment": ("shapes", "cifar10", "photos", "modern", "coco", "imagenet"),
+    "experiment": ("shapes", "cifar10", "cifar10_quick", "photos", "modern", "coco", "imagenet"),
     "variant": ("printed",),
     "data": ("folder", "webdataset", "huggingface", "shapes", "cached"),
-    "clip": ("openai", "folder", "shapes"),
+    "clip": ("openai", "folder", "shapes", "cifar10"),
     "quantizer": ("paper", "cosine", "fsq", "lfq"),
     "model_size": ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"),
     "logger": ("tensorboard", "csv", "wandb", "none"),

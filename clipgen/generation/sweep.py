@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
 from typing import Any
 
@@ -13,11 +13,11 @@ from clipgen.sampling_params import SamplingParams
 Axis = tuple[str, Sequence[Any]]
 
 
-def expand_sweep(axes: Sequence[Axis], params: SamplingParams) -> list[SamplingParams]:
+def expand_sweep(axes: Sequence[Axis]) -> list[dict[str, Any]]:
     """Return all combinations of the values of a sweep; the last axis changes fastest."""
     names = [name for name, _ in axes]
     combinations = product(*(values for _, values in axes))
-    return [replace(params, **dict(zip(names, values))) for values in combinations]
+    return [dict(zip(names, values)) for values in combinations]
 
 
 def sweep_labels(sweep: Sequence[SamplingParams]) -> list[str]:

@@ -20,6 +20,7 @@ from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
 from clipgen.data.handover import one_process_works
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.frozen_models import copy_frozen, save_frozen
+from clipgen.generation.default_params import params_of, save_params
 from clipgen.hardware.environment import package_versions
 from clipgen.hardware.processor import require_bf16_units
 from clipgen.storage.files import atomic_write, one_line, write_json
@@ -228,6 +229,7 @@ def write_run_folder(output: Path, config: TrainingConfig, model: Any, run_files
     write_json(output / "versions.json", versions | package_versions())
     if not isinstance(model, ConditionalTransformer):
         return
+    save_params(output, params_of(config.image_logger))
     if config.uses_token_cache:
         copy_frozen(Path(config.data["root"]).expanduser(), output)
     else:

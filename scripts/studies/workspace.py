@@ -64,7 +64,7 @@ class Study:
         self.vqgan: str = args.vqgan or "shapes"
         self.clip = FrozenCLIP.from_spec(args.clip)
         self.second_clip = FrozenCLIP.from_spec(args.second_clip) if args.second_clip else None
-        self.experiment = [f"experiment={args.experiment}"]
+        self.experiment = ["experiment=shapes" if self.is_shapes else "experiment=cifar10_quick"]
         if self.is_shapes:
             tuning, reported = split_prompts([str(attributes) for attributes in ALL_ATTRIBUTES])
             self.setting = replace(study_rows.SHAPES, tuning_prompts=tuning, prompts=reported)
