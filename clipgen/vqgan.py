@@ -94,6 +94,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         self.autoencoder_config = as_config(AutoencoderConfig, autoencoder)
         self.quantizer_config = as_config(QuantizerConfig, quantizer)
         self.loss_config = as_config(LossConfig, loss)
+        self.had_clip_loss = False  # set by `from_state`, which leaves the CLIP perceptual loss out
         self.gan_config = as_config(GANConfig, gan)
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
         self.save_hyperparameters(
@@ -218,6 +219,8 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             raise ValueError(f"trainer.precision must be 32-true or bf16-mixed, got {precision}{reason}")
         if self.gan_config.weight > 0 and self.discriminator is None:
             logger.warning("The checkpoint has no discriminator; training continues without the adversarial loss.")
+        if self.had_clip_loss:
+            logger.warning("The tokenizer was trained with a CLIP perceptual loss; training continues without it.")
         if self.loss_config.perceptual_weight > 0:
             self.lpips()  # load it now rather than in the first step
         if self.loss_config.clip_perceptual_weight > 0:
@@ -493,6 +496,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         built = arguments | {"gan": to_plain(gan if has_discriminator else replace(gan, weight=0.0))}
         model = cls(**without_foreign_files(without_kmeans(built)))
         model.gan_config = gan
+        model.had_clip_loss = as_config(LossConfig, arguments.get("loss")).clip_perceptual_weight > 0
         model.hparams["gan"] = to_plain(gan)
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
             model.load_state_dict(state)

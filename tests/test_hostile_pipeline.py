@@ -473,11 +473,12 @@ def test_every_row_of_the_security_page_names_its_tests():
         assert modules and all((root / "tests" / module).is_file() for module in modules), row
 
 
-def test_training_a_loaded_tokenizer_reads_no_model_that_its_maker_named(tmp_path, fit, monkeypatch):
-    """Issue 17: a folder must not make the program load a CLIP, or read a file, that its maker chose."""
+def test_training_a_loaded_tokenizer_reads_no_model_that_its_maker_named(tmp_path, fit, monkeypatch, caplog):
+    """A folder must not make the program load a CLIP, or read a file, that its maker chose."""
     sizes = VQGAN_SIZES | dict(clip_perceptual_weight=1.0, clip_perceptual_model="hf-hub:evil/x")
     folder = make_vqgan(**sizes, vgg_weights="/etc/passwd").eval().save(tmp_path / "vqgan")
     monkeypatch.setattr(FrozenCLIP, "from_spec", lambda spec: pytest.fail(f"loads {spec}"))
     vqgan = VQGAN.load(folder)
     assert vqgan.loss_config.vgg_weights is None and vqgan.hparams["loss"]["clip_perceptual_model"] is None
     fit(vqgan, 1, batch=2)
+    assert "was trained with a CLIP perceptual loss; training continues without it" in caplog.text
