@@ -33,7 +33,8 @@ from clipgen.data import decoding as images_module
 from clipgen.data import tar_reader as tar_module
 from clipgen.data import webdataset as shards_module
 from clipgen.data.decoding import MAX_PIXELS, MemoryBudget, UnusableImageError, check_header, decode_image
-from clipgen.data.folder import ImageFolder, find_images
+from clipgen.data.folder import ImageFolder
+from clipgen.data.folder_listing import find_images
 from clipgen.data.parallel import parallel_map
 from clipgen.data.tar_reader import Sample
 from clipgen.data.webdataset import ImageShards, shuffled

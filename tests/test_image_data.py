@@ -29,7 +29,8 @@ from clipgen.data import packed_strings, shard_order
 from clipgen.data import webdataset as shards_module
 from clipgen.data.datamodule import ImageDataModule, training_images
 from clipgen.data.decoding import UnusableImageError, check_header, decode_image
-from clipgen.data.folder import ImageFolder, find_images, folder_data, split_files
+from clipgen.data.folder import ImageFolder, folder_data, split_files
+from clipgen.data.folder_listing import check_holds_images, find_images
 from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.parallel import MAX_PENDING, NUM_THREADS, parallel_map
 from clipgen.data.tar_reader import Member
@@ -346,6 +347,17 @@ def test_folder_without_any_decodable_image_is_an_error(tmp_path: Path, monkeypa
     dataset = ImageFolder(make_folder(tmp_path, 3, bad=(0, 1, 2)), 8, train=True)
     with pytest.raises(ValueError, match="no usable image left: 0 images, 3 skipped: 3 truncated"):
         dataset[0]
+
+
+def test_folders_without_images_are_refused_and_links_followed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="must hold .jpg.* got 1 files of other types"):
+        check_holds_images(tmp_path)
+    make_folder(tmp_path / "elsewhere", 1)
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    check_holds_images(tmp_path / "a")
 
 
 def test_find_images_skips_hidden_files_and_follows_links_once(tmp_path: Path) -> None:

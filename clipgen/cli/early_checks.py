@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from clipgen.cli.config import expand_home
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.resume_args import find_run
+from clipgen.data.folder_listing import check_holds_images
 from clipgen.data.urls import expand_urls
 from clipgen.run_list import OUTPUTS, newest_run
 from clipgen.training.config import reads_token_cache
@@ -75,12 +76,15 @@ def newest_tokenizer() -> str:
 
 
 def check_sources(data: DictConfig) -> None:
-    """Raise FileNotFoundError if an image folder or a shard does not exist."""
+    """Raise an error if an image folder or a shard does not exist, or if the folder holds no image."""
     if data._target_.endswith("folder_data"):
         for key in ("root", "val_root"):
             folder = data.get(key)
-            if isinstance(folder, str) and not Path(folder).expanduser().exists():
+            if not isinstance(folder, str):
+                continue
+            if not Path(folder).expanduser().exists():
                 raise FileNotFoundError(f"{key} must be an existing folder of images, got {folder}")
+            check_holds_images(Path(folder).expanduser())
     if data._target_.endswith("TokenCacheDataModule") and not Path(str(data.root)).expanduser().exists():
         raise FileNotFoundError(f"no token cache in {data.root}; make one with `clipgen-encode output={data.root}`")
     for key in ("train_urls", "val_urls"):

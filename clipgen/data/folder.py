@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import errno
 import logging
-import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import compress, islice
@@ -17,22 +14,18 @@ import numpy as np
 
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import (
-    EXTENSIONS,
-    UNREADABLE_EXTENSIONS,
     UnusableImageError,
     check_header,
     decode_image,
-    has_extension,
-    looks_like_image,
-    read_start,
 )
+from clipgen.data.folder_listing import FolderListing
 from clipgen.data.handover import from_first_process
 from clipgen.data.indexed import IndexedImages
 from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.hashing import hash_files, unit_hash
-from clipgen.storage.files import natural_key, printable
+from clipgen.storage.files import natural_key
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +33,6 @@ logger = logging.getLogger(__name__)
 _MAX_DECODED = 5_000
 _NUM_THREADS = 16
 _FILES_PER_BLOCK = 10_000
-# From this number on, shards are recommended.
-_MANY_FILES = 10_000_000
-# Number of other types of files that are named.
-_MAX_TYPES = 10
 
 
 class ImageFolder(IndexedImages):
@@ -136,109 +125,6 @@ class ImageFolder(IndexedImages):
         return hash_files(self.root / file for file in self.files)
 
 
-class FolderListing:
-    """The files below a folder, except hidden ones, as POSIX paths relative to it.
-
-    Args:
-        root: the folder.
-
-    Attributes:
-        images: files that are named like images, or have no extension and begin like an image; sorted.
-        no_extension: files without an extension that are not images.
-        unreadable_folders: folders that cannot be listed, each with the reason.
-        others: number of files of other types, by extension.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: `root` is not a folder.
-    """
-
-    def __init__(self, root: Path):
-        if not root.exists():
-            raise FileNotFoundError(f"root must be an existing folder of images, got {root}")
-        if not root.is_dir():
-            raise NotADirectoryError(f"root must be a folder of images (for tar shards: data=webdataset), got {root}")
-        self.root = root
-        self.no_extension: list[str] = []
-        self.unreadable_folders: dict[str, str] = {}
-        self.others: Counter[str] = Counter()
-        self.images = PackedStrings(self._find_images())
-        if self.others:
-            counts = [f"{count} {extension}" for extension, count in self.others.most_common(_MAX_TYPES)]
-            more = ", ..." if len(self.others) > _MAX_TYPES else ""
-            logger.info("%s: files of other types are not used: %s%s", printable(str(root)), ", ".join(counts), more)
-
-    def require_images(self) -> PackedStrings:
-        """Return the images; raise ValueError if there are none."""
-        if not self.images:
-            got = f"{self.others.total() + len(self.no_extension)} files of other types"
-            if self.unreadable_folders:
-                got += f" and {len(self.unreadable_folders)} folders that cannot be listed"
-            raise ValueError(f"{self.root} must hold {', '.join(EXTENSIONS)} files, got {got}")
-        return self.images
-
-    def _find_images(self) -> Iterator[str]:
-        """Yield the images in order, and note the other files; only the names of open folders are in memory."""
-        num_images = 0
-        visited: set[str] = set()
-        # the next path is the last one
-        pending = [""]
-        while pending:
-            path = pending.pop()
-            if not path or path.endswith("/"):
-                pending += reversed(self._list_folder(path, visited))
-            elif self._is_image(path):
-                num_images += 1
-                if num_images == _MANY_FILES:
-                    _warn_of_many_files(self.root)
-                yield path
-
-    def _list_folder(self, folder: str, visited: set[str]) -> list[str]:
-        """Return the paths in a folder. Those of sub-folders end in "/", which makes the order that of all paths."""
-        # Links may lead in circles, so each folder is visited only once, under its first name.
-        real_path = os.path.realpath(self.root / folder)
-        if real_path in visited:
-            return []
-        visited.add(real_path)
-        try:
-            with os.scandir(self.root / folder) as entries:
-                names = [_name_in_order(entry) for entry in entries if not entry.name.startswith(".")]
-        except OSError as error:
-            self.unreadable_folders[folder.rstrip("/") or "."] = error.strerror or str(error)
-            return []
-        return [folder + name for name in sorted(names)]
-
-    def _is_image(self, file: str) -> bool:
-        """Return whether a file is an image; count it if it is not."""
-        name = file.rpartition("/")[2]
-        if name.lower().endswith((*EXTENSIONS, *UNREADABLE_EXTENSIONS)):
-            return True
-        if has_extension(name):
-            self.others[Path(name).suffix.lower()] += 1
-            return False
-        if looks_like_image(read_start(self.root / file)):
-            return True
-        self.no_extension.append(file)
-        return False
-
-
-def _name_in_order(entry: os.DirEntry[str]) -> str:
-    """Return the name of a file, or that of a folder with "/" behind it."""
-    try:
-        return f"{entry.name}/" if entry.is_dir() else entry.name
-    except OSError:
-        # A link that cannot be followed is reported when the file is read.
-        return entry.name
-
-
-def _warn_of_many_files(root: Path) -> None:
-    logger.warning(
-        "%s holds at least %d images, which are all listed and opened before a training starts: "
-        "tar shards start faster (python -m clipgen make_shards, data=webdataset)",
-        root,
-        _MANY_FILES,
-    )
-
-
 def scan_folder(root: Path, skip_counter: SkipCounter) -> PackedStrings:
     """Check all images below `root` and return the usable ones, relative to it and sorted; count the others.
 
@@ -273,20 +159,6 @@ def _usable_images(root: Path, candidates: PackedStrings, skip_counter: SkipCoun
                     skip_counter.skip(str(root / file), problem)
                 else:
                     yield file
-
-
-def find_images(root: Path) -> list[str]:
-    """List the images below `root`, as sorted POSIX paths relative to it; see `FolderListing`.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: `root` is not a folder.
-        PermissionError: a folder cannot be listed.
-        ValueError: there are no images.
-    """
-    listing = FolderListing(root)
-    for folder, reason in listing.unreadable_folders.items():
-        raise PermissionError(errno.EACCES, f"the folder cannot be listed ({reason})", str(root / folder))
-    return list(listing.require_images())
 
 
 def split_files(files: Sequence[str], val_fraction: float) -> tuple[Sequence[str], Sequence[str]]:

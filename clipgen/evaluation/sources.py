@@ -14,7 +14,8 @@ from torch import Tensor
 
 from clipgen.data.chunks import index_ranges, iter_batches
 from clipgen.data.decoding import UnusableImageError, decode_image, upright_size
-from clipgen.data.folder import ImageFolder, find_images
+from clipgen.data.folder import ImageFolder
+from clipgen.data.folder_listing import find_images
 from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.shapes import ShapesDataset
 from clipgen.data.source import ImageSource
