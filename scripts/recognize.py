@@ -4,11 +4,12 @@
     python -m clipgen recognize --data data/cifar10 --checkpoint RUN --output runs/recognize
     python -m clipgen recognize --data data/cifar10 --vqgan RUN --output runs/recognize
 
-Images of every class are generated from the prompt "a photo of a {label}", with the sampling parameters of
-clipgen-sample. With --vqgan, the validation images are reconstructed; "class kept" is the fraction of the recognized
-originals whose reconstruction is recognized, too. FID, precision and recall are in the classifier's features, against
-the validation images. The row "real images" is their floor: at most as many images of the training shards that were
-held out of the classifier. A FID is comparable only with others of the same number of images.
+Images of every class are generated from the prompt "a photo of a {label}", with the sampling parameters of the model,
+or those that are given. With --vqgan, the validation images are reconstructed; "class kept" is the fraction of the
+recognized originals whose reconstruction is recognized, too. Several runs after --checkpoint or --vqgan are compared in
+one table. FID, precision and recall are in the classifier's features, against the validation images. The row "real
+images" is their floor: at most as many images of the training shards that were held out of the classifier. A FID is
+comparable only with others of the same number of images.
 """
 
 from __future__ import annotations
@@ -93,15 +94,16 @@ def table(rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [
         f"The classifier is right on {accuracy}. In parentheses: 95 % intervals.",
         "",
-        "| | images | recognized | FID | precision | recall |",
-        "|---|---|---|---|---|---|",
+        "| | images | recognized | FID | precision | recall | class kept | PSNR |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         low, high = row["interval"]
         recognition = f"{row['recognized']:.1%} ({low:.1%} to {high:.1%})"
+        kept, decibels = (f"{row['class_kept']:.1%}", f"{row['psnr']:.2f} dB") if "psnr" in row else ("-", "-")
         lines.append(
             f"| {name} | {row['images']} | {recognition} | {row['fid']:.4f} | {row['precision']:.3f} "
-            f"| {row['recall']:.3f} |"
+            f"| {row['recall']:.3f} | {kept} | {decibels} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -116,8 +118,8 @@ def parser() -> argparse.ArgumentParser:
         default=Path("runs/classifier/classifier.pt"),
         help="file of train_classifier.py (default: %(default)s)",
     )
-    p.add_argument("--checkpoint", help="stage-2 run or pipeline folder, whose images are evaluated")
-    p.add_argument("--vqgan", help="stage-1 run or model folder, whose reconstructions are evaluated")
+    p.add_argument("--checkpoint", nargs="+", default=[], help="stage-2 runs or pipelines whose images are evaluated")
+    p.add_argument("--vqgan", nargs="+", default=[], help="stage-1 runs whose reconstructions are evaluated")
     p.add_argument("--template", default="a photo of a {label}", help="prompt of a class (default: %(default)s)")
     p.add_argument("--per-class", type=int, default=100, help="images per class (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
@@ -132,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=user_path,
         default=Path("runs/recognize"),
-        help="folder of grid.png, recognized.json and recognized.md (default: %(default)s)",
+        help="folder of the grids, recognized.json and recognized.md (default: %(default)s)",
     )
     return p
 
@@ -148,42 +150,54 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"recognize.py: error: {error}")
     args.output.mkdir(parents=True, exist_ok=True)
-    report = evaluate(args, classifier, about, class_names)
-    write_json(args.output / "recognized.json", report | {"classifier": about})
-    (args.output / "recognized.md").write_text(table(report["rows"], about))
-    print(table(report["rows"], about))
-    if args.vqgan:
-        print(f"Reconstructions: class kept {report['class_kept']:.1%}, PSNR {report['psnr']:.2f} dB")
+    rows = evaluate(args, classifier, about, class_names)
+    write_json(args.output / "recognized.json", {"rows": rows, "classifier": about})
+    (args.output / "recognized.md").write_text(table(rows, about))
+    print(table(rows, about))
 
 
 def evaluate(
     args: argparse.Namespace, classifier: ImageClassifier, about: dict[str, Any], class_names: list[str]
-) -> dict[str, Any]:
-    """Return the results of generated images and reconstructions, if there is a model, and of real images."""
+) -> dict[str, dict[str, Any]]:
+    """Return the rows of the table: generated images and reconstructions of each run, and real images."""
     image_size = about["trained"]["image_size"]
     validation = load_images(sorted(args.data.glob("val-*.tar")), image_size)
     reference = features_of(classifier, validation.floats(slice(None)))
-    report: dict[str, Any] = {"rows": {}}
-    if args.checkpoint:
-        labels = torch.arange(len(class_names)).repeat_interleave(args.per_class)
-        pipe = TextToImage.load(args.checkpoint)
-        params = replace(pipe.params, **sampling_options(args))
-        images = generated_images(pipe, params, args, [class_names[label] for label in labels])
-        report["rows"]["generated images"] = describe(classifier, images, labels, reference)
-        correct = recognized(classifier, images, labels).float().view(len(class_names), -1).mean(dim=1)
-        report["per_class"] = dict(zip(class_names, correct.tolist()))
-        report["settings"] = {**asdict(params), "rerank_from": args.rerank_from, "seed": args.seed}
-        save_png(class_grid(images, class_names), args.output / "grid.png")
-    if args.vqgan:
-        originals = validation.floats(slice(None))
-        reconstructed = reconstructions(VQGAN.load(args.vqgan), validation)
-        report["rows"]["reconstructions"] = describe(classifier, reconstructed, validation.labels, reference)
-        report["class_kept"] = class_kept(classifier, originals, reconstructed, validation.labels)
-        report["psnr"] = psnr(originals, reconstructed).mean().item()
+    rows = {run: evaluate_generated(run, args, classifier, class_names, reference) for run in args.checkpoint}
+    for run in args.vqgan:
+        rows[f"{run}: reconstructions"] = evaluate_reconstructions(run, classifier, validation, reference)
     real = held_out_images(args.data, image_size, args.per_class * len(class_names), about)
     if real is not None:
-        report["rows"]["real images"] = describe(classifier, real.floats(slice(None)), real.labels, reference)
-    return report
+        rows["real images"] = describe(classifier, real.floats(slice(None)), real.labels, reference)
+    return rows
+
+
+def evaluate_generated(
+    run: str, args: argparse.Namespace, classifier: ImageClassifier, class_names: list[str], reference: Tensor
+) -> dict[str, Any]:
+    """Generate images of all classes, write a grid of the first ones, and return the row of the table."""
+    labels = torch.arange(len(class_names)).repeat_interleave(args.per_class)
+    pipe = TextToImage.load(run)
+    params = replace(pipe.params, **sampling_options(args))
+    images = generated_images(pipe, params, args, [class_names[label] for label in labels])
+    save_png(class_grid(images, class_names), args.output / f"grid_{Path(run).name}.png")
+    correct = recognized(classifier, images, labels).float().view(len(class_names), -1).mean(dim=1)
+    return describe(classifier, images, labels, reference) | {
+        "per_class": dict(zip(class_names, correct.tolist())),
+        "settings": {**asdict(params), "rerank_from": args.rerank_from, "seed": args.seed},
+    }
+
+
+def evaluate_reconstructions(
+    run: str, classifier: ImageClassifier, validation: LabeledImages, reference: Tensor
+) -> dict[str, Any]:
+    """Reconstruct the validation images, and return the row of the table."""
+    originals = validation.floats(slice(None))
+    reconstructed = reconstructions(VQGAN.load(run), validation)
+    return describe(classifier, reconstructed, validation.labels, reference) | {
+        "class_kept": class_kept(classifier, originals, reconstructed, validation.labels),
+        "psnr": psnr(originals, reconstructed).mean().item(),
+    }
 
 
 def generated_images(pipe: TextToImage, params: SamplingParams, args: argparse.Namespace, labels: list[str]) -> Tensor:

@@ -13,6 +13,8 @@ import train_classifier
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier, shifted
 from clipgen.evaluation.features import feature_extractor
 from clipgen.images import psnr, to_bytes
+from clipgen.pipeline import TextToImage
+from clipgen.sampling_params import SamplingParams
 
 CLASSES = 2
 
@@ -152,6 +154,22 @@ def test_script_measures_reconstructions(shards, trained, tiny_vqgan, tmp_path, 
     images = train_classifier.load_images(sorted(shards.glob("val-*.tar")), 32).floats(slice(None))
     with torch.no_grad():
         reconstructed = to_bytes(tiny_vqgan(images)).float() / 127.5 - 1
-    assert report["psnr"] == pytest.approx(psnr(images, reconstructed).mean().item(), abs=1e-4)
-    assert report["rows"]["reconstructions"]["images"] == len(images) and 0 <= report["class_kept"] <= 1
-    assert "Reconstructions: class kept" in capsys.readouterr().out
+    row = report["rows"][f"{vqgan}: reconstructions"]
+    assert row["psnr"] == pytest.approx(psnr(images, reconstructed).mean().item(), abs=1e-4)
+    assert row["images"] == len(images) and 0 <= row["class_kept"] <= 1
+    assert f"| {row['class_kept']:.1%} | {row['psnr']:.2f} dB |" in capsys.readouterr().out
+
+
+def test_script_compares_runs_at_their_own_sampling_parameters(shards, trained, pipe, tmp_path, monkeypatch):
+    runs = []
+    for name, params in (("greedy", SamplingParams(top_k=1)), ("cold", SamplingParams(temperature=0.5))):
+        model = TextToImage(pipe.vqgan, pipe.transformer, pipe.clip, params=params)
+        runs.append(str(model.save(tmp_path / name)))
+    options = ["--data", shards, "--classifier", trained, "--per-class", 2, "--output", tmp_path / "report"]
+    monkeypatch.setattr("sys.argv", ["recognize.py", *map(str, options), "--top-p", "0.9", "--checkpoint", *runs])
+    recognize.main()
+    rows = json.loads((tmp_path / "report" / "recognized.json").read_text())["rows"]
+    assert list(rows) == [*runs, "real images"]
+    settings = [(row["settings"]["top_k"], row["settings"]["temperature"]) for row in map(rows.get, runs)]
+    assert settings == [(1, 1.0), (300, 0.5)] and {rows[run]["settings"]["top_p"] for run in runs} == {0.9}
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"grid_greedy.png", "grid_cold.png"}

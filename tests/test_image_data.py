@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from clipgen.data import folder as folder_module
-from clipgen.data import packed_strings, shard_order
+from clipgen.data import folder_listing, packed_strings, shard_order
 from clipgen.data import webdataset as shards_module
 from clipgen.data.datamodule import ImageDataModule, training_images
 from clipgen.data.decoding import UnusableImageError, check_header, decode_image
@@ -353,7 +353,7 @@ def test_folders_without_images_are_refused_and_links_followed(tmp_path: Path) -
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match="must hold .jpg.* got 1 files of other types"):
+    with pytest.raises(ValueError, match=r"must hold \.jpg.* got 1 files of other types"):
         check_holds_images(tmp_path)
     make_folder(tmp_path / "elsewhere", 1)
     (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -388,7 +388,7 @@ def test_folder_of_very_many_files_is_warned_about(
 ) -> None:
     make_folder(tmp_path, 4)
     for limit, num_warnings in ((5, 0), (4, 1), (2, 1)):
-        monkeypatch.setattr(folder_module, "_MANY_FILES", limit)
+        monkeypatch.setattr(folder_listing, "_MANY_FILES", limit)
         caplog.clear()
         ImageFolder(tmp_path, 8, train=True)
         assert len([r for r in caplog.records if "tar shards start faster" in r.message]) == num_warnings
