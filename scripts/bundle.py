@@ -6,10 +6,27 @@ Example: ``clipgen-demo --output demo && python -m clipgen bundle shapes demo/tr
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from clipgen import TextToImage
 from clipgen.bundled import BUNDLED
-from clipgen.storage.files import user_path
+from clipgen.frozen_models import copy_clip
+from clipgen.generation.default_params import save_params
+from clipgen.storage.files import user_path, write_json
+from clipgen.tokenizer_identity import bind
+
+
+def bundle(pipe: TextToImage, name: str) -> Path:
+    """Write a pipeline to the folder of a bundled model; its CLIP can also be used by that name alone."""
+    target = BUNDLED[name]
+    pipe.vqgan.save(target / "vqgan", half=True)
+    pipe.transformer.save(target / "transformer", half=True)
+    bind(target / "transformer", target / "vqgan")
+    save_params(target, pipe.params)
+    if pipe.clip.folder != (target / "clip").resolve():
+        copy_clip(pipe.clip.folder, target / "clip")
+    write_json(target / "clip.json", {"model_name": name, "pretrained": None})
+    return target
 
 
 def main() -> None:
@@ -17,7 +34,7 @@ def main() -> None:
     parser.add_argument("name", choices=BUNDLED, help="name of the bundled model")
     parser.add_argument("run", type=user_path, help="stage-2 run folder")
     args = parser.parse_args()
-    TextToImage.load(args.run).save(BUNDLED[args.name], half=True)
+    print(f"Wrote {bundle(TextToImage.load(args.run), args.name)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import bundle
 import compare_runs
 import fuzz
 import pytest
@@ -25,9 +26,13 @@ from torch import Tensor
 from train_clip import one_cycle
 
 from clipgen.baselines import load_generator
+from clipgen.bundled import BUNDLED
+from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.shapes_evaluator import accuracy
 from clipgen.nonfinite import NonFiniteError
+from clipgen.pipeline import TextToImage
+from clipgen.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 
@@ -237,3 +242,18 @@ def test_release_is_refused_while_the_address_is_not_that_of_the_repository(chec
     pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/clipgen"))
     with pytest.raises(SystemExit, match=r"first_images.ipynb names another repository: run python -m clipgen"):
         repository_address.main()
+
+
+def test_a_bundled_model_is_loaded_by_its_name_and_so_is_its_clip(pipe, tmp_path, monkeypatch):
+    own = shutil.copytree(BUNDLED["shapes"] / "clip", tmp_path / "own_clip")
+    model = TextToImage(pipe.vqgan, pipe.transformer, FrozenCLIP(str(own)), params=SamplingParams(top_k=9))
+    monkeypatch.setitem(BUNDLED, "mine", tmp_path / "mine")
+    for _ in range(2):  # the second time over itself, with the CLIP that is bundled already
+        bundle.bundle(model, "mine")
+        model = TextToImage.load("mine")
+        assert model.params.top_k == 9 and model.clip.model_name == "mine"
+    assert FrozenCLIP("mine").folder == (tmp_path / "mine" / "clip").resolve()
+    halved = pipe.transformer.gpt.clip_proj.weight.half().float()
+    assert torch.equal(model.transformer.gpt.clip_proj.weight, halved)
+    names = {"clip", "clip.json", "sampling.json", "transformer", "vqgan"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == names
