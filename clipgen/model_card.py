@@ -55,7 +55,7 @@ class CardDetails:
         datasets: names on the hub of the datasets that the model was trained on.
         language: language of the prompts that its CLIP understands, such as ``"en"``.
         prompts: prompts of the images in the card, one each, generated with seed 0 when the pipeline is saved.
-        params: sampling parameters of these images; None: the defaults.
+        params: sampling parameters of these images; None: those of the pipeline.
         results: measured values by metric, or the ``metrics.json`` that ``clipgen-eval`` wrote.
         evaluated_on: name of the dataset that the results were measured on. The hub lists results only with it.
         repository: name of the model on the hub; ``push_to_hub`` fills it in.
