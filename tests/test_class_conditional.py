@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,14 @@ def test_training_with_the_command(call, class_run):
         "trainer.max_steps=6",
     )
     assert result.code == 0 and ClassConditionalGenerator.load("on").class_names == model.class_names, result.stderr
+
+
+def test_the_sampling_parameters_of_a_run_are_the_defaults(class_run, tmp_path):
+    run = shutil.copytree(class_run, tmp_path / "run")
+    (run / "sampling.json").write_text('{"top_k": 7, "top_p": 0.5}')
+    assert ClassConditionalGenerator.load(run).params == SamplingParams(top_k=7, top_p=0.5)
+    assert ClassConditionalGenerator.load(run, top_k=9).params == SamplingParams(top_k=9, top_p=0.5)
+    assert ClassConditionalGenerator.load(run, SamplingParams()).params == SamplingParams()
 
 
 def test_class_conditional_run_is_not_a_text_model(call, class_run):

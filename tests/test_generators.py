@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from clipgen.baselines.generators import ExternalGenerator, load_generator, read_class_names
-from clipgen.sampling_params import SamplingParams
 
 NAMES = ["red", "green", "blue"]
 
@@ -60,7 +59,7 @@ def test_functions_are_imported_from_the_current_folder(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"generator must be a run folder, .* got my_gan, which does not exist"):
         load_generator("my_gan")
     with pytest.raises(ValueError, match="sampling parameters apply to a run folder only"):
-        load_generator("my_gan:generate", params=SamplingParams(top_k=3))
+        load_generator("my_gan:generate", sampling={"top_k": 3})
 
 
 @pytest.mark.parametrize(

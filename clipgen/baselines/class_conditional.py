@@ -16,9 +16,10 @@ from torch import Tensor
 
 from clipgen.checkpoint import model_folder
 from clipgen.frozen_models import run_folder
+from clipgen.generation.default_params import load_params
 from clipgen.generation.generator import ImageGenerator
 from clipgen.models.config import ClipLossConfig, ConditioningConfig, as_config
-from clipgen.sampling_params import SamplingParams
+from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.tokenizer_identity import check_bound
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
@@ -84,12 +85,19 @@ class ClassConditionalGenerator(ImageGenerator):
         self.class_names = transformer.class_names
 
     @classmethod
-    def load(cls, path: str | Path, params: SamplingParams | None = None) -> ClassConditionalGenerator:
-        """Load a run folder, or a checkpoint inside one, of a training with ``data.conditioning=class``."""
+    def load(cls, path: str | Path, params: SamplingParams | None = None, **sampling: Any) -> ClassConditionalGenerator:
+        """Load a run folder, or a checkpoint inside one, of a training with ``data.conditioning=class``.
+
+        Args:
+            path: the folder or the checkpoint.
+            params: sampling parameters; None takes those of the run.
+            sampling: fields of ``SamplingParams``, which override ``params``.
+        """
         transformer = ClassConditionalTransformer.load(path)
-        vqgan = VQGAN.load(run_folder(path))
+        root = run_folder(path)
+        vqgan = VQGAN.load(root)
         check_bound(model_folder.find_model(model_folder.resolve_path(path), "ClassConditionalTransformer"), vqgan)
-        return cls(vqgan, transformer, params)
+        return cls(vqgan, transformer, resolve_params(params or load_params(root), sampling))
 
     def class_index(self, name_or_number: str | int) -> int:
         """Return the index of a class.

@@ -10,7 +10,7 @@ A generator also has ``noise_dim``, ``class_names``, and ``device``, the device 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ from clipgen.baselines.class_conditional import ClassConditionalGenerator
 from clipgen.baselines.gan_files import is_gan_file, load_gan_file
 from clipgen.data.class_names import NAME_LISTS, name_list, read_names
 from clipgen.evaluation.features import import_function
-from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import one_line
 
 TOLERANCE = 0.05  # distance from [-1, 1] that is accepted as rounding
@@ -103,7 +102,7 @@ def load_generator(
     noise_dim: int | None = None,
     class_names: Sequence[str] | None = None,
     device: str | torch.device = "cpu",
-    params: SamplingParams | None = None,
+    sampling: Mapping[str, Any] | None = None,
     truncation: float | None = None,
 ) -> Generator:
     """Load a generator by name.
@@ -118,7 +117,7 @@ def load_generator(
         noise_dim: dimension of the noise; None: the attribute of this name of the function or module.
         class_names: names of the classes; None: the attribute of this name.
         device: device of the generator.
-        params: sampling parameters of the class-conditional transformer.
+        sampling: sampling parameters that replace those of a run folder, by name.
         truncation: truncation of a BigGAN or SAGAN, in (0, 1]; None: noise is used as it is.
 
     Raises:
@@ -126,14 +125,14 @@ def load_generator(
         ValueError: it cannot be loaded, or something is missing.
     """
     path = Path(source).expanduser()
-    if is_gan_file(source) and params is None:
+    if is_gan_file(source) and not sampling:
         return load_gan_file(source, noise_dim, class_names, device, truncation)
     if truncation is not None:
         raise ValueError(f"truncation applies to biggan: and sagan: only, got {truncation} for {source}")
     if is_run(source):
-        return ClassConditionalGenerator.load(path, params).to(device)
-    if params is not None:
-        raise ValueError(f"sampling parameters apply to a run folder only, got {params} for {source}")
+        return ClassConditionalGenerator.load(path, **(sampling or {})).to(device)
+    if sampling:
+        raise ValueError(f"sampling parameters apply to a run folder only, got {dict(sampling)} for {source}")
     return with_metadata(load_external(source, path, device), source, noise_dim, class_names, device)
 
 

@@ -17,7 +17,6 @@ from clipgen.cli.baseline_args import (
     NO_PROMPT,
     add_clip,
     add_prompts,
-    given_sampling_params,
     image_seeds,
     read_caption_groups,
 )
@@ -26,7 +25,7 @@ from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.baseline_search import add_search, check_threshold
 from clipgen.cli.console import guarded, say
 from clipgen.cli.model_path import check_generator_path, check_model_path
-from clipgen.cli.sampling_args import add_sampling_options
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.hardware.device import default_device
 from clipgen.storage.files import user_path
 from clipgen.storage.output_folder import output_folder
@@ -124,7 +123,7 @@ def check_paths(args: argparse.Namespace) -> None:
     """
     if args.system == "class":
         check_model_path(args.checkpoint, "ClassConditionalTransformer")
-        given_sampling_params(args)
+        sampling_options(args)
         return
     if not args.prompt and not args.prompts_file and not args.captions:
         raise ValueError(NO_PROMPT)
@@ -174,7 +173,7 @@ def run_class(args: argparse.Namespace) -> None:
 
     from clipgen.baselines.class_conditional import ClassConditionalGenerator
 
-    generator = ClassConditionalGenerator.load(args.checkpoint, given_sampling_params(args)).to(args.device)
+    generator = ClassConditionalGenerator.load(args.checkpoint, **sampling_options(args)).to(args.device)
     indices = [generator.class_index(name) for name in args.classes]
     output = ImageOutput(args, asdict(generator.params))
     for index in indices:

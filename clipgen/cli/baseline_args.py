@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgen.cli.sampling_args import sampling_options
-from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
@@ -60,12 +58,6 @@ def read_caption_groups(args: argparse.Namespace) -> list[list[str]]:
 def image_seeds(args: argparse.Namespace) -> list[int]:
     """Return the seed of each image of a prompt."""
     return [args.seed + i for i in range(args.num_images)]
-
-
-def given_sampling_params(args: argparse.Namespace) -> SamplingParams | None:
-    """Return the sampling parameters; None if none was given."""
-    options = sampling_options(args)
-    return SamplingParams(**options) if options else None
 
 
 def load_search_clip(args: argparse.Namespace) -> FrozenCLIP:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.baseline_args import add_clip, add_prompts, given_sampling_params, load_search_clip
+from clipgen.cli.baseline_args import add_clip, add_prompts, load_search_clip
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.console import say
-from clipgen.cli.sampling_args import add_sampling_options
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
@@ -142,8 +142,8 @@ def load_search_generator(args: argparse.Namespace) -> Any:
     from clipgen.baselines.generators import load_generator, read_class_names
 
     class_names = read_class_names(args.class_names) if args.class_names else None
-    params = given_sampling_params(args)
-    return load_generator(args.generator, args.noise_dim, class_names, args.device, params, args.truncation)
+    sampling = sampling_options(args)
+    return load_generator(args.generator, args.noise_dim, class_names, args.device, sampling, args.truncation)
 
 
 def search_rows(
