@@ -263,6 +263,9 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             if network is not None:
                 network.compile()
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of an incomplete step, which Lightning would reset before a validation."""
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Accumulate the gradients of generator and discriminator; step their optimizers if the step is complete."""
         images = images_from_batch(batch)
@@ -496,8 +499,10 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         built = arguments | {"gan": to_plain(gan if has_discriminator else replace(gan, weight=0.0))}
         model = cls(**without_foreign_files(without_kmeans(built)))
         model.gan_config = gan
-        model.had_clip_loss = as_config(LossConfig, arguments.get("loss")).clip_perceptual_weight > 0
-        model.hparams["gan"] = to_plain(gan)
+        loss = as_config(LossConfig, arguments.get("loss"))
+        model.had_clip_loss = loss.clip_perceptual_weight > 0
+        # A copy of the model still says how it was trained.
+        model.hparams["gan"], model.hparams["loss"] = to_plain(gan), to_plain(without_folders(loss))
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
             model.load_state_dict(state)
             return model.eval()
@@ -569,6 +574,12 @@ def nearest_multiples(side: int, factor: int) -> str:
 def without_kmeans(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return constructor arguments whose trained codes are not initialized again when training continues."""
     return arguments | {"quantizer": {**(arguments.get("quantizer") or {}), "kmeans_iters": 0}}
+
+
+def without_folders(loss: LossConfig) -> LossConfig:
+    """Return the losses with the name of their CLIP, but without paths, which are local to a machine."""
+    clip = loss.clip_perceptual_model and Path(loss.clip_perceptual_model).name
+    return replace(loss, vgg_weights=None, clip_perceptual_model=clip)
 
 
 def without_foreign_files(arguments: dict[str, Any]) -> dict[str, Any]:

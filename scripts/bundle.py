@@ -19,6 +19,8 @@ from clipgen.tokenizer_identity import bind
 def bundle(pipe: TextToImage, name: str) -> Path:
     """Write a pipeline to the folder of a bundled model; its CLIP can also be used by that name alone."""
     target = BUNDLED[name]
+    if pipe.clip.folder is None or pipe.projector is not None:
+        raise ValueError("a bundled model must have a CLIP of its own and no projector")
     pipe.vqgan.save(target / "vqgan", half=True)
     pipe.transformer.save(target / "transformer", half=True)
     bind(target / "transformer", target / "vqgan")

@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -82,6 +83,12 @@ def with_grids(chart: Image.Image, grids: dict[str, Image.Image]) -> Image.Image
     return sheet
 
 
+def short_names(runs: Sequence[Path]) -> dict[str, Path]:
+    """Return runs by the names of their folders, or by their paths if two folders have the same name."""
+    names = [run.name for run in runs] if len({run.name for run in runs}) == len(runs) else map(str, runs)
+    return dict(zip(names, runs))
+
+
 def last_grid(run: Path, name: str) -> Image.Image:
     """Return the last image grid of a kind, such as "reconstructions", that a run wrote."""
     files = sorted((run / "pictures").glob(f"{name}_*.png"))
@@ -106,12 +113,13 @@ def main() -> None:
     for run in args.runs:
         if not (run / "metrics.csv").is_file():
             sys.exit(f"compare_runs.py: error: no metrics.csv in {run}; train with logger=csv")
-    runs = {run.name: read_curves(run, args.metrics) for run in args.runs}
+    names = short_names(args.runs)
+    runs = {name: read_curves(run, args.metrics) for name, run in names.items()}
     print(table(runs, args.metrics))
     if args.output:
         chart = plot(runs, args.metrics)
         if args.grids:
-            chart = with_grids(chart, {run.name: last_grid(run, args.grids) for run in args.runs})
+            chart = with_grids(chart, {name: last_grid(run, args.grids) for name, run in names.items()})
         save_png(chart, args.output)
 
 

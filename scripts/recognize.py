@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from train_classifier import LabeledImages, load_images, split_shards
+from train_classifier import LabeledImages, load_images, shard_sizes, split_shards
 
 from clipgen import VQGAN, TextToImage
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
@@ -78,9 +79,12 @@ def class_kept(classifier: ImageClassifier, images: Tensor, reconstructed: Tenso
 
 
 def held_out_images(data: Path, image_size: int, count: int, about: dict[str, Any]) -> LabeledImages | None:
-    """Return real images that the classifier was not trained on, evenly spaced; None if no shard was held out."""
+    """Return real images that the classifier was not trained on, evenly spaced; None if there are none.
+
+    There are none if no shard was held out, or if the data is divided into other shards than those of the training.
+    """
     _, shards = split_shards(data, about["trained"]["held_out"])
-    if not shards:
+    if not shards or list(about["trained"]["data"]) != list(shard_sizes(data)):
         return None
     images = load_images(shards, image_size)
     chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
@@ -98,6 +102,7 @@ def table(rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
+        name += sampling_label(row.get("settings", {}))
         low, high = row["interval"]
         recognition = f"{row['recognized']:.1%} ({low:.1%} to {high:.1%})"
         kept, decibels = (f"{row['class_kept']:.1%}", f"{row['psnr']:.2f} dB") if "psnr" in row else ("-", "-")
@@ -106,6 +111,13 @@ def table(rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
             f"| {row['recall']:.3f} | {kept} | {decibels} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def sampling_label(settings: dict[str, Any]) -> str:
+    """Return the sampling parameters of a row that are not the paper's, in parentheses; empty if there are none."""
+    defaults = asdict(SamplingParams())
+    differing = [f"{name} {settings[name]:g}" for name in defaults if settings and settings[name] != defaults[name]]
+    return f" ({', '.join(differing)})" if differing else ""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,26 +162,28 @@ def main() -> None:
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"recognize.py: error: {error}")
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = evaluate(args, classifier, about, class_names)
-    write_json(args.output / "recognized.json", {"rows": rows, "classifier": about})
-    (args.output / "recognized.md").write_text(table(rows, about))
+    rows = {}
+    for name, row in evaluate(args, classifier, about, class_names):
+        rows[name] = row
+        write_json(args.output / "recognized.json", {"rows": rows, "classifier": about})
+        (args.output / "recognized.md").write_text(table(rows, about))
     print(table(rows, about))
 
 
 def evaluate(
     args: argparse.Namespace, classifier: ImageClassifier, about: dict[str, Any], class_names: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Return the rows of the table: generated images and reconstructions of each run, and real images."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of the table: real images, and generated images and reconstructions of each run."""
     image_size = about["trained"]["image_size"]
     validation = load_images(sorted(args.data.glob("val-*.tar")), image_size)
     reference = features_of(classifier, validation.floats(slice(None)))
-    rows = {run: evaluate_generated(run, args, classifier, class_names, reference) for run in args.checkpoint}
-    for run in args.vqgan:
-        rows[f"{run}: reconstructions"] = evaluate_reconstructions(run, classifier, validation, reference)
     real = held_out_images(args.data, image_size, args.per_class * len(class_names), about)
     if real is not None:
-        rows["real images"] = describe(classifier, real.floats(slice(None)), real.labels, reference)
-    return rows
+        yield "real images", describe(classifier, real.floats(slice(None)), real.labels, reference)
+    for run in args.checkpoint:
+        yield run, evaluate_generated(run, args, classifier, class_names, reference)
+    for run in args.vqgan:
+        yield f"{run}: reconstructions", evaluate_reconstructions(run, classifier, validation, reference)
 
 
 def evaluate_generated(
@@ -180,7 +194,7 @@ def evaluate_generated(
     pipe = TextToImage.load(run)
     params = replace(pipe.params, **sampling_options(args))
     images = generated_images(pipe, params, args, [class_names[label] for label in labels])
-    save_png(class_grid(images, class_names), args.output / f"grid_{Path(run).name}.png")
+    save_png(class_grid(images, class_names), args.output / f"grid_{letters_only(run)}.png")
     correct = recognized(classifier, images, labels).float().view(len(class_names), -1).mean(dim=1)
     return describe(classifier, images, labels, reference) | {
         "per_class": dict(zip(class_names, correct.tolist())),
@@ -204,7 +218,13 @@ def generated_images(pipe: TextToImage, params: SamplingParams, args: argparse.N
     """Return an image of each label."""
     generate = make_generate_fn(pipe, params, args.rerank_from)
     prompts = [args.template.format(label=label) for label in labels]
-    return generate(prompts, [args.seed + i for i in range(len(prompts))])
+    images = generate(prompts, [args.seed + i for i in range(len(prompts))])
+    return to_bytes(images).float() / 127.5 - 1  # rounded, as in a file
+
+
+def letters_only(run: str) -> str:
+    """Return the path of a run as part of a file name."""
+    return "".join(letter if letter.isalnum() else "_" for letter in run).strip("_")
 
 
 def class_grid(images: Tensor, class_names: list[str], rows: int = 8) -> Any:

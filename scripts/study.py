@@ -32,7 +32,8 @@ from studies.workspace import Study
 
 from clipgen.cli.console import set_up_logging
 from clipgen.images import save_png
-from clipgen.storage.files import atomic_write, user_path
+from clipgen.storage.files import atomic_write, read_json, user_path, write_json
+from clipgen.storage.resumable_store import require_same_identity
 from clipgen.storage.run_lock import hold_lock
 
 
@@ -118,7 +119,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
     args.output.mkdir(parents=True, exist_ok=True)
     with hold_lock(args.output):
+        require_same_settings(args)
         run(Study(args))
+
+
+def require_same_settings(args: argparse.Namespace) -> None:
+    """Exit if the folder holds results of other settings, which would stand in one table with new ones."""
+    free = ("output", "rows", "seeds", "weights", "generator")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
+    path = args.output / "study.json"
+    try:
+        require_same_identity(args.output, read_json(path) if path.is_file() else settings, settings)
+    except ValueError as error:
+        raise SystemExit(f"study.py: error: {error}") from error
+    write_json(path, settings)
 
 
 def run(study: Study) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,15 @@ def test_table_states_the_classifiers_error_and_the_floor(shards, trained):
     assert f"The classifier is right on {about['accuracy']['all']:.1%}" in text and "| real images | 8 |" in text
 
 
+def test_images_of_other_shards_are_no_floor(shards, trained, tmp_path):
+    """The classifier may have been trained on them."""
+    _, about = load_classifier(trained)
+    other = shutil.copytree(shards, tmp_path / "shards")
+    first = min(other.glob("train-*.tar"))
+    first.rename(first.with_name("train-900000.tar"))
+    assert recognize.held_out_images(other, 32, 100, about) is None
+
+
 def test_class_kept_counts_only_images_that_are_recognized_themselves():
     class ByBrightness:
         def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -169,7 +179,13 @@ def test_script_compares_runs_at_their_own_sampling_parameters(shards, trained, 
     monkeypatch.setattr("sys.argv", ["recognize.py", *map(str, options), "--top-p", "0.9", "--checkpoint", *runs])
     recognize.main()
     rows = json.loads((tmp_path / "report" / "recognized.json").read_text())["rows"]
-    assert list(rows) == [*runs, "real images"]
+    assert list(rows) == ["real images", *runs]
     settings = [(row["settings"]["top_k"], row["settings"]["temperature"]) for row in map(rows.get, runs)]
     assert settings == [(1, 1.0), (300, 0.5)] and {rows[run]["settings"]["top_p"] for run in runs} == {0.9}
-    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"grid_greedy.png", "grid_cold.png"}
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
+        f"grid_{recognize.letters_only(run)}.png" for run in runs
+    }
+    table = (tmp_path / "report" / "recognized.md").read_text()
+    assert (
+        f"| {runs[0]} (top_k 1, top_p 0.9) | 4 |" in table and f"| {runs[1]} (temperature 0.5, top_p 0.9) | 4" in table
+    )

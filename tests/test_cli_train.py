@@ -188,6 +188,13 @@ def test_leftovers_of_an_interrupted_checkpoint_are_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_metrics_csv_outlives_a_resume_that_logs_nothing(call, tmp_path):
+    arguments = [*VQGAN, *SHAPES, "logger=csv", "output=run", "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
+    assert call(*arguments).code == 0
+    before = (tmp_path / "run/metrics.csv").read_bytes()
+    assert call("resume=run").code == 0 and (tmp_path / "run/metrics.csv").read_bytes() == before
+
+
 def test_metrics_csv_has_each_step_once_after_resuming(call, tmp_path):
     """Steps after the checkpoint are written again, not twice."""
     arguments = [*VQGAN, *SHAPES, "logger=csv", "output=run"]

@@ -65,15 +65,17 @@ def test_short_run_validates_at_its_end(call, photos, tmp_path, source):
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["val_check_interval"] == 1000
 
 
-def test_validated_run_is_not_validated_again_at_its_end(call, photos, tmp_path):
-    assert call(*VQGAN, *FOLDER, *SMALL, "trainer.max_steps=3", "trainer.val_check_interval=2").code == 0
-    assert grids(tmp_path) == ["reconstructions_0000002.png"]
+@pytest.mark.parametrize(("steps", "validated"), [(3, [2, 3]), (4, [2, 4])])
+def test_last_step_is_validated_once(call, photos, tmp_path, steps, validated):
+    """Otherwise the steps after the last validation could not become the model that is exported."""
+    assert call(*VQGAN, *FOLDER, *SMALL, f"trainer.max_steps={steps}", "trainer.val_check_interval=2").code == 0
+    assert grids(tmp_path) == [f"reconstructions_{step:07d}.png" for step in validated]
 
 
 def test_validation_interval_can_be_a_fraction_of_an_epoch(call, photos, tmp_path):
     more = ["trainer.max_steps=15", "trainer.val_check_interval=0.5", "data.val_fraction=0.01"]
     assert call(*VQGAN, *FOLDER, *SMALL, *more).code == 0
-    assert grids(tmp_path) == ["reconstructions_0000007.png", "reconstructions_0000014.png"]
+    assert grids(tmp_path) == [f"reconstructions_{step:07d}.png" for step in (7, 14, 15)]
 
 
 def test_only_the_last_grids_are_kept(call, photos, tmp_path):

@@ -299,8 +299,9 @@ def test_ddp_resume_is_bit_identical(sources, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for other processes")
-def test_two_processes_stop_at_the_same_step(sources, tmp_path):
-    """Even if they receive Ctrl-C at different steps."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_processes_stop_at_the_same_step(sources, tmp_path, number):
+    """Even if they receive Ctrl-C or SIGTERM at different steps."""
     arguments = [
         *STAGES["vqgan"],
         *sources["folder"],
@@ -325,7 +326,7 @@ def test_two_processes_stop_at_the_same_step(sources, tmp_path):
     )
     while process.poll() is None and not (tmp_path / "half/checkpoints/last.ckpt").is_file():
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     assert process.wait(timeout=120) == 130
     assert 0 < state(tmp_path / "half")["step"] < 80
     assert command("clipgen-train", *arguments, "output=half", "resume=half", cwd=tmp_path).returncode == 0

@@ -144,6 +144,14 @@ def test_real_images_of_cifar10_are_of_their_class_and_held_out(labeled_shards, 
     assert study.metrics.classes == study.setting.prompts and study.metrics.features.num_classes == 2
 
 
+def test_a_folder_holds_results_of_one_setting(tmp_path):
+    parse = study_script.parser().parse_args
+    study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "5"]))
+    study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "5", "--seeds", "7"]))
+    with pytest.raises(SystemExit, match="holds results computed with steps=5, not 6; choose another output folder"):
+        study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "6"]))
+
+
 def test_best_images_are_the_highest_of_their_candidates():
     class Pipe:
         def encode_text(self, prompts):

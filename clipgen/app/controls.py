@@ -31,7 +31,7 @@ class Controls(NamedTuple):
 
 
 def sampling_slider(name: str, label: str, minimum: float, maximum: float, step: float) -> gr.Slider:
-    """Return the slider of a sampling parameter, with the default and the description of the command line."""
+    """Return the slider of a sampling parameter, with the description of the command line."""
     help = SAMPLING_OPTIONS[name].help
     info = help[:1].upper() + help[1:]
     return gr.Slider(minimum, maximum, getattr(SamplingParams, name), step=step, label=label, info=info)

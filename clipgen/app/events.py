@@ -15,6 +15,7 @@ from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
 from clipgen.generation.sampling_options import SAMPLING_OPTIONS
 from clipgen.generation.streaming import Stopped
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from clipgen.app.generation import Update
@@ -51,15 +52,19 @@ class Handlers:
         return gr.update(choices=self.store.choices())
 
     def load_model(self, name: str) -> Iterator[tuple[Any, ...]]:
-        """Load a model, and yield what the page says about it, and its default sampling parameters."""
-        unchanged = [gr.skip()] * len(SAMPLING_OPTIONS)
-        yield status("Loading the model ..."), *unchanged
+        """Load a model, and yield what the page says about it, and its default sampling parameters once.
+
+        They are set before the model is loaded if they are known by then, so that no request is sampled with others
+        and no later change of the visitor is overwritten.
+        """
         try:
+            known = self.store.params(name)
+            yield status("Loading the model ..."), *slider_values(known)
             pipe = self.store.load(name)
         except Exception as error:
-            yield error_status(error), *unchanged
+            yield error_status(error), *slider_values(None)
         else:
-            yield status(model_facts(pipe)), *(getattr(pipe.params, option) for option in SAMPLING_OPTIONS)
+            yield status(model_facts(pipe)), *slider_values(pipe.params if known is None else None)
 
     # --------------------------------------------------------------------------------------------------- generation
 
@@ -194,6 +199,11 @@ def show_message(text: str) -> tuple[Any, ...]:
 def image_classes(size: int) -> list[str]:
     """Return the CSS classes of images with ``size`` pixels per side."""
     return ["generated", "pixelated"] if size < SMALL_IMAGE else ["generated"]
+
+
+def slider_values(params: SamplingParams | None) -> list[Any]:
+    """Return the values of the sampling sliders; None leaves them as they are."""
+    return [gr.skip() if params is None else getattr(params, name) for name in SAMPLING_OPTIONS]
 
 
 def model_facts(pipe: TextToImage) -> str:

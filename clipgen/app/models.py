@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 from clipgen.app.limits import MAX_MODELS
 from clipgen.bundled import BUNDLED
+from clipgen.generation.default_params import load_params
 from clipgen.hardware.device import default_device
 from clipgen.run_list import OUTPUTS, Run, find_runs, is_class_conditional
+from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from clipgen.pipeline import TextToImage
@@ -87,6 +89,11 @@ class ModelStore:
             return
         known = "one of the list" + (f", or {HUB_PREFIX}OWNER/NAME" if self.allow_hub else "")
         raise ValueError(f"the model must be {known}, got {name[:100]!r}")
+
+    def params(self, name: str) -> SamplingParams | None:
+        """Return the default sampling parameters of a model, or None if it must be downloaded to know them."""
+        self.check(name)
+        return None if name.startswith(HUB_PREFIX) else load_params(BUNDLED.get(name, Path(name)))
 
     def load(self, name: str) -> TextToImage:
         """Return a model, loaded at its first use. Different models are loaded at the same time, each only once.

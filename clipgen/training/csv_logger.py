@@ -7,31 +7,62 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger as LightningCSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
-from clipgen.storage.files import check_size, one_line, read_text
+from clipgen.storage.files import atomic_write, check_size, one_line, read_text
 
 MAX_BYTES = 2**28
+
+
+class KeepingWriter(ExperimentWriter):
+    """Lightning's writer, which would otherwise delete an existing ``metrics.csv`` before anything is logged."""
+
+    def _check_log_dir_exists(self) -> None:
+        """Leave the existing files alone."""
 
 
 class CSVLogger(LightningCSVLogger):
     """Lightning's CSV logger, which would otherwise overwrite ``metrics.csv`` when a run is resumed.
 
-    Keeps the existing rows of all steps before the one at which the run resumes.
+    Keeps the existing rows of all steps before the one at which the run resumes. The file stays as it is until the
+    resumed run logs its first step.
     """
 
     def __init__(self, save_dir: str, name: str = "", version: str = ""):
         super().__init__(save_dir, name, version)
-        path = Path(self.log_dir) / "metrics.csv"
-        self.previous_rows = read_rows(path) if path.is_file() else []
+        self.path = Path(self.log_dir) / "metrics.csv"
+        self.previous_rows = read_rows(self.path) if self.path.is_file() else []
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer of the files."""
+        if self._experiment is None:
+            self._experiment = KeepingWriter(self.log_dir)
+        return self._experiment
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        for row in self.previous_rows:
-            if row["step"] < (step or 0):
-                self.experiment.metrics.append({key: value for key, value in row.items() if value not in ("", None)})
-        self.previous_rows = []
+        if self.previous_rows:
+            kept = [row for row in self.previous_rows if row["step"] < (step or 0)]
+            self.experiment.metrics_keys = write_rows(self.path, kept)
+            self.previous_rows = []
         super().log_metrics(metrics, step)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """Replace a ``metrics.csv``, without the columns that no row uses; return its columns."""
+    columns = sorted({key for row in rows for key, value in row.items() if value not in ("", None)})
+    if not rows:
+        path.unlink()
+        return columns
+    with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return columns
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

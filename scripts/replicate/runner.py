@@ -42,16 +42,22 @@ class Runner(BaseRunner):
         self,
         prompt: str = Input(description="A sentence that describes the image"),
         num_images: int = Input(description="Number of images", default=4, ge=1, le=16),
-        top_k: int = Input(description="Number of most likely codes that are kept", default=300, ge=1),
-        top_p: float = Input(
-            description="Probability of the most likely codes that are kept", default=1.0, ge=0.01, le=1.0
+        top_k: Optional[int] = Input(  # noqa: UP045
+            description="Number of most likely codes that are kept; empty: the model's", default=None, ge=1
         ),
-        temperature: float = Input(
-            description="Divisor of the logits; 0 takes the most likely code", default=1.0, ge=0.0
+        top_p: Optional[float] = Input(  # noqa: UP045
+            description="Probability of the most likely codes that are kept; empty: the model's",
+            default=None,
+            ge=0.01,
+            le=1.0,
         ),
-        guidance_scale: float = Input(
-            description="Classifier-free guidance; 1 disables it, and so must models without condition dropout",
-            default=1.0,
+        temperature: Optional[float] = Input(  # noqa: UP045
+            description="Divisor of the logits; 0 takes the most likely code; empty: the model's", default=None, ge=0.0
+        ),
+        guidance_scale: Optional[float] = Input(  # noqa: UP045
+            description="Classifier-free guidance; 1 disables it, as a model without condition dropout needs; "
+            "empty: the model's",
+            default=None,
             ge=0.0,
         ),
         seed: Optional[int] = Input(description="Seed of the first image; empty: random", default=None, ge=0),  # noqa: UP045
@@ -72,9 +78,10 @@ class Runner(BaseRunner):
             "seed": seed,
             "rerank_from": rerank_from,
         }
+        given = {name: value for name, value in settings.items() if value is not None}
 
         def work(report: Preview) -> list[Image.Image]:
-            return self.pipe(prompt, num_images, preview=report, **settings)
+            return self.pipe(prompt, num_images, preview=report, **given)
 
         folder = Path(tempfile.mkdtemp())
         partial = PartialImages(self.pipe.image_size, self.pipe.side, rerank_from or num_images)

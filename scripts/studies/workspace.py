@@ -156,6 +156,7 @@ class Study:
             "trainer.limit_val_batches=10",
             "image_logger.num_images=1",
             "image_logger.prompts=[]",
+            "image_logger.guidance_scale=1",  # most rows are trained without a null condition
             *(f"model.{setting}" for setting in settings),
             f"model.optimizer.learning_rate={rate}",
             f"model.optimizer.schedule={schedule}",

@@ -182,6 +182,11 @@ class LastCheckpoint(pl.Callback):
         self.stop_requested = True
         self.requeue = self.requeue or number == getattr(signal, "SIGUSR1", None)
 
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Lightning has installed a handler of its own, which stops several processes without a checkpoint.
+        if signal.getsignal(signal.SIGINT) == self.on_signal:
+            signal.signal(signal.SIGTERM, self.on_signal)
+
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.steps_before_batch = trainer.global_step
 

@@ -23,14 +23,20 @@ def validation_due(trainer: pl.Trainer) -> bool:
 
 
 class FinalValidation(pl.Callback):
-    """Validate at the end of a training that was too short for its first validation.
+    """Validate after the last step of a training, unless a validation was due there anyway.
 
-    Every training then has image grids and a ``best.ckpt``.
+    Every training then has image grids, and its last steps can become ``best.ckpt``.
     """
 
+    def __init__(self) -> None:
+        self.validated_step = -1
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validated_step = trainer.global_step
+
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        best: Any = trainer.checkpoint_callback
-        if best is not None and not best.best_model_path and trainer.enable_validation:
+        if trainer.enable_validation and self.validated_step != trainer.global_step:
             run_validation(trainer)
 
 
