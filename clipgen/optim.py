@@ -32,7 +32,8 @@ def make_lr_scheduler(
         optimizer: the optimizer to schedule.
         schedule: ``"constant"`` or ``"cosine"``.
         warmup_steps: steps of linear warm-up.
-        total_steps: steps of the whole training; infinite or unknown (-1) only for ``"constant"``.
+        total_steps: steps of the whole training. Unknown (-1) is allowed for ``"constant"`` only; with infinitely many
+            steps ``"cosine"`` stays at its peak.
         start_step: step of the training at which this optimizer takes its first step.
     """
     if schedule != "constant" and total_steps < 0:  # Lightning returns -1 for epochs of a stream

@@ -397,16 +397,7 @@ def check_parts(root: Path) -> None:
     """Raise FileExistsError if saving a pipeline would remove a folder that is not one of its parts."""
     check_clip_folder(root / "clip")
     for name in ("vqgan", "transformer"):
-        folder = root / name
-        if folder.exists() and not is_model_folder(folder):
-            raise FileExistsError(
-                f"{folder} exists and is more than a model folder: move it away, or name another place"
-            )
-
-
-def is_model_folder(folder: Path) -> bool:
-    """Return whether a folder holds the files of a model folder and no others."""
-    return folder.is_dir() and {entry.name for entry in folder.iterdir()} <= set(model_folder.FILES)
+        model_folder.check_replaceable(root / name)
 
 
 def copy_user_card(source: Path, target: Path) -> bool:

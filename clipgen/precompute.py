@@ -38,7 +38,6 @@ from clipgen.hashing import hash_lines
 from clipgen.storage.atomic_folder import clear_leftovers
 from clipgen.storage.links import refuse_links
 from clipgen.storage.resumable_store import ResumableStore
-from clipgen.tokenizer_identity import saved_identity as saved_identity
 from clipgen.tokenizer_identity import vqgan_identity
 from clipgen.vqgan import VQGAN
 

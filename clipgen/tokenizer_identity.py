@@ -41,10 +41,12 @@ def vqgan_identity(vqgan: VQGAN) -> str:
 def saved_identity(path: str | Path) -> str:
     """Return the ``vqgan_identity`` of a file or folder, without building the network."""
     arguments, state = model_folder.load(path, "VQGAN")
-    prefix = next((p for p in ("ema.module.", "autoencoder.") if any(k.startswith(p) for k in state)), "")
-    return identity(
-        arguments, {k: v for k, v in strip_prefix(prefix, state).items() if not k.startswith(OPTIONAL_PARTS)}
-    )
+    prefix = ""
+    for candidate in ("autoencoder.", "ema.module."):  # the EMA weights take precedence
+        if any(name.startswith(candidate) for name in state):
+            prefix = candidate
+    tokenizer = strip_prefix(prefix, state)
+    return identity(arguments, {k: v for k, v in tokenizer.items() if not k.startswith(OPTIONAL_PARTS)})
 
 
 def identity(arguments: Mapping[str, Any], state: State) -> str:

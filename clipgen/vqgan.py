@@ -60,9 +60,9 @@ class VQGAN(PretrainedModule, pl.LightningModule):
     """VQ-GAN (arXiv:2012.09841), stage 1 of CLIP-GEN.
 
     The loss is reconstruction + codebook + commitment (Eq. 4) + perceptual + adversarial (Eq. 5) loss. The adversarial
-    loss has VQ-GAN's adaptive weight times ``gan.weight``, where CLIP-GEN prints weight 1 (Eq. 7), unless
-    ``gan.adaptive`` is False. Images are
-    (B, 3, H, W) in [-1, 1], with sides divisible by f = ``downsampling``. Training batches are ``{"images": images}``.
+    loss is weighted by ``gan.weight`` times VQ-GAN's adaptive weight (its Eq. 7), or by ``gan.weight`` alone if
+    ``gan.adaptive`` is False; CLIP-GEN prints weight 1 (its Eq. 7). Images are (B, 3, H, W) in [-1, 1], with sides
+    divisible by f = ``downsampling``. Training batches are ``{"images": images}``.
 
     Args:
         autoencoder: sizes of encoder and decoder, see ``AutoencoderConfig``.
@@ -74,7 +74,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         compile: use torch.compile in training; "auto" on a GPU only.
         channels_last: NHWC memory format of images and weights.
 
-    Each may be a dataclass or a mapping of its fields; None uses the defaults, which are the published ones.
+    The first five may be dataclasses or mappings of their fields; None uses the defaults, which are the published ones.
     """
 
     counts: Tensor
@@ -384,7 +384,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         logits_real = self.discriminator(images)
         loss = losses.discriminator_loss(logits_real, logits_fake, self.gan_config.loss)
         logged = {"discriminator_loss": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
-        self.log_dict(add_prefix("train/", detached(logged)))
+        self.log_dict(add_prefix("train/", detach_all(logged)))
         self.guard.record({"discriminator_loss": loss})
         if self.lecam is not None:
             lecam_loss = self.gan_config.lecam_weight * self.lecam(logits_real, logits_fake)
@@ -414,7 +414,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             self.ema.update_parameters(self.autoencoder)
 
     def _log_losses(self, loss_terms: dict[str, Tensor], quantized: QuantizerOutput) -> None:
-        terms = detached(loss_terms)
+        terms = detach_all(loss_terms)
         self.log_dict(add_prefix("train/", terms))
         adversarial_loss = terms.pop("adaptive_weight", 0.0) * terms.pop("generator_loss", 0.0)
         self.log("train/loss", torch.stack(list(terms.values())).sum() + adversarial_loss)
@@ -600,6 +600,6 @@ def as_list(one_or_more: Any) -> list[Any]:
     return list(one_or_more) if isinstance(one_or_more, list) else [one_or_more]
 
 
-def detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def detach_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return values by name, without their graphs."""
     return {name: value.detach() for name, value in values.items()}

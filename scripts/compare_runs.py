@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from clipgen.images import save_png
 from clipgen.storage.files import user_path
-from clipgen.visualization import GAP, font_for
+from clipgen.visualization import GAP, font_for, to_image
 
 Curve = list[tuple[int, float]]  # step, value
 RunCurves = dict[str, dict[str, Curve]]  # run -> metric -> curve
@@ -63,9 +62,7 @@ def plot(runs: RunCurves, metrics: list[str]) -> Image.Image:
             panel.plot(*zip(*curves[metric]), label=name, marker=".")
         panel.set(title=full_name(metric), xlabel="step")
         panel.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    return to_image(figure)
 
 
 def with_grids(chart: Image.Image, grids: dict[str, Image.Image]) -> Image.Image:

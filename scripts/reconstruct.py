@@ -10,11 +10,10 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from clipgen import VQGAN
 from clipgen.evaluation.sources import open_dataset
-from clipgen.images import save_png, to_pil
+from clipgen.images import psnr, save_png, to_pil
 from clipgen.storage.files import user_path
 from clipgen.visualization import grid
 
@@ -36,11 +35,6 @@ def parser() -> argparse.ArgumentParser:
         "--output", type=user_path, default=Path("reconstructions.png"), help="PNG file (default: %(default)s)"
     )
     return p
-
-
-def psnr(images: Tensor, reconstruction: Tensor) -> Tensor:
-    """Return the PSNR (B,) of images (B, 3, H, W) in [-1, 1], in dB."""
-    return 10 * (4 / (reconstruction - images).square().mean(dim=(1, 2, 3))).log10()
 
 
 @torch.no_grad()

@@ -404,8 +404,8 @@ def test_sampling_parameters_of_the_model_are_the_defaults(call, runs, tmp_path)
     run = shutil.copytree(runs[1], tmp_path / "run")
     assert json.loads((run / "sampling.json").read_text())["top_k"] == 300
     (run / "sampling.json").write_text('{"top_k": 7, "top_p": 0.5}')
-    for name, given, expected in (("a", [], 7), ("b", ["--top-k", 3], 3), ("c", ["--sweep", "top_k=9"], 9)):
-        result = call(*ONE, "--checkpoint", run, "--output", name, *given)
+    for name, options, expected in (("a", [], 7), ("b", ["--top-k", 3], 3), ("c", ["--sweep", "top_k=9"], 9)):
+        result = call(*ONE, "--checkpoint", run, "--output", name, *options)
         assert result.code == 0, result.stderr
         info = Image.open(next((tmp_path / name).glob("00_*.png"))).text
         assert json.loads(info["top_k"]) == expected and json.loads(info["top_p"]) == 0.5

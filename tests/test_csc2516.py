@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from gan_states import deep_state
 
 from clipgen.baselines import search
-from clipgen.baselines.csc2516 import Protocol, PublishedCLIPInput, keras_names, prepare_caption, ranking_caption
+from clipgen.baselines.csc2516 import PublishedCLIPInput, SearchProtocol, keras_names, prepare_caption, ranking_caption
 from clipgen.baselines.gan_files import load_gan_file
 from clipgen.clip import FrozenCLIP
 
@@ -22,7 +22,7 @@ def clip() -> FrozenCLIP:
 
 
 def test_constants_are_those_of_the_public_code():
-    protocol = Protocol(truncation=0.4)
+    protocol = SearchProtocol(truncation=0.4)
     assert (protocol.num_images, protocol.template) == (100, "An image of {label}")
     assert protocol.threshold == 0.2841796875 and list(protocol.seeds) == [42, 43, 44]
     assert search.PAPER_KS == (1, 10, 20, 50, 100, 1000)
@@ -70,20 +70,20 @@ def test_truncation_is_the_papers_for_biggan_deep_alone(tmp_path):
     torch.save(deep_state(), tmp_path / "deep.bin")
     generator = load_gan_file(f"biggan:{tmp_path / 'deep.bin'}", class_names=list("abcde"))
     settings = {"own_class_names": True}
-    assert not any("truncation" in phrase for phrase in Protocol(0.4, **settings).deviations(generator, True))
-    assert "truncation is None instead of 0.4" in Protocol(None, **settings).deviations(generator, True)
+    assert not any("truncation" in phrase for phrase in SearchProtocol(0.4, **settings).deviations(generator, True))
+    assert "truncation is None instead of 0.4" in SearchProtocol(None, **settings).deviations(generator, True)
     other = SimpleNamespace(model=None)
-    assert not any("truncation" in phrase for phrase in Protocol(None, **settings).deviations(other, True))
+    assert not any("truncation" in phrase for phrase in SearchProtocol(None, **settings).deviations(other, True))
 
 
 def test_every_departure_is_stated():
-    protocol = Protocol(None, "a {label}", 5, (1,), None, "normalized", True, True)
+    protocol = SearchProtocol(None, "a {label}", 5, (1,), None, "normalized", True, True)
     phrases = " ".join(protocol.deviations(SimpleNamespace(model=None), True))
     for words in ("template is a {label}", "num_images is 5 instead of 100", "seeds are [1] instead of [42, 43, 44]"):
         assert words in phrases
     for words in ("threshold is None", "another scale", "one caption per image", "class names are given"):
         assert words in phrases
-    assert "one caption per image" in " ".join(Protocol(None).deviations(SimpleNamespace(model=None), False))
+    assert "one caption per image" in " ".join(SearchProtocol(None).deviations(SimpleNamespace(model=None), False))
 
 
 def test_command_writes_the_tables_with_the_deviations(call, tmp_path):

@@ -28,6 +28,7 @@ from clipgen.data.webdataset import shard_data
 from clipgen.hardware.device import default_device
 from clipgen.hardware.ranks import rank_and_world_size
 from clipgen.images import to_pil
+from clipgen.tokenizer_identity import saved_identity
 from clipgen.training.resume import refuse_other_runs
 
 SOURCE = {"source": {"what": "shapes"}}
@@ -268,10 +269,10 @@ def test_training_does_not_replace_the_models_of_a_cache(cache):
 def test_model_identity_depends_only_on_the_weights(tmp_path, tiny_vqgan, fit):
     """Whichever file holds them."""
     identity = precompute.vqgan_identity(tiny_vqgan)
-    assert precompute.saved_identity(tiny_vqgan.save(tmp_path / "folder", training=True)) == identity
+    assert saved_identity(tiny_vqgan.save(tmp_path / "folder", training=True)) == identity
     averaged = make_vqgan(**VQGAN_SIZES, ema_decay=0.5)
     fit(averaged, 2, batch=4).save_checkpoint(tmp_path / "last.ckpt")
-    saved = precompute.saved_identity(tmp_path / "last.ckpt")
+    saved = saved_identity(tmp_path / "last.ckpt")
     assert saved == precompute.vqgan_identity(averaged.eval()) != identity
     assert precompute.clip_identity("ViT-B-32-quickgelu", "openai") == "ViT-B-32-quickgelu openai"
     assert re.fullmatch("[0-9a-f]{16}", precompute.clip_identity("shapes", None))

@@ -1,4 +1,4 @@
-"""Read the request of a visitor: prompt, number of images, sampling parameters."""
+"""The request of a visitor: prompts, number of images and sampling parameters, checked and passed to the pipeline."""
 
 from __future__ import annotations
 
@@ -113,7 +113,11 @@ def random_seed() -> int:
 
 def check_length(prompt: Prompt) -> None:
     """Raise ValueError if a text, or a text of a mixture, is too long."""
-    texts = [prompt] if isinstance(prompt, str) else prompt if isinstance(prompt, dict) else []
+    texts: list[str] = []
+    if isinstance(prompt, str):
+        texts = [prompt]
+    elif isinstance(prompt, dict):
+        texts = list(prompt)
     for text in texts:
         if len(text) > MAX_PROMPT_LENGTH:
             raise ValueError(f"a prompt must have at most {MAX_PROMPT_LENGTH} characters, got {len(text)}")

@@ -118,7 +118,7 @@ class DeepConditionalNorm(StatisticsTable):
         self.eps = eps
 
     def forward(self, x: Tensor, condition: Tensor, truncation: float) -> Tensor:
-        """(B, C, H, W), (B, D) -> (B, C, H, W)."""
+        """Normalize, then scale and shift by the condition: (B, C, H, W), (B, D) -> (B, C, H, W)."""
         x = self.normalize(x, truncation, self.eps)
         return affine(x, 1 + self.gain(condition), self.bias(condition))
 
@@ -138,7 +138,7 @@ class DeepFixedNorm(StatisticsTable):
         self.eps = eps
 
     def forward(self, x: Tensor, truncation: float) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Normalize, scale and shift: (B, C, H, W) -> (B, C, H, W)."""
         return affine(self.normalize(x, truncation, self.eps), self.weight[None], self.bias[None])
 
 
@@ -151,7 +151,7 @@ class DeepBlock(nn.Module):
         condition_dim: width of the condition.
         rows: number of truncations of the statistics.
         doubles: double the resolution.
-        eps: of the norms.
+        eps: epsilon of the norms.
     """
 
     def __init__(self, channels_in: int, channels_out: int, condition_dim: int, rows: int, doubles: bool, eps: float):
@@ -166,7 +166,7 @@ class DeepBlock(nn.Module):
         self.channels_out, self.doubles = channels_out, doubles
 
     def forward(self, x: Tensor, condition: Tensor, truncation: float) -> Tensor:
-        """(B, C, H, W), (B, D) -> (B, C', H, W), or twice as high and wide."""
+        """Apply the block: (B, C, H, W), (B, D) -> (B, C', H, W), or (B, C', 2H, 2W) if it doubles."""
         h = x
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs)):
             h = norm(h, condition, truncation).relu()
@@ -188,7 +188,7 @@ class BigGANDeep(nn.Module):
         attention_before: blocks before which self-attention stands, counted from 0.
         rgb_channels: output channels of the last convolution, of which three are used.
         rows: number of truncations of the statistics.
-        eps: of the norms.
+        eps: epsilon of the norms.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class BigGAN(nn.Module):
         class_dim: width of the class embedding, which all blocks share.
         channels: channels of the first map and after each block, which doubles the resolution.
         attention_after: blocks that self-attention follows, counted from 0.
-        eps: of the norms.
+        eps: epsilon of the norms.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class LayeredGenerator(Protocol):
     num_classes: int
 
     def generate(self, noise: Tensor, class_weights: Tensor, truncation: float = 1.0) -> Tensor:
-        """(B, num_layers, layer_noise_dim), (B, num_layers, num_classes) -> (B, 3, H, W) in [-1, 1]."""
+        """Map noise (B, num_layers, layer_noise_dim) and classes (B, num_layers, num_classes) to images in [-1, 1]."""
         ...
 
 

@@ -22,7 +22,7 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.class_names import name_list
 from clipgen.hashing import hashed_seed
 
-__all__ = ["CLIP_INPUTS", "Protocol", "PublishedCLIPInput", "keras_names", "prepare_caption", "ranking_caption"]
+__all__ = ["CLIP_INPUTS", "PublishedCLIPInput", "SearchProtocol", "keras_names", "prepare_caption", "ranking_caption"]
 
 TRUNCATION = 0.4  # for BigGAN-deep; SAGAN's noise is not truncated
 THRESHOLD = 0.2841796875  # mean score of real training images and captions, in the published scale
@@ -67,7 +67,7 @@ class PublishedCLIPInput:
 
 
 @dataclass
-class Protocol:
+class SearchProtocol:
     """The settings of a run.
 
     Args:
@@ -99,7 +99,7 @@ class Protocol:
             has_several_captions: whether the images have several captions each.
         """
         phrases = list(ALWAYS)
-        published = Protocol(published_truncation(generator))
+        published = SearchProtocol(published_truncation(generator))
         for name in ("truncation", "template", "num_images", "threshold"):
             value, wanted = getattr(self, name), getattr(published, name)
             if value != wanted:

@@ -54,7 +54,7 @@ def load_gan_file(
         noise_dim: dimension of the noise that is expected; None: as in the file.
         class_names: names of the classes; None: ImageNet's, if there are a thousand classes.
         device: device of the generator.
-        truncation: of ``FileGenerator``.
+        truncation: see ``FileGenerator``.
 
     Raises:
         FileNotFoundError: the file does not exist.

@@ -97,7 +97,7 @@ class ResidualBlock(nn.Module):
         channels_in: channels of the input.
         channels_out: channels of the output.
         condition_dim: width of the condition of both norms.
-        eps: of the norms.
+        eps: epsilon of the norms.
     """
 
     def __init__(self, channels_in: int, channels_out: int, condition_dim: int, eps: float):
@@ -109,7 +109,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, C, H, W), (B, D) -> (B, C', 2H, 2W)."""
+        """Apply the block: (B, C, H, W), (B, D) -> (B, C', 2H, 2W)."""
         h = self.conv1(upsample(self.norm1(x, condition).relu()))
         h = self.conv2(self.norm2(h, condition).relu())
         return h + self.shortcut(upsample(x))

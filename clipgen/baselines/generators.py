@@ -165,13 +165,10 @@ def with_metadata(
     """Wrap a function as a generator; arguments that are None are taken from the function's attributes."""
     noise_dim = noise_dim or getattr(function, "noise_dim", None)
     class_names = class_names or getattr(function, "class_names", None)
-    missing = []
     if not noise_dim:
-        missing.append("noise_dim")
+        raise ValueError(f"noise_dim must be given for {name}, which has no such attribute")
     if not class_names:
-        missing.append("class_names")
-    if not noise_dim or not class_names:
-        raise ValueError(f"{name} has no attribute {' and '.join(missing)}; pass it explicitly")
+        raise ValueError(f"class_names must be given for {name}, which has no such attribute")
     return ExternalGenerator(function, name, int(noise_dim), class_names, device)
 
 

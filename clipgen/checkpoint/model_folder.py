@@ -31,7 +31,7 @@ from clipgen.checkpoint.safe_load import (
 )
 from clipgen.checkpoint.verified_build import build, named_load_errors
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
-from clipgen.storage.files import one_line, read_json
+from clipgen.storage.files import check_size, one_line, read_json
 from clipgen.storage.links import check_inside
 
 __all__ = ["build", "named_load_errors"]  # for the models, which know files by this module
@@ -77,8 +77,7 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         FileExistsError: the path holds something other than a model folder.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= set(FILES)):
-        raise FileExistsError(f"{path} exists and is more than a model folder: move it away, or name another place")
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, tensor in state.items():
@@ -90,6 +89,12 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / "model.safetensors").write_bytes(save(tensors))
     return path
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise FileExistsError if a path holds something other than a model folder."""
+    if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= set(FILES)):
+        raise FileExistsError(f"{path} exists and is more than a model folder: move it away, or name another place")
 
 
 def resolve_path(path_or_name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -193,8 +198,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    if path.stat().st_size > MAX_CONFIG:
-        raise ValueError(f"{path} is damaged: a configuration must have at most {MAX_CONFIG} bytes")
+    check_size(path, MAX_CONFIG)
     config = read_json(path, "model", "arguments")
     for key, expected in (("model", str), ("arguments", dict)):
         if not isinstance(config[key], expected):

@@ -41,7 +41,7 @@ class PretrainedModule(PretrainedMixin):
     def load(cls, path: str | Path, *, revision: str | None = None, token: str | None = None) -> Self:
         """Load a trained model of this class, in evaluation mode.
 
-        Files that its configuration names for training are not read, because its maker has chosen them.
+        Settings for training that name other files or models are ignored, because the file may be untrusted.
 
         Args:
             path: a model folder, a run folder or a checkpoint of this stage; ``"shapes"`` (bundled); or

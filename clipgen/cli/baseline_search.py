@@ -12,7 +12,7 @@ from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
-    from clipgen.baselines.csc2516 import Protocol
+    from clipgen.baselines.csc2516 import SearchProtocol
     from clipgen.baselines.search import ScoringCLIP, SearchResult, SearchRow
 
 PROTOCOLS = ("csc2516",)
@@ -215,9 +215,9 @@ def run_protocol(args: argparse.Namespace, generator: Any, clip: Any) -> None:
     write_table(rows, args, protocol.deviations(generator, several))
 
 
-def resolve_protocol(args: argparse.Namespace, generator: Any) -> Protocol:
+def resolve_protocol(args: argparse.Namespace, generator: Any) -> SearchProtocol:
     """Return the settings of the protocol, and apply truncation and class names to the generator."""
-    from clipgen.baselines.csc2516 import Protocol, keras_names, published_truncation
+    from clipgen.baselines.csc2516 import SearchProtocol, keras_names, published_truncation
     from clipgen.baselines.search import PAPER_TEMPLATE
 
     if args.truncation is None:
@@ -227,7 +227,7 @@ def resolve_protocol(args: argparse.Namespace, generator: Any) -> Protocol:
     use_published_names = args.class_names is None and len(generator.class_names) == len(names)
     if use_published_names:
         generator.class_names = names
-    protocol = Protocol(
+    protocol = SearchProtocol(
         truncation=args.truncation,
         template=args.template or PAPER_TEMPLATE,
         num_images=args.num_images,

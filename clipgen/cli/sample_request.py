@@ -203,9 +203,9 @@ def read_text_prompts(args: Namespace) -> list[NamedPrompt]:
 
 def add_gallery(request: SampleRequest, gallery: Gallery) -> None:
     """Add the prompts, settings and heading of a gallery to a request."""
-    given = request.sweep[0]
+    options = request.sweep[0]
     request.prompts += [NamedPrompt(prompt.label, prompt.text) for prompt in gallery.prompts]
-    request.sweep = [given | setting for setting in gallery.settings] or [given]
+    request.sweep = [options | setting for setting in gallery.settings] or [options]
     request.heading = [gallery.title, gallery.source]
     if gallery.settings:
         # The captions below the images name the settings, not the prompt.

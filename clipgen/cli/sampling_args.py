@@ -29,6 +29,6 @@ def sampling_options(args: Namespace) -> dict[str, Any]:
         ValueError: a value is out of range.
     """
     values = {name: getattr(args, name) for name in SAMPLING_OPTIONS}
-    given = {name: value for name, value in values.items() if value is not None}
-    SamplingParams(**given)
-    return given
+    options = {name: value for name, value in values.items() if value is not None}
+    SamplingParams(**options)
+    return options

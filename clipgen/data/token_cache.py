@@ -26,7 +26,7 @@ from clipgen.checkpoint.model_folder import codebook_rows
 from clipgen.data.datamodule import make_loader
 from clipgen.data.handover import from_first_process
 from clipgen.data.samplers import ResumableSampler, ValidationSampler
-from clipgen.storage.files import atomic_write, one_line, read_json
+from clipgen.storage.files import atomic_write, check_size, one_line, read_json
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
@@ -76,12 +76,8 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no token cache in {root}: there is no {MANIFEST}; make one with `clipgen-encode output={root}`"
         )
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ValueError(f"{path} is damaged: a manifest must have at most {MAX_MANIFEST_BYTES} bytes")
-    try:
-        manifest = read_json(path)
-    except RecursionError as error:
-        raise ValueError(f"{path} is damaged: it is nested too deeply") from error
+    check_size(path, MAX_MANIFEST_BYTES)
+    manifest = read_json(path)
     if "images" not in manifest:
         raise ValueError(f"the token cache {root} is not complete; run the same clipgen-encode command to resume it")
     check_manifest(manifest, path)

@@ -11,7 +11,8 @@ from clipgen.data.shapes import ALL_ATTRIBUTES, BACKGROUNDS, COLORS, RADII, SHAP
 FILLERS = {"a", "on", "background", "and", "an", "the"}
 SHAPES_WORDS = {*FILLERS, *RADII, *COLORS, *SHAPES, *BACKGROUNDS}
 ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": RADII}
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")  # of CIFAR-10
+# The classes of CIFAR-10.
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 KNOWN = {
     "shapes": (
         f"This model generates images of 32 x 32 pixels from texts such as {str(ALL_ATTRIBUTES[0])!r}. It has seen the "

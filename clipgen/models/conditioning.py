@@ -1,4 +1,4 @@
-"""Conditioner: what embeds images and texts for the transformer; and noise on its embeddings.
+"""The interface of models that embed images and texts for the transformer, and noise on their embeddings.
 
 A batch holds one condition per sample under the key ``condition``: an embedding (B, E) of unit norm, or a one-hot class
 (B, num_classes). ``ConditionalGPT2.condition_tokens`` projects it to one condition token per sample, which is the first

@@ -11,8 +11,9 @@ import pytorch_lightning as pl
 from clipgen.data.token_cache import class_names, read_manifest
 from clipgen.frozen_models import load_clip
 from clipgen.models.config import model_settings
-from clipgen.precompute import clip_identity, saved_identity
+from clipgen.precompute import clip_identity
 from clipgen.storage.files import read_json
+from clipgen.tokenizer_identity import saved_identity
 from clipgen.training.config import TrainingConfig
 from clipgen.training.instantiate import find_target, instantiate
 from clipgen.type_checks import check_values, parameter_hints

@@ -78,10 +78,10 @@ class Runner(BaseRunner):
             "seed": seed,
             "rerank_from": rerank_from,
         }
-        given = {name: value for name, value in settings.items() if value is not None}
+        chosen = {name: value for name, value in settings.items() if value is not None}
 
         def work(report: Preview) -> list[Image.Image]:
-            return self.pipe(prompt, num_images, preview=report, **given)
+            return self.pipe(prompt, num_images, preview=report, **chosen)
 
         folder = Path(tempfile.mkdtemp())
         partial = PartialImages(self.pipe.image_size, self.pipe.side, rerank_from or num_images)

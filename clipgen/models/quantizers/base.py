@@ -9,6 +9,8 @@ from torch import Tensor
 
 from clipgen.models.config import QuantizerConfig
 
+MAX_BITS = 30  # largest number of bits of an index
+
 
 class QuantizerOutput(NamedTuple):
     """Result of quantizing a batch of latents."""

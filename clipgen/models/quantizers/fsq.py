@@ -10,9 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from clipgen.models.config import QuantizerConfig
-from clipgen.models.quantizers.base import QuantizerOutput
-
-MAX_BITS = 30  # largest number of bits of an index
+from clipgen.models.quantizers.base import MAX_BITS, QuantizerOutput
 
 
 class FSQ(nn.Module):

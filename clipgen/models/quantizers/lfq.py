@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from clipgen.models.config import QuantizerConfig
-from clipgen.models.quantizers.base import QuantizerOutput
+from clipgen.models.quantizers.base import MAX_BITS, QuantizerOutput
 
 
 class LFQ(nn.Module):
@@ -26,9 +26,10 @@ class LFQ(nn.Module):
 
     def __init__(self, codebook_dim: int, diversity: float = 1.0, inverse_temperature: float = 100.0):
         super().__init__()
-        # More codes than this would fill the memory.
-        if not 1 <= codebook_dim <= 1000:
-            raise ValueError(f"quantizer.codebook_dim must be in [1, 1000] for quantizer 'lfq', got {codebook_dim}")
+        if not 1 <= codebook_dim <= MAX_BITS:
+            raise ValueError(
+                f"quantizer.codebook_dim must be in [1, {MAX_BITS}] for quantizer 'lfq', got {codebook_dim}"
+            )
         self.codebook_size = 2**codebook_dim
         self.diversity = diversity
         self.inverse_temperature = inverse_temperature

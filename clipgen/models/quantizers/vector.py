@@ -32,7 +32,8 @@ class VectorQuantizer(nn.Module):
 
     With ``codebook_ema_decay`` above 0 the codes are not trained by a gradient: each batch moves a code by
     ``1 - codebook_ema_decay`` of the way to the mean of its latents (mini-batch k-means), and there is no
-    ``codebook_loss``. With ``dead_code_reset_after`` above 0 the first training batch initializes the whole codebook.
+    ``codebook_loss``. With ``dead_code_reset_after`` above 0 the first training batch resets all codes that it
+    does not use, nearly all of a new codebook.
 
     Args:
         codebook_size: K.
@@ -65,7 +66,7 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         self.embedding.weight.requires_grad_(codebook_ema_decay == 0)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)
-        # All codes start one batch before their reset, so that the first batch initializes them.
+        # All codes start one batch before their reset, so that the first batch resets those that it does not use.
         initial = max(dead_code_reset_after, 1) - 1
         self.register_buffer("batches_since_use", torch.full((codebook_size,), initial))
 
