@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public names, each imported at its first use: `import clipgen` loads no torch.
+# Public names, each imported at its first use: ``import clipgen`` loads no torch.
 _HOME = {
     "FrozenCLIP": "clipgen.clip",
     "VQGAN": "clipgen.vqgan",

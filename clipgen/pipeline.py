@@ -38,7 +38,7 @@ from clipgen.vqgan import VQGAN
 
 PROJECTOR = "projector.safetensors"
 CARD = "README.md"
-# What `save` may replace in a folder; other files stay.
+# What ``save`` may replace in a folder; other files stay.
 ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR, default_params.FILE, TRAINING, CARD, SAMPLES)
 
 

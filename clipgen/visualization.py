@@ -91,7 +91,7 @@ def wrap(text: str, width: int, font: Any) -> list[str]:
     """Break a text into lines of at most ``width`` pixels; words that are wider are broken, too."""
     lines: list[str] = []
     for word in text.split():
-        # A word longer than `width` characters is certainly too wide, and measuring a very long word takes long.
+        # A word longer than ``width`` characters is certainly too wide, and measuring a very long word takes long.
         fits = bool(lines) and len(word) <= width and font.getlength(f"{lines[-1]} {word}") <= width
         if fits:
             lines[-1] += f" {word}"

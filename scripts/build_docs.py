@@ -1,7 +1,7 @@
-"""Build the documentation site from the pages of `.github` and the docstrings, into `.github/site`.
+"""Build the documentation site from the pages of ``.github`` and the docstrings, into ``.github/site``.
 
 The pages are written for GitHub, where they link to files all over the repository. They are copied to one folder first,
-with links that work on the site. Needs the extra `docs` (Python 3.11 or newer).
+with links that work on the site. Needs the extra ``docs`` (Python 3.11 or newer).
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python -m clipgen make_shards CIFAR10 --output data/cifar10
 
 writes train-000000.tar, ... and val-000000.tar, ... of JPEG files, in a random order that depends only on the input. A
-fraction of a folder is held out for validation, the same images that `data=folder` would hold out. A torchvision
-dataset has its own test split, and labels: these become `.cls` files, and their names classes.json. Unusable files are
-skipped with a warning. Shards are moved to the output folder when all of them are complete, and the same input gives
-the same bytes.
+fraction of a folder is held out for validation, the same images that ``data=folder`` would hold out. A torchvision
+dataset has its own test split, and labels: these become ``.cls`` files, and their names classes.json. Unusable files
+are skipped with a warning. Shards are moved to the output folder when all of them are complete, and the same input
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def require_new(output: Path) -> None:
 
 
 def from_folder(root: Path, args: argparse.Namespace) -> dict[str, Samples]:
-    """Encode the usable images of a folder, split as `data=folder` does."""
+    """Encode the usable images of a folder, split as ``data=folder`` does."""
     skip_counter = SkipCounter(str(root))
     train, val = split_files(scan_folder(root, skip_counter), args.val_fraction)
     to_bytes = partial(to_jpeg, image_size=args.image_size, quality=args.quality)
@@ -127,7 +127,7 @@ def encode_file(skip_counter: SkipCounter, encode: Callable[[Image.Image], bytes
 
 
 def to_jpeg(image: Image.Image, image_size: int | None, quality: int) -> bytes:
-    """Encode an RGB image without chroma subsampling, resized to the short side `image_size` if it is larger."""
+    """Encode an RGB image without chroma subsampling, resized to the short side ``image_size`` if it is larger."""
     if image_size and min(image.size) > image_size:
         image = ImageOps.cover(image, (image_size, image_size), Image.Resampling.BICUBIC)
     if max(image.size) > MAX_JPEG_SIDE:
@@ -160,7 +160,7 @@ def load_split(make: Callable[..., Any], root: Path, is_train: bool) -> Any:
     if "train" in parameters:
         return make(train=is_train, **options)
     if is_train:
-        # The default of `split`, if there is one, is the training split.
+        # The default of ``split``, if there is one, is the training split.
         return make(**options)
     if "split" not in parameters:
         return None

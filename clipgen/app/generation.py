@@ -61,7 +61,7 @@ def serve_request(
     """
     start = time.monotonic()
     yield Update(status("Waiting for the model ..."))
-    # The page must not wait for the end of the work. Until then `ModelStore.generating` keeps others from the pipeline.
+    # The page must not wait for the end of the work. Until then ``ModelStore.generating`` keeps others away.
     for message in stream(lambda report: work(store, request, report), stopped, join=False):
         if message.kind == "result":
             seconds = time.monotonic() - start
@@ -83,7 +83,7 @@ def work(store: ModelStore, request: ImageRequest, report: Report) -> list[Image
         report(partial.update(images))
 
     while not store.generating.acquire(timeout=WAITING_INTERVAL):
-        # Raises `Stopped` if the visitor does not want to wait any longer.
+        # Raises ``Stopped`` if the visitor does not want to wait any longer.
         report("Waiting for other visitors ...")
     try:
         return request.generate(pipe, preview)

@@ -140,7 +140,7 @@ def optimize(
         views = augment(latents.images(), latents.generators, augmentation)
         distance = great_circle(clip.encode_image(views), target.repeat_interleave(cutouts, dim=0))
         loss = rearrange(distance, "(b n) -> b n", n=cutouts).mean(dim=1)  # (B,)
-        # Not `backward`, which would also compute gradients of the models' weights.
+        # Not ``backward``, which would also compute gradients of the models' weights.
         (latents.z.grad,) = torch.autograd.grad(loss.sum(), latents.z)
         optimizer.step()
         latents.clamp_()

@@ -113,7 +113,7 @@ def give_up_stdout(error: OSError) -> None:
     """Discard further output, and warn unless the reader has closed the pipe (``| head -1``)."""
     if not isinstance(error, BrokenPipeError):
         logger.warning("the output of this command cannot be written: %s", error_line(error))
-    # Replace the descriptor rather than `sys.stdout`, because Python flushes the original stream at exit.
+    # Replace the descriptor rather than ``sys.stdout``, because Python flushes the original stream at exit.
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

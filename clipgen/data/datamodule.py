@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 class ImageDataModule(pl.LightningDataModule):
     """Batches {"images": (B, 3, H, W) in [-1, 1]} from a training and a validation dataset, map-style or iterable.
 
-    Training batches are shuffled and full. The order of a map-style dataset is a function of `seed` and step alone, so
-    a resumed run gets the same batches as an uninterrupted one. The datasets are usually `ImageSource`s, but training
-    and validation accept any torch dataset with such samples.
+    Training batches are shuffled and full. The order of a map-style dataset is a function of ``seed`` and step alone,
+    so a resumed run gets the same batches as an uninterrupted one. The datasets are usually ``ImageSource``s, but
+    training and validation accept any torch dataset with such samples.
 
     Args:
         train: training dataset. If it is iterable, it shuffles and splits itself between ranks and workers.

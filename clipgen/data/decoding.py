@@ -48,7 +48,7 @@ class UnusableImageError(ValueError):
     """An image that training has to skip.
 
     Attributes:
-        reason: "truncated", "empty", "not an image", "too large" or another of the reasons that `SkipCounter` counts.
+        reason: "truncated", "empty", "not an image", "too large" or another of the reasons that ``SkipCounter`` counts.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -65,12 +65,12 @@ def decode_image(source: Path | bytes, image_size: int | None = None) -> Image.I
     Args:
         source: path or content of a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.
         image_size: size to which the image will be resized. A JPEG of at least four times this size is then decoded at
-            a half, quarter or eighth of its size, but at least twice `image_size`: 12 megapixels take a third of the
+            a half, quarter or eighth of its size, but at least twice ``image_size``: 12 megapixels take a third of the
             time.
 
     Raises:
         UnusableImageError: the source is empty, truncated, corrupt, not an image, or of a format without a decoder,
-            or it has more than `MAX_PIXELS` pixels according to its header.
+            or it has more than ``MAX_PIXELS`` pixels according to its header.
     """
     with _opened(source) as image:
         coefficient_bytes = _coefficient_bytes(image)
@@ -86,7 +86,7 @@ def decode_image(source: Path | bytes, image_size: int | None = None) -> Image.I
 
 
 def check_header(source: Path | bytes) -> None:
-    """Raise the errors of `decode_image` that the first bytes reveal: empty, not an image, too large."""
+    """Raise the errors of ``decode_image`` that the first bytes reveal: empty, not an image, too large."""
     with _opened(source) as image:
         _coefficient_bytes(image)
         image.draft(None, (1, 1))
@@ -97,14 +97,14 @@ def upright_size(path: Path) -> tuple[int, int]:
     """Return width and height of an image file after its EXIF orientation is applied, without decoding it."""
     with _opened(path) as image:
         is_rotated = False
-        # Broken tags are ignored, as in `decode_image`.
+        # Broken tags are ignored, as in ``decode_image``.
         with suppress(Exception):
             is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (image.height, image.width) if is_rotated else image.size
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Raise UnusableImageError if an image that is not decoded yet has more than `MAX_PIXELS` pixels."""
+    """Raise UnusableImageError if an image that is not decoded yet has more than ``MAX_PIXELS`` pixels."""
     for width, height in (image.size, _tile_size(image)):
         pixels = width * height
         if pixels > MAX_PIXELS:
@@ -117,7 +117,7 @@ def _coefficient_bytes(image: Image.Image) -> int:
     Such a file needs two bytes for each sample of the full size, because each scan refines them. 0 for other images.
 
     Raises:
-        UnusableImageError: the full size has more than `MAX_PIXELS` pixels.
+        UnusableImageError: the full size has more than ``MAX_PIXELS`` pixels.
     """
     if not isinstance(image, JpegImageFile) or not _has_several_scans(image):
         return 0
@@ -171,7 +171,7 @@ def looks_like_image(start: bytes) -> bool:
 
 
 def has_extension(name: str) -> bool:
-    """Return whether a file name has an extension like `.jpg`; `0001`, `clip.0001` and `photo.jpg?size=2` have none."""
+    """Return whether a file name has an extension like ``.jpg``; ``0001`` and ``clip.0001`` have none."""
     return re.search(r"\.[A-Za-z][A-Za-z0-9]{0,7}$", name) is not None
 
 
@@ -279,7 +279,7 @@ def _gray_values(image: Image.Image) -> np.ndarray:
 class _BoundedReader(BufferedReader):
     """Read no more than the rest of a file, whatever length its chunks claim.
 
-    `BufferedReader.read` allocates the requested size first, which Pillow takes from the file.
+    ``BufferedReader.read`` allocates the requested size first, which Pillow takes from the file.
     """
 
     def __init__(self, path: Path, length: int) -> None:
@@ -293,7 +293,7 @@ class _BoundedReader(BufferedReader):
 
 @contextmanager
 def _opened(source: Path | bytes, formats: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
-    """Open an image without decoding it; errors inside the `with` become UnusableImageError."""
+    """Open an image without decoding it; errors inside the ``with`` become UnusableImageError."""
     try:
         size = len(source) if isinstance(source, bytes) else _regular_file_size(source)
         if not size:
@@ -394,7 +394,7 @@ class MemoryBudget:
 
     @contextmanager
     def reserved(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes of the budget inside the `with`."""
+        """Hold ``size`` bytes of the budget inside the ``with``."""
         with self.changed:
             self.changed.wait_for(lambda: not self.held or self.held + size <= self.limit)
             self.held += size

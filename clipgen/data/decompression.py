@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 
 # Bytes that are read at a time.
 _BLOCK_BYTES = 1 << 16
-# Memory of the xz decoder, which a file asks for; `xz -9` needs 65 MiB.
+# Memory of the xz decoder, which a file asks for; ``xz -9`` needs 65 MiB.
 _MAX_XZ_BYTES = 1 << 28
 _SIGNATURE_BYTES = 6
 _GZIP = b"\x1f\x8b"
@@ -53,7 +53,7 @@ class _Prepended:
         self.stream = stream
 
     def read(self, size: int = _BLOCK_BYTES) -> bytes:
-        """Return at most `size` bytes; none at the end."""
+        """Return at most ``size`` bytes; none at the end."""
         if not self.start:
             return self.stream.read(size)
         chunk, self.start = self.start[:size], self.start[size:]
@@ -82,7 +82,7 @@ class _Decompressed(io.RawIOBase):
         return len(content)
 
     def _next_content(self, size: int) -> bytes:
-        """Return at least one and at most `size` bytes; none at the end."""
+        """Return at least one and at most ``size`` bytes; none at the end."""
         while True:
             compressed = b""
             if self.decompressor.eof:

@@ -36,7 +36,7 @@ _FILES_PER_BLOCK = 10_000
 
 
 class ImageFolder(IndexedImages):
-    """All usable images below a folder, sorted by path; see `IndexedImages` for samples and indices.
+    """All usable images below a folder, sorted by path; see ``IndexedImages`` for samples and indices.
 
     Construction checks every file. Up to 5000 files are decoded, so that unusable ones are all known before training;
     of larger folders only the headers are read, which detects empty files, other content and decompression bombs. A
@@ -51,11 +51,11 @@ class ImageFolder(IndexedImages):
         val_fraction: fraction of the images held out for validation, in [0, 1). Each image's side of the split depends
             on a hash of its path, so adding files does not move others. At 0 both sides are the whole folder.
         seed: seed of crops and flips.
-        labels: return the class of each image from `augmented_views`: the sub-folder of `root` that contains it.
+        labels: return the class of each image from ``augmented_views``: the sub-folder of ``root`` that contains it.
         class_names: sub-folders in the order of their classes. None sorts them, numbers by value (2 before 10).
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is not a folder.
+        FileNotFoundError, NotADirectoryError: ``root`` is not a folder.
         ValueError: an argument is out of range, nothing in the folder is usable, or an image belongs to no class.
     """
 
@@ -113,7 +113,7 @@ class ImageFolder(IndexedImages):
         return self.root / self.files[item]
 
     def label_of(self, item: int) -> int | None:
-        """Return the number of the sub-folder that contains an image; None without `labels`."""
+        """Return the number of the sub-folder that contains an image; None without ``labels``."""
         return self.class_names.index(_class_folder(self.files[item])) if self.labels else None
 
     def file_names(self) -> Sequence[str]:
@@ -126,10 +126,10 @@ class ImageFolder(IndexedImages):
 
 
 def scan_folder(root: Path, skip_counter: SkipCounter) -> PackedStrings:
-    """Check all images below `root` and return the usable ones, relative to it and sorted; count the others.
+    """Check all images below ``root`` and return the usable ones, relative to it and sorted; count the others.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is not a folder.
+        FileNotFoundError, NotADirectoryError: ``root`` is not a folder.
         ValueError: nothing in it is usable.
     """
     listing = FolderListing(root)
@@ -162,12 +162,12 @@ def _usable_images(root: Path, candidates: PackedStrings, skip_counter: SkipCoun
 
 
 def split_files(files: Sequence[str], val_fraction: float) -> tuple[Sequence[str], Sequence[str]]:
-    """Split into (training, validation) by a hash of each name; with `val_fraction` above 0 neither side is empty.
+    """Split into (training, validation) by a hash of each name; with ``val_fraction`` above 0 neither side is empty.
 
     The split is independent of the seed, so no run validates on images another run trained on.
 
     Raises:
-        ValueError: `val_fraction` is not in [0, 1), or there is only one file to split.
+        ValueError: ``val_fraction`` is not in [0, 1), or there is only one file to split.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
@@ -193,10 +193,10 @@ def folder_data(
     seed: int = 0,
     labels: bool = False,
 ) -> ImageDataModule:
-    """Make the data module of `data=folder`; arguments as in `ImageFolder` and `ImageDataModule`.
+    """Make the data module of ``data=folder``; arguments as in ``ImageFolder`` and ``ImageDataModule``.
 
-    Validation images come from `val_root` if it is set. Else `val_fraction` of the images is held out of training, and
-    at 0 there is no validation.
+    Validation images come from ``val_root`` if it is set. Else ``val_fraction`` of the images is held out of training,
+    and at 0 there is no validation.
     """
     val: ImageFolder | None
     if val_root is not None:

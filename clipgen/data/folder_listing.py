@@ -34,7 +34,7 @@ class FolderListing:
         others: number of files of other types, by extension.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is not a folder.
+        FileNotFoundError, NotADirectoryError: ``root`` is not a folder.
     """
 
     def __init__(self, root: Path):
@@ -125,10 +125,10 @@ def _warn_of_many_files(root: Path) -> None:
 
 
 def find_images(root: Path) -> list[str]:
-    """List the images below `root`, as sorted POSIX paths relative to it; see `FolderListing`.
+    """List the images below ``root``, as sorted POSIX paths relative to it; see ``FolderListing``.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: `root` is not a folder.
+        FileNotFoundError, NotADirectoryError: ``root`` is not a folder.
         PermissionError: a folder cannot be listed.
         ValueError: there are no images.
     """

@@ -20,7 +20,7 @@ from clipgen.hashing import unit_hash
 from clipgen.storage.files import natural_key, one_line
 
 _ROWS_PER_BLOCK = 1_000_000
-# As `webdataset.parse_label` allows.
+# As ``webdataset.parse_label`` allows.
 _MAX_CLASSES = 2**31
 # Keys of an encoded image in Parquet files.
 _IMAGE_KEYS = {"bytes", "path"}
@@ -28,18 +28,18 @@ _MISSING = 'data=huggingface needs the package datasets: pip install "datasets>=
 
 
 class HuggingFaceImages(IndexedImages):
-    """The images in the rows of a table; see `IndexedImages` for samples and indices.
+    """The images in the rows of a table; see ``IndexedImages`` for samples and indices.
 
     Construction decodes rows until one is usable. Other broken rows are found when they are read.
 
     Args:
-        rows: a `datasets.Dataset` whose images are not decoded, as `load_rows` returns it, or any sequence of
-            dictionaries. An image is `{"bytes": bytes or None, "path": str or None}`.
+        rows: a ``datasets.Dataset`` whose images are not decoded, as ``load_rows`` returns it, or any sequence of
+            dictionaries. An image is ``{"bytes": bytes or None, "path": str or None}``.
         image_size: height and width of the images in pixels.
         train: random crop and flip, and the training side of the split; else center crop and the validation side.
         name: name in log messages.
         image_column: column of the images.
-        label_column: column of the classes: numbers, or names that `class_names` lists. None: the images have none.
+        label_column: column of the classes: numbers, or names that ``class_names`` lists. None: the images have none.
         class_names: names of the classes, if they are known.
         flip: mirror half of the training images.
         val_fraction: fraction of the rows held out for validation, in [0, 1). Each row's side of the split depends on
@@ -121,7 +121,7 @@ class HuggingFaceImages(IndexedImages):
         return file
 
     def label_of(self, item: int) -> int | None:
-        """Return the class of an image; None without `labels`."""
+        """Return the class of an image; None without ``labels``."""
         if self.label_column is None:
             return None
         label = self._row(item)[self.label_column]
@@ -134,7 +134,7 @@ class HuggingFaceImages(IndexedImages):
         return label
 
     def file_names(self) -> list[str]:
-        """Return the state of the table as `datasets` identifies it: it has no files of its own."""
+        """Return the state of the table as ``datasets`` identifies it: it has no files of its own."""
         return [f"{getattr(self.rows, '_fingerprint', '')} {len(self)} rows of {len(self.rows)}"]
 
     def content_id(self) -> str:
@@ -176,10 +176,10 @@ class RowsWithout(Sequence[int]):
 
 
 def split_rows(count: int, val_fraction: float) -> tuple[Sequence[int], Sequence[int] | np.ndarray[Any, Any]]:
-    """Split row numbers into (training, validation) by a hash of each; with `val_fraction` above 0 neither is empty.
+    """Split row numbers into (training, validation) by a hash of each; with ``val_fraction`` above 0 neither is empty.
 
     Raises:
-        ValueError: `val_fraction` is not in [0, 1), or there is only one row to split.
+        ValueError: ``val_fraction`` is not in [0, 1), or there is only one row to split.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
@@ -221,18 +221,18 @@ def load_rows(
     revision: str | None = None,
     cache_dir: str | None = None,
 ) -> Any:
-    """Load a split of a dataset as a `datasets.Dataset`.
+    """Load a split of a dataset as a ``datasets.Dataset``.
 
     Args:
-        dataset: `OWNER/NAME` on the hub; Parquet files (a path, globs allowed), whose only split is `train`; a local
-            folder of data files; or a folder written by `save_to_disk`.
-        split: name of the split, or a part of it such as `train[:90%]`.
+        dataset: ``OWNER/NAME`` on the hub; Parquet files (a path, globs allowed), whose only split is ``train``; a
+            local folder of data files; or a folder written by ``save_to_disk``.
+        split: name of the split, or a part of it such as ``train[:90%]``.
         subset: name of the configuration, for datasets that have several.
         revision: branch, tag or commit on the hub.
-        cache_dir: where `datasets` keeps downloads and its own copy; None: below `~/.cache/huggingface`.
+        cache_dir: where ``datasets`` keeps downloads and its own copy; None: below ``~/.cache/huggingface``.
 
     Raises:
-        ImportError: the package `datasets` is missing.
+        ImportError: the package ``datasets`` is missing.
         ValueError: the dataset or the split cannot be loaded.
     """
     try:
@@ -267,7 +267,7 @@ def folder_of_files(dataset: str, cache_dir: str | None) -> Path:
 
 
 def saved_rows(saved: Any, split: str) -> Any:
-    """Return a split of what `save_to_disk` wrote, which may be a single split."""
+    """Return a split of what ``save_to_disk`` wrote, which may be a single split."""
     return saved[split] if isinstance(saved, dict) else saved
 
 
@@ -287,7 +287,7 @@ def image_column_of(rows: Any, column: str | None) -> str:
 
 
 def holds_images(feature: Any) -> bool:
-    """Return whether a column holds images, decoded by `datasets` or as Parquet files store them."""
+    """Return whether a column holds images, decoded by ``datasets`` or as Parquet files store them."""
     return type(feature).__name__ == "Image" or (isinstance(feature, dict) and set(feature) == _IMAGE_KEYS)
 
 
@@ -334,10 +334,11 @@ def huggingface_data(
     revision: str | None = None,
     cache_dir: str | None = None,
 ) -> ImageDataModule:
-    """Make the data module of `data=huggingface`; arguments as in `load_rows`, `HuggingFaceImages`, `ImageDataModule`.
+    """Make the data module of ``data=huggingface``; arguments as in ``load_rows``, ``HuggingFaceImages`` and
+    ``ImageDataModule``.
 
-    Validation images come from `val_split` if it is set. Else `val_fraction` of the rows is held out of training, and
-    at 0 nothing is validated.
+    Validation images come from ``val_split`` if it is set. Else ``val_fraction`` of the rows is held out of training,
+    and at 0 nothing is validated.
     """
     where = {"subset": subset, "revision": revision, "cache_dir": cache_dir}
     rows = load_rows(dataset, split, **where)

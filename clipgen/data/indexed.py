@@ -23,9 +23,10 @@ from clipgen.hashing import hashed_seed
 class IndexedImages(Dataset[dict[str, Tensor]], ABC):
     """A map-style dataset of encoded images; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
 
-    Index `(epoch, i)` selects image `i`, whose crop and flip depend only on the seed, the epoch and the image. A plain
-    index `i`, as any DataLoader uses it, gives a new random crop every time. An unusable image is warned about once and
-    replaced by the next usable one, so the position of a run does not depend on which images are known to be broken.
+    Index ``(epoch, i)`` selects image ``i``, whose crop and flip depend only on the seed, the epoch and the image. A
+    plain index ``i``, as any DataLoader uses it, gives a new random crop every time. An unusable image is warned about
+    once and replaced by the next usable one, so the position of a run does not depend on which images are known to be
+    broken.
     """
 
     supports_epoch_index = True
@@ -51,7 +52,7 @@ class IndexedImages(Dataset[dict[str, Tensor]], ABC):
 
     @abstractmethod
     def label_of(self, item: int) -> int | None:
-        """Return the class of an image; None without `labels`.
+        """Return the class of an image; None without ``labels``.
 
         Raises:
             UnusableImageError: the image has no class.
@@ -77,7 +78,7 @@ class IndexedImages(Dataset[dict[str, Tensor]], ABC):
         return index_ranges(len(self), size)
 
     def augmented_views(self, chunk: Sequence[int], num_views: int) -> Iterator[Views]:
-        """Yield `num_views` crops (num_views, 3, H, W) of each usable image, and its class; see `ImageSource`."""
+        """Yield ``num_views`` crops (num_views, 3, H, W) of each usable image, and its class; see ``ImageSource``."""
         crop = self.transform if num_views > 1 else val_transform(self.image_size)
 
         def load(item: int) -> Views | None:

@@ -48,7 +48,7 @@ class Sample:
         url: the shard.
         name: path of the image inside the shard.
         image: bytes of the image file.
-        label: content of its `.cls` file, or None.
+        label: content of its ``.cls`` file, or None.
     """
 
     url: str
@@ -167,7 +167,7 @@ def _member_of(info: tarfile.TarInfo) -> Member | None:
 
 
 def _is_hidden(name: str) -> bool:
-    """Return whether a file is hidden, or has a name like `__meta__`, which webdataset reserves."""
+    """Return whether a file is hidden, or has a name like ``__meta__``, which webdataset reserves."""
     return name.rpartition("/")[2].startswith(".") or re.match(r"__[^/]*__($|/)", name) is not None
 
 
@@ -192,9 +192,9 @@ def _read_content(archive: tarfile.TarFile, info: tarfile.TarInfo, max_bytes: in
 def group_samples(members: Iterable[Member], url: str, skip_counter: SkipCounter) -> Iterator[Sample]:
     """Group the members of a shard into samples; count the images that belong to the sample of another image.
 
-    As in webdataset, consecutive files whose names are equal up to the first dot may belong together: `0.cls` is the
-    label of `0.jpg`, and `0.seg.png` a part of the same sample. Images that differ by a number (`clip.0001.png`,
-    `clip.0002.png`), and groups in which no image is named by the base alone, are samples of their own.
+    As in webdataset, consecutive files whose names are equal up to the first dot may belong together: ``0.cls`` is the
+    label of ``0.jpg``, and ``0.seg.png`` a part of the same sample. Images that differ by a number (``clip.0001.png``,
+    ``clip.0002.png``), and groups in which no image is named by the base alone, are samples of their own.
     """
     group: list[Member] = []
     for member in members:
@@ -248,7 +248,7 @@ def _is_large(group: list[Member]) -> bool:
 
 
 def _is_numbered(member: Member) -> bool:
-    """Return whether a number follows the base, as in `clip.0001.png`, but not in `0.seg.png`."""
+    """Return whether a number follows the base, as in ``clip.0001.png``, but not in ``0.seg.png``."""
     return any(part[:1].isdigit() for part in member.stem[len(member.base) :].split("."))
 
 
@@ -293,7 +293,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
 class _Archive(tarfile.TarFile):
     """A tar file that is read in order and raises an error at any damage.
 
-    tarfile takes a damaged header for the end of the file. Tar files that were concatenated by `cat` are read, too.
+    tarfile takes a damaged header for the end of the file. Tar files that were concatenated by ``cat`` are read, too.
     """
 
     tarinfo = _BoundedTarInfo

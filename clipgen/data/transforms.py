@@ -14,7 +14,7 @@ Transform = Callable[..., Tensor]  # (image, generator=None) -> (3, H, W)
 
 
 def train_transform(image_size: int, flip: bool = True) -> Transform:
-    """Return the paper's training transform: short side to `image_size`, random crop, and random horizontal flip.
+    """Return the paper's training transform: short side to ``image_size``, random crop, and random horizontal flip.
 
     It turns an RGB image of any size into (3, image_size, image_size) in [-1, 1]. Random numbers come from the
     generator that is passed as second argument, else from torch's global one, which DataLoader seeds in workers.
@@ -23,7 +23,7 @@ def train_transform(image_size: int, flip: bool = True) -> Transform:
 
 
 def val_transform(image_size: int) -> Transform:
-    """Return the deterministic transform: short side to `image_size`, center crop; range and shape as in training."""
+    """Return the deterministic transform: short side to ``image_size``, center crop; range and shape as in training."""
     return partial(_transform, _require_size(image_size), False, False)
 
 

@@ -56,13 +56,14 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     consecutive images are unusable.
 
     Args:
-        urls: paths, http(s) URLs and `pipe:` commands, with braces (`train-{000000..000009}.tar`); paths also with
-            `*`, `?`, `[...]`. A list, or one string separated by commas; a string that is one command is not separated.
+        urls: paths, http(s) URLs and ``pipe:`` commands, with braces (``train-{000000..000009}.tar``); paths also with
+            ``*``, ``?``, ``[...]``. A list, or one string separated by commas; a string that is one command is not
+            separated.
         image_size: height and width of the images in pixels.
         train: endless and shuffled, with random crop and flip; else every image once, with center crop.
         flip: mirror half of the training images.
         shuffle: size of the training's shuffle buffer, in undecoded images.
-        labels: add "label", the integer in the sample's `.cls` file; a sample without a label is then unusable.
+        labels: add "label", the integer in the sample's ``.cls`` file; a sample without a label is then unusable.
         seed: seed of the choice of shards, of the shuffling and of the crops.
         class_names: names of the classes, if they are known.
 
@@ -96,7 +97,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         # Number of samples in each shard, shared by all workers.
         self._sizes = torch.full((len(self.urls),), UNKNOWN, dtype=torch.int32).share_memory_()
         self._iteration = 0
-        # Set by `resume`.
+        # Set by ``resume``.
         self._resumed = False
         self._start: Position | None = None
         self._start_sizes = self._sizes
@@ -125,11 +126,11 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     # ---------------------------------------------------------------------------------------------- as an ImageSource
 
     def split_into_chunks(self, size: int) -> list[str]:
-        """Return the shards; `size` has no effect."""
+        """Return the shards; ``size`` has no effect."""
         return self.urls
 
     def augmented_views(self, chunk: str, num_views: int) -> Iterator[Views]:
-        """Yield `num_views` crops (num_views, 3, H, W) of each usable image, and its class; see `ImageSource`."""
+        """Yield ``num_views`` crops (num_views, 3, H, W) of each usable image, and its class; see ``ImageSource``."""
         crop = self.transform if num_views > 1 else val_transform(self.image_size)
         shard_name = os.path.basename(chunk)
 
@@ -341,7 +342,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
                     stream.close()
 
     def _decode(self, sample: Sample) -> tuple[Image.Image, int | None] | None:
-        """Return the image, and its class with `labels`; None if it is unusable, which is counted."""
+        """Return the image, and its class with ``labels``; None if it is unusable, which is counted."""
         try:
             image = decode_image(sample.image, image_size=self.image_size)
             return image, parse_label(sample) if self.labels else None
@@ -369,9 +370,10 @@ def shard_data(
     labels: bool = False,
     class_names: str | None = None,
 ) -> ImageDataModule:
-    """Make the data module of `data=webdataset`; arguments as in `ImageShards` and `ImageDataModule`.
+    """Make the data module of ``data=webdataset``; arguments as in ``ImageShards`` and ``ImageDataModule``.
 
-    `val_urls` may be None. `class_names` is a file for `read_names`: the names of the numbers in the `.cls` files.
+    ``val_urls`` may be None. ``class_names`` is a file for ``read_names``: the names of the numbers in the ``.cls``
+    files.
     """
     names = read_names(class_names) if class_names else None
     train = ImageShards(
@@ -400,7 +402,7 @@ def max_over_ranks(values: Tensor) -> Tensor:
 
 
 def shuffled(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterator[Sample]:
-    """Shuffle samples in a buffer of `size` samples, and of at most 512 MB.
+    """Shuffle samples in a buffer of ``size`` samples, and of at most 512 MB.
 
     As webdataset's shuffle, it starts to yield when it holds 100 samples, and reads two per yielded sample until the
     buffer is full.
@@ -438,7 +440,7 @@ def parse_label(sample: Sample) -> int:
     """Return the class of a sample.
 
     Raises:
-        UnusableImageError: the sample has no `.cls` file, or it does not hold a class number.
+        UnusableImageError: the sample has no ``.cls`` file, or it does not hold a class number.
     """
     if sample.label is None:
         raise UnusableImageError("without label", f"there is no {Path(sample.name).stem}.cls beside it")

@@ -14,7 +14,7 @@ from clipgen.storage.files import decode_text
 
 Prompt = str | Mapping[str, float] | Image.Image | Tensor
 
-# What `describe` returns for prompts that have no text.
+# What ``describe`` returns for prompts that have no text.
 IMAGE_PROMPT = "an image"
 EMBEDDING_PROMPT = "an embedding"
 # Bytes of a file of prompts.

@@ -1,4 +1,4 @@
-"""Type and description of each sampling parameter; the defaults are those of `SamplingParams`."""
+"""Type and description of each sampling parameter; the defaults are those of ``SamplingParams``."""
 
 from __future__ import annotations
 

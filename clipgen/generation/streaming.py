@@ -11,7 +11,7 @@ from typing import Any
 # The name of the thread, for logs and tests.
 THREAD_NAME = "clipgen-stream"
 
-# Called by the work with intermediate results; raises `Stopped` if they are no longer wanted.
+# Called by the work with intermediate results; raises ``Stopped`` if they are no longer wanted.
 Report = Callable[[Any], None]
 
 

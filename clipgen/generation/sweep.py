@@ -9,7 +9,7 @@ from typing import Any
 
 from clipgen.sampling_params import SamplingParams
 
-# Name of a field of `SamplingParams`, and its values.
+# Name of a field of ``SamplingParams``, and its values.
 Axis = tuple[str, Sequence[Any]]
 
 

@@ -153,7 +153,7 @@ def finish_swap(path: str | Path) -> None:
     path = Path(path).expanduser().resolve()
     for left in leftovers(path, "swapping"):
         parts = [left / "new", left / "old"]
-        # Not written by `replace_folder`.
+        # Not written by ``replace_folder``.
         if any(part.is_symlink() or not part.is_dir() for part in parts):
             continue
         with with_path_in_errors(path):

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.timing import print_table
 
 PROMPT = "a large blue ring on a white background"
-# The settings of `clipgen.app.settings.Settings`: four images of the bundled model.
+# The settings of ``clipgen.app.settings.Settings``: four images of the bundled model.
 SETTINGS = ("shapes", 4, "", 0, 1.0, 300, 1.0, 1.0, 0.0)
 # Seconds after which the server is given up.
 TIMEOUT = 120
