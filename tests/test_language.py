@@ -163,6 +163,15 @@ def test_docstrings_start_with_a_verb():
     assert not failures, "\n".join(failures)
 
 
+def test_names_in_docstrings_are_between_double_backticks():
+    single = re.compile(r"(?<!`)`[^`\n]+`(?!`)")
+    failures = []
+    for path in PYTHON:
+        for _, line, docstring in docstrings(path):
+            failures += [place(path, line, match[0]) for match in single.finditer(docstring)]
+    assert not failures, "\n".join(failures)
+
+
 def keyword_strings(tree: ast.AST, name: str) -> Iterator[tuple[int, str]]:
     """Yield line and text of the strings that calls pass by a keyword."""
     for node in ast.walk(tree):
