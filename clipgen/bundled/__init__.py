@@ -2,4 +2,6 @@
 
 from pathlib import Path
 
-BUNDLED = {name: Path(__file__).parent / name for name in ("shapes",)}
+# What each model was trained on.
+CONTENT = {"shapes": "colored shapes of 32 x 32 pixels"}
+BUNDLED = {name: Path(__file__).parent / name for name in CONTENT}
