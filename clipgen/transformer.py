@@ -42,6 +42,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+# Names of the weights that are one tensor with ``tie_embeddings``; a model folder holds it once.
+HEAD = "gpt.head.weight"
+TOKEN_EMBEDDING = "gpt.transformer.wte.weight"
+
+
 class ConditionalTransformer(PretrainedModule, pl.LightningModule):
     """GPT-2 over code indices with the CLIP embedding as its first token, stage 2 of CLIP-GEN (Eq. 6, 8-10).
 
@@ -373,6 +378,8 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         """
         check_weights(self.eval_model)
         state = {f"gpt.{name}": tensor for name, tensor in self.eval_model.state_dict().items()}
+        if self.gpt_config.tie_embeddings:
+            del state[HEAD]  # the same tensor as the token embedding
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
@@ -385,6 +392,8 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         if not strip_prefix("ema.", state):
             arguments = arguments | {"optimizer": {**(arguments.get("optimizer") or {}), "ema_decay": 0.0}}
         model = cls(**arguments)
+        if model.gpt_config.tie_embeddings and HEAD not in state and TOKEN_EMBEDDING in state:
+            state = state | {HEAD: state[TOKEN_EMBEDDING]}
         model.load_state_dict(state)
         return model.eval()
 

@@ -237,10 +237,11 @@ def test_names_of_the_hub_are_checked(name, tmp_path):
 
 def test_models_are_listed_and_the_newest_finished_run_is_the_default(pipe, tmp_path):
     store = ModelStore(outputs=tmp_path, device="cpu")
-    assert store.choices() == [("shapes (bundled)", "shapes")] and store.default() == "shapes"
+    bundled = [("shapes (bundled)", "shapes"), ("cifar10 (bundled)", "cifar10")]
+    assert store.choices() == bundled and store.default() == "shapes"
     pipe.save(tmp_path / "transformer" / "run")
     run = str(tmp_path / "transformer" / "run")
-    assert store.choices() == [(run, run), ("shapes (bundled)", "shapes")] and store.default() == run
+    assert store.choices() == [(run, run), *bundled] and store.default() == run
     assert store.load(run).fingerprint == pipe.fingerprint
     named = ModelStore("hf-hub:owner/name", outputs=tmp_path)
     assert named.default() == "hf-hub:owner/name" == named.choices()[0][1]

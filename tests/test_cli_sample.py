@@ -145,7 +145,7 @@ def test_list_shows_the_runs(call, runs, monkeypatch):
     assert header.split() == ["STAGE", "STEP", "BEST", "STATE", "PATH"]
     assert re.fullmatch(r"transformer +4 +val/cross_entropy \d\S* +finished +outputs/transformer/\S+", lines[0])
     assert re.fullmatch(r"vqgan +4 +val/loss \d\S* +finished +outputs/vqgan/\S+", lines[1])
-    assert lines[2].startswith("Bundled: shapes")
+    assert lines[2].startswith("Bundled: shapes") and lines[3].startswith("Bundled: cifar10")
 
 
 def test_list_without_runs(call):
@@ -194,6 +194,22 @@ def test_bundled_model_names_unfamiliar_prompts(call, tmp_path, request_, remark
     assert result.code == 0, result.stderr
     knows = "32 x 32 pixels" in result.stderr and "the backgrounds white, gray, black" in result.stderr
     assert remark in result.stderr and knows == bool(remark)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "remark"),
+    [
+        ("a photo of a horse", ""),
+        ("a photo of a zebra", "does not know 'zebra'"),
+        ("a photo of a cat and a dog", "has never seen two classes in an image"),
+    ],
+)
+def test_bundled_cifar10_model_names_unfamiliar_prompts(call, tmp_path, prompt, remark):
+    result = call("--prompt", prompt, "--num-images", 1, "--checkpoint", "cifar10", "--output", "s")
+    assert result.code == 0, result.stderr
+    assert remark in result.stderr and ("the classes airplane, automobile" in result.stderr) == bool(remark)
+    image = Image.open(next((tmp_path / "s").glob("00_*.png")))
+    assert image.size == (32, 32) and float(image.text["guidance_scale"]) == 6
 
 
 @pytest.mark.parametrize("arguments", [[], ["--checkpoint", "shapes"]], ids=["by default", "by name"])

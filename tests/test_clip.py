@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import zlib
 from pathlib import Path
 
 import open_clip
@@ -18,6 +19,7 @@ from torch import Tensor
 from clipgen.bundled import BUNDLED
 from clipgen.clip import FrozenCLIP, WordTokenizer, match_activation
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
+from clipgen.generation.bundled_vocabulary import CLASSES
 from clipgen.images import to_pil
 
 CAPTIONS = [str(attributes) for attributes in ALL_ATTRIBUTES]
@@ -60,6 +62,15 @@ def test_bundled_files_are_small():
     size = lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
     assert 0 < size(BUNDLED["shapes"] / "clip") <= 4
     assert size(BUNDLED["shapes"]) <= 10
+    files = [path.read_bytes() for path in BUNDLED["cifar10"].rglob("*.*") if path.is_file()]
+    assert sum(len(zlib.compress(content)) for content in files) <= 20 * 2**20  # in a wheel
+
+
+def test_bundled_cifar10_clip_tells_the_classes_apart():
+    clip = FrozenCLIP("cifar10")
+    text = clip.encode_text([f"a photo of a {name}" for name in CLASSES])
+    assert clip.model_name == "cifar10" and clip.embed_dim == 128
+    assert (text @ text.T - torch.eye(10)).max() < 0.9
 
 
 # ----------------------------------------------------------------------------------------------------------- embeddings

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import QUIET, changed, weights_of
 from models import TRANSFORMER_SIZES, make_transformer
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -259,6 +260,8 @@ def test_invalid_sampling_settings_are_refused(tiny_transformer):
 def test_save_and_load_are_bit_identical(tmp_path, tie_embeddings):
     transformer = model(tie_embeddings=tie_embeddings).eval()
     again = ConditionalTransformer.load(transformer.save(tmp_path / "transformer"))
+    saved = load_file(tmp_path / "transformer" / "model.safetensors")
+    assert ("gpt.head.weight" in saved) != tie_embeddings  # one tensor is stored once
     assert not again.training and dict(again.hparams) == json.loads(json.dumps(transformer.hparams))
     e = embeddings(2)
     indices = torch.randint(16, (2, 16))

@@ -3,5 +3,8 @@
 from pathlib import Path
 
 # What each model was trained on.
-CONTENT = {"shapes": "colored shapes of 32 x 32 pixels"}
+CONTENT = {
+    "shapes": "colored shapes of 32 x 32 pixels",
+    "cifar10": "photographs of the ten classes of CIFAR-10, 32 x 32 pixels",
+}
 BUNDLED = {name: Path(__file__).parent / name for name in CONTENT}
