@@ -108,7 +108,7 @@ def test_training_with_the_command(call, class_run):
 
 
 def test_the_sampling_parameters_of_a_run_are_the_defaults(class_run, tmp_path):
-    run = shutil.copytree(class_run, tmp_path / "run")
+    run = shutil.copytree(class_run, tmp_path / "copy")
     (run / "sampling.json").write_text('{"top_k": 7, "top_p": 0.5}')
     assert ClassConditionalGenerator.load(run).params == SamplingParams(top_k=7, top_p=0.5)
     assert ClassConditionalGenerator.load(run, top_k=9).params == SamplingParams(top_k=9, top_p=0.5)

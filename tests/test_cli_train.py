@@ -451,7 +451,7 @@ ERRORS = {
     "resume as a number": ([*VQGAN, "resume=123"], "resume must be a path, got 123"),
     "umlauts": ([*VQGAN, "output=Bücher"], "output=Bücher cannot be read: put quotes around the value, 'output=\"Bü"),
     "equals sign": ([*VQGAN, "output=a=b"], "output=a=b cannot be read: put quotes around the value, 'output=\"a=b\"'"),
-    "unknown experiment": (["stage=vqgan", "experiment=x"], "experiment must be one of cifar10, coco, .*, got x"),
+    "unknown experiment": (["stage=vqgan", "experiment=x"], "experiment must be one of cifar10, .*, got x"),
     "unknown data": (
         ["stage=vqgan", "data=x"],
         "data must be one of cached, folder, huggingface, shapes, webdataset, got x",

@@ -21,7 +21,7 @@ from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
 from clipgen.cli import demo
-from clipgen.cli.config import make
+from clipgen.cli.config import instantiate_node
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
 from clipgen.hardware.environment import environment_int
@@ -259,7 +259,7 @@ def test_damaged_arguments_file_is_refused(tmp_path, content, reason):
 )
 def test_only_listed_targets_are_called(node):
     with pytest.raises(ValueError, match=r"_target_ must be one of .*, got"):
-        make(OmegaConf.create(node))
+        instantiate_node(OmegaConf.create(node))
 
 
 # --------------------------------------------------------------------------------------------------------------- locks

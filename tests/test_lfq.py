@@ -78,7 +78,9 @@ def test_entropy_loss_spreads_latents_over_the_codes():
 
 
 def test_inconsistent_sizes_are_refused():
-    with pytest.raises(ValueError, match="and 256 for quantizer 'lfq', got 1024 and 256"):
+    with pytest.raises(ValueError, match="and 8 for quantizer 'lfq', got 1024 and 8"):
+        make_quantizer(QuantizerConfig("lfq", 1024, 8))
+    with pytest.raises(ValueError, match=r"codebook_dim must be in \[1, 30\] for quantizer 'lfq', got 256"):
         make_quantizer(QuantizerConfig("lfq", 1024, 256))
 
 

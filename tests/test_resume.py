@@ -201,7 +201,7 @@ def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, st
         assert call(*arguments, "output=half").code == 130
     assert call(*arguments, "output=half", "resume=half").code == 0
     straight, resumed = (Path(run, "metrics.csv").read_text() for run in ("straight", "half"))
-    assert straight == resumed and len(straight.splitlines()) == 1 + 7 + 1  # names, steps, a validation
+    assert straight == resumed and len(straight.splitlines()) == 1 + 7 + 2  # names, steps, validations
     weights = state("straight"), state("half")
     assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
 

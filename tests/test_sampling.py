@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from clipgen.cli.sampling_args import add_sampling_options, sampling_options, sampling_params
+from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.sampling import (
     per_sample_seeds,
     per_sample_uniforms,
@@ -237,18 +236,13 @@ def test_params_that_are_not_numbers_are_refused(value):
         SamplingParams(top_k=value)
 
 
-def test_options_have_the_defaults_of_the_params():
-    """The command line spells them out, because it must not import torch for --help."""
+def test_only_the_options_that_were_given_override_the_defaults_of_a_model():
     parser = argparse.ArgumentParser()
     add_sampling_options(parser)
-    assert sampling_options(parser.parse_args([])) == asdict(SamplingParams())
-    assert sampling_params(parser.parse_args(["--top-k", "7"])) == SamplingParams(top_k=7)
-
-
-def test_only_given_options_override_the_defaults_of_a_model():
-    parser = argparse.ArgumentParser()
-    add_sampling_options(parser, given_only=True)
-    assert sampling_options(parser.parse_args(["--top-p", "0.5"])) == {"top_p": 0.5}
+    assert sampling_options(parser.parse_args([])) == {}
+    assert sampling_options(parser.parse_args(["--top-k", "7"])) == {"top_k": 7}
+    with pytest.raises(ValueError, match="top_k must be a whole number of at least 1, got 0"):
+        sampling_options(parser.parse_args(["--top-k", "0"]))
 
 
 def test_params_are_overridden_by_name():

@@ -246,7 +246,7 @@ def print_models() -> None:
     else:
         say(f"There are no runs below {OUTPUTS}/: start one with clipgen-train stage=vqgan")
     for name, content in CONTENT.items():
-        print(f"Bundled: {name}, a tokenizer and a transformer for {content} (--checkpoint {name})")
+        say(f"Bundled: {name}, a tokenizer and a transformer for {content} (--checkpoint {name})")
 
 
 def print_galleries() -> None:
