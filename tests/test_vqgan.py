@@ -547,3 +547,17 @@ def test_training_checkpoint_loads(tmp_path, fit, images):
     again = VQGAN.load(tmp_path / "last.ckpt")
     assert again.hparams == vqgan.hparams and not changed(again, weights_of(vqgan))
     assert torch.equal(again(images), vqgan.eval()(images))
+
+
+def test_a_validation_keeps_the_gradients_of_an_incomplete_step(tmp_path):
+    """Lightning would reset them before a validation that falls between the batches of a step."""
+    states = []
+    for interval in (None, 1):
+        pl.seed_everything(0)
+        vqgan = model(grad_accum_steps=2)
+        batches = DataLoader(ShapesDataset(16, seed=3), batch_size=4)
+        limits = dict(max_steps=2, limit_val_batches=0 if interval is None else 1, val_check_interval=interval)
+        trainer = pl.Trainer(accelerator="cpu", num_sanity_val_steps=0, default_root_dir=tmp_path, **QUIET, **limits)
+        trainer.fit(vqgan, batches, batches)
+        states.append({name: value for name, value in vqgan.state_dict().items() if "batches_since_use" not in name})
+    assert not [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
