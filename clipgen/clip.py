@@ -69,8 +69,9 @@ class FrozenCLIP(pl.LightningModule):
     It is a LightningModule without a training step. Modules that use it keep it out of their checkpoints.
 
     Args:
-        model_name: ``"shapes"`` (bundled), any open_clip architecture such as ``"ViT-B-32-quickgelu"``, a ``hf-hub:``
-            name, or a folder with ``open_clip_config.json`` and weights (what ``scripts/train_clip.py`` writes).
+        model_name: ``"shapes"`` or ``"cifar10"`` (bundled), any open_clip architecture such as
+            ``"ViT-B-32-quickgelu"``, a ``hf-hub:`` name, or a folder with ``open_clip_config.json`` and weights (what
+            ``scripts/train_clip.py`` writes).
         pretrained: an open_clip tag (``"openai"``) or a checkpoint file; only for open_clip architectures. OpenAI's
             weights need QuickGELU; a name without it is corrected with a warning.
 

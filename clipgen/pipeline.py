@@ -84,8 +84,8 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         """Load a pipeline.
 
         Args:
-            path_or_name: ``"shapes"`` (bundled); a run folder of stage 2, or a checkpoint inside one; a folder written
-                by ``save``; or ``"hf-hub:OWNER/NAME"``, uploaded by ``push_to_hub``.
+            path_or_name: ``"shapes"`` or ``"cifar10"`` (bundled); a run folder of stage 2, or a checkpoint inside it; a
+                folder written by ``save``; or ``"hf-hub:OWNER/NAME"``, uploaded by ``push_to_hub``.
             revision: branch, tag or commit on the hub.
             token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
         """

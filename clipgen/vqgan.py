@@ -502,7 +502,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         loss = as_config(LossConfig, arguments.get("loss"))
         model.had_clip_loss = loss.clip_perceptual_weight > 0
         # A copy of the model still says how it was trained.
-        model.hparams["gan"], model.hparams["loss"] = to_plain(gan), to_plain(without_folders(loss))
+        model.hparams["gan"], model.hparams["loss"] = to_plain(gan), to_plain(without_paths(loss))
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
             model.load_state_dict(state)
             return model.eval()
@@ -576,7 +576,7 @@ def without_kmeans(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | {"quantizer": {**(arguments.get("quantizer") or {}), "kmeans_iters": 0}}
 
 
-def without_folders(loss: LossConfig) -> LossConfig:
+def without_paths(loss: LossConfig) -> LossConfig:
     """Return the losses with the name of their CLIP, but without paths, which are local to a machine."""
     clip = loss.clip_perceptual_model and Path(loss.clip_perceptual_model).name
     return replace(loss, vgg_weights=None, clip_perceptual_model=clip)

@@ -160,7 +160,7 @@ def load_split(make: Callable[..., Any], root: Path, is_train: bool) -> Any:
     if "train" in parameters:
         return make(train=is_train, **options)
     if is_train:
-        # The default of ``split``, if there is one, is the training split.
+        # Datasets with a parameter ``split`` have the training images as its default.
         return make(**options)
     if "split" not in parameters:
         return None

@@ -32,6 +32,7 @@ from clipgen.evaluation import functional
 from clipgen.evaluation.classifier import BATCH_SIZE, ImageClassifier, load_classifier
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.evaluation.sources import make_generate_fn
+from clipgen.generation.file_names import underscored
 from clipgen.images import psnr, save_png, to_bytes, to_pil
 from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import user_path, write_json
@@ -115,8 +116,8 @@ def table(rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
 
 def sampling_label(settings: dict[str, Any]) -> str:
     """Return the sampling parameters of a row that are not the paper's, in parentheses; empty if there are none."""
-    defaults = asdict(SamplingParams())
-    differing = [f"{name} {settings[name]:g}" for name in defaults if settings and settings[name] != defaults[name]]
+    defaults = vars(SamplingParams())
+    differing = [f"{name} {value:g}" for name, value in settings.items() if value != defaults.get(name, value)]
     return f" ({', '.join(differing)})" if differing else ""
 
 
@@ -194,7 +195,7 @@ def evaluate_generated(
     pipe = TextToImage.load(run)
     params = replace(pipe.params, **sampling_options(args))
     images = generated_images(pipe, params, args, [class_names[label] for label in labels])
-    save_png(class_grid(images, class_names), args.output / f"grid_{letters_only(run)}.png")
+    save_png(class_grid(images, class_names), args.output / f"grid_{underscored(run).strip('_')}.png")
     correct = recognized(classifier, images, labels).float().view(len(class_names), -1).mean(dim=1)
     return describe(classifier, images, labels, reference) | {
         "per_class": dict(zip(class_names, correct.tolist())),
@@ -220,11 +221,6 @@ def generated_images(pipe: TextToImage, params: SamplingParams, args: argparse.N
     prompts = [args.template.format(label=label) for label in labels]
     images = generate(prompts, [args.seed + i for i in range(len(prompts))])
     return to_bytes(images).float() / 127.5 - 1  # rounded, as in a file
-
-
-def letters_only(run: str) -> str:
-    """Return the path of a run as part of a file name."""
-    return "".join(letter if letter.isalnum() else "_" for letter in run).strip("_")
 
 
 def class_grid(images: Tensor, class_names: list[str], rows: int = 8) -> Any:

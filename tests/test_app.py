@@ -281,6 +281,10 @@ def test_a_chosen_model_sets_the_sampling_settings(pipe, tmp_path):
     (waiting, *settings), (facts, *later) = handlers.load_model(str(run))
     assert settings == [1.0, 9, 1.0, 1.0, 0.5] and later == unchanged  # what the visitor sets meanwhile stays
     assert "Loading" in waiting and "pixels" in facts
+    # A checkpoint inside a run has the run's parameters, which are known when it is loaded.
+    handlers = Handlers(ModelStore(str(run / "transformer"), outputs=tmp_path, device="cpu"), tmp_path)
+    (_, *early), (_, *settings) = handlers.load_model(str(run / "transformer"))
+    assert early == unchanged and settings == [1.0, 9, 1.0, 1.0, 0.5]
     [(error, *settings)] = handlers.load_model("/etc")
     assert settings == unchanged and "must be one of the list" in error
 

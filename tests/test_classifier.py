@@ -13,6 +13,7 @@ import train_classifier
 
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier, shifted
 from clipgen.evaluation.features import feature_extractor
+from clipgen.generation.file_names import underscored
 from clipgen.images import psnr, to_bytes
 from clipgen.pipeline import TextToImage
 from clipgen.sampling_params import SamplingParams
@@ -183,7 +184,7 @@ def test_script_compares_runs_at_their_own_sampling_parameters(shards, trained, 
     settings = [(row["settings"]["top_k"], row["settings"]["temperature"]) for row in map(rows.get, runs)]
     assert settings == [(1, 1.0), (300, 0.5)] and {rows[run]["settings"]["top_p"] for run in runs} == {0.9}
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {
-        f"grid_{recognize.letters_only(run)}.png" for run in runs
+        f"grid_{underscored(run).strip('_')}.png" for run in runs
     }
     table = (tmp_path / "report" / "recognized.md").read_text()
     assert (

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipgen.app.limits import MAX_MODELS
-from clipgen.bundled import BUNDLED
-from clipgen.generation.default_params import load_params
+from clipgen.bundled import BUNDLED, DEFAULT
+from clipgen.generation import default_params
 from clipgen.hardware.device import default_device
 from clipgen.run_list import OUTPUTS, Run, find_runs, is_class_conditional
 from clipgen.sampling_params import SamplingParams
@@ -74,7 +74,7 @@ class ModelStore:
         finished = [run for run in self._runs().values() if run.finished]
         if finished:
             return str(max(finished, key=lambda run: run.time).path)
-        return next(iter(BUNDLED))
+        return DEFAULT
 
     def _runs(self) -> dict[str, Run]:
         """Return the runs that take prompts, by name."""
@@ -91,9 +91,10 @@ class ModelStore:
         raise ValueError(f"the model must be {known}, got {name[:100]!r}")
 
     def params(self, name: str) -> SamplingParams | None:
-        """Return the default sampling parameters of a model, or None if it must be downloaded to know them."""
+        """Return the default sampling parameters of a model, or None if it must be loaded to know them."""
         self.check(name)
-        return None if name.startswith(HUB_PREFIX) else load_params(BUNDLED.get(name, Path(name)))
+        folder = BUNDLED.get(name, Path(name))
+        return default_params.load_params(folder) if (folder / default_params.FILE).is_file() else None
 
     def load(self, name: str) -> TextToImage:
         """Return a model, loaded at its first use. Different models are loaded at the same time, each only once.

@@ -86,7 +86,7 @@ class ClassConditionalGenerator(ImageGenerator):
 
     @classmethod
     def load(cls, path: str | Path, params: SamplingParams | None = None, **sampling: Any) -> ClassConditionalGenerator:
-        """Load a run folder, or a checkpoint inside one, of a training with ``data.conditioning=class``.
+        """Load the generator from a run folder of ``data.conditioning=class``, or from a checkpoint in that folder.
 
         Args:
             path: the folder or the checkpoint.

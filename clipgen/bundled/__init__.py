@@ -7,4 +7,5 @@ CONTENT = {
     "shapes": "colored shapes of 32 x 32 pixels",
     "cifar10": "photographs of the ten classes of CIFAR-10, 32 x 32 pixels",
 }
+DEFAULT = "shapes"
 BUNDLED = {name: Path(__file__).parent / name for name in CONTENT}

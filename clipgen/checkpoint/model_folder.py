@@ -98,7 +98,7 @@ def check_replaceable(path: Path) -> None:
 
 
 def resolve_path(path_or_name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """Return a path, that of the bundled ``"shapes"``, or that of a downloaded ``"hf-hub:OWNER/NAME"``.
+    """Return a path, that of a bundled model, or that of a downloaded ``"hf-hub:OWNER/NAME"``.
 
     Args:
         path_or_name: a path or a name; ``"hf-hub:OWNER/NAME@REVISION"`` names a revision, too.

@@ -44,7 +44,7 @@ class PretrainedModule(PretrainedMixin):
         Settings for training that name other files or models are ignored, because the file may be untrusted.
 
         Args:
-            path: a model folder, a run folder or a checkpoint of this stage; ``"shapes"`` (bundled); or
+            path: a model folder, a run folder or a checkpoint of this stage; the name of a bundled model; or
                 ``"hf-hub:OWNER/NAME"``, a pipeline on the Hugging Face Hub, whose model of this class is loaded.
             revision: see ``from_pretrained``.
             token: see ``from_pretrained``.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgen.bundled import BUNDLED, CONTENT
+from clipgen.bundled import BUNDLED, CONTENT, DEFAULT
 from clipgen.cli.console import flush_stdout, guarded, say
 from clipgen.cli.sample_request import check_early, join_words, read_request
 from clipgen.cli.sampling_args import add_sampling_options
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from clipgen.pipeline import TextToImage
 
     Group = argparse._ArgumentGroup
-
-DEFAULT_MODEL = "shapes"
 
 
 def command() -> None:
@@ -194,7 +192,7 @@ def run() -> None:
     with garbage_collection_paused():
         from clipgen.cli.sample_output import generate
     request = read_request(args)
-    checkpoint = args.checkpoint or newest_run(OUTPUTS) or DEFAULT_MODEL
+    checkpoint = args.checkpoint or newest_run(OUTPUTS) or DEFAULT
     with output_folder(output, keep_pattern="*.png"):
         pipe = load_pipeline(checkpoint, request, args)
         say(f"Model: {f'the bundled {checkpoint} model' if checkpoint in BUNDLED else checkpoint}")

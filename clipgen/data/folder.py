@@ -13,11 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.decoding import (
-    UnusableImageError,
-    check_header,
-    decode_image,
-)
+from clipgen.data.decoding import UnusableImageError, check_header, decode_image
 from clipgen.data.folder_listing import FolderListing
 from clipgen.data.handover import from_first_process
 from clipgen.data.indexed import IndexedImages
@@ -195,8 +191,8 @@ def folder_data(
 ) -> ImageDataModule:
     """Make the data module of ``data=folder``; arguments as in ``ImageFolder`` and ``ImageDataModule``.
 
-    Validation images come from ``val_root`` if it is set. Else ``val_fraction`` of the images is held out of training,
-    and at 0 there is no validation.
+    Validation images come from ``val_root`` if it is set. Else ``val_fraction`` of the images is held out of training;
+    0 disables validation.
     """
     val: ImageFolder | None
     if val_root is not None:

@@ -25,8 +25,8 @@ class IndexedImages(Dataset[dict[str, Tensor]], ABC):
 
     Index ``(epoch, i)`` selects image ``i``, whose crop and flip depend only on the seed, the epoch and the image. A
     plain index ``i``, as any DataLoader uses it, gives a new random crop every time. An unusable image is warned about
-    once and replaced by the next usable one, so the position of a run does not depend on which images are known to be
-    broken.
+    once and replaced by the next usable image, so that the position of a run does not depend on the images that have
+    turned out to be broken.
     """
 
     supports_epoch_index = True

@@ -1,4 +1,4 @@
-"""File names from prompts."""
+"""File names from prompts and other texts."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def slug(prompt: str) -> str:
     """Return a prompt as part of a file name. File systems allow names of 255 bytes."""
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-")
     return words[:60].encode()[:100].decode(errors="ignore")
+
+
+def underscored(text: str) -> str:
+    """Return a text with underscores for all characters but letters and digits; unlike a slug, it is not cut."""
+    return "".join(letter if letter.isalnum() else "_" for letter in text)

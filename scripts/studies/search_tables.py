@@ -12,6 +12,7 @@ from clipgen.baselines.search import PAPER_KS, SearchResult, SearchRow, search_t
 from clipgen.data.token_cache import TokenCacheDataset
 from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import GeneratedImages, RealImages
+from clipgen.generation.file_names import underscored
 from clipgen.images import save_png
 from clipgen.visualization import line_chart
 from studies.results import markdown
@@ -70,7 +71,7 @@ def row_cells(row: SearchRow, num_images: int) -> dict[str, str]:
 def search_fid(study: Study, prompts: list[str], name: str, images: Tensor) -> float:
     """Return the FID of images to real images of the same prompts."""
     source = GeneratedImages(lambda captions, numbers: images[numbers], [""] * len(images), 0, {"search": name})
-    folder = study.output / "search" / "".join(c if c.isalnum() else "_" for c in name)
+    folder = study.output / "search" / underscored(name)
     metrics = evaluate(folder, source, study.metrics.for_reference(), search_reference(study, prompts))
     assert metrics is not None
     return metrics["fid_0"]

@@ -33,6 +33,7 @@ from clipgen.evaluation.features import feature_extractor, image_classifier_feat
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import GeneratedImages, GenerateFn, RealImages, make_generate_fn
+from clipgen.generation.file_names import underscored
 from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
 from clipgen.images import save_png, to_pil
 from clipgen.sampling_params import SamplingParams
@@ -324,7 +325,7 @@ class Study:
 
     def folder(self, row: Row, seed: int) -> Path:
         """Return the folder of a row's results and grid."""
-        name = "".join(c if c.isalnum() else "_" for c in row.name)
+        name = underscored(row.name)
         return self.output / "rows" / f"{name}-{seed}"
 
     def captions_of(self, row: Row) -> list[str]:
