@@ -20,7 +20,7 @@ from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.frozen_models import check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.generation import default_params
 from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator
-from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector
 from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
@@ -36,10 +36,9 @@ from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import grid
 from clipgen.vqgan import VQGAN
 
-PROJECTOR = "projector.safetensors"
 CARD = "README.md"
 # What ``save`` may replace in a folder; other files stay.
-ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR, default_params.FILE, TRAINING, CARD, SAMPLES)
+ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR_FILE, default_params.FILE, TRAINING, CARD, SAMPLES)
 
 
 class TextToImage(PretrainedMixin, ImageGenerator):
@@ -93,8 +92,8 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         root = run_folder(path)
         finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
-        check_inside(root, *models, PROJECTOR, default_params.FILE)
-        projector = EmbeddingProjector.load(root / PROJECTOR) if (root / PROJECTOR).is_file() else None
+        check_inside(root, *models, PROJECTOR_FILE, default_params.FILE)
+        projector = EmbeddingProjector.load(root / PROJECTOR_FILE) if (root / PROJECTOR_FILE).is_file() else None
         transformer = ConditionalTransformer.load(path)
         vqgan = VQGAN.load(root)
         check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
@@ -120,7 +119,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             self.transformer.save(partial / "transformer", half)
             bind(partial / "transformer", partial / "vqgan")
             if self.projector:
-                self.projector.save(partial / PROJECTOR)
+                self.projector.save(partial / PROJECTOR_FILE)
             default_params.save_params(partial, self.params)
             if self.training:
                 write_json(partial / TRAINING, self.training)
@@ -167,7 +166,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         if revision is not None:
             api.create_branch(address.repo_id, branch=revision, exist_ok=True)
         # Optional parts of an older pipeline there must not stay beside this one.
-        optional = [PROJECTOR, TRAINING, SAMPLES, "clip/*"]
+        optional = [PROJECTOR_FILE, TRAINING, SAMPLES, "clip/*"]
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, half, replace(card or CardDetails(), repository=address.repo_id))
             api.upload_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from pathlib import Path
 
@@ -20,12 +21,15 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ShapesDataset
 from clipgen.hardware.processor import has_bf16_units
 from clipgen.pipeline import TextToImage
+from clipgen.training.cluster import leave_group
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
 SHARED = Path(os.environ.get("CLIPGEN_SHARED", Path(__file__).parents[2] / "shared"))
 # Commands refuse bfloat16 on processors that do not multiply fast in it.
 needs_bf16 = pytest.mark.skipif(not has_bf16_units("cpu"), reason="needs a processor that multiplies in bfloat16")
+# Test modules are imported by the processes that Lightning starts, too.
+atexit.register(leave_group)
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 

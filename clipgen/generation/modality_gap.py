@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from clipgen.checkpoint.safe_load import check_header
 from clipgen.storage.files import atomic_write, one_line
 
+PROJECTOR_FILE = "projector.safetensors"  # in a run folder or the folder of a pipeline
+
 
 class EmbeddingProjector(nn.Module):
     """Move text embeddings towards image embeddings. It is built from images and texts that need not be paired.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
+import torch.distributed
 from torch.distributed import TCPStore
 
 from clipgen.data.handover import FOLDER, results_for_children
@@ -80,6 +82,21 @@ def connect(strategy: Any) -> None:
     # DDP and FSDP name it differently; their setup_environment needs the model, too
     setup = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed
     setup()
+
+
+def leave_group_at_exit() -> None:
+    """Leave the process group when Python exits.
+
+    Otherwise threads of Gloo may still run while the interpreter is finalized, which aborts the process after a
+    training that has succeeded. Lightning does this for NCCL only.
+    """
+    atexit.register(leave_group)
+
+
+def leave_group() -> None:
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:

@@ -38,7 +38,13 @@ from clipgen.training.callbacks import (
     ProgressReport,
     TimeForecast,
 )
-from clipgen.training.cluster import check_num_processes, requeue_slurm_job, share_results, use_own_store
+from clipgen.training.cluster import (
+    check_num_processes,
+    leave_group_at_exit,
+    requeue_slurm_job,
+    share_results,
+    use_own_store,
+)
 from clipgen.training.config import TrainingConfig
 from clipgen.training.instantiate import instantiate
 from clipgen.training.loggers import ContinueLog, close_log, make_logger, remove_log_links, store_run_id
@@ -90,6 +96,7 @@ def train(
     check_num_processes(trainer.world_size)
     config.divide_batch(trainer.world_size)
     use_own_store()
+    leave_group_at_exit()
     with share_results(trainer):
         with one_process_works():
             data = instantiate(config.data, "data")
@@ -178,6 +185,8 @@ def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callb
         callbacks.append(instantiate(config.image_logger, "image_logger", folder=output / "pictures"))
     if config.metrics:
         callbacks.append(instantiate(config.metrics, "metrics"))
+    if config.projector:
+        callbacks.append(instantiate(config.projector, "projector", folder=output))
     callbacks += instantiate(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
     callbacks += [FinalValidation(), MetricPrinter(), ContinueLog()]
     for default in (ProgressReport, TimeForecast):

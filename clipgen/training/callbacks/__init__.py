@@ -11,5 +11,6 @@ from clipgen.training.callbacks.per_step_seed import PerStepSeed as PerStepSeed
 from clipgen.training.callbacks.progress import ProgressReport as ProgressReport
 from clipgen.training.callbacks.progress import TimeForecast as TimeForecast
 from clipgen.training.callbacks.progress import ValidationProgress as ValidationProgress
+from clipgen.training.callbacks.projector_builder import ProjectorBuilder as ProjectorBuilder
 from clipgen.training.callbacks.validation import FinalValidation as FinalValidation
 from clipgen.training.callbacks.validation import ResumeValidation as ResumeValidation

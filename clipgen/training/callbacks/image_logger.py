@@ -18,6 +18,7 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
 from clipgen.frozen_models import load_clip
 from clipgen.generation.generator import ImageGenerator
+from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector
 from clipgen.images import save_png, to_pil
 from clipgen.models.conditioning import Conditioner
 from clipgen.sampling_params import SamplingParams
@@ -117,7 +118,7 @@ class ImageLogger(pl.Callback):
         pairs = torch.stack([images, self._generate(generator, conditions)], dim=1)
         grids = {"from_images": grid(to_pil(pairs.flatten(0, 1)), columns=8)}
         if self.prompts and clip is not None:
-            generated = self._generate(generator, clip.encode_text(self.prompts))
+            generated = self._generate(generator, self._embed_prompts(clip))
             grids["from_texts"] = grid(to_pil(generated), captions=self.prompts)
         return grids
 
@@ -127,6 +128,14 @@ class ImageLogger(pl.Callback):
         title = f"step {module.global_step}, {int((module.counts == 0).sum())} dead codes"
         chart = code_frequency_chart(module.counts, title)
         return {"reconstructions": grid(to_pil(pairs), columns=8), "codebook_usage": chart}
+
+    def _embed_prompts(self, clip: Conditioner) -> Tensor:
+        """Return the embeddings of the prompts, moved by the projector of the run folder if it has one."""
+        embeddings = clip.encode_text(self.prompts)
+        path = self.folder.parent / PROJECTOR_FILE
+        if not path.is_file():
+            return embeddings
+        return EmbeddingProjector.load(path).to(embeddings.device)(embeddings)
 
     def _generate(self, generator: ImageGenerator, conditions: Tensor) -> Tensor:
         """Generate an image for each condition, from the same seeds after each validation."""

@@ -1,0 +1,69 @@
+"""Build the projector of a model from embeddings of its training images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector
+from clipgen.transformer import ConditionalTransformer
+
+
+class ProjectorBuilder(pl.Callback):
+    """Write an ``EmbeddingProjector`` that remembers the conditions of the first training images.
+
+    It needs neither texts nor labels. ``TextToImage.load`` reads the file with the rest of the run folder, and the
+    grids of ``ImageLogger`` use it for prompts.
+
+    Args:
+        folder: the run folder.
+        memory_size: number of embeddings to remember, fewer if the training sees fewer images.
+        neighbors: see ``EmbeddingProjector``.
+        temperature: see ``EmbeddingProjector``.
+    """
+
+    def __init__(self, folder: str | Path, memory_size: int = 2000, neighbors: int = 100, temperature: float = 0.05):
+        if memory_size < 1:
+            raise ValueError(f"memory_size must be at least 1, got {memory_size}")
+        EmbeddingProjector(neighbors=neighbors, temperature=temperature)  # raises an error for wrong values
+        self.path = Path(folder) / PROJECTOR_FILE
+        self.memory_size = memory_size
+        self.neighbors = neighbors
+        self.temperature = temperature
+        self.embeddings: list[Tensor] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not isinstance(module, ConditionalTransformer) or "class_names" in module.hparams:
+            raise ValueError("projector must be null, except for a transformer that is conditioned on CLIP embeddings")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # a resumed training keeps the projector that it has written
+        if not trainer.is_global_zero or self.path.is_file():
+            return
+        with torch.no_grad():
+            _, conditions = module.prepare_batch(batch)
+        self.embeddings.append(conditions.float().cpu())
+        if sum(map(len, self.embeddings)) >= self.memory_size:
+            self.write()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.embeddings:
+            self.write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the embeddings that are not yet written."""
+        return {"embeddings": self.embeddings}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the embeddings of an interrupted training."""
+        self.embeddings = state_dict["embeddings"]
+
+    def write(self) -> None:
+        """Write the projector to the run folder."""
+        memory = torch.cat(self.embeddings)[: self.memory_size]
+        self.embeddings = []
+        EmbeddingProjector(None, memory, self.neighbors, self.temperature).save(self.path)
