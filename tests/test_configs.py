@@ -145,6 +145,8 @@ def test_other_keys_are_arguments():
     assert values(config.image_logger) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder", "sampling"} | {
         field.name for field in fields(SamplingParams)
     }
+    projector = composed("stage=transformer").projector
+    assert values(projector) == set(arguments(callbacks.ProjectorBuilder.__init__)) - {"folder"}
     assert values(config.checkpoint) == set(arguments(callbacks.checkpoint_callbacks)) - {"folder", "monitor"}
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
 

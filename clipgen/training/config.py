@@ -46,7 +46,7 @@ class TrainingConfig:
         checkpoint: see ``checkpoint_callbacks``.
         image_logger: see ``ImageLogger``.
         metrics: see ``ReconstructionMetrics``; empty for none.
-        projector: see ``ProjectorBuilder``; empty for none.
+        projector: see ``ProjectorBuilder``; without ``memory_size`` there is none.
         monitor: the metric whose lowest value selects ``best.ckpt``.
         seed: seed of the weights, the data order and the randomness of each step.
         matmul_precision: ``"high"`` (TF32 on GPUs from Ampere on) or ``"highest"`` (float32).
@@ -88,8 +88,7 @@ class TrainingConfig:
         self.trainer = TRAINER_DEFAULTS | self.trainer
         self.checkpoint = {"_target_": "clipgen.training.callbacks.checkpoint_callbacks"} | self.checkpoint
         self.image_logger = {"_target_": "clipgen.training.callbacks.ImageLogger"} | self.image_logger
-        if self.projector:
-            self.projector = {"_target_": "clipgen.training.callbacks.ProjectorBuilder"} | self.projector
+        self.projector = {"_target_": "clipgen.training.callbacks.ProjectorBuilder"} | self.projector
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:

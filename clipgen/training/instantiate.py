@@ -21,6 +21,7 @@ TARGETS = frozenset(
         "clipgen.clip.FrozenCLIP",
         "clipgen.evaluation.reconstruction.ReconstructionMetrics",
         "clipgen.training.callbacks.ImageLogger",
+        "clipgen.training.callbacks.ProjectorBuilder",
         "clipgen.training.callbacks.checkpoint_callbacks",
         "clipgen.training.csv_logger.CSVLogger",
         "clipgen.transformer.ConditionalTransformer",

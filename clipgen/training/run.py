@@ -185,7 +185,7 @@ def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callb
         callbacks.append(instantiate(config.image_logger, "image_logger", folder=output / "pictures"))
     if config.metrics:
         callbacks.append(instantiate(config.metrics, "metrics"))
-    if config.projector:
+    if config.projector.get("memory_size"):
         callbacks.append(instantiate(config.projector, "projector", folder=output))
     callbacks += instantiate(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
     callbacks += [FinalValidation(), MetricPrinter(), ContinueLog()]

@@ -38,7 +38,9 @@ class ProjectorBuilder(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not isinstance(module, ConditionalTransformer) or "class_names" in module.hparams:
-            raise ValueError("projector must be null, except for a transformer that is conditioned on CLIP embeddings")
+            raise ValueError(
+                "projector.memory_size must be 0, except for a transformer that is conditioned on CLIP embeddings"
+            )
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         # a resumed training keeps the projector that it has written
