@@ -119,7 +119,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             self.transformer.save(partial / "transformer", half)
             bind(partial / "transformer", partial / "vqgan")
             if self.projector:
-                self.projector.save(partial / PROJECTOR_FILE)
+                self.projector.save(partial / PROJECTOR_FILE, half)
             default_params.save_params(partial, self.params)
             if self.training:
                 write_json(partial / TRAINING, self.training)

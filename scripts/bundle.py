@@ -12,6 +12,7 @@ from clipgen import TextToImage
 from clipgen.bundled import BUNDLED
 from clipgen.frozen_models import copy_clip
 from clipgen.generation.default_params import save_params
+from clipgen.generation.modality_gap import PROJECTOR_FILE
 from clipgen.storage.files import user_path, write_json
 from clipgen.tokenizer_identity import bind
 
@@ -19,11 +20,14 @@ from clipgen.tokenizer_identity import bind
 def bundle(pipe: TextToImage, name: str) -> Path:
     """Write a pipeline to the folder of a bundled model; its CLIP can also be used by that name alone."""
     target = BUNDLED[name]
-    if pipe.clip.folder is None or pipe.projector is not None:
-        raise ValueError("a bundled model must have a CLIP of its own and no projector")
+    if pipe.clip.folder is None:
+        raise ValueError("a bundled model must have a CLIP of its own")
     pipe.vqgan.save(target / "vqgan", half=True)
     pipe.transformer.save(target / "transformer", half=True)
     bind(target / "transformer", target / "vqgan")
+    (target / PROJECTOR_FILE).unlink(missing_ok=True)
+    if pipe.projector is not None:
+        pipe.projector.save(target / PROJECTOR_FILE, half=True)
     save_params(target, pipe.params)
     if pipe.clip.folder != (target / "clip").resolve():
         copy_clip(pipe.clip.folder, target / "clip")

@@ -21,7 +21,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from train_classifier import shard_sizes
 
@@ -207,7 +207,7 @@ def save(model: nn.Module, folder: Path) -> None:
     check_weights(model)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     with atomic_write(folder / WEIGHTS) as partial:
-        save_file(state, partial)
+        partial.write_bytes(to_safetensors(state))
 
 
 def augmented(images: Tensor, shift: int = 4) -> Tensor:

@@ -76,6 +76,20 @@ def test_pipeline_applies_and_saves_its_projector(pipe, tmp_path):
     assert (loaded.projector.neighbors, loaded.projector.temperature) == (3, 0.5)
 
 
+def test_projector_file_has_the_permissions_of_other_files(tmp_path):
+    (tmp_path / "other").touch()
+    path = EmbeddingProjector(torch.ones(8)).save(tmp_path / "projector.safetensors")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_half_precision_projector(tmp_path):
+    memory = unit_vectors(20)
+    path = EmbeddingProjector(memory=memory).save(tmp_path / "projector.safetensors", half=True)
+    loaded = EmbeddingProjector.load(path).memory
+    assert loaded.dtype == torch.float32 and path.stat().st_size < 20 * 8 * 2 + 300
+    torch.testing.assert_close(loaded, memory, atol=1e-3, rtol=0)
+
+
 def test_damaged_projector_is_named(pipe, tmp_path):
     pipe.save(tmp_path / "pipe")
     (tmp_path / "pipe/projector.safetensors").write_bytes(b"nonsense")

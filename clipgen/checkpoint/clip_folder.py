@@ -18,7 +18,7 @@ from typing import Any
 import open_clip
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from clipgen.checkpoint.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
@@ -111,7 +111,7 @@ def write_folder(target: Path, config: dict[str, Any], preprocessing: dict[str, 
     """Write a CLIP folder of settings and weights."""
     write_json(target / CONFIG, {"model_cfg": config, "preprocess_cfg": preprocessing})
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    save_file(tensors, target / WEIGHTS[0])
+    (target / WEIGHTS[0]).write_bytes(save(tensors))
 
 
 def download(name: str) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from clipgen.checkpoint.safe_load import check_header
@@ -68,12 +68,19 @@ class EmbeddingProjector(nn.Module):
         weights = (cosine / self.temperature).softmax(dim=-1)
         return F.normalize((weights[..., None] * memory[nearest]).sum(dim=1), dim=-1)
 
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file."""
+    def save(self, path: str | Path, half: bool = False) -> Path:
+        """Write a safetensors file.
+
+        Args:
+            path: the file.
+            half: save the embeddings in 16 bits.
+        """
         settings = {"neighbors": str(self.neighbors), "temperature": str(self.temperature)}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        dtype = torch.float16 if half else None
+        tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(path) as partial:
-            save_file(tensors, partial, settings)
+            # save_file would let nobody but the owner read the file
+            partial.write_bytes(save(tensors, settings))
         return Path(path)
 
     @classmethod
@@ -89,6 +96,7 @@ class EmbeddingProjector(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 settings = file.metadata()
             check_embeddings(**tensors)
+            tensors = {name: tensor.float() for name, tensor in tensors.items()}
             return cls(
                 **tensors,
                 neighbors=int(settings["neighbors"]),
