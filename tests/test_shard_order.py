@@ -29,7 +29,7 @@ class Readers:
     def read(self, segment: Segment) -> Iterator[tuple[int, int]]:
         samples = []
         for piece in segment.pieces:
-            samples += [(piece.shard, i) for i in range(piece.part, self.lengths[piece.shard], piece.num_parts)]
+            samples += [(piece.shard, i) for i in range(piece.offset, self.lengths[piece.shard], piece.step)]
         random.Random(segment.name).shuffle(samples)
         for sample in samples:
             self.num_read += 1

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 
 import clipgen
 from clipgen.bundled import BUNDLED
-from clipgen.checkpoint.pickle_stubs import thaw
+from clipgen.checkpoint.pickle_stubs import to_plain
 from clipgen.checkpoint.safe_load import (
     State,
     check_finite,
@@ -225,7 +225,7 @@ def load_ckpt(path: Path, model: str) -> Model:
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("clipgen_model")
     check_model(stored if isinstance(stored, str) else None, model, path)
-    arguments, state = thaw(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
+    arguments, state = to_plain(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
     for key, value in (("hyper_parameters", arguments), ("state_dict", state)):
         if not isinstance(value, Mapping):
             got = "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""Inert stand-ins for classes that checkpoints name beside their weights, so that no code of a file runs."""
+"""Inert stubs of classes that checkpoints name beside their weights, so that no code of a file runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NUMBERS = "biuf"  # kinds of NumPy types whose scalars are converted
 
 
 class PickleStub:
-    """Inert stand-in for a class or function; it stores the arguments and state of the object."""
+    """Inert stub of a class or function; it stores the arguments and state of the object."""
 
     arguments: tuple[Any, ...]
     state: Any
@@ -58,41 +58,41 @@ class PickleStub:
 
 
 class DictStub:
-    """Stand-in for a subclass of dict, whose items are kept in an ``OrderedDict``."""
+    """Stub of a subclass of dict, whose items are kept in an ``OrderedDict``."""
 
     def __new__(cls, *arguments: Any) -> Any:
         return OrderedDict()
 
 
-def stand_in(name: str) -> type | None:
-    """Return the stand-in for a class or function by its full name; None refuses it."""
+def stub_for(name: str) -> type | None:
+    """Return the stub of a class or function by its full name; None refuses it."""
     if name.rpartition(".")[2] in DICTIONARIES:
         return DictStub
     return PickleStub if name in NAMES or name.startswith(PACKAGES) else None
 
 
-def thaw(value: Any) -> Any:
-    """Convert stand-ins (Namespace, DictConfig, NumPy scalars) to plain dictionaries, lists and numbers."""
+def to_plain(value: Any) -> Any:
+    """Convert stubs (Namespace, DictConfig, NumPy scalars) to plain dictionaries, lists and numbers."""
     if isinstance(value, PickleStub):
-        return thaw_stand_in(value)
+        return stub_to_plain(value)
     if isinstance(value, Mapping):
-        return {key: thaw(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [thaw(item) for item in value]
+        items = [to_plain(item) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     return value
 
 
-def thaw_stand_in(value: PickleStub) -> Any:
-    """Return the content of a stand-in; the stand-in itself if its content is unknown."""
+def stub_to_plain(value: PickleStub) -> Any:
+    """Return the content of a stub; the stub itself if its content is unknown."""
     content = content_of(value)
     if isinstance(value.state, dict):
-        return thaw(content)
+        return to_plain(content)
     return numpy_number(value)
 
 
 def content_of(value: PickleStub) -> Any:
-    """Return the part of the state of a stand-in that holds its values."""
+    """Return the part of the state of a stub that holds its values."""
     # OmegaConf stores containers in ``_content`` and nodes in ``_val``, beside references to their parents.
     for key in ("_content", "_val"):
         if isinstance(value.state, dict) and key in value.state:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipgen.checkpoint.pickle_rehearsal import rehearse
-from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stand_in
+from clipgen.checkpoint.pickle_check import check_pickles
+from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stub_for
 
 __all__ = [
     "State",
@@ -91,12 +91,12 @@ def only_weights() -> Iterator[None]:
 
 
 def unpickle(path: Path) -> Any:
-    """Read a file of torch.save with inert stand-ins for the harmless classes that it names."""
+    """Read a file of torch.save with inert stubs of the harmless classes that it names."""
     with path.open("rb") as file:
         archive = file.read(len(ZIP)) == ZIP
     if archive:
         check_archive(path)
-    rehearse_pickles(path, archive)
+    check_pickles_of(path, archive)
     names: dict[str, Any] = {}
     while True:
         try:
@@ -105,25 +105,25 @@ def unpickle(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
         except UnpicklingError as error:
             name = refused_name(error)
-            kind = stand_in(name) if name else None
+            kind = stub_for(name) if name else None
             if name is None or kind is None or name in names or len(names) >= MAX_NAMES:
                 raise
             names[name] = kind
 
 
-def rehearse_pickles(path: Path, archive: bool) -> None:
-    """Raise ValueError if a pickle of a file makes calls that weights do not need, see ``rehearse``."""
+def check_pickles_of(path: Path, archive: bool) -> None:
+    """Raise ValueError if a pickle of a file makes calls that weights do not need, see ``check_pickles``."""
     size = path.stat().st_size
     if not archive:
         with path.open("rb") as file:
-            rehearse(file, size, PICKLES)
+            check_pickles(file, size, PICKLES)
         return
     with zipfile.ZipFile(path) as records:
         for record in records.infolist():
             # The name as torch reads it; zipfile can prefer another one.
             if ".pkl" in record.orig_filename:
                 with records.open(record) as file:
-                    rehearse(file, size)
+                    check_pickles(file, size)
 
 
 def check_values(content: Any) -> None:
@@ -140,7 +140,7 @@ def check_values(content: Any) -> None:
 
 
 def children_of(value: Any) -> list[Any]:
-    """Return the values inside a container or its stand-in; an empty list for any other value."""
+    """Return the values inside a container or its stub; an empty list for any other value."""
     if isinstance(value, PickleStub):
         return [value.arguments, content_of(value)]
     if isinstance(value, Mapping):

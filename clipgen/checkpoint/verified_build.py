@@ -38,7 +38,7 @@ def build(model: type[Model], arguments: Any, state: State, path: str | Path) ->
     """
     with named_load_errors(path, model.__name__):
         check_arguments(model, arguments, len(state))
-        rehearse(model, arguments, state)
+        build_on_meta(model, arguments, state)
         made: Model = model.from_state(arguments, state)  # type: ignore[attr-defined]
         return made
 
@@ -87,8 +87,8 @@ def check_depth(section: Mapping[str, Any], num_tensors: int) -> None:
 # ------------------------------------------------------------------------------------------------------ meta device
 
 
-def rehearse(model: Any, arguments: Mapping[str, Any], state: State) -> None:
-    """Load the weights once on the meta device, which has shapes and no memory.
+def build_on_meta(model: Any, arguments: Mapping[str, Any], state: State) -> None:
+    """Build the model and load its weights on the meta device, which has shapes and no memory.
 
     Raises:
         Exception: names or shapes do not fit, as ``load_state_dict`` says it; weights have a wrong type.

@@ -29,11 +29,11 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Piece:
-    """Every ``num_parts``-th sample of a shard, from sample number ``part`` on."""
+    """Every ``step``-th sample of a shard, from sample number ``offset`` on."""
 
     shard: int
-    part: int = 0
-    num_parts: int = 1
+    offset: int = 0
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ class ShardOrder:
             skip: number of samples to leave out.
         """
         skip += position.delivered[reader]
-        for part in self._parts(position, reader, end_pass):
-            size = self._size(part)
+        for chunk in self._chunks(position, reader, end_pass):
+            size = self._size(chunk)
             if size is not None and size <= skip:
                 skip -= size
                 continue
-            for sample in part.samples(self, read) if isinstance(part, Left) else read(part):
+            for sample in chunk.samples(self, read) if isinstance(chunk, Remainder) else read(chunk):
                 if skip:
                     skip -= 1
                 else:
@@ -160,8 +160,8 @@ class ShardOrder:
     def remaining(self, position: Position, reader: int, end_pass: int) -> int | None:
         """Return the number of samples that a reader has left before a pass, or None if it is not known."""
         total = -position.delivered[reader]
-        for part in self._parts(position, reader, end_pass):
-            size = self._size(part)
+        for chunk in self._chunks(position, reader, end_pass):
+            size = self._size(chunk)
             if size is None:
                 return None
             total += size
@@ -172,20 +172,20 @@ class ShardOrder:
         if not any(self.sizes):
             return position.first_pass
         skip = position.delivered[reader]
-        for part in self._parts(position, reader):
-            size = self._size(part)
-            # A part of unknown size has not been read to its end, so it has not been delivered completely.
+        for chunk in self._chunks(position, reader):
+            size = self._size(chunk)
+            # A chunk of unknown size has not been read to its end, so it has not been delivered completely.
             if size is None or size > skip:
-                return part.pass_number
+                return chunk.pass_number
             skip -= size
-        raise AssertionError("the parts of a reader have no end")
+        raise AssertionError("the chunks of a reader have no end")
 
-    def _parts(self, position: Position, reader: int, end_pass: int | None = None) -> Iterator[Left | Segment]:
+    def _chunks(self, position: Position, reader: int, end_pass: int | None = None) -> Iterator[Remainder | Segment]:
         """Yield what a reader reads: what earlier readers have left, and then its own segments."""
-        yield from self._left_by_others(position, reader)
+        yield from self._remainders(position, reader)
         yield from self._segments(position, reader, end_pass)
 
-    def _left_by_others(self, position: Position, reader: int) -> list[Left]:
+    def _remainders(self, position: Position, reader: int) -> list[Remainder]:
         """Return what earlier readers have left to a reader."""
         previous = position.previous
         if previous is None:
@@ -197,11 +197,11 @@ class ShardOrder:
             num_groups = min(num_old, position.num_readers)
         group = reader % num_groups
         sharing = range(group, position.num_readers, num_groups)
-        lefts = []
+        remainders = []
         for number, old in enumerate(range(group, num_old, num_groups)):
-            part = (sharing.index(reader) + number) % len(sharing)
-            lefts.append(Left(previous, old, position.first_pass, part, len(sharing)))
-        return lefts
+            offset = (sharing.index(reader) + number) % len(sharing)
+            remainders.append(Remainder(previous, old, position.first_pass, offset, len(sharing)))
+        return remainders
 
     def _segments(self, position: Position, reader: int, end_pass: int | None) -> Iterator[Segment]:
         """Yield the segments of a reader, without those left by earlier readers."""
@@ -217,25 +217,25 @@ class ShardOrder:
 
     def _pieces(self, pass_number: int, num_readers: int) -> list[Piece]:
         """Return the pieces of a pass in random order."""
-        num_parts = parts_per_shard(self.num_shards, num_readers)
-        order = list(range(self.num_shards * num_parts))
+        per_shard = pieces_per_shard(self.num_shards, num_readers)
+        order = list(range(self.num_shards * per_shard))
         random.Random(f"{self.seed} {pass_number}").shuffle(order)
-        return [Piece(number % self.num_shards, number // self.num_shards, num_parts) for number in order]
+        return [Piece(number % self.num_shards, number // self.num_shards, per_shard) for number in order]
 
-    def _size(self, part: Left | Segment) -> int | None:
-        """Return the number of samples in a part of the data of a reader, or None if it is not known."""
-        if isinstance(part, Left):
-            return part.size(self)
+    def _size(self, chunk: Remainder | Segment) -> int | None:
+        """Return the number of samples in a chunk, or None if it is not known."""
+        if isinstance(chunk, Remainder):
+            return chunk.size(self)
         total = 0
-        for piece in part.pieces:
+        for piece in chunk.pieces:
             size = int(self.sizes[piece.shard])
             if size == UNKNOWN:
                 return None
-            total += len(range(piece.part, size, piece.num_parts))
+            total += len(range(piece.offset, size, piece.step))
         return total
 
 
-def parts_per_shard(num_shards: int, num_readers: int) -> int:
+def pieces_per_shard(num_shards: int, num_readers: int) -> int:
     """Return the number of pieces per shard: 1 if there are enough shards.
 
     Otherwise all readers get the same number of pieces, unless that would read shards very often.
@@ -248,21 +248,21 @@ def parts_per_shard(num_shards: int, num_readers: int) -> int:
 
 
 @dataclass(frozen=True)
-class Left:
+class Remainder:
     """Samples that an earlier reader has left before a pass; ``step`` readers share them in turn.
 
     Args:
         position: position of the earlier readers.
         reader: number of the earlier reader.
         end_pass: the pass before which the samples end.
-        part: the first of the samples.
+        offset: the first of the samples.
         step: distance to the next sample.
     """
 
     position: Position
     reader: int
     end_pass: int
-    part: int = 0
+    offset: int = 0
     step: int = 1
 
     @property
@@ -272,9 +272,9 @@ class Left:
 
     def samples(self, order: ShardOrder, read: Callable[[Segment], Iterator[Any]]) -> Iterator[Any]:
         """Yield the samples."""
-        return islice(order.samples(self.position, self.reader, read, self.end_pass, self.part), 0, None, self.step)
+        return islice(order.samples(self.position, self.reader, read, self.end_pass, self.offset), 0, None, self.step)
 
     def size(self, order: ShardOrder) -> int | None:
         """Return the number of samples, or None if it is not known."""
         remaining = order.remaining(self.position, self.reader, self.end_pass)
-        return None if remaining is None else len(range(self.part, remaining, self.step))
+        return None if remaining is None else len(range(self.offset, remaining, self.step))

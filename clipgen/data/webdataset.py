@@ -267,7 +267,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Yield the samples of a piece, and note the size of its shard."""
         size = 0
         for sample in self._read_shard(self.urls[piece.shard]):
-            if size % piece.num_parts == piece.part:
+            if size % piece.step == piece.offset:
                 yield sample
             size += 1
         self._sizes[piece.shard] = size

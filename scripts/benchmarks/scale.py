@@ -149,7 +149,7 @@ def measure_shards(shards: int, ranks: int) -> dict[str, float]:
     for reader in range(position.num_readers):
         left = share
         for piece in pieces[reader :: position.num_readers]:
-            size = IMAGES_PER_SHARD / piece.num_parts
+            size = IMAGES_PER_SHARD / piece.step
             seen[piece.shard] += min(size, left)
             left = max(left - size, 0)
     return row | {"readers": position.num_readers, "share seen per epoch": seen.sum() / (shards * IMAGES_PER_SHARD)}

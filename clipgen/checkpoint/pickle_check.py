@@ -1,7 +1,7 @@
 """Check the calls in the pickle of a checkpoint before torch makes them.
 
 torch's reader for weights calls a few functions with whatever arguments a file gives: thirty bytes can ask for an array
-of many gigabytes. Here the same pickle is read with stand-ins for everything that it names, so nothing is called.
+of many gigabytes. Here the same pickle is read with placeholders for everything that it names, so nothing is called.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPCODES = {getattr(pickle, name)[0] for name in INSTRUCTIONS.split()}
 
 
 class Placeholder:
-    """Stands for a class or function that a pickle names, or for what a call returns.
+    """Placeholder of a class or function that a pickle names, or of what a call returns.
 
     Args:
         name: full name of the class or function; empty for a result.
@@ -46,7 +46,7 @@ class Placeholder:
 
 
 class Storage(Placeholder):
-    """Stands for the memory of a tensor.
+    """Placeholder of the memory of a tensor.
 
     Args:
         length: number of its elements.
@@ -75,7 +75,7 @@ class BoundedFile:
         return self.file.read(min(size, self.size))
 
 
-class Rehearsal(pickle._Unpickler):
+class PickleChecker(pickle._Unpickler):
     """Read pickles without calling anything.
 
     Args:
@@ -100,11 +100,11 @@ class Rehearsal(pickle._Unpickler):
         self.storages: dict[Any, int] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for a class or function."""
+        """Return the placeholder of a class or function."""
         return Placeholder(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return the stand-in for a storage; ``pid`` is ("storage", type, key, device, length, ...)."""
+        """Return the placeholder of a storage; ``pid`` is ("storage", type, key, device, length, ...)."""
         length = pid[4] if isinstance(pid, tuple) and len(pid) > 4 else None
         if type(length) is not int or not length >= 0:
             raise ValueError("it names a storage without its length")
@@ -117,7 +117,7 @@ class Rehearsal(pickle._Unpickler):
         return Storage(self.storages[pid[2]])
 
     def call(self, function: Any, arguments: Any) -> Any:
-        """Check a call, and return the stand-in for its result."""
+        """Check a call, and return the placeholder of its result."""
         if not isinstance(function, Placeholder) or not isinstance(arguments, tuple):
             raise ValueError("it calls a value that is not a function")
         self.count(arguments)
@@ -127,7 +127,7 @@ class Rehearsal(pickle._Unpickler):
             return self.call(arguments[0], arguments[2])
         if not is_harmless(name, arguments):
             raise ValueError(f"it calls {function.name} as no weights need: refused")
-        # A text stands for its bytes, a tuple for a size.
+        # A text represents its bytes, and a tuple a size.
         return arguments[0] if name in ("encode", "Size") and arguments else Placeholder()
 
     def count(self, values: Iterable[Any]) -> None:
@@ -195,7 +195,7 @@ def fits_storage(arguments: tuple[Any, ...]) -> bool:
     return bool(last < storage.length)
 
 
-def rehearse(file: IO[bytes], size: int, num_pickles: int = 1) -> None:
+def check_pickles(file: IO[bytes], size: int, num_pickles: int = 1) -> None:
     """Check the calls of the next pickles in a file.
 
     Args:
@@ -213,7 +213,7 @@ def rehearse(file: IO[bytes], size: int, num_pickles: int = 1) -> None:
             return
         file.seek(place)
         try:
-            Rehearsal(file, size).load()
+            PickleChecker(file, size).load()
         except ValueError:
             raise
         except Exception as error:  # damaged bytes raise anything from KeyError to EOFError
