@@ -56,7 +56,7 @@ def sampler(logits_fn: LogitsFn, uniforms: Tensor, params: SamplingParams) -> Sa
 
 
 def with_cfg(logits_fn: LogitsFn, scales: Sequence[float]) -> LogitsFn:
-    """Apply classifier-free guidance (arXiv:2207.12598): ``l = l_null + scale * (l_condition - l_null)``.
+    """Apply classifier-free guidance (arXiv:2207.12598), see ``guide``.
 
     Args:
         logits_fn: scores a batch of 2 B samples, B with the condition and the same B with the null condition.
@@ -65,10 +65,15 @@ def with_cfg(logits_fn: LogitsFn, scales: Sequence[float]) -> LogitsFn:
 
     def guided_logits(position: int, previous: Tensor | None) -> Tensor:
         both = None if previous is None else previous.repeat(2)
-        conditional, null = logits_fn(position, both).float().chunk(2)
-        return null + scales[position] * (conditional - null)
+        return guide(logits_fn(position, both), scales[position])
 
     return guided_logits
+
+
+def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
+    """Combine logits (2 B, K) with the condition and with the null condition: ``l_null + scale * (l - l_null)``."""
+    conditional, null = logits.float().chunk(2)
+    return null + scale * (conditional - null)
 
 
 @torch.no_grad()

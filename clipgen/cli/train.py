@@ -35,15 +35,19 @@ def main() -> None:
 
 
 def run_hydra() -> None:
-    """Let Hydra compose the configuration, and train; errors are raised here, to be printed in one sentence."""
+    """Let Hydra compose the configuration, and train."""
     if {"-h", "--help"} & set(sys.argv):
         print(help_text())
-        return
-    if "--info" in sys.argv:
+    elif "--info" in sys.argv:
         from clipgen.cli.info import info_text
 
         print(info_text())
-        return
+    else:
+        compose_and_train()
+
+
+def compose_and_train() -> None:
+    """Run all jobs that Hydra composes; raise the first error of a job, to be printed in one sentence."""
     import hydra
     from hydra.errors import HydraException
 
@@ -58,18 +62,11 @@ def run_hydra() -> None:
 
     @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
     def task(config: DictConfig) -> float | None:
-        if os.getpid() != main_process:
-            # a launcher such as submitit's has moved the run elsewhere, and reports its errors
-            set_up_logging()
-            return run_job(config)
-        try:
-            return run_job(config)
-        except Exception as error:
-            # the other runs of a sweep continue, and need the memory that the frames hold
-            traceback.clear_frames(error.__traceback__)
-            errors.append(expected_error(error))
-            # no value: a sweeper that compares values counts the run as failed
-            return None
+        if os.getpid() == main_process:
+            return run_and_collect(config, errors)
+        # a launcher such as submitit's has moved the run elsewhere, and reports its errors
+        set_up_logging()
+        return run_job(config)
 
     try:
         task()
@@ -81,6 +78,20 @@ def run_hydra() -> None:
             raise
     if errors:
         raise errors[0]
+
+
+def run_and_collect(config: DictConfig, errors: list[Exception]) -> float | None:
+    """Train one run, see ``run_job``; an error is appended to ``errors``, so that the other runs of a sweep continue.
+
+    Without a value, a sweeper that compares values counts the run as failed.
+    """
+    try:
+        return run_job(config)
+    except Exception as error:
+        # the other runs need the memory that the frames hold
+        traceback.clear_frames(error.__traceback__)
+        errors.append(expected_error(error))
+        return None
 
 
 def run_job(config: DictConfig) -> float | None:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clipgen.models.cpu_kernels import Activation, Linear, addmm_linear, choose_cpu_kernel, with_activation
 from clipgen.models.gpt import ConditionalGPT2
-from clipgen.sampling import LogitsFn, SampleFn, sample_from_logits, sampler, with_cfg
+from clipgen.sampling import LogitsFn, SampleFn, guide, sample_from_logits, sampler, with_cfg
 from clipgen.sampling_params import SamplingParams
 
 # A compiled graph reads the cache up to a multiple of this many positions.
@@ -207,8 +207,7 @@ class CompiledDecoder(IncrementalDecoder):
         """Compute the logits at ``position``, and replace ``previous`` by the index that is sampled from them."""
         logits = self.compiled_logits(self.condition_tokens, self.previous, self.position)
         if self.params.uses_guidance:
-            conditional, null = logits.float().chunk(2)
-            logits = null + self.guidance_scales.index_select(0, self.position) * (conditional - null)
+            logits = guide(logits, self.guidance_scales.index_select(0, self.position))
         uniforms = self.uniforms[: len(logits)].index_select(1, self.position)[:, 0]
         index = sample_from_logits(logits, uniforms, self.params)
         self.previous.copy_(index.repeat(2) if self.params.uses_guidance else index)
