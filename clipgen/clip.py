@@ -20,7 +20,7 @@ from clipgen.checkpoint import clip_folder, clip_tokenizer
 from clipgen.checkpoint.safe_load import check_weights_file
 from clipgen.images import check_images
 from clipgen.storage.files import one_line
-from clipgen.storage.links import member
+from clipgen.storage.links import file_inside
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +97,10 @@ class FrozenCLIP(pl.LightningModule):
         if folder is None:
             name, quick_gelu = match_activation(model_name, pretrained)
             model = load_open_clip(name, pretrained, quick_gelu)
-            self.tokenizer = load_tokenizer(name, model.context_length)
+            self.tokenizer = load_open_clip_tokenizer(name, model.context_length)
             preprocessing = getattr(model.visual, "preprocess_cfg", {})
         else:
-            model, config, preprocessing = clip_folder.load_model(folder)
+            model, config, preprocessing = clip_folder.load_clip_model(folder)
             self.tokenizer = load_folder_tokenizer(folder, config, model.context_length)
         self.model: Any = model.eval().requires_grad_(False)
         size = model.visual.image_size
@@ -276,11 +276,11 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
                 f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded ({one_line(error)}): "
                 "download them once on a machine with a network, or give their file as clip.pretrained"
             ) from error
-    clip_folder.check_finite(model, f"CLIP {name!r} (pretrained={pretrained!r})")
+    clip_folder.check_finite_model(model, f"CLIP {name!r} (pretrained={pretrained!r})")
     return model
 
 
-def load_tokenizer(name: str, context_length: int) -> Any:
+def load_open_clip_tokenizer(name: str, context_length: int) -> Any:
     """Load open_clip's tokenizer for one of its models."""
     with clip_folder.open_clip_interface():
         text = (open_clip.get_model_config(name) or {}).get("text_cfg", {})
@@ -293,5 +293,5 @@ def load_folder_tokenizer(folder: Path, config: dict[str, Any], context_length: 
     if not (folder / VOCABULARY_FILE).exists():
         return clip_tokenizer.load_tokenizer(folder, config)
     size = config["text_cfg"].get("vocab_size", clip_folder.BYTE_PAIRS)
-    path = member(folder, VOCABULARY_FILE)
+    path = file_inside(folder, VOCABULARY_FILE)
     return WordTokenizer(clip_tokenizer.read_vocabulary(path, size), context_length)

@@ -15,7 +15,7 @@ from clipgen.clip import FrozenCLIP
 from clipgen.models.conditioning import Conditioner
 from clipgen.storage.atomic_folder import replace_folder
 from clipgen.storage.files import flush_to_disk, read_json, write_json
-from clipgen.storage.links import check_inside, member
+from clipgen.storage.links import check_inside, file_inside
 from clipgen.vqgan import VQGAN
 
 ALLOW = "CLIPGEN_ALLOW_CLIP"  # environment variable: a CLIP that clip.json may name besides the folder's own
@@ -88,7 +88,7 @@ def copy_frozen(source: Path, root: Path) -> None:
     if (source / "vqgan").is_dir():
         (root / "vqgan").mkdir(parents=True, exist_ok=True)
         for name in model_folder.FILES:
-            shutil.copyfile(member(source / "vqgan", name), root / "vqgan" / name)
+            shutil.copyfile(file_inside(source / "vqgan", name), root / "vqgan" / name)
             flush_to_disk(root / "vqgan" / name)
     config = read_clip_json(source)
     if config["model_name"] == "clip":

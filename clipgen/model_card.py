@@ -14,11 +14,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import clipgen
-from clipgen.checkpoint.safe_load import add_prefix
 from clipgen.clip import FrozenCLIP
+from clipgen.models.config import dotted_values
 from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import one_line, read_json, read_yaml
-from clipgen.storage.links import member
+from clipgen.storage.links import file_inside
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
 
@@ -93,9 +93,9 @@ def training_settings(root: Path) -> dict[str, Any]:
     """
     try:
         if (root / TRAINING).is_file():
-            return settings_of(read_json(member(root, TRAINING)))
+            return settings_of(read_json(file_inside(root, TRAINING)))
         if (root / "config.yaml").is_file():
-            return settings_of(read_yaml(member(root, "config.yaml")))
+            return settings_of(read_yaml(file_inside(root, "config.yaml")))
     except (ValueError, OSError) as error:
         logger.warning("The model card will not say how the model was trained: %s", one_line(error))
     return {}
@@ -108,13 +108,13 @@ def settings_of(config: Any) -> dict[str, Any]:
         values = config.get(part) if isinstance(config, dict) else None
         if not isinstance(values, dict):
             continue
-        plain = {key: value for key, value in values.items() if is_plain(key, value)}
+        plain = {key: value for key, value in values.items() if is_card_setting(key, value)}
         if plain:
             settings[part] = plain
     return settings
 
 
-def is_plain(key: Any, value: Any) -> bool:
+def is_card_setting(key: Any, value: Any) -> bool:
     """Return whether a setting is a short name with a number or a short text that is not a path."""
     named = isinstance(key, str) and KEY.fullmatch(key) is not None
     scalar = isinstance(value, (bool, int, float, str)) and len(str(value)) <= 200
@@ -145,8 +145,8 @@ def model_card(
 def setting_rows(vqgan: VQGAN, transformer: ConditionalTransformer, training: dict[str, Any]) -> list[str]:
     """Return a row of the table of settings for each setting of both models and of the training."""
     settings = {
-        "transformer": flatten(transformer.hparams),
-        "vqgan": flatten(vqgan.hparams),
+        "transformer": dict(dotted_values(transformer.hparams)),
+        "vqgan": dict(dotted_values(vqgan.hparams)),
         **settings_of(training),
     }
     rows = []
@@ -214,17 +214,6 @@ def describe_results(details: CardDetails) -> str:
     place = f" on {cell(details.evaluated_on)}" if details.evaluated_on else ""
     rows = [f"| {cell(name)} | {value:.4g} |" for name, value in results.items()]
     return f"\nMeasured{place}:\n\n| metric | value |\n|---|---|\n" + "\n".join(rows) + "\n"
-
-
-def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings by dotted names, as in "gan.weight"."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= add_prefix(f"{key}.", flatten(value))
-        else:
-            flat[key] = value
-    return flat
 
 
 def cell(value: Any) -> str:

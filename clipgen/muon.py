@@ -284,7 +284,7 @@ def orthogonalize_distributed(
 
 
 def owners_of(parameters: Sequence[Tensor], world_size: int) -> list[int]:
-    """Return the rank that orthogonalizes each matrix. Equal shapes are dealt out in turn, to balance the work."""
+    """Return the rank that orthogonalizes each matrix. Equal shapes are assigned in turn, to balance the work."""
     order = sorted(range(len(parameters)), key=lambda i: sorted(parameters[i].shape))
     owners = [0] * len(parameters)
     for position, i in enumerate(order):
@@ -358,7 +358,7 @@ def orthogonalize_rows(
     for i in mine:
         for sender, height in enumerate(row_counts(parameters[i], world_size)):
             incoming_shapes[sender].append((height, parameters[i].shape[1]))
-    received = exchange(outgoing, incoming_shapes, rows[0], mesh.get_group())
+    received = all_to_all(outgoing, incoming_shapes, rows[0], mesh.get_group())
     matrices = [torch.cat(parts) for parts in zip(*received)]
     results = orthogonalize(matrices, coefficients, steps, eps)
 
@@ -367,7 +367,7 @@ def orthogonalize_rows(
     for i, result in zip(mine, results):
         for receiver, part in enumerate(result.split(row_counts(parameters[i], world_size))):
             outgoing[receiver].append(part)
-    returned = exchange(outgoing, own_shapes, rows[0], mesh.get_group())
+    returned = all_to_all(outgoing, own_shapes, rows[0], mesh.get_group())
     remaining = list(map(iter, returned))
     return [next(remaining[owner]) for owner in owners]
 
@@ -391,7 +391,7 @@ def row_counts(parameter: DTensor, world_size: int) -> list[int]:
     return [min(max(num_rows - rank * chunk_size, 0), chunk_size) for rank in range(world_size)]
 
 
-def exchange(
+def all_to_all(
     outgoing: list[list[Tensor]],
     incoming_shapes: Sequence[Sequence[tuple[int, ...]]],
     like: Tensor,

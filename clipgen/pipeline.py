@@ -277,7 +277,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         results = []
         for item, images in zip(prompts, candidates.split(len(seeds))):
             order = self._rank(item, images)[:num_images] if rerank_from else list(range(num_images))
-            results += with_metadata(images[order], item, [seeds[i] for i in order], metadata)
+            results += to_pil_with_metadata(images[order], item, [seeds[i] for i in order], metadata)
         return results
 
     def _metadata(self, params: SamplingParams, options: GenerationOptions) -> dict[str, Any]:
@@ -364,7 +364,7 @@ def checked_prompts(
     return prompts
 
 
-def with_metadata(
+def to_pil_with_metadata(
     images: Tensor,
     prompt: Prompt,
     seeds: Sequence[int],

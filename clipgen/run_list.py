@@ -84,7 +84,7 @@ def is_class_conditional(run: Run) -> bool:
     return (run.path / "label_transformer").is_dir()
 
 
-def table(runs: Iterable[Run]) -> list[str]:
+def runs_table(runs: Iterable[Run]) -> list[str]:
     """Return the lines of a table: stage, step, best monitored value, state and path; the newest run first."""
     rows = [("STAGE", "STEP", "BEST", "STATE", "PATH")]
     for run in sorted(runs, key=lambda run: -run.time):

@@ -386,7 +386,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``model_folder.build`` checks both first.
+        ``model_folder.build_verified`` checks both first.
         """
         # A model folder holds one set of weights, so no EMA is allocated for it.
         if not strip_prefix("ema.", state):
@@ -432,4 +432,4 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         """
         with model_folder.named_load_errors(checkpoint, cls.__name__):
             arguments, state = hfailab.transformer(checkpoint, n_head)
-        return model_folder.build(cls, arguments, state, checkpoint)
+        return model_folder.build_verified(cls, arguments, state, checkpoint)

@@ -32,7 +32,7 @@ def check_values(values: Mapping[str, Any], hints: Mapping[str, Any], section: s
         if config_class and isinstance(value, Mapping):
             check_values(value, get_type_hints(config_class), f"{section}{name}.")
         elif name in hints and not fits(value, hints[name]):
-            raise TypeError(f"{section}{name} must be {describe(hints[name])}, got {value!r:.80}")
+            raise TypeError(f"{section}{name} must be {type_in_words(hints[name])}, got {value!r:.80}")
 
 
 def dataclass_in(hint: Any) -> Any:
@@ -116,13 +116,13 @@ def is_instance(value: Any, hint: Any) -> bool:
         return True
 
 
-def describe(hint: Any) -> str:
+def type_in_words(hint: Any) -> str:
     """Return a type in words: ``int or null``, ``list of int``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(describe(choice) for choice in arguments)
+        return " or ".join(type_in_words(choice) for choice in arguments)
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if is_sequence(origin):
-        return f"list of {describe(arguments[0])}"
+        return f"list of {type_in_words(arguments[0])}"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

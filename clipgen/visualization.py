@@ -55,7 +55,7 @@ def grid(
     for i, (image, lines) in enumerate(zip(images, wrapped_texts)):
         x = GAP + (i % columns) * step_x
         y = top + GAP + (i // columns) * step_y
-        sheet.paste(fit(image, cell), (x, y))
+        sheet.paste(resize_to_cell(image, cell), (x, y))
         draw.multiline_text((x, y + cell + 2), "\n".join(lines), "black", font, spacing=1)
     return sheet
 
@@ -75,7 +75,7 @@ def font_for(text: str) -> Any:
     return ImageFont.truetype(str(file), UNICODE_FONT_SIZE)
 
 
-def fit(image: Image.Image, cell: int) -> Image.Image:
+def resize_to_cell(image: Image.Image, cell: int) -> Image.Image:
     """Resize an image to fit into a square of ``cell`` pixels; enlarged images keep sharp pixels."""
     factor = cell / max(image.size)
     resample = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS

@@ -490,7 +490,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``model_folder.build`` checks both first. A discriminator that the file does not hold is not built.
+        ``model_folder.build_verified`` checks both first. A discriminator that the file does not hold is not built.
         ``loss.vgg_weights`` is not taken from the file, and the CLIP perceptual loss is off: to train the model further
         with either, build a VQGAN with that setting and call ``init_from``.
         """
@@ -520,14 +520,14 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             ValueError: the file is not such a checkpoint, or its pickle refers to code.
         """
         arguments, state = taming.vqgan(checkpoint, config)
-        return model_folder.build(cls, arguments, state, checkpoint)
+        return model_folder.build_verified(cls, arguments, state, checkpoint)
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode. No code in it is executed."""
         with model_folder.named_load_errors(checkpoint, cls.__name__):
             arguments, state = hfailab.vqgan(checkpoint)
-        return model_folder.build(cls, arguments, state, checkpoint)
+        return model_folder.build_verified(cls, arguments, state, checkpoint)
 
     def load_weights_(self, state: dict[str, Tensor]) -> Self:
         """Load the weights of a model folder and switch to evaluation mode.

@@ -74,7 +74,7 @@ def test_downloaded_file_reproduces_the_image(store, tmp_path):
 def test_again_generates_the_chosen_image_of_a_reranked_request(store):
     request = builders.text_request(SETTINGS._replace(rerank_from=5), PROMPT)
     chosen = served(store, request)[-1].results[1]
-    (again,) = served(store, chosen.again())[-1].results
+    (again,) = served(store, chosen.regenerate())[-1].results
     assert_equal([again.image], [chosen.image])
 
 
@@ -91,7 +91,7 @@ def test_again_generates_the_chosen_image_of_a_sweep(store):
     cell = generation.SHEET_CELL
     assert update.sheet is not None and update.sheet.width > 4 * cell and update.sheet.height > 2 * cell
     chosen = update.results[5]
-    (again,) = served(store, chosen.again())[-1].results
+    (again,) = served(store, chosen.regenerate())[-1].results
     assert_equal([again.image], [chosen.image])
 
 
@@ -101,13 +101,13 @@ def test_again_generates_the_whole_interpolation(store, pipe):
     images = [result.image for result in update.results]
     expected = pipe.interpolate(PROMPT, "a small red star on a black background", 3, seed=5, top_p=0.8)
     assert_equal(images, expected)
-    assert_equal([result.image for result in served(store, update.results[1].again())[-1].results], images)
-    assert update.results[0].more(1).num_images == 3
+    assert_equal([result.image for result in served(store, update.results[1].regenerate())[-1].results], images)
+    assert update.results[0].generate_more(1).num_images == 3
 
 
 def test_more_has_another_seed_and_variations_another_prompt(store, pipe):
     chosen = served(store, builders.text_request(SETTINGS, PROMPT))[-1].results[0]
-    more = chosen.more(3)
+    more = chosen.generate_more(3)
     assert more.seed != chosen.seed and more.prompts == (PROMPT,) and more.num_images == 3
     variations = chosen.variations(2)
     images = [result.image for result in served(store, variations)[-1].results]

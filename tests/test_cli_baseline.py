@@ -11,7 +11,7 @@ from commands import everything
 from PIL import Image
 
 from clipgen.cli.baseline import parser
-from clipgen.cli.baseline_search import training_score
+from clipgen.cli.baseline_search import mean_caption_score
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.sources import FolderImages
 
@@ -103,7 +103,7 @@ def test_threshold_of_a_search_is_the_score_of_training_images_and_all_captions(
     args = parser().parse_args(["search", *options, "--real-captions", str(tmp_path / "captions.txt")])
     images = torch.cat([batch for batch, _ in FolderImages(two_folders[0]).read(range(24))])
     expected = (shapes_clip.encode_image(images) @ shapes_clip.encode_text(texts).T).mean().item()
-    assert training_score(args, shapes_clip) == pytest.approx(expected, abs=1e-5)
+    assert mean_caption_score(args, shapes_clip) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_bundled_cifar10_model_names_unfamiliar_prompts(call, tmp_path, prompt, 
     assert result.code == 0, result.stderr
     assert remark in result.stderr and ("the classes airplane, automobile" in result.stderr) == bool(remark)
     image = Image.open(next((tmp_path / "s").glob("00_*.png")))
-    assert image.size == (32, 32) and float(image.text["guidance_scale"]) == 5
+    assert image.size == (32, 32) and float(image.text["guidance_scale"]) == 4
 
 
 @pytest.mark.parametrize("arguments", [[], ["--checkpoint", "shapes"]], ids=["by default", "by name"])

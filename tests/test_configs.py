@@ -25,7 +25,7 @@ from clipgen.sampling_params import SamplingParams
 from clipgen.tokenizer_identity import identity
 from clipgen.training import callbacks
 from clipgen.transformer import ConditionalTransformer
-from clipgen.type_checks import describe, fits
+from clipgen.type_checks import fits, type_in_words
 from clipgen.vqgan import VQGAN
 
 STAGES = ("vqgan", "transformer")
@@ -385,4 +385,4 @@ def test_values_fit_type_annotations(value, annotation, expected):
 
 
 def test_type_annotations_in_messages():
-    assert describe(str | list[int] | None) == "str or list of int or null"
+    assert type_in_words(str | list[int] | None) == "str or list of int or null"

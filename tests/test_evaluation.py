@@ -17,7 +17,7 @@ from clipgen.evaluation.feature_store import FeatureStore, collect
 from clipgen.evaluation.features import Features, feature_extractor
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.metrics import blurred
-from clipgen.evaluation.report import table
+from clipgen.evaluation.report import results_table
 from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages
 from clipgen.images import to_pil
@@ -205,11 +205,11 @@ def test_reference_is_measured_once(two_folders, tmp_path):
 
 
 def test_table_is_markdown():
-    named = table([("a", {"fid_0": 2, "caps": 0.5, "psnr": 20})], "inception-clean", "blip").splitlines()[0]
+    named = results_table([("a", {"fid_0": 2, "caps": 0.5, "psnr": 20})], "inception-clean", "blip").splitlines()[0]
     assert named == "| system | FID-0 ↓ (inception-clean) | CapS ↑ (blip) | PSNR ↑ |"
-    assert table([("a|b", {"fid_0": 2})]).splitlines()[-1] == "| a\\|b | 2 |"
+    assert results_table([("a|b", {"fid_0": 2})]).splitlines()[-1] == "| a\\|b | 2 |"
     rows = [("a", {"is_mean": 21.4321, "is_std": 0.5, "fid_0": 20.7}), ("b", {"fid_0": 1e-3})]
-    assert table(rows) == (
+    assert results_table(rows) == (
         "| system | IS ↑ | FID-0 ↓ |\n| --- | --- | --- |\n| a | 21.43 ± 0.5 | 20.7 |\n| b | - | 0.001 |\n"
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
-from clipgen.hardware.kept_choices import kept_choice
+from clipgen.hardware.measured_choices import measured_choice
 from clipgen.models import cpu_kernels, kv_cache
 from clipgen.models.config import GPTConfig
 from clipgen.models.gpt import ConditionalGPT2
@@ -254,10 +254,10 @@ def test_fastest_kernel_is_measured_once_and_kept(monkeypatch, kernel_cache):
 
 def test_choices_of_another_process_are_not_overwritten(kernel_cache):
     def measure() -> str:
-        assert kept_choice("product", lambda: "first") == "first"
+        assert measured_choice("product", lambda: "first") == "first"
         return "second"
 
-    assert kept_choice("product", measure) == "first"
+    assert measured_choice("product", measure) == "first"
 
 
 @pytest.mark.parametrize("content", ["{", None], ids=["damaged", "not writable"])

@@ -12,7 +12,7 @@ from test_image_data import is_mapped
 
 from clipgen.data import folder, handover, packed_strings
 from clipgen.data.folder import ImageFolder
-from clipgen.data.handover import from_first_process, one_process_works, results_for_children
+from clipgen.data.handover import compute_in_first_process, from_first_process, share_results_in_files
 from clipgen.data.packed_strings import PackedStrings
 
 
@@ -26,11 +26,11 @@ def images(tmp_path) -> Path:
 
 
 def test_processes_that_are_started_later_do_not_scan_again(images, monkeypatch):
-    with results_for_children():
-        with one_process_works():
+    with share_results_in_files():
+        with compute_in_first_process():
             first = ImageFolder(images, 8, train=True)
         monkeypatch.setattr(folder, "scan_folder", None)
-        with one_process_works():
+        with compute_in_first_process():
             second = ImageFolder(images, 8, train=True)
     assert [*first.files] == [*second.files] and len(second) == 4
     assert first.skip_counter.num_used == second.skip_counter.num_used == 4
@@ -40,9 +40,9 @@ def test_processes_that_are_started_later_do_not_scan_again(images, monkeypatch)
 def test_arrays_are_mapped_by_the_processes_that_receive_them(images, monkeypatch):
     """The names of millions of files are not copied into every process."""
     monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
-    with results_for_children():
+    with share_results_in_files():
         for _ in range(2):
-            with one_process_works():
+            with compute_in_first_process():
                 names, empty = from_first_process(lambda: (PackedStrings(["a", "b"]), PackedStrings([])))
         assert is_mapped(names.content) and is_mapped(names.ends)
     assert [*names] == ["a", "b"] and not empty
@@ -50,7 +50,7 @@ def test_arrays_are_mapped_by_the_processes_that_receive_them(images, monkeypatc
 
 def test_without_a_training_every_process_works():
     calls = []
-    with results_for_children():
+    with share_results_in_files():
         for _ in range(2):
             from_first_process(lambda: calls.append(1))
     assert len(calls) == 2
@@ -58,7 +58,7 @@ def test_without_a_training_every_process_works():
 
 def connected(rank: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
-    with one_process_works():
+    with compute_in_first_process():
         assert from_first_process(lambda: {"rank": rank}) == {"rank": 0}
         with pytest.raises(ValueError, match="raised by rank 0"):
             from_first_process(lambda: int(f"raised by rank {rank}"))

@@ -171,7 +171,7 @@ def test_every_model_of_open_clip_fits_the_rules(tmp_path):
         config = open_clip.get_model_config(name)
         write_json(tmp_path / clip_folder.CONFIG, {"model_cfg": config})
         try:
-            clip_folder.read_config(tmp_path)
+            clip_folder.read_settings(tmp_path)
         except ValueError as error:
             assert "hf_model_name" in str(error), (name, error)
             refused.add(name)
@@ -197,7 +197,7 @@ def test_every_model_of_open_clip_fits_the_rules(tmp_path):
 )
 def test_absurd_sizes_are_refused_before_anything_is_built(folder, monkeypatch, part, values):
     change(folder, part, **values)
-    monkeypatch.setattr(clip_folder, "build", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(clip_folder, "build_network", lambda *_: pytest.fail("built"))
     with pytest.raises(ValueError, match="must be a whole number from"):
         FrozenCLIP(str(folder))
 

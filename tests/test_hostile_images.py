@@ -37,7 +37,7 @@ from clipgen.data.folder import ImageFolder
 from clipgen.data.folder_listing import find_images
 from clipgen.data.parallel import parallel_map
 from clipgen.data.tar_reader import Sample
-from clipgen.data.webdataset import ImageShards, shuffled
+from clipgen.data.webdataset import ImageShards, shuffle_in_buffer
 from clipgen.evaluation.captions import embedded_caption
 from clipgen.evaluation.sources import FolderImages, RealImages
 from clipgen.generation.prompts import read_prompts
@@ -530,11 +530,11 @@ def test_shuffle_buffer_is_bounded_in_bytes(monkeypatch):
     import random
 
     samples = [Sample("a.tar", f"{number}.png", bytes(10), None) for number in range(500)]
-    plain = [sample.name for sample in shuffled(iter(samples), 200, random.Random(0))]
+    plain = [sample.name for sample in shuffle_in_buffer(iter(samples), 200, random.Random(0))]
     assert sorted(plain) == sorted(sample.name for sample in samples) and plain != sorted(plain)
     monkeypatch.setattr(shards_module, "_SHUFFLE_BYTES", 100)
     taken: list[Sample] = []
-    stream = shuffled((taken.append(sample) or sample for sample in samples), 200, random.Random(0))
+    stream = shuffle_in_buffer((taken.append(sample) or sample for sample in samples), 200, random.Random(0))
     for number, _ in enumerate(stream, start=1):
         assert len(taken) - number <= 10
     assert number == 500

@@ -25,7 +25,7 @@ from clipgen.cli.config import instantiate_node
 from clipgen.cli.console import guarded
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
 from clipgen.hardware.environment import environment_int
-from clipgen.run_list import find_runs, table
+from clipgen.run_list import find_runs, runs_table
 from clipgen.storage.links import refuse_links
 from clipgen.storage.run_lock import LOCK, hold_lock
 from clipgen.training.callbacks import AtomicCheckpointIO, BestCheckpoint
@@ -444,7 +444,7 @@ def test_runs_of_others_are_listed_whatever_their_checkpoint_holds(tmp_path, sta
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
     torch.save({"global_step": 3, "callbacks": {"a": state} if isinstance(state, dict) else state}, path)
-    assert "-" in table(find_runs(tmp_path))[1]
+    assert "-" in runs_table(find_runs(tmp_path))[1]
 
 
 def test_moments_of_another_shape_are_not_used(call, run):

@@ -872,9 +872,9 @@ def test_position_on_other_devices_does_not_change_while_shards_are_read(tmp_pat
     assert dataset.state_after(0, 2)["position"] == before
 
 
-@pytest.mark.parametrize("segment_pieces", [8, 1])
+@pytest.mark.parametrize("slices_per_segment", [8, 1])
 def test_resumed_stream_is_identical_and_decodes_nothing_it_skips(
-    segment_pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slices_per_segment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From any position on, also between broken images, the stream equals that of an uninterrupted run."""
     files = {
@@ -889,7 +889,7 @@ def test_resumed_stream_is_identical_and_decodes_nothing_it_skips(
         decoded.clear()
         return [sample["images"] for sample in islice(dataset, count)]
 
-    monkeypatch.setattr(shard_order, "PIECES_PER_SEGMENT", segment_pieces)
+    monkeypatch.setattr(shard_order, "SLICES_PER_SEGMENT", slices_per_segment)
     decoded: list[int] = []
     decode = shards_module.decode_image
     monkeypatch.setattr(shards_module, "decode_image", lambda *a, **k: decoded.append(1) or decode(*a, **k))
@@ -904,7 +904,7 @@ def test_late_resume_rereads_at_most_one_segment(tmp_path: Path, monkeypatch: py
     """However long the run was; and the stream continues with the same images."""
     for i in range(3):
         numbered_tar(tmp_path / f"{i}.tar", range(i * 10, i * 10 + 10))
-    monkeypatch.setattr(shard_order, "PIECES_PER_SEGMENT", 2)
+    monkeypatch.setattr(shard_order, "SLICES_PER_SEGMENT", 2)
     read: list[int] = []
     files = shards_module.read_members
     monkeypatch.setattr(shards_module, "read_members", lambda *a, **k: map(tell, files(*a, **k)))

@@ -28,14 +28,17 @@ class Readers:
 
     def read(self, segment: Segment) -> Iterator[tuple[int, int]]:
         samples = []
-        for piece in segment.pieces:
-            samples += [(piece.shard, i) for i in range(piece.offset, self.lengths[piece.shard], piece.step)]
+        for shard_slice in segment.slices:
+            samples += [
+                (shard_slice.shard, i)
+                for i in range(shard_slice.offset, self.lengths[shard_slice.shard], shard_slice.step)
+            ]
         random.Random(segment.name).shuffle(samples)
         for sample in samples:
             self.num_read += 1
             yield sample
-        for piece in segment.pieces:
-            self.sizes[piece.shard] = self.lengths[piece.shard]
+        for shard_slice in segment.slices:
+            self.sizes[shard_slice.shard] = self.lengths[shard_slice.shard]
 
     def batches(self, position: Position, count: int, batch_size: int) -> list[list[tuple[int, int]]]:
         """Return the next batches of each rank, as DataLoader does: its workers deliver them in turn."""
@@ -65,7 +68,7 @@ def test_every_image_is_seen_once_per_pass(num_shards, num_ranks, num_workers):
 
 def test_passes_have_different_orders():
     order = ShardOrder(20, "0", [5] * 20)
-    passes = [[piece.shard for piece in order._pieces(number, 1)] for number in range(3)]
+    passes = [[shard_slice.shard for shard_slice in order._slices(number, 1)] for number in range(3)]
     assert all(sorted(shards) == list(range(20)) for shards in passes)
     assert passes[0] != passes[1] != passes[2]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from clipgen.visualization import code_colors, code_grid, fit, grid, wrap
+from clipgen.visualization import code_colors, code_grid, grid, resize_to_cell, wrap
 
 
 def solid(color: str, size: tuple[int, int] = (4, 4)) -> Image.Image:
@@ -45,8 +45,8 @@ def test_captions_may_have_non_ascii_letters(letters):
 
 def test_small_images_keep_sharp_pixels_and_large_ones_shrink():
     checkerboard = Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8)).convert("RGB")
-    assert set(np.unique(np.asarray(fit(checkerboard, 64)))) == {0, 255}
-    assert fit(solid("red", (300, 100)), 60).size == (60, 20)
+    assert set(np.unique(np.asarray(resize_to_cell(checkerboard, 64)))) == {0, 255}
+    assert resize_to_cell(solid("red", (300, 100)), 60).size == (60, 20)
 
 
 def test_wrapped_lines_fit_and_keep_all_words():

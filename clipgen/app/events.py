@@ -87,13 +87,15 @@ class Handlers:
 
         return handler
 
-    def again(self, visit: gr.Request, results: list[Result], selected: int) -> Iterator[Any]:
+    def regenerate(self, visit: gr.Request, results: list[Result], selected: int) -> Iterator[Any]:
         """Generate the chosen image again."""
-        yield from self.serve(visit, lambda: chosen(results, selected).again())
+        yield from self.serve(visit, lambda: chosen(results, selected).regenerate())
 
-    def more(self, visit: gr.Request, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
+    def generate_more(
+        self, visit: gr.Request, results: list[Result], selected: int, num_images: float
+    ) -> Iterator[Any]:
         """Generate images with the settings of the chosen image and another seed."""
-        yield from self.serve(visit, lambda: chosen(results, selected).more(int(num_images)))
+        yield from self.serve(visit, lambda: chosen(results, selected).generate_more(int(num_images)))
 
     def variations(self, visit: gr.Request, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
         """Generate images with the chosen image as the prompt."""

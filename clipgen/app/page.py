@@ -116,8 +116,8 @@ def connect_results(controls: Controls, panel: OutputPanel, handlers: Handlers) 
     image = [panel.results, panel.selected]
     inputs = [*image, controls.num_images]
     return [
-        add_request([panel.again.click], handlers.again, image, panel),
-        add_request([panel.more.click], handlers.more, inputs, panel),
+        add_request([panel.again.click], handlers.regenerate, image, panel),
+        add_request([panel.more.click], handlers.generate_more, inputs, panel),
         add_request([panel.variations.click], handlers.variations, inputs, panel),
     ]
 

@@ -82,7 +82,7 @@ class ImageRequest:
             preview=preview,
         )
 
-    def again(self, position: int, seed: int) -> ImageRequest:
+    def regenerate(self, position: int, seed: int) -> ImageRequest:
         """Return the request of a single image of this request; of all of them for an interpolation.
 
         Args:
@@ -94,7 +94,7 @@ class ImageRequest:
             return replace(self, sweep=(params,))
         return replace(self, sweep=(params,), num_images=1, rerank_from=None, seed=seed)
 
-    def more(self, position: int, num_images: int) -> ImageRequest:
+    def generate_more(self, position: int, num_images: int) -> ImageRequest:
         """Return a request for images like one of this request: the same prompt and parameters, and a new seed."""
         params = self.sweep[position // self.num_images]
         number = self.num_images if len(self.prompts) == 2 else num_images

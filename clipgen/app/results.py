@@ -39,13 +39,13 @@ class Result:
         """The seed of the image."""
         return int(self.image.info["seed"])
 
-    def again(self) -> ImageRequest:
+    def regenerate(self) -> ImageRequest:
         """Return the request of this image alone; of the complete strip for an interpolation."""
-        return self.request.again(self.position, self.seed)
+        return self.request.regenerate(self.position, self.seed)
 
-    def more(self, num_images: int) -> ImageRequest:
+    def generate_more(self, num_images: int) -> ImageRequest:
         """Return a request for images with the same prompt and settings, and another seed."""
-        return self.request.more(self.position, num_images)
+        return self.request.generate_more(self.position, num_images)
 
     def variations(self, num_images: int) -> ImageRequest:
         """Return a request for images with this image as the prompt."""

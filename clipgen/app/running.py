@@ -1,4 +1,4 @@
-"""The requests in work, which are stopped when their visitor wants that or leaves."""
+"""The requests in progress, which are stopped when their visitor wants that or leaves."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def running_page(store: ModelStore, host: str = LOCAL_HOSTS[0], port: int | None
         host: address to listen on.
         port: port to listen on; None takes a free one.
     """
-    with cache_folder() as folder:
+    with gradio_folder() as folder:
         # Gradio takes seconds to import, and reads the name of its folder then.
         from clipgen.app.page import build_page
 
@@ -113,7 +113,7 @@ def preload(store: ModelStore) -> None:
 
 
 @contextmanager
-def cache_folder() -> Iterator[Path]:
+def gradio_folder() -> Iterator[Path]:
     """Let Gradio keep its files in a new temporary folder, which is deleted at the end."""
     previous = os.environ.get(CACHE_VARIABLE)
     with tempfile.TemporaryDirectory(prefix="clipgen-app-", ignore_cleanup_errors=True) as folder:

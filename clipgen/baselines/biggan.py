@@ -287,7 +287,7 @@ class BigGAN(nn.Module):
         return self.render(pieces, self.classes(class_indices)[:, None].expand(-1, self.num_layers, -1))
 
     def generate(self, noise: Tensor, class_weights: Tensor, truncation: float = 1.0) -> Tensor:
-        """Generate images from one condition per layer: the first map, which knows no class, then each block.
+        """Generate images from one condition per layer: the first map, which depends on no class, then each block.
 
         Args:
             noise: (B, num_layers, layer_noise_dim).
@@ -327,7 +327,7 @@ def load_biggan(path: str | Path) -> BigGAN | BigGANDeep:
         return load_deep(state, config, file)
     if {"shared.weight", "linear.bias"} <= state.keys():
         return load_ajbrock(state, config, file)
-    raise ValueError(f"{file} must be a BigGAN, got {other_model(state, file)}")
+    raise ValueError(f"{file} must be a BigGAN, got {describe_other_model(state, file)}")
 
 
 def find_file(path: Path) -> Path:
@@ -349,7 +349,7 @@ def read_config(file: Path) -> dict[str, Any]:
     return read_json(config) if config.is_file() else {}
 
 
-def other_model(state: State, file: Path) -> str:
+def describe_other_model(state: State, file: Path) -> str:
     """Describe a state dict that is not of a BigGAN."""
     if "linear0.bias" not in state:
         return "another network: there are neither generator.gen_z nor shared and linear weights in it"
@@ -371,7 +371,7 @@ def load_deep(state: State, config: dict[str, Any], file: Path) -> BigGANDeep:
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{file} is incomplete: the sizes of its BigGAN-deep cannot be read ({error})") from error
     doubles = doubling_blocks(config, channels, file)
-    eps = positive(config, "eps", DEEP_EPS, file)
+    eps = read_fraction(config, "eps", DEEP_EPS, file)
     attention = attention_of(folded, len(doubles), file)
     with torch.device("meta"):
         model = BigGANDeep(noise_dim, num_classes, channels, doubles, attention, rgb_channels, rows, eps)
@@ -395,11 +395,11 @@ def number_layers(state: State) -> State:
         parts = name.split(".", 2)
         if parts[0] == "layers" and len(parts) == 3 and parts[1] in places:
             name = places[parts[1]] + parts[2]
-        renamed[name] = scalar(name, tensor)
+        renamed[name] = squeeze_gamma(name, tensor)
     return renamed
 
 
-def scalar(name: str, tensor: Tensor) -> Tensor:
+def squeeze_gamma(name: str, tensor: Tensor) -> Tensor:
     """Return the gain of an attention without dimensions."""
     return tensor.reshape(()) if name.endswith(".gamma") and tensor.numel() == 1 else tensor
 
@@ -437,8 +437,8 @@ def doubling_blocks(config: dict[str, Any], channels: list[int], file: Path) -> 
     return doubles
 
 
-def positive(config: dict[str, Any], key: str, default: float, file: Path) -> float:
-    """Return a positive number of the configuration."""
+def read_fraction(config: dict[str, Any], key: str, default: float, file: Path) -> float:
+    """Return a number in (0, 1) from the configuration."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ValueError(f"{file.with_name('config.json')}: {key} must be in (0, 1), got {value!r:.100}")
@@ -449,10 +449,10 @@ def load_ajbrock(state: State, config: dict[str, Any], file: Path) -> BigGAN:
     """Build BigGAN from ajbrock's layout, also as converted from TF Hub, which has no ``sv0``."""
     refuse_variants(state, file)
     converted = not any(name.endswith(".sv0") for name in state)
-    spectral_eps = positive(config, "SN_eps", CONVERTED_EPS if converted else SPECTRAL_EPS, file)
-    eps = positive(config, "BN_eps", CONVERTED_EPS if converted else NORM_EPS, file)
+    spectral_eps = read_fraction(config, "SN_eps", CONVERTED_EPS if converted else SPECTRAL_EPS, file)
+    eps = read_fraction(config, "BN_eps", CONVERTED_EPS if converted else NORM_EPS, file)
     folded = rename(fold_power_iteration(state, ["shared.weight"], spectral_eps, file), NAMES, file)
-    folded = {name: scalar(name, tensor) for name, tensor in folded.items()}
+    folded = {name: squeeze_gamma(name, tensor) for name, tensor in folded.items()}
     try:
         num_classes, class_dim = folded["classes.weight"].shape
         channels = [len(folded["first.bias"]) // 16]

@@ -79,8 +79,8 @@ def fold_spectral_norms(state: State, path: str | Path) -> State:
             continue
         stem = name.removesuffix("_orig")
         weight = folded.pop(name)
-        u = take(folded, f"{stem}_u", path)
-        v = take(folded, f"{stem}_v", path)
+        u = pop_tensor(folded, f"{stem}_u", path)
+        v = pop_tensor(folded, f"{stem}_v", path)
         if stem in state:
             raise ValueError(f"{path} must hold {stem} or {name}, got both")
         folded[stem] = weight / singular_value(weight, u, v, stem, path)
@@ -103,9 +103,9 @@ def fold_power_iteration(state: State, plain: Sequence[str], eps: float, path: s
         if not normed or not name.endswith(".weight") or name in plain:
             continue
         stem = name.removesuffix("weight")
-        u = take(folded, f"{stem}u0", path)
+        u = pop_tensor(folded, f"{stem}u0", path)
         if logged:
-            take(folded, f"{stem}sv0", path)
+            pop_tensor(folded, f"{stem}sv0", path)
         folded[name] = state[name] / power_iteration(state[name], u, name, eps, path)
     return folded
 
@@ -141,7 +141,7 @@ def as_matrix(weight: Tensor, name: str, path: str | Path) -> Tensor:
     return weight.flatten(1)
 
 
-def take(state: State, name: str, path: str | Path) -> Tensor:
+def pop_tensor(state: State, name: str, path: str | Path) -> Tensor:
     """Remove a tensor from the state dict and return it."""
     if name not in state:
         raise ValueError(f"{path} is incomplete: it must hold {name}, got none")

@@ -39,7 +39,7 @@ class Generator(Protocol):
 
 
 class ExternalGenerator:
-    """A generator by a function of others, whose output is checked and clamped to [-1, 1].
+    """A generator that calls a user's function, whose output is checked and clamped to [-1, 1].
 
     Args:
         function: function from (noise, class_indices) to images.
@@ -133,7 +133,7 @@ def load_generator(
         return ClassConditionalGenerator.load(path, **(sampling or {})).to(device)
     if sampling:
         raise ValueError(f"sampling parameters apply to a run folder only, got {dict(sampling)} for {source}")
-    return with_metadata(load_external(source, path, device), source, noise_dim, class_names, device)
+    return wrap_function(load_external(source, path, device), source, noise_dim, class_names, device)
 
 
 def is_run(source: str) -> bool:
@@ -143,7 +143,7 @@ def is_run(source: str) -> bool:
 
 
 def load_external(source: str, path: Path, device: str | torch.device) -> Any:
-    """Load a generator of others, as a function of (noise, class_indices)."""
+    """Load a user's generator, as a function of (noise, class_indices)."""
     if path.suffix in (".pt", ".pth", ".ts"):
         return load_torchscript(path, device)
     module, colon, name = source.partition(":")
@@ -155,7 +155,7 @@ def load_external(source: str, path: Path, device: str | torch.device) -> Any:
     )
 
 
-def with_metadata(
+def wrap_function(
     function: Any,
     name: str,
     noise_dim: int | None,

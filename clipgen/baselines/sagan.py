@@ -81,7 +81,7 @@ def load_sagan(path: str | Path) -> SAGAN:
     folded = rename(fold_spectral_norms(without_counters(state), path), NAMES, path)
     if any(".embed0." in name for name in state):
         folded = transpose_embeddings(folded)
-    return build(number_blocks(folded), path)
+    return build_sagan(number_blocks(folded), path)
 
 
 def check_layout(state: State, path: str | Path) -> None:
@@ -135,7 +135,7 @@ def number_blocks(state: State) -> State:
     return renamed
 
 
-def build(state: State, path: str | Path) -> SAGAN:
+def build_sagan(state: State, path: str | Path) -> SAGAN:
     """Return the network whose sizes are those of the (renamed) state dict."""
     try:
         noise_dim = state["first.weight"].shape[1]

@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from clipgen.checkpoint.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
-from clipgen.checkpoint.safe_load import State, check_header, read_checkpoint
+from clipgen.checkpoint.safe_load import State, check_safetensors_header, read_checkpoint
 from clipgen.storage.files import one_line, read_json, write_json
-from clipgen.storage.links import member
+from clipgen.storage.links import file_inside
 
 CONFIG = "open_clip_config.json"
 VOCABULARY = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
@@ -52,7 +52,7 @@ FILES = (CONFIG, VOCABULARY, *WEIGHTS, *TOKENIZER_DATA, *TOKENIZER_SETTINGS)
 BYTE_PAIRS = 49408  # tokens of open_clip's own tokenizer
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read and check a CLIP folder's settings.
 
     Returns:
@@ -61,7 +61,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: a key or value is not allowed; names the file and the key.
     """
-    path = member(folder, CONFIG)
+    path = file_inside(folder, CONFIG)
     config = read_json(path, "model_cfg")
     model, preprocessing = config["model_cfg"], config.get("preprocess_cfg") or {}
     check(path, "preprocess_cfg", preprocessing, PREPROCESSING)
@@ -95,16 +95,16 @@ def weights_file(folder: Path) -> Path:
         raise ValueError(
             f"the weights of CLIP {folder} cannot be loaded: it must hold one of {', '.join(WEIGHTS)}, {what}"
         )
-    return member(folder, names[0])
+    return file_inside(folder, names[0])
 
 
 def files_of(folder: Path) -> list[Path]:
     """Return the files that a CLIP folder is made of, and no others."""
-    model, _ = read_config(folder)
+    model, _ = read_settings(folder)
     names = [VOCABULARY] if (folder / VOCABULARY).exists() else []
     if not names and model["text_cfg"].get("hf_tokenizer_name"):
         names = [name for name in (*TOKENIZER_DATA, *TOKENIZER_SETTINGS) if (folder / name).exists()]
-    return [member(folder, CONFIG), weights_file(folder), *(member(folder, name) for name in names)]
+    return [file_inside(folder, CONFIG), weights_file(folder), *(file_inside(folder, name) for name in names)]
 
 
 def write_folder(target: Path, config: dict[str, Any], preprocessing: dict[str, Any], state: State) -> None:
@@ -118,7 +118,7 @@ def download(name: str) -> Path:
     """Download a CLIP from the Hugging Face hub: its settings, one file of weights, its tokenizer's data.
 
     Raises:
-        ValueError: it cannot be had.
+        ValueError: it cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 
@@ -151,7 +151,7 @@ def open_clip_interface() -> Iterator[None]:
         ) from error
 
 
-def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+def load_clip_model(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
     """Build the CLIP of a folder, with its weights.
 
     Returns:
@@ -160,20 +160,20 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]
     Raises:
         ValueError: settings or weights are not allowed, or do not fit each other; nothing is allocated then.
     """
-    config, preprocessing = read_config(folder)
+    config, preprocessing = read_settings(folder)
     weights = weights_file(folder)
     header = read_header(weights)
     with torch.device("meta"):
-        plan = build(folder, config)
-    compare(plan, adapted(header, plan), weights)
+        plan = build_network(folder, config)
+    check_fits_model(plan, adapted(header, plan), weights)
     state = adapted(read_state(weights), plan)
-    model = build(folder, config)
+    model = build_network(folder, config)
     model.load_state_dict(state)
-    check_finite(model, weights)
+    check_finite_model(model, weights)
     return model, config, preprocessing
 
 
-def build(folder: Path, config: dict[str, Any]) -> nn.Module:
+def build_network(folder: Path, config: dict[str, Any]) -> nn.Module:
     """Build open_clip's network from settings that were checked; nothing is downloaded."""
     arguments = copy.deepcopy(config)
     custom = arguments.pop("custom_text", False)
@@ -193,7 +193,7 @@ def read_header(path: Path) -> State:
     """Read names, shapes and types of weights, as tensors without memory."""
     if path.suffix != ".safetensors":
         return {name: tensor.to("meta") for name, tensor in read_state(path).items()}
-    check_header(path)
+    check_safetensors_header(path)
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -234,7 +234,7 @@ def adapted(state: State, model: nn.Module) -> State:
     return {name: tensor for name, tensor in state.items() if name in own or not name.endswith("position_ids")}
 
 
-def compare(model: nn.Module, state: State, path: Path) -> None:
+def check_fits_model(model: nn.Module, state: State, path: Path) -> None:
     """Raise ValueError at the first weight whose name, shape or type does not fit the model."""
     own = model.state_dict()
     for name in [*own, *state]:
@@ -252,7 +252,7 @@ def compare(model: nn.Module, state: State, path: Path) -> None:
 
 
 @torch.no_grad()
-def check_finite(model: nn.Module, source: str | Path) -> None:
+def check_finite_model(model: nn.Module, source: str | Path) -> None:
     """Raise ValueError at the first weight that holds NaN or an infinite number."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.numel():

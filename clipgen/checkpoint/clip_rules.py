@@ -36,7 +36,7 @@ def either(first: Rule, second: Rule) -> Rule:
     return f"{first[0]} or {second[0]}", lambda value: first[1](value) or second[1](value)
 
 
-def table(rules: Mapping[str, Rule]) -> Rule:
+def object_of(rules: Mapping[str, Rule]) -> Rule:
     """Allow an object with some keys."""
     check = lambda value: isinstance(value, dict) and all(key in rules and rules[key][1](value[key]) for key in value)
     return f"an object with no other keys than {', '.join(rules)}", check
@@ -56,8 +56,8 @@ NOTHING: Rule = ("null", lambda value: value is None)
 ANYTHING: Rule = ("anything", lambda value: True)
 WIDTH, LAYERS, PIXELS = whole_number(1, 16384), whole_number(1, 256), whole_number(1, 2048)
 SCALE = either(number(0, 100), NOTHING)
-EPS = either(table({"eps": number(0, 1)}), NOTHING)
-ACTIVATION = either(table({"approximate": one_of("tanh", "none")}), NOTHING)
+EPS = either(object_of({"eps": number(0, 1)}), NOTHING)
+ACTIVATION = either(object_of({"approximate": one_of("tanh", "none")}), NOTHING)
 BLOCK: dict[str, Rule] = {
     "block_type": either(one_of("default", "custom"), NOTHING),
     **{key: SWITCH for key in ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn")},
@@ -103,7 +103,7 @@ TEXT: dict[str, Rule] = BLOCK | {
         lambda value: value is None or isinstance(value, str),
     ),  # says only that there is one
     "tokenizer_mode": either(one_of("clips", ""), NOTHING),
-    "tokenizer_kwargs": either(table(TOKENIZER_OPTIONS), NOTHING),
+    "tokenizer_kwargs": either(object_of(TOKENIZER_OPTIONS), NOTHING),
     "heads": whole_number(1, 256),
     "layers": LAYERS,
     "embed_cls": SWITCH,

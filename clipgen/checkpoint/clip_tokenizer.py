@@ -15,14 +15,14 @@ from torch import Tensor
 
 from clipgen.checkpoint.clip_folder import BYTE_PAIRS, CONFIG, TOKENIZER_DATA, TOKENIZER_SETTINGS, open_clip_interface
 from clipgen.checkpoint.clip_rules import shown
-from clipgen.storage.files import one_line, parse_json, read_json, write_json
-from clipgen.storage.links import member
+from clipgen.storage.files import one_line, read_json, read_json_value, write_json
+from clipgen.storage.links import file_inside
 from clipgen.type_checks import fits
 
 
 def read_vocabulary(path: Path, size: int) -> list[str]:
     """Read the words of a CLIP, which must fit an embedding of ``size`` tokens."""
-    words = parse_json(path)
+    words = read_json_value(path)
     if not fits(words, list[str]):
         raise ValueError(f"{path} must hold a list of words, got {shown(words)}")
     if len(words) + 3 > size:  # padding, start and end
@@ -89,12 +89,12 @@ def load_hf_tokenizer(folder: Path, length: int, mode: str | None, options: dict
         private = Path(place)
         for name in TOKENIZER_DATA:
             if (folder / name).exists():
-                shutil.copyfile(member(folder, name), private / name)
+                shutil.copyfile(file_inside(folder, name), private / name)
         if (private / "tokenizer.json").exists():
             check_growth(folder / "tokenizer.json")
         for name in TOKENIZER_SETTINGS:
             if (folder / name).exists():
-                write_json(private / name, harmless(name, member(folder, name)))
+                write_json(private / name, harmless(name, file_inside(folder, name)))
         safe = dict(trust_remote_code=False, local_files_only=True)
         try:
             return open_clip.tokenizer.HFTokenizer(place, length, tokenizer_mode=mode, **safe, **options)

@@ -20,21 +20,21 @@ from safetensors.torch import load_file, save
 
 import clipgen
 from clipgen.bundled import BUNDLED
-from clipgen.checkpoint.pickle_stubs import to_plain
+from clipgen.checkpoint.pickle_stubs import stubs_to_plain
 from clipgen.checkpoint.safe_load import (
     State,
     check_finite,
-    check_header,
+    check_safetensors_header,
     check_tensors,
     read_checkpoint,
     strip_wrappers,
 )
-from clipgen.checkpoint.verified_build import build, named_load_errors
+from clipgen.checkpoint.verified_build import build_verified, named_load_errors
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
 from clipgen.storage.files import check_size, one_line, read_json
 from clipgen.storage.links import check_inside
 
-__all__ = ["build", "named_load_errors"]  # for the models, which know files by this module
+__all__ = ["build_verified", "named_load_errors"]  # re-exported for the models
 
 COMMANDS = {
     "VQGAN": "clipgen-train stage=vqgan",
@@ -150,7 +150,7 @@ def load_model(cls: Any, path: str | Path, revision: str | None, token: str | No
     """Load a model of a class, in evaluation mode; see ``resolve_path`` for the arguments and ``load`` for errors."""
     place = resolve_path(path, revision, token)
     arguments, state = load(place, model_name_of(cls))
-    return build(cls, arguments, state, place)
+    return build_verified(cls, arguments, state, place)
 
 
 def find_model(path: Path, model: str) -> Path:
@@ -183,7 +183,7 @@ def load_folder(path: Path, model: str) -> Model:
     check_model(config["model"], model, path)
     if not weights.is_file():
         raise FileNotFoundError(f"no weights {weights}: the model folder is incomplete")
-    check_header(weights)
+    check_safetensors_header(weights)
     try:
         state = load_file(weights)
     except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
@@ -211,7 +211,7 @@ def codebook_rows(path: Path) -> int | None:
     weights = path / "model.safetensors"
     if not weights.is_file():
         return None
-    check_header(weights)
+    check_safetensors_header(weights)
     try:
         with safe_open(weights, "pt") as file:
             names = [name for name in file.keys() if name in CODEBOOKS]  # noqa: SIM118
@@ -225,7 +225,7 @@ def load_ckpt(path: Path, model: str) -> Model:
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("clipgen_model")
     check_model(stored if isinstance(stored, str) else None, model, path)
-    arguments, state = to_plain(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
+    arguments, state = stubs_to_plain(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
     for key, value in (("hyper_parameters", arguments), ("state_dict", state)):
         if not isinstance(value, Mapping):
             got = "nothing" if value is None else f"a {type(value).__name__}"

@@ -125,7 +125,7 @@ class PickleChecker(pickle._Unpickler):
         if name == "_rebuild_from_type_v2" and len(arguments) > 2:
             # It calls its first argument with its third.
             return self.call(arguments[0], arguments[2])
-        if not is_harmless(name, arguments):
+        if not is_safe_call(name, arguments):
             raise ValueError(f"it calls {function.name} as no weights need: refused")
         # A text represents its bytes, and a tuple a size.
         return arguments[0] if name in ("encode", "Size") and arguments else Placeholder()
@@ -155,7 +155,7 @@ class PickleChecker(pickle._Unpickler):
     dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build}
 
 
-def is_harmless(name: str, arguments: tuple[Any, ...]) -> bool:
+def is_safe_call(name: str, arguments: tuple[Any, ...]) -> bool:
     """Return whether a call takes no more memory than its arguments.
 
     Args:

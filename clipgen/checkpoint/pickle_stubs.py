@@ -71,14 +71,14 @@ def stub_for(name: str) -> type | None:
     return PickleStub if name in NAMES or name.startswith(PACKAGES) else None
 
 
-def to_plain(value: Any) -> Any:
+def stubs_to_plain(value: Any) -> Any:
     """Convert stubs (Namespace, DictConfig, NumPy scalars) to plain dictionaries, lists and numbers."""
     if isinstance(value, PickleStub):
         return stub_to_plain(value)
     if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
+        return {key: stubs_to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [to_plain(item) for item in value]
+        items = [stubs_to_plain(item) for item in value]
         return tuple(items) if isinstance(value, tuple) else items
     return value
 
@@ -87,7 +87,7 @@ def stub_to_plain(value: PickleStub) -> Any:
     """Return the content of a stub; the stub itself if its content is unknown."""
     content = content_of(value)
     if isinstance(value.state, dict):
-        return to_plain(content)
+        return stubs_to_plain(content)
     return numpy_number(value)
 
 

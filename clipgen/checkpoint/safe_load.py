@@ -23,7 +23,7 @@ __all__ = [
     "check_archive",
     "check_download",
     "check_finite",
-    "check_header",
+    "check_safetensors_header",
     "check_weights_file",
     "only_weights",
     "read_checkpoint",
@@ -66,7 +66,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         content = unpickle(path)
-        check_values(content)
+        check_nesting(content)
     except Exception as error:  # damaged bytes raise anything from KeyError to OSError
         if isinstance(error, OSError) and error.filename:  # the system's, not torch's
             raise
@@ -126,7 +126,7 @@ def check_pickles_of(path: Path, archive: bool) -> None:
                     check_pickles(file, size)
 
 
-def check_values(content: Any) -> None:
+def check_nesting(content: Any) -> None:
     """Raise ValueError if nested values are too deep or too many: a pickle can name one list many times in another."""
     pending = [(content, 0)]
     num_values = 0
@@ -203,7 +203,7 @@ def short_reason(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def check_header(path: Path) -> None:
+def check_safetensors_header(path: Path) -> None:
     """Raise ValueError if the header of a safetensors file is too long: reading millions of tensors takes hours.
 
     Other damage is left to the safetensors library.
@@ -220,7 +220,7 @@ def check_weights_file(path: Path) -> None:
     This is for files that another library reads: of safetensors, of NumPy or of torch.save.
     """
     if path.suffix == ".safetensors":
-        check_header(path)
+        check_safetensors_header(path)
     elif path.suffix in (".npz", ".npy"):
         try:
             check_archive(path)

@@ -30,7 +30,7 @@ SPARE = 1000  # parameters that a model may have beyond those of its file, as a 
 SPARE_BYTES = 2**26  # allowance for buffers that no file holds
 
 
-def build(model: type[Model], arguments: Any, state: State, path: str | Path) -> Model:
+def build_verified(model: type[Model], arguments: Any, state: State, path: str | Path) -> Model:
     """Build a model from the arguments and weights of the file ``path``, after checking that they fit together.
 
     Raises:

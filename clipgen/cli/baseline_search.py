@@ -112,7 +112,7 @@ def run_search(args: argparse.Namespace) -> None:
         return run_protocol(args, generator, clip)
     if args.table:
         if args.real_images:
-            args.threshold = training_score(args, clip)
+            args.threshold = mean_caption_score(args, clip)
         return write_table(search_rows(args, generator, clip, args.prompts, None, args.threshold), args)
     truncation = {} if args.truncation is None else {"truncation": args.truncation}
     output = ImageOutput(args, {"k": args.k, "num_images": args.num_images, **truncation})
@@ -176,7 +176,7 @@ def search_rows(
     )
 
 
-def training_score(args: argparse.Namespace, clip: Any) -> float:
+def mean_caption_score(args: argparse.Namespace, clip: Any) -> float:
     """Return the mean CLIP score of a folder of images, each with all of its captions."""
     from clipgen.baselines.search import real_score
     from clipgen.evaluation.captions import read_captions
@@ -207,7 +207,7 @@ def run_protocol(args: argparse.Namespace, generator: Any, clip: Any) -> None:
         prompts.append(ranking_caption(groups[-1], number))
     scoring = PublishedCLIPInput(clip) if protocol.clip_input == "published" else clip
     if args.real_images:
-        protocol.threshold = training_score(args, scoring)
+        protocol.threshold = mean_caption_score(args, scoring)
     captions = None if protocol.one_caption else groups
     rows = search_rows(args, generator, scoring, prompts, captions, protocol.threshold)
     args.threshold, args.truncation = protocol.threshold, protocol.truncation

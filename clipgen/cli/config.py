@@ -45,10 +45,10 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
 
 def instantiate_node(node: DictConfig, **overrides: Any) -> Any:
     """Make the object that a node of a configuration describes; see ``clipgen.training.instantiate.instantiate``."""
-    return instantiate(to_plain(node), node._get_full_key(None) or "", **overrides)
+    return instantiate(node_to_dict(node), node._get_full_key(None) or "", **overrides)
 
 
-def to_plain(node: DictConfig) -> dict[str, Any]:
+def node_to_dict(node: DictConfig) -> dict[str, Any]:
     """Return a node as plain Python dictionaries and lists, with its interpolations resolved."""
     values: dict[str, Any] = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     return values

@@ -83,7 +83,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def say(text: object) -> None:
-    """Print a line of results. If the reader has closed the pipe or the disk is full, the work continues without."""
+    """Print a line of results. If the pipe is closed or the disk is full, the work continues without output."""
     try:
         print(printable(str(text)), flush=True)
     except OSError as error:

@@ -22,7 +22,7 @@ PATH_KEYS = ("output", "resume", "vqgan")
 TOKEN_CACHE_KEYS = ("_target_", "root", "batch_size", "num_workers", "seed", "conditioning")
 
 
-def complete(config: DictConfig) -> None:
+def complete_training_config(config: DictConfig) -> None:
     """Fill in what follows from the rest of the configuration, and refuse what cannot be trained.
 
     Raises:

@@ -56,7 +56,7 @@ def run() -> None:
 
 def encode(config: DictConfig) -> None:
     """Write the token cache that a configuration describes."""
-    complete(config)
+    check_encode_config(config)
     # torch is imported only now, after the checks that do not need it
     from clipgen import VQGAN, precompute
     from clipgen.cli.config import instantiate_node
@@ -95,7 +95,7 @@ def encode(config: DictConfig) -> None:
     say(f"{status}: {Path(config.output)}")
 
 
-def complete(config: DictConfig) -> None:
+def check_encode_config(config: DictConfig) -> None:
     """Resolve a configuration and check it as far as possible without torch."""
     from omegaconf import OmegaConf
 
@@ -118,9 +118,9 @@ def complete(config: DictConfig) -> None:
 
 def source_settings(config: DictConfig) -> dict[str, Any]:
     """Return the settings of the data source that determine the content of the cache."""
-    from clipgen.cli.config import to_plain
+    from clipgen.cli.config import node_to_dict
 
-    return {key: value for key, value in to_plain(config.data).items() if key not in IRRELEVANT_SETTINGS}
+    return {key: value for key, value in node_to_dict(config.data).items() if key not in IRRELEVANT_SETTINGS}
 
 
 def images_per_process(data: Any, world_size: int) -> float | None:

@@ -168,7 +168,7 @@ def run() -> None:
     args = parser().parse_args()
     check_arguments(args)
     check_paths(args)
-    from clipgen.evaluation.report import table
+    from clipgen.evaluation.report import results_table
     from clipgen.evaluation.run import METRICS_FILE
     from clipgen.storage.files import atomic_write
 
@@ -179,7 +179,7 @@ def run() -> None:
             say(f"This process has finished its share; waiting for the others: {args.output}")
             return
         name = args.name or args.checkpoint or args.vqgan or str(args.images)
-        row = table([(name, results)], args.features, args.captioner or "")
+        row = results_table([(name, results)], args.features, args.captioner or "")
         with atomic_write(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
     for line in row.splitlines():
@@ -318,11 +318,11 @@ def reference_source(
         return FeatureStore(folder)
     files = None
     if folder.is_dir() and captions and not args.whole_reference:
-        files = files_of(captions)
+        files = captioned_files(captions)
     return RealImages(args.reference, image_size, args.batch_size, args.num_images, files=files)
 
 
-def files_of(captions: Sequence[Caption]) -> set[str] | None:
+def captioned_files(captions: Sequence[Caption]) -> set[str] | None:
     """Return the images that captions describe; None if a caption does not name one."""
     files = set()
     for file, _ in captions:

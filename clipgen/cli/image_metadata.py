@@ -83,8 +83,8 @@ def parse_metadata(text: dict[str, str]) -> ImageMetadata:
         seed=parse_number(text, "seed", int),
         params=SamplingParams(**sampling),
         dtype=parse_dtype(text),
-        prompt=None if ends else check_prompt("prompt", text["prompt"]),
-        prompt_mix=check_mix("prompt_mix", parse_json(text, "prompt_mix")) if "prompt_mix" in text else None,
+        prompt=None if ends else parse_prompt("prompt", text["prompt"]),
+        prompt_mix=parse_mix("prompt_mix", parse_entry(text, "prompt_mix")) if "prompt_mix" in text else None,
         ends=ends,
         steps=parse_steps(text) if ends else 1,
         keep_fraction=parse_keep_fraction(text),
@@ -92,7 +92,7 @@ def parse_metadata(text: dict[str, str]) -> ImageMetadata:
     )
 
 
-def parse_json(text: dict[str, str], name: str) -> Any:
+def parse_entry(text: dict[str, str], name: str) -> Any:
     """Parse an entry as JSON."""
     content = text[name]
     if len(content) > MAX_JSON_LENGTH:
@@ -105,7 +105,7 @@ def parse_json(text: dict[str, str], name: str) -> Any:
 
 def parse_number(text: dict[str, str], name: str, number_type: type) -> Any:
     """Parse an entry as a finite number; ``int`` allows whole numbers only."""
-    value = parse_json(text, name)
+    value = parse_entry(text, name)
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if number_type is int and not is_whole:
         raise ValueError(f"{name} must be a whole number, got {abbreviate(value)}")
@@ -144,15 +144,15 @@ def parse_keep_fraction(text: dict[str, str]) -> float | None:
 
 def parse_ends(text: dict[str, str]) -> list[Any]:
     """Return the two prompts of an interpolation: texts or mixtures."""
-    value = parse_json(text, "interpolate")
+    value = parse_entry(text, "interpolate")
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"interpolate must be two prompts, got {abbreviate(value)}")
     return [
-        check_mix("interpolate", end) if isinstance(end, dict) else check_prompt("interpolate", end) for end in value
+        parse_mix("interpolate", end) if isinstance(end, dict) else parse_prompt("interpolate", end) for end in value
     ]
 
 
-def check_prompt(name: str, value: Any) -> str:
+def parse_prompt(name: str, value: Any) -> str:
     """Return a prompt if it is a text of a sensible length."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a text, got {abbreviate(value)}")
@@ -161,12 +161,12 @@ def check_prompt(name: str, value: Any) -> str:
     return value
 
 
-def check_mix(name: str, value: Any) -> dict[str, float]:
+def parse_mix(name: str, value: Any) -> dict[str, float]:
     """Return a mixture if its texts and weights are sensible."""
     if not isinstance(value, dict) or not 1 <= len(value) <= MAX_MIX_TERMS:
         raise ValueError(f"{name} must be 1 to {MAX_MIX_TERMS} texts with weights, got {abbreviate(value)}")
     for text, weight in value.items():
-        check_prompt(name, text)
+        parse_prompt(name, text)
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not is_number or not abs(weight) < MAX_MIX_WEIGHT:
             raise ValueError(f"{name} must have numbers for weights, got {abbreviate(weight)}")

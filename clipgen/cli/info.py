@@ -43,22 +43,11 @@ def describe_processor() -> str:
     """Return the processor, its cores, the instruction set that torch uses, and whether bfloat16 is fast on it."""
     import torch
 
-    from clipgen.hardware.processor import has_bf16_units, instruction_set
+    from clipgen.hardware.processor import has_bf16_units, instruction_set, processor_name
 
     bfloat16 = "fast" if has_bf16_units("cpu") else "emulated"
     cores = f"{os.cpu_count()} cores, of which torch uses {torch.get_num_threads()}"
     return f"{processor_name()}, {cores}, instruction set {instruction_set()}, bfloat16 {bfloat16}"
-
-
-def processor_name() -> str:
-    """Return the model of the processor; its architecture if the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def describe_memory() -> str:

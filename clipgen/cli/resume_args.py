@@ -157,7 +157,7 @@ def harmless_arguments(arguments: list[str], path: Path, excluded: Collection[st
         key = override.key_or_group
         if key in COMMAND_ONLY or key in excluded:
             continue
-        if not is_harmless(override):
+        if not is_safe_argument(override):
             raise ValueError(
                 f"{path} must contain plain settings only, got {text!r:.500}, which is not accepted from a "
                 "file: give this argument on the command line, too, if you trust it"
@@ -166,7 +166,7 @@ def harmless_arguments(arguments: list[str], path: Path, excluded: Collection[st
     return accepted
 
 
-def is_harmless(override: Any) -> bool:
+def is_safe_argument(override: Any) -> bool:
     """Return True if an argument may be accepted from a file without asking the user."""
     changes_value = override.type is not None and override.type.name == "CHANGE"
     if not changes_value or override.package is not None or override.is_sweep_override():
@@ -176,10 +176,12 @@ def is_harmless(override: Any) -> bool:
     if key in groups():
         return value is None or (isinstance(value, str) and value in groups()[key] - NETWORK_OPTIONS)
     values = value if isinstance(value, list) else [value]
-    return key in known_keys() and all(isinstance(item, SCALARS) and is_plain(key, item) for item in values)
+    return key in known_keys() and all(
+        isinstance(item, SCALARS) and has_no_outside_effect(key, item) for item in values
+    )
 
 
-def is_plain(key: str, value: Any) -> bool:
+def has_no_outside_effect(key: str, value: Any) -> bool:
     """Return True if a value has no effect outside of the run folder and the training."""
     text = str(value)
     if key in FOLDER_KEYS:
@@ -215,17 +217,17 @@ def known_keys() -> set[str]:
     for file in Path(config_dir()).rglob("*.yaml"):
         text = file.read_text(encoding="utf-8")
         is_global = "@package _global_" in text or file.parent == Path(config_dir())
-        keys.update(dotted_keys(yaml.safe_load(text) or {}, "" if is_global else f"{file.parent.name}."))
+        keys.update(config_keys(yaml.safe_load(text) or {}, "" if is_global else f"{file.parent.name}."))
     return keys
 
 
-def dotted_keys(values: dict[str, Any], prefix: str) -> Iterator[str]:
+def config_keys(values: dict[str, Any], prefix: str) -> Iterator[str]:
     """Yield the dotted keys of nested dictionaries, without those that belong to Hydra."""
     for key, value in values.items():
         if key in ("hydra", "defaults", "_target_"):
             continue
         if isinstance(value, dict):
-            yield from dotted_keys(value, f"{prefix}{key}.")
+            yield from config_keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
 

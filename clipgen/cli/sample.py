@@ -17,7 +17,7 @@ from clipgen.cli.sample_request import check_early, join_words, read_request
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.generation.sampling_options import DTYPES
 from clipgen.hardware.device import default_device
-from clipgen.run_list import OUTPUTS, find_runs, newest_run, table
+from clipgen.run_list import OUTPUTS, find_runs, newest_run, runs_table
 from clipgen.storage.files import printable, user_path
 from clipgen.storage.output_folder import free_folder, output_folder
 
@@ -239,7 +239,7 @@ def print_models() -> None:
     """Print the runs below ``outputs/`` and the bundled models."""
     runs = find_runs(OUTPUTS)
     if runs:
-        for line in table(runs):
+        for line in runs_table(runs):
             say(line)
     else:
         say(f"There are no runs below {OUTPUTS}/: start one with clipgen-train stage=vqgan")

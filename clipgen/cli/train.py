@@ -201,14 +201,14 @@ def train(
 
 def to_training_config(config: DictConfig) -> TrainingConfig:
     """Complete and check a composed configuration, and return it as plain values."""
-    from clipgen.cli.config import to_plain
-    from clipgen.cli.early_checks import complete
+    from clipgen.cli.config import node_to_dict
+    from clipgen.cli.early_checks import complete_training_config
     from clipgen.cli.resume_args import resolve_auto
     from clipgen.training.config import TrainingConfig
 
     resolve_auto(config)
-    complete(config)
-    return TrainingConfig.from_dict(to_plain(config))
+    complete_training_config(config)
+    return TrainingConfig.from_dict(node_to_dict(config))
 
 
 def refuse_several_devices(config: TrainingConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipgen.storage.files import check_size, loads_json, read_text
+from clipgen.storage.files import check_size, parse_json, read_text
 
 __all__ = ["MAX_NAMES_BYTES", "NAME_LISTS", "name_list", "parse_published_names", "read_names"]
 
@@ -50,7 +50,7 @@ def read_names(path: str | Path) -> list[str]:
     try:
         names = parse_published_names(text)
         if names is None:
-            names = loads_json(text) if path.suffix == ".json" else non_empty_lines(text)
+            names = parse_json(text) if path.suffix == ".json" else non_empty_lines(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold a list of class names: {error}") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
@@ -65,7 +65,7 @@ def parse_published_names(text: str) -> list[str] | None:
         ValueError: the text is one of them, but damaged.
     """
     if text.lstrip().startswith("{"):
-        return parse_keras(loads_json(text))
+        return parse_keras(parse_json(text))
     lines = non_empty_lines(text)
     if lines and SYNSET_LINE.fullmatch(lines[0]):
         return parse_synsets(lines)

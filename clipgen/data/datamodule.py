@@ -77,7 +77,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(self.train, sampler=sampler, drop_last=True, generator=generator)
 
     def _resume_stream(self) -> None:
-        """Move a stream to where the run stands."""
+        """Move a stream to the position of the run."""
         if not self.trainer or not isinstance(self.train, ResumableStream):
             return
         # Streams are endless, so only limit_train_batches ends an epoch.

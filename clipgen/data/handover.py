@@ -27,8 +27,8 @@ _numbers: Iterator[int] | None = None
 
 
 @contextmanager
-def one_process_works() -> Iterator[None]:
-    """Inside the ``with``, which all processes of a run enter, ``from_first_process`` calls its function only once."""
+def compute_in_first_process() -> Iterator[None]:
+    """Let ``from_first_process`` call its function in one process only; all processes of a run enter the ``with``."""
     global _numbers
     _numbers = count()
     try:
@@ -38,7 +38,7 @@ def one_process_works() -> Iterator[None]:
 
 
 @contextmanager
-def results_for_children() -> Iterator[None]:
+def share_results_in_files() -> Iterator[None]:
     """Keep the results of this process for the processes that are started inside the ``with``."""
     with tempfile.TemporaryDirectory(prefix="clipgen-") as folder:
         os.environ[FOLDER] = folder

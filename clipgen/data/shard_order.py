@@ -1,7 +1,7 @@
 """The order in which readers (the workers of all ranks) go through shards: each shard once per pass.
 
-The shards of a pass are in random order. Reader number r of R reads the pieces r, r + R, r + 2 R, ... of all passes in
-turn. If there are fewer shards than readers, each shard is several pieces: piece k of K holds every K-th sample.
+The shards of a pass are in random order. Reader number r of R reads the slices r, r + R, r + 2 R, ... of all passes in
+turn. If there are fewer shards than readers, each shard is several slices: slice k of K holds every K-th sample.
 
 A position is the number of samples that each reader has delivered. When the number of readers changes, the new ones
 first deliver what the old ones have left of their passes, and then begin a pass of their own, so that no sample of a
@@ -20,15 +20,15 @@ from dataclasses import asdict, dataclass, field
 from itertools import count, islice
 from typing import Any
 
-# The pieces of a segment are shuffled together; a resumed run reads the segment again in which it stands.
-PIECES_PER_SEGMENT = 8
+# The slices of a segment are shuffled together; a resumed run reads the segment of its position again.
+SLICES_PER_SEGMENT = 8
 # Times that a shard may be read for an equal share of all readers, as a multiple of what is inevitable.
 MAX_READS = 8
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """Every ``step``-th sample of a shard, from sample number ``offset`` on."""
 
     shard: int
@@ -38,17 +38,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Segment:
-    """Pieces that are shuffled together.
+    """Slices that are shuffled together.
 
     Args:
         name: name of the segment, from which its random numbers are derived.
-        pass_number: the pass that the pieces belong to.
-        pieces: the pieces.
+        pass_number: the pass that the slices belong to.
+        slices: the slices.
     """
 
     name: str
     pass_number: int
-    pieces: list[Piece]
+    slices: list[ShardSlice]
 
 
 @dataclass(frozen=True)
@@ -146,47 +146,47 @@ class ShardOrder:
             skip: number of samples to leave out.
         """
         skip += position.delivered[reader]
-        for chunk in self._chunks(position, reader, end_pass):
-            size = self._size(chunk)
+        for part in self._parts(position, reader, end_pass):
+            size = self._size(part)
             if size is not None and size <= skip:
                 skip -= size
                 continue
-            for sample in chunk.samples(self, read) if isinstance(chunk, Remainder) else read(chunk):
+            for sample in part.samples(self, read) if isinstance(part, Remainder) else read(part):
                 if skip:
                     skip -= 1
                 else:
                     yield sample
 
     def remaining(self, position: Position, reader: int, end_pass: int) -> int | None:
-        """Return the number of samples that a reader has left before a pass, or None if it is not known."""
+        """Return the number of undelivered samples of a reader before a pass, or None if it is not known."""
         total = -position.delivered[reader]
-        for chunk in self._chunks(position, reader, end_pass):
-            size = self._size(chunk)
+        for part in self._parts(position, reader, end_pass):
+            size = self._size(part)
             if size is None:
                 return None
             total += size
         return max(total, 0)
 
     def _current_pass(self, position: Position, reader: int) -> int:
-        """Return the pass in which a reader stands."""
+        """Return the current pass of a reader."""
         if not any(self.sizes):
             return position.first_pass
         skip = position.delivered[reader]
-        for chunk in self._chunks(position, reader):
-            size = self._size(chunk)
-            # A chunk of unknown size has not been read to its end, so it has not been delivered completely.
+        for part in self._parts(position, reader):
+            size = self._size(part)
+            # A part of unknown size has not been read to its end, so it has not been delivered completely.
             if size is None or size > skip:
-                return chunk.pass_number
+                return part.pass_number
             skip -= size
-        raise AssertionError("the chunks of a reader have no end")
+        raise AssertionError("the parts of a reader have no end")
 
-    def _chunks(self, position: Position, reader: int, end_pass: int | None = None) -> Iterator[Remainder | Segment]:
-        """Yield what a reader reads: what earlier readers have left, and then its own segments."""
+    def _parts(self, position: Position, reader: int, end_pass: int | None = None) -> Iterator[Remainder | Segment]:
+        """Yield the parts that a reader reads: the remainders of earlier readers, then its own segments."""
         yield from self._remainders(position, reader)
         yield from self._segments(position, reader, end_pass)
 
     def _remainders(self, position: Position, reader: int) -> list[Remainder]:
-        """Return what earlier readers have left to a reader."""
+        """Return the remainders of earlier readers that a reader takes over."""
         previous = position.previous
         if previous is None:
             return []
@@ -207,38 +207,38 @@ class ShardOrder:
         """Yield the segments of a reader, without those left by earlier readers."""
         num_readers = position.num_readers
         for number in count(position.first_pass) if end_pass is None else range(position.first_pass, end_pass):
-            pieces = self._pieces(number, num_readers)
-            # Pieces are counted over all passes, so that each reader gets as many pieces as the others.
-            first = (reader - number * len(pieces)) % num_readers
-            mine = pieces[first::num_readers]
-            for start in range(0, len(mine), PIECES_PER_SEGMENT):
+            slices = self._slices(number, num_readers)
+            # Slices are counted over all passes, so that each reader gets as many slices as the others.
+            first = (reader - number * len(slices)) % num_readers
+            mine = slices[first::num_readers]
+            for start in range(0, len(mine), SLICES_PER_SEGMENT):
                 name = f"{self.seed} {number} {num_readers} {reader} {start}"
-                yield Segment(name, number, mine[start : start + PIECES_PER_SEGMENT])
+                yield Segment(name, number, mine[start : start + SLICES_PER_SEGMENT])
 
-    def _pieces(self, pass_number: int, num_readers: int) -> list[Piece]:
-        """Return the pieces of a pass in random order."""
-        per_shard = pieces_per_shard(self.num_shards, num_readers)
+    def _slices(self, pass_number: int, num_readers: int) -> list[ShardSlice]:
+        """Return the slices of a pass in random order."""
+        per_shard = slices_per_shard(self.num_shards, num_readers)
         order = list(range(self.num_shards * per_shard))
         random.Random(f"{self.seed} {pass_number}").shuffle(order)
-        return [Piece(number % self.num_shards, number // self.num_shards, per_shard) for number in order]
+        return [ShardSlice(number % self.num_shards, number // self.num_shards, per_shard) for number in order]
 
-    def _size(self, chunk: Remainder | Segment) -> int | None:
-        """Return the number of samples in a chunk, or None if it is not known."""
-        if isinstance(chunk, Remainder):
-            return chunk.size(self)
+    def _size(self, part: Remainder | Segment) -> int | None:
+        """Return the number of samples in a part, or None if it is not known."""
+        if isinstance(part, Remainder):
+            return part.size(self)
         total = 0
-        for piece in chunk.pieces:
-            size = int(self.sizes[piece.shard])
+        for shard_slice in part.slices:
+            size = int(self.sizes[shard_slice.shard])
             if size == UNKNOWN:
                 return None
-            total += len(range(piece.offset, size, piece.step))
+            total += len(range(shard_slice.offset, size, shard_slice.step))
         return total
 
 
-def pieces_per_shard(num_shards: int, num_readers: int) -> int:
-    """Return the number of pieces per shard: 1 if there are enough shards.
+def slices_per_shard(num_shards: int, num_readers: int) -> int:
+    """Return the number of slices per shard: 1 if there are enough shards.
 
-    Otherwise all readers get the same number of pieces, unless that would read shards very often.
+    Otherwise all readers get the same number of slices, unless that would read shards very often.
     """
     if num_shards >= num_readers:
         return 1
@@ -249,7 +249,7 @@ def pieces_per_shard(num_shards: int, num_readers: int) -> int:
 
 @dataclass(frozen=True)
 class Remainder:
-    """Samples that an earlier reader has left before a pass; ``step`` readers share them in turn.
+    """Samples of an earlier reader that were not delivered; ``step`` readers share them in turn.
 
     Args:
         position: position of the earlier readers.

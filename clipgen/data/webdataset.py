@@ -25,7 +25,7 @@ from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError, decode_image
 from clipgen.data.handover import from_first_process
 from clipgen.data.parallel import parallel_map
-from clipgen.data.shard_order import UNKNOWN, Piece, Position, Segment, ShardOrder
+from clipgen.data.shard_order import UNKNOWN, Position, Segment, ShardOrder, ShardSlice
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.source import ImageCount, Views
 from clipgen.data.tar_reader import Member, Sample, count_samples, group_samples, is_tar, read_members
@@ -229,7 +229,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         return ShardOrder(len(self.urls), f"{self.seed}{more_seed}", self._sizes)
 
     def _training_samples(self) -> Iterator[dict[str, Any]]:
-        """Return the endless stream of this rank and worker, from where the run stands."""
+        """Return the endless stream of this rank and worker, from the position of the run."""
         rank, num_ranks, worker, num_workers = pytorch_worker_info()
         self._warn_of_few_shards(num_ranks * num_workers, rank + worker)
         if not self._resumed:
@@ -259,18 +259,18 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     def _read_segment(self, segment: Segment, noise: str) -> Iterator[tuple[Sample, int]]:
         """Yield the shuffled samples of a segment, each with the seed of its crop; decodes nothing."""
         rng = random.Random(f"{segment.name} {noise}")
-        samples = chain.from_iterable(map(self._read_piece, segment.pieces))
-        for sample in shuffled(samples, self.shuffle, rng):
+        samples = chain.from_iterable(map(self._read_slice, segment.slices))
+        for sample in shuffle_in_buffer(samples, self.shuffle, rng):
             yield sample, rng.getrandbits(48)
 
-    def _read_piece(self, piece: Piece) -> Iterator[Sample]:
-        """Yield the samples of a piece, and note the size of its shard."""
+    def _read_slice(self, shard_slice: ShardSlice) -> Iterator[Sample]:
+        """Yield the samples of a slice, and note the size of its shard."""
         size = 0
-        for sample in self._read_shard(self.urls[piece.shard]):
-            if size % piece.step == piece.offset:
+        for sample in self._read_shard(self.urls[shard_slice.shard]):
+            if size % shard_slice.step == shard_slice.offset:
                 yield sample
             size += 1
-        self._sizes[piece.shard] = size
+        self._sizes[shard_slice.shard] = size
         if not self._sizes.any():
             raise ValueError(
                 f"{self.skip_counter.name} must hold images, got {len(self.urls)} shards without any: "
@@ -401,7 +401,7 @@ def max_over_ranks(values: Tensor) -> Tensor:
     return result
 
 
-def shuffled(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterator[Sample]:
+def shuffle_in_buffer(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterator[Sample]:
     """Shuffle samples in a buffer of ``size`` samples, and of at most 512 MB.
 
     As webdataset's shuffle, it starts to yield when it holds 100 samples, and reads two per yielded sample until the

@@ -14,7 +14,7 @@ from clipgen.data.class_names import MAX_NAMES_BYTES, NAME_LISTS, name_list, par
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.cub import read_text_folder
-from clipgen.storage.files import check_size, loads_json, natural_key, one_line, read_text
+from clipgen.storage.files import check_size, natural_key, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
@@ -54,7 +54,9 @@ def read_captions(source: str | Path, split: str | None = None) -> list[Caption]
     check_size(path, MAX_CAPTIONS_BYTES)
     text = read_text(path)
     try:
-        captions = parse_json(loads_json(text, MAX_VALUES)) if path.suffix.lower() == ".json" else parse_lines(text)
+        captions = (
+            captions_from_json(parse_json(text, MAX_VALUES)) if path.suffix.lower() == ".json" else parse_lines(text)
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     return check_captions(captions, path)
@@ -111,7 +113,7 @@ def parse_lines(text: str) -> list[Caption]:
     return captions
 
 
-def parse_json(content: Any) -> list[Caption]:
+def captions_from_json(content: Any) -> list[Caption]:
     """Parse a list, a mapping, or COCO's layout."""
     if isinstance(content, list):
         captions = without_files(content)

@@ -165,11 +165,11 @@ def open_part(path: Path) -> Any:
     part = np.load(path)
     for record in part.zip.infolist():
         with part.zip.open(record) as file:
-            check_size(file, record.file_size)
+            check_array_size(file, record.file_size)
     return part
 
 
-def check_size(file: Any, size: int) -> None:
+def check_array_size(file: Any, size: int) -> None:
     """Raise ValueError if the header of a stored array claims more than its ``size`` bytes."""
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -49,7 +49,7 @@ def check_reference(images: FeatureStore, reference: FeatureStore) -> None:
         )
 
 
-def table(rows: Sequence[tuple[str, Results]], features: str = "", captioner: str = "") -> str:
+def results_table(rows: Sequence[tuple[str, Results]], features: str = "", captioner: str = "") -> str:
     """Return a Markdown table of systems and their results, with a dash for a result that is missing.
 
     Args:

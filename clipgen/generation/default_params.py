@@ -9,7 +9,7 @@ from typing import Any
 
 from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.storage.files import read_json, write_json
-from clipgen.storage.links import member
+from clipgen.storage.links import file_inside
 
 FILE = "sampling.json"
 
@@ -27,7 +27,7 @@ def load_params(root: Path) -> SamplingParams:
     """
     if not (root / FILE).is_file():
         return SamplingParams()
-    values = read_json(member(root, FILE))
+    values = read_json(file_inside(root, FILE))
     try:
         return resolve_params(None, values)
     except (TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ class GalleryPrompt(NamedTuple):
     Args:
         text: the prompt.
         label: what the sheet says below its images.
-        source: where the prompt stands.
+        source: source of the prompt.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Gallery:
     Args:
         name: name of the figure, such as ``fig5``.
         title: the figure in a few words.
-        source: where the figure stands, and which words are not its own.
+        source: source of the figure, and the words in it that are not its own.
         prompts: the prompts.
         settings: sampling parameters, each of which generates all prompts; empty if the figure does not vary them.
     """

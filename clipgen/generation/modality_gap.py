@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from clipgen.checkpoint.safe_load import check_header
+from clipgen.checkpoint.safe_load import check_safetensors_header
 from clipgen.storage.files import atomic_write, one_line
 
 PROJECTOR_FILE = "projector.safetensors"  # in a run folder or the folder of a pipeline
@@ -90,7 +90,7 @@ class EmbeddingProjector(nn.Module):
         Raises:
             ValueError: the file is damaged, or not such a file.
         """
-        check_header(Path(path))
+        check_safetensors_header(Path(path))
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -16,6 +19,18 @@ def instruction_set() -> str:
     The environment variable ``ATEN_CPU_CAPABILITY`` can lower it.
     """
     return torch.backends.cpu.get_cpu_capability()
+
+
+@cache
+def processor_name() -> str:
+    """Return the model of the processor; its architecture if the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def has_bf16_units(device: torch.device | str = "cpu") -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.activations import GELUActivation, GELUTanh
 
-from clipgen.hardware.kept_choices import kept_choice
+from clipgen.hardware.measured_choices import measured_choice
 from clipgen.hardware.processor import instruction_set
 
 Linear = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
@@ -89,9 +89,9 @@ def choose_cpu_kernel(batch_size: int, inputs: int, outputs: int) -> LinearFacto
 
 @cache
 def measured_kernel(usual: str, batch_size: int, inputs: int, outputs: int, threads: int) -> str:
-    """Return the name of the kernel that is kept for a shape, or "" if none can be kept."""
+    """Return the name of the kernel that is stored for a shape, or "" if none can be stored."""
     measure = partial(fastest_kernel, cpu_kernels(outputs), usual, batch_size, inputs, outputs)
-    return kept_choice(f"product {batch_size} x {inputs} x {outputs}", measure)
+    return measured_choice(f"product {batch_size} x {inputs} x {outputs}", measure)
 
 
 def usual_cpu_kernel(batch_size: int, inputs: int, outputs: int) -> LinearFactory:

@@ -174,7 +174,7 @@ class Averages:
         self.sums: dict[str, tuple[Tensor, int]] = {}  # name -> (sum of values, number of samples)
 
     def reset(self) -> None:
-        """Forget all values."""
+        """Reset all averages."""
         self.sums = {}
 
     def add(self, means: dict[str, Tensor], batch_size: int) -> None:

@@ -102,7 +102,7 @@ def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
     swapping = staging.rename(staging.with_suffix(".swapping"))
     flush_to_disk(swapping.parent)
     try:
-        complete(path, swapping)
+        finish_moves(path, swapping)
     except OSError:
         undo(path, swapping)
         swapping.rename(staging)
@@ -110,7 +110,7 @@ def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
     return swapping.rename(staging)
 
 
-def read_names(swapping: Path) -> tuple[list[str], list[str]]:
+def read_entry_names(swapping: Path) -> tuple[list[str], list[str]]:
     """Read the names of the new entries, and the names of all entries that are replaced or removed."""
     content = read_json(swapping / NAMES, "names", "entries")
     for name in [*content["names"], *content["entries"]]:
@@ -119,9 +119,9 @@ def read_names(swapping: Path) -> tuple[list[str], list[str]]:
     return content["names"], content["entries"]
 
 
-def complete(path: Path, swapping: Path) -> None:
+def finish_moves(path: Path, swapping: Path) -> None:
     """Make the moves that have not been made yet."""
-    names, entries = read_names(swapping)
+    names, entries = read_entry_names(swapping)
     for name in entries:
         new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
         is_pending = exists(new)
@@ -134,7 +134,7 @@ def complete(path: Path, swapping: Path) -> None:
 
 def undo(path: Path, swapping: Path) -> None:
     """Undo the moves that have been made."""
-    names, entries = read_names(swapping)
+    names, entries = read_entry_names(swapping)
     for name in entries:
         new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
         if name in names and exists(current) and not exists(new):
@@ -157,7 +157,7 @@ def finish_swap(path: str | Path) -> None:
         if any(part.is_symlink() or not part.is_dir() for part in parts):
             continue
         with with_path_in_errors(path):
-            complete(path, left)
+            finish_moves(path, left)
         shutil.rmtree(left, ignore_errors=True)
 
 

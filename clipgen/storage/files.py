@@ -128,7 +128,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged, too large or nested too deeply, or lacks a key; the message names it.
     """
-    content = parse_json(path)
+    content = read_json_value(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
     missing = [key for key in keys if key not in content]
@@ -137,7 +137,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def parse_json(path: Path) -> Any:
+def read_json_value(path: Path) -> Any:
     """Read any JSON value.
 
     Raises:
@@ -145,7 +145,7 @@ def parse_json(path: Path) -> Any:
     """
     check_size(path, MAX_JSON)
     try:
-        return loads_json(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         # Not JSON, or not UTF-8.
         raise ValueError(f"{path} is damaged: {error}") from error
@@ -153,7 +153,7 @@ def parse_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: its values are nested too deeply") from error
 
 
-def loads_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
+def parse_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
     """Parse JSON.
 
     Raises:

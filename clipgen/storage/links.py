@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def member(folder: Path, name: str) -> Path:
+def file_inside(folder: Path, name: str) -> Path:
     """Return the path of a file in a folder; links may not leave it.
 
     Raises:

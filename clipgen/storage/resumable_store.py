@@ -98,7 +98,7 @@ class ResumableStore:
                 write(path, parts[path])
 
     def is_complete(self, parts: Collection[Path]) -> bool:
-        """Return whether all parts exist. Each process asks after writing its own, so that the last one gets True."""
+        """Return whether all parts exist. Each process calls this after writing its own, so the last one gets True."""
         return all(path.is_file() for path in parts)
 
     def add_results(self, identity: Mapping[str, Any], results: Mapping[str, Any]) -> None:

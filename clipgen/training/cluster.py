@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch.distributed
 from torch.distributed import TCPStore
 
-from clipgen.data.handover import FOLDER, results_for_children
+from clipgen.data.handover import FOLDER, share_results_in_files
 from clipgen.hardware.environment import environment_int
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
         if FOLDER not in os.environ:
             connect(trainer.strategy)
         return nullcontext()
-    return results_for_children()
+    return share_results_in_files()
 
 
 def connect(strategy: Any) -> None:

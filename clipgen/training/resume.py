@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor
 from clipgen.checkpoint.model_folder import FOLDERS, check_model
 from clipgen.checkpoint.safe_load import check_tensors, read_checkpoint
 from clipgen.data.token_cache import MANIFEST
+from clipgen.models.config import dotted_values
 from clipgen.storage.files import atomic_write
-from clipgen.storage.links import member
+from clipgen.storage.links import file_inside
 from clipgen.training.callbacks.checkpointing import has_model_order
 
 # Entries of a checkpoint that a training is resumed from
@@ -113,15 +113,6 @@ def check_same_network(checkpoint: dict[str, Any], model: pl.LightningModule, pa
         raise ValueError(f"resume must name a checkpoint of the same model, got {path} with {', '.join(different)}")
 
 
-def dotted_values(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys and the values of nested dictionaries."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from dotted_values(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def shapes(state: dict[str, Any]) -> dict[str, Any]:
     """Return the shapes of the tensors in a state dict."""
     return {name: tensor.shape for name, tensor in state.items()}
@@ -172,7 +163,7 @@ def copy_best_checkpoint(checkpoint: str | None, output: Path) -> None:
     target = output / "checkpoints" / "best.ckpt"
     if best.parent.name != "checkpoints" or not best.is_file() or target.exists():
         return
-    best = member(best.parent, best.name)
+    best = file_inside(best.parent, best.name)
     target.parent.mkdir(exist_ok=True)
     with atomic_write(target) as partial:
         shutil.copyfile(best, partial)

@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 
 import clipgen
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
-from clipgen.data.handover import one_process_works
+from clipgen.data.handover import compute_in_first_process
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.frozen_models import copy_frozen, save_frozen
 from clipgen.generation.default_params import params_of, save_params
@@ -98,7 +98,7 @@ def train(
     use_own_store()
     leave_group_at_exit()
     with share_results(trainer):
-        with one_process_works():
+        with compute_in_first_process():
             data = instantiate(config.data, "data")
         if automatic_interval:
             scale_interval(config, trainer, data)

@@ -30,7 +30,7 @@ def log_summary(config: TrainingConfig, trainer: pl.Trainer, model: Any, data: A
         "Tokens": describe_tokens(model),
         "Parameters": describe_parameters(model, trainer.strategy.root_device),
         "Length": describe_length(config, trainer, data),
-        "Memory": describe_memory(model, data.batch_size, str(config.trainer["precision"])),
+        "Memory": describe_training_memory(model, data.batch_size, str(config.trainer["precision"])),
     }
     if should_compile(model.hparams["compile"], trainer.strategy.root_device):
         lines["Compile"] = "torch.compile; the first steps take minutes"
@@ -89,7 +89,7 @@ def describe_parameters(model: nn.Module, device: torch.device) -> str:
 def describe_length(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> str:
     """Return the number of steps, and how often they show each image."""
     count = count_images(data.train)
-    steps = total_steps(config, trainer, data)
+    steps = planned_steps(config, trainer, data)
     text = f"{steps} steps" if steps > 0 else "no limit on the steps"
     if steps > 0 and count:
         epochs = steps * images_per_step(config, trainer, data) / count.images
@@ -103,7 +103,7 @@ def images_per_step(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> i
     return data.batch_size * trainer.world_size * config.grad_accum_steps
 
 
-def total_steps(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> int:
+def planned_steps(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> int:
     """Return the number of optimizer steps that ``max_steps`` and ``max_epochs`` allow; -1 if there is no limit."""
     count = count_images(data.train)
     steps_per_epoch = None
@@ -122,7 +122,7 @@ def total_steps(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> int:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def describe_memory(model: Any, batch_size: int, precision: str) -> str:
+def describe_training_memory(model: Any, batch_size: int, precision: str) -> str:
     """Return the memory that training is expected to take on each device."""
     state = state_bytes(model) / GIB
     activations = activation_bytes(model) * batch_size / GIB

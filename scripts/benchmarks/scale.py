@@ -144,12 +144,12 @@ def measure_shards(shards: int, ranks: int) -> dict[str, float]:
     position = Position.start(ranks, NUM_WORKERS)
     _, row = measured(lambda: next(order._segments(position, position.num_readers - 1, None)))
     seen = np.zeros(shards)
-    pieces = order._pieces(0, position.num_readers)
+    slices = order._slices(0, position.num_readers)
     share = shards * IMAGES_PER_SHARD / position.num_readers
     for reader in range(position.num_readers):
         left = share
-        for piece in pieces[reader :: position.num_readers]:
-            size = IMAGES_PER_SHARD / piece.step
-            seen[piece.shard] += min(size, left)
+        for shard_slice in slices[reader :: position.num_readers]:
+            size = IMAGES_PER_SHARD / shard_slice.step
+            seen[shard_slice.shard] += min(size, left)
             left = max(left - size, 0)
     return row | {"readers": position.num_readers, "share seen per epoch": seen.sum() / (shards * IMAGES_PER_SHARD)}

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-import platform
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipgen.hardware.processor import instruction_set
+from clipgen.hardware.processor import instruction_set, processor_name
 from clipgen.storage.files import cache_folder, read_json, write_json
 
 logger = logging.getLogger(__name__)
 FILE = "kernels.json"
 
 
-def kept_choice(name: str, measure: Callable[[], str]) -> str:
+def measured_choice(name: str, measure: Callable[[], str]) -> str:
     """Return a choice from the file; if it holds none for this machine, measure it and add it.
 
     Args:
@@ -53,15 +51,3 @@ def read_choices(path: Path) -> dict[str, Any]:
 def machine() -> str:
     """Return the parts that the speed of a kernel depends on: processor, instruction set, threads, build of torch."""
     return f"{processor_name()}, {instruction_set()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-@cache
-def processor_name() -> str:
-    """Return the model of the processor, as far as the system names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:  # not Linux
-        pass
-    return platform.processor() or platform.machine()
