@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from clipgen.evaluation.intervals import bootstrap_interval
 from clipgen.images import save_png
 from clipgen.visualization import interval_chart
-from studies.results import clip_values, correct_values
+from studies.results import clip_values, correct_values, mean_and_interval
 from studies.rows import CURVE_FORMS, Row, curve_name, curve_recipe
 from studies.workspace import Study
 
@@ -46,9 +44,3 @@ def draw(study: Study, rows: Sequence[Row], weights: Sequence[float], values: Va
         series[curve_name(form, estimator)] = points
     baseline = mean_and_interval([values(by_recipe["no_clip_loss"], seed) for seed in study.args.seeds])[0]
     save_png(interval_chart(series, "lambda", label, baseline), study.output / f"curve_{file}.png")
-
-
-def mean_and_interval(groups: Sequence[Tensor]) -> tuple[float, float, float]:
-    """Return the mean over seeds and images, and its interval."""
-    mean = torch.stack([group.mean() for group in groups]).mean().item()
-    return mean, *bootstrap_interval(groups)

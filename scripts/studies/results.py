@@ -30,16 +30,15 @@ def clip_values(study: Study, row: Row, seed: int, name: str) -> Tensor:
     return torch.from_numpy(study.measured(row, seed).column(f"clip {name}").astype("float64")) * 100
 
 
-def seeds_of(study: Study, row: Row) -> Sequence[int]:
-    """Return the seeds of a row."""
-    seeds: Sequence[int] = study.args.seeds
-    return seeds
+def mean_and_interval(groups: Sequence[Tensor]) -> tuple[float, float, float]:
+    """Return the mean over seeds and images, and its 95 % bootstrap interval."""
+    mean = torch.stack([group.mean() for group in groups]).mean().item()
+    return mean, *bootstrap_interval(groups)
 
 
 def with_interval(groups: Sequence[Tensor], scale: float = 1.0, digits: int = 1) -> str:
-    """Return the mean over seeds and images, and its 95 % bootstrap interval."""
-    mean = torch.stack([group.mean() for group in groups]).mean().item() * scale
-    low, high = (scale * bound for bound in bootstrap_interval(groups))
+    """Return the mean and the interval of ``mean_and_interval`` as text."""
+    mean, low, high = (scale * value for value in mean_and_interval(groups))
     return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
@@ -51,7 +50,7 @@ def with_range(values: Sequence[float]) -> str:
 
 def cells(study: Study, row: Row) -> dict[str, str]:
     """Return the cells of a row by the heading of their column."""
-    seeds = seeds_of(study, row)
+    seeds = study.args.seeds
     right = [correct_values(study, row, seed) for seed in seeds]
     result = {"images": str(len(right[0]) * len(right)), "right, %": with_interval(right, 100)}
     for name in study.metrics.clips:
@@ -115,11 +114,11 @@ def evaluator_error(study: Study) -> str:
 
 def differences(study: Study, rows: Sequence[Row], baseline: Row) -> str:
     """Return a table of the differences to a baseline row; an interval that includes 0 shows no effect."""
-    base = [correct_values(study, baseline, seed) for seed in seeds_of(study, baseline)]
+    base = [correct_values(study, baseline, seed) for seed in study.args.seeds]
     lines = []
     for row in rows:
         if row != baseline and not row.is_small:
-            right = [correct_values(study, row, seed) for seed in seeds_of(study, row)]
+            right = [correct_values(study, row, seed) for seed in study.args.seeds]
             low, high = difference_interval(right, base)
             effect = "yes" if low > 0 or high < 0 else "no"
             mean = torch.stack([group.mean() for group in right]).mean() - torch.stack([g.mean() for g in base]).mean()
