@@ -14,6 +14,7 @@ from typing import Any
 
 from clipgen.app.limits import MAX_QUEUE_LENGTH, MAX_SESSIONS, MAX_UPLOAD_BYTES
 from clipgen.app.models import ModelStore
+from clipgen.hardware.environment import environment_variable
 from clipgen.run_list import OUTPUTS
 
 logger = logging.getLogger(__name__)
@@ -114,14 +115,9 @@ def preload(store: ModelStore) -> None:
 
 @contextmanager
 def gradio_folder() -> Iterator[Path]:
-    """Let Gradio keep its files in a new temporary folder, which is deleted at the end."""
-    previous = os.environ.get(CACHE_VARIABLE)
-    with tempfile.TemporaryDirectory(prefix="clipgen-app-", ignore_cleanup_errors=True) as folder:
-        os.environ[CACHE_VARIABLE] = folder
-        try:
-            yield Path(folder)
-        finally:
-            if previous is None:
-                del os.environ[CACHE_VARIABLE]
-            else:
-                os.environ[CACHE_VARIABLE] = previous
+    """Let Gradio write its files to a new temporary folder, which is deleted at the end."""
+    with (
+        tempfile.TemporaryDirectory(prefix="clipgen-app-", ignore_cleanup_errors=True) as folder,
+        environment_variable(CACHE_VARIABLE, folder),
+    ):
+        yield Path(folder)

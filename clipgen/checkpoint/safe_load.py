@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from clipgen.checkpoint.pickle_check import check_pickles
 from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stub_for
+from clipgen.hardware.environment import environment_variable
 
 __all__ = [
     "State",
@@ -76,18 +76,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-@contextmanager
-def only_weights() -> Iterator[None]:
+def only_weights() -> AbstractContextManager[None]:
     """Let libraries read weights without executing code inside the ``with``, though they ask torch to allow it."""
-    previous = os.environ.get(FORCE_WEIGHTS_ONLY)
-    os.environ[FORCE_WEIGHTS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        if previous is None:
-            del os.environ[FORCE_WEIGHTS_ONLY]
-        else:
-            os.environ[FORCE_WEIGHTS_ONLY] = previous
+    return environment_variable(FORCE_WEIGHTS_ONLY, "1")
 
 
 def unpickle(path: Path) -> Any:

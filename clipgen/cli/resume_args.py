@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.hardware.environment import environment_int
+from clipgen.storage.files import check_size, read_yaml
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -234,25 +235,11 @@ def config_keys(values: dict[str, Any], prefix: str) -> Iterator[str]:
 
 def read_arguments(run: Path) -> list[str]:
     """Return the arguments in a run folder; empty if it has none."""
-    import yaml
-
-    class LoaderWithoutAliases(yaml.SafeLoader):
-        """Refuse aliases, with which a short file can expand to a very long one."""
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("it has an alias")
-            return super().compose_node(parent, index)
-
     path = run / ARGUMENTS
     if not path.is_file():
         return []
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{path} is damaged: it must have at most {MAX_BYTES} bytes, got {path.stat().st_size}")
-    try:
-        arguments = yaml.load(path.read_text(encoding="utf-8"), LoaderWithoutAliases)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    check_size(path, MAX_BYTES)
+    arguments = read_yaml(path)
     if not isinstance(arguments, list) or not all(isinstance(argument, str) for argument in arguments):
         raise ValueError(f"{path} is damaged: it must be a list of KEY=VALUE")
     return arguments

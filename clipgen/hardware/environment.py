@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 # Packages whose versions can change results.
@@ -23,6 +25,20 @@ PACKAGES = (
 def package_versions() -> dict[str, str]:
     """Return the installed version of each of ``PACKAGES``."""
     return {name: version(name) for name in PACKAGES}
+
+
+@contextmanager
+def environment_variable(name: str, value: str) -> Iterator[None]:
+    """Set a variable inside the ``with``; afterwards it has its previous value, or is not set."""
+    previous = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if previous is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = previous
 
 
 def environment_int(name: str, default: int | None = None) -> int:
