@@ -65,6 +65,8 @@ class TextToImage(PretrainedMixin, ImageGenerator):
     ):
         transformer.attach_encoders(vqgan, clip)  # raises an error if they do not fit together
         super().__init__(vqgan, transformer)
+        if projector is not None:
+            projector.check_width(clip.embed_dim)
         self.clip = clip
         self.projector = projector
         self.params = params or SamplingParams()
@@ -189,10 +191,9 @@ class TextToImage(PretrainedMixin, ImageGenerator):
     @property
     def fingerprint(self) -> str:
         """A short hash of the weights: transformer and VQ-GAN before any cast, and the projector if there is one."""
-        state = {} if self.projector is None else self.projector.state_dict()
-        if not state:
+        if self.projector is None or not self.projector.state_dict():
             return self._fingerprint
-        return f"{self._fingerprint}-{model_folder.fingerprint(state)[:4]}"
+        return f"{self._fingerprint}-{self.projector.fingerprint[:4]}"
 
     # --------------------------------------------------------------------------------------------------- embeddings
 

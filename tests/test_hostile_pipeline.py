@@ -236,6 +236,15 @@ def test_invalid_projector_is_refused(pipe, tmp_path, shift):
         TextToImage.load(root)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("shift", (1,)), ("shift", (128,)), ("memory", (3, 128))])
+def test_projector_of_another_clip_is_refused(pipe, tmp_path, name, shape):
+    root = pipe.save(tmp_path / "pipe")
+    tensors = {name: torch.ones(shape)}
+    save_file(tensors, root / "projector.safetensors", {"neighbors": "8", "temperature": "0.01"})
+    with pytest.raises(ValueError, match=rf"{name} of the projector must be 64 wide"):
+        TextToImage.load(root)
+
+
 @pytest.mark.parametrize("metadata", [{"neighbors": "x", "temperature": "1"}, {"neighbors": "8", "temperature": "nan"}])
 def test_invalid_projector_settings_name_the_file(pipe, tmp_path, metadata):
     root = pipe.save(tmp_path / "pipe")

@@ -118,6 +118,12 @@ def test_run_resumed_in_another_folder_keeps_its_best_model(call, run, tmp_path)
     assert (tmp_path / "other" / "checkpoints" / "best.ckpt").read_bytes() == best
 
 
+@pytest.mark.parametrize("monitor", ["val/psnr", "val/ssim", "val/codebook_usage", "val/perplexity"])
+def test_metric_whose_highest_value_is_the_best_cannot_select_the_best(tmp_path, monitor):
+    with pytest.raises(ValueError, match=f"monitor must be a metric whose lowest value is the best, got {monitor}"):
+        BestCheckpoint(tmp_path, monitor)
+
+
 @pytest.mark.parametrize("score", [None, "low", torch.tensor(float("nan")), torch.zeros(3), [[1]]])
 def test_invalid_best_score_is_ignored(tmp_path, score):
     (tmp_path / "best.ckpt").touch()

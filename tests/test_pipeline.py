@@ -471,6 +471,8 @@ def test_fingerprint_includes_the_projector(pipe, tmp_path):
     pipe.projector = EmbeddingProjector(shift=torch.full((64,), 0.1))
     projected = pipe(PROMPT, seed=0)[0].info["model"]
     assert projected != plain and TextToImage.load(pipe.save(tmp_path / "pipe")).fingerprint == projected
+    pipe.projector.neighbors += 1
+    assert pipe.fingerprint not in (plain, projected)
     pipe.projector = None
     assert pipe(PROMPT, seed=0)[0].info["model"] == plain
     assert TextToImage.load(pipe.save(tmp_path / "pipe")).projector is None

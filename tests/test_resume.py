@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -182,9 +183,17 @@ def test_resume_after_ctrl_c_is_bit_identical(call, sources, monkeypatch, stage,
     assert not [name for name in straight if not torch.equal(straight[name], resumed[name])]
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("vqgan", "shapes"), ("transformer", "encoded")])
-def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, stage, kind):
-    """Including that of the last step before the interruption."""
+@pytest.mark.parametrize(
+    ("stage", "kind", "accumulated"),
+    [
+        ("vqgan", "shapes", 1),
+        slow("vqgan", "shapes", 2),
+        ("transformer", "encoded", 1),
+        slow("transformer", "encoded", 2),
+    ],
+)
+def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, stage, kind, accumulated):
+    """Each step is logged once, including the last step before the interruption."""
     more = ["vqgan=vqgan", "model.clip_loss.interval=1"] if stage == "transformer" else []
     arguments = [
         "clipgen-train",
@@ -194,6 +203,7 @@ def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, st
         "model.optimizer.schedule=cosine",
         "logger=csv",
         "trainer.log_every_n_steps=1",
+        f"model.optimizer.grad_accum_steps={accumulated}",
     ]
     assert call(*arguments, "output=straight").code == 0
     with monkeypatch.context() as patch:
@@ -201,14 +211,21 @@ def test_logged_losses_are_identical_after_ctrl_c(call, sources, monkeypatch, st
         assert call(*arguments, "output=half").code == 130
     assert call(*arguments, "output=half", "resume=half").code == 0
     straight, resumed = (Path(run, "metrics.csv").read_text() for run in ("straight", "half"))
-    assert straight == resumed and len(straight.splitlines()) == 1 + 7 + 2  # names, steps, validations
+    assert straight == resumed
+    rows = list(csv.DictReader(straight.splitlines()))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(7))
+    assert len([row for row in rows if not row["train/loss"]]) >= 2  # validations
     weights = state("straight"), state("half")
     assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
 
 
-@pytest.mark.parametrize(("stop", "more"), [(2, []), slow(3, []), slow(2, EPOCHS)])
+@pytest.mark.parametrize(
+    ("stop", "more"),
+    [(2, []), slow(3, []), slow(2, EPOCHS), slow(8, []), (6, ["trainer.max_steps=6"])],
+    ids=["first batch", "second batch", "epochs", "after the last step", "due at the last step"],
+)
 def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, stop, more):
-    """Otherwise another checkpoint would be considered the best."""
+    """Otherwise another checkpoint would be considered the best, and the log would have gaps."""
     arguments = [
         "clipgen-train",
         *STAGES["vqgan"],
@@ -216,6 +233,8 @@ def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, sto
         "model.optimizer.schedule=constant",
         "data.val_size=8",
         "trainer.val_check_interval=2",
+        "logger=csv",
+        "trainer.log_every_n_steps=1",
         *more,
     ]
     validated = []
@@ -235,7 +254,33 @@ def test_interrupted_validation_reruns_on_resume(call, sources, monkeypatch, sto
     assert [entry for entry in validated if entry[0]] == validations
     best = [torch.load(Path(run) / "checkpoints" / "best.ckpt", weights_only=True) for run in ("straight", "half")]
     assert best[0]["global_step"] == best[1]["global_step"]
+    assert logged("straight") == logged("half")
     assert all(torch.equal(best[1]["state_dict"][name], value) for name, value in best[0]["state_dict"].items())
+
+
+@pytest.mark.parametrize("interval", ["null", "1.0"])
+def test_steps_after_the_last_complete_epoch_can_be_the_best(call, sources, interval):
+    once_per_epoch = [f"trainer.val_check_interval={interval}", "trainer.check_val_every_n_epoch=1"]
+    arguments = [
+        "clipgen-train",
+        *STAGES["transformer"],
+        *sources["encoded"],
+        "vqgan=vqgan",
+        "logger=csv",
+        *once_per_epoch,
+    ]
+    result = call(*arguments, "output=run")
+    assert result.code == 0, result.stderr
+    rows = list(csv.DictReader(Path("run/metrics.csv").read_text().splitlines()))
+    losses = {int(row["step"]): float(row["val/cross_entropy"]) for row in rows if row["val/cross_entropy"]}
+    best = torch.load("run/checkpoints/best.ckpt", weights_only=True)["global_step"]
+    assert max(losses) == 6 and len(losses) > 1 and best == min(losses, key=losses.__getitem__) + 1
+
+
+def logged(run: str) -> list[dict[str, str]]:
+    """Return the rows of the log of a run, without the epochs: a validation that is repeated may count the next one."""
+    rows = list(csv.DictReader(Path(run, "metrics.csv").read_text().splitlines()))
+    return [{name: value for name, value in row.items() if name != "epoch"} for row in rows]
 
 
 def stopped_and_resumed(call, arguments: list[str], stop: int) -> None:

@@ -99,5 +99,6 @@ def complete_for_cache(config: DictConfig) -> None:
         config.vqgan = config.data.root
     config.data = OmegaConf.masked_copy(config.data, TOKEN_CACHE_KEYS)  # type: ignore[arg-type]
     if config.data.conditioning == "class":
-        # noise bridges the modality gap between image and text embeddings, which classes do not have
+        # noise and projectors bridge the modality gap between image and text embeddings, which classes do not have
         config.model.conditioning.noise_cosine = 1.0
+        config.projector.memory_size = 0

@@ -6,6 +6,7 @@ in models/conditioning.py.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -14,10 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from clipgen.checkpoint import model_folder
 from clipgen.checkpoint.safe_load import check_safetensors_header
 from clipgen.storage.files import atomic_write, one_line
 
 PROJECTOR_FILE = "projector.safetensors"  # in a run folder or the folder of a pipeline
+
+MIN_TEMPERATURE = 1e-6  # below, the softmax overflows
 
 
 class EmbeddingProjector(nn.Module):
@@ -46,8 +50,8 @@ class EmbeddingProjector(nn.Module):
         super().__init__()
         if neighbors < 1:
             raise ValueError(f"neighbors must be at least 1, got {neighbors}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if not MIN_TEMPERATURE <= temperature < math.inf:
+            raise ValueError(f"temperature must be at least {MIN_TEMPERATURE} and finite, got {temperature}")
         self.neighbors = neighbors
         self.temperature = temperature
         self.register_buffer("shift", shift)
@@ -67,6 +71,21 @@ class EmbeddingProjector(nn.Module):
         cosine, nearest = (clip_embedding @ memory.T).topk(min(self.neighbors, len(memory)), dim=-1)  # (B, N)
         weights = (cosine / self.temperature).softmax(dim=-1)
         return F.normalize((weights[..., None] * memory[nearest]).sum(dim=1), dim=-1)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the embeddings and the settings."""
+        settings = torch.tensor([self.neighbors, self.temperature], dtype=torch.float64)
+        return model_folder.fingerprint(self.state_dict() | {"settings": settings})
+
+    def check_width(self, width: int) -> None:
+        """Raise ValueError if the embeddings have another width than those of a CLIP."""
+        for name, tensor in self.state_dict().items():
+            if tensor.shape[-1] != width:
+                raise ValueError(
+                    f"{name} of the projector must be {width} wide, as the embeddings of the CLIP, "
+                    f"got {tensor.shape[-1]}"
+                )
 
     def save(self, path: str | Path, half: bool = False) -> Path:
         """Write a safetensors file.

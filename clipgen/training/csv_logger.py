@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,17 @@ class CSVLogger(LightningCSVLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         if self.previous_rows:
-            kept = [row for row in self.previous_rows if row["step"] < (step or 0)]
+            kept = [row for row in self.previous_rows if is_before(row, metrics, step or 0)]
             self.experiment.metrics_keys = write_rows(self.path, kept)
             self.previous_rows = []
         super().log_metrics(metrics, step)
+
+
+def is_before(row: Mapping[str, Any], metrics: Mapping[str, Any], step: int) -> bool:
+    """Return whether a row was logged before the metrics of a step; of the same step if it has none of their values."""
+    if row["step"] != step:
+        return bool(row["step"] < step)
+    return all(row.get(name) in ("", None) for name in metrics if name != "epoch")
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> list[str]:

@@ -76,28 +76,46 @@ def close_log(trainer: pl.Trainer) -> None:
 
 
 class ContinueLog(pl.Callback):
-    """Continue the log of a resumed run at the step of its checkpoint.
+    """Number the logged metrics by optimizer steps, and log each step once, also in a resumed run.
 
-    Lightning adds 1 to the step when it resumes, which is right only for checkpoints that are written during training,
-    not for the one at its end. TensorBoard hides what a stopped run has logged after the checkpoint.
+    With manual optimization Lightning counts batches. When it resumes, it adds 1 to the step, which is right only for
+    checkpoints that are written during training. TensorBoard hides what a stopped run has logged after the checkpoint.
     """
 
     def __init__(self) -> None:
-        self.next_step: int | None = None
+        # not 0 in a log that an older version began, which counted batches
+        self.offset = 0
+        self.steps_before_batch = -1
+
+    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        connector: Any = trainer._logger_connector
+        log = connector.update_train_step_metrics
+
+        def log_complete_step() -> None:
+            if trainer.global_step != self.steps_before_batch:
+                log()
+
+        connector.update_train_step_metrics = log_complete_step
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        last_step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        checkpoint[NEXT_STEP] = last_step + (not trainer.state.finished)
+        checkpoint[NEXT_STEP] = trainer.global_step + self.offset
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.next_step = checkpoint.get(NEXT_STEP)
+        if NEXT_STEP not in checkpoint:
+            return
+        self.offset = checkpoint[NEXT_STEP] - checkpoint["global_step"]
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and self.next_step is not None:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 restart = SessionLog(status=SessionLog.START)
-                logger.experiment._get_file_writer().add_event(Event(step=self.next_step, session_log=restart))
+                logger.experiment._get_file_writer().add_event(Event(step=checkpoint[NEXT_STEP], session_log=restart))
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        # Only now has Lightning added its 1.
-        if self.next_step is not None:
-            trainer.fit_loop.epoch_loop._batches_that_stepped = self.next_step
-            self.next_step = None
+        self.steps_before_batch = trainer.global_step
+        self._set_step(trainer, trainer.global_step)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # that of the last step, also for validations outside of Lightning's schedule
+        self._set_step(trainer, max(trainer.global_step - 1, 0))
+
+    def _set_step(self, trainer: pl.Trainer, step: int) -> None:
+        trainer.fit_loop.epoch_loop._batches_that_stepped = step + self.offset

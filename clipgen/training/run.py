@@ -21,6 +21,7 @@ from clipgen.data.handover import compute_in_first_process
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.frozen_models import copy_frozen, save_frozen
 from clipgen.generation.default_params import params_of, save_params
+from clipgen.generation.modality_gap import PROJECTOR_FILE
 from clipgen.hardware.environment import package_versions
 from clipgen.hardware.processor import require_bf16_units
 from clipgen.storage.files import atomic_write, one_line, write_json
@@ -127,6 +128,9 @@ def train_on(
     with output_folder(output, keep_pattern="checkpoints/*.ckpt"):
         # again, now that the folder is locked: another run may have ended there in the meantime
         refuse_other_runs(output, config.resume)
+        if config.resume is None:
+            # of a run that ended before its first checkpoint
+            (output / PROJECTOR_FILE).unlink(missing_ok=True)
         copy_best_checkpoint(checkpoint, output)
         write_run_folder(output, config, model, run_files)
         store_run_id(trainer, output)
@@ -179,7 +183,12 @@ def make_trainer(config: TrainingConfig, output: Path, callbacks: Sequence[pl.Ca
 
 def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callback]) -> list[pl.Callback]:
     """Return the callbacks of a training, in the order in which they run."""
-    callbacks: list[pl.Callback] = [PerStepSeed(config.seed), OverrideOptimizerSettings(), DataPositionCallback()]
+    callbacks: list[pl.Callback] = [
+        ContinueLog(),
+        PerStepSeed(config.seed),
+        OverrideOptimizerSettings(),
+        DataPositionCallback(),
+    ]
     # grids are made by one process, which under FSDP has only a part of the weights
     if config.trainer["strategy"] != "fsdp":
         callbacks.append(instantiate(config.image_logger, "image_logger", folder=output / "pictures"))
@@ -188,7 +197,7 @@ def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callb
     if config.projector.get("memory_size"):
         callbacks.append(instantiate(config.projector, "projector", folder=output))
     callbacks += instantiate(config.checkpoint, "checkpoint", folder=output / "checkpoints", monitor=config.monitor)
-    callbacks += [FinalValidation(), MetricPrinter(), ContinueLog()]
+    callbacks += [FinalValidation(), MetricPrinter()]
     for default in (ProgressReport, TimeForecast):
         if not any(isinstance(callback, default) for callback in more):
             callbacks.append(default())

@@ -38,6 +38,10 @@ def checkpoint_callbacks(folder: str | Path, monitor: str, every_n_steps: int = 
     return [last, ResumeValidation(), ParameterOrder(), BestCheckpoint(folder, monitor)]
 
 
+# Metrics that cannot select ``best.ckpt``.
+HIGHER_IS_BETTER = {"val/psnr", "val/ssim", "val/codebook_usage", "val/perplexity"}
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Write ``best.ckpt`` whenever ``monitor`` is lower than ever before.
 
@@ -46,7 +50,16 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: str | Path, monitor: str):
-        super().__init__(folder, "best", monitor, enable_version_counter=False, auto_insert_metric_name=False)
+        if monitor in HIGHER_IS_BETTER:
+            raise ValueError(f"monitor must be a metric whose lowest value is the best, got {monitor}")
+        super().__init__(
+            folder,
+            "best",
+            monitor,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=False,  # but after each validation
+        )
         self.path = Path(folder) / "best.ckpt"
 
     @property

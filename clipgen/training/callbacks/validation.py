@@ -39,6 +39,18 @@ class FinalValidation(pl.Callback):
         if trainer.enable_validation and self.validated_step != trainer.global_step:
             run_validation(trainer)
 
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Lightning calls no hook of a training that is resumed at its last step.
+        self.on_train_end(trainer, module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step of the last validation."""
+        return {"validated_step": self.validated_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the step of the last validation."""
+        self.validated_step = int(state_dict["validated_step"])
+
 
 class ResumeValidation(pl.Callback):
     """On resume, run a validation that was due when the checkpoint was written but was interrupted.
@@ -66,3 +78,7 @@ class ResumeValidation(pl.Callback):
         if self.must_validate:
             self.must_validate = False
             run_validation(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Lightning calls no hook of a training that is resumed at its last step.
+        self.on_train_start(trainer, module)
