@@ -23,7 +23,8 @@ pytest.importorskip("torch_fidelity")
 pytestmark = pytest.mark.usefixtures("reference_cache")
 
 
-OFFLINE = ("--features", "clip:shapes", "--clip", "shapes", "--device", "cpu")
+RECONSTRUCTED = ("--features", "clip:shapes", "--device", "cpu")
+OFFLINE = (*RECONSTRUCTED, "--clip", "shapes")
 
 
 @pytest.fixture
@@ -140,14 +141,16 @@ def test_lpips_is_omitted_without_vgg_weights(call, two_folders, tmp_path, monke
     for module in ("clipgen.evaluation.reconstruction", "clipgen.vqgan"):
         monkeypatch.setattr(f"{module}.load_lpips", missing)
     make_vqgan(**VQGAN_SIZES | {"perceptual_weight": 1.0}).save(tmp_path / "vqgan")
-    done = call("--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
+    done = call(
+        "--vqgan", tmp_path / "vqgan", "--reference", two_folders[0], "--output", tmp_path / "out", *RECONSTRUCTED
+    )
     assert done.code == 0 and "LPIPS is omitted" in done.stderr
     assert not {"lpips", "perceptual_loss"} & set(json.loads((tmp_path / "out/metrics.json").read_text())["metrics"])
 
 
 def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny_vqgan, tmp_path):
     tiny_vqgan.save(tmp_path / "vqgan")
-    tokenizer = ("--vqgan", tmp_path / "vqgan", "--output", tmp_path / "out", *OFFLINE)
+    tokenizer = ("--vqgan", tmp_path / "vqgan", "--output", tmp_path / "out", *RECONSTRUCTED)
     images = ("--images", two_folders[0], "--output", tmp_path / "out", *OFFLINE)
     assert call(*tokenizer, "--reference", two_folders[0]).code == 0
     before = (tmp_path / "out/metrics.json").read_text()
@@ -172,6 +175,11 @@ def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny
         ),
         (("--checkpoint", "shapes", "--classes", "shapes", "--template", "A photo"), "template must contain {label}"),
         (("--images", "nowhere"), "root must be an existing folder"),
+        (("--images", ".", "--top-k", 5), "top_k applies to --checkpoint only: leave out --top-k"),
+        (("--images", ".", "--rerank-from", 4), "rerank_from applies to --checkpoint only"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--classes", "shapes"), "give --captions or --classes"),
+        (("--vqgan", "shapes", "--reference", "shapes", "--clip", "shapes"), "leave out --clip"),
+        (("--vqgan", "shapes", "--reference", "shapes", "--captions", "shapes"), "leave out --captions"),
         (("--vqgan", "nowhere"), "give --reference"),
         (("--checkpoint", "shapes", "--captions", "shapes", "--blur", -1), "blur must be radii of at least 0, got -1"),
         (("--checkpoint", "shapes", "--captions", "shapes", "--image-size", 0), "image_size must be at least 1, got 0"),
@@ -187,7 +195,8 @@ def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny
     ],
 )
 def test_errors_are_one_line(call, tmp_path, arguments, message):
-    defaults = [part for pair in zip(OFFLINE[::2], OFFLINE[1::2]) if pair[0] not in arguments for part in pair]
+    offline = RECONSTRUCTED if "--vqgan" in arguments else OFFLINE
+    defaults = [part for pair in zip(offline[::2], offline[1::2]) if pair[0] not in arguments for part in pair]
     done = call(*arguments, "--output", "out", *defaults)
     assert done.code == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -189,8 +189,8 @@ def run() -> None:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError if no evaluation is possible with the arguments."""
-    sampling_options(args)
     check_numbers(args)
+    check_combination(args)
     if args.checkpoint and not (args.captions or args.classes):
         raise ValueError("a model needs captions to generate: give --captions or --classes")
     if args.classes and "{label}" not in args.template:
@@ -207,6 +207,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "a reference is compared in a feature space: give --features other than none, or no --reference"
         )
+
+
+def check_combination(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option would have no effect beside another one."""
+    if args.captions and args.classes:
+        raise ValueError("captions and classes exclude each other: give --captions or --classes")
+    options = [*sampling_options(args), *(["rerank_from"] if args.rerank_from > 1 else [])]
+    if not args.checkpoint and options:
+        raise ValueError(f"{options[0]} applies to --checkpoint only: leave out --{options[0].replace('_', '-')}")
+    for name in ("captions", "classes", "split", "clip", "captioner", "shapes_eval"):
+        if args.vqgan and getattr(args, name) not in (None, False, ["none"]):
+            raise ValueError(f"{name} does not apply to reconstructions: leave out --{name.replace('_', '-')}")
 
 
 def check_paths(args: argparse.Namespace) -> None:

@@ -131,9 +131,24 @@ def check_early(args: Namespace) -> None:
             raise FileNotFoundError(f"there is no image {path}")
     for path in args.prompts_file:
         path.stat()  # raises the system's error
-    sampling_options(args)
+    check_combination(args)
     hint = ", `clipgen-sample --list` shows what there is"
     check_model_path(args.checkpoint, "ConditionalTransformer", hint)
+
+
+def check_combination(args: Namespace) -> None:
+    """Raise ValueError if an option would have no effect beside another one."""
+    options = sampling_options(args)
+    if args.reproduce and (options or args.rerank_from):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options) or "--rerank-from"
+        raise ValueError(f"an image is reproduced with its own settings: leave out {names}")
+    others = (args.prompt, args.prompts_file, args.prompt_mix, args.image)
+    if args.interpolate and args.rerank_from and not any(others):
+        raise ValueError("the images of an interpolation are not reranked: leave out --rerank-from")
+    for text in args.sweep or []:
+        name, _ = parse_axis(text)
+        if name in options:
+            raise ValueError(f"{name} is given twice: leave out --{name.replace('_', '-')} or its --sweep")
 
 
 def check_gallery(args: Namespace) -> None:
@@ -273,3 +288,5 @@ def check_reproducible(metadata: ImageMetadata, is_variation: bool, args: Namesp
             raise ValueError(f"{args.reproduce} was generated from {prompt}, which it does not hold: give --image")
     if metadata.keep_fraction is not None and not args.outpaint:
         raise ValueError(f"{args.reproduce} completes an image that it does not hold: give --outpaint")
+    if metadata.keep_fraction is None and args.outpaint:
+        raise ValueError(f"{args.reproduce} completes no other image: leave out --outpaint")
