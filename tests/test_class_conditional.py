@@ -107,6 +107,13 @@ def test_training_with_the_command(call, class_run):
     assert result.code == 0 and ClassConditionalGenerator.load("on").class_names == model.class_names, result.stderr
 
 
+def test_image_settings_without_effect_on_a_cache_are_named(class_run, call, caplog):
+    cache = ["data=cached", "data.root=cache", "data.conditioning=class", "data.image_size=64"]
+    recipe = ["experiment=cifar10_quick", "clip=shapes"]
+    result = call("clipgen-train", *TRANSFORMER, *recipe, *cache, "output=other")
+    assert result.code == 0 and "data.image_size has no effect with data=cached" in caplog.text, result.stderr
+
+
 def test_the_sampling_parameters_of_a_run_are_the_defaults(class_run, tmp_path):
     run = shutil.copytree(class_run, tmp_path / "copy")
     (run / "sampling.json").write_text('{"top_k": 7, "top_p": 0.5}')

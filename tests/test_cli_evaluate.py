@@ -120,7 +120,7 @@ def test_tokenizer_metrics(call, two_folders, tiny_vqgan, tmp_path):
         tmp_path / "out",
         "--batch-size",
         7,
-        *OFFLINE,
+        *RECONSTRUCTED,
     )
     assert done.code == 0, done.stderr
     content = json.loads((tmp_path / "out/metrics.json").read_text())

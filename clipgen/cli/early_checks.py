@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipgen.cli.config import expand_home
 from clipgen.cli.model_path import check_model_path
-from clipgen.cli.resume_args import find_run
+from clipgen.cli.resume_args import by_key, find_run
 from clipgen.data.folder_listing import check_holds_images
 from clipgen.data.urls import expand_urls
 from clipgen.run_list import OUTPUTS, newest_run
@@ -97,8 +97,20 @@ def complete_for_cache(config: DictConfig) -> None:
     """Take the tokenizer and the data settings from the token cache instead of from the experiment."""
     if OmegaConf.is_missing(config, "vqgan"):
         config.vqgan = config.data.root
+    warn_of_image_settings()
     config.data = OmegaConf.masked_copy(config.data, TOKEN_CACHE_KEYS)  # type: ignore[arg-type]
     if config.data.conditioning == "class":
         # noise and projectors bridge the modality gap between image and text embeddings, which classes do not have
         config.model.conditioning.noise_cosine = 1.0
         config.projector.memory_size = 0
+
+
+def warn_of_image_settings() -> None:
+    """Log the arguments of the command that have no effect, because a token cache holds images that are encoded."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return
+    for key in by_key(list(HydraConfig.get().overrides.task)):
+        if key.startswith("data.") and key.removeprefix("data.") not in TOKEN_CACHE_KEYS:
+            logger.warning("%s has no effect with data=cached, whose images are encoded already", key)
