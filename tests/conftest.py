@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ShapesDataset
-from clipgen.hardware.processor import has_bf16_units
+from clipgen.hardware.processor import has_bf16_units, instruction_set
 from clipgen.pipeline import TextToImage
 from clipgen.training.cluster import leave_group
 from clipgen.transformer import ConditionalTransformer
@@ -28,6 +29,10 @@ from clipgen.vqgan import VQGAN
 SHARED = Path(os.environ.get("CLIPGEN_SHARED", Path(__file__).parents[2] / "shared"))
 # Commands refuse bfloat16 on processors that do not multiply fast in it.
 needs_bf16 = pytest.mark.skipif(not has_bf16_units("cpu"), reason="needs a processor that multiplies in bfloat16")
+# torch.compile reuses kernels of another instruction set, which may be an imitated one, and they compute NaN.
+USER = os.getuid() if hasattr(os, "getuid") else "user"
+COMPILED = Path(tempfile.gettempdir()) / f"torchinductor_{USER}_{instruction_set()}"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(COMPILED)
 # Test modules are imported by the processes that Lightning starts, too.
 atexit.register(leave_group)
 QUIET = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
