@@ -20,7 +20,7 @@ from clipgen.checkpoint.pretrained import PretrainedMixin
 from clipgen.frozen_models import check_clip_folder, load_clip, run_folder, save_frozen
 from clipgen.generation import default_params
 from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator
-from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector
+from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector, load_projector
 from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
@@ -95,11 +95,10 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
         check_inside(root, *models, PROJECTOR_FILE, default_params.FILE)
-        projector = EmbeddingProjector.load(root / PROJECTOR_FILE) if (root / PROJECTOR_FILE).is_file() else None
         transformer = ConditionalTransformer.load(path)
         vqgan = VQGAN.load(root)
         check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
-        pipe = cls(vqgan, transformer, load_clip(root), projector, default_params.load_params(root))
+        pipe = cls(vqgan, transformer, load_clip(root), load_projector(root), default_params.load_params(root))
         pipe.training = training_settings(root)
         return pipe
 

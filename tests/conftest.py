@@ -29,7 +29,8 @@ from clipgen.vqgan import VQGAN
 SHARED = Path(os.environ.get("CLIPGEN_SHARED", Path(__file__).parents[2] / "shared"))
 # Commands refuse bfloat16 on processors that do not multiply fast in it.
 needs_bf16 = pytest.mark.skipif(not has_bf16_units("cpu"), reason="needs a processor that multiplies in bfloat16")
-# torch.compile reuses kernels of another instruction set, which may be an imitated one, and they compute NaN.
+# Each instruction set has its own cache of compiled kernels. With a shared cache, the tests of torch.compile fail with
+# NaN when they imitate AVX2 after a run with AVX-512.
 USER = os.getuid() if hasattr(os, "getuid") else "user"
 COMPILED = Path(tempfile.gettempdir()) / f"torchinductor_{USER}_{instruction_set()}"
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(COMPILED)

@@ -20,7 +20,6 @@ from clipgen.checkpoint.safe_load import check_safetensors_header
 from clipgen.storage.files import atomic_write, one_line
 
 PROJECTOR_FILE = "projector.safetensors"  # in a run folder or the folder of a pipeline
-
 MIN_TEMPERATURE = 1e-6  # below, the softmax overflows
 
 
@@ -123,6 +122,12 @@ class EmbeddingProjector(nn.Module):
             )
         except (SafetensorError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise ValueError(f"the projector {path} is damaged: {one_line(error)}") from error
+
+
+def load_projector(root: Path) -> EmbeddingProjector | None:
+    """Load the projector of a run folder or of the folder of a pipeline; return None if it has none."""
+    path = root / PROJECTOR_FILE
+    return EmbeddingProjector.load(path) if path.is_file() else None
 
 
 def check_embeddings(shift: Tensor | None = None, memory: Tensor | None = None) -> None:

@@ -18,7 +18,7 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.samplers import num_real_samples
 from clipgen.frozen_models import load_clip
 from clipgen.generation.generator import ImageGenerator
-from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector
+from clipgen.generation.modality_gap import load_projector
 from clipgen.images import save_png, to_pil
 from clipgen.models.conditioning import Conditioner
 from clipgen.sampling_params import SamplingParams
@@ -132,10 +132,8 @@ class ImageLogger(pl.Callback):
     def _embed_prompts(self, clip: Conditioner) -> Tensor:
         """Return the embeddings of the prompts, moved by the projector of the run folder if it has one."""
         embeddings = clip.encode_text(self.prompts)
-        path = self.folder.parent / PROJECTOR_FILE
-        if not path.is_file():
-            return embeddings
-        return EmbeddingProjector.load(path).to(embeddings.device)(embeddings)
+        projector = load_projector(self.folder.parent)
+        return embeddings if projector is None else projector.to(embeddings.device)(embeddings)
 
     def _generate(self, generator: ImageGenerator, conditions: Tensor) -> Tensor:
         """Generate an image for each condition, from the same seeds after each validation."""

@@ -69,7 +69,7 @@ class ProjectorBuilder(pl.Callback):
             self.write()
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Lightning calls no hook of a training that is resumed at its last step.
+        # Lightning calls only this hook if a training is resumed at its last step.
         self.on_train_end(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
