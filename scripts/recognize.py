@@ -157,6 +157,8 @@ def main() -> None:
     args = parser().parse_args()
     if not (args.data / "classes.json").is_file():
         sys.exit(f"recognize.py: error: no classes.json in {args.data}; scripts/make_shards.py writes it")
+    if "{label}" not in args.template:
+        sys.exit(f"recognize.py: error: --template must contain {{label}}, got {args.template!r}")
     class_names = json.loads((args.data / "classes.json").read_text())
     try:
         classifier, about = load_classifier(args.classifier)
@@ -199,6 +201,7 @@ def evaluate_generated(
     correct = recognized(classifier, images, labels).float().view(len(class_names), -1).mean(dim=1)
     return describe(classifier, images, labels, reference) | {
         "per_class": dict(zip(class_names, correct.tolist())),
+        "template": args.template,
         "settings": {**asdict(params), "rerank_from": args.rerank_from, "seed": args.seed},
     }
 

@@ -125,6 +125,12 @@ def test_script_measures_real_images_without_a_model(shards, trained, tmp_path, 
     assert "| real images | 8 |" in (tmp_path / "recognized.md").read_text() == capsys.readouterr().out[:-1]
 
 
+def test_script_refuses_a_template_without_the_class(shards, trained, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recognize.py", "--data", str(shards), "--template", "a photo"])
+    with pytest.raises(SystemExit, match="--template must contain {label}, got 'a photo'"):
+        recognize.main()
+
+
 def test_table_states_the_classifiers_error_and_the_floor(shards, trained):
     classifier, about = load_classifier(trained)
     real = recognize.held_out_images(shards, 32, 100, about)

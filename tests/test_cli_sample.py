@@ -234,6 +234,7 @@ ERRORS = {
         ["--interpolate", PROMPT, PROMPT, "--rerank-from", "8"],
         "not reranked: leave out --rerank-from",
     ),
+    "nothing to keep": ([*OURS, "--keep-fraction", "0.25"], "--keep-fraction needs an image to complete"),
     "empty prompt": (["--prompt", ""], "prompt must not be empty, got ''"),
     "blank prompt": (["--prompt", PROMPT, "--prompt", " "], "prompt must not be empty, got ' '"),
     "no images": ([*OURS, "--num-images", "0"], "num_images must be at least 1, got 0"),
@@ -347,7 +348,7 @@ def test_reproduce_gives_identical_bytes(call, runs, tmp_path, request_):
     result = call("--reproduce", first, "--checkpoint", runs[1], "--output", "b")
     assert result.code == 0, result.stderr
     assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
-    for options in (["--top-k", 100], ["--rerank-from", 8], ["--outpaint", first]):
+    for options in (["--top-k", 100], ["--rerank-from", 8], ["--outpaint", first], ["--seed", 0], ["--num-images", 4]):
         result = call("--reproduce", first, "--checkpoint", runs[1], "--output", "d", *options)
         assert result.code == 1 and f"leave out {options[0]}" in result.stderr, result.stderr
     result = call("--reproduce", first, "--checkpoint", "shapes", "--output", "c")
@@ -488,7 +489,7 @@ def test_invalid_prompts_exit_with_one_line(call, runs, tmp_path, arguments, mes
     settings = dict(seed=0, temperature=1, top_k=1, top_p=1, guidance_scale=1, guidance_power=0, keep_fraction=0.5)
     save_png(Image.new("RGB", (8, 8)), tmp_path / "completed.png", {"prompt": PROMPT, **settings})
     before = everything(tmp_path)
-    result = call(*ONE, *arguments, "--checkpoint", runs[1])
+    result = call("--prompt", PROMPT, *arguments, "--checkpoint", runs[1])
     assert result.code == 1 and re.search(message, result.stderr), result.stderr
     assert len(result.stderr.splitlines()) == 1 and everything(tmp_path) == before
 

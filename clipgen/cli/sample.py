@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from clipgen.bundled import BUNDLED, CONTENT, DEFAULT
 from clipgen.cli.console import flush_stdout, guarded, say
-from clipgen.cli.sample_request import check_early, join_words, read_request
+from clipgen.cli.sample_request import DEFAULT_SETTINGS, check_early, join_words, read_request
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.generation.sampling_options import DTYPES
 from clipgen.hardware.device import default_device
@@ -119,10 +119,16 @@ def add_prompt_options(group: Group) -> None:
 def add_image_options(group: Group) -> None:
     """Add the options of the images and the files."""
     group.add_argument(
-        "--num-images", type=int, default=4, metavar="N", help="images per prompt (default: %(default)s)"
+        "--num-images",
+        type=int,
+        metavar="N",
+        help=f"images per prompt (default: {DEFAULT_SETTINGS['num_images']})",
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed; image i uses seed + i (default: %(default)s)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"seed; image i uses seed + i (default: {DEFAULT_SETTINGS['seed']})",
     )
     group.add_argument(
         "--rerank-from",
@@ -139,9 +145,8 @@ def add_image_options(group: Group) -> None:
     group.add_argument(
         "--keep-fraction",
         type=float,
-        default=0.5,
         metavar="FLOAT",
-        help="fraction of the height of --outpaint that is kept (default: %(default)s)",
+        help=f"fraction of the height of --outpaint that is kept (default: {DEFAULT_SETTINGS['keep_fraction']})",
     )
     group.add_argument(
         "--output",
@@ -166,8 +171,7 @@ def add_model_options(group: Group) -> None:
     group.add_argument(
         "--dtype",
         choices=DTYPES,
-        default=DTYPES[0],
-        help="dtype of the transformer and the decoder (default: %(default)s)",
+        help=f"dtype of the transformer and the decoder (default: {DEFAULT_SETTINGS['dtype']})",
     )
     group.add_argument(
         "--compile", action="store_true", help="use torch.compile, which pays off for many images on a GPU"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import sampling_options
-from clipgen.generation.sampling_options import SAMPLING_OPTIONS
+from clipgen.generation.sampling_options import DTYPES, SAMPLING_OPTIONS
 from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # Larger images are reduced to this width and height: CLIP sees at most a few hundred pixels, and a small file can hold
 # an image of gigabytes in floating-point numbers.
 MAX_IMAGE_SIDE = 4096
+# Options beside the sampling parameters that an image to be reproduced holds, with their defaults.
+DEFAULT_SETTINGS: dict[str, Any] = {"num_images": 4, "seed": 0, "dtype": DTYPES[0], "keep_fraction": 0.5}
 NO_PROMPT = (
     'there must be a prompt: give a text in quotes ("a red ring"), --prompt, --prompts-file, --image, --prompt-mix, '
     "--outpaint, --interpolate, --gallery or --reproduce"
@@ -139,9 +141,12 @@ def check_early(args: Namespace) -> None:
 def check_combination(args: Namespace) -> None:
     """Raise ValueError if an option would have no effect beside another one."""
     options = sampling_options(args)
-    if args.reproduce and (options or args.rerank_from):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in options) or "--rerank-from"
+    settings = [name for name in ("rerank_from", *DEFAULT_SETTINGS) if getattr(args, name) is not None]
+    if args.reproduce and (options or settings):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in (*options, *settings))
         raise ValueError(f"an image is reproduced with its own settings: leave out {names}")
+    if args.keep_fraction is not None and not args.outpaint:
+        raise ValueError("--keep-fraction needs an image to complete: give --outpaint, or leave it out")
     others = (args.prompt, args.prompts_file, args.prompt_mix, args.image)
     if args.interpolate and args.rerank_from and not any(others):
         raise ValueError("the images of an interpolation are not reranked: leave out --rerank-from")
@@ -180,16 +185,14 @@ def read_request(args: Namespace) -> SampleRequest:
     from clipgen.generation.gallery import load_gallery
     from clipgen.generation.sweep import expand_sweep
 
+    given = {name: getattr(args, name) for name in DEFAULT_SETTINGS if getattr(args, name) is not None}
     request = SampleRequest(
         prompts=read_text_prompts(args),
         interpolations=list(args.interpolate),
         sweep=[sampling_options(args)],
-        num_images=args.num_images,
         rerank_from=args.rerank_from,
-        seed=args.seed,
-        dtype=args.dtype,
         outpaint=read_image(args.outpaint) if args.outpaint else None,
-        keep_fraction=args.keep_fraction,
+        **(DEFAULT_SETTINGS | given),
     )
     if args.reproduce:
         add_reproduction(request, read_metadata(args.reproduce), args)

@@ -278,10 +278,11 @@ def fit(
         raise ValueError(f"{checkpoint} cannot be resumed: {type(error).__name__}: {one_line(error)}") from error
     except SystemExit as exit:
         # Lightning turns Ctrl-C into SystemExit
-        hint = f"; {resume_command} continues" if last.path.is_file() else ""
-        logger.info("Stopped at step %d%s", trainer.global_step, hint)
-        if last.requeue and trainer.is_global_zero:
-            requeue_slurm_job()
+        if trainer.is_global_zero:
+            hint = f"; {resume_command} continues" if last.path.is_file() else ""
+            logger.info("Stopped at step %d%s", trainer.global_step, hint)
+            if last.requeue:
+                requeue_slurm_job()
         raise KeyboardInterrupt from exit
     # each process may hold a part of the weights, so all of them take part
     trainer.save_checkpoint(last.path, weights_only=False)
