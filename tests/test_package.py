@@ -157,7 +157,7 @@ def test_sdist_has_documentation_and_tests(built):
         "clipgen/bundled/shapes/clip/open_clip_model.safetensors",
     }
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / ".github").rglob("*.*") if path.suffix != ".yml"}
-    assert names >= {"CITATION.cff", ".github/docs/index.md", ".github/pictures/demo.png"} | pages
+    assert names >= {"CITATION.cff", ".github/docs/index.md", ".github/pictures/bundled.png"} | pages
     assert not [name for name in names if name.startswith(("runs", "outputs", "data", ".venv"))]
 
 
