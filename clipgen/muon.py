@@ -119,7 +119,7 @@ class Muon(Optimizer):
             group["ns_steps"],
             group["eps"],
         )
-        weights = list(map(local, parameters))
+        weights = list(map(local_rows, parameters))
         decay: Any = 1 - group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
             decay = torch.where(self.found_inf > 0, 1.0, decay)
@@ -137,8 +137,8 @@ class Muon(Optimizer):
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)  # type: ignore[arg-type]
-        gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
-        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        gradients = [local_rows(p.grad) for p in parameters]  # type: ignore[arg-type]
+        buffers = [local_rows(self.state[p]["momentum_buffer"]) for p in parameters]
         if self.found_inf is not None:
             # A buffer that moves towards itself does not change, and its orthogonalization stays finite.
             skip = self.found_inf > 0
@@ -160,7 +160,7 @@ def adjusted_lr(lr: float, adjust_lr_fn: str | None, shape: Sequence[int]) -> fl
     return lr * math.sqrt(max(1, rows / columns))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_rows(tensor: Tensor) -> Tensor:
     """Return this rank's rows of a DTensor, or a plain tensor itself, without copying."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

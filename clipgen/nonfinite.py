@@ -25,13 +25,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from clipgen.muon import Muon, local
+from clipgen.muon import Muon, local_rows
 
 logger = logging.getLogger(__name__)
 
 READ_EVERY = 10  # steps
 NEVER = 2**62  # later than any step
-HELP = (
+ADVICE = (
     "a lower model.optimizer.learning_rate, gradient clipping (model.optimizer.grad_clip) or "
     "trainer.precision=32-true usually helps"
 )
@@ -111,7 +111,7 @@ class StepGuard:
         current, most = map(int, torch.stack([self.skipped, self.most_skipped]).tolist())
         if most >= self.max_skipped_steps:
             raise NonFiniteError(
-                f"training stopped at step {step}: {most} consecutive steps were skipped, {self._cause()}; {HELP}"
+                f"training stopped at step {step}: {most} consecutive steps were skipped, {self._cause()}; {ADVICE}"
             )
         if most:
             logger.warning("Step %d: up to %d consecutive steps were skipped, %s.", step, most, self._cause())
@@ -124,7 +124,9 @@ class StepGuard:
         """Raise NonFiniteError if the last steps of a training were skipped: its weights may already be unusable."""
         skipped = self.read(step)
         if skipped:
-            raise NonFiniteError(f"training ended with {skipped} skipped steps at step {step}, {self._cause()}; {HELP}")
+            raise NonFiniteError(
+                f"training ended with {skipped} skipped steps at step {step}, {self._cause()}; {ADVICE}"
+            )
 
     def _cause(self) -> str:
         """Return a phrase that names the terms that were non-finite first, and the step."""
@@ -196,7 +198,7 @@ def check_losses(losses: dict[str, float], step: int) -> None:
     """Raise NonFiniteError if a validation loss, which must be equal on all ranks, is not finite."""
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
-        raise NonFiniteError(f"validation at step {step} has a non-finite {' and '.join(bad)}; {HELP}")
+        raise NonFiniteError(f"validation at step {step} has a non-finite {' and '.join(bad)}; {ADVICE}")
 
 
 @torch.no_grad()
@@ -210,7 +212,7 @@ def check_weights(module: nn.Module, step: int | None = None) -> None:
     weights = {}
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():
-            weights[name] = local(tensor)
+            weights[name] = local_rows(tensor)
     bad = (~torch.isfinite(sum_of_norms(list(weights.values())))).float()
     if step is not None and dist.is_initialized():
         dist.all_reduce(bad, dist.ReduceOp.MAX)
@@ -220,7 +222,7 @@ def check_weights(module: nn.Module, step: int | None = None) -> None:
     where = "" if step is None else f" at step {step}"
     raise NonFiniteError(
         f"the weights of {type(module).__name__} must be finite, got {len(names)} of {len(weights)} that are not"
-        f"{where}: {', '.join(names[:1]) or 'those of another rank'}, ...; {HELP}"
+        f"{where}: {', '.join(names[:1]) or 'those of another rank'}, ...; {ADVICE}"
     )
 
 
@@ -234,7 +236,7 @@ def gradients_of(optimizer: Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                yield local(parameter.grad)
+                yield local_rows(parameter.grad)
 
 
 def skip_step(optimizer: Optimizer, skip: Tensor) -> None:
@@ -256,4 +258,4 @@ def takes_found_inf(optimizer: Optimizer) -> bool:
     if not isinstance(optimizer, Adam) or not optimizer.defaults.get("fused"):
         return False
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return all(local(p) is p and p.device.type in ("cpu", "cuda") for p in parameters)
+    return all(local_rows(p) is p and p.device.type in ("cpu", "cuda") for p in parameters)

@@ -24,21 +24,31 @@ from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector, 
 from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
-from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
+from clipgen.model_card import SAMPLES_FILE, TRAINING_FILE, CardDetails, model_card, training_settings
 from clipgen.models.conditioning import Conditioner
 from clipgen.sampling import per_sample_seeds
 from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
 from clipgen.storage.files import write_json
 from clipgen.storage.links import check_inside
-from clipgen.tokenizer_identity import bind, check_bound
+from clipgen.tokenizer_identity import check_tokenizer, record_tokenizer
 from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import grid
 from clipgen.vqgan import VQGAN
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 # What ``save`` may replace in a folder; other files stay.
-ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR_FILE, default_params.FILE, TRAINING, CARD, SAMPLES)
+PIPELINE_ENTRIES = (
+    "vqgan",
+    "transformer",
+    "clip",
+    "clip.json",
+    PROJECTOR_FILE,
+    default_params.FILE,
+    TRAINING_FILE,
+    CARD_FILE,
+    SAMPLES_FILE,
+)
 
 
 class TextToImage(PretrainedMixin, ImageGenerator):
@@ -93,11 +103,11 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         path = model_folder.resolve_path(path_or_name, revision, token)
         root = run_folder(path)
         finish_swap(root)
-        models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
+        models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.MODEL_FILES)]
         check_inside(root, *models, PROJECTOR_FILE, default_params.FILE)
         transformer = ConditionalTransformer.load(path)
         vqgan = VQGAN.load(root)
-        check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
+        check_tokenizer(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
         pipe = cls(vqgan, transformer, load_clip(root), load_projector(root), default_params.load_params(root))
         pipe.training = training_settings(root)
         return pipe
@@ -115,16 +125,16 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         """
         path = Path(path)
         check_parts(path.expanduser())
-        with replace_folder(path, ENTRIES) as partial:
+        with replace_folder(path, PIPELINE_ENTRIES) as partial:
             save_frozen(partial, self.vqgan, self.clip, half)
             self.transformer.save(partial / "transformer", half)
-            bind(partial / "transformer", partial / "vqgan")
+            record_tokenizer(partial / "transformer", partial / "vqgan")
             if self.projector:
                 self.projector.save(partial / PROJECTOR_FILE, half)
             default_params.save_params(partial, self.params)
             if self.training:
-                write_json(partial / TRAINING, self.training)
-            if not copy_user_card(path.expanduser() / CARD, partial / CARD):
+                write_json(partial / TRAINING_FILE, self.training)
+            if not copy_user_card(path.expanduser() / CARD_FILE, partial / CARD_FILE):
                 self._write_card(partial, card or CardDetails())
         return path
 
@@ -133,10 +143,10 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         details = replace(details, params=details.params or self.params)
         if details.prompts:
             images = self(list(details.prompts), params=details.params, seed=0)
-            save_png(grid(images, captions=details.prompts), folder / SAMPLES)
+            save_png(grid(images, captions=details.prompts), folder / SAMPLES_FILE)
         clip: Any = self.clip  # a FrozenCLIP, which `save_frozen` has checked
         text = model_card(self.vqgan, self.transformer, clip, self.training, details)
-        (folder / CARD).write_text(text, "utf-8")
+        (folder / CARD_FILE).write_text(text, "utf-8")
 
     def push_to_hub(
         self,
@@ -167,7 +177,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         if revision is not None:
             api.create_branch(address.repo_id, branch=revision, exist_ok=True)
         # Optional parts of an older pipeline there must not stay beside this one.
-        optional = [PROJECTOR_FILE, TRAINING, SAMPLES, "clip/*"]
+        optional = [PROJECTOR_FILE, TRAINING_FILE, SAMPLES_FILE, "clip/*"]
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, half, replace(card or CardDetails(), repository=address.repo_id))
             api.upload_folder(
@@ -245,7 +255,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         keep_fraction: float = 0.5,
         preview: Preview | None = None,
         progress: Progress | None = None,
-        **sampling: Any,
+        **overrides: Any,
     ) -> list[Image.Image]:
         """Generate images for a prompt, or for a list of prompts, which are batched together.
 
@@ -259,12 +269,12 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             keep_fraction: fraction of the height of ``outpaint`` that is kept.
             preview: called after each row of indices with the images so far.
             progress: called after each row of indices with the work done since the last call.
-            sampling: temperature, top_k, top_p, guidance_scale, guidance_power; they override ``params``.
+            overrides: fields of ``SamplingParams``, which override ``params``.
 
         Returns:
             PIL images, prompt by prompt, best first if reranked. Their ``info`` holds prompt, seed and parameters.
         """
-        params = resolve_params(params or self.params, sampling)
+        params = resolve_params(params or self.params, overrides)
         options = GenerationOptions(outpaint, keep_fraction, preview, progress)
         prompts = checked_prompts(prompt, num_images, rerank_from)
         seeds = per_sample_seeds(seed, rerank_from or num_images)
@@ -300,7 +310,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         clip_embedding: Tensor,
         seed: int | Sequence[int] | None = None,
         params: SamplingParams | None = None,
-        **keywords: Any,
+        **options: Any,
     ) -> Tensor:
         """Generate one image per CLIP embedding: (B, E) -> (B, 3, H, W) in [-1, 1].
 
@@ -308,11 +318,11 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             clip_embedding: embeddings of texts or images, (B, E).
             seed: image i uses ``seed + i``; or one seed per image.
             params: sampling parameters; None takes those of the pipeline.
-            keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
+            options: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
         """
-        params, options = resolve_options(params or self.params, keywords)
+        params, generation_options = resolve_options(params or self.params, options)
         uniforms = self.uniforms(seed, len(clip_embedding))
-        return self.generate_from_conditions(clip_embedding, uniforms, params, options)
+        return self.generate_from_conditions(clip_embedding, uniforms, params, generation_options)
 
     def interpolate(
         self,
@@ -322,7 +332,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         params: SamplingParams | None = None,
         *,
         seed: int | None = None,
-        **keywords: Any,
+        **options: Any,
     ) -> list[Image.Image]:
         """Generate images along the arc between the embeddings of two prompts, all from the same seed.
 
@@ -332,19 +342,19 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             steps: number of images, at least 2.
             params: sampling parameters; None takes those of the pipeline.
             seed: seed of all images.
-            keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
+            options: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
         """
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
         for prompt in (first, second):
             check_request(prompt, steps, None)
-        params, options = resolve_options(params or self.params, keywords)
+        params, generation_options = resolve_options(params or self.params, options)
         shared_seed = per_sample_seeds(seed, 1)[0]
         embeddings = slerp(self.embed(first), self.embed(second), steps)
         uniforms = self.uniforms([shared_seed] * steps, steps)
-        results = to_pil(self.generate_from_conditions(embeddings, uniforms, params, options))
+        results = to_pil(self.generate_from_conditions(embeddings, uniforms, params, generation_options))
         ends = [dict(end) if isinstance(end, Mapping) else describe(end) for end in (first, second)]
-        metadata = self._metadata(params, options)
+        metadata = self._metadata(params, generation_options)
         for image in results:
             image.info.update(interpolate=ends, steps=steps, seed=shared_seed, **metadata)
         return results

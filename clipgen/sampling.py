@@ -40,7 +40,7 @@ def sample_from_logits(logits: Tensor, uniforms: Tensor, params: SamplingParams)
     return candidates.gather(-1, choice.minimum(last_kept))[:, 0]
 
 
-def sampler(logits_fn: LogitsFn, uniforms: Tensor, params: SamplingParams) -> SampleFn:
+def make_sample_fn(logits_fn: LogitsFn, uniforms: Tensor, params: SamplingParams) -> SampleFn:
     """Return the function that samples the index at a position from its logits.
 
     Args:

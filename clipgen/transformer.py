@@ -17,6 +17,7 @@ from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
 from clipgen.checkpoint.pretrained import PretrainedModule
 from clipgen.checkpoint.safe_load import strip_prefix
+from clipgen.checkpoint.verified_build import build_verified, named_load_errors
 from clipgen.data.samplers import num_real_samples
 from clipgen.hardware.device import check_compile, should_compile
 from clipgen.images import images_from_batch
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 # Names of the weights that are one tensor with ``tie_embeddings``; a model folder holds it once.
-HEAD = "gpt.head.weight"
+HEAD_WEIGHT = "gpt.head.weight"
 TOKEN_EMBEDDING = "gpt.transformer.wte.weight"
 
 
@@ -145,7 +146,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         uniforms: Tensor | None = None,
         prefix: Tensor | None = None,
         callback: sampling.StepCallback | None = None,
-        **settings: Any,
+        **overrides: Any,
     ) -> Tensor:
         """Sample code indices for CLIP embeddings of images or sentences.
 
@@ -156,13 +157,13 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
             uniforms: (B, T) uniform random numbers in [0, 1) for inverse-CDF sampling; override ``seed``.
             prefix: the first indices (B, P), which are kept as they are.
             callback: called at every step with all indices so far, (B, t).
-            settings: fields of ``SamplingParams`` by name, which override those of ``params``: temperature, top_k,
+            overrides: fields of ``SamplingParams`` by name, which override those of ``params``: temperature, top_k,
                 top_p, guidance_scale, guidance_power.
 
         Returns:
             (B, T) int64.
         """
-        params = resolve_params(params, settings)
+        params = resolve_params(params, overrides)
         self._check_shapes(clip_embedding, uniforms, prefix)
         condition_tokens = self._condition_tokens(clip_embedding, params)
         if uniforms is None:
@@ -298,10 +299,10 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         """Return indices (B, T) and conditions (B, E) of a batch; encode its images if they are not cached."""
         if {"indices", "condition"} <= set(batch):
             return batch["indices"], batch["condition"]
-        return self.encode(images_from_batch(batch))
+        return self.encode_images(images_from_batch(batch))
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images as indices (B, T) and CLIP embeddings (B, E)."""
         vqgan, clip = self.encoders()
         if images.shape[-2] != images.shape[-1]:
@@ -379,21 +380,21 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         check_weights(self.eval_model)
         state = {f"gpt.{name}": tensor for name, tensor in self.eval_model.state_dict().items()}
         if self.gpt_config.tie_embeddings:
-            del state[HEAD]  # the same tensor as the token embedding
+            del state[HEAD_WEIGHT]  # the same tensor as the token embedding
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``model_folder.build_verified`` checks both first.
+        ``build_verified`` checks both first.
         """
         # A model folder holds one set of weights, so no EMA is allocated for it.
         if not strip_prefix("ema.", state):
             arguments = arguments | {"optimizer": {**(arguments.get("optimizer") or {}), "ema_decay": 0.0}}
         model = cls(**arguments)
-        if model.gpt_config.tie_embeddings and HEAD not in state and TOKEN_EMBEDDING in state:
-            state = state | {HEAD: state[TOKEN_EMBEDDING]}
+        if model.gpt_config.tie_embeddings and HEAD_WEIGHT not in state and TOKEN_EMBEDDING in state:
+            state = state | {HEAD_WEIGHT: state[TOKEN_EMBEDDING]}
         model.load_state_dict(state)
         return model.eval()
 
@@ -430,6 +431,6 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
             n_head: number of attention heads, which cannot be inferred from the weights; None assumes a head dimension
                 of 64, as in all models of that project.
         """
-        with model_folder.named_load_errors(checkpoint, cls.__name__):
-            arguments, state = hfailab.transformer(checkpoint, n_head)
-        return model_folder.build_verified(cls, arguments, state, checkpoint)
+        with named_load_errors(checkpoint, cls.__name__):
+            arguments, state = hfailab.convert_transformer(checkpoint, n_head)
+        return build_verified(cls, arguments, state, checkpoint)

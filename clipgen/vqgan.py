@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clipgen.checkpoint import hfailab, model_folder, taming
 from clipgen.checkpoint.pretrained import PretrainedModule
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
+from clipgen.checkpoint.verified_build import build_verified, named_load_errors
 from clipgen.checkpoint.vgg import load_lpips
 from clipgen.clip import FrozenCLIP
 from clipgen.data.datamodule import training_images
@@ -94,7 +95,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         self.autoencoder_config = as_config(AutoencoderConfig, autoencoder)
         self.quantizer_config = as_config(QuantizerConfig, quantizer)
         self.loss_config = as_config(LossConfig, loss)
-        self.had_clip_loss = False  # set by `from_state`, which leaves the CLIP perceptual loss out
+        self.had_clip_perceptual_loss = False  # set by `from_state`, which leaves the CLIP perceptual loss out
         self.gan_config = as_config(GANConfig, gan)
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
         self.save_hyperparameters(
@@ -219,7 +220,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             raise ValueError(f"trainer.precision must be 32-true or bf16-mixed, got {precision}{reason}")
         if self.gan_config.weight > 0 and self.discriminator is None:
             logger.warning("The checkpoint has no discriminator; training continues without the adversarial loss.")
-        if self.had_clip_loss:
+        if self.had_clip_perceptual_loss:
             logger.warning("The tokenizer was trained with a CLIP perceptual loss; training continues without it.")
         if self.loss_config.perceptual_weight > 0:
             self.lpips()  # load it now rather than in the first step
@@ -490,7 +491,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``model_folder.build_verified`` checks both first. A discriminator that the file does not hold is not built.
+        ``build_verified`` checks both first. A discriminator that the file does not hold is not built.
         ``loss.vgg_weights`` is not taken from the file, and the CLIP perceptual loss is off: to train the model further
         with either, build a VQGAN with that setting and call ``init_from``.
         """
@@ -500,7 +501,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         model = cls(**without_foreign_files(without_kmeans(built)))
         model.gan_config = gan
         loss = as_config(LossConfig, arguments.get("loss"))
-        model.had_clip_loss = loss.clip_perceptual_weight > 0
+        model.had_clip_perceptual_loss = loss.clip_perceptual_weight > 0
         # A copy of the model still says how it was trained.
         model.hparams["gan"], model.hparams["loss"] = to_plain(gan), to_plain(without_paths(loss))
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
@@ -519,15 +520,15 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         Raises:
             ValueError: the file is not such a checkpoint, or its pickle refers to code.
         """
-        arguments, state = taming.vqgan(checkpoint, config)
-        return model_folder.build_verified(cls, arguments, state, checkpoint)
+        arguments, state = taming.convert_vqgan(checkpoint, config)
+        return build_verified(cls, arguments, state, checkpoint)
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode. No code in it is executed."""
-        with model_folder.named_load_errors(checkpoint, cls.__name__):
-            arguments, state = hfailab.vqgan(checkpoint)
-        return model_folder.build_verified(cls, arguments, state, checkpoint)
+        with named_load_errors(checkpoint, cls.__name__):
+            arguments, state = hfailab.convert_vqgan(checkpoint)
+        return build_verified(cls, arguments, state, checkpoint)
 
     def load_weights_(self, state: dict[str, Tensor]) -> Self:
         """Load the weights of a model folder and switch to evaluation mode.

@@ -20,7 +20,7 @@ import clipgen
 from clipgen.cli import sample_output
 from clipgen.cli.sample_request import join_words
 from clipgen.images import save_png
-from clipgen.run_list import newest_run
+from clipgen.runs import newest_run
 from clipgen.storage.output_folder import free_folder
 
 NAME = "00_a-large-blue-ring-on-a-white-background_{}.png"

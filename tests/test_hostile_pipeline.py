@@ -489,6 +489,6 @@ def test_training_a_loaded_tokenizer_reads_no_model_that_its_maker_named(tmp_pat
     monkeypatch.setattr(FrozenCLIP, "from_spec", lambda spec: pytest.fail(f"loads {spec}"))
     vqgan = VQGAN.load(folder)
     assert vqgan.loss_config.vgg_weights is None and vqgan.loss_config.clip_perceptual_model is None
-    assert VQGAN.load(vqgan.save(tmp_path / "copy")).had_clip_loss
+    assert VQGAN.load(vqgan.save(tmp_path / "copy")).had_clip_perceptual_loss
     fit(vqgan, 1, batch=2)
     assert "was trained with a CLIP perceptual loss; training continues without it" in caplog.text

@@ -19,22 +19,20 @@ from torch import Tensor, nn
 
 from clipgen.baselines.gan_layers import FixedBatchNorm, ResidualBlock, SelfAttention, affine, upsample
 from clipgen.baselines.gan_weights import (
-    State,
     fold_power_iteration,
     fold_spectral_norms,
     load_completely,
     read_generator_state,
     rename,
 )
+from clipgen.checkpoint.safe_load import State
 from clipgen.storage.files import read_json
-
-__all__ = ["BigGAN", "BigGANDeep", "load_biggan"]
 
 DEEP_EPS = 1e-4
 NORM_EPS = 1e-5  # ajbrock's value for batch norms
 SPECTRAL_EPS = 1e-6
 CONVERTED_EPS = 1e-4  # both, in the files converted from TF Hub, which have no sv0
-FILES = ("pytorch_model.bin", "G_ema.pth")
+GENERATOR_FILES = ("pytorch_model.bin", "G_ema.pth")
 DEEP_NAMES = (
     (r"^embeddings\.", "classes."),
     (r"^generator\.gen_z\.", "first."),
@@ -49,7 +47,7 @@ DEEP_NAMES = (
     (r"\.snconv1x1_o_conv\.", ".o."),
     (r"\.snconv1x1_", "."),
 )
-NAMES = (
+AJBROCK_NAMES = (
     (r"^shared\.", "classes."),
     (r"^linear\.", "first."),
     (r"^blocks\.(\d+)\.0\.", r"blocks.\1."),
@@ -167,14 +165,14 @@ class DeepBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, truncation: float) -> Tensor:
         """Apply the block: (B, C, H, W), (B, D) -> (B, C', H, W), or (B, C', 2H, 2W) if it doubles."""
-        h = x
+        hidden = x
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs)):
-            h = norm(h, condition, truncation).relu()
+            hidden = norm(hidden, condition, truncation).relu()
             if i == 1 and self.doubles:
-                h = upsample(h)
-            h = conv(h)
+                hidden = upsample(hidden)
+            hidden = conv(hidden)
         shortcut = x[:, : self.channels_out]
-        return h + (upsample(shortcut) if self.doubles else shortcut)
+        return hidden + (upsample(shortcut) if self.doubles else shortcut)
 
 
 class BigGANDeep(nn.Module):
@@ -334,13 +332,15 @@ def find_file(path: Path) -> Path:
     """Return the generator's file of a folder: a published name, or the only one that holds weights."""
     if not path.is_dir():
         return path
-    for name in FILES:
+    for name in GENERATOR_FILES:
         if (path / name).is_file():
             return path / name
     files = sorted(file for file in path.iterdir() if file.suffix in (".bin", ".pth", ".pt"))
     if len(files) == 1:
         return files[0]
-    raise FileNotFoundError(f"{path} must hold {' or '.join(FILES)}, got {len(files)} other files of weights: name one")
+    raise FileNotFoundError(
+        f"{path} must hold {' or '.join(GENERATOR_FILES)}, got {len(files)} other files of weights: name one"
+    )
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -451,7 +451,7 @@ def load_ajbrock(state: State, config: dict[str, Any], file: Path) -> BigGAN:
     converted = not any(name.endswith(".sv0") for name in state)
     spectral_eps = read_fraction(config, "SN_eps", CONVERTED_EPS if converted else SPECTRAL_EPS, file)
     eps = read_fraction(config, "BN_eps", CONVERTED_EPS if converted else NORM_EPS, file)
-    folded = rename(fold_power_iteration(state, ["shared.weight"], spectral_eps, file), NAMES, file)
+    folded = rename(fold_power_iteration(state, ["shared.weight"], spectral_eps, file), AJBROCK_NAMES, file)
     folded = {name: squeeze_gamma(name, tensor) for name, tensor in folded.items()}
     try:
         num_classes, class_dim = folded["classes.weight"].shape

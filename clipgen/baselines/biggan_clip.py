@@ -18,25 +18,14 @@ from torch import Tensor
 from clipgen.clip import FrozenCLIP
 from clipgen.sampling import per_sample_seeds
 
-__all__ = [
-    "AveragedLatents",
-    "BigGANCLIPParams",
-    "LayeredGenerator",
-    "biggan_clip",
-    "class_loss",
-    "class_weights",
-    "cut_views",
-    "latent_loss",
-    "similarity_loss",
-]
-
 CLASS_LOGIT_MEAN, CLASS_LOGIT_STD = -3.9, 0.3
 CUT_MEAN, CUT_STD, CUT_MIN, CUT_MAX = 0.8, 0.3, 0.5, 0.95  # side of a cutout, relative to the image's
 SIMILARITY_WEIGHT = 100
 CLASS_WEIGHT = 50
 VARIANCE_WEIGHT = 4
 
-Callback = Callable[[int, int, float, Callable[[], Tensor]], None]  # (image, step, loss, () -> image (1, 3, H, W))
+# Receives the number of the image, the step, the loss, and a function that returns the current image (1, 3, H, W).
+OptimizationCallback = Callable[[int, int, float, Callable[[], Tensor]], None]
 
 
 class LayeredGenerator(Protocol):
@@ -98,7 +87,7 @@ def biggan_clip(
     num_images: int = 1,
     seed: int | Sequence[int] | None = None,
     params: BigGANCLIPParams | None = None,
-    callback: Callback | None = None,
+    callback: OptimizationCallback | None = None,
 ) -> Tensor:
     """Generate images near the prompts, and far from the penalized prompts, by Adam on latents and class logits.
 
@@ -154,7 +143,7 @@ class Optimization:
         self.logits = (CLASS_LOGIT_MEAN + CLASS_LOGIT_STD * logits).to(clip.device).requires_grad_()
         self.average = AveragedLatents([self.noise, self.logits], params.ema_decay)
 
-    def optimize(self, number: int, callback: Callback | None) -> Tensor:
+    def optimize(self, number: int, callback: OptimizationCallback | None) -> Tensor:
         """Return the image (1, 3, H, W) of the averaged latents after all steps, or the best of them."""
         optimizer = torch.optim.Adam([self.noise, self.logits], lr=self.params.learning_rate)
         interval = self.params.keep_best_every

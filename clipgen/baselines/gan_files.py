@@ -12,15 +12,13 @@ from clipgen.baselines.gan_layers import truncated_normal
 from clipgen.baselines.sagan import SAGAN, load_sagan
 from clipgen.data.class_names import name_list
 
-__all__ = ["FileGenerator", "check_truncation", "is_gan_file", "load_gan", "load_gan_file"]
-
 IMAGENET_CLASSES = 1000
-NAME = "biggan-deep-"  # names of the files that Hugging Face's package used to download
+DOWNLOADED_PREFIX = "biggan-deep-"  # names of the files that Hugging Face's package used to download
 
 
 def is_gan_file(source: str) -> bool:
     """Return whether a generator is named as a file of BigGAN or SAGAN; the prefix decides before the file's ending."""
-    return source.startswith(("biggan:", "sagan:", NAME))
+    return source.startswith(("biggan:", "sagan:", DOWNLOADED_PREFIX))
 
 
 def load_gan(source: str) -> BigGAN | BigGANDeep | SAGAN:
@@ -30,7 +28,7 @@ def load_gan(source: str) -> BigGAN | BigGANDeep | SAGAN:
         FileNotFoundError: the file does not exist.
         ValueError: it holds something else, or not all of the network.
     """
-    if source.startswith(NAME):
+    if source.startswith(DOWNLOADED_PREFIX):
         raise ValueError(
             f"{source} is not downloaded: name its file, biggan:FILE_OR_FOLDER, with pytorch_model.bin and config.json"
         )

@@ -10,11 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgen.checkpoint.safe_load import check_dense, check_finite, read_checkpoint
+from clipgen.checkpoint.safe_load import State, check_dense, check_finite, read_checkpoint
 
-__all__ = ["fold_power_iteration", "fold_spectral_norms", "load_completely", "read_generator_state", "rename"]
-
-State = dict[str, Tensor]
 WRAPPER = "module."  # torch.nn.DataParallel
 
 

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgen.baselines.gan_layers import FixedBatchNorm, ResidualBlock, SelfAttention
-from clipgen.baselines.gan_weights import State, fold_spectral_norms, load_completely, read_generator_state, rename
+from clipgen.baselines.gan_weights import fold_spectral_norms, load_completely, read_generator_state, rename
+from clipgen.checkpoint.safe_load import State
 
-__all__ = ["SAGAN", "load_sagan"]
-
-EPS = 1e-4  # StudioGAN's value for batch norms, which it does not store
-NAMES = (
+NORM_EPS = 1e-4  # StudioGAN's value for batch norms, which it does not store
+SAGAN_NAMES = (
     (r"\.bn\.running_", "."),
     (r"\.running_", "."),
     (r"\.embed0\.", ".gain."),
@@ -53,9 +52,9 @@ class SAGAN(nn.Module):
         self.first = nn.Linear(noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
         for channels_in, channels_out in pairwise(channels):
-            self.blocks.append(ResidualBlock(channels_in, channels_out, num_classes, EPS))
+            self.blocks.append(ResidualBlock(channels_in, channels_out, num_classes, NORM_EPS))
         self.attention = nn.ModuleDict({str(i): SelfAttention(channels[i + 1]) for i in attention_after})
-        self.norm = FixedBatchNorm(channels[-1], EPS)
+        self.norm = FixedBatchNorm(channels[-1], NORM_EPS)
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, noise: Tensor, class_indices: Tensor, truncation: float = 1.0) -> Tensor:
@@ -78,7 +77,7 @@ def load_sagan(path: str | Path) -> SAGAN:
     """
     state = read_generator_state(path)
     check_layout(state, path)
-    folded = rename(fold_spectral_norms(without_counters(state), path), NAMES, path)
+    folded = rename(fold_spectral_norms(without_counters(state), path), SAGAN_NAMES, path)
     if any(".embed0." in name for name in state):
         folded = transpose_embeddings(folded)
     return build_sagan(number_blocks(folded), path)

@@ -11,7 +11,7 @@ import numpy as np
 BUILTINS = ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "object", "range", "slice", "frozenset")
 # Configurations, paths and numbers that trainers store beside the weights. A file that names anything else, such as
 # os.system, is refused.
-NAMES = {
+STUBBED_NAMES = {
     "argparse.Namespace",
     "types.SimpleNamespace",
     "typing.Any",
@@ -68,7 +68,7 @@ def stub_for(name: str) -> type | None:
     """Return the stub of a class or function by its full name; None refuses it."""
     if name.rpartition(".")[2] in DICTIONARIES:
         return DictStub
-    return PickleStub if name in NAMES or name.startswith(PACKAGES) else None
+    return PickleStub if name in STUBBED_NAMES or name.startswith(PACKAGES) else None
 
 
 def stubs_to_plain(value: Any) -> Any:

@@ -18,20 +18,6 @@ from clipgen.checkpoint.pickle_check import check_pickles
 from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stub_for
 from clipgen.hardware.environment import environment_variable
 
-__all__ = [
-    "State",
-    "check_archive",
-    "check_download",
-    "check_finite",
-    "check_safetensors_header",
-    "check_weights_file",
-    "only_weights",
-    "read_checkpoint",
-    "read_weights",
-    "strip_prefix",
-    "strip_wrappers",
-]
-
 State = dict[str, Tensor]
 # torch.load obeys this environment variable, whatever its caller asks for
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -46,7 +32,7 @@ ZIP64_END = struct.Struct("<4s36xQQ")
 ZIP64_LOCATOR = struct.Struct("<4s4xQ4x")
 # Number of pickles that torch.save writes before the weights if it writes no archive.
 PICKLES = 5
-STATES = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
+STATE_KEYS = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
 # What torch.compile, FSDP, activation checkpointing and Fabric put between the names of modules
 INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 WRAPPERS = ("", "module.", "first_stage_model.", "module.first_stage_model.", "model.first_stage_model.")
@@ -237,7 +223,7 @@ def read_weights(path: str | Path, key: str, first: str, project: str) -> State:
         ValueError: none of them is called ``first``; or they are not finite, or not all there.
     """
     checkpoint = read_checkpoint(path)
-    for place in (key, *STATES):
+    for place in (key, *STATE_KEYS):
         state = checkpoint.get(place)
         if isinstance(state, Mapping):
             names = strip_wrappers(state, first, path)

@@ -10,35 +10,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipgen.checkpoint.model_folder import Model
+from clipgen.checkpoint.model_folder import ModelContent
 from clipgen.checkpoint.safe_load import add_prefix, read_weights, strip_prefix
 from clipgen.models.discriminator import sizes_from_state
 from clipgen.storage.files import read_mapping
 
-TOKENIZER = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
-DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # used if ddconfig omits them
+TOKENIZER_PREFIXES = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+DDCONFIG_SIZES = ("ch", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
+DDCONFIG_DEFAULTS = {"ch_mult": [1, 2, 4, 8], "resamp_with_conv": True, "dropout": 0.0}  # used if ddconfig omits them
 GAN_LOSSES = {"hinge": "hinge", "vanilla": "log"}
 
 
-def vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> Model:
+def convert_vqgan(checkpoint: str | Path, config: str | Path | Mapping[str, Any]) -> ModelContent:
     """Convert a VQModel or GumbelVQ: ``last.ckpt`` and its ``model.yaml``, or the parsed configuration."""
     if not isinstance(config, Mapping):
         config = read_mapping(Path(config).expanduser())
     state = read_weights(checkpoint, "state_dict", "encoder.conv_in.weight", "taming-transformers")
-    weights = {k: v for k, v in state.items() if k.startswith(TOKENIZER)}
+    weights = {k: v for k, v in state.items() if k.startswith(TOKENIZER_PREFIXES)}
     discriminator = strip_prefix("loss.discriminator.main.", state)
     # A discriminator with ActNorm instead of batch norm is not supported.
     if any(name.endswith(".loc") for name in discriminator):
         discriminator = {}
     weights |= add_prefix("discriminator.main.", discriminator)
     weights |= {f"lpips.{k}": v for k, v in strip_prefix("loss.perceptual_loss.", state).items() if "scaling" not in k}
-    arguments = arguments_of(config)
+    arguments = convert_config(config)
     arguments["gan"] |= sizes_from_state(discriminator)
     return arguments, weights
 
 
-def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def convert_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the constructor arguments of ``VQGAN`` for a configuration of taming-transformers.
 
     Raises:
@@ -48,8 +48,8 @@ def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
         model, params = config["model"], config["model"]["params"]
         kind, net = model["target"].split(".")[-1], dict(params["ddconfig"])
         quantizer = dict(codebook_size=params["n_embed"], codebook_dim=params["embed_dim"])
-        autoencoder = {name: net[name] for name in SIZES}
-        autoencoder |= {name: net.get(name, value) for name, value in DEFAULTS.items()}
+        autoencoder = {name: net[name] for name in DDCONFIG_SIZES}
+        autoencoder |= {name: net.get(name, value) for name, value in DDCONFIG_DEFAULTS.items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a configuration of a taming-transformers tokenizer: {error!r}") from error
     kinds = {"VQModel": "euclidean", "GumbelVQ": "gumbel"}

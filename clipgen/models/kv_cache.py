@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clipgen.models.cpu_kernels import Activation, Linear, addmm_linear, choose_cpu_kernel, with_activation
 from clipgen.models.gpt import ConditionalGPT2
-from clipgen.sampling import LogitsFn, SampleFn, guide, sample_from_logits, sampler, with_cfg
+from clipgen.sampling import LogitsFn, SampleFn, guide, make_sample_fn, sample_from_logits, with_cfg
 from clipgen.sampling_params import SamplingParams
 
 # A compiled graph reads the cache up to a multiple of this many positions.
@@ -72,7 +72,7 @@ class IncrementalDecoder:
         logits_fn = self.start(condition_tokens)
         if params.uses_guidance:
             logits_fn = with_cfg(logits_fn, params.guidance_scales(uniforms.shape[1]))
-        return sampler(logits_fn, uniforms, params)
+        return make_sample_fn(logits_fn, uniforms, params)
 
     def allocate_cache(self, like: Tensor) -> list[Tensor]:
         """Allocate one tensor per block: torch.compile would copy a shared one at every write to a part of it."""

@@ -22,8 +22,6 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.class_names import name_list
 from clipgen.hashing import hashed_seed
 
-__all__ = ["CLIP_INPUTS", "PublishedCLIPInput", "SearchProtocol", "keras_names", "prepare_caption", "ranking_caption"]
-
 TRUNCATION = 0.4  # for BigGAN-deep; SAGAN's noise is not truncated
 THRESHOLD = 0.2841796875  # mean score of real training images and captions, in the published scale
 NUM_IMAGES = 100
