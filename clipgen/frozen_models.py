@@ -121,7 +121,8 @@ def read_clip_json(root: Path) -> dict[str, Any]:
         )
     check_inside(root, "clip.json")
     config = read_json(path, "model_name", "pretrained")
-    name, tag = config["model_name"], config["pretrained"]
+    name = config["model_name"]
+    tag = config["pretrained"]
     if not isinstance(name, str) or not isinstance(tag, (str, type(None))):
         raise ValueError(f"{path} must name a CLIP by two strings, got {str(name)[:80]!r} and {str(tag)[:80]!r}")
     if name == "clip" and not (root / "clip").is_dir():

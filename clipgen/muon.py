@@ -273,14 +273,13 @@ def orthogonalize_distributed(
         steps: number of iterations.
         eps: lower bound of the norm that a matrix is divided by.
     """
-    options = coefficients, steps, eps
     if isinstance(parameters[0], DTensor):
-        return orthogonalize_rows(parameters, matrices, *options)  # type: ignore[arg-type]
+        return orthogonalize_rows(parameters, matrices, coefficients, steps, eps)  # type: ignore[arg-type]
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return orthogonalize(matrices, *options)
+        return orthogonalize(matrices, coefficients, steps, eps)
     owners = owners_of(parameters, dist.get_world_size())
     own = select(matrices, indices_of(owners, dist.get_rank()))
-    return all_gather_results(matrices, owners, orthogonalize(own, *options))
+    return all_gather_results(matrices, owners, orthogonalize(own, coefficients, steps, eps))
 
 
 def owners_of(parameters: Sequence[Tensor], world_size: int) -> list[int]:
@@ -342,31 +341,49 @@ def orthogonalize_rows(
         steps: number of iterations.
         eps: lower bound of the norm that a matrix is divided by.
     """
-    mesh = parameters[0].device_mesh
     check_sharding(parameters)
-    world_size = mesh.size()
-    owners = owners_of(parameters, world_size)
-    mine = indices_of(owners, mesh.get_local_rank())
+    owners = owners_of(parameters, parameters[0].device_mesh.size())
+    matrices = send_to_owners(parameters, rows, owners)
+    results = orthogonalize(matrices, coefficients, steps, eps)
+    return return_results(parameters, rows, owners, results)
 
-    # All ranks send their rows of each matrix to its owner.
-    outgoing = lists_by_rank(world_size)
-    own_shapes = lists_by_rank(world_size)
+
+def send_to_owners(parameters: list[DTensor], rows: list[Tensor], owners: list[int]) -> list[Tensor]:
+    """Send this rank's rows of each matrix to its owner, and return the matrices that this rank owns."""
+    mesh = parameters[0].device_mesh
+    outgoing = lists_by_rank(mesh.size())
     for tensor, owner in zip(rows, owners):
         outgoing[owner].append(tensor)
-        own_shapes[owner].append(tuple(tensor.shape))
-    incoming_shapes = lists_by_rank(world_size)
-    for i in mine:
-        for sender, height in enumerate(row_counts(parameters[i], world_size)):
+    incoming_shapes = lists_by_rank(mesh.size())
+    for i in indices_of(owners, mesh.get_local_rank()):
+        for sender, height in enumerate(row_counts(parameters[i], mesh.size())):
             incoming_shapes[sender].append((height, parameters[i].shape[1]))
     received = all_to_all(outgoing, incoming_shapes, rows[0], mesh.get_group())
-    matrices = [torch.cat(parts) for parts in zip(*received)]
-    results = orthogonalize(matrices, coefficients, steps, eps)
+    return [torch.cat(parts) for parts in zip(*received)]
 
-    # The owner sends the rows of the results back.
-    outgoing = lists_by_rank(world_size)
-    for i, result in zip(mine, results):
-        for receiver, part in enumerate(result.split(row_counts(parameters[i], world_size))):
+
+def return_results(
+    parameters: list[DTensor],
+    rows: list[Tensor],
+    owners: list[int],
+    results: list[Tensor],
+) -> list[Tensor]:
+    """Send each rank its rows of this rank's results, and return this rank's rows of all results.
+
+    Args:
+        parameters: the parameters of the matrices.
+        rows: tensors of the shapes of this rank's rows.
+        owners: rank that owns each matrix.
+        results: the results of the matrices that this rank owns.
+    """
+    mesh = parameters[0].device_mesh
+    outgoing = lists_by_rank(mesh.size())
+    for i, result in zip(indices_of(owners, mesh.get_local_rank()), results):
+        for receiver, part in enumerate(result.split(row_counts(parameters[i], mesh.size()))):
             outgoing[receiver].append(part)
+    own_shapes = lists_by_rank(mesh.size())
+    for tensor, owner in zip(rows, owners):
+        own_shapes[owner].append(tuple(tensor.shape))
     returned = all_to_all(outgoing, own_shapes, rows[0], mesh.get_group())
     remaining = list(map(iter, returned))
     return [next(remaining[owner]) for owner in owners]
@@ -391,6 +408,11 @@ def row_counts(parameter: DTensor, world_size: int) -> list[int]:
     return [min(max(num_rows - rank * chunk_size, 0), chunk_size) for rank in range(world_size)]
 
 
+def total_elements(shapes: Iterable[Sequence[int]]) -> int:
+    """Return the number of elements of tensors of some shapes."""
+    return sum(map(math.prod, shapes))
+
+
 def all_to_all(
     outgoing: list[list[Tensor]],
     incoming_shapes: Sequence[Sequence[tuple[int, ...]]],
@@ -405,8 +427,8 @@ def all_to_all(
         like: a tensor of the common dtype and device.
         group: process group of the ranks.
     """
-    received_sizes = [sum(math.prod(shape) for shape in shapes) for shapes in incoming_shapes]
-    sent_sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+    received_sizes = [total_elements(shapes) for shapes in incoming_shapes]
+    sent_sizes = [sum(map(Tensor.numel, tensors)) for tensors in outgoing]
     flat = [tensor.flatten() for tensor in chain.from_iterable(outgoing)]
     sent = torch.cat(flat) if flat else like.new_empty(0)
     received = like.new_empty(sum(received_sizes))

@@ -103,8 +103,9 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         path = model_folder.resolve_path(path_or_name, revision, token)
         root = run_folder(path)
         finish_swap(root)
-        models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.MODEL_FILES)]
-        check_inside(root, *models, PROJECTOR_FILE, default_params.FILE)
+        check_inside(root, "vqgan", "transformer", PROJECTOR_FILE, default_params.FILE)
+        for name in model_folder.MODEL_FILES:
+            check_inside(root, f"vqgan/{name}", f"transformer/{name}")
         transformer = ConditionalTransformer.load(path)
         vqgan = VQGAN.load(root)
         check_tokenizer(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
@@ -353,7 +354,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         embeddings = slerp(self.embed(first), self.embed(second), steps)
         uniforms = self.uniforms([shared_seed] * steps, steps)
         results = to_pil(self.generate_from_conditions(embeddings, uniforms, params, generation_options))
-        ends = [dict(end) if isinstance(end, Mapping) else describe(end) for end in (first, second)]
+        ends = [describe_end(first), describe_end(second)]
         metadata = self._metadata(params, generation_options)
         for image in results:
             image.info.update(interpolate=ends, steps=steps, seed=shared_seed, **metadata)
@@ -393,6 +394,11 @@ def prompt_metadata(prompt: Prompt) -> dict[str, Any]:
     if isinstance(prompt, Mapping):
         metadata["prompt_mix"] = dict(prompt)
     return metadata
+
+
+def describe_end(prompt: Prompt) -> Any:
+    """Return an end of an interpolation as an image's ``info`` records it."""
+    return dict(prompt) if isinstance(prompt, Mapping) else describe(prompt)
 
 
 def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -118,7 +118,8 @@ def is_instance(value: Any, hint: Any) -> bool:
 
 def type_in_words(hint: Any) -> str:
     """Return a type in words: ``int or null``, ``list of int``."""
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(type_in_words(choice) for choice in arguments)
     if origin is Literal:

@@ -25,7 +25,7 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
 from clipgen.hardware.device import check_compile, should_compile
-from clipgen.images import check_images, images_from_batch, psnr, to_bytes
+from clipgen.images import check_images, images_from_batch, psnr, rounded
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
 from clipgen.models.config import (
@@ -440,10 +440,10 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         self.counts += code_counts(quantized.indices, self.codebook_size)
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
-        rounded = to_bytes(reconstruction).float() / 127.5 - 1
-        terms["psnr"] = psnr(images, rounded).mean()
+        reconstruction = rounded(reconstruction)
+        terms["psnr"] = psnr(images, reconstruction).mean()
         self.averages.add(add_prefix("val/", terms), len(images))
-        return rounded
+        return reconstruction
 
     def on_validation_epoch_end(self) -> None:
         means = self.averages.compute()
@@ -503,7 +503,8 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         loss = as_config(LossConfig, arguments.get("loss"))
         model.had_clip_perceptual_loss = loss.clip_perceptual_weight > 0
         # A copy of the model still says how it was trained.
-        model.hparams["gan"], model.hparams["loss"] = to_plain(gan), to_plain(without_paths(loss))
+        model.hparams["gan"] = to_plain(gan)
+        model.hparams["loss"] = to_plain(without_paths(loss))
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
             model.load_state_dict(state)
             return model.eval()
@@ -536,7 +537,8 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         The discriminator is removed if the folder has none.
         """
         self.load_tokenizer_(state)
-        discriminator, lpips = (strip_prefix(prefix, state) for prefix in OPTIONAL_PARTS)
+        discriminator = strip_prefix("discriminator.", state)
+        lpips = strip_prefix("lpips.", state)
         if not discriminator:
             self.discriminator = self.lecam = None
         elif self.discriminator is not None:

@@ -22,8 +22,10 @@ from clipgen.baselines.gan_weights import (
     fold_power_iteration,
     fold_spectral_norms,
     load_completely,
+    number_blocks,
     read_generator_state,
     rename,
+    squeeze_gamma,
 )
 from clipgen.checkpoint.safe_load import State
 from clipgen.storage.files import read_json
@@ -132,7 +134,8 @@ class DeepFixedNorm(StatisticsTable):
 
     def __init__(self, rows: int, channels: int, eps: float):
         super().__init__(rows, channels)
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
     def forward(self, x: Tensor, truncation: float) -> Tensor:
@@ -161,7 +164,8 @@ class DeepBlock(nn.Module):
         self.convs = nn.ModuleList()
         for a, b, kernel in zip(inputs, outputs, (1, 3, 3, 1)):
             self.convs.append(nn.Conv2d(a, b, kernel, padding=kernel // 2))
-        self.channels_out, self.doubles = channels_out, doubles
+        self.channels_out = channels_out
+        self.doubles = doubles
 
     def forward(self, x: Tensor, condition: Tensor, truncation: float) -> Tensor:
         """Apply the block: (B, C, H, W), (B, D) -> (B, C', H, W), or (B, C', 2H, 2W) if it doubles."""
@@ -183,7 +187,7 @@ class BigGANDeep(nn.Module):
         num_classes: classes.
         channels: channels of the first map and after each block.
         doubles: for each block, whether it doubles the resolution.
-        attention_before: blocks before which self-attention stands, counted from 0.
+        attention_before: blocks that self-attention precedes, counted from 0.
         rgb_channels: output channels of the last convolution, of which three are used.
         rows: number of truncations of the statistics.
         eps: epsilon of the norms.
@@ -201,8 +205,10 @@ class BigGANDeep(nn.Module):
         eps: float = DEEP_EPS,
     ):
         super().__init__()
-        self.noise_dim, self.num_classes = noise_dim, num_classes
-        self.num_layers, self.layer_noise_dim = len(doubles) + 1, noise_dim
+        self.noise_dim = noise_dim
+        self.num_classes = num_classes
+        self.num_layers = len(doubles) + 1
+        self.layer_noise_dim = noise_dim
         self.classes = nn.Linear(num_classes, noise_dim, bias=False)
         self.first = nn.Linear(2 * noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
@@ -216,7 +222,7 @@ class BigGANDeep(nn.Module):
         """Generate images: (B, noise_dim), (B,) -> (B, 3, H, W) in [-1, 1].
 
         Args:
-            truncation: whose statistics the norms use, in (0, 1]; the noise is used as it is.
+            truncation: truncation whose statistics the norms use, in (0, 1]; the noise is used as it is.
         """
         one_hot = F.one_hot(class_indices.long(), self.num_classes).to(noise)
         layers = (len(noise), self.num_layers, -1)
@@ -228,7 +234,7 @@ class BigGANDeep(nn.Module):
         Args:
             noise: (B, num_layers, noise_dim).
             class_weights: (B, num_layers, num_classes).
-            truncation: whose statistics the norms use, in (0, 1].
+            truncation: truncation whose statistics the norms use, in (0, 1].
 
         Returns:
             (B, 3, H, W) in [-1, 1].
@@ -268,8 +274,10 @@ class BigGAN(nn.Module):
         eps: float = NORM_EPS,
     ):
         super().__init__()
-        self.noise_dim, self.num_classes = noise_dim, num_classes
-        self.num_layers, self.layer_noise_dim = len(channels), noise_dim // len(channels)
+        self.noise_dim = noise_dim
+        self.num_classes = num_classes
+        self.num_layers = len(channels)
+        self.layer_noise_dim = noise_dim // len(channels)
         self.classes = nn.Embedding(num_classes, class_dim)
         self.first = nn.Linear(self.layer_noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
@@ -360,7 +368,7 @@ def describe_other_model(state: State, file: Path) -> str:
 
 def load_deep(state: State, config: dict[str, Any], file: Path) -> BigGANDeep:
     """Build BigGAN-deep from Hugging Face's layout."""
-    folded = number_layers(rename(fold_spectral_norms(state, file), DEEP_NAMES, file))
+    folded = number_blocks(rename(fold_spectral_norms(state, file), DEEP_NAMES, file), r"layers\.(NUMBER)\.(.+)", 0)
     try:
         noise_dim, num_classes = folded["classes.weight"].shape
         rows = len(folded["norm.means"])
@@ -379,36 +387,11 @@ def load_deep(state: State, config: dict[str, Any], file: Path) -> BigGANDeep:
     return model
 
 
-def number_layers(state: State) -> State:
-    """Name ``layers.8.gamma`` as attention before block 8, and the blocks behind it by their own number."""
-    indices = {int(name.split(".")[1]) for name in state if name.startswith("layers.") and name.split(".")[1].isdigit()}
-    places = {}
-    blocks = 0
-    for index in sorted(indices):
-        if f"layers.{index}.gamma" in state:
-            places[str(index)] = f"attention.{blocks}."
-        else:
-            places[str(index)] = f"blocks.{blocks}."
-            blocks += 1
-    renamed = {}
-    for name, tensor in state.items():
-        parts = name.split(".", 2)
-        if parts[0] == "layers" and len(parts) == 3 and parts[1] in places:
-            name = places[parts[1]] + parts[2]
-        renamed[name] = squeeze_gamma(name, tensor)
-    return renamed
-
-
-def squeeze_gamma(name: str, tensor: Tensor) -> Tensor:
-    """Return the gain of an attention without dimensions."""
-    return tensor.reshape(()) if name.endswith(".gamma") and tensor.numel() == 1 else tensor
-
-
 def attention_of(state: State, blocks: int, file: Path) -> list[int]:
     """Return the block numbers of the attention layers of a renamed state dict."""
     places = {name.split(".")[1] for name in state if name.startswith("attention.")}
     if not all(place.isdigit() and int(place) < blocks for place in places):
-        raise ValueError(f"{file} is incomplete: its attention must stand beside one of its {blocks} blocks")
+        raise ValueError(f"{file} is incomplete: its attention must belong to one of its {blocks} blocks")
     return sorted(int(place) for place in places)
 
 
@@ -472,6 +455,7 @@ def refuse_variants(state: State, file: Path) -> None:
     """Raise ValueError for options of ajbrock's training that change the network."""
     if any(".bn1.bn." in name for name in state):
         raise ValueError(f"{file} was trained with --cross_replica or --mybn, which is not supported")
-    gain, shared = state.get("blocks.0.0.bn1.gain.weight"), state["shared.weight"]
+    gain = state.get("blocks.0.0.bn1.gain.weight")
+    shared = state["shared.weight"]
     if gain is not None and gain.shape[-1:] == shared.shape[-1:]:
         raise ValueError(f"{file} was trained without --hier, which is not supported: its blocks get no noise")

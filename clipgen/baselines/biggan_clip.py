@@ -18,8 +18,13 @@ from torch import Tensor
 from clipgen.clip import FrozenCLIP
 from clipgen.sampling import per_sample_seeds
 
-CLASS_LOGIT_MEAN, CLASS_LOGIT_STD = -3.9, 0.3
-CUT_MEAN, CUT_STD, CUT_MIN, CUT_MAX = 0.8, 0.3, 0.5, 0.95  # side of a cutout, relative to the image's
+CLASS_LOGIT_MEAN = -3.9
+CLASS_LOGIT_STD = 0.3
+# Side of a cutout, relative to the image's.
+CUT_MEAN = 0.8
+CUT_STD = 0.3
+CUT_MIN = 0.5
+CUT_MAX = 0.95
 SIMILARITY_WEIGHT = 100
 CLASS_WEIGHT = 50
 VARIANCE_WEIGHT = 4
@@ -94,8 +99,8 @@ def biggan_clip(
     Args:
         generator: a frozen generator on the device of ``clip``.
         clip: the CLIP model.
-        prompts: embeddings of the prompts, all of which every image shall match, (P, E).
-        penalized: embeddings of prompts that it shall not match, (Q, E).
+        prompts: embeddings of the prompts, all of which every image should match, (P, E).
+        penalized: embeddings of prompts that it should not match, (Q, E).
         num_images: number of images.
         seed: image i uses ``seed + i``; or one seed per image.
         params: settings of the optimization.
@@ -132,7 +137,10 @@ class Optimization:
         params: BigGANCLIPParams,
         seed: int,
     ):
-        self.generator, self.clip, self.params, self.seed = generator, clip, params, seed
+        self.generator = generator
+        self.clip = clip
+        self.params = params
+        self.seed = seed
         self.prompts = prompts.detach()
         self.penalized = prompts[:0].detach() if penalized is None else penalized.detach()
         self.random = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices get the same numbers
@@ -147,7 +155,8 @@ class Optimization:
         """Return the image (1, 3, H, W) of the averaged latents after all steps, or the best of them."""
         optimizer = torch.optim.Adam([self.noise, self.logits], lr=self.params.learning_rate)
         interval = self.params.keep_best_every
-        best, best_loss = None, float("inf")
+        best = None
+        best_loss = float("inf")
         for step in range(self.params.steps):
             loss = self.step(optimizer)
             if callback:
@@ -156,7 +165,8 @@ class Optimization:
                 image = self.averaged_image()
                 image_loss = self.score(image)
                 if image_loss < best_loss:
-                    best, best_loss = image, image_loss
+                    best = image
+                    best_loss = image_loss
         return self.averaged_image() if best is None else best
 
     def step(self, optimizer: torch.optim.Optimizer) -> float:
@@ -164,7 +174,8 @@ class Optimization:
         weights = self.class_weights(self.logits)
         image = self.generator.generate(self.noise[None], weights[None])
         loss = self.view_loss(image, self.random) + latent_loss(self.noise) + class_loss(weights)
-        self.noise.grad, self.logits.grad = torch.autograd.grad(loss, [self.noise, self.logits])
+        gradients = torch.autograd.grad(loss, [self.noise, self.logits])
+        self.noise.grad, self.logits.grad = gradients
         optimizer.step()
         self.average.update([self.noise, self.logits])
         return loss.item()
@@ -250,7 +261,8 @@ class AveragedLatents:
     """
 
     def __init__(self, values: Sequence[Tensor], decay: float):
-        self.decay, self.remainder = decay, 1.0
+        self.decay = decay
+        self.remainder = 1.0
         self.sums = [torch.zeros_like(value) for value in values]
         self.update(values)
 

@@ -92,7 +92,10 @@ class FileGenerator:
             check_truncation(truncation)
         if class_names and len(class_names) != model.num_classes:
             raise ValueError(f"class_names must name the {model.num_classes} classes of {name}, got {len(class_names)}")
-        self.model, self.name, self.truncation, self.noise_dim = model, name, truncation, model.noise_dim
+        self.model = model
+        self.name = name
+        self.truncation = truncation
+        self.noise_dim = model.noise_dim
         self.class_names = list(class_names or [])
         if not self.class_names and model.num_classes == IMAGENET_CLASSES:
             self.class_names = name_list("imagenet")

@@ -161,6 +161,42 @@ def rename(state: State, patterns: Sequence[tuple[str, str]], path: str | Path) 
     return renamed
 
 
+def number_blocks(state: State, pattern: str, attention_shift: int) -> State:
+    """Number residual blocks and attention layers, which a file counts together, separately from 0.
+
+    Names become ``blocks.N.*``, and ``attention.N.*`` for layers with a weight called gamma.
+
+    Args:
+        state: the state dict.
+        pattern: regular expression of the names to change, with the groups NUMBER and rest.
+        attention_shift: 0 names attention by the number of the block behind it, -1 by that of the block before it.
+    """
+    # A number with leading zeros would be a second name of the same layer.
+    expression = re.compile(pattern.replace("NUMBER", "0|[1-9][0-9]{0,5}"))
+    matches = {name: expression.fullmatch(name) for name in state}
+    numbers = {int(match[1]) for match in matches.values() if match}
+    attention_numbers = {int(match[1]) for match in matches.values() if match and match[2] == "gamma"}
+    places = {}
+    blocks = 0
+    for number in sorted(numbers):
+        if number in attention_numbers:
+            places[number] = f"attention.{blocks + attention_shift}"
+        else:
+            places[number] = f"blocks.{blocks}"
+            blocks += 1
+    renamed = {}
+    for name, tensor in state.items():
+        match = matches[name]
+        new_name = f"{places[int(match[1])]}.{match[2]}" if match else name
+        renamed[new_name] = squeeze_gamma(new_name, tensor)
+    return renamed
+
+
+def squeeze_gamma(name: str, tensor: Tensor) -> Tensor:
+    """Return the gain of an attention layer without dimensions; any other tensor as it is."""
+    return tensor.reshape(()) if name.endswith(".gamma") and tensor.numel() == 1 else tensor
+
+
 def load_completely(model: nn.Module, state: State, path: str | Path) -> nn.Module:
     """Load a state dict of which every tensor is used, into a model of which none is missing; in evaluation mode.
 

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgen.baselines.gan_layers import FixedBatchNorm, ResidualBlock, SelfAttention
-from clipgen.baselines.gan_weights import fold_spectral_norms, load_completely, read_generator_state, rename
+from clipgen.baselines.gan_weights import (
+    fold_spectral_norms,
+    load_completely,
+    number_blocks,
+    read_generator_state,
+    rename,
+)
 from clipgen.checkpoint.safe_load import State
 
 NORM_EPS = 1e-4  # StudioGAN's value for batch norms, which it does not store
@@ -48,7 +54,8 @@ class SAGAN(nn.Module):
 
     def __init__(self, noise_dim: int, num_classes: int, channels: list[int], attention_after: list[int]):
         super().__init__()
-        self.noise_dim, self.num_classes = noise_dim, num_classes
+        self.noise_dim = noise_dim
+        self.num_classes = num_classes
         self.first = nn.Linear(noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
         for channels_in, channels_out in pairwise(channels):
@@ -80,7 +87,7 @@ def load_sagan(path: str | Path) -> SAGAN:
     folded = rename(fold_spectral_norms(without_counters(state), path), SAGAN_NAMES, path)
     if any(".embed0." in name for name in state):
         folded = transpose_embeddings(folded)
-    return build_sagan(number_blocks(folded), path)
+    return build_sagan(number_blocks(folded, r"blocks\.(NUMBER)\.0\.(.+)", -1), path)
 
 
 def check_layout(state: State, path: str | Path) -> None:
@@ -106,32 +113,11 @@ def without_counters(state: State) -> State:
 def transpose_embeddings(state: State) -> State:
     """Turn tables (classes, C) of the layout of 2021 into linear maps of the one-hot class, (C, classes)."""
     tables = (".gain.weight", ".bias.weight")
-    return {name: tensor.T if name.endswith(tables) and tensor.ndim == 2 else tensor for name, tensor in state.items()}
-
-
-def number_blocks(state: State) -> State:
-    """Name ``blocks.4.0.gamma`` as attention after block 3, and the blocks behind it by their own number."""
-    matches = {}
-    indices = set()
-    for name in state:
-        matches[name] = match = re.fullmatch(r"blocks\.(\d+)\.0\.(.+)", name)
-        if match:
-            indices.add(int(match[1]))
-    places = {}
-    blocks = 0
-    for index in sorted(indices):
-        if f"blocks.{index}.0.gamma" in state:
-            places[index] = f"attention.{blocks - 1}."
-        else:
-            places[index] = f"blocks.{blocks}."
-            blocks += 1
-    renamed = {}
+    transposed = {}
     for name, tensor in state.items():
-        match = matches[name]
-        if match:
-            name = places[int(match[1])] + match[2]
-        renamed[name] = tensor.reshape(()) if name.endswith(".gamma") and tensor.numel() == 1 else tensor
-    return renamed
+        is_table = name.endswith(tables) and tensor.ndim == 2
+        transposed[name] = tensor.T if is_table else tensor
+    return transposed
 
 
 def build_sagan(state: State, path: str | Path) -> SAGAN:

@@ -300,7 +300,9 @@ def search_table(
 def make_row(k: int, curves: Tensor, threshold: float | None) -> SearchRow:
     """Return the row of a k from the curves of all searches, (seeds, prompts, num_images)."""
     mean_curves = curves.double().mean(dim=1)
-    needed = [None if threshold is None else images_needed(curve, threshold) for curve in mean_curves]
+    needed: list[int | None] = [None] * len(mean_curves)
+    if threshold is not None:
+        needed = [images_needed(curve, threshold) for curve in mean_curves]
     return SearchRow(k, mean_curves[:, -1].tolist(), needed, mean_curves.mean(dim=0))
 
 

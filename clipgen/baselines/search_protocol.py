@@ -99,7 +99,8 @@ class SearchProtocol:
         phrases = list(ALWAYS)
         published = SearchProtocol(published_truncation(generator))
         for name in ("truncation", "template", "num_images", "threshold"):
-            value, wanted = getattr(self, name), getattr(published, name)
+            value = getattr(self, name)
+            wanted = getattr(published, name)
             if value != wanted:
                 phrases.append(f"{name} is {value} instead of {wanted}")
         if list(self.seeds) != list(PAPER_SEEDS):

@@ -72,7 +72,8 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     path = file_inside(folder, CLIP_CONFIG)
     config = read_json(path, "model_cfg")
-    model, preprocessing = config["model_cfg"], config.get("preprocess_cfg") or {}
+    model = config["model_cfg"]
+    preprocessing = config.get("preprocess_cfg") or {}
     check_rules(path, "preprocess_cfg", preprocessing, PREPROCESSING)
     nested = {"vision_cfg": VISION, "text_cfg": TEXT, "multimodal_cfg": MULTIMODAL}
     check_rules(path, "model_cfg", model, MODEL | dict.fromkeys(nested, ANYTHING))
@@ -250,7 +251,8 @@ def check_fits_model(model: nn.Module, state: State, path: Path) -> None:
         if name not in state or name not in own:
             what = "lacks" if name in own else "must not hold"
             raise ValueError(f"{path} does not fit its {CLIP_CONFIG}: it {what} {abbreviate(name)}")
-        ours, theirs = own[name], state[name]
+        ours = own[name]
+        theirs = state[name]
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"{path} does not fit its {CLIP_CONFIG}: {name} must be {tuple(ours.shape)}, got {tuple(theirs.shape)}"

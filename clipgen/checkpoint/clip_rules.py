@@ -27,8 +27,11 @@ def one_of(*choices: str) -> Rule:
 
 def list_of(length: int, rule: Rule) -> Rule:
     """Allow a list of a fixed length."""
-    check = lambda value: isinstance(value, list) and len(value) == length and all(map(rule[1], value))
-    return f"a list of {length}, each {rule[0]}", check
+
+    def is_allowed(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == length and all(map(rule[1], value))
+
+    return f"a list of {length}, each {rule[0]}", is_allowed
 
 
 def either(first: Rule, second: Rule) -> Rule:
@@ -38,8 +41,11 @@ def either(first: Rule, second: Rule) -> Rule:
 
 def object_of(rules: Mapping[str, Rule]) -> Rule:
     """Allow an object with some keys."""
-    check = lambda value: isinstance(value, dict) and all(key in rules and rules[key][1](value[key]) for key in value)
-    return f"an object with no other keys than {', '.join(rules)}", check
+
+    def is_allowed(value: Any) -> bool:
+        return isinstance(value, dict) and all(key in rules and rules[key][1](value[key]) for key in value)
+
+    return f"an object with no other keys than {', '.join(rules)}", is_allowed
 
 
 def is_timm_model(value: Any) -> bool:
@@ -54,13 +60,19 @@ def is_timm_model(value: Any) -> bool:
 BOOLEAN: Rule = ("true or false", lambda value: isinstance(value, bool))
 NULL: Rule = ("null", lambda value: value is None)
 ANYTHING: Rule = ("anything", lambda value: True)
-WIDTH, LAYERS, PIXELS = whole_number(1, 16384), whole_number(1, 256), whole_number(1, 2048)
+WIDTH = whole_number(1, 16384)
+LAYERS = whole_number(1, 256)
+PIXELS = whole_number(1, 2048)
 SCALE = either(number(0, 100), NULL)
 EPS = either(object_of({"eps": number(0, 1)}), NULL)
 ACTIVATION = either(object_of({"approximate": one_of("tanh", "none")}), NULL)
 BLOCK: dict[str, Rule] = {
     "block_type": either(one_of("default", "custom"), NULL),
-    **{key: BOOLEAN for key in ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn")},
+    "qk_norm": BOOLEAN,
+    "scaled_cosine_attn": BOOLEAN,
+    "scale_heads": BOOLEAN,
+    "scale_attn_inner": BOOLEAN,
+    "scale_attn": BOOLEAN,
     "scale_fc": BOOLEAN,
     "width": WIDTH,
     "mlp_ratio": number(0.01, 64),
@@ -98,10 +110,8 @@ TOKENIZER_OPTIONS: dict[str, Rule] = {
 TEXT: dict[str, Rule] = BLOCK | {
     "context_length": whole_number(2, 4096),
     "vocab_size": whole_number(1, 2_000_000),
-    "hf_tokenizer_name": (
-        "a text",
-        lambda value: value is None or isinstance(value, str),
-    ),  # says only that there is one
+    # Says only that there is one.
+    "hf_tokenizer_name": ("a text", lambda value: value is None or isinstance(value, str)),
     "tokenizer_mode": either(one_of("clips", ""), NULL),
     "tokenizer_kwargs": either(object_of(TOKENIZER_OPTIONS), NULL),
     "heads": whole_number(1, 256),

@@ -29,7 +29,8 @@ def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
     if not isinstance(config, GPT2Config):
         raise ValueError(f"init_from_gpt2 must name a GPT-2, got {name}, which is a {config.model_type}")
     for size in NETWORK_SIZES:
-        ours, theirs = getattr(like, size), getattr(config, size)
+        ours = getattr(like, size)
+        theirs = getattr(config, size)
         if ours != theirs:
             raise ValueError(f"model.{size} must be {theirs}, as in the language weights {name}, got {ours}")
     for size in TABLE_SIZES:

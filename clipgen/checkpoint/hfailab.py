@@ -54,7 +54,8 @@ def convert_vqgan(checkpoint: str | Path) -> ModelContent:
 def autoencoder_sizes(state: State) -> dict[str, Any]:
     """Return the arguments of ``AutoencoderConfig``, read from the encoder's weights."""
     ch = state["encoder.conv_in.weight"].shape[0]
-    ch_mult, attn_resolutions = [], []
+    ch_mult = []
+    attn_resolutions = []
     resolution = RESOLUTION
     num_res_blocks = 0
     for i, blocks in enumerate(split_by_resolution(strip_prefix("encoder.down.", state))):
@@ -121,7 +122,7 @@ def split_by_resolution(state: State) -> list[list[State]]:
 
 
 def describe_blocks(blocks: list[State]) -> tuple[int, int, bool]:
-    """Return the channels of one resolution, its number of residual blocks, and whether it has attention."""
+    """Return the channels and the number of residual blocks of one resolution, and True if it has attention."""
     residual = [block for block in blocks if "block.0.weight" in block]
     has_attention = any("attn.in_proj_weight" in block for block in blocks)
     return residual[-1]["block.6.weight"].shape[0], len(residual), has_attention

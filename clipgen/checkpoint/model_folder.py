@@ -187,7 +187,8 @@ def check_model(stored: str | None, model: str, path: Path) -> None:
 def load_folder(path: Path, model: str) -> ModelContent:
     """Read a model folder; the weights are checked to be finite, and memory-mapped."""
     check_inside(path, *MODEL_FILES)
-    config, weights = read_config(path / "config.json"), path / "model.safetensors"
+    config = read_config(path / "config.json")
+    weights = path / "model.safetensors"
     check_model(config["model"], model, path)
     if not weights.is_file():
         raise FileNotFoundError(f"no weights {weights}: the model folder is incomplete")
@@ -197,7 +198,10 @@ def load_folder(path: Path, model: str) -> ModelContent:
     except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{weights} is damaged: {one_line(error)}") from error
     check_finite(state, weights)
-    return config["arguments"], {k: v.float() if v.dtype == torch.half else v for k, v in state.items()}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.half:
+            state[name] = tensor.float()
+    return config["arguments"], state
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -233,7 +237,8 @@ def load_ckpt(path: Path, model: str) -> ModelContent:
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("clipgen_model")
     check_model(stored if isinstance(stored, str) else None, model, path)
-    arguments, state = stubs_to_plain(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
+    arguments = stubs_to_plain(checkpoint.get("hyper_parameters"))
+    state = checkpoint.get("state_dict")
     for key, value in (("hyper_parameters", arguments), ("state_dict", state)):
         if not isinstance(value, Mapping):
             got = "nothing" if value is None else f"a {type(value).__name__}"

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-BUILTINS = ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "object", "range", "slice", "frozenset")
 # Configurations, paths and numbers that trainers store beside the weights. A file that names anything else, such as
 # os.system, is refused.
 STUBBED_NAMES = {
@@ -31,8 +30,22 @@ STUBBED_NAMES = {
     "decimal.Decimal",
     "fractions.Fraction",
     "uuid.UUID",
-    *(f"builtins.{name}" for name in BUILTINS),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "builtins.dict",
+    "builtins.list",
+    "builtins.tuple",
+    "builtins.int",
+    "builtins.float",
+    "builtins.str",
+    "builtins.bool",
+    "builtins.bytes",
+    "builtins.object",
+    "builtins.range",
+    "builtins.slice",
+    "builtins.frozenset",
 }
 PACKAGES = ("omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.dtypes.")
 DICTIONARIES = ("defaultdict", "AttributeDict", "AttrDict", "EasyDict", "CfgNode", "ConfigDict", "Munch")
@@ -47,7 +60,8 @@ class PickleStub:
 
     def __new__(cls, *arguments: Any) -> PickleStub:
         made = super().__new__(cls)
-        made.arguments, made.state = arguments, None
+        made.arguments = arguments
+        made.state = None
         return made
 
     def __init__(self, *arguments: Any):

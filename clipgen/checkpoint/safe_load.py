@@ -133,7 +133,8 @@ def check_archive(path: Path) -> None:
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"its record {record.filename!r:.100} is compressed, which neither torch nor clipgen does")
-    claimed, size = sum(max(record.file_size, record.compress_size) for record in records), path.stat().st_size
+    claimed = sum(max(record.file_size, record.compress_size) for record in records)
+    size = path.stat().st_size
     if claimed > size:
         raise ValueError(f"its records claim {claimed} bytes, but the file has {size}")
 

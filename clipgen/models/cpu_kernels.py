@@ -75,10 +75,10 @@ def with_activation(linear: Linear, activation: Activation | None) -> Linear:
 def choose_cpu_kernel(batch_size: int, inputs: int, outputs: int) -> LinearFactory:
     """Choose the linear layer for a float32 weight (inputs, outputs) on a CPU.
 
-    Which kernel is the fastest for one or two rows depends on the shape and on the processor, so it is measured once
-    and kept. Kernels differ by floating-point rounding, so a choice that changed would now and then sample another
-    index from the same seed: only the file that keeps the choices decides, and no process that cannot write it
-    measures.
+    The fastest kernel for one or two rows depends on the shape and on the processor, so it is measured once and stored
+    in a file. Kernels differ by floating-point rounding, so a different choice could sample another index from the same
+    seed. The choice is therefore read from a file; a process that cannot write the file uses the rule instead of
+    measuring.
     """
     usual = usual_cpu_kernel(batch_size, inputs, outputs)
     if batch_size > 2 or inputs * outputs <= MAX_CACHED_ELEMENTS:
@@ -131,7 +131,9 @@ def fastest_kernel(
     weights = torch.rand(copies, inputs, outputs, generator=generator)
     bias = torch.zeros(outputs)
     x = torch.rand(batch_size, inputs, generator=generator)
-    layers = {name: [kernel(weight, bias) for weight in weights] for name, kernel in kernels.items()}
+    layers = {}
+    for name, kernel in kernels.items():
+        layers[name] = [kernel(weight, bias) for weight in weights]
     seconds = dict.fromkeys(kernels, math.inf)
     for _ in range(MEASUREMENTS):
         for name, functions in layers.items():

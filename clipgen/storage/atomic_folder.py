@@ -119,11 +119,16 @@ def read_entry_names(swapping: Path) -> tuple[list[str], list[str]]:
     return content["names"], content["entries"]
 
 
+def entry_paths(path: Path, swapping: Path, name: str) -> tuple[Path, Path, Path]:
+    """Return the paths of an entry: in the new version, in the old version, and in the folder that is replaced."""
+    return swapping / "new" / name, swapping / "old" / name, path / name
+
+
 def finish_moves(path: Path, swapping: Path) -> None:
     """Make the moves that have not been made yet."""
     names, entries = read_entry_names(swapping)
     for name in entries:
-        new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
+        new, old, current = entry_paths(path, swapping, name)
         is_pending = lexists(new)
         if lexists(current) and (is_pending or name not in names):
             current.rename(old)
@@ -136,7 +141,7 @@ def undo_moves(path: Path, swapping: Path) -> None:
     """Undo the moves that have been made."""
     names, entries = read_entry_names(swapping)
     for name in entries:
-        new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
+        new, old, current = entry_paths(path, swapping, name)
         if name in names and lexists(current) and not lexists(new):
             current.rename(new)
         if lexists(old):

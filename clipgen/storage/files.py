@@ -218,12 +218,17 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 def natural_key(path: str) -> tuple[list[Any], str]:
     """Return a sort key for natural order: 2.png before 10.png."""
-    key = []
-    for part in path.split("/"):
-        pieces = re.split("([0-9]+)", part)
-        numbers = [digits.lstrip("0") for digits in pieces[1::2]] + [""]
-        key.append([(text, len(number), number) for text, number in zip(pieces[::2], numbers, strict=True)])
-    return key, path
+    return [split_digits(part) for part in path.split("/")], path
+
+
+def split_digits(name: str) -> list[tuple[str, int, str]]:
+    """Split a name into pairs of letters and digits; the length of the digits makes 2 precede 10."""
+    pieces = re.split("([0-9]+)", name)
+    pairs = []
+    for text, digits in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
+        number = digits.lstrip("0")
+        pairs.append((text, len(number), number))
+    return pairs
 
 
 def printable(text: str) -> str:
