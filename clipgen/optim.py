@@ -10,7 +10,6 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from clipgen.models.config import TransformerOptimizerConfig
 from clipgen.muon import Muon
@@ -139,9 +138,19 @@ def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 def has_fused_kernels(parameters: Iterable[torch.Tensor]) -> bool:
-    """Return True if torch's optimizers have fused kernels on the devices of all parameters."""
-    devices = set(_get_fused_kernels_supported_devices())
+    """Return whether torch's optimizers have fused kernels on the devices of all parameters."""
+    devices = devices_with_fused_kernels()
     return all(p.device.type in devices and p.is_floating_point() for p in parameters)
+
+
+def devices_with_fused_kernels() -> set[str]:
+    """Return the types of devices on which torch's optimizers have fused kernels, as in "cuda"."""
+    try:
+        from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+    except ImportError:
+        # The function is private, so a later version of torch may lack it: use no fused kernels then.
+        return set()
+    return set(_get_fused_kernels_supported_devices())
 
 
 class OptimizerList(Optimizer):

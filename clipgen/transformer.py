@@ -84,16 +84,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         self.conditioning_config = as_config(ConditioningConfig, conditioning)
         self.clip_loss_config = as_config(ClipLossConfig, clip_loss)
         self.optimizer_config = as_config(TransformerOptimizerConfig, optimizer)
-        self.save_hyperparameters(
-            {
-                **to_plain(self.gpt_config),
-                "conditioning": to_plain(self.conditioning_config),
-                "clip_loss": to_plain(self.clip_loss_config),
-                "optimizer": to_plain(self.optimizer_config),
-                "loss_reduction": loss_reduction,
-                "compile": check_compile(compile),
-            }
-        )
+        self.save_hyperparameters(self._arguments(loss_reduction, compile))
         self.num_tokens = self.gpt_config.num_tokens
         self.codebook_size = self.gpt_config.codebook_size
         self.clip_dim = self.gpt_config.clip_dim
@@ -109,6 +100,17 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         self.compiled = False  # see ``compile_decoder``
         # The compiled decoders by batch size, device, dtype and weights.
         self.decoders: dict[Any, CompiledDecoder] = {}
+
+    def _arguments(self, loss_reduction: str, compile: bool | str) -> dict[str, Any]:
+        """Return the constructor's arguments as plain values, which checkpoints and model folders store."""
+        return {
+            **to_plain(self.gpt_config),
+            "conditioning": to_plain(self.conditioning_config),
+            "clip_loss": to_plain(self.clip_loss_config),
+            "optimizer": to_plain(self.optimizer_config),
+            "loss_reduction": loss_reduction,
+            "compile": check_compile(compile),
+        }
 
     def attach_encoders(self, vqgan: VQGAN, clip: Conditioner) -> ConditionalTransformer:
         """Attach and freeze the VQ-GAN and CLIP (or another ``Conditioner``) that encode training images.

@@ -98,17 +98,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         self.had_clip_perceptual_loss = False  # set by `from_state`, which leaves the CLIP perceptual loss out
         self.gan_config = as_config(GANConfig, gan)
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
-        self.save_hyperparameters(
-            {
-                "autoencoder": to_plain(self.autoencoder_config),
-                "quantizer": to_plain(self.quantizer_config),
-                "loss": to_plain(self.loss_config),
-                "gan": to_plain(self.gan_config),
-                "optimizer": to_plain(self.optimizer_config),
-                "compile": check_compile(compile),
-                "channels_last": channels_last,
-            }
-        )
+        self.save_hyperparameters(self._arguments(compile, channels_last))
         # Generator and discriminator have an optimizer each, which Lightning does not step automatically.
         self.automatic_optimization = False
         self.downsampling = self.autoencoder_config.downsampling
@@ -125,6 +115,18 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         # In tuples, so that the frozen networks are not part of parameters, mode or checkpoints.
         self._lpips: tuple[nn.Module, ...] = ()
         self._clip: tuple[FrozenCLIP, ...] = ()
+
+    def _arguments(self, compile: bool | str, channels_last: bool) -> dict[str, Any]:
+        """Return the constructor's arguments as plain values, which checkpoints and model folders store."""
+        return {
+            "autoencoder": to_plain(self.autoencoder_config),
+            "quantizer": to_plain(self.quantizer_config),
+            "loss": to_plain(self.loss_config),
+            "gan": to_plain(self.gan_config),
+            "optimizer": to_plain(self.optimizer_config),
+            "compile": check_compile(compile),
+            "channels_last": channels_last,
+        }
 
     def _build_discriminator(self) -> None:
         gan = self.gan_config
@@ -287,9 +289,8 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         logits_fake = self.discriminator(detached) if self._disc_active() else None
 
         loss_terms = self.autoencoder_loss(images, detached, quantized)
-        image_loss = sum(value for name, value in loss_terms.items() if name not in quantized.losses)
+        recon_grad = image_loss_gradient(loss_terms, detached, quantized)
         quantizer_loss = sum(loss_terms[name] for name in quantized.losses)
-        recon_grad = torch.autograd.grad(image_loss, detached)[0]  # type: ignore[arg-type]
         if logits_fake is not None and self._adversarial_loss_active():
             adv_grad, adv_terms = self._adversarial_gradient(logits_fake, detached, reconstruction, recon_grad)
             recon_grad = recon_grad + adv_grad
@@ -565,6 +566,12 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             differing = {*keys.missing_keys, *keys.unexpected_keys} - {"quantize.batches_since_use"}
             if differing:
                 raise RuntimeError(f"weights do not fit: {', '.join(sorted(differing))}")
+
+
+def image_loss_gradient(loss_terms: Mapping[str, Tensor], detached: Tensor, quantized: QuantizerOutput) -> Tensor:
+    """Return the gradient of the losses in image space w.r.t. the detached reconstruction, (B, 3, H, W)."""
+    image_loss = sum(value for name, value in loss_terms.items() if name not in quantized.losses)
+    return torch.autograd.grad(image_loss, detached)[0]  # type: ignore[arg-type]
 
 
 def nearest_multiples(side: int, factor: int) -> str:
