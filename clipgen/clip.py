@@ -233,7 +233,7 @@ def match_activation(model_name: str, pretrained: str | None) -> tuple[str, bool
         tag = open_clip.pretrained.get_pretrained_cfg(base_name, pretrained) if pretrained else None
     if not tag:
         if pretrained and base_name == model_name and f"{base_name}-quickgelu" in open_clip.list_models():
-            logger.warning("If %s holds OpenAI's weights, the model must be %s-quickgelu.", pretrained, base_name)
+            logger.warning("If %s contains OpenAI's weights, the model must be %s-quickgelu.", pretrained, base_name)
         return model_name, False
     required = tag.get("quick_gelu", False)
     actual = (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False)
@@ -271,7 +271,7 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
             # Another version of open_clip; the weights are not the cause.
             raise
         except Exception as error:
-            # open_clip raises various types, from KeyError to the hub's own errors.
+            # The library open_clip raises various types, from KeyError to the hub's own errors.
             raise ValueError(
                 f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded ({one_line(error)}): "
                 "download them once on a machine with a network, or give their file as clip.pretrained"

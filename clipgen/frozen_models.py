@@ -1,4 +1,4 @@
-"""Save and load the VQ-GAN and CLIP beside a transformer, in the folder of a run, a pipeline or a token cache."""
+"""Save and load the VQ-GAN and CLIP of a transformer, in the folder of a run, a pipeline or a token cache."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def check_images(images: Tensor) -> None:
 
 
 def images_from_batch(batch: Any) -> Tensor:
-    """Return the images of a batch, which may hold other entries.
+    """Return the images of a batch, which may contain other entries.
 
     Raises:
         TypeError: the batch is not ``{"images": images}``. Those of torchvision are tuples, with values in [0, 1].

@@ -37,7 +37,7 @@ Its CLIP: {clip}.
 ```python
 from clipgen import TextToImage
 
-TextToImage.from_pretrained("{repository}")("a sentence")[0].save("picture.png")
+TextToImage.from_pretrained("{repository}")("a prompt")[0].save("image.png")
 ```
 
 | part | setting | value |
@@ -55,13 +55,13 @@ class CardDetails:
         datasets: names on the hub of the datasets that the model was trained on.
         language: language of the prompts that its CLIP understands, such as ``"en"``.
         prompts: prompts of the images in the card, one each, generated with seed 0 when the pipeline is saved.
-        params: sampling parameters of these images; None: those of the pipeline.
+        params: sampling parameters of these images; None uses those of the pipeline.
         results: measured values by metric, or the ``metrics.json`` that ``clipgen-eval`` wrote.
         evaluated_on: name of the dataset that the results were measured on. The hub lists results only with it.
         repository: name of the model on the hub; ``push_to_hub`` fills it in.
 
     Raises:
-        ValueError: a result is not a finite number, or the file holds no results.
+        ValueError: a result is not a finite number, or the file contains no results.
     """
 
     license: str | None = None

@@ -76,7 +76,7 @@ class Muon(Optimizer):
     ):
         if adjust_lr_fn not in (None, *LR_ADJUSTMENTS):
             raise ValueError(f"adjust_lr_fn must be one of {', '.join(LR_ADJUSTMENTS)}, got {adjust_lr_fn!r}")
-        # The keys of torch.optim.Muon's groups, which checkpoints hold. The dtype depends on the device instead.
+        # The keys of torch.optim.Muon's groups, which checkpoints contain. The dtype depends on the device instead.
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -98,7 +98,7 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the parameters that have a gradient.
 
-        If ``found_inf`` is 1, neither weights nor momentum change, whatever the gradients are. Its value is not read
+        If ``found_inf`` is 1, neither weights nor momentum change, regardless of the gradients. Its value is not read
         by the host, which would synchronize with a GPU.
         """
         with torch.enable_grad():

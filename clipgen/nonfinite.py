@@ -1,4 +1,4 @@
-"""Skip optimizer steps with non-finite losses or gradients, and stop a training that has too many of them.
+"""Skip optimizer steps with non-finite losses or gradients, and stop a training run that has too many of them.
 
 The decision to skip is made on the device: reading it at every step would make the host wait for a GPU. The host reads
 the number of skipped steps every ``READ_EVERY`` steps, before a checkpoint is written, and at the end of training.
@@ -8,7 +8,7 @@ they would from a gradient scaler. Other optimizers, among them Adam on sharded 
 their moments decay, but stay finite.
 
 The Lightning callback is in this file rather than in ``training/``, because both stages return it from
-``configure_callbacks``: a user's own Trainer is then protected, too.
+``configure_callbacks``: a user's own Trainer is then also protected.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class StepGuard:
         self.reset()
 
     def reset(self) -> None:
-        """Reset all state before a training."""
+        """Reset all state before training."""
         self.losses: dict[str, Tensor] = {}  # sums over the batches of a step
         self.saved: list[tuple[Tensor, Tensor]] = []  # (protected tensor, its value before the step)
         self.skipped: Tensor | None = None  # number of consecutive skipped steps up to now
@@ -121,7 +121,7 @@ class StepGuard:
         return current
 
     def finish(self, step: int) -> None:
-        """Raise NonFiniteError if the last steps of a training were skipped: its weights may already be unusable."""
+        """Raise NonFiniteError if the last steps were skipped: the weights may already be unusable."""
         skipped = self.read(step)
         if skipped:
             raise NonFiniteError(
@@ -143,7 +143,7 @@ class StepGuard:
 
 
 class StopOnNonFinite(pl.Callback):
-    """Stop a training with too many skipped steps, and do not write checkpoints after a skipped step.
+    """Stop training after too many skipped steps, and do not write checkpoints after a skipped step.
 
     Args:
         guard: the guard of the module that is trained.
@@ -187,7 +187,7 @@ class StopOnNonFinite(pl.Callback):
 
 
 def check_loss(loss: float, step: int) -> None:
-    """Raise NonFiniteError if the loss of a training without a guard is not finite."""
+    """Raise NonFiniteError if the loss of a training run without a guard is not finite."""
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"training stopped at step {step} with a loss of {loss}; a lower learning rate usually helps"
@@ -252,7 +252,7 @@ def skip_step(optimizer: Optimizer, skip: Tensor) -> None:
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:
-    """Return True if an optimizer skips its step exactly when its ``found_inf`` is 1."""
+    """Return whether an optimizer skips its step exactly when its ``found_inf`` is 1."""
     if isinstance(optimizer, Muon):
         return True
     if not isinstance(optimizer, Adam) or not optimizer.defaults.get("fused"):

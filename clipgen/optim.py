@@ -66,7 +66,7 @@ def total_optimizer_steps(trainer: Any, grad_accum_steps: int) -> float:
 
     Lightning counts one step per batch. The last step of an epoch may have fewer batches.
     """
-    batches = trainer.estimated_stepping_batches  # sets up the data, too
+    batches = trainer.estimated_stepping_batches  # also sets up the data
     if trainer.max_epochs == -1 or math.isinf(trainer.num_training_batches):
         return batches
     steps = math.ceil(trainer.num_training_batches / grad_accum_steps) * trainer.max_epochs
@@ -88,7 +88,7 @@ class EMA(AveragedModel):
 
     @property
     def initialized(self) -> bool:
-        """True after the first update. The counter on the device is read only until then."""
+        """Whether the average was updated at least once. The counter on the device is read only until then."""
         self._initialized = self._initialized or bool(self.n_averaged > 0)
         return self._initialized
 
@@ -198,7 +198,7 @@ def weight_decay_groups(module: torch.nn.Module, weight_decay: float, decay_embe
     Args:
         module: the module to train.
         weight_decay: weight decay of the matrices.
-        decay_embeddings: whether the matrices of embeddings are decayed, too.
+        decay_embeddings: whether the matrices of embeddings are also decayed.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     decayed: list[torch.Tensor] = []

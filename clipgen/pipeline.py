@@ -52,10 +52,11 @@ PIPELINE_ENTRIES = (
 
 
 class TextToImage(PretrainedMixin, ImageGenerator):
-    """The whole of CLIP-GEN: a VQ-GAN, a transformer, and the CLIP that the transformer was trained with.
+    """Text-to-image pipeline: a VQ-GAN, a transformer, and the CLIP that the transformer was trained with.
 
-    pipe = TextToImage.load("shapes")
-    pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
+    Example:
+        pipe = TextToImage.load("shapes")
+        pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
 
     Args:
         vqgan: decodes code indices to images.
@@ -177,7 +178,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         address = api.create_repo(name, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(address.repo_id, branch=revision, exist_ok=True)
-        # Optional parts of an older pipeline there must not stay beside this one.
+        # Optional parts of an older pipeline there must not remain next to this one.
         optional = [PROJECTOR_FILE, TRAINING_FILE, SAMPLES_FILE, "clip/*"]
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, half, replace(card or CardDetails(), repository=address.repo_id))
@@ -265,7 +266,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             num_images: images per prompt.
             params: sampling parameters; None takes those of the pipeline.
             rerank_from: number of candidates per prompt; the ``num_images`` with the highest CLIP score are returned.
-            seed: image i of a prompt uses ``seed + i`` (None: a random seed). It is recorded in the image's ``info``.
+            seed: image i of a prompt uses ``seed + i``, which its ``info`` records; None uses a random seed.
             outpaint: image to complete: its upper part is kept, the rest is generated.
             keep_fraction: fraction of the height of ``outpaint`` that is kept.
             preview: called after each row of indices with the images so far.
@@ -273,7 +274,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             overrides: fields of ``SamplingParams``, which override ``params``.
 
         Returns:
-            PIL images, prompt by prompt, best first if reranked. Their ``info`` holds prompt, seed and parameters.
+            PIL images, prompt by prompt, best first if reranked. Their ``info`` contains prompt, seed and parameters.
         """
         params = resolve_params(params or self.params, overrides)
         options = GenerationOptions(outpaint, keep_fraction, preview, progress)
@@ -292,7 +293,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         return results
 
     def _metadata(self, params: SamplingParams, options: GenerationOptions) -> dict[str, Any]:
-        """Return what every image's ``info`` records: sampling parameters, model, and dtype if not float32."""
+        """Return the entries of every image's ``info``: sampling parameters, model, and dtype if not float32."""
         metadata: dict[str, Any] = {**asdict(params), "clipgen": clipgen.__version__, "model": self.fingerprint}
         if self.dtype != torch.float32:
             metadata["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -369,7 +370,7 @@ def checked_prompts(
     """Return the prompts of a call, which takes one prompt or a list of them; see ``check_request`` for errors."""
     prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
     if not prompts:
-        raise ValueError("prompt must hold at least one prompt, got an empty list")
+        raise ValueError("prompt must contain at least one prompt, got an empty list")
     for item in prompts:
         check_request(item, num_images, rerank_from)
     return prompts
@@ -389,7 +390,7 @@ def to_pil_with_metadata(
 
 
 def prompt_metadata(prompt: Prompt) -> dict[str, Any]:
-    """Return what an image's ``info`` records of its prompt."""
+    """Return the entries of an image's ``info`` that describe its prompt."""
     metadata: dict[str, Any] = {"prompt": describe(prompt)}
     if isinstance(prompt, Mapping):
         metadata["prompt_mix"] = dict(prompt)

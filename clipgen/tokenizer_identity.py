@@ -28,13 +28,13 @@ def check_tokenizer(transformer: Path, vqgan: VQGAN) -> None:
     bound = read_json(transformer / "config.json").get("vqgan")
     if bound is not None and bound != vqgan_identity(vqgan):
         raise ValueError(
-            f"{transformer} was trained with another tokenizer than the one beside it: the folders were mixed up, "
+            f"{transformer} was trained with another tokenizer than the one next to it: the folders were mixed up, "
             "or a save was interrupted; save or copy the whole pipeline again"
         )
 
 
 def vqgan_identity(vqgan: VQGAN) -> str:
-    """Return a hash of all that determines a tokenizer's indices, the same for every file that holds it."""
+    """Return a hash of all that determines a tokenizer's indices, the same for every file that contains it."""
     return identity(vqgan.hparams, vqgan.active_model.state_dict())
 
 

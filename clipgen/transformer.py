@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Names of the weights that are one tensor with ``tie_embeddings``; a model folder holds it once.
+# Names of the weights that are one tensor with ``tie_embeddings``; a model folder contains it once.
 HEAD_WEIGHT = "gpt.head.weight"
 TOKEN_EMBEDDING = "gpt.transformer.wte.weight"
 
@@ -150,7 +150,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         callback: sampling.StepCallback | None = None,
         **overrides: Any,
     ) -> Tensor:
-        """Sample code indices for CLIP embeddings of images or sentences.
+        """Sample code indices for CLIP embeddings of images or texts.
 
         Args:
             clip_embedding: (B, E), unit norm.
@@ -264,7 +264,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the callback that stops a training with too many skipped steps."""
+        """Return the callback that stops training after too many skipped steps."""
         return [StopOnNonFinite(self.guard)]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -285,7 +285,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
 
     @property
     def has_encoders(self) -> bool:
-        """True if a VQ-GAN and a CLIP are attached."""
+        """Whether a VQ-GAN and a CLIP are attached."""
         return self._encoders is not None
 
     def encoders(self) -> tuple[VQGAN, Conditioner]:
@@ -391,7 +391,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
 
         ``build_verified`` checks both first.
         """
-        # A model folder holds one set of weights, so no EMA is allocated for it.
+        # A model folder contains one set of weights, so no EMA is allocated for it.
         if not strip_prefix("ema.", state):
             arguments = arguments | {"optimizer": {**(arguments.get("optimizer") or {}), "ema_decay": 0.0}}
         model = cls(**arguments)

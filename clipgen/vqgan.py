@@ -53,7 +53,7 @@ GENERATOR = 0
 DISCRIMINATOR = 1
 # Losses of the quantizer that Eq. 4 prints as sums over the elements of the codes.
 SUMMED_LOSSES = {"codebook_loss", "commitment_loss"}
-# Prefixes of the networks that a model folder may hold besides the tokenizer.
+# Prefixes of the networks that a model folder may contain besides the tokenizer.
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
 
@@ -212,7 +212,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return optimizers, schedulers
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the callback that stops a training with too many skipped steps."""
+        """Return the callback that stops training after too many skipped steps."""
         return [StopOnNonFinite(self.guard)]
 
     def on_fit_start(self) -> None:
@@ -314,7 +314,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return strategy.block_backward_sync()
 
     def _initialize_codebook(self, images: Tensor, batch_idx: int) -> None:
-        """Initialize the codes by k-means before the first step of a training, if ``kmeans_iters`` is above 0."""
+        """Initialize the codes by k-means before the first step of training, if ``kmeans_iters`` is above 0."""
         if self.quantizer_config.kmeans_iters and self.global_step == batch_idx == 0:
             self._kmeans_init(images)
 
@@ -339,11 +339,11 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return tensors
 
     def _disc_active(self) -> bool:
-        """Return True if the discriminator is trained at this step."""
+        """Return whether the discriminator is trained at this step."""
         return self.discriminator is not None and self.global_step >= self.gan_config.start_step
 
     def _adversarial_loss_active(self) -> bool:
-        """Return True if the adversarial loss is applied to the generator at this step."""
+        """Return whether the adversarial loss is applied to the generator at this step."""
         return self.global_step >= self.gan_config.start_step + self.gan_config.disc_only_steps
 
     def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: QuantizerOutput) -> dict[str, Tensor]:
@@ -460,7 +460,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
 
     @property
     def last_is_best(self) -> bool:
-        """True if the last checkpoint is exported rather than the one with the lowest validation loss.
+        """Whether the last checkpoint is exported rather than the one with the lowest validation loss.
 
         That loss has no adversarial term, so once the discriminator is trained its minimum is misleading.
         """
@@ -492,7 +492,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``build_verified`` checks both first. A discriminator that the file does not hold is not built.
+        ``build_verified`` checks both first. A discriminator that the file does not contain is not built.
         ``loss.vgg_weights`` is not taken from the file, and the CLIP perceptual loss is off: to train the model further
         with either, build a VQGAN with that setting and call ``init_from``.
         """
@@ -544,7 +544,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             self.discriminator = self.lecam = None
         elif self.discriminator is not None:
             self.discriminator.load_state_dict(discriminator)
-        # Some published checkpoints hold only the linear layers of LPIPS, without VGG-16.
+        # Some published checkpoints contain only the linear layers of LPIPS, without VGG-16.
         if any(name.startswith("net.") for name in lpips):
             self._lpips = (lpips_from_state(lpips),)
         return self.eval()

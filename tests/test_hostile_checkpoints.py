@@ -597,7 +597,7 @@ def circle() -> list:
 def test_values_of_a_checkpoint_that_unfold_without_end_are_refused(tmp_path, tiny_vqgan, value):
     settings = dict(tiny_vqgan.hparams) | {"loss": value}
     torch.save({"clipgen_model": "VQGAN", "hyper_parameters": settings, "state_dict": {}}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"a\.ckpt is not a readable checkpoint: it must hold at most"):
+    with pytest.raises(ValueError, match=r"a\.ckpt is not a readable checkpoint: it must contain at most"):
         VQGAN.load(tmp_path / "a.ckpt")
 
 

@@ -146,8 +146,8 @@ def test_a_tokenizers_settings_name_no_files(folder, tmp_path):
         ("text_cfg", {"hf_model_name": "evil/x"}, "hf_model_name of .* must be null, got 'evil/x'"),
         ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "/etc/passwd"}}, "tokenizer_kwargs of .* must be an object"),
         ("text_cfg", {"tokenizer_kwargs": {"reduction_mask": "syntax"}}, "tokenizer_kwargs of .* must be an object"),
-        ("text_cfg", {"surprise": 1}, "must not hold 'surprise'"),
-        (None, {"surprise": 1}, "must not hold 'surprise'"),
+        ("text_cfg", {"surprise": 1}, "must not contain 'surprise'"),
+        (None, {"surprise": 1}, "must not contain 'surprise'"),
         (None, {"embed_dim": "64"}, "embed_dim of .* must be a whole number"),
         (None, {"embed_dim": True}, "embed_dim of .* must be a whole number"),
         ("vision_cfg", {"pos_embed_type": "sin_cos_2d"}, "pos_embed_type of .* must be one of 'learnable'"),
@@ -231,7 +231,7 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
 def test_weights_that_are_not_floating_point_are_refused(folder, kind):
     state = load_file(folder / WEIGHTS)
     save_file(state | {"visual.proj": state["visual.proj"].to(kind)}, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=r"visual.proj of .* must hold floating-point numbers, got"):
+    with pytest.raises(ValueError, match=r"visual.proj of .* must contain floating-point numbers, got"):
         FrozenCLIP(str(folder))
 
 
@@ -261,10 +261,10 @@ def test_pickled_weights_are_read_without_running_them(folder, tmp_path):
     ("content", "message"),
     [
         ("{", "vocabulary.json is damaged"),
-        ("5", "vocabulary.json must hold a list of words, got 5"),
-        ("[1, 2]", "vocabulary.json must hold a list of words"),
+        ("5", "vocabulary.json must contain a list of words, got 5"),
+        ("[1, 2]", "vocabulary.json must contain a list of words"),
         ("[" * 10**5, "vocabulary.json is damaged: its values are nested too deeply"),
-        (json.dumps([str(i) for i in range(23)]), "vocabulary.json must hold at most 22 words, .* got 23"),
+        (json.dumps([str(i) for i in range(23)]), "vocabulary.json must contain at most 22 words, .* got 23"),
     ],
 )
 def test_a_vocabularys_faults_name_the_file(folder, content, message):

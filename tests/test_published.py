@@ -227,11 +227,11 @@ def test_clear_errors(tmp_path, tiny_vqgan):
     for name, config, message in (
         ("none.ckpt", CONFIG, "no checkpoint .*none.ckpt"),
         ("other.ckpt", CONFIG, "other.ckpt is not a checkpoint of taming-transformers"),
-        ("list.ckpt", CONFIG, "it holds a list"),
+        ("list.ckpt", CONFIG, "it contains a list"),
         ("cut.ckpt", CONFIG, "cut.ckpt is not a readable checkpoint"),
         ("good.ckpt", tmp_path / "none.yaml", "none.yaml"),
         ("good.ckpt", tmp_path / "bad.yaml", "bad.yaml is damaged"),
-        ("good.ckpt", tmp_path / "list.yaml", "list.yaml must hold a mapping"),
+        ("good.ckpt", tmp_path / "list.yaml", "list.yaml must contain a mapping"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             VQGAN.from_taming(tmp_path / name, config)

@@ -2,7 +2,7 @@
 
 Two layouts are read, and recognized by their keys: BigGAN-deep of Hugging Face's pytorch-pretrained-biggan, and BigGAN
 of ajbrock's BigGAN-PyTorch. Sizes are read from the state dict. The epsilons, and which blocks of BigGAN-deep double
-the resolution, are taken from ``config.json`` beside the file if there is one, else they are those of the published
+the resolution, are taken from ``config.json`` next to the file if there is one, else they are those of the published
 files.
 """
 
@@ -320,11 +320,11 @@ class BigGAN(nn.Module):
 
 
 def load_biggan(path: str | Path) -> BigGAN | BigGANDeep:
-    """Load a BigGAN from its file, or from the folder that holds it.
+    """Load a BigGAN from its file, or from the folder that contains it.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it holds something else, or not all of the network.
+        ValueError: it contains something else, or not all of the network.
     """
     file = find_file(Path(path).expanduser())
     state = read_generator_state(file)
@@ -337,7 +337,7 @@ def load_biggan(path: str | Path) -> BigGAN | BigGANDeep:
 
 
 def find_file(path: Path) -> Path:
-    """Return the generator's file of a folder: a published name, or the only one that holds weights."""
+    """Return the generator's file of a folder: a published name, or the only one that contains weights."""
     if not path.is_dir():
         return path
     for name in GENERATOR_FILES:
@@ -347,12 +347,12 @@ def find_file(path: Path) -> Path:
     if len(files) == 1:
         return files[0]
     raise FileNotFoundError(
-        f"{path} must hold {' or '.join(GENERATOR_FILES)}, got {len(files)} other files of weights: name one"
+        f"{path} must contain {' or '.join(GENERATOR_FILES)}, got {len(files)} other files of weights: name one"
     )
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Return ``config.json`` beside a file; empty if there is none."""
+    """Return ``config.json`` next to a file; empty if there is none."""
     config = file.with_name("config.json")
     return read_json(config) if config.is_file() else {}
 
@@ -396,7 +396,7 @@ def attention_of(state: State, blocks: int, file: Path) -> list[int]:
 
 
 def doubling_blocks(config: dict[str, Any], channels: list[int], file: Path) -> list[bool]:
-    """Return which blocks double the resolution: as in config.json, else every other one as in the published files."""
+    """Return, for each block, True if it doubles the resolution: as in config.json, else every second block."""
     blocks = len(channels) - 1
     layers = config.get("layers")
     if layers is None:

@@ -54,10 +54,10 @@ class BigGANCLIPParams:
         learning_rate: learning rate of Adam.
         cutouts: views of the image per step.
         center_bias: place views near the center, instead of uniformly.
-        max_classes: number of classes per layer; None: all, each with a weight of its own.
+        max_classes: number of classes per layer; None uses all, each with a weight of its own.
         class_temperature: temperature of the softmax over classes, with ``max_classes``.
         ema_decay: decay of the average of the latents, of which the image is generated.
-        keep_best_every: compare the averaged image after this many steps, and keep the best; None: keep the last.
+        keep_best_every: compare the averaged image after this many steps, and keep the best; None keeps the last.
     """
 
     steps: int = 500

@@ -26,7 +26,7 @@ def load_gan(source: str) -> BigGAN | BigGANDeep | SAGAN:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it holds something else, or not all of the network.
+        ValueError: it contains something else, or not all of the network.
     """
     if source.startswith(DOWNLOADED_PREFIX):
         raise ValueError(
@@ -49,8 +49,8 @@ def load_gan_file(
 
     Args:
         source: prefix and path.
-        noise_dim: dimension of the noise that is expected; None: as in the file.
-        class_names: names of the classes; None: ImageNet's, if there are a thousand classes.
+        noise_dim: dimension of the noise that is expected; None accepts that of the file.
+        class_names: names of the classes; None uses ImageNet's, if there are a thousand classes.
         device: device of the generator.
         truncation: see ``FileGenerator``.
 
@@ -76,9 +76,9 @@ class FileGenerator:
     Args:
         model: the network.
         name: name of the generator in error messages.
-        class_names: names of the classes; None: ImageNet's, if there are a thousand classes, else none.
+        class_names: names of the classes; None uses ImageNet's, if there are a thousand classes, else none.
         truncation: in (0, 1]: noise is cut at two standard deviations and scaled by it, and BigGAN-deep uses its
-            statistics of that truncation. None: noise is used as it is, with the statistics of truncation 1.
+            statistics of that truncation. None uses the noise as it is, and the statistics of truncation 1.
     """
 
     def __init__(

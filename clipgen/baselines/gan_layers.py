@@ -23,7 +23,7 @@ def truncated_normal(noise: Tensor, truncation: float) -> Tensor:
         noise: standard normal, any shape.
         truncation: scale in (0, 1].
     """
-    # In the cut distribution a quantile u is the quantile low + u (high - low) of the normal
+    # In the cut distribution a quantile u is the quantile low + u (high - low) of the normal.
     low, high = torch.special.ndtr(torch.tensor([-MAX_DEVIATIONS, MAX_DEVIATIONS], dtype=torch.float64)).tolist()
     quantile = low + torch.special.ndtr(noise.double().cpu()) * (high - low)
     return (torch.special.ndtri(quantile) * truncation).to(noise)

@@ -20,7 +20,7 @@ def read_generator_state(path: str | Path) -> State:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not a checkpoint, or holds an optimizer, a training state or a discriminator.
+        ValueError: it is not a checkpoint, or contains an optimizer, a training state or a discriminator.
     """
     checkpoint = read_checkpoint(path)
     nested = checkpoint.get("state_dict")
@@ -37,16 +37,16 @@ def read_generator_state(path: str | Path) -> State:
 
 
 def refuse_other_files(state: Mapping[Any, Any], path: str | Path) -> None:
-    """Raise ValueError for the files that training scripts write beside the generator's."""
+    """Raise ValueError for the files that training scripts write next to the generator's."""
     if "param_groups" in state:
         raise ValueError(
-            f"{path} must hold a generator, got an optimizer's state: take the generator's file beside it, "
+            f"{path} must contain a generator, got an optimizer's state: take the generator's file next to it, "
             "such as G_ema.pth"
         )
     if "itr" in state and "epoch" in state:
         raise ValueError(
-            f"{path} must hold a generator, got the counters of a training run: take the generator's file beside it, "
-            "such as G_ema.pth"
+            f"{path} must contain a generator, got the counters of a training run: take the generator's file next "
+            "to it, such as G_ema.pth"
         )
 
 
@@ -56,7 +56,7 @@ def refuse_discriminators(state: State, path: str | Path) -> None:
     last = {"linear1.weight", "linear1.weight_orig"}
     if "linear0.bias" not in state and (embeds | last) & state.keys():
         raise ValueError(
-            f"{path} must hold a generator, got a discriminator: take the generator's file beside it, "
+            f"{path} must contain a generator, got a discriminator: take the generator's file next to it, "
             "such as G_ema.pth or model=G-...pth"
         )
 
@@ -79,7 +79,7 @@ def fold_spectral_norms(state: State, path: str | Path) -> State:
         u = pop_tensor(folded, f"{stem}_u", path)
         v = pop_tensor(folded, f"{stem}_v", path)
         if stem in state:
-            raise ValueError(f"{path} must hold {stem} or {name}, got both")
+            raise ValueError(f"{path} must contain {stem} or {name}, got both")
         folded[stem] = weight / singular_value(weight, u, v, stem, path)
     return folded
 
@@ -111,7 +111,7 @@ def power_iteration(weight: Tensor, u: Tensor, name: str, eps: float, path: str 
     """Return the singular value (1,) of weight (O, ...) after one step from u (1, O)."""
     matrix = as_matrix(weight, name, path)
     if u.shape != (1, len(matrix)):
-        raise ValueError(f"{path} must hold a vector (1, {len(matrix)}) beside {name}, got {tuple(u.shape)}")
+        raise ValueError(f"{path} must contain a vector (1, {len(matrix)}) for {name}, got {tuple(u.shape)}")
     v = F.normalize(u @ matrix, eps=eps)  # (1, I)
     u = F.normalize(v @ matrix.T, eps=eps)  # (1, O)
     return singular_value(weight, u[0], v[0], name, path)
@@ -122,7 +122,7 @@ def singular_value(weight: Tensor, u: Tensor, v: Tensor, name: str, path: str | 
     matrix = as_matrix(weight, name, path)
     if (*u.shape, *v.shape) != tuple(matrix.shape):
         raise ValueError(
-            f"{path} must hold vectors for the {tuple(matrix.shape)} matrix of {name}, "
+            f"{path} must contain vectors for the {tuple(matrix.shape)} matrix of {name}, "
             f"got {tuple(u.shape)} and {tuple(v.shape)}"
         )
     sigma = u @ (matrix @ v)
@@ -134,14 +134,14 @@ def singular_value(weight: Tensor, u: Tensor, v: Tensor, name: str, path: str | 
 def as_matrix(weight: Tensor, name: str, path: str | Path) -> Tensor:
     """Return a weight (O, ...) as (O, I)."""
     if weight.ndim < 2:
-        raise ValueError(f"{path} must hold a matrix or kernel at {name}, got {tuple(weight.shape)}")
+        raise ValueError(f"{path} must contain a matrix or kernel at {name}, got {tuple(weight.shape)}")
     return weight.flatten(1)
 
 
 def pop_tensor(state: State, name: str, path: str | Path) -> Tensor:
     """Remove a tensor from the state dict and return it."""
     if name not in state:
-        raise ValueError(f"{path} is incomplete: it must hold {name}, got none")
+        raise ValueError(f"{path} is incomplete: it must contain {name}, got none")
     return state.pop(name)
 
 
@@ -156,7 +156,7 @@ def rename(state: State, patterns: Sequence[tuple[str, str]], path: str | Path) 
         for pattern, replacement in patterns:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
-            raise ValueError(f"{path} holds another network: {old!r:.100} has no place in it")
+            raise ValueError(f"{path} contains another network: {old!r:.100} has no place in it")
         renamed[name] = tensor
     return renamed
 
@@ -212,12 +212,12 @@ def load_completely(model: nn.Module, state: State, path: str | Path) -> nn.Modu
         )
     if unused:
         raise ValueError(
-            f"{path} holds another network: {len(unused)} of its tensors have no place, such as {unused[0]!r:.100}"
+            f"{path} contains another network: {len(unused)} of its tensors have no place, such as {unused[0]!r:.100}"
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             raise ValueError(
-                f"{path} holds another network: {name} must be {tuple(tensor.shape)}, got {tuple(state[name].shape)}"
+                f"{path} contains another network: {name} must be {tuple(tensor.shape)}, got {tuple(state[name].shape)}"
             )
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()

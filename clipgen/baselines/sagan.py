@@ -1,7 +1,7 @@
 """SAGAN (Zhang et al. 2018, arXiv:1805.08318) as StudioGAN trained it on ImageNet, from its state dict.
 
-Two layouts are read: that of 2021, whose norms hold one embedding per class, and that of 2022, whose norms are linear
-in the one-hot class. Every size is read from the state dict, so no configuration file is needed.
+Two layouts are read: that of 2021, whose norms contain one embedding per class, and that of 2022, whose norms are
+linear in the one-hot class. Every size is read from the state dict, so no configuration file is needed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def load_sagan(path: str | Path) -> SAGAN:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it holds something else, or not all of the network.
+        ValueError: it contains something else, or not all of the network.
     """
     state = read_generator_state(path)
     check_layout(state, path)

@@ -69,11 +69,11 @@ class SearchProtocol:
     """The settings of a run.
 
     Args:
-        truncation: truncation of the noise; None: none.
+        truncation: truncation of the noise; None disables it.
         template: text of a class.
         num_images: images per prompt.
         seeds: seeds to average over.
-        threshold: score that "images needed" counts to; None: images are not counted.
+        threshold: score that "images needed" counts to; None does not count images.
         clip_input: ``"published"``, see ``PublishedCLIPInput``, or ``"normalized"``, as CLIP was trained.
         one_caption: score all images of a prompt against the caption that ranks the classes, instead of each against
             a random caption of the same image.
@@ -90,7 +90,7 @@ class SearchProtocol:
     own_class_names: bool = False
 
     def deviations(self, generator: Any, has_several_captions: bool) -> list[str]:
-        """Return where a run departs from the public code, one phrase each.
+        """Return the deviations of a run from the public code, one phrase each.
 
         Args:
             generator: the generator that is searched.

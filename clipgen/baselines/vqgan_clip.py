@@ -77,7 +77,7 @@ def vqgan_clip(
         cutouts: augmented views per step.
         smallest_cut: side of the smallest crop, as a fraction of the image's.
         noise: largest standard deviation of the added noise.
-        image_size: height and width in pixels; None: the VQ-GAN's training resolution.
+        image_size: height and width in pixels; None uses the VQ-GAN's training resolution.
         seed: image i uses ``seed + i``; or one seed per image.
         batch_size: images per batch; with 1 they do not depend on each other, not even by floating-point rounding.
         callback: called after each step.

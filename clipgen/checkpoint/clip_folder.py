@@ -36,7 +36,8 @@ from clipgen.storage.files import one_line, read_json, write_json
 from clipgen.storage.links import file_inside
 
 CLIP_CONFIG = "open_clip_config.json"
-VOCABULARY = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
+# A CLIP folder with this file reads whole words instead of byte pairs.
+VOCABULARY = "vocabulary.json"
 CLIP_WEIGHTS = (  # the first that exists is used, as in open_clip
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -79,7 +80,7 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     check_rules(path, "model_cfg", model, MODEL | dict.fromkeys(nested, ANYTHING))
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in model:
-            raise ValueError(f"model_cfg of {path} must hold {key!r}")
+            raise ValueError(f"model_cfg of {path} must contain {key!r}")
     for key, rules in nested.items():
         if key in model:
             check_rules(path, f"model_cfg.{key}", model[key], rules)
@@ -103,7 +104,7 @@ def weights_file(folder: Path) -> Path:
     if len(names) != 1:
         what = "got none" if not names else f"got {', '.join(sorted(map(abbreviate, names)))}"
         raise ValueError(
-            f"the weights of CLIP {folder} cannot be loaded: it must hold one of {', '.join(CLIP_WEIGHTS)}, {what}"
+            f"the weights of CLIP {folder} cannot be loaded: it must contain one of {', '.join(CLIP_WEIGHTS)}, {what}"
         )
     return file_inside(folder, names[0])
 
@@ -227,7 +228,7 @@ def read_state(path: Path) -> State:
     content = read_checkpoint(path)
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} must hold weights by name")
+        raise ValueError(f"{path} must contain weights by name")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
@@ -249,7 +250,7 @@ def check_fits_model(model: nn.Module, state: State, path: Path) -> None:
     own = model.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own:
-            what = "lacks" if name in own else "must not hold"
+            what = "lacks" if name in own else "must not contain"
             raise ValueError(f"{path} does not fit its {CLIP_CONFIG}: it {what} {abbreviate(name)}")
         ours = own[name]
         theirs = state[name]
@@ -259,12 +260,12 @@ def check_fits_model(model: nn.Module, state: State, path: Path) -> None:
             )
         if ours.is_floating_point() != theirs.is_floating_point():
             kind = "floating-point numbers" if ours.is_floating_point() else "whole numbers"
-            raise ValueError(f"{name} of {path} must hold {kind}, got {str(theirs.dtype).removeprefix('torch.')}")
+            raise ValueError(f"{name} of {path} must contain {kind}, got {str(theirs.dtype).removeprefix('torch.')}")
 
 
 @torch.no_grad()
 def check_finite_model(model: nn.Module, source: str | Path) -> None:
-    """Raise ValueError at the first weight that holds NaN or an infinite number."""
+    """Raise ValueError at the first weight that contains NaN or an infinite number."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = tensor.aminmax()  # NaN wins

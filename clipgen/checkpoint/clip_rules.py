@@ -154,13 +154,13 @@ PREPROCESSING: dict[str, Rule] = {
 
 
 def check_rules(path: Path, place: str, values: Any, rules: Mapping[str, Rule]) -> None:
-    """Raise ValueError if a settings file holds a key or a value that is not allowed."""
+    """Raise ValueError if a settings file contains a key or a value that is not allowed."""
     if not isinstance(values, dict):
         raise ValueError(f"{place} of {path} must be an object, got {abbreviate(values)}")
     for key, value in values.items():
         if key not in rules:
             raise ValueError(
-                f"{place} of {path} must not hold {abbreviate(key)}: clipgen does not know it, or it is not safe"
+                f"{place} of {path} must not contain {abbreviate(key)}: clipgen does not know it, or it is not safe"
             )
         wanted, allowed = rules[key]
         if not allowed(value):

@@ -30,16 +30,17 @@ def read_vocabulary(path: Path, vocab_size: int) -> list[str]:
     """Read the words of a CLIP, which must fit an embedding of ``vocab_size`` tokens."""
     words = read_json_value(path)
     if not fits(words, list[str]):
-        raise ValueError(f"{path} must hold a list of words, got {abbreviate(words)}")
+        raise ValueError(f"{path} must contain a list of words, got {abbreviate(words)}")
     if len(words) + 3 > vocab_size:  # padding, start and end
         raise ValueError(
-            f"{path} must hold at most {vocab_size - 3} words, as the CLIP's text_cfg.vocab_size says, got {len(words)}"
+            f"{path} must contain at most {vocab_size - 3} words, as the CLIP's text_cfg.vocab_size says, "
+            f"got {len(words)}"
         )
     return words
 
 
 def load_tokenizer(folder: Path, config: dict[str, Any]) -> Any:
-    """Load the tokenizer of a CLIP folder that holds no vocabulary: from its files, or open_clip's byte pairs."""
+    """Load the tokenizer of a CLIP folder that contains no vocabulary: from its files, or open_clip's byte pairs."""
     text = config["text_cfg"]
     context_length = text.get("context_length", 77)
     vocab_size = text.get("vocab_size", BYTE_PAIRS)
@@ -149,7 +150,7 @@ def normalizer_steps(normalizer: Any) -> Iterator[dict[str, Any]]:
 
 
 def replacement_growth(step: dict[str, Any]) -> int:
-    """Return how many times longer a replacement can make a text, at most."""
+    """Return the largest factor by which a replacement can lengthen a text."""
     pattern = step.get("pattern")
     literal = pattern.get("String") if isinstance(pattern, dict) else None
     new_length = len(str(step.get("content")))
@@ -217,7 +218,7 @@ def is_setting(key: str, value: Any) -> bool:
 
 
 def is_token(value: Any) -> bool:
-    """Return whether a value stands for one token: a text, or a text with its flags."""
+    """Return whether a value represents one token: a text, or a text with its flags."""
     if isinstance(value, dict):
         plain = all(isinstance(setting, (str, bool)) for setting in value.values())
         return set(value) <= TOKEN_KEYS and "content" in value and plain

@@ -166,7 +166,7 @@ def split_attention(block: State) -> State:
 
 # -------------------------------------------------------------------------------------------------------- transformer
 
-# Names of torch.nn.TransformerEncoderLayer -> GPT-2
+# Names in torch.nn.TransformerEncoderLayer, and in GPT-2.
 LAYER_NAMES = {
     "norm1": "ln_1",
     "norm2": "ln_2",

@@ -1,8 +1,8 @@
 """Save and load models: model folders (JSON and safetensors), training checkpoints, and run folders.
 
-A model folder holds ``config.json`` (which model, its constructor's arguments) and ``model.safetensors``. A run folder
-is what a training run leaves: ``checkpoints/`` while it trains, and a model folder named after the model once it is
-finished.
+A model folder contains ``config.json`` (name of the model, its constructor's arguments) and ``model.safetensors``. A
+run folder is written by a training run: ``checkpoints/`` while it trains, and a model folder named after the model once
+it is finished.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         half: store floating-point weights in 16 bits.
 
     Raises:
-        FileExistsError: the path holds something other than a model folder.
+        FileExistsError: the path contains something other than a model folder.
     """
     path = Path(path)
     check_replaceable(path)
@@ -90,7 +90,7 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise FileExistsError if a path holds something other than a model folder."""
+    """Raise FileExistsError if a path contains something other than a model folder."""
     if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= set(MODEL_FILES)):
         raise FileExistsError(f"{path} exists and is more than a model folder: move it away, or name another place")
 
@@ -99,7 +99,7 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None, token: s
     """Return a path, that of a bundled model, or that of a downloaded ``"hf-hub:OWNER/NAME"``.
 
     Args:
-        path_or_name: a path or a name; ``"hf-hub:OWNER/NAME@REVISION"`` names a revision, too.
+        path_or_name: a path or a name; ``"hf-hub:OWNER/NAME@REVISION"`` also names a revision.
         revision: branch, tag or commit of a repository on the hub.
         token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
 
@@ -111,7 +111,7 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None, token: s
     if not name.startswith("hf-hub:"):
         if revision is not None:
             raise ValueError(f"revision must be None for {name}, which is not on the hub, got {revision}")
-        # a Path is always a path, also if it looks like a name
+        # A Path is always a path, also if it looks like a name.
         return Path(BUNDLED.get(name, name) if isinstance(path_or_name, str) else name).expanduser()
     from huggingface_hub import snapshot_download
 
@@ -135,7 +135,7 @@ def load_arguments_and_state(path: str | Path, model: str) -> ModelContent:
 
     Raises:
         FileNotFoundError: there is no such model; the message names the command that makes one.
-        ValueError: the file is damaged, or holds a model of the other stage.
+        ValueError: the file is damaged, or contains a model of the other stage.
     """
     place = resolve_path(path)
     for folder in (place, place / MODEL_FOLDER_NAMES[model]):
@@ -170,13 +170,13 @@ def find_model(path: Path, model: str) -> Path:
         if place.is_file() or (place / "config.json").is_file():
             return place
     others = [name for name in MODEL_FOLDER_NAMES if name != model and (path / MODEL_FOLDER_NAMES[name]).is_dir()]
-    hint = f"it holds a {others[-1]}" if others else f"`{COMMANDS[model]}` makes one"
-    state = "holds no such model" if path.is_dir() else "does not exist"
+    hint = f"it contains a {others[-1]}" if others else f"`{COMMANDS[model]}` makes one"
+    state = "contains no such model" if path.is_dir() else "does not exist"
     raise FileNotFoundError(f"no {model} checkpoint: {path} {state}; {hint}")
 
 
 def check_model(stored: str | None, model: str, path: Path) -> None:
-    """Raise ValueError if a file holds another model than the one requested."""
+    """Raise ValueError if a file contains another model than the one requested."""
     if stored != model:
         what = (
             f"a {stored} checkpoint (from `{COMMANDS[stored]}`)" if stored in COMMANDS else "not a clipgen checkpoint"

@@ -1,4 +1,4 @@
-"""Inert stubs of classes that checkpoints name beside their weights, so that no code of a file runs."""
+"""Inert stubs of classes that checkpoints name in addition to their weights, so that no code of a file runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# Configurations, paths and numbers that trainers store beside the weights. A file that names anything else, such as
+# Configurations, paths and numbers that trainers store next to the weights. A file that names anything else, such as
 # os.system, is refused.
 STUBBED_NAMES = {
     "argparse.Namespace",
@@ -106,8 +106,8 @@ def stub_to_plain(value: PickleStub) -> Any:
 
 
 def content_of(value: PickleStub) -> Any:
-    """Return the part of the state of a stub that holds its values."""
-    # OmegaConf stores containers in ``_content`` and nodes in ``_val``, beside references to their parents.
+    """Return the part of the state of a stub that contains its values."""
+    # OmegaConf stores containers in ``_content`` and nodes in ``_val``, next to references to their parents.
     for key in ("_content", "_val"):
         if isinstance(value.state, dict) and key in value.state:
             return value.state[key]

@@ -27,7 +27,7 @@ ModelType = TypeVar("ModelType")
 DEPTHS = ("n_layer", "num_layers", "num_res_blocks")  # numbers of blocks, each with weights of its own
 RANDOM = (Tensor.normal_, Tensor.uniform_)
 SPARE = 1000  # parameters that a model may have beyond those of its file, as a part that is left out
-SPARE_BYTES = 2**26  # allowance for buffers that no file holds
+SPARE_BYTES = 2**26  # allowance for buffers that no file contains
 
 
 def build_verified(model: type[ModelType], arguments: Any, state: State, path: str | Path) -> ModelType:
@@ -153,7 +153,7 @@ def check_buffers(module: torch.nn.Module, stored: set[str], file_bytes: int) ->
     """Raise ValueError if the buffers that a model creates itself are out of proportion to the weights of its file."""
     buffer_bytes = sum(tensor_bytes(buffer) for name, buffer in module.named_buffers() if name not in stored)
     if buffer_bytes > 2 * file_bytes + SPARE_BYTES:
-        raise ValueError(f"its arguments ask for {buffer_bytes} bytes beside the {file_bytes} of its weights")
+        raise ValueError(f"its arguments ask for {buffer_bytes} bytes in addition to the {file_bytes} of its weights")
 
 
 def tensor_bytes(tensor: Tensor) -> int:

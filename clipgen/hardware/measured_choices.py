@@ -17,7 +17,7 @@ KERNEL_FILE = "kernels.json"
 
 
 def measured_choice(name: str, measure: Callable[[], str]) -> str:
-    """Return a choice from the file; if it holds none for this machine, measure it and add it.
+    """Return a choice from the file; if it contains none for this machine, measure it and add it.
 
     Args:
         name: what is chosen.

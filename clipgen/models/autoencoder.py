@@ -175,8 +175,8 @@ class Encoder(nn.Module):
     """Encode images (B, 3, H, W) as features (B, z_channels, H / f, W / f).
 
     With ``encoder_kernel_size`` 1 each feature depends on (almost) its own patch alone: only the strided convolutions
-    reach further. Identical patches then map to identical indices whatever their context, which a small transformer
-    learns in far fewer steps; combining patches is left to the decoder.
+    reach further. Identical patches then map to identical indices regardless of their context, which a small
+    transformer learns in far fewer steps; combining patches is left to the decoder.
     """
 
     def __init__(self, config: AutoencoderConfig):

@@ -17,16 +17,16 @@ from clipgen.hardware.processor import instruction_set
 
 Linear = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
 Activation = Callable[[Tensor], Tensor]
-# weight (in, out), bias, activation of the outputs (optional)
+# Takes a weight (in, out), a bias, and (optionally) an activation of the outputs.
 LinearFactory = Callable[..., Linear]
 
 # Activations that oneDNN computes within the product, and its name of their approximation.
 FUSED_GELUS = {GELUTanh: "tanh", GELUActivation: "none"}
 
-# torch.compile uses these operators on a CPU.
+# The code of torch.compile uses these operators on a CPU.
 onednn: Any = torch.ops.mkldnn
 
-# Number of rows that the memory layout is made for, which is the fastest layout for fewer and for more rows, too: for 8
+# Number of rows that the memory layout is made for. It is also the fastest layout for fewer and for more rows: for 8
 # rows it is 5 to 12 % faster than the layout for 8.
 PACKED_ROWS = 16
 # A weight with at most this many elements stays in the processor's cache, where torch's own product is fastest.
@@ -148,7 +148,7 @@ def fastest_kernel(
 
 @cache
 def has_prepacked_kernels() -> bool:
-    """Return True if this build of torch has oneDNN's private operators and they compute the correct product."""
+    """Return whether this build of torch has oneDNN's private operators and they compute the correct product."""
     if not torch.backends.mkldnn.is_available():
         return False
     weight = torch.linspace(-1, 1, 32, device="cpu").view(8, 4)
@@ -166,5 +166,5 @@ def has_prepacked_kernels() -> bool:
 
 
 def all_close(actual: Tensor, expected: Tensor) -> bool:
-    """Return True if two tensors have one shape and equal values up to rounding."""
+    """Return whether two tensors have one shape and equal values up to rounding."""
     return actual.shape == expected.shape and torch.allclose(actual, expected, atol=1e-4)

@@ -31,7 +31,7 @@ def causal_attention(
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal).transpose(1, 2), None
 
 
-# transformers has no mask function of this name, so it builds no mask.
+# The library transformers has no mask function of this name, so it builds no mask.
 AttentionInterface.register("causal", causal_attention)
 
 

@@ -117,7 +117,7 @@ class IncrementalDecoder:
 class CompiledDecoder(IncrementalDecoder):
     """Incremental decoder compiled by torch.compile, and captured as CUDA graphs on a GPU.
 
-    A CUDA graph holds a whole step: the embedding of the previous index, the network, guidance and sampling. One graph
+    A CUDA graph runs a whole step: the embedding of the previous index, the network, guidance and sampling. One graph
     serves many positions, so attention covers a prefix of the cache with a mask. Large batches have a graph per
     ``BUCKET_SIZE`` positions, which reads the cache up to there; small batches have one graph for the whole cache. Each
     graph is compiled at its first step, and captured again if the sampling parameters change. The decoder can be

@@ -1,7 +1,7 @@
 """Atomic replacement of a folder: an interrupted process leaves the old version or the new one, never a mixture.
 
-``replace_folder`` writes the new version to ``.NAME.HOST.PID.xxx.partial`` beside the folder, or inside it if the
-folder also holds other files. If the system can exchange two folders (Linux: ``renameat2``), the whole folder is
+``replace_folder`` writes the new version to ``.NAME.HOST.PID.xxx.partial`` next to the folder, or inside it if the
+folder also contains other files. If the system can exchange two folders (Linux: ``renameat2``), the whole folder is
 exchanged. Otherwise the entries are moved one by one from a folder whose name ends in ``.swapping``; every load and
 save first calls ``finish_swap``, which completes interrupted moves.
 """
@@ -55,7 +55,7 @@ def replace_folder(path: str | Path, entries: Collection[str]) -> Iterator[Path]
 
 
 def can_exchange(path: Path, entries: Collection[str]) -> bool:
-    """Return whether a folder can be exchanged as a whole: it holds no other files and is not the working directory."""
+    """Return whether a folder can be exchanged as a whole: it has no other files and is not the working directory."""
     foreign = {entry.name for entry in path.iterdir()} - set(entries)
     current = Path.cwd()
     pinned = os.path.ismount(path) or path in (current, *current.parents)
@@ -115,7 +115,7 @@ def read_entry_names(swapping: Path) -> tuple[list[str], list[str]]:
     content = read_json(swapping / NAMES_FILE, "names", "entries")
     for name in [*content["names"], *content["entries"]]:
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-            raise ValueError(f"{swapping / NAMES_FILE} must hold names without folders, got {name!r:.80}")
+            raise ValueError(f"{swapping / NAMES_FILE} must contain names without folders, got {name!r:.80}")
     return content["names"], content["entries"]
 
 

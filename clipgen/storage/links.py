@@ -46,7 +46,7 @@ def check_inside(root: Path, *names: str) -> None:
 
 
 def refuse_links(output: Path) -> None:
-    """Raise ValueError if a folder holds a link that leaves it, a pipe or a device, because writing would follow it.
+    """Raise ValueError if a folder contains a link that leaves it, a pipe or a device, because writing would follow it.
 
     A run or a token cache may be untrusted: a link called ``metrics.csv`` could lead to any file of the user.
     """

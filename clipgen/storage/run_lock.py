@@ -28,7 +28,7 @@ MAX_LOCK = 10_000
 
 @contextmanager
 def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold a lock file for the work inside the ``with``.
+    """Keep a lock file for the work inside the ``with``.
 
     The lock of a dead process is taken over. A process on this machine is looked up; a process on another machine is
     assumed dead if it has not updated its lock for ``TIMEOUT`` seconds.
@@ -38,7 +38,7 @@ def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
         name: name of the lock file.
 
     Raises:
-        FileExistsError: another process holds the lock.
+        FileExistsError: another process has the lock.
     """
     path = folder / name
     record = holder_record()
@@ -94,7 +94,7 @@ def link_lock(temporary: Path, path: Path, record: dict[str, Any]) -> bool:
 
 
 def unique_path(path: Path, suffix: str) -> Path:
-    """Return a path beside a lock file that no other thread or process uses."""
+    """Return a path next to a lock file that no other thread or process uses."""
     return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{suffix}")
 
 
@@ -196,7 +196,7 @@ def process_table() -> str:
 
 
 def modification_time(path: Path) -> int:
-    """Return when a lock was last updated, by the clock of the file server; 0 if it does not exist."""
+    """Return the time of the last update of a lock, by the clock of the file server; 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:

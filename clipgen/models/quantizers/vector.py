@@ -21,7 +21,7 @@ from clipgen.models.quantizers.base import QuantizerOutput, code_counts
 logger = logging.getLogger(__name__)
 
 KMEANS_LATENTS_PER_CODE = 10
-MAX_DISTANCES = 2**26  # distances held at a time by k-means: 256 MiB
+MAX_DISTANCES = 2**26  # distances in memory at a time in k-means: 256 MiB
 
 
 class VectorQuantizer(nn.Module):
@@ -92,7 +92,7 @@ class VectorQuantizer(nn.Module):
         return F.normalize(vectors, dim=-1) * math.sqrt(self.codebook_dim) if self.distance == "cosine" else vectors
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, D, h, w), in fp32 whatever the autocast."""
+        """Quantize latents (B, D, h, w), in fp32 regardless of autocast."""
         with torch.autocast(z.device.type, enabled=False):
             flat = self._scaled(rearrange(z.float(), "b d h w -> b h w d"))
             indices = self.nearest(flat)
@@ -169,7 +169,7 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(used)
         self.batches_since_use.add_(1)[used > 0] = 0
         dead = self.batches_since_use >= self.dead_code_reset_after
-        # multinomial fails on non-finite errors; a step with such errors is skipped anyway.
+        # The multinomial distribution fails on non-finite errors; a step with such errors is skipped anyway.
         error = error.nan_to_num(nan=0.0, posinf=0.0)
         chosen = latents[torch.multinomial(error + 1e-12, self.codebook_size, replacement=True)]
         if dist.is_initialized():
