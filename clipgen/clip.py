@@ -172,7 +172,11 @@ class FrozenCLIP(pl.LightningModule):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts: -> (B, E), unit norm. A text longer than the context is truncated, and its end token is kept."""
+        """Embed B texts: -> (B, E), unit norm. A text longer than the context is truncated, and its end token is kept.
+
+        Raises:
+            TypeError: the texts are a single string.
+        """
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of texts, got the string {texts!r}")
         tokens = self.tokenizer(texts)

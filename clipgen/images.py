@@ -26,7 +26,7 @@ def check_images(images: Tensor) -> None:
 
 
 def images_from_batch(batch: Any) -> Tensor:
-    """Return the images of a batch, which may contain other entries.
+    """Return the images (B, 3, H, W) in [-1, 1] of a batch, which may contain other entries.
 
     Raises:
         TypeError: the batch is not ``{"images": images}``. Those of torchvision are tuples, with values in [0, 1].
@@ -51,7 +51,7 @@ def rounded(images: Tensor) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Convert images (B, 3, H, W) in [-1, 1] to PIL images."""
+    """Convert images (B, 3, H, W) in [-1, 1] to B PIL images."""
     return [Image.fromarray(image) for image in to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 

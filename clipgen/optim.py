@@ -34,6 +34,9 @@ def make_lr_scheduler(
         total_steps: steps of the whole training. Unknown (-1) is allowed for ``"constant"`` only; with infinitely many
             steps ``"cosine"`` stays at its peak.
         start_step: step of the training at which this optimizer takes its first step.
+
+    Raises:
+        ValueError: the schedule needs a number of steps, which is unknown.
     """
     if schedule != "constant" and total_steps < 0:  # Lightning returns -1 for epochs of a stream
         raise ValueError(

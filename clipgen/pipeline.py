@@ -221,6 +221,9 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             prompt: a text; an image, to generate variations of it; a mixture ``{"a cat": 0.7, "a dog": 0.3}`` of
                 texts, whose weights may be negative; or an embedding (E,).
             projected: apply the projector to texts, as for generating; otherwise return CLIP's own embeddings.
+
+        Raises:
+            ValueError: an embedding has another width than the CLIP's.
         """
         encode_text = self.encode_text if projected else self.clip.encode_text
         if isinstance(prompt, str):
@@ -275,6 +278,10 @@ class TextToImage(PretrainedMixin, ImageGenerator):
 
         Returns:
             PIL images, prompt by prompt, best first if reranked. Their ``info`` contains prompt, seed and parameters.
+
+        Raises:
+            TypeError: a prompt or the seed has a wrong type, or a name is not a field of ``SamplingParams``.
+            ValueError: an argument is out of range, or there is no prompt.
         """
         params = resolve_params(params or self.params, overrides)
         options = GenerationOptions(outpaint, keep_fraction, preview, progress)
@@ -321,6 +328,10 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             seed: image i uses ``seed + i``; or one seed per image.
             params: sampling parameters; None takes those of the pipeline.
             options: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
+
+        Raises:
+            TypeError: an option is unknown.
+            ValueError: an argument is out of range.
         """
         params, generation_options = resolve_options(params or self.params, options)
         uniforms = self.uniforms(seed, len(clip_embedding))
@@ -345,6 +356,10 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             params: sampling parameters; None takes those of the pipeline.
             seed: seed of all images.
             options: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
+
+        Raises:
+            TypeError: a prompt or the seed has a wrong type, or an option is unknown.
+            ValueError: an argument is out of range.
         """
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")

@@ -116,6 +116,9 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         """Attach and freeze the VQ-GAN and CLIP (or another ``Conditioner``) that encode training images.
 
         They are excluded from ``parameters()`` and from checkpoints.
+
+        Raises:
+            ValueError: the codebook size or the dimension of the embeddings differs from the transformer's.
         """
         for name, value, expected in (
             ("codebook_size", self.codebook_size, vqgan.codebook_size),
@@ -133,7 +136,11 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         return net
 
     def forward(self, indices: Tensor, clip_embedding: Tensor) -> Tensor:
-        """Return teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
+        """Return teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``.
+
+        Raises:
+            ValueError: the indices have another shape.
+        """
         if indices.ndim != 2:
             raise ValueError(f"indices must be (B, T), in row-major order, got {tuple(indices.shape)}")
         return (self.gpt if self.training else self.eval_model)(indices, clip_embedding)
@@ -164,6 +171,11 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
 
         Returns:
             (B, T) int64.
+
+        Raises:
+            TypeError: a name is not a field of ``SamplingParams``.
+            ValueError: a tensor has another shape, a parameter or seed is out of range, or guidance is used without a
+                null condition.
         """
         params = resolve_params(params, overrides)
         self._check_shapes(clip_embedding, uniforms, prefix)
@@ -289,7 +301,11 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         return self._encoders is not None
 
     def encoders(self) -> tuple[VQGAN, Conditioner]:
-        """Return the attached VQ-GAN and CLIP, on this module's device."""
+        """Return the attached VQ-GAN and CLIP, on this module's device.
+
+        Raises:
+            RuntimeError: no models are attached.
+        """
         if self._encoders is None:
             raise RuntimeError(
                 "training on images needs the frozen models: call transformer.attach_encoders(vqgan, clip) first"
@@ -305,7 +321,12 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images as indices (B, T) and CLIP embeddings (B, E)."""
+        """Encode images (B, 3, H, W) in [-1, 1] as indices (B, T) int64 and CLIP embeddings (B, E).
+
+        Raises:
+            RuntimeError: no encoders are attached.
+            ValueError: the images are not square, or have another number of indices than ``num_tokens``.
+        """
         vqgan, clip = self.encoders()
         if images.shape[-2] != images.shape[-1]:
             raise ValueError(f"images must be square, because generated images are square, got {tuple(images.shape)}")
@@ -317,7 +338,12 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of Eq. 10: the cross-entropy (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
+        """Return the loss of Eq. 10, a scalar: the cross-entropy (Eq. 8), plus the weighted CLIP loss (Eq. 9).
+
+        Args:
+            batch: images, or indices and conditions, see the class.
+            batch_idx: number of the batch in its epoch.
+        """
         indices, clip_embedding = self.prepare_batch(batch)
         condition = add_condition_noise(clip_embedding, self.conditioning_config.noise_cosine)
         drop = None
@@ -340,6 +366,13 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         """Return L_CLIP (Eq. 9) of the images decoded from ``logits``, on the first ``batch_fraction`` of the batch.
 
         Batches are shuffled, so the first samples are a random choice.
+
+        Args:
+            logits: (B, T, K).
+            clip_embedding: embeddings of the condition, (B, E), unit norm.
+
+        Returns:
+            A scalar.
         """
         config = self.clip_loss_config
         vqgan, clip = self.encoders()

@@ -151,19 +151,30 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return self.active_model.quantize.codebook
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Encode images as latents before quantization, (B, D, h, w)."""
+        """Encode images as latents before quantization: (B, 3, H, W) in [-1, 1] -> (B, D, h, w).
+
+        Raises:
+            ValueError: the images have another shape or dtype, or sides that are not divisible by f.
+        """
         self._check_size(images)
         return self.active_model.encode(images)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images as code indices, (B, h, w) int64: in row-major order the sequence s of the paper.
+        """Encode images (B, 3, H, W) in [-1, 1] as code indices (B, h, w) int64, in row-major order the paper's s.
 
         Call it in evaluation mode; in training mode it also updates the codebook (EMA and dead-code resets).
+
+        Raises:
+            ValueError: the images have another shape or dtype, or sides that are not divisible by f.
         """
         return self.active_model.quantize(self.encode_latents(images)).indices
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Decode code indices (B, h, w) to images (B, 3, h * f, w * f)."""
+        """Decode code indices (B, h, w) int64 to images (B, 3, h * f, w * f), which are not clamped.
+
+        Raises:
+            ValueError: the indices have another shape.
+        """
         if indices.ndim != 3:
             raise ValueError(f"indices must be (B, h, w), got {tuple(indices.shape)}")
         return self.decode_latents(self.active_model.quantize.indices_to_codes(indices))
@@ -173,12 +184,19 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return self.active_model.decode(z_q)
 
     def autoencode(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        """Return the reconstruction of images, and the output of the quantizer."""
+        """Return the reconstruction of images, both (B, 3, H, W), and the quantizer's output.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], with sides divisible by f.
+
+        Raises:
+            ValueError: the images have another shape or dtype.
+        """
         self._check_size(images)
         return self.active_model(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the reconstruction of images, both (B, 3, H, W)."""
+        """Return the reconstruction of images in [-1, 1], both (B, 3, H, W), see ``autoencode``."""
         return self.autoencode(images)[0]
 
     def _check_size(self, images: Tensor) -> None:
@@ -347,7 +365,16 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return self.global_step >= self.gan_config.start_step + self.gan_config.disc_only_steps
 
     def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: QuantizerOutput) -> dict[str, Tensor]:
-        """Return the weighted loss terms that need no discriminator; their sum is the loss (Eq. 4 and LPIPS)."""
+        """Return the weighted loss terms that need no discriminator; their sum is the loss (Eq. 4 and LPIPS).
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            reconstruction: reconstruction of the images, the same shape.
+            quantized: output of the quantizer for these images.
+
+        Returns:
+            Scalars by the names under which they are logged.
+        """
         config = self.loss_config
         terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, config.reconstruction)}
         if config.perceptual_weight > 0:
@@ -558,7 +585,11 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return self
 
     def load_tokenizer_(self, state: dict[str, Tensor]) -> None:
-        """Load the weights of encoder, quantizer and decoder, also into the EMA."""
+        """Load the weights of encoder, quantizer and decoder, also into the EMA.
+
+        Raises:
+            RuntimeError: a weight is missing, unknown, or of another shape.
+        """
         state = {name: tensor for name, tensor in state.items() if not name.startswith(OPTIONAL_PARTS)}
         networks: list[Any] = [self.autoencoder] if self.ema is None else [self.autoencoder, self.ema.module]
         for network in networks:

@@ -33,9 +33,13 @@ class Generator(Protocol):
     class_names: list[str]
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the inputs."""
+        ...
 
-    def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor: ...
+    def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor:
+        """Generate images: (B, noise_dim) standard normal, (B,) int64 -> (B, 3, H, W) in [-1, 1]."""
+        ...
 
 
 class ExternalGenerator:

@@ -27,11 +27,17 @@ class ScoringCLIP(Protocol):
     """A CLIP that embeds texts and images as unit vectors, such as ``FrozenCLIP``."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the images."""
+        ...
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor: ...
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embed B texts: -> (B, E), unit norm."""
+        ...
 
-    def encode_image(self, images: Tensor) -> Tensor: ...
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Embed images (B, 3, H, W) in [-1, 1]: -> (B, E), unit norm."""
+        ...
 
 
 class SearchResult(NamedTuple):

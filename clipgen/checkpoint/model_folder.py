@@ -157,7 +157,11 @@ def load_model(cls: Any, path: str | Path, revision: str | None, token: str | No
 
 
 def find_model(path: Path, model: str) -> Path:
-    """Find the model folder or checkpoint in ``path``; in a run folder the finished model takes precedence."""
+    """Find the model folder or checkpoint in ``path``; in a run folder the finished model takes precedence.
+
+    Raises:
+        FileNotFoundError: there is no such model; the message names the command that makes one.
+    """
     if path.is_file():
         return path
     places = [
@@ -185,7 +189,12 @@ def check_model(stored: str | None, model: str, path: Path) -> None:
 
 
 def load_folder(path: Path, model: str) -> ModelContent:
-    """Read a model folder; the weights are checked to be finite, and memory-mapped."""
+    """Read a model folder; the weights are checked to be finite, and memory-mapped.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or a link out of the folder, or belongs to another model.
+    """
     check_inside(path, *MODEL_FILES)
     config = read_config(path / "config.json")
     weights = path / "model.safetensors"
@@ -233,7 +242,12 @@ def codebook_rows(path: Path) -> int | None:
 
 
 def load_ckpt(path: Path, model: str) -> ModelContent:
-    """Read a training checkpoint; the weights are checked to be finite, and memory-mapped."""
+    """Read a training checkpoint; the weights are checked to be finite, and memory-mapped.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged, or belongs to another model.
+    """
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("clipgen_model")
     check_model(stored if isinstance(stored, str) else None, model, path)

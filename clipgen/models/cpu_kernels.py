@@ -40,12 +40,24 @@ MIN_ADVANTAGE = 0.95
 
 
 def addmm_linear(weight: Tensor, bias: Tensor, activation: Activation | None = None) -> Linear:
-    """Return a linear layer that uses torch's own product."""
+    """Return a linear layer, (B, in) -> (B, out), that uses torch's own product.
+
+    Args:
+        weight: (in, out).
+        bias: (out,).
+        activation: function of the outputs; None applies none.
+    """
     return with_activation(lambda x: torch.addmm(bias, x, weight), activation)
 
 
 def split_linear(weight: Tensor, bias: Tensor, activation: Activation | None = None) -> Linear:
-    """Return a linear layer that reads the two halves of the transposed weight in parallel, as a batch of products."""
+    """Return a linear layer that reads the two halves of the transposed weight in parallel, as a batch of products.
+
+    Args:
+        weight: (in, out), with an even number of outputs.
+        bias: (out,).
+        activation: function of the outputs; None applies none.
+    """
     inputs = weight.shape[0]
     halves = weight.T.contiguous().view(2, -1, inputs)
     column = bias.view(2, -1, 1)
@@ -59,6 +71,11 @@ def prepacked_linear(weight: Tensor, bias: Tensor, activation: Activation | None
     """Return a linear layer that uses oneDNN's product, with the weight in oneDNN's own memory layout.
 
     A GELU is computed within the product: on its own, torch computes it by one thread for small batches.
+
+    Args:
+        weight: (in, out).
+        bias: (out,).
+        activation: function of the outputs; None applies none.
     """
     packed = onednn._reorder_linear_weight(weight.T.contiguous(), PACKED_ROWS)
     approximation = FUSED_GELUS.get(type(activation))  # type: ignore[arg-type]

@@ -77,6 +77,9 @@ class ConditionalGPT2(nn.Module):
         Args:
             clip_embedding: (B, E), unit norm.
             drop: (B,) bool, True for samples that get the null condition instead.
+
+        Raises:
+            ValueError: ``drop`` is given, but the network was built without a null condition.
         """
         scale = clip_embedding.shape[-1] ** 0.5 if self.scale_condition else 1.0
         token = self.clip_proj((clip_embedding * scale).to(self.clip_proj.weight.dtype))

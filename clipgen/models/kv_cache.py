@@ -75,14 +75,17 @@ class IncrementalDecoder:
         return make_sample_fn(logits_fn, uniforms, params)
 
     def allocate_cache(self, like: Tensor) -> list[Tensor]:
-        """Allocate one tensor per block: torch.compile would copy a shared one at every write to a part of it."""
+        """Allocate one tensor (B, H, T, C / H) per block, of the dtype and on the device of ``like``.
+
+        torch.compile would copy a shared tensor at every write to a part of it.
+        """
         return [like.new_zeros(self.cache_shape) for _ in self.blocks]
 
     def _token(self, condition_tokens: Tensor, previous: Tensor | None) -> Tensor:
         return condition_tokens if previous is None else F.embedding(previous, self.wte)
 
     def logits(self, token: Tensor, position: Any) -> Tensor:
-        """Compute the logits (B, K) that follow tokens (B, C) at a position."""
+        """Compute the logits (B, K) that follow tokens (B, C) at a position in [0, T)."""
         x = token + self.wpe[position]
         for block, keys, values in zip(self.blocks, self.keys, self.values):
             x = x + block.proj(self.attend(position, block.qkv(block.ln_1(x)), keys, values))
@@ -194,7 +197,7 @@ class CompiledDecoder(IncrementalDecoder):
         return sample_fn
 
     def move_to(self, position: int) -> None:
-        """Set the position of the next step."""
+        """Set the position of the next step, in [0, T)."""
         self.position.fill_(position)
         self.length = min((position // self.bucket_size + 1) * self.bucket_size, len(self.positions))
 

@@ -129,7 +129,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def kmeans_init_(self, latents: Tensor) -> None:
-        """Initialize the codes by k-means on latents (N, D) of all ranks, identically on all ranks."""
+        """Initialize the codes by k-means on latents (N, D) of all ranks, identically on all ranks.
+
+        Raises:
+            ValueError: no latent is finite.
+        """
         latents = gather_rows(latents)
         latents = latents[torch.isfinite(latents).all(dim=1)]
         if not len(latents):
@@ -191,7 +195,7 @@ def gather_rows(vectors: Tensor) -> Tensor:
 
 
 def random_rows(num_rows: int, count: int, device: torch.device) -> Tensor:
-    """Return ``count`` random row numbers, without repetition if there are enough rows."""
+    """Return random row numbers (count,) int64 in [0, num_rows), without repetition if there are enough rows."""
     if num_rows >= count:
         return torch.randperm(num_rows, device=device)[:count]
     return torch.randint(num_rows, (count,), device=device)
