@@ -214,7 +214,11 @@ class FrozenCLIP(pl.LightningModule):
 
 
 def find_folder(model_name: str) -> Path | None:
-    """Return the folder of a bundled name or of a path; None for names of open_clip or the hub."""
+    """Return the folder of a bundled name or of a path; None for names of open_clip or the hub.
+
+    Raises:
+        ValueError: the path is a folder, but not a CLIP folder.
+    """
     bundled = BUNDLED.get(model_name)
     path = bundled / "clip" if bundled else Path(model_name.removeprefix("local-dir:")).expanduser()
     if (path / "open_clip_config.json").is_file():

@@ -123,7 +123,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         Args:
             path: the folder.
             half: save the weights in 16 bits.
-            card: what the model card says besides the settings of the model: license, data, samples, results.
+            card: content of the model card besides the settings of the model: license, data, samples, results.
         """
         path = Path(path)
         check_parts(path.expanduser())

@@ -60,7 +60,11 @@ class ClassConditionalTransformer(ConditionalTransformer):
         self.hparams["class_names"] = self.class_names
 
     def one_hot(self, class_indices: Tensor) -> Tensor:
-        """Return the conditions (B, num_classes) of classes (B,) int64."""
+        """Return the conditions (B, num_classes) of classes (B,) int64.
+
+        Raises:
+            ValueError: a class is out of range.
+        """
         if class_indices.min() < 0 or class_indices.max() >= self.clip_dim:
             raise ValueError(f"class_indices must be in [0, {self.clip_dim}), got {class_indices.tolist()}")
         return F.one_hot(class_indices.to(self.device), self.clip_dim).float()

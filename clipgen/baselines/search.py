@@ -283,6 +283,9 @@ def search_table(
         captions: for each prompt the captions of ``search``; None uses the prompt alone.
         return_images: let the callback receive all images, for example to compute FID.
         callback: called after each search.
+
+    Raises:
+        ValueError: there are no prompts, or an argument is out of range.
     """
     if not prompts:
         raise ValueError("prompts must contain at least one prompt, got none")

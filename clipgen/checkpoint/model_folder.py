@@ -228,7 +228,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def codebook_rows(path: Path) -> int | None:
-    """Return the number of codes in a tokenizer's folder, read from its header; None if it has no codebook."""
+    """Return the number of codes in a tokenizer's folder, read from its header; None if it has no codebook.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     weights = path / "model.safetensors"
     if not weights.is_file():
         return None

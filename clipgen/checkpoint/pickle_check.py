@@ -160,7 +160,7 @@ def is_safe_call(name: str, arguments: tuple[Any, ...]) -> bool:
 
     Args:
         name: name of the function, without its module.
-        arguments: what it is called with.
+        arguments: arguments of the call.
     """
     if name == "bytearray":
         return bool(arguments) and isinstance(arguments[0], (str, bytes))

@@ -20,7 +20,7 @@ def measured_choice(name: str, measure: Callable[[], str]) -> str:
     """Return a choice from the file; if it contains none for this machine, measure it and add it.
 
     Args:
-        name: what is chosen.
+        name: name of the choice.
         measure: makes the choice.
 
     Returns:

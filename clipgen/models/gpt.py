@@ -177,7 +177,11 @@ def initialize_linear(layer: Any) -> None:
 
 
 def sinusoids_2d(num_tokens: int, width: int) -> Tensor:
-    """Return sines and cosines of row and column, (T, width), at wavelengths from 2 pi to 2 pi x the grid's side."""
+    """Return sines and cosines of row and column, (T, width), at wavelengths from 2 pi to 2 pi x the grid's side.
+
+    Raises:
+        ValueError: the number of tokens is not a square, or the width is not divisible by 4.
+    """
     side = math.isqrt(num_tokens)
     if side**2 != num_tokens or width % 4:
         raise ValueError(

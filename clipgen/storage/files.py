@@ -110,7 +110,11 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark."""
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
     return decode_text(path.read_bytes(), path)
 
 
@@ -174,7 +178,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: the file is damaged, too large or nested too deeply, or contains a tag or an alias; the message
             names it.
     """
-    # Imported here: generating images with the bundled model does not need it.
+    # Imported here: generating images with a bundled model does not need it.
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
@@ -195,7 +199,11 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file that contains a mapping; see ``read_yaml`` for what is refused."""
+    """Read a YAML file that contains a mapping.
+
+    Raises:
+        ValueError: it contains something else, or ``read_yaml`` refuses it.
+    """
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must contain a mapping, got a {type(content).__name__}")
