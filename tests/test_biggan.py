@@ -125,6 +125,7 @@ def test_files_converted_from_tf_hub_have_no_record_of_singular_values(tmp_path)
         (lambda: {**biggan_state(), "shared.weight": torch.tensor(1.0)}, "the sizes of its BigGAN cannot be read"),
         (lambda: {**biggan_state(), "linear.weight": torch.tensor(1.0)}, "must contain a matrix or kernel at linear"),
         (lambda: {**deep_state(), "generator.layers.x.a": torch.ones(1)}, "contains another network"),
+        (lambda: {**deep_state(), "generator.layers.00.bn_0.offset": torch.ones(1)}, "contains another network"),
         (lambda: {**deep_state(), "embeddings.weight": torch.full((4, 5), torch.nan)}, "must be finite"),
     ],
 )
