@@ -163,7 +163,7 @@ def test_encoders_that_do_not_fit_are_refused(tiny_vqgan, shapes_clip, images):
     with pytest.raises(ValueError, match="clip_dim must be 64, as in the frozen models, got 32"):
         model(clip_dim=32).attach_encoders(tiny_vqgan, shapes_clip)
     with pytest.raises(ValueError, match=r"num_tokens must be 16 for images of \(32, 32\), got 9"):
-        model(num_tokens=9).attach_encoders(tiny_vqgan, shapes_clip).encode(images)
+        model(num_tokens=9).attach_encoders(tiny_vqgan, shapes_clip).encode_images(images)
     with pytest.raises(RuntimeError, match=r"call transformer.attach_encoders\(vqgan, clip\) first"):
         model().training_step({"images": images}, 0)
 
