@@ -54,7 +54,6 @@ PIPELINE_ENTRIES = (
 class TextToImage(PretrainedMixin, ImageGenerator):
     """Text-to-image pipeline: a VQ-GAN, a transformer, and the CLIP that the transformer was trained with.
 
-    Example:
         pipe = TextToImage.load("shapes")
         pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
 
