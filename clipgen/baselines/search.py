@@ -290,8 +290,7 @@ def search_table(
     if not prompts:
         raise ValueError("prompts must contain at least one prompt, got none")
     label_embeddings = encode_labels(clip, generator.class_names, template)
-    options: dict[str, Any] = {"batch_size": batch_size, "label_embeddings": label_embeddings}
-    options["return_images"] = return_images
+    options: Any = dict(batch_size=batch_size, label_embeddings=label_embeddings, return_images=return_images)
     rows = []
     for k in sorted({min(k, len(generator.class_names)) for k in ks}):
         curves = torch.empty(len(seeds), len(prompts), num_images)
