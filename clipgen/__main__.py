@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def scripts_dir() -> Path:
-    """Return the folder of the scripts: inside the package in a wheel, else beside it in the repository."""
+    """Return the folder of the scripts: inside the package in a wheel, else next to it in the repository."""
     package = Path(__file__).resolve().parent
     packaged = package / "scripts"
     return packaged if packaged.is_dir() else package.parent / "scripts"

@@ -172,7 +172,11 @@ class FrozenCLIP(pl.LightningModule):
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embed texts: -> (B, E), unit norm. A text longer than the context is truncated, and its end token is kept."""
+        """Embed B texts: -> (B, E), unit norm. A text longer than the context is truncated, and its end token is kept.
+
+        Raises:
+            TypeError: the texts are a single string.
+        """
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of texts, got the string {texts!r}")
         tokens = self.tokenizer(texts)
@@ -210,7 +214,11 @@ class FrozenCLIP(pl.LightningModule):
 
 
 def find_folder(model_name: str) -> Path | None:
-    """Return the folder of a bundled name or of a path; None for names of open_clip or the hub."""
+    """Return the folder of a bundled name or of a path; None for names of open_clip or the hub.
+
+    Raises:
+        ValueError: the path is a folder, but not a CLIP folder.
+    """
     bundled = BUNDLED.get(model_name)
     path = bundled / "clip" if bundled else Path(model_name.removeprefix("local-dir:")).expanduser()
     if (path / "open_clip_config.json").is_file():
@@ -233,7 +241,7 @@ def match_activation(model_name: str, pretrained: str | None) -> tuple[str, bool
         tag = open_clip.pretrained.get_pretrained_cfg(base_name, pretrained) if pretrained else None
     if not tag:
         if pretrained and base_name == model_name and f"{base_name}-quickgelu" in open_clip.list_models():
-            logger.warning("If %s holds OpenAI's weights, the model must be %s-quickgelu.", pretrained, base_name)
+            logger.warning("If %s contains OpenAI's weights, the model must be %s-quickgelu.", pretrained, base_name)
         return model_name, False
     required = tag.get("quick_gelu", False)
     actual = (open_clip.get_model_config(model_name) or {}).get("quick_gelu", False)
@@ -271,7 +279,7 @@ def load_open_clip(name: str, pretrained: str | None, quick_gelu: bool) -> torch
             # Another version of open_clip; the weights are not the cause.
             raise
         except Exception as error:
-            # open_clip raises various types, from KeyError to the hub's own errors.
+            # The library open_clip raises various types, from KeyError to the hub's own errors.
             raise ValueError(
                 f"the weights of CLIP {name!r} (pretrained={pretrained!r}) cannot be loaded ({one_line(error)}): "
                 "download them once on a machine with a network, or give their file as clip.pretrained"

@@ -1,4 +1,4 @@
-"""Save and load the VQ-GAN and CLIP beside a transformer, in the folder of a run, a pipeline or a token cache."""
+"""Save and load the VQ-GAN and CLIP of a transformer, in the folder of a run, a pipeline or a token cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from clipgen.storage.files import flush_to_disk, read_json, write_json
 from clipgen.storage.links import check_inside, file_inside
 from clipgen.vqgan import VQGAN
 
-ALLOW = "CLIPGEN_ALLOW_CLIP"  # environment variable: a CLIP that clip.json may name besides the folder's own
+# Environment variable: a CLIP that clip.json may name besides the folder's own.
+ALLOW_CLIP_VARIABLE = "CLIPGEN_ALLOW_CLIP"
 
 
 def save_frozen(root: Path, vqgan: VQGAN, clip: Conditioner, half: bool = False) -> None:
@@ -56,7 +57,7 @@ def save_clip(target: Path, clip: FrozenCLIP) -> dict[str, Any]:
         "interpolation": clip.interpolation.value,
         "resize_mode": clip.resize_mode,
     }
-    with replace_folder(target, names_in(target) | set(clip_folder.FILES)) as partial:
+    with replace_folder(target, names_in(target) | set(clip_folder.CLIP_FILES)) as partial:
         clip_folder.write_folder(partial, config, preprocessing, clip.model.state_dict())
         if config["text_cfg"].get("hf_tokenizer_name"):
             clip.tokenizer.save_pretrained(partial)
@@ -70,7 +71,7 @@ def names_in(folder: Path) -> set[str]:
 
 def check_clip_folder(path: Path) -> None:
     """Raise FileExistsError if the path exists and is not a CLIP folder."""
-    if path.exists() and not (path / clip_folder.CONFIG).is_file():
+    if path.exists() and not (path / clip_folder.CLIP_CONFIG).is_file():
         raise FileExistsError(f"{path} exists and is not a CLIP folder: move it away, or name another place")
 
 
@@ -87,7 +88,7 @@ def copy_frozen(source: Path, root: Path) -> None:
     check_inside(source, "vqgan", "clip", "clip.json")
     if (source / "vqgan").is_dir():
         (root / "vqgan").mkdir(parents=True, exist_ok=True)
-        for name in model_folder.FILES:
+        for name in model_folder.MODEL_FILES:
             shutil.copyfile(file_inside(source / "vqgan", name), root / "vqgan" / name)
             flush_to_disk(root / "vqgan" / name)
     config = read_clip_json(source)
@@ -120,17 +121,18 @@ def read_clip_json(root: Path) -> dict[str, Any]:
         )
     check_inside(root, "clip.json")
     config = read_json(path, "model_name", "pretrained")
-    name, tag = config["model_name"], config["pretrained"]
+    name = config["model_name"]
+    tag = config["pretrained"]
     if not isinstance(name, str) or not isinstance(tag, (str, type(None))):
         raise ValueError(f"{path} must name a CLIP by two strings, got {str(name)[:80]!r} and {str(tag)[:80]!r}")
     if name == "clip" and not (root / "clip").is_dir():
         raise ValueError(f"{path} names the CLIP in {root / 'clip'}, which is missing: copy the whole folder")
     if not is_own_or_public(name, tag):
         full = name if tag is None else f"{name}:{tag}"
-        if os.environ.get(ALLOW) != full:
+        if os.environ.get(ALLOW_CLIP_VARIABLE) != full:
             raise ValueError(
                 f"{path} names the CLIP {full[:200]!r}, which is neither in the folder nor a model and tag of "
-                f"open_clip: if you trust it, set the environment variable {ALLOW} to this name"
+                f"open_clip: if you trust it, set the environment variable {ALLOW_CLIP_VARIABLE} to this name"
             )
     return {"model_name": name, "pretrained": tag}
 

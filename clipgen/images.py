@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from clipgen.data.byte_images import unpack
 from clipgen.data.decoding import to_rgb
 from clipgen.data.transforms import val_transform
 from clipgen.storage.files import atomic_write
@@ -25,7 +26,7 @@ def check_images(images: Tensor) -> None:
 
 
 def images_from_batch(batch: Any) -> Tensor:
-    """Return the images of a batch, which may hold other entries.
+    """Return the images (B, 3, H, W) in [-1, 1] of a batch, which may contain other entries.
 
     Raises:
         TypeError: the batch is not ``{"images": images}``. Those of torchvision are tuples, with values in [0, 1].
@@ -40,12 +41,17 @@ def images_from_batch(batch: Any) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Convert images in [-1, 1] to uint8, as an image file holds them."""
+    """Convert images (..., H, W) in [-1, 1] to uint8 in [0, 255], as an image file stores them; the shape is kept."""
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def rounded(images: Tensor) -> Tensor:
+    """Round images (B, 3, H, W) in [-1, 1] to 8 bits, as an image file stores them: the same shape and range."""
+    return unpack(to_bytes(images))
+
+
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Convert images (B, 3, H, W) in [-1, 1] to PIL images."""
+    """Convert images (B, 3, H, W) in [-1, 1] to B PIL images."""
     return [Image.fromarray(image) for image in to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 

@@ -24,20 +24,20 @@ from clipgen.vqgan import VQGAN
 
 logger = logging.getLogger(__name__)
 
-KEY = re.compile(r"\w{1,60}")
+SETTING_NAME = re.compile(r"\w{1,60}")
 # Holds the training settings in the folder of a pipeline.
-TRAINING = "training.json"
+TRAINING_FILE = "training.json"
 # Holds the images of the card.
-SAMPLES = "model_card.png"
-TAGS = ("clip-gen", "vqgan", "autoregressive", "language-free-training")
-CARD = """
+SAMPLES_FILE = "model_card.png"
+CARD_TAGS = ("clip-gen", "vqgan", "autoregressive", "language-free-training")
+CARD_TEMPLATE = """
 A text-to-image model after CLIP-GEN (arXiv:2203.00386), trained by clipgen {version} from images alone.
 Its CLIP: {clip}.
 {data}{samples}{results}
 ```python
 from clipgen import TextToImage
 
-TextToImage.from_pretrained("{repository}")("a sentence")[0].save("picture.png")
+TextToImage.from_pretrained("{repository}")("a prompt")[0].save("image.png")
 ```
 
 | part | setting | value |
@@ -55,13 +55,13 @@ class CardDetails:
         datasets: names on the hub of the datasets that the model was trained on.
         language: language of the prompts that its CLIP understands, such as ``"en"``.
         prompts: prompts of the images in the card, one each, generated with seed 0 when the pipeline is saved.
-        params: sampling parameters of these images; None: those of the pipeline.
+        params: sampling parameters of these images; None uses those of the pipeline.
         results: measured values by metric, or the ``metrics.json`` that ``clipgen-eval`` wrote.
         evaluated_on: name of the dataset that the results were measured on. The hub lists results only with it.
         repository: name of the model on the hub; ``push_to_hub`` fills it in.
 
     Raises:
-        ValueError: a result is not a finite number, or the file holds no results.
+        ValueError: a result is not a finite number, or the file contains no results.
     """
 
     license: str | None = None
@@ -92,8 +92,8 @@ def training_settings(root: Path) -> dict[str, Any]:
     so a file that cannot be read causes a warning, and the model is loaded.
     """
     try:
-        if (root / TRAINING).is_file():
-            return settings_of(read_json(file_inside(root, TRAINING)))
+        if (root / TRAINING_FILE).is_file():
+            return settings_of(read_json(file_inside(root, TRAINING_FILE)))
         if (root / "config.yaml").is_file():
             return settings_of(read_yaml(file_inside(root, "config.yaml")))
     except (ValueError, OSError) as error:
@@ -116,7 +116,7 @@ def settings_of(config: Any) -> dict[str, Any]:
 
 def is_card_setting(key: Any, value: Any) -> bool:
     """Return whether a setting is a short name with a number or a short text that is not a path."""
-    named = isinstance(key, str) and KEY.fullmatch(key) is not None
+    named = isinstance(key, str) and SETTING_NAME.fullmatch(key) is not None
     scalar = isinstance(value, (bool, int, float, str)) and len(str(value)) <= 200
     return named and scalar and "/" not in str(value)
 
@@ -130,7 +130,7 @@ def model_card(
 ) -> str:
     """Return a model card: what the model is, how to generate images with it, how it was trained, how good it is."""
     details = details or CardDetails()
-    text = CARD.format(
+    text = CARD_TEMPLATE.format(
         clip=cell(Path(clip.model_name).name),
         version=clipgen.__version__,
         repository=details.repository,
@@ -163,7 +163,7 @@ def metadata(details: CardDetails) -> ModelCardData:
         pipeline_tag="text-to-image",
         license=details.license,
         language=details.language,
-        tags=list(TAGS),
+        tags=list(CARD_TAGS),
         datasets=list(details.datasets) or None,
     )
     if details.results and details.evaluated_on:
@@ -203,7 +203,7 @@ def describe_samples(details: CardDetails) -> str:
     params = asdict(details.params or SamplingParams())
     settings = ", ".join(f"{name} {value:g}" for name, value in params.items())
     how = f"One image per prompt, not selected: seed 0, {settings}."
-    return f"\n![Generated images with their prompts]({SAMPLES})\n\n{how}\n"
+    return f"\n![Generated images with their prompts]({SAMPLES_FILE})\n\n{how}\n"
 
 
 def describe_results(details: CardDetails) -> str:

@@ -76,7 +76,7 @@ class Muon(Optimizer):
     ):
         if adjust_lr_fn not in (None, *LR_ADJUSTMENTS):
             raise ValueError(f"adjust_lr_fn must be one of {', '.join(LR_ADJUSTMENTS)}, got {adjust_lr_fn!r}")
-        # The keys of torch.optim.Muon's groups, which checkpoints hold. The dtype depends on the device instead.
+        # The keys of torch.optim.Muon's groups, which checkpoints contain. The dtype depends on the device instead.
         defaults = dict(
             lr=lr,
             weight_decay=weight_decay,
@@ -98,7 +98,7 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the parameters that have a gradient.
 
-        If ``found_inf`` is 1, neither weights nor momentum change, whatever the gradients are. Its value is not read
+        If ``found_inf`` is 1, neither weights nor momentum change, regardless of the gradients. Its value is not read
         by the host, which would synchronize with a GPU.
         """
         with torch.enable_grad():
@@ -119,7 +119,7 @@ class Muon(Optimizer):
             group["ns_steps"],
             group["eps"],
         )
-        weights = list(map(local, parameters))
+        weights = list(map(local_rows, parameters))
         decay: Any = 1 - group["lr"] * group["weight_decay"]
         if self.found_inf is not None:
             decay = torch.where(self.found_inf > 0, 1.0, decay)
@@ -137,8 +137,8 @@ class Muon(Optimizer):
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)  # type: ignore[arg-type]
-        gradients = [local(p.grad) for p in parameters]  # type: ignore[arg-type]
-        buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        gradients = [local_rows(p.grad) for p in parameters]  # type: ignore[arg-type]
+        buffers = [local_rows(self.state[p]["momentum_buffer"]) for p in parameters]
         if self.found_inf is not None:
             # A buffer that moves towards itself does not change, and its orthogonalization stays finite.
             skip = self.found_inf > 0
@@ -160,7 +160,7 @@ def adjusted_lr(lr: float, adjust_lr_fn: str | None, shape: Sequence[int]) -> fl
     return lr * math.sqrt(max(1, rows / columns))
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_rows(tensor: Tensor) -> Tensor:
     """Return this rank's rows of a DTensor, or a plain tensor itself, without copying."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -273,14 +273,13 @@ def orthogonalize_distributed(
         steps: number of iterations.
         eps: lower bound of the norm that a matrix is divided by.
     """
-    options = coefficients, steps, eps
     if isinstance(parameters[0], DTensor):
-        return orthogonalize_rows(parameters, matrices, *options)  # type: ignore[arg-type]
+        return orthogonalize_rows(parameters, matrices, coefficients, steps, eps)  # type: ignore[arg-type]
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return orthogonalize(matrices, *options)
+        return orthogonalize(matrices, coefficients, steps, eps)
     owners = owners_of(parameters, dist.get_world_size())
     own = select(matrices, indices_of(owners, dist.get_rank()))
-    return all_gather_results(matrices, owners, orthogonalize(own, *options))
+    return all_gather_results(matrices, owners, orthogonalize(own, coefficients, steps, eps))
 
 
 def owners_of(parameters: Sequence[Tensor], world_size: int) -> list[int]:
@@ -342,31 +341,49 @@ def orthogonalize_rows(
         steps: number of iterations.
         eps: lower bound of the norm that a matrix is divided by.
     """
-    mesh = parameters[0].device_mesh
     check_sharding(parameters)
-    world_size = mesh.size()
-    owners = owners_of(parameters, world_size)
-    mine = indices_of(owners, mesh.get_local_rank())
+    owners = owners_of(parameters, parameters[0].device_mesh.size())
+    matrices = send_to_owners(parameters, rows, owners)
+    results = orthogonalize(matrices, coefficients, steps, eps)
+    return return_results(parameters, rows, owners, results)
 
-    # All ranks send their rows of each matrix to its owner.
-    outgoing = lists_by_rank(world_size)
-    own_shapes = lists_by_rank(world_size)
+
+def send_to_owners(parameters: list[DTensor], rows: list[Tensor], owners: list[int]) -> list[Tensor]:
+    """Send this rank's rows of each matrix to its owner, and return the matrices that this rank owns."""
+    mesh = parameters[0].device_mesh
+    outgoing = lists_by_rank(mesh.size())
     for tensor, owner in zip(rows, owners):
         outgoing[owner].append(tensor)
-        own_shapes[owner].append(tuple(tensor.shape))
-    incoming_shapes = lists_by_rank(world_size)
-    for i in mine:
-        for sender, height in enumerate(row_counts(parameters[i], world_size)):
+    incoming_shapes = lists_by_rank(mesh.size())
+    for i in indices_of(owners, mesh.get_local_rank()):
+        for sender, height in enumerate(row_counts(parameters[i], mesh.size())):
             incoming_shapes[sender].append((height, parameters[i].shape[1]))
     received = all_to_all(outgoing, incoming_shapes, rows[0], mesh.get_group())
-    matrices = [torch.cat(parts) for parts in zip(*received)]
-    results = orthogonalize(matrices, coefficients, steps, eps)
+    return [torch.cat(parts) for parts in zip(*received)]
 
-    # The owner sends the rows of the results back.
-    outgoing = lists_by_rank(world_size)
-    for i, result in zip(mine, results):
-        for receiver, part in enumerate(result.split(row_counts(parameters[i], world_size))):
+
+def return_results(
+    parameters: list[DTensor],
+    rows: list[Tensor],
+    owners: list[int],
+    results: list[Tensor],
+) -> list[Tensor]:
+    """Send each rank its rows of this rank's results, and return this rank's rows of all results.
+
+    Args:
+        parameters: the parameters of the matrices.
+        rows: tensors of the shapes of this rank's rows.
+        owners: rank that owns each matrix.
+        results: the results of the matrices that this rank owns.
+    """
+    mesh = parameters[0].device_mesh
+    outgoing = lists_by_rank(mesh.size())
+    for i, result in zip(indices_of(owners, mesh.get_local_rank()), results):
+        for receiver, part in enumerate(result.split(row_counts(parameters[i], mesh.size()))):
             outgoing[receiver].append(part)
+    own_shapes = lists_by_rank(mesh.size())
+    for tensor, owner in zip(rows, owners):
+        own_shapes[owner].append(tuple(tensor.shape))
     returned = all_to_all(outgoing, own_shapes, rows[0], mesh.get_group())
     remaining = list(map(iter, returned))
     return [next(remaining[owner]) for owner in owners]
@@ -391,6 +408,11 @@ def row_counts(parameter: DTensor, world_size: int) -> list[int]:
     return [min(max(num_rows - rank * chunk_size, 0), chunk_size) for rank in range(world_size)]
 
 
+def total_elements(shapes: Iterable[Sequence[int]]) -> int:
+    """Return the number of elements of tensors of some shapes."""
+    return sum(map(math.prod, shapes))
+
+
 def all_to_all(
     outgoing: list[list[Tensor]],
     incoming_shapes: Sequence[Sequence[tuple[int, ...]]],
@@ -405,8 +427,8 @@ def all_to_all(
         like: a tensor of the common dtype and device.
         group: process group of the ranks.
     """
-    received_sizes = [sum(math.prod(shape) for shape in shapes) for shapes in incoming_shapes]
-    sent_sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+    received_sizes = [total_elements(shapes) for shapes in incoming_shapes]
+    sent_sizes = [sum(map(Tensor.numel, tensors)) for tensors in outgoing]
     flat = [tensor.flatten() for tensor in chain.from_iterable(outgoing)]
     sent = torch.cat(flat) if flat else like.new_empty(0)
     received = like.new_empty(sum(received_sizes))

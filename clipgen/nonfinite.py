@@ -1,4 +1,4 @@
-"""Skip optimizer steps with non-finite losses or gradients, and stop a training that has too many of them.
+"""Skip optimizer steps with non-finite losses or gradients, and stop a training run that has too many of them.
 
 The decision to skip is made on the device: reading it at every step would make the host wait for a GPU. The host reads
 the number of skipped steps every ``READ_EVERY`` steps, before a checkpoint is written, and at the end of training.
@@ -8,7 +8,7 @@ they would from a gradient scaler. Other optimizers, among them Adam on sharded 
 their moments decay, but stay finite.
 
 The Lightning callback is in this file rather than in ``training/``, because both stages return it from
-``configure_callbacks``: a user's own Trainer is then protected, too.
+``configure_callbacks``: a user's own Trainer is then also protected.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from clipgen.muon import Muon, local
+from clipgen.muon import Muon, local_rows
 
 logger = logging.getLogger(__name__)
 
 READ_EVERY = 10  # steps
 NEVER = 2**62  # later than any step
-HELP = (
+ADVICE = (
     "a lower model.optimizer.learning_rate, gradient clipping (model.optimizer.grad_clip) or "
     "trainer.precision=32-true usually helps"
 )
@@ -55,7 +55,7 @@ class StepGuard:
         self.reset()
 
     def reset(self) -> None:
-        """Reset all state before a training."""
+        """Reset all state before training."""
         self.losses: dict[str, Tensor] = {}  # sums over the batches of a step
         self.saved: list[tuple[Tensor, Tensor]] = []  # (protected tensor, its value before the step)
         self.skipped: Tensor | None = None  # number of consecutive skipped steps up to now
@@ -111,7 +111,7 @@ class StepGuard:
         current, most = map(int, torch.stack([self.skipped, self.most_skipped]).tolist())
         if most >= self.max_skipped_steps:
             raise NonFiniteError(
-                f"training stopped at step {step}: {most} consecutive steps were skipped, {self._cause()}; {HELP}"
+                f"training stopped at step {step}: {most} consecutive steps were skipped, {self._cause()}; {ADVICE}"
             )
         if most:
             logger.warning("Step %d: up to %d consecutive steps were skipped, %s.", step, most, self._cause())
@@ -121,10 +121,12 @@ class StepGuard:
         return current
 
     def finish(self, step: int) -> None:
-        """Raise NonFiniteError if the last steps of a training were skipped: its weights may already be unusable."""
+        """Raise NonFiniteError if the last steps were skipped: the weights may already be unusable."""
         skipped = self.read(step)
         if skipped:
-            raise NonFiniteError(f"training ended with {skipped} skipped steps at step {step}, {self._cause()}; {HELP}")
+            raise NonFiniteError(
+                f"training ended with {skipped} skipped steps at step {step}, {self._cause()}; {ADVICE}"
+            )
 
     def _cause(self) -> str:
         """Return a phrase that names the terms that were non-finite first, and the step."""
@@ -141,7 +143,7 @@ class StepGuard:
 
 
 class StopOnNonFinite(pl.Callback):
-    """Stop a training with too many skipped steps, and do not write checkpoints after a skipped step.
+    """Stop training after too many skipped steps, and do not write checkpoints after a skipped step.
 
     Args:
         guard: the guard of the module that is trained.
@@ -185,7 +187,7 @@ class StopOnNonFinite(pl.Callback):
 
 
 def check_loss(loss: float, step: int) -> None:
-    """Raise NonFiniteError if the loss of a training without a guard is not finite."""
+    """Raise NonFiniteError if the loss of a training run without a guard is not finite."""
     if not math.isfinite(loss):
         raise NonFiniteError(
             f"training stopped at step {step} with a loss of {loss}; a lower learning rate usually helps"
@@ -196,7 +198,7 @@ def check_losses(losses: dict[str, float], step: int) -> None:
     """Raise NonFiniteError if a validation loss, which must be equal on all ranks, is not finite."""
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
-        raise NonFiniteError(f"validation at step {step} has a non-finite {' and '.join(bad)}; {HELP}")
+        raise NonFiniteError(f"validation at step {step} has a non-finite {' and '.join(bad)}; {ADVICE}")
 
 
 @torch.no_grad()
@@ -210,7 +212,7 @@ def check_weights(module: nn.Module, step: int | None = None) -> None:
     weights = {}
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point():
-            weights[name] = local(tensor)
+            weights[name] = local_rows(tensor)
     bad = (~torch.isfinite(sum_of_norms(list(weights.values())))).float()
     if step is not None and dist.is_initialized():
         dist.all_reduce(bad, dist.ReduceOp.MAX)
@@ -220,7 +222,7 @@ def check_weights(module: nn.Module, step: int | None = None) -> None:
     where = "" if step is None else f" at step {step}"
     raise NonFiniteError(
         f"the weights of {type(module).__name__} must be finite, got {len(names)} of {len(weights)} that are not"
-        f"{where}: {', '.join(names[:1]) or 'those of another rank'}, ...; {HELP}"
+        f"{where}: {', '.join(names[:1]) or 'those of another rank'}, ...; {ADVICE}"
     )
 
 
@@ -234,7 +236,7 @@ def gradients_of(optimizer: Optimizer) -> Iterator[Tensor]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
-                yield local(parameter.grad)
+                yield local_rows(parameter.grad)
 
 
 def skip_step(optimizer: Optimizer, skip: Tensor) -> None:
@@ -250,10 +252,10 @@ def skip_step(optimizer: Optimizer, skip: Tensor) -> None:
 
 
 def takes_found_inf(optimizer: Optimizer) -> bool:
-    """Return True if an optimizer skips its step exactly when its ``found_inf`` is 1."""
+    """Return whether an optimizer skips its step exactly when its ``found_inf`` is 1."""
     if isinstance(optimizer, Muon):
         return True
     if not isinstance(optimizer, Adam) or not optimizer.defaults.get("fused"):
         return False
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return all(local(p) is p and p.device.type in ("cpu", "cuda") for p in parameters)
+    return all(local_rows(p) is p and p.device.type in ("cpu", "cuda") for p in parameters)

@@ -10,7 +10,6 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from clipgen.models.config import TransformerOptimizerConfig
 from clipgen.muon import Muon
@@ -35,6 +34,9 @@ def make_lr_scheduler(
         total_steps: steps of the whole training. Unknown (-1) is allowed for ``"constant"`` only; with infinitely many
             steps ``"cosine"`` stays at its peak.
         start_step: step of the training at which this optimizer takes its first step.
+
+    Raises:
+        ValueError: the schedule needs a number of steps, which is unknown.
     """
     if schedule != "constant" and total_steps < 0:  # Lightning returns -1 for epochs of a stream
         raise ValueError(
@@ -67,7 +69,7 @@ def total_optimizer_steps(trainer: Any, grad_accum_steps: int) -> float:
 
     Lightning counts one step per batch. The last step of an epoch may have fewer batches.
     """
-    batches = trainer.estimated_stepping_batches  # sets up the data, too
+    batches = trainer.estimated_stepping_batches  # also sets up the data
     if trainer.max_epochs == -1 or math.isinf(trainer.num_training_batches):
         return batches
     steps = math.ceil(trainer.num_training_batches / grad_accum_steps) * trainer.max_epochs
@@ -89,7 +91,7 @@ class EMA(AveragedModel):
 
     @property
     def initialized(self) -> bool:
-        """True after the first update. The counter on the device is read only until then."""
+        """Whether the average was updated at least once. The counter on the device is read only until then."""
         self._initialized = self._initialized or bool(self.n_averaged > 0)
         return self._initialized
 
@@ -139,9 +141,19 @@ def parameters_of(optimizer: Optimizer) -> list[torch.Tensor]:
 
 
 def has_fused_kernels(parameters: Iterable[torch.Tensor]) -> bool:
-    """Return True if torch's optimizers have fused kernels on the devices of all parameters."""
-    devices = set(_get_fused_kernels_supported_devices())
+    """Return whether torch's optimizers have fused kernels on the devices of all parameters."""
+    devices = devices_with_fused_kernels()
     return all(p.device.type in devices and p.is_floating_point() for p in parameters)
+
+
+def devices_with_fused_kernels() -> set[str]:
+    """Return the types of devices on which torch's optimizers have fused kernels, as in "cuda"."""
+    try:
+        from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+    except ImportError:
+        # The function is private, so a later version of torch may lack it: use no fused kernels then.
+        return set()
+    return set(_get_fused_kernels_supported_devices())
 
 
 class OptimizerList(Optimizer):
@@ -189,7 +201,7 @@ def weight_decay_groups(module: torch.nn.Module, weight_decay: float, decay_embe
     Args:
         module: the module to train.
         weight_decay: weight decay of the matrices.
-        decay_embeddings: whether the matrices of embeddings are decayed, too.
+        decay_embeddings: whether the matrices of embeddings are also decayed.
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
     decayed: list[torch.Tensor] = []

@@ -24,28 +24,38 @@ from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector, 
 from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
 from clipgen.generation.prompts import Prompt, check_request, describe
 from clipgen.images import from_pil, save_png, to_pil
-from clipgen.model_card import SAMPLES, TRAINING, CardDetails, model_card, training_settings
+from clipgen.model_card import SAMPLES_FILE, TRAINING_FILE, CardDetails, model_card, training_settings
 from clipgen.models.conditioning import Conditioner
 from clipgen.sampling import per_sample_seeds
 from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
 from clipgen.storage.files import write_json
 from clipgen.storage.links import check_inside
-from clipgen.tokenizer_identity import bind, check_bound
+from clipgen.tokenizer_identity import check_tokenizer, record_tokenizer
 from clipgen.transformer import ConditionalTransformer
 from clipgen.visualization import grid
 from clipgen.vqgan import VQGAN
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 # What ``save`` may replace in a folder; other files stay.
-ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR_FILE, default_params.FILE, TRAINING, CARD, SAMPLES)
+PIPELINE_ENTRIES = (
+    "vqgan",
+    "transformer",
+    "clip",
+    "clip.json",
+    PROJECTOR_FILE,
+    default_params.FILE,
+    TRAINING_FILE,
+    CARD_FILE,
+    SAMPLES_FILE,
+)
 
 
 class TextToImage(PretrainedMixin, ImageGenerator):
-    """The whole of CLIP-GEN: a VQ-GAN, a transformer, and the CLIP that the transformer was trained with.
+    """Text-to-image pipeline: a VQ-GAN, a transformer, and the CLIP that the transformer was trained with.
 
-    pipe = TextToImage.load("shapes")
-    pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
+        pipe = TextToImage.load("shapes")
+        pipe("a large blue ring on a white background", seed=0)[0].save("ring.png")
 
     Args:
         vqgan: decodes code indices to images.
@@ -93,11 +103,12 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         path = model_folder.resolve_path(path_or_name, revision, token)
         root = run_folder(path)
         finish_swap(root)
-        models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
-        check_inside(root, *models, PROJECTOR_FILE, default_params.FILE)
+        check_inside(root, "vqgan", "transformer", PROJECTOR_FILE, default_params.FILE)
+        for name in model_folder.MODEL_FILES:
+            check_inside(root, f"vqgan/{name}", f"transformer/{name}")
         transformer = ConditionalTransformer.load(path)
         vqgan = VQGAN.load(root)
-        check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
+        check_tokenizer(model_folder.find_model(path, "ConditionalTransformer"), vqgan)
         pipe = cls(vqgan, transformer, load_clip(root), load_projector(root), default_params.load_params(root))
         pipe.training = training_settings(root)
         return pipe
@@ -111,20 +122,20 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         Args:
             path: the folder.
             half: save the weights in 16 bits.
-            card: what the model card says besides the settings of the model: license, data, samples, results.
+            card: content of the model card besides the settings of the model: license, data, samples, results.
         """
         path = Path(path)
         check_parts(path.expanduser())
-        with replace_folder(path, ENTRIES) as partial:
+        with replace_folder(path, PIPELINE_ENTRIES) as partial:
             save_frozen(partial, self.vqgan, self.clip, half)
             self.transformer.save(partial / "transformer", half)
-            bind(partial / "transformer", partial / "vqgan")
+            record_tokenizer(partial / "transformer", partial / "vqgan")
             if self.projector:
                 self.projector.save(partial / PROJECTOR_FILE, half)
             default_params.save_params(partial, self.params)
             if self.training:
-                write_json(partial / TRAINING, self.training)
-            if not copy_user_card(path.expanduser() / CARD, partial / CARD):
+                write_json(partial / TRAINING_FILE, self.training)
+            if not copy_user_card(path.expanduser() / CARD_FILE, partial / CARD_FILE):
                 self._write_card(partial, card or CardDetails())
         return path
 
@@ -133,10 +144,10 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         details = replace(details, params=details.params or self.params)
         if details.prompts:
             images = self(list(details.prompts), params=details.params, seed=0)
-            save_png(grid(images, captions=details.prompts), folder / SAMPLES)
+            save_png(grid(images, captions=details.prompts), folder / SAMPLES_FILE)
         clip: Any = self.clip  # a FrozenCLIP, which `save_frozen` has checked
         text = model_card(self.vqgan, self.transformer, clip, self.training, details)
-        (folder / CARD).write_text(text, "utf-8")
+        (folder / CARD_FILE).write_text(text, "utf-8")
 
     def push_to_hub(
         self,
@@ -166,8 +177,8 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         address = api.create_repo(name, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(address.repo_id, branch=revision, exist_ok=True)
-        # Optional parts of an older pipeline there must not stay beside this one.
-        optional = [PROJECTOR_FILE, TRAINING, SAMPLES, "clip/*"]
+        # Optional parts of an older pipeline there must not remain next to this one.
+        optional = [PROJECTOR_FILE, TRAINING_FILE, SAMPLES_FILE, "clip/*"]
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, half, replace(card or CardDetails(), repository=address.repo_id))
             api.upload_folder(
@@ -209,6 +220,9 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             prompt: a text; an image, to generate variations of it; a mixture ``{"a cat": 0.7, "a dog": 0.3}`` of
                 texts, whose weights may be negative; or an embedding (E,).
             projected: apply the projector to texts, as for generating; otherwise return CLIP's own embeddings.
+
+        Raises:
+            ValueError: an embedding has another width than the CLIP's.
         """
         encode_text = self.encode_text if projected else self.clip.encode_text
         if isinstance(prompt, str):
@@ -245,7 +259,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         keep_fraction: float = 0.5,
         preview: Preview | None = None,
         progress: Progress | None = None,
-        **sampling: Any,
+        **overrides: Any,
     ) -> list[Image.Image]:
         """Generate images for a prompt, or for a list of prompts, which are batched together.
 
@@ -254,17 +268,21 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             num_images: images per prompt.
             params: sampling parameters; None takes those of the pipeline.
             rerank_from: number of candidates per prompt; the ``num_images`` with the highest CLIP score are returned.
-            seed: image i of a prompt uses ``seed + i`` (None: a random seed). It is recorded in the image's ``info``.
+            seed: image i of a prompt uses ``seed + i``, which its ``info`` records; None uses a random seed.
             outpaint: image to complete: its upper part is kept, the rest is generated.
             keep_fraction: fraction of the height of ``outpaint`` that is kept.
             preview: called after each row of indices with the images so far.
             progress: called after each row of indices with the work done since the last call.
-            sampling: temperature, top_k, top_p, guidance_scale, guidance_power; they override ``params``.
+            overrides: fields of ``SamplingParams``, which override ``params``.
 
         Returns:
-            PIL images, prompt by prompt, best first if reranked. Their ``info`` holds prompt, seed and parameters.
+            PIL images, prompt by prompt, best first if reranked. Their ``info`` contains prompt, seed and parameters.
+
+        Raises:
+            TypeError: a prompt or the seed has a wrong type, or a name is not a field of ``SamplingParams``.
+            ValueError: an argument is out of range, or there is no prompt.
         """
-        params = resolve_params(params or self.params, sampling)
+        params = resolve_params(params or self.params, overrides)
         options = GenerationOptions(outpaint, keep_fraction, preview, progress)
         prompts = checked_prompts(prompt, num_images, rerank_from)
         seeds = per_sample_seeds(seed, rerank_from or num_images)
@@ -281,7 +299,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         return results
 
     def _metadata(self, params: SamplingParams, options: GenerationOptions) -> dict[str, Any]:
-        """Return what every image's ``info`` records: sampling parameters, model, and dtype if not float32."""
+        """Return the entries of every image's ``info``: sampling parameters, model, and dtype if not float32."""
         metadata: dict[str, Any] = {**asdict(params), "clipgen": clipgen.__version__, "model": self.fingerprint}
         if self.dtype != torch.float32:
             metadata["dtype"] = str(self.dtype).removeprefix("torch.")
@@ -300,7 +318,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         clip_embedding: Tensor,
         seed: int | Sequence[int] | None = None,
         params: SamplingParams | None = None,
-        **keywords: Any,
+        **options: Any,
     ) -> Tensor:
         """Generate one image per CLIP embedding: (B, E) -> (B, 3, H, W) in [-1, 1].
 
@@ -308,11 +326,15 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             clip_embedding: embeddings of texts or images, (B, E).
             seed: image i uses ``seed + i``; or one seed per image.
             params: sampling parameters; None takes those of the pipeline.
-            keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
+            options: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
+
+        Raises:
+            TypeError: an option is unknown.
+            ValueError: an argument is out of range.
         """
-        params, options = resolve_options(params or self.params, keywords)
+        params, generation_options = resolve_options(params or self.params, options)
         uniforms = self.uniforms(seed, len(clip_embedding))
-        return self.generate_from_conditions(clip_embedding, uniforms, params, options)
+        return self.generate_from_conditions(clip_embedding, uniforms, params, generation_options)
 
     def interpolate(
         self,
@@ -322,7 +344,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         params: SamplingParams | None = None,
         *,
         seed: int | None = None,
-        **keywords: Any,
+        **options: Any,
     ) -> list[Image.Image]:
         """Generate images along the arc between the embeddings of two prompts, all from the same seed.
 
@@ -332,19 +354,23 @@ class TextToImage(PretrainedMixin, ImageGenerator):
             steps: number of images, at least 2.
             params: sampling parameters; None takes those of the pipeline.
             seed: seed of all images.
-            keywords: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
+            options: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
+
+        Raises:
+            TypeError: a prompt or the seed has a wrong type, or an option is unknown.
+            ValueError: an argument is out of range.
         """
         if steps < 2:
             raise ValueError(f"steps must be at least 2, got {steps}")
         for prompt in (first, second):
             check_request(prompt, steps, None)
-        params, options = resolve_options(params or self.params, keywords)
+        params, generation_options = resolve_options(params or self.params, options)
         shared_seed = per_sample_seeds(seed, 1)[0]
         embeddings = slerp(self.embed(first), self.embed(second), steps)
         uniforms = self.uniforms([shared_seed] * steps, steps)
-        results = to_pil(self.generate_from_conditions(embeddings, uniforms, params, options))
-        ends = [dict(end) if isinstance(end, Mapping) else describe(end) for end in (first, second)]
-        metadata = self._metadata(params, options)
+        results = to_pil(self.generate_from_conditions(embeddings, uniforms, params, generation_options))
+        ends = [describe_end(first), describe_end(second)]
+        metadata = self._metadata(params, generation_options)
         for image in results:
             image.info.update(interpolate=ends, steps=steps, seed=shared_seed, **metadata)
         return results
@@ -358,7 +384,7 @@ def checked_prompts(
     """Return the prompts of a call, which takes one prompt or a list of them; see ``check_request`` for errors."""
     prompts: list[Any] = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
     if not prompts:
-        raise ValueError("prompt must hold at least one prompt, got an empty list")
+        raise ValueError("prompt must contain at least one prompt, got an empty list")
     for item in prompts:
         check_request(item, num_images, rerank_from)
     return prompts
@@ -378,11 +404,16 @@ def to_pil_with_metadata(
 
 
 def prompt_metadata(prompt: Prompt) -> dict[str, Any]:
-    """Return what an image's ``info`` records of its prompt."""
+    """Return the entries of an image's ``info`` that describe its prompt."""
     metadata: dict[str, Any] = {"prompt": describe(prompt)}
     if isinstance(prompt, Mapping):
         metadata["prompt_mix"] = dict(prompt)
     return metadata
+
+
+def describe_end(prompt: Prompt) -> Any:
+    """Return an end of an interpolation as an image's ``info`` records it."""
+    return dict(prompt) if isinstance(prompt, Mapping) else describe(prompt)
 
 
 def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -85,15 +85,15 @@ def encode(
         clip: computes the embeddings.
         settings: description of the source, stored in the manifest.
         augmentations: number of random crops and flips of each training image; 1 takes the center crop, as validation.
-        shard_size: images per shard. A tar file of a webdataset becomes one shard, whatever its size.
+        shard_size: images per shard. A tar file of a webdataset becomes one shard, regardless of its size.
         batch_size: images encoded at a time.
         rank: number of this process.
         world_size: number of processes that share the work.
         advance: called with the number of images done since the last call, including those in existing shards.
 
     Raises:
-        ValueError: the folder holds another cache or a link that leaves it, or the models cannot encode the images.
-        FileExistsError: the folder holds a model.
+        ValueError: the folder contains another cache or a link that leaves it, or the models cannot encode the images.
+        FileExistsError: the folder contains a model.
     """
     refuse_links(Path(root))
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
@@ -114,11 +114,11 @@ def save_models(root: Path, vqgan: VQGAN, clip: FrozenCLIP) -> None:
     """Write the frozen models to the folder of a new cache.
 
     Raises:
-        FileExistsError: the folder holds a trained model, whose tokenizer would be replaced.
+        FileExistsError: the folder contains a trained model, whose tokenizer would be replaced.
     """
     for name in ("checkpoints", "transformer"):
         if (root / name).exists():
-            raise FileExistsError(f"output must not hold a model, got {root} with {name}/: choose another output")
+            raise FileExistsError(f"output must not contain a model, got {root} with {name}/: choose another output")
     save_frozen(root, vqgan, clip)
 
 
@@ -147,7 +147,7 @@ def cache_identity(
 
 
 def plan_shards(root: Path, data: Any, shard_size: int, augmentations: int) -> dict[Path, ShardPlan]:
-    """Return the shards of both splits: the file of each, and the images that it holds."""
+    """Return the shards of both splits: the file of each, and the images that it contains."""
     plans = {}
     for split, source, num_views in (("train", data.train, augmentations), ("val", data.val, 1)):
         if source is None:
@@ -227,7 +227,7 @@ def finish_if_complete(store: ResumableStore, plans: Collection[Path], identity:
     # A generator keeps one shard mapped at a time; the system limits the number of maps.
     num_images = {split: sum(map(len, open_split(store.folder / split))) for split in SPLITS}
     if not num_images["train"]:
-        raise ValueError(f"the source of {store.folder} must hold a usable image, got none")
+        raise ValueError(f"the source of {store.folder} must contain a usable image, got none")
     dtype = first_record_dtype(open_split(store.folder / "train"))
     assert dtype is not None
     results = {

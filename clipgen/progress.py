@@ -15,7 +15,7 @@ class ProgressLog:
     Args:
         name: description of the work.
         total: amount of work; None if it is unknown.
-        unit: what is counted: ``"images"``, or ``"steps"`` of a training.
+        unit: unit of the work: ``"images"``, or ``"steps"`` of training.
         first: amount that an earlier process has done.
         interval: seconds between two lines.
     """

@@ -40,7 +40,7 @@ def sample_from_logits(logits: Tensor, uniforms: Tensor, params: SamplingParams)
     return candidates.gather(-1, choice.minimum(last_kept))[:, 0]
 
 
-def sampler(logits_fn: LogitsFn, uniforms: Tensor, params: SamplingParams) -> SampleFn:
+def make_sample_fn(logits_fn: LogitsFn, uniforms: Tensor, params: SamplingParams) -> SampleFn:
     """Return the function that samples the index at a position from its logits.
 
     Args:
@@ -119,7 +119,12 @@ def per_sample_uniforms(seeds: Sequence[int], length: int, device: torch.device 
 
 
 def per_sample_seeds(seed: int | Sequence[int] | None, batch_size: int) -> list[int]:
-    """Return one seed per sample: ``seed``, ``seed + 1``, ...; the given seeds; or (None) a random first one."""
+    """Return one seed per sample: ``seed``, ``seed + 1``, ...; the given seeds; or (None) a random first one.
+
+    Raises:
+        TypeError: the seed is not a whole number, a list of them, or None.
+        ValueError: the number of seeds is not the batch size, or a seed is not in [0, 2**63).
+    """
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     if not isinstance(seed, (Integral, Iterable)):

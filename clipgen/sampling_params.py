@@ -49,7 +49,7 @@ class SamplingParams:
 
     @property
     def uses_guidance(self) -> bool:
-        """True if the logits without condition are needed, too."""
+        """Whether the logits without condition are also needed."""
         return self.guidance_scale != 1
 
     def guidance_scales(self, length: int) -> list[float]:
@@ -71,7 +71,7 @@ def resolve_params(params: SamplingParams | None, overrides: Mapping[str, Any]) 
     """Return sampling parameters, with some replaced by name.
 
     Args:
-        params: the parameters; None stands for the defaults.
+        params: the parameters; None uses the defaults.
         overrides: fields of ``SamplingParams`` and their values.
 
     Raises:

@@ -15,32 +15,32 @@ from clipgen.storage.files import read_json, write_json
 from clipgen.vqgan import OPTIONAL_PARTS, VQGAN
 
 
-def bind(transformer: Path, vqgan: Path) -> None:
+def record_tokenizer(transformer: Path, vqgan: Path) -> None:
     """Record in the folder of a transformer which tokenizer its indices belong to."""
     config = read_json(transformer / "config.json")
     write_json(transformer / "config.json", config | {"vqgan": saved_identity(vqgan)})
 
 
-def check_bound(transformer: Path, vqgan: VQGAN) -> None:
+def check_tokenizer(transformer: Path, vqgan: VQGAN) -> None:
     """Raise ValueError if a transformer was trained with another tokenizer."""
     if not (transformer / "config.json").is_file():  # a checkpoint
         return
     bound = read_json(transformer / "config.json").get("vqgan")
     if bound is not None and bound != vqgan_identity(vqgan):
         raise ValueError(
-            f"{transformer} was trained with another tokenizer than the one beside it: the folders were mixed up, "
+            f"{transformer} was trained with another tokenizer than the one next to it: the folders were mixed up, "
             "or a save was interrupted; save or copy the whole pipeline again"
         )
 
 
 def vqgan_identity(vqgan: VQGAN) -> str:
-    """Return a hash of all that determines a tokenizer's indices, the same for every file that holds it."""
+    """Return a hash of all that determines a tokenizer's indices, the same for every file that contains it."""
     return identity(vqgan.hparams, vqgan.active_model.state_dict())
 
 
 def saved_identity(path: str | Path) -> str:
     """Return the ``vqgan_identity`` of a file or folder, without building the network."""
-    arguments, state = model_folder.load(path, "VQGAN")
+    arguments, state = model_folder.load_arguments_and_state(path, "VQGAN")
     prefix = ""
     for candidate in ("autoencoder.", "ema.module."):  # the EMA weights take precedence
         if any(name.startswith(candidate) for name in state):

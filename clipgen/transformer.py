@@ -17,6 +17,7 @@ from clipgen import sampling
 from clipgen.checkpoint import gpt2, hfailab, model_folder
 from clipgen.checkpoint.pretrained import PretrainedModule
 from clipgen.checkpoint.safe_load import strip_prefix
+from clipgen.checkpoint.verified_build import build_verified, named_load_errors
 from clipgen.data.samplers import num_real_samples
 from clipgen.hardware.device import check_compile, should_compile
 from clipgen.images import images_from_batch
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Names of the weights that are one tensor with ``tie_embeddings``; a model folder holds it once.
-HEAD = "gpt.head.weight"
+# Names of the weights that are one tensor with ``tie_embeddings``; a model folder contains it once.
+HEAD_WEIGHT = "gpt.head.weight"
 TOKEN_EMBEDDING = "gpt.transformer.wte.weight"
 
 
@@ -83,16 +84,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         self.conditioning_config = as_config(ConditioningConfig, conditioning)
         self.clip_loss_config = as_config(ClipLossConfig, clip_loss)
         self.optimizer_config = as_config(TransformerOptimizerConfig, optimizer)
-        self.save_hyperparameters(
-            {
-                **to_plain(self.gpt_config),
-                "conditioning": to_plain(self.conditioning_config),
-                "clip_loss": to_plain(self.clip_loss_config),
-                "optimizer": to_plain(self.optimizer_config),
-                "loss_reduction": loss_reduction,
-                "compile": check_compile(compile),
-            }
-        )
+        self.save_hyperparameters(self._arguments(loss_reduction, compile))
         self.num_tokens = self.gpt_config.num_tokens
         self.codebook_size = self.gpt_config.codebook_size
         self.clip_dim = self.gpt_config.clip_dim
@@ -109,10 +101,24 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         # The compiled decoders by batch size, device, dtype and weights.
         self.decoders: dict[Any, CompiledDecoder] = {}
 
+    def _arguments(self, loss_reduction: str, compile: bool | str) -> dict[str, Any]:
+        """Return the constructor's arguments as plain values, which checkpoints and model folders store."""
+        return {
+            **to_plain(self.gpt_config),
+            "conditioning": to_plain(self.conditioning_config),
+            "clip_loss": to_plain(self.clip_loss_config),
+            "optimizer": to_plain(self.optimizer_config),
+            "loss_reduction": loss_reduction,
+            "compile": check_compile(compile),
+        }
+
     def attach_encoders(self, vqgan: VQGAN, clip: Conditioner) -> ConditionalTransformer:
         """Attach and freeze the VQ-GAN and CLIP (or another ``Conditioner``) that encode training images.
 
         They are excluded from ``parameters()`` and from checkpoints.
+
+        Raises:
+            ValueError: the codebook size or the dimension of the embeddings differs from the transformer's.
         """
         for name, value, expected in (
             ("codebook_size", self.codebook_size, vqgan.codebook_size),
@@ -130,7 +136,11 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         return net
 
     def forward(self, indices: Tensor, clip_embedding: Tensor) -> Tensor:
-        """Return teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``."""
+        """Return teacher-forced logits: (B, T), (B, E) -> (B, T, K); ``logits[:, t]`` scores ``indices[:, t]``.
+
+        Raises:
+            ValueError: the indices have another shape.
+        """
         if indices.ndim != 2:
             raise ValueError(f"indices must be (B, T), in row-major order, got {tuple(indices.shape)}")
         return (self.gpt if self.training else self.eval_model)(indices, clip_embedding)
@@ -145,9 +155,9 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         uniforms: Tensor | None = None,
         prefix: Tensor | None = None,
         callback: sampling.StepCallback | None = None,
-        **settings: Any,
+        **overrides: Any,
     ) -> Tensor:
-        """Sample code indices for CLIP embeddings of images or sentences.
+        """Sample code indices for CLIP embeddings of images or texts.
 
         Args:
             clip_embedding: (B, E), unit norm.
@@ -156,13 +166,18 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
             uniforms: (B, T) uniform random numbers in [0, 1) for inverse-CDF sampling; override ``seed``.
             prefix: the first indices (B, P), which are kept as they are.
             callback: called at every step with all indices so far, (B, t).
-            settings: fields of ``SamplingParams`` by name, which override those of ``params``: temperature, top_k,
+            overrides: fields of ``SamplingParams`` by name, which override those of ``params``: temperature, top_k,
                 top_p, guidance_scale, guidance_power.
 
         Returns:
             (B, T) int64.
+
+        Raises:
+            TypeError: a name is not a field of ``SamplingParams``.
+            ValueError: a tensor has another shape, a parameter or seed is out of range, or guidance is used without a
+                null condition.
         """
-        params = resolve_params(params, settings)
+        params = resolve_params(params, overrides)
         self._check_shapes(clip_embedding, uniforms, prefix)
         condition_tokens = self._condition_tokens(clip_embedding, params)
         if uniforms is None:
@@ -261,7 +276,7 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the callback that stops a training with too many skipped steps."""
+        """Return the callback that stops training after too many skipped steps."""
         return [StopOnNonFinite(self.guard)]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -282,11 +297,15 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
 
     @property
     def has_encoders(self) -> bool:
-        """True if a VQ-GAN and a CLIP are attached."""
+        """Whether a VQ-GAN and a CLIP are attached."""
         return self._encoders is not None
 
     def encoders(self) -> tuple[VQGAN, Conditioner]:
-        """Return the attached VQ-GAN and CLIP, on this module's device."""
+        """Return the attached VQ-GAN and CLIP, on this module's device.
+
+        Raises:
+            RuntimeError: no models are attached.
+        """
         if self._encoders is None:
             raise RuntimeError(
                 "training on images needs the frozen models: call transformer.attach_encoders(vqgan, clip) first"
@@ -298,11 +317,16 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         """Return indices (B, T) and conditions (B, E) of a batch; encode its images if they are not cached."""
         if {"indices", "condition"} <= set(batch):
             return batch["indices"], batch["condition"]
-        return self.encode(images_from_batch(batch))
+        return self.encode_images(images_from_batch(batch))
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode images as indices (B, T) and CLIP embeddings (B, E)."""
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode images (B, 3, H, W) in [-1, 1] as indices (B, T) int64 and CLIP embeddings (B, E).
+
+        Raises:
+            RuntimeError: no encoders are attached.
+            ValueError: the images are not square, or have another number of indices than ``num_tokens``.
+        """
         vqgan, clip = self.encoders()
         if images.shape[-2] != images.shape[-1]:
             raise ValueError(f"images must be square, because generated images are square, got {tuple(images.shape)}")
@@ -314,7 +338,12 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         return indices, clip.encode_image(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of Eq. 10: the cross-entropy (Eq. 8), plus the weighted CLIP loss (Eq. 9)."""
+        """Return the loss of Eq. 10, a scalar: the cross-entropy (Eq. 8), plus the weighted CLIP loss (Eq. 9).
+
+        Args:
+            batch: images, or indices and conditions, see the class.
+            batch_idx: number of the batch in its epoch.
+        """
         indices, clip_embedding = self.prepare_batch(batch)
         condition = add_condition_noise(clip_embedding, self.conditioning_config.noise_cosine)
         drop = None
@@ -337,6 +366,13 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         """Return L_CLIP (Eq. 9) of the images decoded from ``logits``, on the first ``batch_fraction`` of the batch.
 
         Batches are shuffled, so the first samples are a random choice.
+
+        Args:
+            logits: (B, T, K).
+            clip_embedding: embeddings of the condition, (B, E), unit norm.
+
+        Returns:
+            A scalar.
         """
         config = self.clip_loss_config
         vqgan, clip = self.encoders()
@@ -379,21 +415,21 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
         check_weights(self.eval_model)
         state = {f"gpt.{name}": tensor for name, tensor in self.eval_model.state_dict().items()}
         if self.gpt_config.tie_embeddings:
-            del state[HEAD]  # the same tensor as the token embedding
+            del state[HEAD_WEIGHT]  # the same tensor as the token embedding
         return model_folder.save_folder(path, model_folder.model_name_of(type(self)), dict(self.hparams), state, half)
 
     @classmethod
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``model_folder.build_verified`` checks both first.
+        ``build_verified`` checks both first.
         """
-        # A model folder holds one set of weights, so no EMA is allocated for it.
+        # A model folder contains one set of weights, so no EMA is allocated for it.
         if not strip_prefix("ema.", state):
             arguments = arguments | {"optimizer": {**(arguments.get("optimizer") or {}), "ema_decay": 0.0}}
         model = cls(**arguments)
-        if model.gpt_config.tie_embeddings and HEAD not in state and TOKEN_EMBEDDING in state:
-            state = state | {HEAD: state[TOKEN_EMBEDDING]}
+        if model.gpt_config.tie_embeddings and HEAD_WEIGHT not in state and TOKEN_EMBEDDING in state:
+            state = state | {HEAD_WEIGHT: state[TOKEN_EMBEDDING]}
         model.load_state_dict(state)
         return model.eval()
 
@@ -430,6 +466,6 @@ class ConditionalTransformer(PretrainedModule, pl.LightningModule):
             n_head: number of attention heads, which cannot be inferred from the weights; None assumes a head dimension
                 of 64, as in all models of that project.
         """
-        with model_folder.named_load_errors(checkpoint, cls.__name__):
-            arguments, state = hfailab.transformer(checkpoint, n_head)
-        return model_folder.build_verified(cls, arguments, state, checkpoint)
+        with named_load_errors(checkpoint, cls.__name__):
+            arguments, state = hfailab.convert_transformer(checkpoint, n_head)
+        return build_verified(cls, arguments, state, checkpoint)

@@ -51,7 +51,7 @@ def parameter_hints(target: Callable[..., Any]) -> dict[str, Any]:
             own = get_type_hints(function)
         except Exception:  # a name that is imported for type checkers only
             own = {}
-        if "network" in own:  # `**network` stands for the fields of GPTConfig
+        if "network" in own:  # `**network` takes the fields of GPTConfig
             own |= get_type_hints(GPTConfig)
         hints = own | hints
         parameters = inspect.signature(function).parameters.values()
@@ -108,7 +108,7 @@ def is_number(value: Any, hint: type) -> bool:
 
 def is_instance(value: Any, hint: Any) -> bool:
     """Return whether a value is an instance of a class; True for types that cannot be checked at run time."""
-    if hint is Path:  # JSON and YAML hold paths as strings
+    if hint is Path:  # JSON and YAML store paths as strings
         return isinstance(value, (str, Path))
     try:
         return isinstance(value, hint)
@@ -118,7 +118,8 @@ def is_instance(value: Any, hint: Any) -> bool:
 
 def type_in_words(hint: Any) -> str:
     """Return a type in words: ``int or null``, ``list of int``."""
-    origin, arguments = get_origin(hint), get_args(hint)
+    origin = get_origin(hint)
+    arguments = get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(type_in_words(choice) for choice in arguments)
     if origin is Literal:

@@ -18,7 +18,7 @@ MAX_CAPTION_LENGTH = 500  # characters
 GAP = 6  # pixels between the cells of a grid, and around it
 LINE_HEIGHT = 13  # pixels of a line of a caption
 FONT_SIZE = 11
-# matplotlib's font is wider than Pillow's.
+# The font of matplotlib is wider than Pillow's.
 UNICODE_FONT_SIZE = 10
 
 
@@ -88,7 +88,7 @@ def shorten(caption: str) -> str:
 
 
 def wrap(text: str, width: int, font: Any) -> list[str]:
-    """Break a text into lines of at most ``width`` pixels; words that are wider are broken, too."""
+    """Break a text into lines of at most ``width`` pixels; wider words are also broken."""
     lines: list[str] = []
     for word in text.split():
         # A word longer than ``width`` characters is certainly too wide, and measuring a very long word takes long.

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from clipgen.checkpoint import hfailab, model_folder, taming
 from clipgen.checkpoint.pretrained import PretrainedModule
 from clipgen.checkpoint.safe_load import add_prefix, strip_prefix
+from clipgen.checkpoint.verified_build import build_verified, named_load_errors
 from clipgen.checkpoint.vgg import load_lpips
 from clipgen.clip import FrozenCLIP
 from clipgen.data.datamodule import training_images
 from clipgen.data.samplers import num_real_samples
 from clipgen.hardware.device import check_compile, should_compile
-from clipgen.images import check_images, images_from_batch, psnr, to_bytes
+from clipgen.images import check_images, images_from_batch, psnr, rounded
 from clipgen.models import losses
 from clipgen.models.autoencoder import Autoencoder
 from clipgen.models.config import (
@@ -52,7 +53,7 @@ GENERATOR = 0
 DISCRIMINATOR = 1
 # Losses of the quantizer that Eq. 4 prints as sums over the elements of the codes.
 SUMMED_LOSSES = {"codebook_loss", "commitment_loss"}
-# Prefixes of the networks that a model folder may hold besides the tokenizer.
+# Prefixes of the networks that a model folder may contain besides the tokenizer.
 OPTIONAL_PARTS = ("discriminator.", "lpips.")
 
 
@@ -94,20 +95,10 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         self.autoencoder_config = as_config(AutoencoderConfig, autoencoder)
         self.quantizer_config = as_config(QuantizerConfig, quantizer)
         self.loss_config = as_config(LossConfig, loss)
-        self.had_clip_loss = False  # set by `from_state`, which leaves the CLIP perceptual loss out
+        self.had_clip_perceptual_loss = False  # set by `from_state`, which leaves the CLIP perceptual loss out
         self.gan_config = as_config(GANConfig, gan)
         self.optimizer_config = as_config(OptimizerConfig, optimizer)
-        self.save_hyperparameters(
-            {
-                "autoencoder": to_plain(self.autoencoder_config),
-                "quantizer": to_plain(self.quantizer_config),
-                "loss": to_plain(self.loss_config),
-                "gan": to_plain(self.gan_config),
-                "optimizer": to_plain(self.optimizer_config),
-                "compile": check_compile(compile),
-                "channels_last": channels_last,
-            }
-        )
+        self.save_hyperparameters(self._arguments(compile, channels_last))
         # Generator and discriminator have an optimizer each, which Lightning does not step automatically.
         self.automatic_optimization = False
         self.downsampling = self.autoencoder_config.downsampling
@@ -124,6 +115,18 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         # In tuples, so that the frozen networks are not part of parameters, mode or checkpoints.
         self._lpips: tuple[nn.Module, ...] = ()
         self._clip: tuple[FrozenCLIP, ...] = ()
+
+    def _arguments(self, compile: bool | str, channels_last: bool) -> dict[str, Any]:
+        """Return the constructor's arguments as plain values, which checkpoints and model folders store."""
+        return {
+            "autoencoder": to_plain(self.autoencoder_config),
+            "quantizer": to_plain(self.quantizer_config),
+            "loss": to_plain(self.loss_config),
+            "gan": to_plain(self.gan_config),
+            "optimizer": to_plain(self.optimizer_config),
+            "compile": check_compile(compile),
+            "channels_last": channels_last,
+        }
 
     def _build_discriminator(self) -> None:
         gan = self.gan_config
@@ -148,19 +151,30 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return self.active_model.quantize.codebook
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Encode images as latents before quantization, (B, D, h, w)."""
+        """Encode images as latents before quantization: (B, 3, H, W) in [-1, 1] -> (B, D, h, w).
+
+        Raises:
+            ValueError: the images have another shape or dtype, or sides that are not divisible by f.
+        """
         self._check_size(images)
         return self.active_model.encode(images)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode images as code indices, (B, h, w) int64: in row-major order the sequence s of the paper.
+        """Encode images (B, 3, H, W) in [-1, 1] as code indices (B, h, w) int64, in row-major order the paper's s.
 
         Call it in evaluation mode; in training mode it also updates the codebook (EMA and dead-code resets).
+
+        Raises:
+            ValueError: the images have another shape or dtype, or sides that are not divisible by f.
         """
         return self.active_model.quantize(self.encode_latents(images)).indices
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Decode code indices (B, h, w) to images (B, 3, h * f, w * f)."""
+        """Decode code indices (B, h, w) int64 to images (B, 3, h * f, w * f), which are not clamped.
+
+        Raises:
+            ValueError: the indices have another shape.
+        """
         if indices.ndim != 3:
             raise ValueError(f"indices must be (B, h, w), got {tuple(indices.shape)}")
         return self.decode_latents(self.active_model.quantize.indices_to_codes(indices))
@@ -170,12 +184,19 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return self.active_model.decode(z_q)
 
     def autoencode(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        """Return the reconstruction of images, and the output of the quantizer."""
+        """Return the reconstruction of images, both (B, 3, H, W), and the quantizer's output.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1], with sides divisible by f.
+
+        Raises:
+            ValueError: the images have another shape or dtype.
+        """
         self._check_size(images)
         return self.active_model(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the reconstruction of images, both (B, 3, H, W)."""
+        """Return the reconstruction of images in [-1, 1], both (B, 3, H, W), see ``autoencode``."""
         return self.autoencode(images)[0]
 
     def _check_size(self, images: Tensor) -> None:
@@ -209,7 +230,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return optimizers, schedulers
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Return the callback that stops a training with too many skipped steps."""
+        """Return the callback that stops training after too many skipped steps."""
         return [StopOnNonFinite(self.guard)]
 
     def on_fit_start(self) -> None:
@@ -219,7 +240,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             raise ValueError(f"trainer.precision must be 32-true or bf16-mixed, got {precision}{reason}")
         if self.gan_config.weight > 0 and self.discriminator is None:
             logger.warning("The checkpoint has no discriminator; training continues without the adversarial loss.")
-        if self.had_clip_loss:
+        if self.had_clip_perceptual_loss:
             logger.warning("The tokenizer was trained with a CLIP perceptual loss; training continues without it.")
         if self.loss_config.perceptual_weight > 0:
             self.lpips()  # load it now rather than in the first step
@@ -286,9 +307,8 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         logits_fake = self.discriminator(detached) if self._disc_active() else None
 
         loss_terms = self.autoencoder_loss(images, detached, quantized)
-        image_loss = sum(value for name, value in loss_terms.items() if name not in quantized.losses)
+        recon_grad = image_loss_gradient(loss_terms, detached, quantized)
         quantizer_loss = sum(loss_terms[name] for name in quantized.losses)
-        recon_grad = torch.autograd.grad(image_loss, detached)[0]  # type: ignore[arg-type]
         if logits_fake is not None and self._adversarial_loss_active():
             adv_grad, adv_terms = self._adversarial_gradient(logits_fake, detached, reconstruction, recon_grad)
             recon_grad = recon_grad + adv_grad
@@ -312,7 +332,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return strategy.block_backward_sync()
 
     def _initialize_codebook(self, images: Tensor, batch_idx: int) -> None:
-        """Initialize the codes by k-means before the first step of a training, if ``kmeans_iters`` is above 0."""
+        """Initialize the codes by k-means before the first step of training, if ``kmeans_iters`` is above 0."""
         if self.quantizer_config.kmeans_iters and self.global_step == batch_idx == 0:
             self._kmeans_init(images)
 
@@ -337,15 +357,24 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return tensors
 
     def _disc_active(self) -> bool:
-        """Return True if the discriminator is trained at this step."""
+        """Return whether the discriminator is trained at this step."""
         return self.discriminator is not None and self.global_step >= self.gan_config.start_step
 
     def _adversarial_loss_active(self) -> bool:
-        """Return True if the adversarial loss is applied to the generator at this step."""
+        """Return whether the adversarial loss is applied to the generator at this step."""
         return self.global_step >= self.gan_config.start_step + self.gan_config.disc_only_steps
 
     def autoencoder_loss(self, images: Tensor, reconstruction: Tensor, quantized: QuantizerOutput) -> dict[str, Tensor]:
-        """Return the weighted loss terms that need no discriminator; their sum is the loss (Eq. 4 and LPIPS)."""
+        """Return the weighted loss terms that need no discriminator; their sum is the loss (Eq. 4 and LPIPS).
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            reconstruction: reconstruction of the images, the same shape.
+            quantized: output of the quantizer for these images.
+
+        Returns:
+            Scalars by the names under which they are logged.
+        """
         config = self.loss_config
         terms = {"reconstruction_loss": losses.reconstruction_loss(images, reconstruction, config.reconstruction)}
         if config.perceptual_weight > 0:
@@ -439,10 +468,10 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         self.counts += code_counts(quantized.indices, self.codebook_size)
         terms = self.autoencoder_loss(images, reconstruction, quantized)
         terms["loss"] = torch.stack(list(terms.values())).sum()
-        rounded = to_bytes(reconstruction).float() / 127.5 - 1
-        terms["psnr"] = psnr(images, rounded).mean()
+        reconstruction = rounded(reconstruction)
+        terms["psnr"] = psnr(images, reconstruction).mean()
         self.averages.add(add_prefix("val/", terms), len(images))
-        return rounded
+        return reconstruction
 
     def on_validation_epoch_end(self) -> None:
         means = self.averages.compute()
@@ -458,7 +487,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
 
     @property
     def last_is_best(self) -> bool:
-        """True if the last checkpoint is exported rather than the one with the lowest validation loss.
+        """Whether the last checkpoint is exported rather than the one with the lowest validation loss.
 
         That loss has no adversarial term, so once the discriminator is trained its minimum is misleading.
         """
@@ -490,7 +519,7 @@ class VQGAN(PretrainedModule, pl.LightningModule):
     def from_state(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> Self:
         """Build the model, in evaluation mode, from its constructor's arguments and the weights of a file.
 
-        ``model_folder.build_verified`` checks both first. A discriminator that the file does not hold is not built.
+        ``build_verified`` checks both first. A discriminator that the file does not contain is not built.
         ``loss.vgg_weights`` is not taken from the file, and the CLIP perceptual loss is off: to train the model further
         with either, build a VQGAN with that setting and call ``init_from``.
         """
@@ -500,9 +529,10 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         model = cls(**without_foreign_files(without_kmeans(built)))
         model.gan_config = gan
         loss = as_config(LossConfig, arguments.get("loss"))
-        model.had_clip_loss = loss.clip_perceptual_weight > 0
+        model.had_clip_perceptual_loss = loss.clip_perceptual_weight > 0
         # A copy of the model still says how it was trained.
-        model.hparams["gan"], model.hparams["loss"] = to_plain(gan), to_plain(without_paths(loss))
+        model.hparams["gan"] = to_plain(gan)
+        model.hparams["loss"] = to_plain(without_paths(loss))
         if any(name.startswith("autoencoder.") for name in state):  # a checkpoint
             model.load_state_dict(state)
             return model.eval()
@@ -519,15 +549,15 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         Raises:
             ValueError: the file is not such a checkpoint, or its pickle refers to code.
         """
-        arguments, state = taming.vqgan(checkpoint, config)
-        return model_folder.build_verified(cls, arguments, state, checkpoint)
+        arguments, state = taming.convert_vqgan(checkpoint, config)
+        return build_verified(cls, arguments, state, checkpoint)
 
     @classmethod
     def from_hfailab(cls, checkpoint: str | Path) -> VQGAN:
         """Load ``vqgan_*.pt`` of HFAiLab/clip-gen, in evaluation mode. No code in it is executed."""
-        with model_folder.named_load_errors(checkpoint, cls.__name__):
-            arguments, state = hfailab.vqgan(checkpoint)
-        return model_folder.build_verified(cls, arguments, state, checkpoint)
+        with named_load_errors(checkpoint, cls.__name__):
+            arguments, state = hfailab.convert_vqgan(checkpoint)
+        return build_verified(cls, arguments, state, checkpoint)
 
     def load_weights_(self, state: dict[str, Tensor]) -> Self:
         """Load the weights of a model folder and switch to evaluation mode.
@@ -535,12 +565,13 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         The discriminator is removed if the folder has none.
         """
         self.load_tokenizer_(state)
-        discriminator, lpips = (strip_prefix(prefix, state) for prefix in OPTIONAL_PARTS)
+        discriminator = strip_prefix("discriminator.", state)
+        lpips = strip_prefix("lpips.", state)
         if not discriminator:
             self.discriminator = self.lecam = None
         elif self.discriminator is not None:
             self.discriminator.load_state_dict(discriminator)
-        # Some published checkpoints hold only the linear layers of LPIPS, without VGG-16.
+        # Some published checkpoints contain only the linear layers of LPIPS, without VGG-16.
         if any(name.startswith("net.") for name in lpips):
             self._lpips = (lpips_from_state(lpips),)
         return self.eval()
@@ -554,7 +585,11 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         return self
 
     def load_tokenizer_(self, state: dict[str, Tensor]) -> None:
-        """Load the weights of encoder, quantizer and decoder, also into the EMA."""
+        """Load the weights of encoder, quantizer and decoder, also into the EMA.
+
+        Raises:
+            RuntimeError: a weight is missing, unknown, or of another shape.
+        """
         state = {name: tensor for name, tensor in state.items() if not name.startswith(OPTIONAL_PARTS)}
         networks: list[Any] = [self.autoencoder] if self.ema is None else [self.autoencoder, self.ema.module]
         for network in networks:
@@ -562,6 +597,12 @@ class VQGAN(PretrainedModule, pl.LightningModule):
             differing = {*keys.missing_keys, *keys.unexpected_keys} - {"quantize.batches_since_use"}
             if differing:
                 raise RuntimeError(f"weights do not fit: {', '.join(sorted(differing))}")
+
+
+def image_loss_gradient(loss_terms: Mapping[str, Tensor], detached: Tensor, quantized: QuantizerOutput) -> Tensor:
+    """Return the gradient of the losses in image space w.r.t. the detached reconstruction, (B, 3, H, W)."""
+    image_loss = sum(value for name, value in loss_terms.items() if name not in quantized.losses)
+    return torch.autograd.grad(image_loss, detached)[0]  # type: ignore[arg-type]
 
 
 def nearest_multiples(side: int, factor: int) -> str:

@@ -14,7 +14,7 @@ from clipgen.frozen_models import copy_clip
 from clipgen.generation.default_params import save_params
 from clipgen.generation.modality_gap import PROJECTOR_FILE
 from clipgen.storage.files import user_path, write_json
-from clipgen.tokenizer_identity import bind
+from clipgen.tokenizer_identity import record_tokenizer
 
 
 def bundle(pipe: TextToImage, name: str) -> Path:
@@ -24,7 +24,7 @@ def bundle(pipe: TextToImage, name: str) -> Path:
         raise ValueError("a bundled model must have a CLIP of its own")
     pipe.vqgan.save(target / "vqgan", half=True)
     pipe.transformer.save(target / "transformer", half=True)
-    bind(target / "transformer", target / "vqgan")
+    record_tokenizer(target / "transformer", target / "vqgan")
     (target / PROJECTOR_FILE).unlink(missing_ok=True)
     if pipe.projector is not None:
         pipe.projector.save(target / PROJECTOR_FILE, half=True)

@@ -314,7 +314,7 @@ def read_taming(path: Path) -> object:
     """Read a configuration of taming-transformers."""
     from clipgen.checkpoint import taming
 
-    return taming.arguments_of(read_mapping(path))
+    return taming.convert_config(read_mapping(path))
 
 
 def make_arguments(rng: random.Random, folder: Path) -> Path:

@@ -33,7 +33,7 @@ from clipgen.evaluation.classifier import BATCH_SIZE, ImageClassifier, load_clas
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.evaluation.sources import make_generate_fn
 from clipgen.generation.file_names import underscored
-from clipgen.images import psnr, save_png, to_bytes, to_pil
+from clipgen.images import psnr, rounded, save_png, to_pil
 from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import user_path, write_json
 from clipgen.visualization import grid
@@ -70,7 +70,7 @@ def describe(classifier: ImageClassifier, images: Tensor, labels: Tensor, refere
 def reconstructions(vqgan: VQGAN, images: LabeledImages) -> Tensor:
     """Return the reconstructions of images, rounded to 8 bits: (N, 3, H, W) in [-1, 1]."""
     batches = [slice(start, start + BATCH_SIZE) for start in range(0, len(images), BATCH_SIZE)]
-    return torch.cat([to_bytes(vqgan(images.floats(batch))) for batch in batches]).float() / 127.5 - 1
+    return torch.cat([rounded(vqgan(images.floats(batch))) for batch in batches])
 
 
 def class_kept(classifier: ImageClassifier, images: Tensor, reconstructed: Tensor, labels: Tensor) -> float:
@@ -223,7 +223,7 @@ def generated_images(pipe: TextToImage, params: SamplingParams, args: argparse.N
     generate = make_generate_fn(pipe, params, args.rerank_from)
     prompts = [args.template.format(label=label) for label in labels]
     images = generate(prompts, [args.seed + i for i in range(len(prompts))])
-    return to_bytes(images).float() / 127.5 - 1  # rounded, as in a file
+    return rounded(images)
 
 
 def class_grid(images: Tensor, class_names: list[str], rows: int = 8) -> Any:

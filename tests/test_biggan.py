@@ -116,15 +116,16 @@ def test_files_converted_from_tf_hub_have_no_record_of_singular_values(tmp_path)
             lambda: {**sagan_state(), "shared.weight": torch.ones(5, 3)},
             "got StudioGAN's BigGAN, which is not",
         ),
-        (lambda: {"state": {}, "param_groups": []}, "got an optimizer's state: take the generator's file beside it"),
+        (lambda: {"state": {}, "param_groups": []}, "got an optimizer's state: take the generator's file next to it"),
         (lambda: {"itr": 3, "epoch": 1, "config": {}}, "got the counters of a training run"),
-        (lambda: {"embed.weight": torch.ones(5, 3)}, "must hold a generator, got a discriminator"),
+        (lambda: {"embed.weight": torch.ones(5, 3)}, "must contain a generator, got a discriminator"),
         (lambda: {"a": torch.ones(5, 3)}, "must be a BigGAN, got another network"),
         (lambda: {**biggan_state(), "blocks.0.0.bn1.bn.running_mean": torch.ones(1)}, "--cross_replica or --mybn"),
         (lambda: {**deep_state(), "classes.weight": torch.ones(4, 5)}, "has no place in it"),
         (lambda: {**biggan_state(), "shared.weight": torch.tensor(1.0)}, "the sizes of its BigGAN cannot be read"),
-        (lambda: {**biggan_state(), "linear.weight": torch.tensor(1.0)}, "must hold a matrix or kernel at linear"),
-        (lambda: {**deep_state(), "generator.layers.x.a": torch.ones(1)}, "holds another network"),
+        (lambda: {**biggan_state(), "linear.weight": torch.tensor(1.0)}, "must contain a matrix or kernel at linear"),
+        (lambda: {**deep_state(), "generator.layers.x.a": torch.ones(1)}, "contains another network"),
+        (lambda: {**deep_state(), "generator.layers.00.bn_0.offset": torch.ones(1)}, "contains another network"),
         (lambda: {**deep_state(), "embeddings.weight": torch.full((4, 5), torch.nan)}, "must be finite"),
     ],
 )
@@ -146,7 +147,7 @@ def test_prefix_without_a_file_is_refused(kind):
 
 
 def test_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold pytorch_model.bin or G_ema.pth, got 0 other files"):
+    with pytest.raises(FileNotFoundError, match=r"must contain pytorch_model.bin or G_ema.pth, got 0 other files"):
         load_generator(f"biggan:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_generator(f"biggan:{tmp_path / 'missing.pth'}")

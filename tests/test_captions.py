@@ -110,7 +110,7 @@ def test_coco_images_have_several_captions(tmp_path):
 def test_caption_files_are_bounded(tmp_path):
     with (tmp_path / "a.json").open("wb") as file:
         file.truncate(MAX_CAPTIONS_BYTES + 1)
-    with pytest.raises(ValueError, match="must hold at most 536870912 bytes"):
+    with pytest.raises(ValueError, match="must have at most 536870912 bytes"):
         read_captions(tmp_path / "a.json")
     with pytest.raises(ValueError, match="split must be given with a folder"):
         read_captions(tmp_path / "a.json", "train")

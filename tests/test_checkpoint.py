@@ -13,6 +13,7 @@ import torch
 from conftest import changed, weights_of
 
 from clipgen.checkpoint import model_folder
+from clipgen.checkpoint.model_folder import load_arguments_and_state
 from clipgen.pipeline import TextToImage
 from clipgen.storage import atomic_folder
 from clipgen.transformer import ConditionalTransformer
@@ -29,7 +30,7 @@ def saved(path: Path, **arguments) -> Path:
 
 
 def test_folder_round_trip(tmp_path):
-    arguments, state = model_folder.load(saved(tmp_path / "deep" / "vqgan"), "VQGAN")
+    arguments, state = load_arguments_and_state(saved(tmp_path / "deep" / "vqgan"), "VQGAN")
     assert arguments == {"ch": 32} and set(state) == set(STATE)
     assert all(torch.equal(state[name], STATE[name]) and state[name].dtype == STATE[name].dtype for name in STATE)
     assert sorted(p.name for p in (tmp_path / "deep" / "vqgan").iterdir()) == ["config.json", "model.safetensors"]
@@ -37,7 +38,7 @@ def test_folder_round_trip(tmp_path):
 
 
 def test_half_halves_floats_only(tmp_path):
-    _, state = model_folder.load(saved(tmp_path / "vqgan", half=True), "VQGAN")
+    _, state = load_arguments_and_state(saved(tmp_path / "vqgan", half=True), "VQGAN")
     assert state["weight"].dtype == torch.float32 and torch.equal(state["weight"], STATE["weight"])
     assert state["counts"].dtype == torch.int64
 
@@ -46,14 +47,14 @@ def test_shared_and_strided_memory(tmp_path):
     """Tied weights, a transposed view and a slice: safetensors takes none of them as they are."""
     full = torch.arange(12.0).view(3, 4)
     state = {"a": full, "tied": full, "transposed": full.T, "slice": full[:, 1]}
-    _, again = model_folder.load(model_folder.save_folder(tmp_path / "m", "VQGAN", {}, state), "VQGAN")
+    _, again = load_arguments_and_state(model_folder.save_folder(tmp_path / "m", "VQGAN", {}, state), "VQGAN")
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
 def test_the_folder_that_is_replaced_is_gone(tmp_path):
     path = saved(tmp_path / "vqgan")
     model_folder.save_folder(path, "VQGAN", {"ch": 64}, {"other": torch.zeros(1)})
-    arguments, state = model_folder.load(path, "VQGAN")
+    arguments, state = load_arguments_and_state(path, "VQGAN")
     assert arguments == {"ch": 64} and set(state) == {"other"}
     assert [p.name for p in tmp_path.iterdir()] == ["vqgan"]
 
@@ -91,7 +92,7 @@ def test_other_folders_are_not_replaced(tmp_path):
             saved(tmp_path / name)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == (tmp_path / "notes").read_text() == "precious"
     (tmp_path / "empty").mkdir()
-    assert model_folder.load(saved(tmp_path / "empty"), "VQGAN")[0] == {"ch": 32}
+    assert load_arguments_and_state(saved(tmp_path / "empty"), "VQGAN")[0] == {"ch": 32}
 
 
 def test_run_folders(tmp_path, tiny_vqgan, fit):
@@ -121,7 +122,7 @@ def test_a_write_that_fails_leaves_the_old_folder(tmp_path):
             model_folder.save_folder(path, "VQGAN", {"ch": 64}, large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert model_folder.load(path, "VQGAN")[0] == {"ch": 32}
+    assert load_arguments_and_state(path, "VQGAN")[0] == {"ch": 32}
     assert [p.name for p in tmp_path.iterdir()] == ["vqgan"]
 
 
@@ -144,7 +145,7 @@ def test_a_full_disk_leaves_the_old_folder(tmp_path, monkeypatch, method, existi
             model_folder.save_folder(path, "VQGAN", {"ch": 64}, STATE)
     assert [p.name for p in tmp_path.iterdir()] == (["vqgan"] if existing else [])
     if existing:
-        arguments, state = model_folder.load(path, "VQGAN")
+        arguments, state = load_arguments_and_state(path, "VQGAN")
         assert arguments == {"ch": 32} and torch.equal(state["weight"], STATE["weight"])
 
 
@@ -226,6 +227,7 @@ def test_other_peoples_checkpoints_are_named_as_such(tmp_path):
     for content in ({"state_dict": {}}, [1, 2], torch.zeros(3), {"clipgen_model": "Something"}):
         torch.save(content, tmp_path / "other.ckpt")
         with pytest.raises(
-            ValueError, match=r"other.ckpt is not a (clipgen|readable) checkpoint(, but a VQGAN is needed|: it holds a)"
+            ValueError,
+            match=r"other.ckpt is not a (clipgen|readable) checkpoint(, but a VQGAN is|: it contains a)",
         ):
             VQGAN.load(tmp_path / "other.ckpt")

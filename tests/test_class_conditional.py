@@ -131,13 +131,13 @@ def test_class_conditional_run_is_not_a_text_model(call, class_run):
     assert result.code == 1 and needed in result.stderr and result.stderr.count("\n") == 1
     for checkpoint in (class_run / "checkpoints").iterdir():
         checkpoint.unlink()
-    with pytest.raises(FileNotFoundError, match="it holds a ClassConditionalTransformer"):
+    with pytest.raises(FileNotFoundError, match="it contains a ClassConditionalTransformer"):
         TextToImage.load(class_run)
 
 
 def test_text_model_is_not_a_class_conditional_run(pipe, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no ClassConditionalTransformer checkpoint: .*; it holds a ConditionalTransformer"
+        FileNotFoundError, match=r"no ClassConditionalTransformer checkpoint: .*; it contains a ConditionalTransformer"
     ):
         ClassConditionalGenerator.load(pipe.save(tmp_path / "pipe"))
 

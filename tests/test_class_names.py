@@ -82,7 +82,7 @@ def test_large_files_are_refused(tmp_path):
     path = tmp_path / "names.txt"
     with path.open("wb") as file:
         file.truncate(MAX_NAMES_BYTES + 1)
-    with pytest.raises(ValueError, match="must hold at most"):
+    with pytest.raises(ValueError, match="must have at most"):
         read_names(path)
 
 

@@ -14,7 +14,7 @@ import train_classifier
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier, shifted
 from clipgen.evaluation.features import feature_extractor
 from clipgen.generation.file_names import underscored
-from clipgen.images import psnr, to_bytes
+from clipgen.images import psnr, rounded
 from clipgen.pipeline import TextToImage
 from clipgen.sampling_params import SamplingParams
 
@@ -170,7 +170,7 @@ def test_script_measures_reconstructions(shards, trained, tiny_vqgan, tmp_path, 
     report = json.loads((tmp_path / "report" / "recognized.json").read_text())
     images = train_classifier.load_images(sorted(shards.glob("val-*.tar")), 32).floats(slice(None))
     with torch.no_grad():
-        reconstructed = to_bytes(tiny_vqgan(images)).float() / 127.5 - 1
+        reconstructed = rounded(tiny_vqgan(images))
     row = report["rows"][f"{vqgan}: reconstructions"]
     assert row["psnr"] == pytest.approx(psnr(images, reconstructed).mean().item(), abs=1e-4)
     assert row["images"] == len(images) and 0 <= row["class_kept"] <= 1

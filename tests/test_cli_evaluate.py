@@ -157,7 +157,7 @@ def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny
     assert call(*tokenizer, "--reference", two_folders[0]).code == 0  # the same again
     for arguments, what in (((*tokenizer, "--reference", two_folders[1]), "reference"), (images, "vqgan")):
         done = call(*arguments)
-        assert done.code == 1 and f"out holds results computed with {what}=" in done.stderr, done.stderr
+        assert done.code == 1 and f"out contains results computed with {what}=" in done.stderr, done.stderr
         assert (tmp_path / "out/metrics.json").read_text() == before
 
 

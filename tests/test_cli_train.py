@@ -496,7 +496,7 @@ ERRORS = {
     "data without images": ([*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"], r"checkpoints must hold \.jpg"),
     "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a tokenizer: give vqgan=RUN"),
     "missing vqgan": ([*TRANSFORMER, *SHAPES, "vqgan=x"], "x does not exist; `clipgen-train stage=vqgan` makes"),
-    "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/pictures"], "pictures holds no such model"),
+    "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/pictures"], "pictures contains no such model"),
     "damaged vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={damaged}"], "damaged.ckpt is not a readable checkpoint"),
     "wrong vqgan folder": (
         [*TRANSFORMER, *SHAPES, "vqgan={transformer}/transformer"],

@@ -71,7 +71,7 @@ def write(path: str, content: str):
         (write("train_test_split.txt", "1 1\n2 1\n3 1\n"), "captions must be texts, got none in"),
         (write(f"text_c10/{ALBATROSS}.txt", "\n \n"), "must hold captions, got none"),
         (write(f"text_c10/{ALBATROSS}.txt", "a caf\xe9"), "must be UTF-8 text"),
-        (write(f"text_c10/{ALBATROSS}.txt", "a" * (cub.MAX_TEXT_BYTES + 1)), "must hold at most 1048576 bytes"),
+        (write(f"text_c10/{ALBATROSS}.txt", "a" * (cub.MAX_TEXT_BYTES + 1)), "must have at most 1048576 bytes"),
         (lambda folder: (folder / "train_test_split.txt").unlink(), r"split test needs train_test_split\.txt beside"),
     ],
 )

@@ -132,7 +132,7 @@ def test_losses_stay_on_the_gpu(transformer, gan, gpu):
     transformer = on_gpu(transformer).attach_encoders(on_gpu(vqgan), on_gpu(clip))
     gan = on_gpu(gan).train()
     images = torch.empty(2, 3, 32, 32, device=gpu)
-    indices, e = transformer.encode(images)
+    indices, e = transformer.encode_images(images)
     drop = torch.zeros(2, dtype=torch.bool, device=gpu)
     loss, logits = transformer.gpt(indices, add_condition_noise(e, 0.9), drop, with_loss=True)
     quantizer = gan.autoencoder.quantize

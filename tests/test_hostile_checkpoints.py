@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from test_published import CONFIG
 from transformers import GPT2Config, GPT2Model
 
-from clipgen.checkpoint import gpt2, model_folder, pickle_stubs, safe_load, taming
+from clipgen.checkpoint import gpt2, pickle_stubs, safe_load, taming
+from clipgen.checkpoint.model_folder import load_arguments_and_state
 from clipgen.checkpoint.vgg import load_lpips
 from clipgen.clip import load_open_clip
 from clipgen.evaluation.features import feature_extractor
@@ -148,7 +149,7 @@ def test_absurd_sizes_of_tamings_configuration_cost_no_memory(tmp_path, little):
 
 
 def taming_checkpoint(path: Path, wrap=lambda name: name, **beside: object) -> Path:
-    state = VQGAN(**taming.arguments_of(CONFIG)).autoencoder.state_dict()
+    state = VQGAN(**taming.convert_config(CONFIG)).autoencoder.state_dict()
     torch.save({"state_dict": {wrap(name): tensor for name, tensor in state.items()}, **beside}, path)
     return path
 
@@ -516,7 +517,7 @@ def test_hyperparameters_of_other_types_are_read(tmp_path, tiny_vqgan, kind, lay
 
 
 def test_a_file_of_several_models_is_refused(tmp_path):
-    state = VQGAN(**taming.arguments_of(CONFIG)).autoencoder.state_dict()
+    state = VQGAN(**taming.convert_config(CONFIG)).autoencoder.state_dict()
     both = {f"{prefix}.{name}": tensor for prefix in ("student", "teacher") for name, tensor in state.items()}
     torch.save({"state_dict": both}, tmp_path / "last.ckpt")
     refused(
@@ -572,7 +573,7 @@ def test_the_bundled_pipeline_still_loads_and_draws_the_same(tmp_path):
     pipe = TextToImage.load("shapes")
     again = TextToImage.load(pipe.save(tmp_path / "again"))
     assert pipe.fingerprint == again.fingerprint
-    assert model_folder.load("shapes", "VQGAN")[0]["autoencoder"]["ch"] == pipe.vqgan.autoencoder_config.ch
+    assert load_arguments_and_state("shapes", "VQGAN")[0]["autoencoder"]["ch"] == pipe.vqgan.autoencoder_config.ch
 
 
 # ------------------------------------------------------------------------------------------------- nested and repeated
@@ -596,7 +597,7 @@ def circle() -> list:
 def test_values_of_a_checkpoint_that_unfold_without_end_are_refused(tmp_path, tiny_vqgan, value):
     settings = dict(tiny_vqgan.hparams) | {"loss": value}
     torch.save({"clipgen_model": "VQGAN", "hyper_parameters": settings, "state_dict": {}}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"a\.ckpt is not a readable checkpoint: it must hold at most"):
+    with pytest.raises(ValueError, match=r"a\.ckpt is not a readable checkpoint: it must contain at most"):
         VQGAN.load(tmp_path / "a.ckpt")
 
 
@@ -839,7 +840,7 @@ def test_weights_of_the_first_versions_of_torch_are_read(tmp_path):
 
 def test_only_the_sizes_in_a_gpt2s_configuration_count(tmp_path, little, tiny_transformer):
     folder = tmp_path / "gpt2"
-    sizes = {name: getattr(tiny_transformer.gpt_config, name) for name in gpt2.SIZES}
+    sizes = {name: getattr(tiny_transformer.gpt_config, name) for name in gpt2.NETWORK_SIZES}
     GPT2Model(GPT2Config(vocab_size=16, n_positions=16, **sizes)).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"n_inner": 10**9, "add_cross_attention": True, "_attn_implementation": "evil/kernels"}

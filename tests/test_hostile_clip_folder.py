@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from clipgen.bundled import BUNDLED
 from clipgen.checkpoint import clip_folder, clip_tokenizer
 from clipgen.clip import FrozenCLIP
-from clipgen.frozen_models import ALLOW, copy_frozen, load_clip, save_frozen
+from clipgen.frozen_models import ALLOW_CLIP_VARIABLE, copy_frozen, load_clip, save_frozen
 from clipgen.storage.files import read_json, write_json
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -40,10 +40,10 @@ def no_network(monkeypatch):
 
 def change(folder: Path, part: str | None, **values) -> None:
     """Change settings of a CLIP folder."""
-    config = read_json(folder / clip_folder.CONFIG)
+    config = read_json(folder / clip_folder.CLIP_CONFIG)
     target = config["model_cfg"] if part is None else config["model_cfg"].setdefault(part, {})
     target.update(values)
-    write_json(folder / clip_folder.CONFIG, config)
+    write_json(folder / clip_folder.CLIP_CONFIG, config)
 
 
 def add_python_tokenizer(folder: Path, marker: Path, **options) -> None:
@@ -146,8 +146,8 @@ def test_a_tokenizers_settings_name_no_files(folder, tmp_path):
         ("text_cfg", {"hf_model_name": "evil/x"}, "hf_model_name of .* must be null, got 'evil/x'"),
         ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "/etc/passwd"}}, "tokenizer_kwargs of .* must be an object"),
         ("text_cfg", {"tokenizer_kwargs": {"reduction_mask": "syntax"}}, "tokenizer_kwargs of .* must be an object"),
-        ("text_cfg", {"surprise": 1}, "must not hold 'surprise'"),
-        (None, {"surprise": 1}, "must not hold 'surprise'"),
+        ("text_cfg", {"surprise": 1}, "must not contain 'surprise'"),
+        (None, {"surprise": 1}, "must not contain 'surprise'"),
         (None, {"embed_dim": "64"}, "embed_dim of .* must be a whole number"),
         (None, {"embed_dim": True}, "embed_dim of .* must be a whole number"),
         ("vision_cfg", {"pos_embed_type": "sin_cos_2d"}, "pos_embed_type of .* must be one of 'learnable'"),
@@ -169,7 +169,7 @@ def test_every_model_of_open_clip_fits_the_rules(tmp_path):
     refused = set()
     for name in open_clip.list_models():
         config = open_clip.get_model_config(name)
-        write_json(tmp_path / clip_folder.CONFIG, {"model_cfg": config})
+        write_json(tmp_path / clip_folder.CLIP_CONFIG, {"model_cfg": config})
         try:
             clip_folder.read_settings(tmp_path)
         except ValueError as error:
@@ -231,7 +231,7 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
 def test_weights_that_are_not_floating_point_are_refused(folder, kind):
     state = load_file(folder / WEIGHTS)
     save_file(state | {"visual.proj": state["visual.proj"].to(kind)}, folder / WEIGHTS)
-    with pytest.raises(ValueError, match=r"visual.proj of .* must hold floating-point numbers, got"):
+    with pytest.raises(ValueError, match=r"visual.proj of .* must contain floating-point numbers, got"):
         FrozenCLIP(str(folder))
 
 
@@ -261,10 +261,10 @@ def test_pickled_weights_are_read_without_running_them(folder, tmp_path):
     ("content", "message"),
     [
         ("{", "vocabulary.json is damaged"),
-        ("5", "vocabulary.json must hold a list of words, got 5"),
-        ("[1, 2]", "vocabulary.json must hold a list of words"),
+        ("5", "vocabulary.json must contain a list of words, got 5"),
+        ("[1, 2]", "vocabulary.json must contain a list of words"),
         ("[" * 10**5, "vocabulary.json is damaged: its values are nested too deeply"),
-        (json.dumps([str(i) for i in range(23)]), "vocabulary.json must hold at most 22 words, .* got 23"),
+        (json.dumps([str(i) for i in range(23)]), "vocabulary.json must contain at most 22 words, .* got 23"),
     ],
 )
 def test_a_vocabularys_faults_name_the_file(folder, content, message):
@@ -298,10 +298,10 @@ def test_clip_json_names_nothing_that_its_maker_chose(folder, no_network, monkey
     with pytest.raises(ValueError, match="neither in the folder nor a model and tag of open_clip") as caught:
         load_clip(root)
     assert not made and str(root / "clip.json") in str(caught.value)
-    monkeypatch.setenv(ALLOW, "something else")
-    with pytest.raises(ValueError, match=ALLOW):
+    monkeypatch.setenv(ALLOW_CLIP_VARIABLE, "something else")
+    with pytest.raises(ValueError, match=ALLOW_CLIP_VARIABLE):
         load_clip(root)
-    monkeypatch.setenv(ALLOW, name if tag is None else f"{name}:{tag}")
+    monkeypatch.setenv(ALLOW_CLIP_VARIABLE, name if tag is None else f"{name}:{tag}")
     if name != "clip":
         load_clip(root)
         assert made == [(name, tag)]
@@ -325,7 +325,7 @@ def test_models_and_tags_of_open_clip_are_allowed(tmp_path, monkeypatch, name, t
 
 def test_a_clip_of_a_local_file_travels_along(tmp_path, tiny_vqgan, monkeypatch):
     """A run's clip.json could not name the file: it would be a stranger's choice on another machine."""
-    config = read_json(BUNDLED["shapes"] / "clip" / clip_folder.CONFIG)["model_cfg"]
+    config = read_json(BUNDLED["shapes"] / "clip" / clip_folder.CLIP_CONFIG)["model_cfg"]
     config["text_cfg"]["vocab_size"] = clip_folder.BYTE_PAIRS
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)

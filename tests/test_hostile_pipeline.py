@@ -150,7 +150,7 @@ def test_a_strangers_unfinished_swap_moves_nothing_out_of_the_folder(pipe, tmp_p
     (swapping / "old").mkdir()
     for names in (["../../outside"], ["/etc/passwd"], [5], [".."]):
         write_json(swapping / "names.json", {"names": names, "entries": names})
-        with pytest.raises(ValueError, match=r"names.json must hold names without folders"):
+        with pytest.raises(ValueError, match=r"names.json must contain names without folders"):
             TextToImage.load(root)
     assert (tmp_path / "outside").is_dir() and entries(root) >= {"vqgan", "transformer", "clip.json"}
 
@@ -204,7 +204,7 @@ def test_a_tokenizer_of_another_pipeline_is_refused(pipe, other, tmp_path, half)
     assert TextToImage.load(first) and TextToImage.load(second)
     shutil.rmtree(first / "vqgan")
     shutil.copytree(second / "vqgan", first / "vqgan")
-    with pytest.raises(ValueError, match="first/transformer was trained with another tokenizer than the one beside it"):
+    with pytest.raises(ValueError, match="first/transformer was trained with another tokenizer than the one next"):
         TextToImage.load(first)
 
 
@@ -396,7 +396,7 @@ def test_json_that_is_too_deep_is_named(tmp_path, text):
 
 def test_json_of_many_small_values_is_refused_before_it_is_parsed(tmp_path):
     (tmp_path / "a.json").write_text('{"a": [' + "[]," * 3_000_000 + "0]}")
-    with pytest.raises(ValueError, match=r"a\.json is damaged: it must hold at most 4000000 values"):
+    with pytest.raises(ValueError, match=r"a\.json is damaged: it must contain at most 4000000 values"):
         read_json(tmp_path / "a.json")
 
 
@@ -405,7 +405,7 @@ def test_files_that_are_too_large_to_parse_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_YAML", 10)
     (tmp_path / "x").write_text('{"a": "long"}')
     for read in (read_json, read_yaml):
-        with pytest.raises(ValueError, match="x must hold at most 10 bytes, got 13"):
+        with pytest.raises(ValueError, match="x must have at most 10 bytes, got 13"):
             read(tmp_path / "x")
 
 
@@ -489,6 +489,6 @@ def test_training_a_loaded_tokenizer_reads_no_model_that_its_maker_named(tmp_pat
     monkeypatch.setattr(FrozenCLIP, "from_spec", lambda spec: pytest.fail(f"loads {spec}"))
     vqgan = VQGAN.load(folder)
     assert vqgan.loss_config.vgg_weights is None and vqgan.loss_config.clip_perceptual_model is None
-    assert VQGAN.load(vqgan.save(tmp_path / "copy")).had_clip_loss
+    assert VQGAN.load(vqgan.save(tmp_path / "copy")).had_clip_perceptual_loss
     fit(vqgan, 1, batch=2)
     assert "was trained with a CLIP perceptual loss; training continues without it" in caplog.text

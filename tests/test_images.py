@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipgen.images import psnr, save_png, to_pil
+from clipgen.images import from_pil, psnr, rounded, save_png, to_pil
 
 
 def solid(color: str) -> Image.Image:
@@ -21,6 +21,11 @@ def test_every_8_bit_value_survives():
     image = to_pil(levels / 127.5 - 1)[0]
     assert image.mode == "RGB" and image.size == (16, 16)
     assert np.array_equal(np.asarray(image), levels[0].permute(1, 2, 0).numpy())
+
+
+def test_rounded_images_are_those_of_a_file():
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    assert torch.equal(rounded(images), torch.cat([from_pil(image) for image in to_pil(images)]))
 
 
 def test_channels_keep_their_order_and_values_are_clamped():

@@ -219,13 +219,13 @@ def train(module: nn.Module, rank: int, world_size: int) -> dict[str, int]:
 
 def check_skipped_step(module: nn.Module, optimizer: Muon) -> None:
     """Check that a step with ``found_inf`` and NaN gradients changes no weights of this rank."""
-    before = [muon.local(p).detach().clone() for p in module.parameters()]
+    before = [muon.local_rows(p).detach().clone() for p in module.parameters()]
     optimizer.found_inf = torch.ones(())
     for parameter in module.parameters():
-        muon.local(parameter.grad).fill_(torch.nan)
+        muon.local_rows(parameter.grad).fill_(torch.nan)
     optimizer.step()
     for parameter, weight in zip(module.parameters(), before):
-        assert torch.equal(muon.local(parameter), weight)
+        assert torch.equal(muon.local_rows(parameter), weight)
 
 
 def on_two_processes(rank: int, folder: str, strategy: str) -> None:

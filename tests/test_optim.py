@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from clipgen.models.config import TransformerOptimizerConfig
-from clipgen.optim import OptimizerList, lr_lambda, make_optimizer
+from clipgen.optim import OptimizerList, has_fused_kernels, lr_lambda, make_optimizer
 
 
 def net() -> nn.Module:
@@ -150,3 +150,13 @@ def test_cosine_needs_a_finite_number_of_steps(images):
     trainer = pl.Trainer(**settings, limit_train_batches=2)
     trainer.fit(vqgan, DataLoader(Stream(images), batch_size=2))
     assert vqgan.lr_schedulers().get_last_lr() == [0.0]
+
+
+def test_optimizers_are_not_fused_if_torch_lacks_its_private_function(monkeypatch):
+    module = net()
+    assert has_fused_kernels(module.parameters())
+    monkeypatch.delattr("torch.utils._foreach_utils._get_fused_kernels_supported_devices")
+    assert not has_fused_kernels(module.parameters())
+    optimizer = make_optimizer(module, module, TransformerOptimizerConfig())
+    assert not optimizer.defaults["fused"]
+    train(module, [optimizer], steps=1)

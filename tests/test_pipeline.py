@@ -146,7 +146,7 @@ def test_generation_changes_no_gradients_or_modes(pipe):
     [
         (dict(prompt=""), "prompt must not be empty, got ''"),
         (dict(prompt=" \n"), "prompt must not be empty"),
-        (dict(prompt=[]), "prompt must hold at least one prompt, got an empty list"),
+        (dict(prompt=[]), "prompt must contain at least one prompt, got an empty list"),
         (dict(prompt=PROMPT, num_images=0), "num_images must be at least 1, got 0"),
         (dict(prompt=PROMPT, num_images=4, rerank_from=3), r"rerank_from must be at least num_images \(4\), got 3"),
         (dict(prompt=PROMPT, rerank_from=0), "rerank_from must be at least"),
@@ -237,7 +237,7 @@ def test_missing_parts_are_named(tmp_path, pipe):
     with pytest.raises(FileNotFoundError, match="clipgen-train stage=transformer"):
         TextToImage.load(tmp_path / "none")
     pipe.vqgan.save(tmp_path / "run" / "vqgan")
-    with pytest.raises(FileNotFoundError, match="it holds a VQGAN"):
+    with pytest.raises(FileNotFoundError, match="it contains a VQGAN"):
         TextToImage.load(tmp_path / "run")
     pipe.transformer.save(tmp_path / "run" / "transformer")
     with pytest.raises(FileNotFoundError, match=r"no clip.json in .*run"):

@@ -296,7 +296,7 @@ def test_wrong_input_types_raise(pipe, tiny_transformer, tiny_vqgan, images):
         (lambda: tiny_transformer.sample(e[:0]), r"clip_embedding must be \(B, 64\), got \(0, 64\)"),
         (lambda: tiny_transformer.sample(e, prefix=indices[:1]), r"prefix must be \(2, P\) with P at most 16"),
         (lambda: tiny_transformer.sample(e, uniforms=torch.rand(2, 3)), r"uniforms must be \(2, 16\), got \(2, 3\)"),
-        (lambda: pipe.transformer.encode(torch.zeros(1, 3, 16, 64)), "images must be square"),
+        (lambda: pipe.transformer.encode_images(torch.zeros(1, 3, 16, 64)), "images must be square"),
         (lambda: pipe.interpolate("", "a red star"), "prompt must not be empty"),
         (
             lambda: measure_batch(lambda *_: {}, (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), []), lambda n: None),

@@ -108,7 +108,7 @@ def checkpoint_of(vqgan: VQGAN, path: Path, **others: object) -> Path:
 def test_any_ddconfig(tmp_path, images, change):
     params = CONFIG["model"]["params"]
     config = {"model": CONFIG["model"] | {"params": params | {"ddconfig": params["ddconfig"] | change}}}
-    theirs = VQGAN(**taming.arguments_of(config)).eval()
+    theirs = VQGAN(**taming.convert_config(config)).eval()
     ours = VQGAN.from_taming(checkpoint_of(theirs, tmp_path / "last.ckpt"), config)
     assert ours.downsampling == 4 and len(ours.autoencoder.encoder.down[0].attn) == 2
     assert [name for name in ours.state_dict() if "sample" in name] == [] or not change
@@ -120,7 +120,7 @@ def test_any_ddconfig(tmp_path, images, change):
 def test_a_ddconfig_may_leave_out_what_taming_has_a_value_for():
     params = CONFIG["model"]["params"]
     net = {name: value for name, value in params["ddconfig"].items() if name not in ("ch_mult", "dropout")}
-    arguments = taming.arguments_of({"model": CONFIG["model"] | {"params": params | {"ddconfig": net}}})
+    arguments = taming.convert_config({"model": CONFIG["model"] | {"params": params | {"ddconfig": net}}})
     assert (
         arguments["autoencoder"]["ch_mult"],
         arguments["autoencoder"]["dropout"],
@@ -142,7 +142,7 @@ def test_lpips_of_the_file_is_used(tmp_path, images, fit):
     lpips = _LPIPS(net="vgg", pnet_rand=True).eval()
     theirs = {f"loss.perceptual_loss.{k}": v for k, v in lpips.state_dict().items() if not k.startswith("lins")}
     theirs |= {"loss.perceptual_loss.scaling_layer.shift": torch.zeros(1, 3, 1, 1)}
-    path = checkpoint_of(VQGAN(**taming.arguments_of(CONFIG)), tmp_path / "last.ckpt", **theirs)
+    path = checkpoint_of(VQGAN(**taming.convert_config(CONFIG)), tmp_path / "last.ckpt", **theirs)
     vqgan = VQGAN.from_taming(path, CONFIG)
     loaded_lpips = vqgan._lpips[0]
     assert not loaded_lpips.training and not any(p.requires_grad for p in loaded_lpips.parameters())
@@ -214,11 +214,11 @@ def test_lightnings_old_callbacks_are_named_and_not_run(tmp_path):
 )
 def test_other_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        taming.arguments_of({"model": CONFIG["model"] | change})
+        taming.convert_config({"model": CONFIG["model"] | change})
 
 
 def test_clear_errors(tmp_path, tiny_vqgan):
-    good = checkpoint_of(VQGAN(**taming.arguments_of(CONFIG)), tmp_path / "good.ckpt")
+    good = checkpoint_of(VQGAN(**taming.convert_config(CONFIG)), tmp_path / "good.ckpt")
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.ckpt")
     torch.save([1], tmp_path / "list.ckpt")
     (tmp_path / "cut.ckpt").write_bytes(good.read_bytes()[:5000])
@@ -227,11 +227,11 @@ def test_clear_errors(tmp_path, tiny_vqgan):
     for name, config, message in (
         ("none.ckpt", CONFIG, "no checkpoint .*none.ckpt"),
         ("other.ckpt", CONFIG, "other.ckpt is not a checkpoint of taming-transformers"),
-        ("list.ckpt", CONFIG, "it holds a list"),
+        ("list.ckpt", CONFIG, "it contains a list"),
         ("cut.ckpt", CONFIG, "cut.ckpt is not a readable checkpoint"),
         ("good.ckpt", tmp_path / "none.yaml", "none.yaml"),
         ("good.ckpt", tmp_path / "bad.yaml", "bad.yaml is damaged"),
-        ("good.ckpt", tmp_path / "list.yaml", "list.yaml must hold a mapping"),
+        ("good.ckpt", tmp_path / "list.yaml", "list.yaml must contain a mapping"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             VQGAN.from_taming(tmp_path / name, config)

@@ -25,11 +25,11 @@ def parts_of(store: ResumableStore) -> dict[Path, str]:
 def test_another_identity_is_refused_and_the_difference_is_named(store):
     store.open({"model": "first", "size": 3})
     store.open({"model": "first", "size": 3})
-    with pytest.raises(ValueError, match="holds results computed with model=first, not second; choose another output"):
+    with pytest.raises(ValueError, match="contains results computed with model=first, not second; choose another"):
         store.open({"model": "second", "size": 3})
-    with pytest.raises(ValueError, match="holds results computed with seed=None, not 7"):
+    with pytest.raises(ValueError, match="contains results computed with seed=None, not 7"):
         store.open({"model": "first", "size": 3, "seed": 7})
-    with pytest.raises(ValueError, match="holds results computed with size=3, not None"):
+    with pytest.raises(ValueError, match="contains results computed with size=3, not None"):
         store.open({"model": "first"})
 
 

@@ -76,7 +76,7 @@ def test_lock_on_another_machine_is_respected_while_it_is_updated(tmp_path, monk
     (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "process_table": "elsewhere", "host": "far", "since": "now"}))
     done = threading.Event()
     monkeypatch.setattr(run_lock, "HEARTBEAT", 0.05)
-    thread = threading.Thread(target=run_lock.renew, args=(tmp_path / LOCK, done))
+    thread = threading.Thread(target=run_lock.renew_lock, args=(tmp_path / LOCK, done))
     if lives:
         thread.start()
         with pytest.raises(FileExistsError, match="process 1 on far since now"), hold_lock(tmp_path):

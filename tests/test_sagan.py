@@ -82,14 +82,17 @@ def test_truncation_cuts_the_noise(tmp_path):
     [
         (biggan_state, r"must be a SAGAN, got a BigGAN: name it biggan:"),
         (lambda: {**sagan_state(), "shared.weight": torch.ones(5, 3)}, "got its BigGAN, which is not supported"),
-        (lambda: {"state": {}, "param_groups": []}, "must hold a generator, got an optimizer's state"),
-        (lambda: {"linear1.weight_orig": torch.ones(1, 3)}, "must hold a generator, got a discriminator"),
+        (lambda: {"state": {}, "param_groups": []}, "must contain a generator, got an optimizer's state"),
+        (lambda: {"linear1.weight_orig": torch.ones(1, 3)}, "must contain a generator, got a discriminator"),
         (
             lambda: {**sagan_state(), "linear0.weight_orig": torch.tensor(1.0)},
-            "must hold a matrix or kernel at linear0",
+            "must contain a matrix or kernel at linear0",
         ),
         (lambda: {**sagan_state(), "blocks.x": torch.ones(1)}, "1 of its tensors have no place, such as 'blocks.x'"),
-        (lambda: {**sagan_state(), "linear0.weight": torch.ones(1)}, "must hold linear0.weight or linear0.weight_orig"),
+        (
+            lambda: {**sagan_state(), "linear0.weight": torch.ones(1)},
+            "must contain linear0.weight or linear0.weight_orig",
+        ),
         (lambda: {"mapping.fc0.weight": torch.ones(1, 3)}, "must be StudioGAN's SAGAN, got another model"),
     ],
 )

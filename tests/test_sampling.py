@@ -13,11 +13,11 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.sampling import (
+    make_sample_fn,
     per_sample_seeds,
     per_sample_uniforms,
     sample_from_logits,
     sample_sequence,
-    sampler,
     with_cfg,
 )
 from clipgen.sampling_params import SamplingParams, resolve_params
@@ -141,7 +141,7 @@ def test_sampled_indices_are_fed_back():
         following = torch.full((2,), 3) if previous is None else (previous + 1) % 5
         return torch.nn.functional.one_hot(following, 5).float() * 1e3
 
-    indices = sample_sequence(sampler(logits_fn, torch.rand(2, 4), SamplingParams()), (2, 4))
+    indices = sample_sequence(make_sample_fn(logits_fn, torch.rand(2, 4), SamplingParams()), (2, 4))
     assert indices.tolist() == [[3, 4, 0, 1]] * 2 and indices.dtype == torch.int64
     assert calls == [(0, None), (1, [3, 3]), (2, [4, 4]), (3, [0, 0])]
 
@@ -149,7 +149,7 @@ def test_sampled_indices_are_fed_back():
 def test_each_uniform_is_used_once():
     """With equal logits of 4 codes, a uniform determines the index."""
     uniforms = torch.tensor([[0.1, 0.3, 0.6], [0.5, 0.0, 0.99]])
-    sample_fn = sampler(lambda position, previous: torch.zeros(2, 4), uniforms, SamplingParams())
+    sample_fn = make_sample_fn(lambda position, previous: torch.zeros(2, 4), uniforms, SamplingParams())
     indices = sample_sequence(sample_fn, uniforms.shape)
     order = torch.zeros(1, 4).topk(4).indices[0]
     assert torch.equal(indices, order[(uniforms * 4).long()])

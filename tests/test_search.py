@@ -53,7 +53,7 @@ def test_template_of_the_labels(shapes_clip, caplog):
     assert torch.equal(labels, shapes_clip.encode_text([name])) and not caplog.records  # no word but those it knows
     other = search.encode_labels(shapes_clip, ["red star"], "a small {label} on a black background")
     assert torch.equal(labels, other)
-    with pytest.raises(ValueError, match=r"template must hold \{label\}, got 'a star'"):
+    with pytest.raises(ValueError, match=r"template must contain \{label\}, got 'a star'"):
         search.encode_labels(shapes_clip, [name], "a star")
     asked = []
     clip = ToyCLIP()

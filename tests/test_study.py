@@ -148,7 +148,7 @@ def test_a_folder_holds_results_of_one_setting(tmp_path):
     parse = study_script.parser().parse_args
     study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "5"]))
     study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "5", "--seeds", "7"]))
-    with pytest.raises(SystemExit, match="holds results computed with steps=5, not 6; choose another output folder"):
+    with pytest.raises(SystemExit, match="contains results computed with steps=5, not 6; choose another output folder"):
         study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "6"]))
 
 

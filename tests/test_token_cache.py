@@ -243,11 +243,11 @@ def test_leftovers_of_interrupted_processes_are_removed(encode, cache, tmp_path)
 
 def test_cache_of_other_settings_or_models_is_not_extended(encode, cache, data, shapes_clip):
     with pytest.raises(
-        ValueError, match="holds results computed with shard_size=16, not 20; choose another output folder"
+        ValueError, match="contains results computed with shard_size=16, not 20; choose another output folder"
     ):
         encode(cache, shard_size=20)
     torch.manual_seed(5)
-    with pytest.raises(ValueError, match="holds results computed with vqgan="):
+    with pytest.raises(ValueError, match="contains results computed with vqgan="):
         precompute.encode(cache, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
 
 
@@ -256,7 +256,7 @@ def test_models_of_a_run_are_not_replaced_by_those_of_a_cache(encode, tiny_vqgan
     tiny_vqgan.save(tmp_path / "run" / "vqgan")
     (tmp_path / "run" / name).mkdir()
     before = contents(tmp_path / "run")
-    with pytest.raises(FileExistsError, match=f"output must not hold a model, got .*run with {name}/"):
+    with pytest.raises(FileExistsError, match=f"output must not contain a model, got .*run with {name}/"):
         encode(tmp_path / "run")
     assert contents(tmp_path / "run") == before
 
@@ -453,7 +453,7 @@ def test_changed_source_is_refused(call, tiny_vqgan, tmp_path):
     assert call("clipgen-encode", *arguments, "output=cache").code == 0
     shutil.copy(tmp_path / "images/3.png", tmp_path / "images/00.png")
     result = call("clipgen-encode", *arguments, "output=cache")
-    assert result.code == 1 and "cache holds results computed with files=" in result.stderr
+    assert result.code == 1 and "cache contains results computed with files=" in result.stderr
 
 
 def test_missing_cache_is_named(call):

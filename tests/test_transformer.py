@@ -52,7 +52,7 @@ def test_default_is_the_papers_coco_model():
 def test_transformer_memorizes_images(tiny_vqgan, shapes_clip, images):
     """The embedding identifies each of eight images, so the cross-entropy falls from about ln K towards 0."""
     transformer = model(learning_rate=1e-2, cond_drop_prob=0.0).attach_encoders(tiny_vqgan, shapes_clip)
-    indices, e = transformer.encode(images)
+    indices, e = transformer.encode_images(images)
 
     def cross_entropy() -> float:
         return F.cross_entropy(transformer(indices, e).flatten(0, 1), indices.flatten()).item()
@@ -102,7 +102,7 @@ def test_loss_is_equations_8_to_10(tiny_vqgan, shapes_clip, images):
 
 def test_clip_loss_has_gradients_only_for_the_transformer(tiny_vqgan, shapes_clip, images):
     transformer = model(cond_drop_prob=0.0).attach_encoders(tiny_vqgan, shapes_clip)
-    indices, e = transformer.encode(images)
+    indices, e = transformer.encode_images(images)
     transformer.clip_loss(transformer(indices, e), e).backward()
     for name, parameter in transformer.named_parameters():
         assert torch.isfinite(parameter.grad).all() and parameter.grad.abs().sum() > 0, name
@@ -163,7 +163,7 @@ def test_encoders_that_do_not_fit_are_refused(tiny_vqgan, shapes_clip, images):
     with pytest.raises(ValueError, match="clip_dim must be 64, as in the frozen models, got 32"):
         model(clip_dim=32).attach_encoders(tiny_vqgan, shapes_clip)
     with pytest.raises(ValueError, match=r"num_tokens must be 16 for images of \(32, 32\), got 9"):
-        model(num_tokens=9).attach_encoders(tiny_vqgan, shapes_clip).encode(images)
+        model(num_tokens=9).attach_encoders(tiny_vqgan, shapes_clip).encode_images(images)
     with pytest.raises(RuntimeError, match=r"call transformer.attach_encoders\(vqgan, clip\) first"):
         model().training_step({"images": images}, 0)
 

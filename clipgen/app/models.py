@@ -12,7 +12,7 @@ from clipgen.app.limits import MAX_MODELS
 from clipgen.bundled import BUNDLED, DEFAULT
 from clipgen.generation import default_params
 from clipgen.hardware.device import default_device
-from clipgen.run_list import OUTPUTS, Run, find_runs, is_class_conditional
+from clipgen.runs import OUTPUTS, Run, find_runs, is_class_conditional
 from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

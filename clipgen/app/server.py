@@ -15,7 +15,7 @@ from typing import Any
 from clipgen.app.limits import MAX_QUEUE_LENGTH, MAX_SESSIONS, MAX_UPLOAD_BYTES
 from clipgen.app.models import ModelStore
 from clipgen.hardware.environment import environment_variable
-from clipgen.run_list import OUTPUTS
+from clipgen.runs import OUTPUTS
 
 logger = logging.getLogger(__name__)
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")

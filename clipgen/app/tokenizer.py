@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
-from clipgen.images import from_pil, psnr, to_bytes, to_pil
+from clipgen.images import from_pil, psnr, rounded, to_pil
 from clipgen.visualization import code_grid
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def tokenize(vqgan: VQGAN, image: Image.Image, image_size: int) -> Tokenization:
     """
     images = from_pil(image, image_size).to(vqgan.device)
     indices = vqgan.encode(images)
-    # Measured as an image file holds it, as in training.
-    reconstruction = to_bytes(vqgan.decode(indices)).float() / 127.5 - 1
+    # Measured as an image file stores it, as in training.
+    reconstruction = rounded(vqgan.decode(indices))
     return Tokenization(
         original=to_pil(images)[0],
         codes=code_grid(indices[0], vqgan.codebook),

@@ -2,7 +2,7 @@
 
 Two layouts are read, and recognized by their keys: BigGAN-deep of Hugging Face's pytorch-pretrained-biggan, and BigGAN
 of ajbrock's BigGAN-PyTorch. Sizes are read from the state dict. The epsilons, and which blocks of BigGAN-deep double
-the resolution, are taken from ``config.json`` beside the file if there is one, else they are those of the published
+the resolution, are taken from ``config.json`` next to the file if there is one, else they are those of the published
 files.
 """
 
@@ -19,22 +19,22 @@ from torch import Tensor, nn
 
 from clipgen.baselines.gan_layers import FixedBatchNorm, ResidualBlock, SelfAttention, affine, upsample
 from clipgen.baselines.gan_weights import (
-    State,
     fold_power_iteration,
     fold_spectral_norms,
     load_completely,
+    number_blocks,
     read_generator_state,
     rename,
+    squeeze_gamma,
 )
+from clipgen.checkpoint.safe_load import State
 from clipgen.storage.files import read_json
-
-__all__ = ["BigGAN", "BigGANDeep", "load_biggan"]
 
 DEEP_EPS = 1e-4
 NORM_EPS = 1e-5  # ajbrock's value for batch norms
 SPECTRAL_EPS = 1e-6
 CONVERTED_EPS = 1e-4  # both, in the files converted from TF Hub, which have no sv0
-FILES = ("pytorch_model.bin", "G_ema.pth")
+GENERATOR_FILES = ("pytorch_model.bin", "G_ema.pth")
 DEEP_NAMES = (
     (r"^embeddings\.", "classes."),
     (r"^generator\.gen_z\.", "first."),
@@ -49,7 +49,7 @@ DEEP_NAMES = (
     (r"\.snconv1x1_o_conv\.", ".o."),
     (r"\.snconv1x1_", "."),
 )
-NAMES = (
+AJBROCK_NAMES = (
     (r"^shared\.", "classes."),
     (r"^linear\.", "first."),
     (r"^blocks\.(\d+)\.0\.", r"blocks.\1."),
@@ -134,7 +134,8 @@ class DeepFixedNorm(StatisticsTable):
 
     def __init__(self, rows: int, channels: int, eps: float):
         super().__init__(rows, channels)
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
     def forward(self, x: Tensor, truncation: float) -> Tensor:
@@ -163,18 +164,19 @@ class DeepBlock(nn.Module):
         self.convs = nn.ModuleList()
         for a, b, kernel in zip(inputs, outputs, (1, 3, 3, 1)):
             self.convs.append(nn.Conv2d(a, b, kernel, padding=kernel // 2))
-        self.channels_out, self.doubles = channels_out, doubles
+        self.channels_out = channels_out
+        self.doubles = doubles
 
     def forward(self, x: Tensor, condition: Tensor, truncation: float) -> Tensor:
         """Apply the block: (B, C, H, W), (B, D) -> (B, C', H, W), or (B, C', 2H, 2W) if it doubles."""
-        h = x
+        hidden = x
         for i, (norm, conv) in enumerate(zip(self.norms, self.convs)):
-            h = norm(h, condition, truncation).relu()
+            hidden = norm(hidden, condition, truncation).relu()
             if i == 1 and self.doubles:
-                h = upsample(h)
-            h = conv(h)
+                hidden = upsample(hidden)
+            hidden = conv(hidden)
         shortcut = x[:, : self.channels_out]
-        return h + (upsample(shortcut) if self.doubles else shortcut)
+        return hidden + (upsample(shortcut) if self.doubles else shortcut)
 
 
 class BigGANDeep(nn.Module):
@@ -185,7 +187,7 @@ class BigGANDeep(nn.Module):
         num_classes: classes.
         channels: channels of the first map and after each block.
         doubles: for each block, whether it doubles the resolution.
-        attention_before: blocks before which self-attention stands, counted from 0.
+        attention_before: blocks that self-attention precedes, counted from 0.
         rgb_channels: output channels of the last convolution, of which three are used.
         rows: number of truncations of the statistics.
         eps: epsilon of the norms.
@@ -203,8 +205,10 @@ class BigGANDeep(nn.Module):
         eps: float = DEEP_EPS,
     ):
         super().__init__()
-        self.noise_dim, self.num_classes = noise_dim, num_classes
-        self.num_layers, self.layer_noise_dim = len(doubles) + 1, noise_dim
+        self.noise_dim = noise_dim
+        self.num_classes = num_classes
+        self.num_layers = len(doubles) + 1
+        self.layer_noise_dim = noise_dim
         self.classes = nn.Linear(num_classes, noise_dim, bias=False)
         self.first = nn.Linear(2 * noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
@@ -218,7 +222,7 @@ class BigGANDeep(nn.Module):
         """Generate images: (B, noise_dim), (B,) -> (B, 3, H, W) in [-1, 1].
 
         Args:
-            truncation: whose statistics the norms use, in (0, 1]; the noise is used as it is.
+            truncation: truncation whose statistics the norms use, in (0, 1]; the noise is used as it is.
         """
         one_hot = F.one_hot(class_indices.long(), self.num_classes).to(noise)
         layers = (len(noise), self.num_layers, -1)
@@ -230,7 +234,7 @@ class BigGANDeep(nn.Module):
         Args:
             noise: (B, num_layers, noise_dim).
             class_weights: (B, num_layers, num_classes).
-            truncation: whose statistics the norms use, in (0, 1].
+            truncation: truncation whose statistics the norms use, in (0, 1].
 
         Returns:
             (B, 3, H, W) in [-1, 1].
@@ -270,8 +274,10 @@ class BigGAN(nn.Module):
         eps: float = NORM_EPS,
     ):
         super().__init__()
-        self.noise_dim, self.num_classes = noise_dim, num_classes
-        self.num_layers, self.layer_noise_dim = len(channels), noise_dim // len(channels)
+        self.noise_dim = noise_dim
+        self.num_classes = num_classes
+        self.num_layers = len(channels)
+        self.layer_noise_dim = noise_dim // len(channels)
         self.classes = nn.Embedding(num_classes, class_dim)
         self.first = nn.Linear(self.layer_noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
@@ -314,11 +320,11 @@ class BigGAN(nn.Module):
 
 
 def load_biggan(path: str | Path) -> BigGAN | BigGANDeep:
-    """Load a BigGAN from its file, or from the folder that holds it.
+    """Load a BigGAN from its file, or from the folder that contains it.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it holds something else, or not all of the network.
+        ValueError: it contains something else, or not all of the network.
     """
     file = find_file(Path(path).expanduser())
     state = read_generator_state(file)
@@ -331,20 +337,22 @@ def load_biggan(path: str | Path) -> BigGAN | BigGANDeep:
 
 
 def find_file(path: Path) -> Path:
-    """Return the generator's file of a folder: a published name, or the only one that holds weights."""
+    """Return the generator's file of a folder: a published name, or the only one that contains weights."""
     if not path.is_dir():
         return path
-    for name in FILES:
+    for name in GENERATOR_FILES:
         if (path / name).is_file():
             return path / name
     files = sorted(file for file in path.iterdir() if file.suffix in (".bin", ".pth", ".pt"))
     if len(files) == 1:
         return files[0]
-    raise FileNotFoundError(f"{path} must hold {' or '.join(FILES)}, got {len(files)} other files of weights: name one")
+    raise FileNotFoundError(
+        f"{path} must contain {' or '.join(GENERATOR_FILES)}, got {len(files)} other files of weights: name one"
+    )
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Return ``config.json`` beside a file; empty if there is none."""
+    """Return ``config.json`` next to a file; empty if there is none."""
     config = file.with_name("config.json")
     return read_json(config) if config.is_file() else {}
 
@@ -360,7 +368,7 @@ def describe_other_model(state: State, file: Path) -> str:
 
 def load_deep(state: State, config: dict[str, Any], file: Path) -> BigGANDeep:
     """Build BigGAN-deep from Hugging Face's layout."""
-    folded = number_layers(rename(fold_spectral_norms(state, file), DEEP_NAMES, file))
+    folded = number_blocks(rename(fold_spectral_norms(state, file), DEEP_NAMES, file), r"layers\.(NUMBER)\.(.+)", 0)
     try:
         noise_dim, num_classes = folded["classes.weight"].shape
         rows = len(folded["norm.means"])
@@ -379,41 +387,16 @@ def load_deep(state: State, config: dict[str, Any], file: Path) -> BigGANDeep:
     return model
 
 
-def number_layers(state: State) -> State:
-    """Name ``layers.8.gamma`` as attention before block 8, and the blocks behind it by their own number."""
-    indices = {int(name.split(".")[1]) for name in state if name.startswith("layers.") and name.split(".")[1].isdigit()}
-    places = {}
-    blocks = 0
-    for index in sorted(indices):
-        if f"layers.{index}.gamma" in state:
-            places[str(index)] = f"attention.{blocks}."
-        else:
-            places[str(index)] = f"blocks.{blocks}."
-            blocks += 1
-    renamed = {}
-    for name, tensor in state.items():
-        parts = name.split(".", 2)
-        if parts[0] == "layers" and len(parts) == 3 and parts[1] in places:
-            name = places[parts[1]] + parts[2]
-        renamed[name] = squeeze_gamma(name, tensor)
-    return renamed
-
-
-def squeeze_gamma(name: str, tensor: Tensor) -> Tensor:
-    """Return the gain of an attention without dimensions."""
-    return tensor.reshape(()) if name.endswith(".gamma") and tensor.numel() == 1 else tensor
-
-
 def attention_of(state: State, blocks: int, file: Path) -> list[int]:
     """Return the block numbers of the attention layers of a renamed state dict."""
     places = {name.split(".")[1] for name in state if name.startswith("attention.")}
     if not all(place.isdigit() and int(place) < blocks for place in places):
-        raise ValueError(f"{file} is incomplete: its attention must stand beside one of its {blocks} blocks")
+        raise ValueError(f"{file} is incomplete: its attention must belong to one of its {blocks} blocks")
     return sorted(int(place) for place in places)
 
 
 def doubling_blocks(config: dict[str, Any], channels: list[int], file: Path) -> list[bool]:
-    """Return which blocks double the resolution: as in config.json, else every other one as in the published files."""
+    """Return, for each block, True if it doubles the resolution: as in config.json, else every second block."""
     blocks = len(channels) - 1
     layers = config.get("layers")
     if layers is None:
@@ -451,7 +434,7 @@ def load_ajbrock(state: State, config: dict[str, Any], file: Path) -> BigGAN:
     converted = not any(name.endswith(".sv0") for name in state)
     spectral_eps = read_fraction(config, "SN_eps", CONVERTED_EPS if converted else SPECTRAL_EPS, file)
     eps = read_fraction(config, "BN_eps", CONVERTED_EPS if converted else NORM_EPS, file)
-    folded = rename(fold_power_iteration(state, ["shared.weight"], spectral_eps, file), NAMES, file)
+    folded = rename(fold_power_iteration(state, ["shared.weight"], spectral_eps, file), AJBROCK_NAMES, file)
     folded = {name: squeeze_gamma(name, tensor) for name, tensor in folded.items()}
     try:
         num_classes, class_dim = folded["classes.weight"].shape
@@ -472,6 +455,7 @@ def refuse_variants(state: State, file: Path) -> None:
     """Raise ValueError for options of ajbrock's training that change the network."""
     if any(".bn1.bn." in name for name in state):
         raise ValueError(f"{file} was trained with --cross_replica or --mybn, which is not supported")
-    gain, shared = state.get("blocks.0.0.bn1.gain.weight"), state["shared.weight"]
+    gain = state.get("blocks.0.0.bn1.gain.weight")
+    shared = state["shared.weight"]
     if gain is not None and gain.shape[-1:] == shared.shape[-1:]:
         raise ValueError(f"{file} was trained without --hier, which is not supported: its blocks get no noise")

@@ -18,25 +18,19 @@ from torch import Tensor
 from clipgen.clip import FrozenCLIP
 from clipgen.sampling import per_sample_seeds
 
-__all__ = [
-    "AveragedLatents",
-    "BigGANCLIPParams",
-    "LayeredGenerator",
-    "biggan_clip",
-    "class_loss",
-    "class_weights",
-    "cut_views",
-    "latent_loss",
-    "similarity_loss",
-]
-
-CLASS_LOGIT_MEAN, CLASS_LOGIT_STD = -3.9, 0.3
-CUT_MEAN, CUT_STD, CUT_MIN, CUT_MAX = 0.8, 0.3, 0.5, 0.95  # side of a cutout, relative to the image's
+CLASS_LOGIT_MEAN = -3.9
+CLASS_LOGIT_STD = 0.3
+# Side of a cutout, relative to the image's.
+CUT_MEAN = 0.8
+CUT_STD = 0.3
+CUT_MIN = 0.5
+CUT_MAX = 0.95
 SIMILARITY_WEIGHT = 100
 CLASS_WEIGHT = 50
 VARIANCE_WEIGHT = 4
 
-Callback = Callable[[int, int, float, Callable[[], Tensor]], None]  # (image, step, loss, () -> image (1, 3, H, W))
+# Receives the number of the image, the step, the loss, and a function that returns the current image (1, 3, H, W).
+OptimizationCallback = Callable[[int, int, float, Callable[[], Tensor]], None]
 
 
 class LayeredGenerator(Protocol):
@@ -60,10 +54,10 @@ class BigGANCLIPParams:
         learning_rate: learning rate of Adam.
         cutouts: views of the image per step.
         center_bias: place views near the center, instead of uniformly.
-        max_classes: number of classes per layer; None: all, each with a weight of its own.
+        max_classes: number of classes per layer; None uses all, each with a weight of its own.
         class_temperature: temperature of the softmax over classes, with ``max_classes``.
         ema_decay: decay of the average of the latents, of which the image is generated.
-        keep_best_every: compare the averaged image after this many steps, and keep the best; None: keep the last.
+        keep_best_every: compare the averaged image after this many steps, and keep the best; None keeps the last.
     """
 
     steps: int = 500
@@ -98,15 +92,15 @@ def biggan_clip(
     num_images: int = 1,
     seed: int | Sequence[int] | None = None,
     params: BigGANCLIPParams | None = None,
-    callback: Callback | None = None,
+    callback: OptimizationCallback | None = None,
 ) -> Tensor:
     """Generate images near the prompts, and far from the penalized prompts, by Adam on latents and class logits.
 
     Args:
         generator: a frozen generator on the device of ``clip``.
         clip: the CLIP model.
-        prompts: embeddings of the prompts, all of which every image shall match, (P, E).
-        penalized: embeddings of prompts that it shall not match, (Q, E).
+        prompts: embeddings of the prompts, all of which every image should match, (P, E).
+        penalized: embeddings of prompts that it should not match, (Q, E).
         num_images: number of images.
         seed: image i uses ``seed + i``; or one seed per image.
         params: settings of the optimization.
@@ -143,7 +137,10 @@ class Optimization:
         params: BigGANCLIPParams,
         seed: int,
     ):
-        self.generator, self.clip, self.params, self.seed = generator, clip, params, seed
+        self.generator = generator
+        self.clip = clip
+        self.params = params
+        self.seed = seed
         self.prompts = prompts.detach()
         self.penalized = prompts[:0].detach() if penalized is None else penalized.detach()
         self.random = torch.Generator().manual_seed(seed)  # on the CPU, so that all devices get the same numbers
@@ -154,11 +151,12 @@ class Optimization:
         self.logits = (CLASS_LOGIT_MEAN + CLASS_LOGIT_STD * logits).to(clip.device).requires_grad_()
         self.average = AveragedLatents([self.noise, self.logits], params.ema_decay)
 
-    def optimize(self, number: int, callback: Callback | None) -> Tensor:
+    def optimize(self, number: int, callback: OptimizationCallback | None) -> Tensor:
         """Return the image (1, 3, H, W) of the averaged latents after all steps, or the best of them."""
         optimizer = torch.optim.Adam([self.noise, self.logits], lr=self.params.learning_rate)
         interval = self.params.keep_best_every
-        best, best_loss = None, float("inf")
+        best = None
+        best_loss = float("inf")
         for step in range(self.params.steps):
             loss = self.step(optimizer)
             if callback:
@@ -167,7 +165,8 @@ class Optimization:
                 image = self.averaged_image()
                 image_loss = self.score(image)
                 if image_loss < best_loss:
-                    best, best_loss = image, image_loss
+                    best = image
+                    best_loss = image_loss
         return self.averaged_image() if best is None else best
 
     def step(self, optimizer: torch.optim.Optimizer) -> float:
@@ -175,7 +174,8 @@ class Optimization:
         weights = self.class_weights(self.logits)
         image = self.generator.generate(self.noise[None], weights[None])
         loss = self.view_loss(image, self.random) + latent_loss(self.noise) + class_loss(weights)
-        self.noise.grad, self.logits.grad = torch.autograd.grad(loss, [self.noise, self.logits])
+        gradients = torch.autograd.grad(loss, [self.noise, self.logits])
+        self.noise.grad, self.logits.grad = gradients
         optimizer.step()
         self.average.update([self.noise, self.logits])
         return loss.item()
@@ -261,7 +261,8 @@ class AveragedLatents:
     """
 
     def __init__(self, values: Sequence[Tensor], decay: float):
-        self.decay, self.remainder = decay, 1.0
+        self.decay = decay
+        self.remainder = 1.0
         self.sums = [torch.zeros_like(value) for value in values]
         self.update(values)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,12 @@ from clipgen.generation.default_params import load_params
 from clipgen.generation.generator import ImageGenerator
 from clipgen.models.config import ClipLossConfig, ConditioningConfig, as_config
 from clipgen.sampling_params import SamplingParams, resolve_params
-from clipgen.tokenizer_identity import check_bound
+from clipgen.tokenizer_identity import check_tokenizer
 from clipgen.transformer import ConditionalTransformer
 from clipgen.vqgan import VQGAN
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ClassConditionalTransformer(ConditionalTransformer):
@@ -57,7 +60,11 @@ class ClassConditionalTransformer(ConditionalTransformer):
         self.hparams["class_names"] = self.class_names
 
     def one_hot(self, class_indices: Tensor) -> Tensor:
-        """Return the conditions (B, num_classes) of classes (B,) int64."""
+        """Return the conditions (B, num_classes) of classes (B,) int64.
+
+        Raises:
+            ValueError: a class is out of range.
+        """
         if class_indices.min() < 0 or class_indices.max() >= self.clip_dim:
             raise ValueError(f"class_indices must be in [0, {self.clip_dim}), got {class_indices.tolist()}")
         return F.one_hot(class_indices.to(self.device), self.clip_dim).float()
@@ -85,19 +92,19 @@ class ClassConditionalGenerator(ImageGenerator):
         self.class_names = transformer.class_names
 
     @classmethod
-    def load(cls, path: str | Path, params: SamplingParams | None = None, **sampling: Any) -> ClassConditionalGenerator:
+    def load(cls, path: str | Path, params: SamplingParams | None = None, **overrides: Any) -> Self:
         """Load the generator from a run folder of ``data.conditioning=class``, or from a checkpoint in that folder.
 
         Args:
             path: the folder or the checkpoint.
             params: sampling parameters; None takes those of the run.
-            sampling: fields of ``SamplingParams``, which override ``params``.
+            overrides: fields of ``SamplingParams``, which override ``params``.
         """
         transformer = ClassConditionalTransformer.load(path)
         root = run_folder(path)
         vqgan = VQGAN.load(root)
-        check_bound(model_folder.find_model(model_folder.resolve_path(path), "ClassConditionalTransformer"), vqgan)
-        return cls(vqgan, transformer, resolve_params(params or load_params(root), sampling))
+        check_tokenizer(model_folder.find_model(model_folder.resolve_path(path), "ClassConditionalTransformer"), vqgan)
+        return cls(vqgan, transformer, resolve_params(params or load_params(root), overrides))
 
     def class_index(self, name_or_number: str | int) -> int:
         """Return the index of a class.

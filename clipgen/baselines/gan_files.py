@@ -12,15 +12,13 @@ from clipgen.baselines.gan_layers import truncated_normal
 from clipgen.baselines.sagan import SAGAN, load_sagan
 from clipgen.data.class_names import name_list
 
-__all__ = ["FileGenerator", "check_truncation", "is_gan_file", "load_gan", "load_gan_file"]
-
 IMAGENET_CLASSES = 1000
-NAME = "biggan-deep-"  # names of the files that Hugging Face's package used to download
+DOWNLOADED_PREFIX = "biggan-deep-"  # names of the files that Hugging Face's package used to download
 
 
 def is_gan_file(source: str) -> bool:
     """Return whether a generator is named as a file of BigGAN or SAGAN; the prefix decides before the file's ending."""
-    return source.startswith(("biggan:", "sagan:", NAME))
+    return source.startswith(("biggan:", "sagan:", DOWNLOADED_PREFIX))
 
 
 def load_gan(source: str) -> BigGAN | BigGANDeep | SAGAN:
@@ -28,9 +26,9 @@ def load_gan(source: str) -> BigGAN | BigGANDeep | SAGAN:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it holds something else, or not all of the network.
+        ValueError: it contains something else, or not all of the network.
     """
-    if source.startswith(NAME):
+    if source.startswith(DOWNLOADED_PREFIX):
         raise ValueError(
             f"{source} is not downloaded: name its file, biggan:FILE_OR_FOLDER, with pytorch_model.bin and config.json"
         )
@@ -51,8 +49,8 @@ def load_gan_file(
 
     Args:
         source: prefix and path.
-        noise_dim: dimension of the noise that is expected; None: as in the file.
-        class_names: names of the classes; None: ImageNet's, if there are a thousand classes.
+        noise_dim: dimension of the noise that is expected; None accepts that of the file.
+        class_names: names of the classes; None uses ImageNet's, if there are a thousand classes.
         device: device of the generator.
         truncation: see ``FileGenerator``.
 
@@ -78,9 +76,9 @@ class FileGenerator:
     Args:
         model: the network.
         name: name of the generator in error messages.
-        class_names: names of the classes; None: ImageNet's, if there are a thousand classes, else none.
+        class_names: names of the classes; None uses ImageNet's, if there are a thousand classes, else none.
         truncation: in (0, 1]: noise is cut at two standard deviations and scaled by it, and BigGAN-deep uses its
-            statistics of that truncation. None: noise is used as it is, with the statistics of truncation 1.
+            statistics of that truncation. None uses the noise as it is, and the statistics of truncation 1.
     """
 
     def __init__(
@@ -94,7 +92,10 @@ class FileGenerator:
             check_truncation(truncation)
         if class_names and len(class_names) != model.num_classes:
             raise ValueError(f"class_names must name the {model.num_classes} classes of {name}, got {len(class_names)}")
-        self.model, self.name, self.truncation, self.noise_dim = model, name, truncation, model.noise_dim
+        self.model = model
+        self.name = name
+        self.truncation = truncation
+        self.noise_dim = model.noise_dim
         self.class_names = list(class_names or [])
         if not self.class_names and model.num_classes == IMAGENET_CLASSES:
             self.class_names = name_list("imagenet")

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["ConditionalBatchNorm", "FixedBatchNorm", "ResidualBlock", "SelfAttention", "truncated_normal", "upsample"]
-
-CUT = 2.0  # standard deviations at which the truncated normal ends
+MAX_DEVIATIONS = 2.0  # standard deviations at which the truncated normal ends
 
 
 def truncated_normal(noise: Tensor, truncation: float) -> Tensor:
@@ -25,8 +23,8 @@ def truncated_normal(noise: Tensor, truncation: float) -> Tensor:
         noise: standard normal, any shape.
         truncation: scale in (0, 1].
     """
-    # In the cut distribution a quantile u is the quantile low + u (high - low) of the normal
-    low, high = torch.special.ndtr(torch.tensor([-CUT, CUT], dtype=torch.float64)).tolist()
+    # In the cut distribution a quantile u is the quantile low + u (high - low) of the normal.
+    low, high = torch.special.ndtr(torch.tensor([-MAX_DEVIATIONS, MAX_DEVIATIONS], dtype=torch.float64)).tolist()
     quantile = low + torch.special.ndtr(noise.double().cpu()) * (high - low)
     return (torch.special.ndtri(quantile) * truncation).to(noise)
 
@@ -80,7 +78,8 @@ class FixedBatchNorm(nn.Module):
 
     def __init__(self, channels: int, eps: float):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("var", torch.ones(channels))
         self.eps = eps
@@ -110,9 +109,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """Apply the block: (B, C, H, W), (B, D) -> (B, C', 2H, 2W)."""
-        h = self.conv1(upsample(self.norm1(x, condition).relu()))
-        h = self.conv2(self.norm2(h, condition).relu())
-        return h + self.shortcut(upsample(x))
+        hidden = self.conv1(upsample(self.norm1(x, condition).relu()))
+        hidden = self.conv2(self.norm2(hidden, condition).relu())
+        return hidden + self.shortcut(upsample(x))
 
 
 class SelfAttention(nn.Module):

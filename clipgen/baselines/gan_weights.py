@@ -10,11 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipgen.checkpoint.safe_load import check_dense, check_finite, read_checkpoint
+from clipgen.checkpoint.safe_load import State, check_dense, check_finite, read_checkpoint
 
-__all__ = ["fold_power_iteration", "fold_spectral_norms", "load_completely", "read_generator_state", "rename"]
-
-State = dict[str, Tensor]
 WRAPPER = "module."  # torch.nn.DataParallel
 
 
@@ -23,7 +20,7 @@ def read_generator_state(path: str | Path) -> State:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not a checkpoint, or holds an optimizer, a training state or a discriminator.
+        ValueError: it is not a checkpoint, or contains an optimizer, a training state or a discriminator.
     """
     checkpoint = read_checkpoint(path)
     nested = checkpoint.get("state_dict")
@@ -40,16 +37,16 @@ def read_generator_state(path: str | Path) -> State:
 
 
 def refuse_other_files(state: Mapping[Any, Any], path: str | Path) -> None:
-    """Raise ValueError for the files that training scripts write beside the generator's."""
+    """Raise ValueError for the files that training scripts write next to the generator's."""
     if "param_groups" in state:
         raise ValueError(
-            f"{path} must hold a generator, got an optimizer's state: take the generator's file beside it, "
+            f"{path} must contain a generator, got an optimizer's state: take the generator's file next to it, "
             "such as G_ema.pth"
         )
     if "itr" in state and "epoch" in state:
         raise ValueError(
-            f"{path} must hold a generator, got the counters of a training run: take the generator's file beside it, "
-            "such as G_ema.pth"
+            f"{path} must contain a generator, got the counters of a training run: take the generator's file next "
+            "to it, such as G_ema.pth"
         )
 
 
@@ -59,7 +56,7 @@ def refuse_discriminators(state: State, path: str | Path) -> None:
     last = {"linear1.weight", "linear1.weight_orig"}
     if "linear0.bias" not in state and (embeds | last) & state.keys():
         raise ValueError(
-            f"{path} must hold a generator, got a discriminator: take the generator's file beside it, "
+            f"{path} must contain a generator, got a discriminator: take the generator's file next to it, "
             "such as G_ema.pth or model=G-...pth"
         )
 
@@ -82,7 +79,7 @@ def fold_spectral_norms(state: State, path: str | Path) -> State:
         u = pop_tensor(folded, f"{stem}_u", path)
         v = pop_tensor(folded, f"{stem}_v", path)
         if stem in state:
-            raise ValueError(f"{path} must hold {stem} or {name}, got both")
+            raise ValueError(f"{path} must contain {stem} or {name}, got both")
         folded[stem] = weight / singular_value(weight, u, v, stem, path)
     return folded
 
@@ -114,7 +111,7 @@ def power_iteration(weight: Tensor, u: Tensor, name: str, eps: float, path: str 
     """Return the singular value (1,) of weight (O, ...) after one step from u (1, O)."""
     matrix = as_matrix(weight, name, path)
     if u.shape != (1, len(matrix)):
-        raise ValueError(f"{path} must hold a vector (1, {len(matrix)}) beside {name}, got {tuple(u.shape)}")
+        raise ValueError(f"{path} must contain a vector (1, {len(matrix)}) for {name}, got {tuple(u.shape)}")
     v = F.normalize(u @ matrix, eps=eps)  # (1, I)
     u = F.normalize(v @ matrix.T, eps=eps)  # (1, O)
     return singular_value(weight, u[0], v[0], name, path)
@@ -125,7 +122,7 @@ def singular_value(weight: Tensor, u: Tensor, v: Tensor, name: str, path: str | 
     matrix = as_matrix(weight, name, path)
     if (*u.shape, *v.shape) != tuple(matrix.shape):
         raise ValueError(
-            f"{path} must hold vectors for the {tuple(matrix.shape)} matrix of {name}, "
+            f"{path} must contain vectors for the {tuple(matrix.shape)} matrix of {name}, "
             f"got {tuple(u.shape)} and {tuple(v.shape)}"
         )
     sigma = u @ (matrix @ v)
@@ -137,14 +134,14 @@ def singular_value(weight: Tensor, u: Tensor, v: Tensor, name: str, path: str | 
 def as_matrix(weight: Tensor, name: str, path: str | Path) -> Tensor:
     """Return a weight (O, ...) as (O, I)."""
     if weight.ndim < 2:
-        raise ValueError(f"{path} must hold a matrix or kernel at {name}, got {tuple(weight.shape)}")
+        raise ValueError(f"{path} must contain a matrix or kernel at {name}, got {tuple(weight.shape)}")
     return weight.flatten(1)
 
 
 def pop_tensor(state: State, name: str, path: str | Path) -> Tensor:
     """Remove a tensor from the state dict and return it."""
     if name not in state:
-        raise ValueError(f"{path} is incomplete: it must hold {name}, got none")
+        raise ValueError(f"{path} is incomplete: it must contain {name}, got none")
     return state.pop(name)
 
 
@@ -159,9 +156,45 @@ def rename(state: State, patterns: Sequence[tuple[str, str]], path: str | Path) 
         for pattern, replacement in patterns:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
-            raise ValueError(f"{path} holds another network: {old!r:.100} has no place in it")
+            raise ValueError(f"{path} contains another network: {old!r:.100} has no place in it")
         renamed[name] = tensor
     return renamed
+
+
+def number_blocks(state: State, pattern: str, attention_shift: int) -> State:
+    """Number residual blocks and attention layers, which a file counts together, separately from 0.
+
+    Names become ``blocks.N.*``, and ``attention.N.*`` for layers with a weight called gamma.
+
+    Args:
+        state: the state dict.
+        pattern: regular expression of the names to change, with the groups NUMBER and rest.
+        attention_shift: 0 names attention by the number of the block behind it, -1 by that of the block before it.
+    """
+    # A number with leading zeros would be a second name of the same layer.
+    expression = re.compile(pattern.replace("NUMBER", "0|[1-9][0-9]{0,5}"))
+    matches = {name: expression.fullmatch(name) for name in state}
+    numbers = {int(match[1]) for match in matches.values() if match}
+    attention_numbers = {int(match[1]) for match in matches.values() if match and match[2] == "gamma"}
+    places = {}
+    blocks = 0
+    for number in sorted(numbers):
+        if number in attention_numbers:
+            places[number] = f"attention.{blocks + attention_shift}"
+        else:
+            places[number] = f"blocks.{blocks}"
+            blocks += 1
+    renamed = {}
+    for name, tensor in state.items():
+        match = matches[name]
+        new_name = f"{places[int(match[1])]}.{match[2]}" if match else name
+        renamed[new_name] = squeeze_gamma(new_name, tensor)
+    return renamed
+
+
+def squeeze_gamma(name: str, tensor: Tensor) -> Tensor:
+    """Return the gain of an attention layer without dimensions; any other tensor as it is."""
+    return tensor.reshape(()) if name.endswith(".gamma") and tensor.numel() == 1 else tensor
 
 
 def load_completely(model: nn.Module, state: State, path: str | Path) -> nn.Module:
@@ -179,12 +212,12 @@ def load_completely(model: nn.Module, state: State, path: str | Path) -> nn.Modu
         )
     if unused:
         raise ValueError(
-            f"{path} holds another network: {len(unused)} of its tensors have no place, such as {unused[0]!r:.100}"
+            f"{path} contains another network: {len(unused)} of its tensors have no place, such as {unused[0]!r:.100}"
         )
     for name, tensor in expected.items():
         if state[name].shape != tensor.shape:
             raise ValueError(
-                f"{path} holds another network: {name} must be {tuple(tensor.shape)}, got {tuple(state[name].shape)}"
+                f"{path} contains another network: {name} must be {tuple(tensor.shape)}, got {tuple(state[name].shape)}"
             )
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()

@@ -33,9 +33,13 @@ class Generator(Protocol):
     class_names: list[str]
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the inputs."""
+        ...
 
-    def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor: ...
+    def __call__(self, noise: Tensor, class_indices: Tensor) -> Tensor:
+        """Generate images: (B, noise_dim) standard normal, (B,) int64 -> (B, 3, H, W) in [-1, 1]."""
+        ...
 
 
 class ExternalGenerator:
@@ -113,12 +117,12 @@ def load_generator(
             - a run folder of the class-conditional transformer,
             - ``biggan:FILE_OR_FOLDER`` or ``sagan:FILE``, published weights, see ``load_gan_file``,
             - a TorchScript file (``.pt``, ``.pth``, ``.ts``) whose forward takes (noise, class_indices),
-            - ``module:function``, an importable function or object; the current folder is searched, too.
-        noise_dim: dimension of the noise; None: the attribute of this name of the function or module.
-        class_names: names of the classes; None: the attribute of this name.
+            - ``module:function``, an importable function or object; the current folder is also searched.
+        noise_dim: dimension of the noise; None uses the attribute of this name of the function or module.
+        class_names: names of the classes; None uses the attribute of this name.
         device: device of the generator.
         sampling: sampling parameters that replace those of a run folder, by name.
-        truncation: truncation of a BigGAN or SAGAN, in (0, 1]; None: noise is used as it is.
+        truncation: truncation of a BigGAN or SAGAN, in (0, 1]; None uses the noise as it is.
 
     Raises:
         FileNotFoundError: the source does not exist.
@@ -186,7 +190,7 @@ def load_torchscript(path: Path, device: str | torch.device) -> Any:
 
 
 def load_function(module: str, name: str) -> Any:
-    """Import a callable from a module; the current folder is searched, too."""
+    """Import a callable from a module; the current folder is also searched."""
     try:
         function = import_function(module, name)
     except (ImportError, AttributeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """SAGAN (Zhang et al. 2018, arXiv:1805.08318) as StudioGAN trained it on ImageNet, from its state dict.
 
-Two layouts are read: that of 2021, whose norms hold one embedding per class, and that of 2022, whose norms are linear
-in the one-hot class. Every size is read from the state dict, so no configuration file is needed.
+Two layouts are read: that of 2021, whose norms contain one embedding per class, and that of 2022, whose norms are
+linear in the one-hot class. Every size is read from the state dict, so no configuration file is needed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgen.baselines.gan_layers import FixedBatchNorm, ResidualBlock, SelfAttention
-from clipgen.baselines.gan_weights import State, fold_spectral_norms, load_completely, read_generator_state, rename
+from clipgen.baselines.gan_weights import (
+    fold_spectral_norms,
+    load_completely,
+    number_blocks,
+    read_generator_state,
+    rename,
+)
+from clipgen.checkpoint.safe_load import State
 
-__all__ = ["SAGAN", "load_sagan"]
-
-EPS = 1e-4  # StudioGAN's value for batch norms, which it does not store
-NAMES = (
+NORM_EPS = 1e-4  # StudioGAN's value for batch norms, which it does not store
+SAGAN_NAMES = (
     (r"\.bn\.running_", "."),
     (r"\.running_", "."),
     (r"\.embed0\.", ".gain."),
@@ -49,13 +54,14 @@ class SAGAN(nn.Module):
 
     def __init__(self, noise_dim: int, num_classes: int, channels: list[int], attention_after: list[int]):
         super().__init__()
-        self.noise_dim, self.num_classes = noise_dim, num_classes
+        self.noise_dim = noise_dim
+        self.num_classes = num_classes
         self.first = nn.Linear(noise_dim, 16 * channels[0])
         self.blocks = nn.ModuleList()
         for channels_in, channels_out in pairwise(channels):
-            self.blocks.append(ResidualBlock(channels_in, channels_out, num_classes, EPS))
+            self.blocks.append(ResidualBlock(channels_in, channels_out, num_classes, NORM_EPS))
         self.attention = nn.ModuleDict({str(i): SelfAttention(channels[i + 1]) for i in attention_after})
-        self.norm = FixedBatchNorm(channels[-1], EPS)
+        self.norm = FixedBatchNorm(channels[-1], NORM_EPS)
         self.to_rgb = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, noise: Tensor, class_indices: Tensor, truncation: float = 1.0) -> Tensor:
@@ -74,14 +80,14 @@ def load_sagan(path: str | Path) -> SAGAN:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it holds something else, or not all of the network.
+        ValueError: it contains something else, or not all of the network.
     """
     state = read_generator_state(path)
     check_layout(state, path)
-    folded = rename(fold_spectral_norms(without_counters(state), path), NAMES, path)
+    folded = rename(fold_spectral_norms(without_counters(state), path), SAGAN_NAMES, path)
     if any(".embed0." in name for name in state):
         folded = transpose_embeddings(folded)
-    return build_sagan(number_blocks(folded), path)
+    return build_sagan(number_blocks(folded, r"blocks\.(NUMBER)\.0\.(.+)", -1), path)
 
 
 def check_layout(state: State, path: str | Path) -> None:
@@ -107,32 +113,11 @@ def without_counters(state: State) -> State:
 def transpose_embeddings(state: State) -> State:
     """Turn tables (classes, C) of the layout of 2021 into linear maps of the one-hot class, (C, classes)."""
     tables = (".gain.weight", ".bias.weight")
-    return {name: tensor.T if name.endswith(tables) and tensor.ndim == 2 else tensor for name, tensor in state.items()}
-
-
-def number_blocks(state: State) -> State:
-    """Name ``blocks.4.0.gamma`` as attention after block 3, and the blocks behind it by their own number."""
-    matches = {}
-    indices = set()
-    for name in state:
-        matches[name] = match = re.fullmatch(r"blocks\.(\d+)\.0\.(.+)", name)
-        if match:
-            indices.add(int(match[1]))
-    places = {}
-    blocks = 0
-    for index in sorted(indices):
-        if f"blocks.{index}.0.gamma" in state:
-            places[index] = f"attention.{blocks - 1}."
-        else:
-            places[index] = f"blocks.{blocks}."
-            blocks += 1
-    renamed = {}
+    transposed = {}
     for name, tensor in state.items():
-        match = matches[name]
-        if match:
-            name = places[int(match[1])] + match[2]
-        renamed[name] = tensor.reshape(()) if name.endswith(".gamma") and tensor.numel() == 1 else tensor
-    return renamed
+        is_table = name.endswith(tables) and tensor.ndim == 2
+        transposed[name] = tensor.T if is_table else tensor
+    return transposed
 
 
 def build_sagan(state: State, path: str | Path) -> SAGAN:

@@ -27,11 +27,17 @@ class ScoringCLIP(Protocol):
     """A CLIP that embeds texts and images as unit vectors, such as ``FrozenCLIP``."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device of the images."""
+        ...
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor: ...
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embed B texts: -> (B, E), unit norm."""
+        ...
 
-    def encode_image(self, images: Tensor) -> Tensor: ...
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Embed images (B, 3, H, W) in [-1, 1]: -> (B, E), unit norm."""
+        ...
 
 
 class SearchResult(NamedTuple):
@@ -58,8 +64,8 @@ def encode_labels(clip: ScoringCLIP, class_names: Sequence[str], template: str |
     Args:
         clip: the CLIP model.
         class_names: names of the classes.
-        template: text with {label} in it. None: the paper's template; only the names, if a CLIP with a small
-            vocabulary does not know the words of the template.
+        template: text with {label} in it. None uses the paper's template; or only the names, if a CLIP with a
+            small vocabulary does not know the words of the template.
 
     Raises:
         ValueError: the template has no {label}, or there are no class names.
@@ -69,7 +75,7 @@ def encode_labels(clip: ScoringCLIP, class_names: Sequence[str], template: str |
     if template is None:
         template = PAPER_TEMPLATE if knows_template(clip) else "{label}"
     if "{label}" not in template:
-        raise ValueError(f"template must hold {{label}}, got {template!r}")
+        raise ValueError(f"template must contain {{label}}, got {template!r}")
     texts = [template.replace("{label}", name) for name in class_names]
     batches = [texts[start : start + TEXT_BATCH_SIZE] for start in range(0, len(texts), TEXT_BATCH_SIZE)]
     return torch.cat([clip.encode_text(batch) for batch in batches])
@@ -113,7 +119,7 @@ def search(
 ) -> SearchResult:
     """Run Algorithm 1: generate images of the top-k classes and return the one with the highest CLIP score.
 
-    Image b is a function of seed, prompt and b only, whatever the batch size. If k is the number of classes, this is
+    Image b is a function of seed, prompt and b only, and not of the batch size. If k is the number of classes, this is
     plain random search. The paper's MAXCLIP starts at 0, so that a search may return nothing; here it starts at -2.
 
     Args:
@@ -124,10 +130,10 @@ def search(
         num_images: number of images, b_max in the paper.
         seed: seed of classes and noise.
         batch_size: images per batch.
-        label_embeddings: embeddings of the class names, see ``encode_labels``; None: computed here.
-        captions: texts of the same content, against a random one of which each image is scored; None: all images are
-            scored against the prompt, which ranks the classes in any case.
-        return_images: return all images, too.
+        label_embeddings: embeddings of the class names, see ``encode_labels``; None computes them.
+        captions: texts of the same content, against a random one of which each image is scored; None scores all images
+            against the prompt, which ranks the classes in any case.
+        return_images: also return all images.
 
     Raises:
         ValueError: an argument is out of range.
@@ -139,7 +145,7 @@ def search(
     target = clip.encode_text([prompt])[0]
     if label_embeddings is None:
         label_embeddings = encode_labels(clip, generator.class_names)
-    # Sorted by index, so that a search with all classes samples the same ones whatever CLIP's ranking.
+    # Sorted by index, so that a search with all classes samples the same ones regardless of CLIP's ranking.
     candidates = top_labels(label_embeddings, target, k).sort().values
     noise, classes = sample_inputs(generator.noise_dim, candidates, num_images, f"{seed} {prompt}")
     targets = target.expand(num_images, -1)
@@ -211,7 +217,7 @@ class SearchRow:
     Args:
         k: number of classes to sample from.
         best: best score after all images, mean over prompts.
-        needed: number of images until the mean of the best scores exceeds the threshold; None: more than generated.
+        needed: number of images until the mean of the best scores exceeds the threshold; None if it does not.
         curve: best score after b images, mean over prompts and seeds, (num_images,): Figure 2.
     """
 
@@ -239,7 +245,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 
 
 def images_needed(curve: Tensor, threshold: float) -> int | None:
-    """Return how many images it takes until the best score (num_images,) exceeds a threshold; None if it does not."""
+    """Return the number of images until the best score (num_images,) exceeds a threshold; None if it does not."""
     above = (curve > threshold).nonzero()
     return int(above[0]) + 1 if len(above) else None
 
@@ -268,21 +274,23 @@ def search_table(
         generator: the generator.
         clip: the CLIP model.
         prompts: the texts.
-        threshold: mean CLIP score of real images, see ``real_score``. None: images are not counted.
+        threshold: mean CLIP score of real images, see ``real_score``; None does not count images.
         ks: numbers of classes; larger ones than the number of classes are replaced by it.
         num_images: images per search.
         seeds: seeds to average over.
         batch_size: images per batch.
         template: template of the class names, see ``encode_labels``.
-        captions: for each prompt the captions of ``search``; None: the prompt alone.
+        captions: for each prompt the captions of ``search``; None uses the prompt alone.
         return_images: let the callback receive all images, for example to compute FID.
         callback: called after each search.
+
+    Raises:
+        ValueError: there are no prompts, or an argument is out of range.
     """
     if not prompts:
-        raise ValueError("prompts must hold at least one prompt, got none")
+        raise ValueError("prompts must contain at least one prompt, got none")
     label_embeddings = encode_labels(clip, generator.class_names, template)
-    options: dict[str, Any] = {"batch_size": batch_size, "label_embeddings": label_embeddings}
-    options["return_images"] = return_images
+    options: Any = dict(batch_size=batch_size, label_embeddings=label_embeddings, return_images=return_images)
     rows = []
     for k in sorted({min(k, len(generator.class_names)) for k in ks}):
         curves = torch.empty(len(seeds), len(prompts), num_images)
@@ -300,7 +308,9 @@ def search_table(
 def make_row(k: int, curves: Tensor, threshold: float | None) -> SearchRow:
     """Return the row of a k from the curves of all searches, (seeds, prompts, num_images)."""
     mean_curves = curves.double().mean(dim=1)
-    needed = [None if threshold is None else images_needed(curve, threshold) for curve in mean_curves]
+    needed: list[int | None] = [None] * len(mean_curves)
+    if threshold is not None:
+        needed = [images_needed(curve, threshold) for curve in mean_curves]
     return SearchRow(k, mean_curves[:, -1].tolist(), needed, mean_curves.mean(dim=0))
 
 

@@ -19,8 +19,8 @@ from clipgen.clip import FrozenCLIP
 from clipgen.sampling import per_sample_seeds
 from clipgen.vqgan import VQGAN
 
-StepCallback = Callable[[int, Tensor], None]  # step, loss of each image (B,)
-Generators = Sequence[torch.Generator]
+LossCallback = Callable[[int, Tensor], None]  # step, loss of each image (B,)
+RandomGenerators = Sequence[torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def vqgan_clip(
     image_size: int | None = None,
     seed: int | Sequence[int] | None = None,
     batch_size: int = 1,
-    callback: StepCallback | None = None,
+    callback: LossCallback | None = None,
 ) -> Tensor:
     """Return images that CLIP finds similar to embeddings, by Adam on the latents of a VQ-GAN.
 
@@ -77,7 +77,7 @@ def vqgan_clip(
         cutouts: augmented views per step.
         smallest_cut: side of the smallest crop, as a fraction of the image's.
         noise: largest standard deviation of the added noise.
-        image_size: height and width in pixels; None: the VQ-GAN's training resolution.
+        image_size: height and width in pixels; None uses the VQ-GAN's training resolution.
         seed: image i uses ``seed + i``; or one seed per image.
         batch_size: images per batch; with 1 they do not depend on each other, not even by floating-point rounding.
         callback: called after each step.
@@ -130,7 +130,7 @@ def optimize(
     augmentation: AugmentationParams,
     steps: int,
     learning_rate: float,
-    callback: StepCallback | None,
+    callback: LossCallback | None,
 ) -> Tensor:
     """Optimize the latents of a batch and return their images; the arguments are those of ``vqgan_clip``."""
     target = target.detach()
@@ -161,7 +161,7 @@ class Latents:
         side: height and width of the latents.
     """
 
-    def __init__(self, vqgan: VQGAN, generators: Generators, side: int):
+    def __init__(self, vqgan: VQGAN, generators: RandomGenerators, side: int):
         self.vqgan = vqgan
         self.generators = generators
         self.codebook = vqgan.codebook.detach()
@@ -192,7 +192,7 @@ def great_circle(a: Tensor, b: Tensor) -> Tensor:
     return 2 * ((a - b).norm(dim=-1) / 2).clamp(max=1 - 1e-6).arcsin().square()
 
 
-def augment(images: Tensor, generators: Generators, params: AugmentationParams) -> Tensor:
+def augment(images: Tensor, generators: RandomGenerators, params: AugmentationParams) -> Tensor:
     """Return random square crops, half of them mirrored, with noise: (B, 3, H, W) -> (B * cutouts, 3, H, W).
 
     Differentiable. The crops and noise of an image come from its own generator.

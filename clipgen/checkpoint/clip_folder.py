@@ -21,14 +21,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from clipgen.checkpoint.clip_rules import ANYTHING, DECODER, MODEL, PREPROCESSING, TEXT, VISION, check, shown
+from clipgen.checkpoint.clip_rules import (
+    ANYTHING,
+    MODEL,
+    MULTIMODAL,
+    PREPROCESSING,
+    TEXT,
+    VISION,
+    abbreviate,
+    check_rules,
+)
 from clipgen.checkpoint.safe_load import State, check_safetensors_header, read_checkpoint
 from clipgen.storage.files import one_line, read_json, write_json
 from clipgen.storage.links import file_inside
 
-CONFIG = "open_clip_config.json"
-VOCABULARY = "vocabulary.json"  # a CLIP folder that holds one reads whole words instead of byte pairs
-WEIGHTS = (  # the first that exists is used, as in open_clip
+CLIP_CONFIG = "open_clip_config.json"
+# A CLIP folder with this file reads whole words instead of byte pairs.
+VOCABULARY = "vocabulary.json"
+CLIP_WEIGHTS = (  # the first that exists is used, as in open_clip
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
@@ -48,7 +58,7 @@ TOKENIZER_DATA = (
     "tokenizer.model",
 )
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
-FILES = (CONFIG, VOCABULARY, *WEIGHTS, *TOKENIZER_DATA, *TOKENIZER_SETTINGS)
+CLIP_FILES = (CLIP_CONFIG, VOCABULARY, *CLIP_WEIGHTS, *TOKENIZER_DATA, *TOKENIZER_SETTINGS)
 BYTE_PAIRS = 49408  # tokens of open_clip's own tokenizer
 
 
@@ -61,18 +71,19 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: a key or value is not allowed; names the file and the key.
     """
-    path = file_inside(folder, CONFIG)
+    path = file_inside(folder, CLIP_CONFIG)
     config = read_json(path, "model_cfg")
-    model, preprocessing = config["model_cfg"], config.get("preprocess_cfg") or {}
-    check(path, "preprocess_cfg", preprocessing, PREPROCESSING)
-    nested = {"vision_cfg": VISION, "text_cfg": TEXT, "multimodal_cfg": DECODER}
-    check(path, "model_cfg", model, MODEL | dict.fromkeys(nested, ANYTHING))
+    model = config["model_cfg"]
+    preprocessing = config.get("preprocess_cfg") or {}
+    check_rules(path, "preprocess_cfg", preprocessing, PREPROCESSING)
+    nested = {"vision_cfg": VISION, "text_cfg": TEXT, "multimodal_cfg": MULTIMODAL}
+    check_rules(path, "model_cfg", model, MODEL | dict.fromkeys(nested, ANYTHING))
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in model:
-            raise ValueError(f"model_cfg of {path} must hold {key!r}")
+            raise ValueError(f"model_cfg of {path} must contain {key!r}")
     for key, rules in nested.items():
         if key in model:
-            check(path, f"model_cfg.{key}", model[key], rules)
+            check_rules(path, f"model_cfg.{key}", model[key], rules)
             if model[key].get("output_tokens") and "multimodal_cfg" not in model:
                 raise ValueError(f"model_cfg.{key}.output_tokens of {path} must be false, got true")
     return model, preprocessing
@@ -87,13 +98,13 @@ def weights_file(folder: Path) -> Path:
     Raises:
         ValueError: there is none, or several of unusual names.
     """
-    usual = [name for name in WEIGHTS if (folder / name).is_file()]
+    usual = [name for name in CLIP_WEIGHTS if (folder / name).is_file()]
     others = [entry.name for entry in folder.iterdir() if entry.suffix in (".safetensors", ".bin", ".pth")]
     names = usual[:1] or others
     if len(names) != 1:
-        what = "got none" if not names else f"got {', '.join(sorted(map(shown, names)))}"
+        what = "got none" if not names else f"got {', '.join(sorted(map(abbreviate, names)))}"
         raise ValueError(
-            f"the weights of CLIP {folder} cannot be loaded: it must hold one of {', '.join(WEIGHTS)}, {what}"
+            f"the weights of CLIP {folder} cannot be loaded: it must contain one of {', '.join(CLIP_WEIGHTS)}, {what}"
         )
     return file_inside(folder, names[0])
 
@@ -104,14 +115,14 @@ def files_of(folder: Path) -> list[Path]:
     names = [VOCABULARY] if (folder / VOCABULARY).exists() else []
     if not names and model["text_cfg"].get("hf_tokenizer_name"):
         names = [name for name in (*TOKENIZER_DATA, *TOKENIZER_SETTINGS) if (folder / name).exists()]
-    return [file_inside(folder, CONFIG), weights_file(folder), *(file_inside(folder, name) for name in names)]
+    return [file_inside(folder, CLIP_CONFIG), weights_file(folder), *(file_inside(folder, name) for name in names)]
 
 
 def write_folder(target: Path, config: dict[str, Any], preprocessing: dict[str, Any], state: State) -> None:
     """Write a CLIP folder of settings and weights."""
-    write_json(target / CONFIG, {"model_cfg": config, "preprocess_cfg": preprocessing})
+    write_json(target / CLIP_CONFIG, {"model_cfg": config, "preprocess_cfg": preprocessing})
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    (target / WEIGHTS[0]).write_bytes(save(tensors))
+    (target / CLIP_WEIGHTS[0]).write_bytes(save(tensors))
 
 
 def download(name: str) -> Path:
@@ -123,9 +134,9 @@ def download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-    settings = [CONFIG, VOCABULARY, *TOKENIZER_DATA, *TOKENIZER_SETTINGS]
+    settings = [CLIP_CONFIG, VOCABULARY, *TOKENIZER_DATA, *TOKENIZER_SETTINGS]
     try:
-        for weights in WEIGHTS:
+        for weights in CLIP_WEIGHTS:
             folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=[*settings, weights]))
             if (folder / weights).is_file():
                 break
@@ -165,8 +176,8 @@ def load_clip_model(folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, 
     header = read_header(weights)
     with torch.device("meta"):
         plan = build_network(folder, config)
-    check_fits_model(plan, adapted(header, plan), weights)
-    state = adapted(read_state(weights), plan)
+    check_fits_model(plan, rename_to_open_clip(header, plan), weights)
+    state = rename_to_open_clip(read_state(weights), plan)
     model = build_network(folder, config)
     model.load_state_dict(state)
     check_finite_model(model, weights)
@@ -186,7 +197,7 @@ def build_network(folder: Path, config: dict[str, Any]) -> nn.Module:
             return kind(**arguments)
         except (ValueError, AssertionError, ArithmeticError, RuntimeError, LookupError) as error:
             reason = one_line(error) or type(error).__name__
-            raise ValueError(f"{folder / CONFIG} does not describe a CLIP: {reason}") from error
+            raise ValueError(f"{folder / CLIP_CONFIG} does not describe a CLIP: {reason}") from error
 
 
 def read_header(path: Path) -> State:
@@ -197,12 +208,12 @@ def read_header(path: Path) -> State:
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: empty(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+            return {name: meta_tensor(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}") from error
 
 
-def empty(shape: list[int], dtype: str) -> Tensor:
+def meta_tensor(shape: list[int], dtype: str) -> Tensor:
     """Return a tensor without memory, of one of safetensors' types."""
     integers = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
     others = {"BOOL": torch.bool, "C64": torch.complex64}
@@ -217,11 +228,11 @@ def read_state(path: Path) -> State:
     content = read_checkpoint(path)
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} must hold weights by name")
+        raise ValueError(f"{path} must contain weights by name")
     return {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
 
 
-def adapted(state: State, model: nn.Module) -> State:
+def rename_to_open_clip(state: State, model: nn.Module) -> State:
     """Return weights under the names of this version of open_clip, as its own ``load_checkpoint`` does."""
     with open_clip_interface():
         state = open_clip.convert.convert_state_dict(model, state)
@@ -239,21 +250,22 @@ def check_fits_model(model: nn.Module, state: State, path: Path) -> None:
     own = model.state_dict()
     for name in [*own, *state]:
         if name not in state or name not in own:
-            what = "lacks" if name in own else "must not hold"
-            raise ValueError(f"{path} does not fit its {CONFIG}: it {what} {shown(name)}")
-        ours, theirs = own[name], state[name]
+            what = "lacks" if name in own else "must not contain"
+            raise ValueError(f"{path} does not fit its {CLIP_CONFIG}: it {what} {abbreviate(name)}")
+        ours = own[name]
+        theirs = state[name]
         if ours.shape != theirs.shape:
             raise ValueError(
-                f"{path} does not fit its {CONFIG}: {name} must be {tuple(ours.shape)}, got {tuple(theirs.shape)}"
+                f"{path} does not fit its {CLIP_CONFIG}: {name} must be {tuple(ours.shape)}, got {tuple(theirs.shape)}"
             )
         if ours.is_floating_point() != theirs.is_floating_point():
             kind = "floating-point numbers" if ours.is_floating_point() else "whole numbers"
-            raise ValueError(f"{name} of {path} must hold {kind}, got {str(theirs.dtype).removeprefix('torch.')}")
+            raise ValueError(f"{name} of {path} must contain {kind}, got {str(theirs.dtype).removeprefix('torch.')}")
 
 
 @torch.no_grad()
 def check_finite_model(model: nn.Module, source: str | Path) -> None:
-    """Raise ValueError at the first weight that holds NaN or an infinite number."""
+    """Raise ValueError at the first weight that contains NaN or an infinite number."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = tensor.aminmax()  # NaN wins

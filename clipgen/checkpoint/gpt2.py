@@ -10,8 +10,8 @@ from transformers import AutoConfig, GPT2Config, GPT2Model
 from clipgen.checkpoint.safe_load import State, check_finite, check_weights_file
 from clipgen.storage.files import one_line
 
-SIZES = ("n_layer", "n_head", "n_embd")
-TABLES = ("vocab_size", "n_positions")
+NETWORK_SIZES = ("n_layer", "n_head", "n_embd")
+TABLE_SIZES = ("vocab_size", "n_positions")
 MAX_ROWS = 2**20  # rows of the embedding tables, whose sizes may differ from ours
 
 
@@ -28,18 +28,19 @@ def load_gpt2_weights(name: str | Path, like: GPT2Config) -> State:
     config = from_pretrained(AutoConfig, name)
     if not isinstance(config, GPT2Config):
         raise ValueError(f"init_from_gpt2 must name a GPT-2, got {name}, which is a {config.model_type}")
-    for size in SIZES:
-        ours, theirs = getattr(like, size), getattr(config, size)
+    for size in NETWORK_SIZES:
+        ours = getattr(like, size)
+        theirs = getattr(config, size)
         if ours != theirs:
             raise ValueError(f"model.{size} must be {theirs}, as in the language weights {name}, got {ours}")
-    for size in TABLES:
+    for size in TABLE_SIZES:
         rows = getattr(config, size)
         if not isinstance(rows, int) or not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"init_from_gpt2 must name a GPT-2, got {name} whose {size} is {rows!r:.60}")
     for file in sorted(Path(name).glob("*.bin")):
         check_weights_file(file)
     # Without the other settings, which can ask for larger or more layers, or for code.
-    plain = GPT2Config(**{size: getattr(config, size) for size in (*SIZES, *TABLES)})
+    plain = GPT2Config(**{size: getattr(config, size) for size in (*NETWORK_SIZES, *TABLE_SIZES)})
     model, loading_info = from_pretrained(GPT2Model, name, config=plain, output_loading_info=True)
     missing = loading_info["missing_keys"]
     if missing:

@@ -10,18 +10,24 @@ from typing import Any
 
 from torch import Tensor
 
-from clipgen.checkpoint.model_folder import Model
+from clipgen.checkpoint.model_folder import ModelContent
 from clipgen.checkpoint.safe_load import State, add_prefix, read_weights, strip_prefix
 from clipgen.models.discriminator import sizes_from_state
 
 PROJECT = "HFAiLab/clip-gen"
 RESOLUTION = 256
-# Modules of a Sequential per tensor, above which a file is refused
+# Refuse a file whose Sequential has more than this many modules per tensor.
 MAX_GAP = 8
-RESNET = {"block.0": "norm1", "block.2": "conv1", "block.3": "norm2", "block.6": "conv2", "shortcut": "nin_shortcut"}
+RESNET_NAMES = {
+    "block.0": "norm1",
+    "block.2": "conv1",
+    "block.3": "norm2",
+    "block.6": "conv2",
+    "shortcut": "nin_shortcut",
+}
 
 
-def vqgan(checkpoint: str | Path) -> Model:
+def convert_vqgan(checkpoint: str | Path) -> ModelContent:
     """Convert ``vqgan_*.pt``."""
     state = read_weights(checkpoint, "model", "encoder.conv_in.weight", PROJECT)
     discriminator = strip_prefix("discriminator.", state)
@@ -37,8 +43,8 @@ def vqgan(checkpoint: str | Path) -> Model:
         "quantize.embedding.weight": codes,
         **rename_prefix("encoder.final.3.", "quant_conv.", state),
         **rename_prefix("decoder.quant_conv_in.", "post_quant_conv.", state),
-        **half_names("encoder", "down", state),
-        **half_names("decoder", "up", state),
+        **rename_half("encoder", "down", state),
+        **rename_half("decoder", "up", state),
         **rename_prefix("features.", "discriminator.main.", discriminator),
         **rename_prefix("head.", f"discriminator.main.{2 + 3 * gan.get('num_layers', 0)}.", discriminator),
     }
@@ -48,7 +54,8 @@ def vqgan(checkpoint: str | Path) -> Model:
 def autoencoder_sizes(state: State) -> dict[str, Any]:
     """Return the arguments of ``AutoencoderConfig``, read from the encoder's weights."""
     ch = state["encoder.conv_in.weight"].shape[0]
-    ch_mult, attn_resolutions = [], []
+    ch_mult = []
+    attn_resolutions = []
     resolution = RESOLUTION
     num_res_blocks = 0
     for i, blocks in enumerate(split_by_resolution(strip_prefix("encoder.down.", state))):
@@ -68,18 +75,18 @@ def autoencoder_sizes(state: State) -> dict[str, Any]:
     }
 
 
-def half_names(half: str, sequence: str, state: State) -> State:
+def rename_half(half: str, sequence: str, state: State) -> State:
     """Rename the weights of the encoder (``sequence`` is "down") or the decoder ("up")."""
     named = rename_prefix(f"{half}.conv_in.", f"{half}.conv_in.", state)
     named |= rename_prefix(f"{half}.final.0.", f"{half}.norm_out.", state)
     named |= rename_prefix(f"{half}.final.2.", f"{half}.conv_out.", state)
-    for name, block in zip(("block_1", "attn_1", "block_2"), members(strip_prefix(f"{half}.mid.", state))):
-        named |= add_prefix(f"{half}.mid.{name}.", block_names(block))
+    for name, block in zip(("block_1", "attn_1", "block_2"), split_sequential(strip_prefix(f"{half}.mid.", state))):
+        named |= add_prefix(f"{half}.mid.{name}.", rename_block(block))
     levels = split_by_resolution(strip_prefix(f"{half}.{sequence}.", state))
     if half == "decoder":
         levels.reverse()  # ours counts from the highest resolution in both halves
     for i, blocks in enumerate(levels):
-        named |= add_prefix(f"{half}.{sequence}.{i}.", level_names(blocks, sequence))
+        named |= add_prefix(f"{half}.{sequence}.{i}.", rename_level(blocks, sequence))
     return named
 
 
@@ -88,7 +95,7 @@ def rename_prefix(old: str, new: str, state: State) -> State:
     return add_prefix(new, strip_prefix(old, state))
 
 
-def members(state: State) -> list[State]:
+def split_sequential(state: State) -> list[State]:
     """Split the weights of a Sequential, ``0.a, 0.b, 1.a, ...``, by its members.
 
     Raises:
@@ -107,7 +114,7 @@ def members(state: State) -> list[State]:
 def split_by_resolution(state: State) -> list[list[State]]:
     """Split the members of a Sequential by resolution; a bare convolution ends a resolution."""
     levels: list[list[State]] = [[]]
-    for block in members(state):
+    for block in split_sequential(state):
         levels[-1].append(block)
         if "conv.weight" in block:
             levels.append([])
@@ -115,13 +122,13 @@ def split_by_resolution(state: State) -> list[list[State]]:
 
 
 def describe_blocks(blocks: list[State]) -> tuple[int, int, bool]:
-    """Return the channels of one resolution, its number of residual blocks, and whether it has attention."""
+    """Return the channels and the number of residual blocks of one resolution, and True if it has attention."""
     residual = [block for block in blocks if "block.0.weight" in block]
     has_attention = any("attn.in_proj_weight" in block for block in blocks)
     return residual[-1]["block.6.weight"].shape[0], len(residual), has_attention
 
 
-def level_names(blocks: list[State], sequence: str) -> State:
+def rename_level(blocks: list[State], sequence: str) -> State:
     """Rename the blocks of one resolution."""
     named: State = {}
     counts = {"block": 0, "attn": 0}
@@ -130,23 +137,23 @@ def level_names(blocks: list[State], sequence: str) -> State:
             named |= add_prefix(f"{sequence}sample.", block)
             continue
         kind = "attn" if "attn.in_proj_weight" in block else "block"
-        named |= add_prefix(f"{kind}.{counts[kind]}.", block_names(block))
+        named |= add_prefix(f"{kind}.{counts[kind]}.", rename_block(block))
         counts[kind] += 1
     return named
 
 
-def block_names(block: State) -> State:
+def rename_block(block: State) -> State:
     """Rename the weights of a residual block, or split those of an attention block."""
     if "attn.in_proj_weight" in block:
-        return attention_names(block)
+        return split_attention(block)
     named: State = {}
     for name, tensor in block.items():
         module, _, kind = name.rpartition(".")
-        named[f"{RESNET[module]}.{kind}"] = tensor
+        named[f"{RESNET_NAMES[module]}.{kind}"] = tensor
     return named
 
 
-def attention_names(block: State) -> State:
+def split_attention(block: State) -> State:
     """Split the weights of ``torch.nn.MultiheadAttention`` into four 1 x 1 convolutions."""
     named = add_prefix("norm.", strip_prefix("norm.", block))
     weights = (*block["attn.in_proj_weight"].chunk(3), block["attn.out_proj.weight"])
@@ -159,8 +166,8 @@ def attention_names(block: State) -> State:
 
 # -------------------------------------------------------------------------------------------------------- transformer
 
-# Names of torch.nn.TransformerEncoderLayer -> GPT-2
-LAYER = {
+# Names in torch.nn.TransformerEncoderLayer, and in GPT-2.
+LAYER_NAMES = {
     "norm1": "ln_1",
     "norm2": "ln_2",
     "self_attn.in_proj": "attn.c_attn",
@@ -170,7 +177,7 @@ LAYER = {
 }
 
 
-def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
+def convert_transformer(checkpoint: str | Path, n_head: int | None = None) -> ModelContent:
     """Convert ``gpt_*.pt``.
 
     Args:
@@ -180,7 +187,7 @@ def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
     """
     state = read_weights(checkpoint, "model", "tok_emb.weight", PROJECT)
     codebook_size, width = state["tok_emb.weight"].shape
-    blocks = members(strip_prefix("blocks.", state))
+    blocks = split_sequential(strip_prefix("blocks.", state))
     arguments = dict(
         n_layer=len(blocks),
         n_head=n_head or max(width // 64, 1),
@@ -201,7 +208,7 @@ def transformer(checkpoint: str | Path, n_head: int | None = None) -> Model:
         **rename_prefix("head.", "head.", state),
     }
     for i, block in enumerate(blocks):
-        weights |= add_prefix(f"transformer.h.{i}.", gpt2_names(strip_prefix("encoder.", block)))
+        weights |= add_prefix(f"transformer.h.{i}.", rename_gpt2(strip_prefix("encoder.", block)))
     return arguments, add_prefix("gpt.", weights)
 
 
@@ -211,10 +218,10 @@ def unscaled_projection(weight: Tensor) -> Tensor:
     return (weight / weight.shape[1] ** 0.5).to(weight.dtype)
 
 
-def gpt2_names(layer: State) -> State:
+def rename_gpt2(layer: State) -> State:
     """Rename the weights of one layer as in GPT-2, whose matrices are transposed."""
     named: State = {}
     for name, tensor in layer.items():
         module, _, kind = name.replace("in_proj_", "in_proj.").rpartition(".")
-        named[f"{LAYER[module]}.{kind}"] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
+        named[f"{LAYER_NAMES[module]}.{kind}"] = tensor.T.contiguous() if tensor.ndim == 2 else tensor
     return named

@@ -1,8 +1,8 @@
 """Save and load models: model folders (JSON and safetensors), training checkpoints, and run folders.
 
-A model folder holds ``config.json`` (which model, its constructor's arguments) and ``model.safetensors``. A run folder
-is what a training run leaves: ``checkpoints/`` while it trains, and a model folder named after the model once it is
-finished.
+A model folder contains ``config.json`` (name of the model, its constructor's arguments) and ``model.safetensors``. A
+run folder is written by a training run: ``checkpoints/`` while it trains, and a model folder named after the model once
+it is finished.
 """
 
 from __future__ import annotations
@@ -29,25 +29,23 @@ from clipgen.checkpoint.safe_load import (
     read_checkpoint,
     strip_wrappers,
 )
-from clipgen.checkpoint.verified_build import build_verified, named_load_errors
+from clipgen.checkpoint.verified_build import build_verified
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
 from clipgen.storage.files import check_size, one_line, read_json
 from clipgen.storage.links import check_inside
-
-__all__ = ["build_verified", "named_load_errors"]  # re-exported for the models
 
 COMMANDS = {
     "VQGAN": "clipgen-train stage=vqgan",
     "ConditionalTransformer": "clipgen-train stage=transformer",
     "ClassConditionalTransformer": "clipgen-train stage=transformer data=cached data.conditioning=class",
 }
-FOLDERS = {  # name of the model folder in a run folder
+MODEL_FOLDER_NAMES = {  # name of the model folder in a run folder
     "VQGAN": "vqgan",
     "ConditionalTransformer": "transformer",
     "ClassConditionalTransformer": "label_transformer",
 }
-FILES = ("config.json", "model.safetensors")
-FIRST = {  # a weight that every such model has; it reveals a prefix that a wrapper has added
+MODEL_FILES = ("config.json", "model.safetensors")
+REQUIRED_WEIGHT = {  # a weight that every such model has; it reveals a prefix that a wrapper has added
     "VQGAN": "autoencoder.encoder.conv_in.weight",
     "ConditionalTransformer": "gpt.clip_proj.weight",
     "ClassConditionalTransformer": "gpt.clip_proj.weight",
@@ -55,12 +53,12 @@ FIRST = {  # a weight that every such model has; it reveals a prefix that a wrap
 CODEBOOKS = ("quantize.embedding.weight", "quantize.embed.weight")
 MAX_CONFIG = 2**24  # bytes of config.json
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*(@\S+)?"  # OWNER/NAME or OWNER/NAME@REVISION on the hub
-Model = tuple[dict[str, Any], State]  # constructor's arguments and weights
+ModelContent = tuple[dict[str, Any], State]  # constructor's arguments and weights
 
 
 def model_name_of(model: type) -> str:
     """Return the model name stored in files: the class name, or that of the clipgen base class of a subclass."""
-    return next(parent.__name__ for parent in model.__mro__ if parent.__name__ in FOLDERS)
+    return next(parent.__name__ for parent in model.__mro__ if parent.__name__ in MODEL_FOLDER_NAMES)
 
 
 def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: State, half: bool = False) -> Path:
@@ -74,7 +72,7 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         half: store floating-point weights in 16 bits.
 
     Raises:
-        FileExistsError: the path holds something other than a model folder.
+        FileExistsError: the path contains something other than a model folder.
     """
     path = Path(path)
     check_replaceable(path)
@@ -85,15 +83,15 @@ def save_folder(path: str | Path, model: str, arguments: dict[str, Any], state: 
         # Cloned, because safetensors refuses tied weights, which share memory.
         tensors[name] = stored.detach().cpu().clone().contiguous()
     config = {"model": model, "clipgen": clipgen.__version__, "arguments": arguments}
-    with replace_folder(path, FILES) as partial:
+    with replace_folder(path, MODEL_FILES) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / "model.safetensors").write_bytes(save(tensors))
     return path
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise FileExistsError if a path holds something other than a model folder."""
-    if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= set(FILES)):
+    """Raise FileExistsError if a path contains something other than a model folder."""
+    if path.exists() and not (path.is_dir() and {entry.name for entry in path.iterdir()} <= set(MODEL_FILES)):
         raise FileExistsError(f"{path} exists and is more than a model folder: move it away, or name another place")
 
 
@@ -101,7 +99,7 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None, token: s
     """Return a path, that of a bundled model, or that of a downloaded ``"hf-hub:OWNER/NAME"``.
 
     Args:
-        path_or_name: a path or a name; ``"hf-hub:OWNER/NAME@REVISION"`` names a revision, too.
+        path_or_name: a path or a name; ``"hf-hub:OWNER/NAME@REVISION"`` also names a revision.
         revision: branch, tag or commit of a repository on the hub.
         token: access token for a private repository; None uses that of ``hf auth login``, or ``HF_TOKEN``.
 
@@ -113,7 +111,7 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None, token: s
     if not name.startswith("hf-hub:"):
         if revision is not None:
             raise ValueError(f"revision must be None for {name}, which is not on the hub, got {revision}")
-        # a Path is always a path, also if it looks like a name
+        # A Path is always a path, also if it looks like a name.
         return Path(BUNDLED.get(name, name) if isinstance(path_or_name, str) else name).expanduser()
     from huggingface_hub import snapshot_download
 
@@ -132,43 +130,57 @@ def hub_name(name: str | Path) -> str | Path:
     return f"hf-hub:{name}" if is_repository and not Path(name).exists() else name
 
 
-def load(path: str | Path, model: str) -> Model:
+def load_arguments_and_state(path: str | Path, model: str) -> ModelContent:
     """Load the constructor's arguments and the weights of a model folder, a run folder, a ``.ckpt``, or a public name.
 
     Raises:
         FileNotFoundError: there is no such model; the message names the command that makes one.
-        ValueError: the file is damaged, or holds a model of the other stage.
+        ValueError: the file is damaged, or contains a model of the other stage.
     """
     place = resolve_path(path)
-    for folder in (place, place / FOLDERS[model]):
+    for folder in (place, place / MODEL_FOLDER_NAMES[model]):
         finish_swap(folder)
     source = find_model(place, model)
     return load_ckpt(source, model) if source.is_file() else load_folder(source, model)
 
 
 def load_model(cls: Any, path: str | Path, revision: str | None, token: str | None) -> Any:
-    """Load a model of a class, in evaluation mode; see ``resolve_path`` for the arguments and ``load`` for errors."""
+    """Load a model of a class, in evaluation mode; arguments as in ``resolve_path``.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the file is damaged, contains a model of the other stage, or does not fit the class.
+    """
     place = resolve_path(path, revision, token)
-    arguments, state = load(place, model_name_of(cls))
+    arguments, state = load_arguments_and_state(place, model_name_of(cls))
     return build_verified(cls, arguments, state, place)
 
 
 def find_model(path: Path, model: str) -> Path:
-    """Find the model folder or checkpoint in ``path``; in a run folder the finished model takes precedence."""
+    """Find the model folder or checkpoint in ``path``; in a run folder the finished model takes precedence.
+
+    Raises:
+        FileNotFoundError: there is no such model; the message names the command that makes one.
+    """
     if path.is_file():
         return path
-    places = [path, path / FOLDERS[model], path / "checkpoints" / "best.ckpt", path / "checkpoints" / "last.ckpt"]
+    places = [
+        path,
+        path / MODEL_FOLDER_NAMES[model],
+        path / "checkpoints" / "best.ckpt",
+        path / "checkpoints" / "last.ckpt",
+    ]
     for place in places:
         if place.is_file() or (place / "config.json").is_file():
             return place
-    others = [name for name in FOLDERS if name != model and (path / FOLDERS[name]).is_dir()]
-    hint = f"it holds a {others[-1]}" if others else f"`{COMMANDS[model]}` makes one"
-    state = "holds no such model" if path.is_dir() else "does not exist"
+    others = [name for name in MODEL_FOLDER_NAMES if name != model and (path / MODEL_FOLDER_NAMES[name]).is_dir()]
+    hint = f"it contains a {others[-1]}" if others else f"`{COMMANDS[model]}` makes one"
+    state = "contains no such model" if path.is_dir() else "does not exist"
     raise FileNotFoundError(f"no {model} checkpoint: {path} {state}; {hint}")
 
 
 def check_model(stored: str | None, model: str, path: Path) -> None:
-    """Raise ValueError if a file holds another model than the one requested."""
+    """Raise ValueError if a file contains another model than the one requested."""
     if stored != model:
         what = (
             f"a {stored} checkpoint (from `{COMMANDS[stored]}`)" if stored in COMMANDS else "not a clipgen checkpoint"
@@ -176,10 +188,16 @@ def check_model(stored: str | None, model: str, path: Path) -> None:
         raise ValueError(f"{path} is {what}, but a {model} is needed; `{COMMANDS[model]}` makes one")
 
 
-def load_folder(path: Path, model: str) -> Model:
-    """Read a model folder; the weights are checked to be finite, and memory-mapped."""
-    check_inside(path, *FILES)
-    config, weights = read_config(path / "config.json"), path / "model.safetensors"
+def load_folder(path: Path, model: str) -> ModelContent:
+    """Read a model folder; the weights are checked to be finite, and memory-mapped.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or a link out of the folder, or belongs to another model.
+    """
+    check_inside(path, *MODEL_FILES)
+    config = read_config(path / "config.json")
+    weights = path / "model.safetensors"
     check_model(config["model"], model, path)
     if not weights.is_file():
         raise FileNotFoundError(f"no weights {weights}: the model folder is incomplete")
@@ -189,7 +207,10 @@ def load_folder(path: Path, model: str) -> Model:
     except (SafetensorError, RuntimeError, ValueError, TypeError) as error:
         raise ValueError(f"{weights} is damaged: {one_line(error)}") from error
     check_finite(state, weights)
-    return config["arguments"], {k: v.float() if v.dtype == torch.half else v for k, v in state.items()}
+    for name, tensor in state.items():
+        if tensor.dtype == torch.half:
+            state[name] = tensor.float()
+    return config["arguments"], state
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -207,7 +228,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def codebook_rows(path: Path) -> int | None:
-    """Return the number of codes in a tokenizer's folder, read from its header; None if it has no codebook."""
+    """Return the number of codes in a tokenizer's folder, read from its header; None if it has no codebook.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     weights = path / "model.safetensors"
     if not weights.is_file():
         return None
@@ -220,12 +245,18 @@ def codebook_rows(path: Path) -> int | None:
         raise ValueError(f"{weights} is damaged: {one_line(error)}") from error
 
 
-def load_ckpt(path: Path, model: str) -> Model:
-    """Read a training checkpoint; the weights are checked to be finite, and memory-mapped."""
+def load_ckpt(path: Path, model: str) -> ModelContent:
+    """Read a training checkpoint; the weights are checked to be finite, and memory-mapped.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged, or belongs to another model.
+    """
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("clipgen_model")
     check_model(stored if isinstance(stored, str) else None, model, path)
-    arguments, state = stubs_to_plain(checkpoint.get("hyper_parameters")), checkpoint.get("state_dict")
+    arguments = stubs_to_plain(checkpoint.get("hyper_parameters"))
+    state = checkpoint.get("state_dict")
     for key, value in (("hyper_parameters", arguments), ("state_dict", state)):
         if not isinstance(value, Mapping):
             got = "nothing" if value is None else f"a {type(value).__name__}"
@@ -233,7 +264,7 @@ def load_ckpt(path: Path, model: str) -> Model:
     for name in state:  # type: ignore[union-attr]
         if not isinstance(name, str):
             raise ValueError(f"{path} is damaged: the names of its weights must be strings, got {name!r:.60}")
-    return dict(arguments), check_tensors(strip_wrappers(state, FIRST[model], path), path)  # type: ignore[arg-type]
+    return dict(arguments), check_tensors(strip_wrappers(state, REQUIRED_WEIGHT[model], path), path)  # type: ignore[arg-type]
 
 
 def fingerprint(state: State) -> str:

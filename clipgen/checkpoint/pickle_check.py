@@ -1,6 +1,6 @@
 """Check the calls in the pickle of a checkpoint before torch makes them.
 
-torch's reader for weights calls a few functions with whatever arguments a file gives: thirty bytes can ask for an array
+torch's reader for weights calls a few functions with any arguments that a file gives: thirty bytes can ask for an array
 of many gigabytes. Here the same pickle is read with placeholders for everything that it names, so nothing is called.
 """
 
@@ -108,7 +108,7 @@ class PickleChecker(pickle._Unpickler):
         length = pid[4] if isinstance(pid, tuple) and len(pid) > 4 else None
         if type(length) is not int or not length >= 0:
             raise ValueError("it names a storage without its length")
-        # torch keeps the first length of a key.
+        # The reader of torch keeps the first length of a key.
         if pid[2] not in self.storages:
             self.storages[pid[2]] = length
             self.num_stored += length
@@ -149,7 +149,7 @@ class PickleChecker(pickle._Unpickler):
         state = self.stack.pop()
         if isinstance(state, tuple) and not fits_storage(state):
             raise ValueError("it has a tensor that is larger than its storage")
-        # A pair holds the state in two parts.
+        # A pair stores the state in two parts.
         self.count(state if isinstance(state, tuple) and len(state) == 2 else [state])
 
     dispatch |= {pickle.REDUCE[0]: load_reduce, pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build}
@@ -160,12 +160,12 @@ def is_safe_call(name: str, arguments: tuple[Any, ...]) -> bool:
 
     Args:
         name: name of the function, without its module.
-        arguments: what it is called with.
+        arguments: arguments of the call.
     """
     if name == "bytearray":
         return bool(arguments) and isinstance(arguments[0], (str, bytes))
     if name == "encode":
-        # How pickles of Python 2 hold bytes. Other codecs can double their input again and again.
+        # Pickles of Python 2 store bytes in this way. Other codecs can double their input again and again.
         return len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1"
     if name.endswith(("Tensor", "Storage")):
         # Without a size, as in very old files.

@@ -1,4 +1,4 @@
-"""Inert stubs of classes that checkpoints name beside their weights, so that no code of a file runs."""
+"""Inert stubs of classes that checkpoints name in addition to their weights, so that no code of a file runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-BUILTINS = ("dict", "list", "tuple", "int", "float", "str", "bool", "bytes", "object", "range", "slice", "frozenset")
-# Configurations, paths and numbers that trainers store beside the weights. A file that names anything else, such as
+# Configurations, paths and numbers that trainers store next to the weights. A file that names anything else, such as
 # os.system, is refused.
-NAMES = {
+STUBBED_NAMES = {
     "argparse.Namespace",
     "types.SimpleNamespace",
     "typing.Any",
@@ -31,8 +30,22 @@ NAMES = {
     "decimal.Decimal",
     "fractions.Fraction",
     "uuid.UUID",
-    *(f"builtins.{name}" for name in BUILTINS),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "builtins.dict",
+    "builtins.list",
+    "builtins.tuple",
+    "builtins.int",
+    "builtins.float",
+    "builtins.str",
+    "builtins.bool",
+    "builtins.bytes",
+    "builtins.object",
+    "builtins.range",
+    "builtins.slice",
+    "builtins.frozenset",
 }
 PACKAGES = ("omegaconf.", "pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy.dtypes.")
 DICTIONARIES = ("defaultdict", "AttributeDict", "AttrDict", "EasyDict", "CfgNode", "ConfigDict", "Munch")
@@ -47,7 +60,8 @@ class PickleStub:
 
     def __new__(cls, *arguments: Any) -> PickleStub:
         made = super().__new__(cls)
-        made.arguments, made.state = arguments, None
+        made.arguments = arguments
+        made.state = None
         return made
 
     def __init__(self, *arguments: Any):
@@ -68,7 +82,7 @@ def stub_for(name: str) -> type | None:
     """Return the stub of a class or function by its full name; None refuses it."""
     if name.rpartition(".")[2] in DICTIONARIES:
         return DictStub
-    return PickleStub if name in NAMES or name.startswith(PACKAGES) else None
+    return PickleStub if name in STUBBED_NAMES or name.startswith(PACKAGES) else None
 
 
 def stubs_to_plain(value: Any) -> Any:
@@ -92,8 +106,8 @@ def stub_to_plain(value: PickleStub) -> Any:
 
 
 def content_of(value: PickleStub) -> Any:
-    """Return the part of the state of a stub that holds its values."""
-    # OmegaConf stores containers in ``_content`` and nodes in ``_val``, beside references to their parents.
+    """Return the part of the state of a stub that contains its values."""
+    # OmegaConf stores containers in ``_content`` and nodes in ``_val``, next to references to their parents.
     for key in ("_content", "_val"):
         if isinstance(value.state, dict) and key in value.state:
             return value.state[key]

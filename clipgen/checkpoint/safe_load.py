@@ -18,22 +18,8 @@ from clipgen.checkpoint.pickle_check import check_pickles
 from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stub_for
 from clipgen.hardware.environment import environment_variable
 
-__all__ = [
-    "State",
-    "check_archive",
-    "check_download",
-    "check_finite",
-    "check_safetensors_header",
-    "check_weights_file",
-    "only_weights",
-    "read_checkpoint",
-    "read_weights",
-    "strip_prefix",
-    "strip_wrappers",
-]
-
 State = dict[str, Tensor]
-# torch.load obeys this environment variable, whatever its caller asks for
+# This environment variable takes precedence over the arguments of torch.load.
 FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 MAX_NAMES = 100  # classes that one file may name
 MAX_VALUES = 2_000_000  # in all nested dictionaries and lists of a file
@@ -46,11 +32,11 @@ ZIP64_END = struct.Struct("<4s36xQQ")
 ZIP64_LOCATOR = struct.Struct("<4s4xQ4x")
 # Number of pickles that torch.save writes before the weights if it writes no archive.
 PICKLES = 5
-STATES = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
-# What torch.compile, FSDP, activation checkpointing and Fabric put between the names of modules
+STATE_KEYS = ("state_dict", "model", "model_state_dict", "module", "ema", "generator", "net")
+# What torch.compile, FSDP, activation checkpointing and Fabric put between the names of modules.
 INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 WRAPPERS = ("", "module.", "first_stage_model.", "module.first_stage_model.", "model.first_stage_model.")
-# Tied weights are stored once and named twice; more than that is a small file that claims much memory
+# Tied weights are stored once and named twice; more than that is a small file that claims much memory.
 MAX_SHARING = 4
 
 
@@ -59,7 +45,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not a checkpoint, wants to run code, or claims more memory than it holds.
+        ValueError: it is not a checkpoint, wants to run code, or claims more memory than it contains.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -72,7 +58,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise
         raise ValueError(f"{path} is not a readable checkpoint: {short_reason(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a readable checkpoint: it holds a {type(content).__name__}")
+        raise ValueError(f"{path} is not a readable checkpoint: it contains a {type(content).__name__}")
     return content
 
 
@@ -126,7 +112,7 @@ def check_nesting(content: Any) -> None:
         children = children_of(value)
         num_values += len(children)
         if num_values > MAX_VALUES or depth > MAX_DEPTH:
-            raise ValueError(f"it must hold at most {MAX_VALUES} values, nested at most {MAX_DEPTH} times")
+            raise ValueError(f"it must contain at most {MAX_VALUES} values, nested at most {MAX_DEPTH} times")
         pending += [(child, depth + 1) for child in children]
 
 
@@ -147,7 +133,8 @@ def check_archive(path: Path) -> None:
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"its record {record.filename!r:.100} is compressed, which neither torch nor clipgen does")
-    claimed, size = sum(max(record.file_size, record.compress_size) for record in records), path.stat().st_size
+    claimed = sum(max(record.file_size, record.compress_size) for record in records)
+    size = path.stat().st_size
     if claimed > size:
         raise ValueError(f"its records claim {claimed} bytes, but the file has {size}")
 
@@ -206,7 +193,7 @@ def check_safetensors_header(path: Path) -> None:
 
 
 def check_weights_file(path: Path) -> None:
-    """Raise ValueError if a file of weights claims more than it holds, or wants to run code.
+    """Raise ValueError if a file of weights claims more than it contains, or wants to run code.
 
     This is for files that another library reads: of safetensors, of NumPy or of torch.save.
     """
@@ -229,7 +216,7 @@ def check_download(url: str) -> None:
 
 
 def read_weights(path: str | Path, key: str, first: str, project: str) -> State:
-    """Read the weights of another project: those under ``key``, or of a file that holds nothing else.
+    """Read the weights of another project: those under ``key``, or of a file that contains nothing else.
 
     Names that a wrapper has changed (DataParallel, torch.compile, a LightningModule around the model) are restored.
 
@@ -237,7 +224,7 @@ def read_weights(path: str | Path, key: str, first: str, project: str) -> State:
         ValueError: none of them is called ``first``; or they are not finite, or not all there.
     """
     checkpoint = read_checkpoint(path)
-    for place in (key, *STATES):
+    for place in (key, *STATE_KEYS):
         state = checkpoint.get(place)
         if isinstance(state, Mapping):
             names = strip_wrappers(state, first, path)
@@ -245,7 +232,7 @@ def read_weights(path: str | Path, key: str, first: str, project: str) -> State:
                 return check_tensors(names, path)
     names = strip_wrappers(checkpoint, first, path)
     if first not in names:
-        raise ValueError(f"{path} is not a checkpoint of {project}: it holds no {first}")
+        raise ValueError(f"{path} is not a checkpoint of {project}: it contains no {first}")
     return check_tensors(names, path)
 
 
@@ -259,7 +246,7 @@ def strip_wrappers(state: Mapping[Any, Any], first: str, path: str | Path) -> di
     prefixes = [name[: -len(first)] for name in named if name == first or name.endswith(f".{first}")]
     known = [wrapper for wrapper in WRAPPERS if wrapper in prefixes]
     if not known and len(prefixes) > 1:
-        raise ValueError(f"{path} holds several models ({', '.join(sorted(prefixes))[:200]}): keep one in the file")
+        raise ValueError(f"{path} contains several models ({', '.join(sorted(prefixes))[:200]}): keep one in the file")
     prefix = (known or prefixes or [""])[0]
     return strip_prefix(prefix, named)
 
@@ -277,25 +264,27 @@ def check_tensors(state: dict[str, Any], path: str | Path) -> State:
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         claimed += tensor.numel() * tensor.itemsize
     if claimed > MAX_SHARING * sum(storages.values()):
-        raise ValueError(f"{path} is refused: its weights claim {claimed} bytes, but it holds {sum(storages.values())}")
+        raise ValueError(
+            f"{path} is refused: its weights claim {claimed} bytes, but it contains {sum(storages.values())}"
+        )
     check_finite(state, path)
     return state
 
 
 def check_dense(name: str, tensor: Any, path: str | Path) -> None:
-    """Raise ValueError unless a weight is an ordinary tensor whose memory holds all of its elements."""
+    """Raise ValueError unless a weight is an ordinary tensor whose memory contains all of its elements."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{path} is refused: {name!r:.100} must be a tensor, got a {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise ValueError(f"{path} is refused: {name!r:.100} must be a dense tensor, got a sparse or quantized one")
     bytes_needed = tensor.numel() * tensor.itemsize
     if tensor.untyped_storage().nbytes() < bytes_needed:
-        held = tensor.untyped_storage().nbytes()
-        raise ValueError(f"{path} is refused: {name!r:.100} claims {bytes_needed} bytes, but {held} are stored")
+        stored = tensor.untyped_storage().nbytes()
+        raise ValueError(f"{path} is refused: {name!r:.100} claims {bytes_needed} bytes, but {stored} are stored")
 
 
 def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise ValueError if a weight is NaN or infinite: everything computed with it would be, too."""
+    """Raise ValueError if a weight is NaN or infinite: everything computed with it would also be."""
     for name, tensor in state.items():
         if tensor.numel() and not all_finite(tensor):
             raise ValueError(
@@ -305,7 +294,7 @@ def check_finite(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return True if no element is NaN or infinite, in one pass without temporary memory."""
+    """Return whether all elements are finite, in one pass without temporary memory."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.detach().resolve_conj())
     if not tensor.is_floating_point():

@@ -22,15 +22,15 @@ from clipgen.checkpoint.safe_load import State
 from clipgen.storage.files import one_line
 from clipgen.type_checks import check_values, fits, parameter_hints
 
-Model = TypeVar("Model")
+ModelType = TypeVar("ModelType")
 
 DEPTHS = ("n_layer", "num_layers", "num_res_blocks")  # numbers of blocks, each with weights of its own
 RANDOM = (Tensor.normal_, Tensor.uniform_)
 SPARE = 1000  # parameters that a model may have beyond those of its file, as a part that is left out
-SPARE_BYTES = 2**26  # allowance for buffers that no file holds
+SPARE_BYTES = 2**26  # allowance for buffers that no file contains
 
 
-def build_verified(model: type[Model], arguments: Any, state: State, path: str | Path) -> Model:
+def build_verified(model: type[ModelType], arguments: Any, state: State, path: str | Path) -> ModelType:
     """Build a model from the arguments and weights of the file ``path``, after checking that they fit together.
 
     Raises:
@@ -39,7 +39,7 @@ def build_verified(model: type[Model], arguments: Any, state: State, path: str |
     with named_load_errors(path, model.__name__):
         check_arguments(model, arguments, len(state))
         build_on_meta(model, arguments, state)
-        made: Model = model.from_state(arguments, state)  # type: ignore[attr-defined]
+        made: ModelType = model.from_state(arguments, state)  # type: ignore[attr-defined]
         return made
 
 
@@ -94,7 +94,12 @@ def build_on_meta(model: Any, arguments: Mapping[str, Any], state: State) -> Non
         Exception: names or shapes do not fit, as ``load_state_dict`` says it; weights have a wrong type.
     """
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    with warnings.catch_warnings(), at_most(2 * len(state) + SPARE), torch.device("meta"), WithoutInitialization():
+    with (
+        warnings.catch_warnings(),
+        limit_parameters(2 * len(state) + SPARE),
+        torch.device("meta"),
+        WithoutInitialization(),
+    ):
         warnings.simplefilter("ignore")
         built = model.from_state(arguments, shapes)
     stored = built.state_dict()
@@ -112,14 +117,15 @@ class WithoutInitialization(TorchFunctionMode):
 
 
 @contextmanager
-def at_most(count: int) -> Iterator[None]:
+def limit_parameters(count: int) -> Iterator[None]:
     """Stop the construction of modules in this thread when they have more than ``count`` parameters."""
     thread = threading.get_ident()
     num_parameters = 0
 
     def registered(module: Any, name: str, parameter: Any) -> None:
         nonlocal num_parameters
-        num_parameters += threading.get_ident() == thread
+        if threading.get_ident() == thread:
+            num_parameters += 1
         if num_parameters > count:
             raise ValueError("its arguments ask for more layers than it has weights for")
 
@@ -145,11 +151,11 @@ def check_types(state: State, integers: set[str]) -> None:
 
 def check_buffers(module: torch.nn.Module, stored: set[str], file_bytes: int) -> None:
     """Raise ValueError if the buffers that a model creates itself are out of proportion to the weights of its file."""
-    buffer_bytes = sum(size(buffer) for name, buffer in module.named_buffers() if name not in stored)
+    buffer_bytes = sum(tensor_bytes(buffer) for name, buffer in module.named_buffers() if name not in stored)
     if buffer_bytes > 2 * file_bytes + SPARE_BYTES:
-        raise ValueError(f"its arguments ask for {buffer_bytes} bytes beside the {file_bytes} of its weights")
+        raise ValueError(f"its arguments ask for {buffer_bytes} bytes in addition to the {file_bytes} of its weights")
 
 
-def size(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     """Return the bytes that a tensor of the meta device would need."""
     return tensor.numel() * tensor.itemsize

@@ -32,7 +32,7 @@ def load_lpips(vgg_weights: str | None = None) -> nn.Module:
 
     Raises:
         MissingWeightsError: the weights cannot be loaded.
-        ValueError: this version of torchmetrics has another network.
+        UnknownNetworkError: this version of torchmetrics has another network.
     """
     try:
         weights = published_vgg() if vgg_weights is None else read_checkpoint(vgg_weights)

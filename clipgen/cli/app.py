@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from clipgen.cli.console import guarded
 from clipgen.cli.model_path import check_model_path
-from clipgen.run_list import OUTPUTS
+from clipgen.runs import OUTPUTS
 from clipgen.storage.files import user_path
 
 

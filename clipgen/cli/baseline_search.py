@@ -12,8 +12,8 @@ from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
-    from clipgen.baselines.csc2516 import SearchProtocol
     from clipgen.baselines.search import ScoringCLIP, SearchResult, SearchRow
+    from clipgen.baselines.search_protocol import SearchProtocol
 
 PROTOCOLS = ("csc2516",)
 
@@ -197,7 +197,7 @@ def mean_caption_score(args: argparse.Namespace, clip: Any) -> float:
 
 def run_protocol(args: argparse.Namespace, generator: Any, clip: Any) -> None:
     """Compute the tables as the paper's authors ran them."""
-    from clipgen.baselines.csc2516 import PublishedCLIPInput, prepare_caption, ranking_caption
+    from clipgen.baselines.search_protocol import PublishedCLIPInput, prepare_caption, ranking_caption
 
     protocol = resolve_protocol(args, generator)
     groups = []
@@ -217,8 +217,8 @@ def run_protocol(args: argparse.Namespace, generator: Any, clip: Any) -> None:
 
 def resolve_protocol(args: argparse.Namespace, generator: Any) -> SearchProtocol:
     """Return the settings of the protocol, and apply truncation and class names to the generator."""
-    from clipgen.baselines.csc2516 import SearchProtocol, keras_names, published_truncation
     from clipgen.baselines.search import PAPER_TEMPLATE
+    from clipgen.baselines.search_protocol import SearchProtocol, keras_names, published_truncation
 
     if args.truncation is None:
         args.truncation = published_truncation(generator)

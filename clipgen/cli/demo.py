@@ -197,7 +197,7 @@ def describe_plan(output: Path, stages: dict[str, Any]) -> str:
 def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]) -> None:
     """Train the stages that are not finished."""
     from clipgen.cli import train
-    from clipgen.run_list import finished_model
+    from clipgen.runs import finished_model
     from clipgen.training.callbacks import TimeForecast
 
     for stage, config in stages.items():

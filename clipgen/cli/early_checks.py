@@ -13,7 +13,7 @@ from clipgen.cli.model_path import check_model_path
 from clipgen.cli.resume_args import by_key, find_run
 from clipgen.data.folder_listing import check_holds_images
 from clipgen.data.urls import expand_urls
-from clipgen.run_list import OUTPUTS, newest_run
+from clipgen.runs import OUTPUTS, newest_run
 from clipgen.training.config import reads_token_cache
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from clipgen.cli.sample_request import DEFAULT_SETTINGS, check_early, join_words
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.generation.sampling_options import DTYPES
 from clipgen.hardware.device import default_device
-from clipgen.run_list import OUTPUTS, find_runs, newest_run, runs_table
+from clipgen.runs import OUTPUTS, find_runs, newest_run, runs_table
 from clipgen.storage.files import printable, user_path
 from clipgen.storage.output_folder import free_folder, output_folder
 

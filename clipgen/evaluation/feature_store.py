@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from clipgen.checkpoint.safe_load import check_archive
+from clipgen.data.byte_images import unpack
 from clipgen.images import check_images, to_bytes
 from clipgen.storage.files import atomic_write, one_line
 from clipgen.storage.resumable_store import ResumableStore
@@ -197,7 +198,7 @@ def measure_batch(measure: MeasureFn, batch: ImageBatch, advance: Advance) -> Co
     check_images(images)
     require_finite(images, captions)
     pixels = to_bytes(images)
-    columns = measure(pixels.float() / 127.5 - 1, captions)
+    columns = measure(unpack(pixels), captions)
     columns[KEY_COLUMN] = pixel_hashes(pixels)
     advance(len(images))
     return columns

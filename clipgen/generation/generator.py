@@ -74,7 +74,7 @@ class ImageGenerator:
             part.to(device)
         if dtype:
             # Cache the fingerprint before the cast changes the weights.
-            _ = self._fingerprint
+            self.cache_fingerprint()
             self.dtype = dtype
             self.transformer.to(dtype)
         return self
@@ -89,6 +89,10 @@ class ImageGenerator:
     def image_size(self) -> int:
         """Height and width of the generated images in pixels."""
         return self.side * self.vqgan.downsampling
+
+    def cache_fingerprint(self) -> str:
+        """Return the fingerprint of the weights. It is computed once, so a later cast of the weights is ignored."""
+        return self._fingerprint
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -49,7 +49,7 @@ def environment_int(name: str, default: int | None = None) -> int:
         default: value if the variable is not set or empty; None requires it.
 
     Raises:
-        ValueError: the variable holds something else; the message names it.
+        ValueError: the variable contains something else; the message names it.
     """
     text = os.environ.get(name, "")
     if not text and default is not None:

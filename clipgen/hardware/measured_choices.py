@@ -13,20 +13,20 @@ from clipgen.hardware.processor import instruction_set, processor_name
 from clipgen.storage.files import cache_folder, read_json, write_json
 
 logger = logging.getLogger(__name__)
-FILE = "kernels.json"
+KERNEL_FILE = "kernels.json"
 
 
 def measured_choice(name: str, measure: Callable[[], str]) -> str:
-    """Return a choice from the file; if it holds none for this machine, measure it and add it.
+    """Return a choice from the file; if it contains none for this machine, measure it and add it.
 
     Args:
-        name: what is chosen.
+        name: name of the choice.
         measure: makes the choice.
 
     Returns:
         The choice, or "" if the file cannot be read or written, since the next process might measure another one.
     """
-    path = cache_folder() / FILE
+    path = cache_folder() / KERNEL_FILE
     key = f"{machine()}, {name}"
     try:
         choices = read_choices(path)

@@ -1,4 +1,4 @@
-"""Query which instruction sets and dtypes a device multiplies matrices fast in."""
+"""Query a processor's instruction set and its support for fast bfloat16 matrix products."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def processor_name() -> str:
 
 
 def has_bf16_units(device: torch.device | str = "cpu") -> bool:
-    """Return True if a device multiplies matrices in bfloat16 faster than in float32.
+    """Return whether a device multiplies matrices in bfloat16 faster than in float32.
 
-    Other devices accept bfloat16, too, but are many times slower in it than in float32. The environment variables
+    Other devices also accept bfloat16, but are many times slower in it than in float32. The environment variables
     ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA``, which imitate an older processor, are respected.
     """
     device = torch.device(device)

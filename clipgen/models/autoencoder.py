@@ -31,7 +31,11 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def make_norm(channels: int, eps: float, kernel_size: int = 3) -> nn.Module:
-    """Return a group norm, or for 1 x 1 kernels a layer norm, which does not mix positions."""
+    """Return a group norm, or for 1 x 1 kernels a layer norm, which does not mix positions.
+
+    Raises:
+        ValueError: the number of channels is not a multiple of ``NUM_GROUPS``.
+    """
     if kernel_size == 1:
         return LayerNorm2d(channels, eps=1e-6)
     if channels % NUM_GROUPS:
@@ -165,7 +169,13 @@ class MidBlock(nn.Module):
 
 
 def checkpointed_forward(module: nn.Module, x: Tensor, grad_checkpointing: bool) -> Tensor:
-    """Return module(x); with ``grad_checkpointing`` its activations are recomputed in the backward pass."""
+    """Apply a module; with ``grad_checkpointing`` its activations are recomputed in the backward pass.
+
+    Args:
+        module: maps a tensor to a tensor, such as a stage of the encoder, (B, C, h, w) -> (B, C', h', w').
+        x: input of the module.
+        grad_checkpointing: recompute activations: less memory, more time.
+    """
     if grad_checkpointing and torch.is_grad_enabled():
         return checkpoint(module, x, use_reentrant=False)
     return module(x)
@@ -175,8 +185,8 @@ class Encoder(nn.Module):
     """Encode images (B, 3, H, W) as features (B, z_channels, H / f, W / f).
 
     With ``encoder_kernel_size`` 1 each feature depends on (almost) its own patch alone: only the strided convolutions
-    reach further. Identical patches then map to identical indices whatever their context, which a small transformer
-    learns in far fewer steps; combining patches is left to the decoder.
+    reach further. Identical patches then map to identical indices regardless of their context, which a small
+    transformer learns in far fewer steps; combining patches is left to the decoder.
     """
 
     def __init__(self, config: AutoencoderConfig):
@@ -235,7 +245,10 @@ class Decoder(nn.Module):
         return {name: value for name, value in super().__getstate__().items() if name != "forward_features"}
 
     def forward_features(self, z: Tensor) -> Tensor:
-        """Apply all but the last layer, which is separate because the adaptive weight needs its gradient alone."""
+        """Apply all but the last layer: (B, z_channels, h, w) -> (B, ch * ch_mult[0], h * f / p, w * f / p).
+
+        p is ``patch_size``. The last layer is separate because the adaptive weight needs its gradient alone.
+        """
         x = self.conv_in(z)
         for module in (self.mid, *reversed(self.up)):
             x = checkpointed_forward(module, x, self.grad_checkpointing)
@@ -267,6 +280,9 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(z_q.to(self.post_quant_conv.weight.dtype)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        """Return the reconstruction, and the output of the quantizer."""
+        """Return the reconstruction (B, 3, H, W) of images (B, 3, H, W) in [-1, 1], and the quantizer's output.
+
+        The reconstruction is not clamped.
+        """
         quantized = self.quantize(self.encode(images))
         return self.decode(quantized.z_q), quantized

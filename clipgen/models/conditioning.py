@@ -1,6 +1,6 @@
 """The interface of models that embed images and texts for the transformer, and noise on their embeddings.
 
-A batch holds one condition per sample under the key ``condition``: an embedding (B, E) of unit norm, or a one-hot class
+A batch has one condition per sample under the key ``condition``: an embedding (B, E) of unit norm, or a one-hot class
 (B, num_classes). ``ConditionalGPT2.condition_tokens`` projects it to one condition token per sample, which is the first
 position of the sequence; several condition tokens per sample would need changes in ``models/gpt.py`` and
 ``models/kv_cache.py``.

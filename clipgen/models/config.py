@@ -250,7 +250,7 @@ class TransformerOptimizerConfig(OptimizerConfig):
     Args:
         name: ``"adamw"``, or ``"muon"`` for the matrices of the blocks and AdamW for the rest.
         weight_decay: weight decay of the matrices; 0 makes AdamW the paper's Adam.
-        decay_embeddings: apply the weight decay to the token and position embeddings, too.
+        decay_embeddings: also apply the weight decay to the token and position embeddings.
     """
 
     name: str = "adamw"
@@ -419,7 +419,7 @@ def model_settings(config: Any) -> dict[str, Any]:
 
 
 def is_training_only(config_field: Field[Any]) -> bool:
-    """Return True if a field was declared by ``training_only``."""
+    """Return whether a field was declared by ``training_only``."""
     return bool(config_field.metadata.get("training_only", False))
 
 

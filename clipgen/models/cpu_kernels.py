@@ -17,16 +17,16 @@ from clipgen.hardware.processor import instruction_set
 
 Linear = Callable[[Tensor], Tensor]  # (B, in) -> (B, out)
 Activation = Callable[[Tensor], Tensor]
-# weight (in, out), bias, activation of the outputs (optional)
+# Takes a weight (in, out), a bias, and (optionally) an activation of the outputs.
 LinearFactory = Callable[..., Linear]
 
 # Activations that oneDNN computes within the product, and its name of their approximation.
 FUSED_GELUS = {GELUTanh: "tanh", GELUActivation: "none"}
 
-# torch.compile uses these operators on a CPU.
+# The code of torch.compile uses these operators on a CPU.
 onednn: Any = torch.ops.mkldnn
 
-# Number of rows that the memory layout is made for, which is the fastest layout for fewer and for more rows, too: for 8
+# Number of rows that the memory layout is made for. It is also the fastest layout for fewer and for more rows: for 8
 # rows it is 5 to 12 % faster than the layout for 8.
 PACKED_ROWS = 16
 # A weight with at most this many elements stays in the processor's cache, where torch's own product is fastest.
@@ -40,12 +40,24 @@ MIN_ADVANTAGE = 0.95
 
 
 def addmm_linear(weight: Tensor, bias: Tensor, activation: Activation | None = None) -> Linear:
-    """Return a linear layer that uses torch's own product."""
+    """Return a linear layer, (B, in) -> (B, out), that uses torch's own product.
+
+    Args:
+        weight: (in, out).
+        bias: (out,).
+        activation: function of the outputs; None applies none.
+    """
     return with_activation(lambda x: torch.addmm(bias, x, weight), activation)
 
 
 def split_linear(weight: Tensor, bias: Tensor, activation: Activation | None = None) -> Linear:
-    """Return a linear layer that reads the two halves of the transposed weight in parallel, as a batch of products."""
+    """Return a linear layer that reads the two halves of the transposed weight in parallel, as a batch of products.
+
+    Args:
+        weight: (in, out), with an even number of outputs.
+        bias: (out,).
+        activation: function of the outputs; None applies none.
+    """
     inputs = weight.shape[0]
     halves = weight.T.contiguous().view(2, -1, inputs)
     column = bias.view(2, -1, 1)
@@ -59,6 +71,11 @@ def prepacked_linear(weight: Tensor, bias: Tensor, activation: Activation | None
     """Return a linear layer that uses oneDNN's product, with the weight in oneDNN's own memory layout.
 
     A GELU is computed within the product: on its own, torch computes it by one thread for small batches.
+
+    Args:
+        weight: (in, out).
+        bias: (out,).
+        activation: function of the outputs; None applies none.
     """
     packed = onednn._reorder_linear_weight(weight.T.contiguous(), PACKED_ROWS)
     approximation = FUSED_GELUS.get(type(activation))  # type: ignore[arg-type]
@@ -75,10 +92,10 @@ def with_activation(linear: Linear, activation: Activation | None) -> Linear:
 def choose_cpu_kernel(batch_size: int, inputs: int, outputs: int) -> LinearFactory:
     """Choose the linear layer for a float32 weight (inputs, outputs) on a CPU.
 
-    Which kernel is the fastest for one or two rows depends on the shape and on the processor, so it is measured once
-    and kept. Kernels differ by floating-point rounding, so a choice that changed would now and then sample another
-    index from the same seed: only the file that keeps the choices decides, and no process that cannot write it
-    measures.
+    The fastest kernel for one or two rows depends on the shape and on the processor, so it is measured once and stored
+    in a file. Kernels differ by floating-point rounding, so a different choice could sample another index from the same
+    seed. The choice is therefore read from a file; a process that cannot write the file uses the rule instead of
+    measuring.
     """
     usual = usual_cpu_kernel(batch_size, inputs, outputs)
     if batch_size > 2 or inputs * outputs <= MAX_CACHED_ELEMENTS:
@@ -131,7 +148,9 @@ def fastest_kernel(
     weights = torch.rand(copies, inputs, outputs, generator=generator)
     bias = torch.zeros(outputs)
     x = torch.rand(batch_size, inputs, generator=generator)
-    layers = {name: [kernel(weight, bias) for weight in weights] for name, kernel in kernels.items()}
+    layers = {}
+    for name, kernel in kernels.items():
+        layers[name] = [kernel(weight, bias) for weight in weights]
     seconds = dict.fromkeys(kernels, math.inf)
     for _ in range(MEASUREMENTS):
         for name, functions in layers.items():
@@ -146,7 +165,7 @@ def fastest_kernel(
 
 @cache
 def has_prepacked_kernels() -> bool:
-    """Return True if this build of torch has oneDNN's private operators and they compute the correct product."""
+    """Return whether this build of torch has oneDNN's private operators and they compute the correct product."""
     if not torch.backends.mkldnn.is_available():
         return False
     weight = torch.linspace(-1, 1, 32, device="cpu").view(8, 4)
@@ -164,5 +183,5 @@ def has_prepacked_kernels() -> bool:
 
 
 def all_close(actual: Tensor, expected: Tensor) -> bool:
-    """Return True if two tensors have one shape and equal values up to rounding."""
+    """Return whether two tensors have one shape and equal values up to rounding."""
     return actual.shape == expected.shape and torch.allclose(actual, expected, atol=1e-4)

@@ -31,7 +31,7 @@ def causal_attention(
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal).transpose(1, 2), None
 
 
-# transformers has no mask function of this name, so it builds no mask.
+# The library transformers has no mask function of this name, so it builds no mask.
 AttentionInterface.register("causal", causal_attention)
 
 
@@ -77,6 +77,9 @@ class ConditionalGPT2(nn.Module):
         Args:
             clip_embedding: (B, E), unit norm.
             drop: (B,) bool, True for samples that get the null condition instead.
+
+        Raises:
+            ValueError: ``drop`` is given, but the network was built without a null condition.
         """
         scale = clip_embedding.shape[-1] ** 0.5 if self.scale_condition else 1.0
         token = self.clip_proj((clip_embedding * scale).to(self.clip_proj.weight.dtype))
@@ -174,7 +177,11 @@ def initialize_linear(layer: Any) -> None:
 
 
 def sinusoids_2d(num_tokens: int, width: int) -> Tensor:
-    """Return sines and cosines of row and column, (T, width), at wavelengths from 2 pi to 2 pi x the grid's side."""
+    """Return sines and cosines of row and column, (T, width), at wavelengths from 2 pi to 2 pi x the grid's side.
+
+    Raises:
+        ValueError: the number of tokens is not a square, or the width is not divisible by 4.
+    """
     side = math.isqrt(num_tokens)
     if side**2 != num_tokens or width % 4:
         raise ValueError(

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clipgen.models.cpu_kernels import Activation, Linear, addmm_linear, choose_cpu_kernel, with_activation
 from clipgen.models.gpt import ConditionalGPT2
-from clipgen.sampling import LogitsFn, SampleFn, guide, sample_from_logits, sampler, with_cfg
+from clipgen.sampling import LogitsFn, SampleFn, guide, make_sample_fn, sample_from_logits, with_cfg
 from clipgen.sampling_params import SamplingParams
 
 # A compiled graph reads the cache up to a multiple of this many positions.
@@ -72,17 +72,20 @@ class IncrementalDecoder:
         logits_fn = self.start(condition_tokens)
         if params.uses_guidance:
             logits_fn = with_cfg(logits_fn, params.guidance_scales(uniforms.shape[1]))
-        return sampler(logits_fn, uniforms, params)
+        return make_sample_fn(logits_fn, uniforms, params)
 
     def allocate_cache(self, like: Tensor) -> list[Tensor]:
-        """Allocate one tensor per block: torch.compile would copy a shared one at every write to a part of it."""
+        """Allocate one tensor (B, H, T, C / H) per block, of the dtype and on the device of ``like``.
+
+        torch.compile would copy a shared tensor at every write to a part of it.
+        """
         return [like.new_zeros(self.cache_shape) for _ in self.blocks]
 
     def _token(self, condition_tokens: Tensor, previous: Tensor | None) -> Tensor:
         return condition_tokens if previous is None else F.embedding(previous, self.wte)
 
     def logits(self, token: Tensor, position: Any) -> Tensor:
-        """Compute the logits (B, K) that follow tokens (B, C) at a position."""
+        """Compute the logits (B, K) that follow tokens (B, C) at a position in [0, T)."""
         x = token + self.wpe[position]
         for block, keys, values in zip(self.blocks, self.keys, self.values):
             x = x + block.proj(self.attend(position, block.qkv(block.ln_1(x)), keys, values))
@@ -117,7 +120,7 @@ class IncrementalDecoder:
 class CompiledDecoder(IncrementalDecoder):
     """Incremental decoder compiled by torch.compile, and captured as CUDA graphs on a GPU.
 
-    A CUDA graph holds a whole step: the embedding of the previous index, the network, guidance and sampling. One graph
+    A CUDA graph runs a whole step: the embedding of the previous index, the network, guidance and sampling. One graph
     serves many positions, so attention covers a prefix of the cache with a mask. Large batches have a graph per
     ``BUCKET_SIZE`` positions, which reads the cache up to there; small batches have one graph for the whole cache. Each
     graph is compiled at its first step, and captured again if the sampling parameters change. The decoder can be
@@ -194,7 +197,7 @@ class CompiledDecoder(IncrementalDecoder):
         return sample_fn
 
     def move_to(self, position: int) -> None:
-        """Set the position of the next step."""
+        """Set the position of the next step, in [0, T)."""
         self.position.fill_(position)
         self.length = min((position // self.bucket_size + 1) * self.bucket_size, len(self.positions))
 

@@ -22,6 +22,12 @@ def reconstruction_loss(images: Tensor, reconstruction: Tensor, loss_type: str) 
         images: (B, 3, H, W).
         reconstruction: the same shape.
         loss_type: ``"l2"`` for the squared error (Eq. 4 of CLIP-GEN), ``"l1"`` for the absolute one (VQ-GAN's code).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the loss type is unknown.
     """
     if loss_type == "l2":
         return F.mse_loss(reconstruction, images)
@@ -34,9 +40,15 @@ def discriminator_loss(logits_real: Tensor, logits_fake: Tensor, loss_type: str)
     """Return the loss that the discriminator minimizes.
 
     Args:
-        logits_real: logits of real images, high where a patch looks real.
-        logits_fake: logits of reconstructions.
+        logits_real: logits (B, 1, h', w') of real images, high where a patch looks real.
+        logits_fake: logits (B, 1, h', w') of reconstructions.
         loss_type: ``"hinge"`` (arXiv:1705.02894), ``"minimax"`` for the negative of Eq. 5, or ``"log"`` for half of it.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the loss type is unknown.
     """
     if loss_type == "hinge":
         return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
@@ -51,10 +63,16 @@ def generator_loss(logits_fake: Tensor, loss_type: str) -> Tensor:
     """Return the adversarial loss that the autoencoder minimizes.
 
     Args:
-        logits_fake: the discriminator's logits of reconstructions.
+        logits_fake: the discriminator's logits (B, 1, h', w') of reconstructions.
         loss_type: ``"hinge"`` for -D(I'); ``"minimax"`` for log(1 - D(I')), the part of Eq. 5 that depends on the
             autoencoder; or ``"log"`` for -log D(I'), its non-saturating form, whose gradient does not vanish when the
             discriminator recognizes all reconstructions (arXiv:1406.2661, Sec. 3).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: the loss type is unknown.
     """
     if loss_type == "hinge":
         return -logits_fake.mean()
@@ -78,11 +96,14 @@ def adaptive_weight(
     gradients have equal norms there.
 
     Args:
-        reconstruction: the decoder's output.
+        reconstruction: the decoder's output, (B, 3, H, W).
         last_layer: the weight of the decoder's last layer, which computed ``reconstruction``.
-        recon_grad: gradient of the reconstruction losses w.r.t. the reconstruction.
-        adv_grad: gradient of the adversarial loss w.r.t. the reconstruction.
+        recon_grad: gradient of the reconstruction losses w.r.t. the reconstruction, the same shape.
+        adv_grad: gradient of the adversarial loss w.r.t. the reconstruction, the same shape.
         maximum: upper bound of the weight.
+
+    Returns:
+        A scalar in [0, maximum], without a gradient.
     """
 
     def norm_at_last_layer(grad: Tensor) -> Tensor:
@@ -111,7 +132,12 @@ class LeCam(nn.Module):
         self.register_buffer("means", torch.zeros(2))  # means of the real and of the fake logits
 
     def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-        """Update the running means and return E[relu(D(I) - mean_fake)^2] + E[relu(mean_real - D(I'))^2]."""
+        """Update the running means and return E[relu(D(I) - mean_fake)^2] + E[relu(mean_real - D(I'))^2], a scalar.
+
+        Args:
+            logits_real: logits D(I) of real images, (B, 1, h', w').
+            logits_fake: logits D(I') of reconstructions, (B, 1, h', w').
+        """
         with torch.no_grad():
             batch_means = torch.stack([logits_real.float().mean(), logits_fake.float().mean()])
             if dist.is_initialized():
@@ -132,6 +158,12 @@ def clip_loss(generated: Tensor, target: Tensor, loss_type: str = "log") -> Tens
         loss_type: ``"log"`` for -log s (Eq. 9) with s = (1 + cos) / 2, because the paper does not define the
             similarity s in (0, 1] and the cosine itself can be negative; or ``"cosine"`` for 1 - cos, whose gradient
             does not depend on the distance.
+
+    Returns:
+        A scalar of at least 0.
+
+    Raises:
+        ValueError: the loss type is unknown.
     """
     cosine = (generated * target).sum(dim=-1)
     if loss_type == "log":
@@ -151,6 +183,9 @@ def differentiable_codes(logits: Tensor, codebook: Tensor, estimator: str) -> Te
             code with the gradient of the mean code (arXiv:1308.3432). ``"gumbel"`` samples a code by the Gumbel-max
             trick, with the gradient of the mean code under the same noise (straight-through Gumbel-softmax at
             temperature 1, arXiv:1611.01144).
+
+    Raises:
+        ValueError: the estimator is unknown.
     """
     if estimator not in CLIP_LOSS_ESTIMATORS:
         raise ValueError(f"clip_loss.estimator must be one of {', '.join(CLIP_LOSS_ESTIMATORS)}, got {estimator!r}")

@@ -1,7 +1,7 @@
 """Atomic replacement of a folder: an interrupted process leaves the old version or the new one, never a mixture.
 
-``replace_folder`` writes the new version to ``.NAME.HOST.PID.xxx.partial`` beside the folder, or inside it if the
-folder also holds other files. If the system can exchange two folders (Linux: ``renameat2``), the whole folder is
+``replace_folder`` writes the new version to ``.NAME.HOST.PID.xxx.partial`` next to the folder, or inside it if the
+folder also contains other files. If the system can exchange two folders (Linux: ``renameat2``), the whole folder is
 exchanged. Otherwise the entries are moved one by one from a folder whose name ends in ``.swapping``; every load and
 save first calls ``finish_swap``, which completes interrupted moves.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from clipgen.storage.files import flush_to_disk, host_name, is_running, read_json, with_path_in_errors, write_json
 
 # File that lists the new entries, in a folder whose moves have started.
-NAMES = "names.json"
+NAMES_FILE = "names.json"
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.\w+\.(?P<state>partial|swapping)")
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -41,21 +41,21 @@ def replace_folder(path: str | Path, entries: Collection[str]) -> Iterator[Path]
     path.parent.mkdir(parents=True, exist_ok=True)
     finish_swap(path)
     clear_leftovers(path)
-    inside = path.is_dir() and not replaceable(path, entries)
+    inside = path.is_dir() and not can_exchange(path, entries)
     staging = make_staging(path, path if inside else path.parent)
     try:
         with with_path_in_errors(path):
             (staging / "new").mkdir()
             yield staging / "new"
-            flush(staging / "new")
+            flush_tree(staging / "new")
             staging = install(path, staging, entries)
     finally:
         if staging.suffix == ".partial":
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def replaceable(path: Path, entries: Collection[str]) -> bool:
-    """Return whether a folder can be exchanged as a whole: it holds no other files and is not the working directory."""
+def can_exchange(path: Path, entries: Collection[str]) -> bool:
+    """Return whether a folder can be exchanged as a whole: it has no other files and is not the working directory."""
     foreign = {entry.name for entry in path.iterdir()} - set(entries)
     current = Path.cwd()
     pinned = os.path.ismount(path) or path in (current, *current.parents)
@@ -97,14 +97,14 @@ def exchange(first: Path, second: Path) -> bool:
 def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
     """Move the new entries in and the old ones out, so that ``finish_swap`` can resume if this is interrupted."""
     names = [entry.name for entry in (staging / "new").iterdir()]
-    write_json(staging / NAMES, {"names": sorted(names), "entries": sorted({*entries, *names})})
+    write_json(staging / NAMES_FILE, {"names": sorted(names), "entries": sorted({*entries, *names})})
     (staging / "old").mkdir()
     swapping = staging.rename(staging.with_suffix(".swapping"))
     flush_to_disk(swapping.parent)
     try:
         finish_moves(path, swapping)
     except OSError:
-        undo(path, swapping)
+        undo_moves(path, swapping)
         swapping.rename(staging)
         raise
     return swapping.rename(staging)
@@ -112,38 +112,43 @@ def move_entries(path: Path, staging: Path, entries: Collection[str]) -> Path:
 
 def read_entry_names(swapping: Path) -> tuple[list[str], list[str]]:
     """Read the names of the new entries, and the names of all entries that are replaced or removed."""
-    content = read_json(swapping / NAMES, "names", "entries")
+    content = read_json(swapping / NAMES_FILE, "names", "entries")
     for name in [*content["names"], *content["entries"]]:
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-            raise ValueError(f"{swapping / NAMES} must hold names without folders, got {name!r:.80}")
+            raise ValueError(f"{swapping / NAMES_FILE} must contain names without folders, got {name!r:.80}")
     return content["names"], content["entries"]
+
+
+def entry_paths(path: Path, swapping: Path, name: str) -> tuple[Path, Path, Path]:
+    """Return the paths of an entry: in the new version, in the old version, and in the folder that is replaced."""
+    return swapping / "new" / name, swapping / "old" / name, path / name
 
 
 def finish_moves(path: Path, swapping: Path) -> None:
     """Make the moves that have not been made yet."""
     names, entries = read_entry_names(swapping)
     for name in entries:
-        new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
-        is_pending = exists(new)
-        if exists(current) and (is_pending or name not in names):
+        new, old, current = entry_paths(path, swapping, name)
+        is_pending = lexists(new)
+        if lexists(current) and (is_pending or name not in names):
             current.rename(old)
         if is_pending:
             new.rename(current)
     flush_to_disk(path)
 
 
-def undo(path: Path, swapping: Path) -> None:
+def undo_moves(path: Path, swapping: Path) -> None:
     """Undo the moves that have been made."""
     names, entries = read_entry_names(swapping)
     for name in entries:
-        new, old, current = swapping / "new" / name, swapping / "old" / name, path / name
-        if name in names and exists(current) and not exists(new):
+        new, old, current = entry_paths(path, swapping, name)
+        if name in names and lexists(current) and not lexists(new):
             current.rename(new)
-        if exists(old):
+        if lexists(old):
             old.rename(current)
 
 
-def exists(path: Path) -> bool:
+def lexists(path: Path) -> bool:
     """Return whether a path exists; a dangling link does."""
     return os.path.lexists(path)
 
@@ -188,7 +193,7 @@ def in_use(pid: int, state: str) -> bool:
     return is_running(pid)
 
 
-def flush(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
     """Flush all files and folders below a folder to disk."""
     for parent, _, files in os.walk(folder):
         for name in files:

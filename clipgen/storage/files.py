@@ -30,7 +30,7 @@ def with_path_in_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it replaces ``path`` at the end, and is removed on an error.
+    """Yield a temporary path next to ``path``; it replaces ``path`` at the end, and is removed on an error.
 
     Temporary files of interrupted processes are removed at the first write into their folder.
     """
@@ -110,7 +110,11 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark."""
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
     return decode_text(path.read_bytes(), path)
 
 
@@ -130,7 +134,7 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     """
     content = read_json_value(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not an object")
+        raise ValueError(f"{path} is damaged: it contains a {type(content).__name__}, not an object")
     missing = [key for key in keys if key not in content]
     if missing:
         raise ValueError(f"{path} is damaged: it lacks {missing[0]!r}")
@@ -157,13 +161,13 @@ def parse_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: it is not JSON, or holds more than ``max_values`` values.
+        ValueError: it is not JSON, or contains more than ``max_values`` values.
         RecursionError: its values are nested too deeply.
     """
-    # Commas in texts are counted, too, which the limit leaves room for.
+    # Commas in texts are also counted, for which the limit leaves room.
     num_values = text.count(",") + text.count("[") + text.count("{")
     if num_values > max_values:
-        raise ValueError(f"it must hold at most {max_values} values, got about {num_values}")
+        raise ValueError(f"it must contain at most {max_values} values, got about {num_values}")
     return json.loads(text)
 
 
@@ -171,10 +175,10 @@ def read_yaml(path: Path) -> Any:
     """Read plain YAML, without tags and without aliases, by which a small file can fill the memory.
 
     Raises:
-        ValueError: the file is damaged, too large or nested too deeply, or holds a tag or an alias; the message names
-            it.
+        ValueError: the file is damaged, too large or nested too deeply, or contains a tag or an alias; the message
+            names it.
     """
-    # Imported here: generating images with the bundled model does not need it.
+    # Imported here: generating images with a bundled model does not need it.
     import yaml
 
     class PlainLoader(yaml.SafeLoader):
@@ -195,10 +199,14 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; see ``read_yaml`` for what is refused."""
+    """Read a YAML file that contains a mapping.
+
+    Raises:
+        ValueError: it contains something else, or ``read_yaml`` refuses it.
+    """
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping, got a {type(content).__name__}")
+        raise ValueError(f"{path} must contain a mapping, got a {type(content).__name__}")
     return content
 
 
@@ -208,7 +216,7 @@ def check_size(path: Path, limit: int) -> None:
         raise ValueError(f"{path} must be a regular file")
     size = path.stat().st_size
     if size > limit:
-        raise ValueError(f"{path} must hold at most {limit} bytes, got {size}")
+        raise ValueError(f"{path} must have at most {limit} bytes, got {size}")
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -218,12 +226,17 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 def natural_key(path: str) -> tuple[list[Any], str]:
     """Return a sort key for natural order: 2.png before 10.png."""
-    key = []
-    for part in path.split("/"):
-        pieces = re.split("([0-9]+)", part)
-        numbers = [digits.lstrip("0") for digits in pieces[1::2]] + [""]
-        key.append([(text, len(number), number) for text, number in zip(pieces[::2], numbers, strict=True)])
-    return key, path
+    return [split_digits(part) for part in path.split("/")], path
+
+
+def split_digits(name: str) -> list[tuple[str, int, str]]:
+    """Split a name into pairs of letters and digits; the length of the digits makes 2 precede 10."""
+    pieces = re.split("([0-9]+)", name)
+    pairs = []
+    for text, digits in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
+        number = digits.lstrip("0")
+        pairs.append((text, len(number), number))
+    return pairs
 
 
 def printable(text: str) -> str:

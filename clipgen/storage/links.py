@@ -28,7 +28,8 @@ def contained(path: Path, folder: Path) -> bool:
 
     The folder of a snapshot in the hub's cache includes the store that the snapshot links to.
     """
-    target, root = path.resolve(), folder.resolve()
+    target = path.resolve()
+    root = folder.resolve()
     if target.is_relative_to(root):
         return True
     for parent in root.parents:  # models--OWNER--NAME/snapshots/REVISION links to models--OWNER--NAME/blobs
@@ -45,7 +46,7 @@ def check_inside(root: Path, *names: str) -> None:
 
 
 def refuse_links(output: Path) -> None:
-    """Raise ValueError if a folder holds a link that leaves it, a pipe or a device, because writing would follow it.
+    """Raise ValueError if a folder contains a link that leaves it, a pipe or a device, because writing would follow it.
 
     A run or a token cache may be untrusted: a link called ``metrics.csv`` could lead to any file of the user.
     """
@@ -54,6 +55,6 @@ def refuse_links(output: Path) -> None:
             path = Path(folder, name)
             if not contained(path, output):
                 raise ValueError(f"{path} must lie in {output}, got a link to {path.resolve()}: copy the file itself")
-            # temporary files of other processes may disappear in the meantime
+            # Temporary files of other processes may disappear in the meantime.
             if not path.is_file() and not path.is_dir() and os.path.lexists(path):
                 raise ValueError(f"{path} must be a regular file or a folder")

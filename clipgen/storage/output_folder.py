@@ -18,10 +18,10 @@ def output_folder(folder: Path, keep_pattern: str = "", lock: str | None = LOCK)
     Args:
         folder: the folder.
         keep_pattern: glob pattern of files for which the folder is kept although the work failed.
-        lock: name of the lock file that is held; None shares the folder with other processes.
+        lock: name of the lock file; None shares the folder with other processes.
 
     Raises:
-        OSError: the folder cannot be written to, or another process holds the lock.
+        OSError: the folder cannot be written to, or another process has the lock.
     """
     new_folders = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     try:
@@ -66,7 +66,7 @@ def check_writable(folder: Path) -> None:
 
 
 def free_folder(folder: Path, pattern: str) -> Path:
-    """Return the folder, or the first of FOLDER-2, FOLDER-3, ..., that holds no file that matches a pattern."""
+    """Return the folder, or the first of FOLDER-2, FOLDER-3, ..., that contains no file that matches a pattern."""
     name = folder.name.strip(".") or "samples"
     candidate = folder
     number = 1

@@ -115,6 +115,6 @@ def require_same_identity(folder: Path, stored: Mapping[str, Any], identity: Map
             stored_value = str(stored.get(key))[:MAX_VALUE_LENGTH]
             expected_value = str(expected.get(key))[:MAX_VALUE_LENGTH]
             raise ValueError(
-                f"{folder} holds results computed with {key}={stored_value}, not {expected_value}; "
+                f"{folder} contains results computed with {key}={stored_value}, not {expected_value}; "
                 "choose another output folder"
             )

@@ -28,7 +28,7 @@ MAX_LOCK = 10_000
 
 @contextmanager
 def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold a lock file for the work inside the ``with``.
+    """Keep a lock file for the work inside the ``with``.
 
     The lock of a dead process is taken over. A process on this machine is looked up; a process on another machine is
     assumed dead if it has not updated its lock for ``TIMEOUT`` seconds.
@@ -38,21 +38,21 @@ def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
         name: name of the lock file.
 
     Raises:
-        FileExistsError: another process holds the lock.
+        FileExistsError: another process has the lock.
     """
     path = folder / name
     record = holder_record()
-    while not create(path, record):
+    while not create_lock(path, record):
         remove_if_dead(path, folder)
     done = threading.Event()
-    thread = threading.Thread(target=renew, args=(path, done), daemon=True)
+    thread = threading.Thread(target=renew_lock, args=(path, done), daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        if read(path) == record:
+        if read_lock(path) == record:
             path.unlink(missing_ok=True)
 
 
@@ -67,7 +67,7 @@ def holder_record() -> dict[str, Any]:
     }
 
 
-def create(path: Path, record: dict[str, Any]) -> bool:
+def create_lock(path: Path, record: dict[str, Any]) -> bool:
     """Create a lock file together with its content in one step; return False if it exists."""
     temporary = unique_path(path, "new")
     try:
@@ -76,12 +76,12 @@ def create(path: Path, record: dict[str, Any]) -> bool:
         except OSError as error:
             # The system's error in the middle of a write, such as a full disk, does not name the file.
             raise OSError(error.errno, error.strerror, str(path)) from error
-        return link(temporary, path, record)
+        return link_lock(temporary, path, record)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def link(temporary: Path, path: Path, record: dict[str, Any]) -> bool:
+def link_lock(temporary: Path, path: Path, record: dict[str, Any]) -> bool:
     """Give a written lock file its name; return False if the name is taken."""
     try:
         os.link(temporary, path)
@@ -94,7 +94,7 @@ def link(temporary: Path, path: Path, record: dict[str, Any]) -> bool:
 
 
 def unique_path(path: Path, suffix: str) -> Path:
-    """Return a path beside a lock file that no other thread or process uses."""
+    """Return a path next to a lock file that no other thread or process uses."""
     return path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.{suffix}")
 
 
@@ -110,7 +110,7 @@ def create_exclusively(path: Path, record: dict[str, Any]) -> bool:
 
 def remove_if_dead(path: Path, folder: Path) -> None:
     """Remove the lock of a dead process; raise FileExistsError if the process is alive."""
-    holder = read(path)
+    holder = read_lock(path)
     if holder is None:
         return  # released in the meantime
     if is_alive(holder, path):
@@ -119,8 +119,8 @@ def remove_if_dead(path: Path, folder: Path) -> None:
             f"output must not be in use, got {folder}, which {process} writes to: wait for it, stop it, or give "
             "another output"
         )
-    with one_at_a_time(folder):
-        if read(path) != holder:
+    with folder_mutex(folder):
+        if read_lock(path) != holder:
             return  # another process has already replaced the lock by its own
         # If the file system has no locks of its own, only one of several processes can rename the lock.
         renamed = unique_path(path, "dead")
@@ -130,7 +130,7 @@ def remove_if_dead(path: Path, folder: Path) -> None:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def folder_mutex(folder: Path) -> Iterator[None]:
     """Let one process or thread of this machine at a time into the ``with``, where the system supports it."""
     try:
         import fcntl
@@ -146,7 +146,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read_lock(path: Path) -> dict[str, Any] | None:
     """Read a lock file; return None if it does not exist, and an empty record if it is damaged."""
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
         raise FileExistsError(f"{path} must be the lock file of a run, got something else: remove it")
@@ -196,14 +196,14 @@ def process_table() -> str:
 
 
 def modification_time(path: Path) -> int:
-    """Return when a lock was last updated, by the clock of the file server; 0 if it does not exist."""
+    """Return the time of the last update of a lock, by the clock of the file server; 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
-def renew(path: Path, done: threading.Event) -> None:
+def renew_lock(path: Path, done: threading.Event) -> None:
     """Update the modification time of a lock until the work is done."""
     while not done.wait(HEARTBEAT):
         with suppress(OSError):

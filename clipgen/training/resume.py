@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from clipgen.checkpoint.model_folder import FOLDERS, check_model
+from clipgen.checkpoint.model_folder import MODEL_FOLDER_NAMES, check_model
 from clipgen.checkpoint.safe_load import check_tensors, read_checkpoint
 from clipgen.data.token_cache import MANIFEST
 from clipgen.models.config import dotted_values
@@ -151,7 +151,7 @@ def contains_run(output: Path) -> bool:
     """Return True if a folder contains a model or a checkpoint of a training."""
     # stage 2 copies its tokenizer before it trains, with the name of the CLIP beside it
     copied = {"vqgan"} if (output / "clip.json").is_file() else set()
-    has_model = any((output / name).is_dir() for name in {*FOLDERS.values()} - copied)
+    has_model = any((output / name).is_dir() for name in {*MODEL_FOLDER_NAMES.values()} - copied)
     return has_model or any(output.glob("checkpoints/*.ckpt"))
 
 

@@ -16,7 +16,7 @@ import yaml
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 import clipgen
-from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
+from clipgen.checkpoint.model_folder import MODEL_FOLDER_NAMES, model_name_of
 from clipgen.data.handover import compute_in_first_process
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.frozen_models import copy_frozen, save_frozen
@@ -27,7 +27,7 @@ from clipgen.hardware.processor import require_bf16_units
 from clipgen.storage.files import atomic_write, one_line, write_json
 from clipgen.storage.links import refuse_links
 from clipgen.storage.output_folder import output_folder
-from clipgen.tokenizer_identity import bind
+from clipgen.tokenizer_identity import record_tokenizer
 from clipgen.training.callbacks import (
     AtomicCheckpointIO,
     BestCheckpoint,
@@ -305,6 +305,6 @@ def export(model: Any, last: Path, output: Path) -> None:
     best = last.with_name("best.ckpt")
     # without a validation there is no best checkpoint
     source = last if model.last_is_best or not best.is_file() else best
-    finished = type(model).load(source).save(output / FOLDERS[model_name_of(type(model))])
+    finished = type(model).load(source).save(output / MODEL_FOLDER_NAMES[model_name_of(type(model))])
     if isinstance(model, ConditionalTransformer):
-        bind(finished, output / "vqgan")
+        record_tokenizer(finished, output / "vqgan")

@@ -40,7 +40,7 @@ class Quantizer(Protocol):
         ...
 
     def __call__(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, D, h, w), in fp32 whatever the autocast."""
+        """Quantize latents (B, D, h, w), in fp32 regardless of autocast."""
         ...
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Quantizer(Protocol):
 
 
 def code_counts(indices: Tensor, codebook_size: int) -> Tensor:
-    """Return how often each code is used, (K,). (torch.bincount would synchronize with the GPU.)"""
+    """Return the number of times that each code is used, (K,). (torch.bincount would synchronize with the GPU.)"""
     flat = indices.flatten()
     return flat.new_zeros(codebook_size).index_add_(0, flat, torch.ones_like(flat))
 

@@ -52,7 +52,7 @@ class FSQ(nn.Module):
         return self._vectors(torch.arange(self.codebook_size, device=self.levels.device))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, D, h, w), in fp32 whatever the autocast."""
+        """Quantize latents (B, D, h, w), in fp32 regardless of autocast."""
         with torch.autocast(z.device.type, enabled=False):
             bounded = self._bound(rearrange(z.float(), "b d h w -> b h w d"))
             rounded = bounded + (bounded.round() - bounded).detach()  # straight through

@@ -36,7 +36,7 @@ class GumbelQuantizer(nn.Module):
         return self.embed.weight
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, D, h, w), in fp32 whatever the autocast."""
+        """Quantize latents (B, D, h, w), in fp32 regardless of autocast."""
         with torch.autocast(z.device.type, enabled=False):
             weight = self.proj.weight.float()
             bias = self.proj.bias.float()  # type: ignore[union-attr]

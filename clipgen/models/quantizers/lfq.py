@@ -49,7 +49,7 @@ class LFQ(nn.Module):
         return self._vectors(torch.arange(self.codebook_size, device=self.basis.device))
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, D, h, w), in fp32 whatever the autocast."""
+        """Quantize latents (B, D, h, w), in fp32 regardless of autocast."""
         with torch.autocast(z.device.type, enabled=False):
             z = rearrange(z.float(), "b d h w -> b h w d")
             signs = torch.where(z > 0, 1.0, -1.0)

@@ -21,7 +21,7 @@ from clipgen.models.quantizers.base import QuantizerOutput, code_counts
 logger = logging.getLogger(__name__)
 
 KMEANS_LATENTS_PER_CODE = 10
-MAX_DISTANCES = 2**26  # distances held at a time by k-means: 256 MiB
+MAX_DISTANCES = 2**26  # distances in memory at a time in k-means: 256 MiB
 
 
 class VectorQuantizer(nn.Module):
@@ -92,7 +92,7 @@ class VectorQuantizer(nn.Module):
         return F.normalize(vectors, dim=-1) * math.sqrt(self.codebook_dim) if self.distance == "cosine" else vectors
 
     def forward(self, z: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, D, h, w), in fp32 whatever the autocast."""
+        """Quantize latents (B, D, h, w), in fp32 regardless of autocast."""
         with torch.autocast(z.device.type, enabled=False):
             flat = self._scaled(rearrange(z.float(), "b d h w -> b h w d"))
             indices = self.nearest(flat)
@@ -129,7 +129,11 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def kmeans_init_(self, latents: Tensor) -> None:
-        """Initialize the codes by k-means on latents (N, D) of all ranks, identically on all ranks."""
+        """Initialize the codes by k-means on latents (N, D) of all ranks, identically on all ranks.
+
+        Raises:
+            ValueError: no latent is finite.
+        """
         latents = gather_rows(latents)
         latents = latents[torch.isfinite(latents).all(dim=1)]
         if not len(latents):
@@ -169,7 +173,7 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(used)
         self.batches_since_use.add_(1)[used > 0] = 0
         dead = self.batches_since_use >= self.dead_code_reset_after
-        # multinomial fails on non-finite errors; a step with such errors is skipped anyway.
+        # The multinomial distribution fails on non-finite errors; a step with such errors is skipped anyway.
         error = error.nan_to_num(nan=0.0, posinf=0.0)
         chosen = latents[torch.multinomial(error + 1e-12, self.codebook_size, replacement=True)]
         if dist.is_initialized():
@@ -191,7 +195,7 @@ def gather_rows(vectors: Tensor) -> Tensor:
 
 
 def random_rows(num_rows: int, count: int, device: torch.device) -> Tensor:
-    """Return ``count`` random row numbers, without repetition if there are enough rows."""
+    """Return random row numbers (count,) int64 in [0, num_rows), without repetition if there are enough rows."""
     if num_rows >= count:
         return torch.randperm(num_rows, device=device)[:count]
     return torch.randint(num_rows, (count,), device=device)

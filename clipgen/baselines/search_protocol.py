@@ -22,8 +22,6 @@ from clipgen.clip import FrozenCLIP
 from clipgen.data.class_names import name_list
 from clipgen.hashing import hashed_seed
 
-__all__ = ["CLIP_INPUTS", "PublishedCLIPInput", "SearchProtocol", "keras_names", "prepare_caption", "ranking_caption"]
-
 TRUNCATION = 0.4  # for BigGAN-deep; SAGAN's noise is not truncated
 THRESHOLD = 0.2841796875  # mean score of real training images and captions, in the published scale
 NUM_IMAGES = 100
@@ -71,11 +69,11 @@ class SearchProtocol:
     """The settings of a run.
 
     Args:
-        truncation: truncation of the noise; None: none.
+        truncation: truncation of the noise; None disables it.
         template: text of a class.
         num_images: images per prompt.
         seeds: seeds to average over.
-        threshold: score that "images needed" counts to; None: images are not counted.
+        threshold: score that "images needed" counts to; None does not count images.
         clip_input: ``"published"``, see ``PublishedCLIPInput``, or ``"normalized"``, as CLIP was trained.
         one_caption: score all images of a prompt against the caption that ranks the classes, instead of each against
             a random caption of the same image.
@@ -92,7 +90,7 @@ class SearchProtocol:
     own_class_names: bool = False
 
     def deviations(self, generator: Any, has_several_captions: bool) -> list[str]:
-        """Return where a run departs from the public code, one phrase each.
+        """Return the deviations of a run from the public code, one phrase each.
 
         Args:
             generator: the generator that is searched.
@@ -101,7 +99,8 @@ class SearchProtocol:
         phrases = list(ALWAYS)
         published = SearchProtocol(published_truncation(generator))
         for name in ("truncation", "template", "num_images", "threshold"):
-            value, wanted = getattr(self, name), getattr(published, name)
+            value = getattr(self, name)
+            wanted = getattr(published, name)
             if value != wanted:
                 phrases.append(f"{name} is {value} instead of {wanted}")
         if list(self.seeds) != list(PAPER_SEEDS):

@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from gan_states import deep_state
 
 from clipgen.baselines import search
-from clipgen.baselines.csc2516 import PublishedCLIPInput, SearchProtocol, keras_names, prepare_caption, ranking_caption
 from clipgen.baselines.gan_files import load_gan_file
+from clipgen.baselines.search_protocol import (
+    PublishedCLIPInput,
+    SearchProtocol,
+    keras_names,
+    prepare_caption,
+    ranking_caption,
+)
 from clipgen.clip import FrozenCLIP
 
 

@@ -24,8 +24,8 @@ class Run:
     Args:
         path: the folder.
         stage: ``"vqgan"`` or ``"transformer"``.
-        finished: whether it holds a finished model, and not only checkpoints.
-        time: time of the last change, in seconds since the epoch; 0 if it holds neither model nor checkpoint.
+        finished: whether it contains a finished model, and not only checkpoints.
+        time: time of the last change, in seconds since the epoch; 0 if it contains neither model nor checkpoint.
     """
 
     path: Path
@@ -41,12 +41,12 @@ def find_runs(outputs: Path) -> list[Run]:
         for name in names:
             folders |= {file.parent.parent for file in outputs.rglob(f"{name}/config.json")}
     runs = [read_run(path) for path in folders]
-    # A token cache holds a VQ-GAN and a CLIP as a run of stage 2 does, but neither its model nor a checkpoint.
+    # A token cache contains a VQ-GAN and a CLIP as a run of stage 2 does, but neither its model nor a checkpoint.
     return sorted((run for run in runs if run.time), key=lambda run: (run.time, run.path))
 
 
 def read_run(path: Path) -> Run:
-    """Return the stage and state of a run folder. A run of stage 2 holds copies of its VQ-GAN and CLIP."""
+    """Return the stage and state of a run folder. A run of stage 2 contains copies of its VQ-GAN and CLIP."""
     is_stage_2 = (path / "clip.json").is_file() or finished_model(path, "transformer") is not None
     stage = "transformer" if is_stage_2 else "vqgan"
     model = finished_model(path, stage)
