@@ -227,10 +227,14 @@ def test_visitors_may_not_name_other_files(tmp_path):
             store.load(name)
 
 
-@pytest.mark.parametrize("name", ["hf-hub:owner", "hf-hub:../..", "hf-hub:a/b/c", "hf-hub:a/b c", "hf-hub:-/../x"])
+@pytest.mark.parametrize(
+    "name",
+    ["hf-hub:owner", "hf-hub:../..", "hf-hub:a/b/c", "hf-hub:a/b c", "hf-hub:-/../x", "hf-hub:a/b@", "hf-hub:a/b@../x"],
+)
 def test_names_of_the_hub_are_checked(name, tmp_path):
     store = ModelStore(outputs=tmp_path, allow_hub=True)
-    store.check("hf-hub:owner/some-name.v2")
+    for known in ("hf-hub:owner/some-name.v2", "hf-hub:owner/name@v1.0", "hf-hub:owner/name@refs/pr/1"):
+        store.check(known)
     with pytest.raises(ValueError, match="or hf-hub:OWNER/NAME, got"):
         store.check(name)
 
@@ -270,6 +274,22 @@ def test_models_are_loaded_once_and_the_least_recently_used_is_dropped(monkeypat
     assert loaded == ["shapes", "hf-hub:a/a", "hf-hub:b/b"]
 
 
+def values(updates) -> list[float]:
+    return [update["value"] for update in updates]
+
+
+def test_sliders_accept_the_parameters_of_every_model():
+    """Gradio refuses a value outside the range of its slider when the images are generated."""
+    pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.controls import slider_updates
+
+    wide = SamplingParams(temperature=3.0, top_k=4096, top_p=0.01, guidance_scale=12.0, guidance_power=-4.0)
+    ranges = [(update["minimum"], update["maximum"]) for update in slider_updates(wide)]
+    assert ranges == [(0, 3.0), (1, 4096), (0.01, 1), (0, 12.0), (-4.0, 3)]
+    ranges = [(update["minimum"], update["maximum"]) for update in slider_updates(SamplingParams())]
+    assert ranges == [(0, 2), (1, 1000), (0.05, 1), (0, 10), (-3, 3)]
+
+
 def test_a_chosen_model_sets_the_sampling_settings(pipe, tmp_path):
     gr = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
     from clipgen.app.events import Handlers
@@ -279,12 +299,12 @@ def test_a_chosen_model_sets_the_sampling_settings(pipe, tmp_path):
     run = guided.save(tmp_path / "transformer" / "run")
     unchanged = [gr.skip()] * 5
     (waiting, *settings), (facts, *later) = handlers.load_model(str(run))
-    assert settings == [1.0, 9, 1.0, 1.0, 0.5] and later == unchanged  # what the visitor sets meanwhile stays
+    assert values(settings) == [1.0, 9, 1.0, 1.0, 0.5] and later == unchanged  # what the visitor sets meanwhile stays
     assert "Loading" in waiting and "pixels" in facts
     # A checkpoint inside a run has the run's parameters, which are known when it is loaded.
     handlers = Handlers(ModelStore(str(run / "transformer"), outputs=tmp_path, device="cpu"), tmp_path)
     (_, *early), (_, *settings) = handlers.load_model(str(run / "transformer"))
-    assert early == unchanged and settings == [1.0, 9, 1.0, 1.0, 0.5]
+    assert early == unchanged and values(settings) == [1.0, 9, 1.0, 1.0, 0.5]
     [(error, *settings)] = handlers.load_model("/etc")
     assert settings == unchanged and "must be one of the list" in error
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from clipgen.app.controls import slider_updates
 from clipgen.app.messages import error_status, status
 from clipgen.app.models import ModelStore
 from clipgen.app.results import Result, details, save_result
 from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
-from clipgen.generation.sampling_options import SAMPLING_OPTIONS
 from clipgen.generation.streaming import Stopped
-from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from clipgen.app.generation import Update
@@ -59,12 +58,12 @@ class Handlers:
         """
         try:
             known = self.store.params(name)
-            yield status("Loading the model ..."), *slider_values(known)
+            yield status("Loading the model ..."), *slider_updates(known)
             pipe = self.store.load(name)
         except Exception as error:
-            yield error_status(error), *slider_values(None)
+            yield error_status(error), *slider_updates(None)
         else:
-            yield status(model_facts(pipe)), *slider_values(pipe.params if known is None else None)
+            yield status(model_facts(pipe)), *slider_updates(pipe.params if known is None else None)
 
     # --------------------------------------------------------------------------------------------------- generation
 
@@ -201,11 +200,6 @@ def show_message(text: str) -> tuple[Any, ...]:
 def image_classes(size: int) -> list[str]:
     """Return the CSS classes of images with ``size`` pixels per side."""
     return ["generated", "pixelated"] if size < SMALL_IMAGE else ["generated"]
-
-
-def slider_values(params: SamplingParams | None) -> list[Any]:
-    """Return the values of the sampling sliders; None leaves them as they are."""
-    return [gr.skip() if params is None else getattr(params, name) for name in SAMPLING_OPTIONS]
 
 
 def model_facts(pipe: TextToImage) -> str:
