@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import os
+import re
 import runpy
 import socket
 import subprocess
@@ -33,10 +34,23 @@ PROMPT = "a large blue ring on a white background"
 def test_cog_yaml_names_files_that_exist():
     config = yaml.safe_load((FOLDER / "cog.yaml").read_text())
     assert set(config) == {"build", "run", "concurrency"}
-    assert set(config["build"]) == {"gpu", "python_version", "python_requirements", "sdk_version"}
+    keys = {"gpu", "python_version", "system_packages", "python_requirements", "sdk_version"}
+    assert set(config["build"]) == keys
     file, _, name = config["run"].partition(":")
     assert f"class {name}(BaseRunner)" in (FOLDER / file).read_text()
-    assert (FOLDER / config["build"]["python_requirements"]).is_file()
+    requirements = (FOLDER / config["build"]["python_requirements"]).read_text()
+    assert "git+https" in requirements and config["build"]["system_packages"] == ["git"]
+    assert re.findall(r"^(\w+)==[\d.]+$", requirements, re.MULTILINE) == ["torch", "torchvision"]
+
+
+def test_readme_states_the_defaults_of_the_runner(runner):
+    """The stand-in for cog gives the inputs their defaults as plain values."""
+    rows = re.findall(r"^\| (`.+`) \| (.+?) \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    stated = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    words = {None: {"the model's", "random", "none", "required"}, 4: {"4"}, True: {"true"}}
+    inputs = inspect.signature(runner.run).parameters
+    assert stated.keys() == inputs.keys()
+    assert all(stated[name] in words[parameter.default] for name, parameter in inputs.items())
 
 
 # ---------------------------------------------------------------------------------------------------- called directly
