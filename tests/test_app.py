@@ -22,6 +22,7 @@ from clipgen.app.uploads import read_upload
 from clipgen.bundled import BUNDLED
 from clipgen.cli import app as command
 from clipgen.cli.image_metadata import read_metadata
+from clipgen.generation.bundled_vocabulary import EXAMPLES, remarks
 from clipgen.generation.partial_images import PartialImages
 from clipgen.generation.streaming import Stopped
 from clipgen.pipeline import TextToImage
@@ -307,6 +308,43 @@ def test_a_chosen_model_sets_the_sampling_settings(pipe, tmp_path):
     assert early == unchanged and values(settings) == [1.0, 9, 1.0, 1.0, 0.5]
     [(error, *settings)] = handlers.load_model("/etc")
     assert settings == unchanged and "must be one of the list" in error
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_examples_of_a_bundled_model_are_prompts_that_it_knows(name):
+    prompts, mixture, ends = EXAMPLES[name]
+    texts = [*prompts, *ends, *(text for text, _ in mixture if text)]
+    assert len(prompts) == 4 and len(mixture) == 3 and remarks(name, texts, []) == []
+
+
+def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe, tmp_path, monkeypatch):
+    gr = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.events import Handlers
+    from clipgen.app.examples import field_values
+
+    def fields(name):
+        return [value for tab in field_values(EXAMPLES[name]) for value in tab]
+
+    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu"), tmp_path)
+    placeholder, samples, *values = handlers.show_examples("cifar10", *fields("shapes"))
+    assert placeholder["placeholder"] == samples["samples"][0][0] == "a photo of a horse"
+    assert values == fields("cifar10")
+    changed = [*fields("cifar10")[:6], "a photo of my cat", *fields("cifar10")[7:]]
+    _, _, *values = handlers.show_examples("shapes", *changed)
+    assert values == [*fields("shapes")[:6], gr.skip(), gr.skip(), fields("shapes")[8]]
+    # A run knows the words of its CLIP.
+    run = str(pipe.save(tmp_path / "transformer" / "run"))
+    assert handlers.show_examples(run, *fields("cifar10"))[1]["samples"][0] == [EXAMPLES["shapes"].prompts[0]]
+    monkeypatch.setattr(pipe.clip, "model_name", "ViT-B-32")
+    monkeypatch.setattr(handlers.store, "load", lambda name: pipe)
+    assert handlers.examples("hf-hub:a/b") == EXAMPLES[""]
+    handlers.store = ModelStore(outputs=tmp_path)
+    assert handlers.show_examples("/etc", *changed) == (gr.skip(),) * 11
+
+
+def test_help_of_the_command_names_the_bundled_models():
+    text = " ".join(command.parser().format_help().split())
+    assert "hf-hub:OWNER/NAME, shapes, cifar10 (default: the newest finished run below outputs/, else shapes)" in text
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads

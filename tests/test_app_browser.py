@@ -72,6 +72,12 @@ class Visitor:
         condition = "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)"
         self.page.wait_for_function(condition, arg=[selector, text])
 
+    def choose_model(self, label: str, fact: str) -> None:
+        """Choose a model in the list, and wait until the page states a fact about it."""
+        self.page.click("#model input")
+        self.page.get_by_role("option", name=label).click()
+        self.wait_for_text("#facts", fact)
+
     def open_tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name, exact=True).click()
 
@@ -295,6 +301,22 @@ def test_keyboard_reaches_a_chosen_image(visit):
             break
     visitor.page.keyboard.press("Enter")
     visitor.page.wait_for_selector("#details table")
+
+
+def test_examples_and_fields_follow_the_model(visit):
+    visitor = visit()
+    assert PROMPT in visitor.page.inner_text("#samples")
+    visitor.choose_model("cifar10 (bundled)", "with guidance")
+    visitor.wait_for_text("#samples", "a photo of a ship")
+    visitor.page.get_by_text("a photo of a ship", exact=True).click()
+    visitor.page.wait_for_function(f"document.querySelector('{PROMPT_BOX}').value === 'a photo of a ship'")
+    visitor.page.click("#generate-text")
+    visitor.wait_for_images(4)
+    assert "does not know" not in visitor.status
+    visitor.open_tab("Sweep")
+    assert visitor.page.get_by_label("Prompt", exact=True).locator("visible=true").input_value() == "a photo of a horse"
+    visitor.choose_model("shapes (bundled)", "without guidance")
+    visitor.wait_for_text("#samples", PROMPT)
 
 
 def test_unknown_model_is_a_sentence_and_the_page_stays_usable(visit):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from clipgen.app.controls import slider_updates
+from clipgen.app.examples import field_updates, sample_rows
 from clipgen.app.messages import error_status, status
 from clipgen.app.models import ModelStore
 from clipgen.app.results import Result, details, save_result
 from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
+from clipgen.generation.bundled_vocabulary import EXAMPLES, Examples
 from clipgen.generation.streaming import Stopped
 
 if TYPE_CHECKING:
@@ -64,6 +66,27 @@ class Handlers:
             yield error_status(error), *slider_updates(None)
         else:
             yield status(model_facts(pipe)), *slider_updates(pipe.params if known is None else None)
+
+    def show_examples(self, name: str, *values: Any) -> tuple[Any, ...]:
+        """Return prompts that a model knows: the placeholder and samples of the tab "Text", and the other fields."""
+        try:
+            examples = self.examples(name)
+        except Exception:
+            # The page already shows why the model cannot be loaded.
+            return tuple(gr.skip() for _ in range(2 + len(values)))
+        samples = gr.update(samples=sample_rows(examples))
+        return (gr.update(placeholder=examples.prompts[0]), samples, *field_updates(examples, values))
+
+    def use_sample(self, row: list[str]) -> str:
+        """Return the prompt of a chosen sample."""
+        return row[0]
+
+    def examples(self, name: str) -> Examples:
+        """Return the examples of a model: those of its CLIP, which a run may share with a bundled model."""
+        if name in EXAMPLES:
+            return EXAMPLES[name]
+        clip: Any = self.store.load(name).clip
+        return EXAMPLES.get(clip.model_name, EXAMPLES[""])
 
     # --------------------------------------------------------------------------------------------------- generation
 
