@@ -115,6 +115,13 @@ def test_more_has_another_seed_and_variations_another_prompt(store, pipe):
     assert_equal(images, pipe(chosen.image, 2, seed=variations.seed, top_p=0.8))
 
 
+def test_more_images_are_chosen_from_as_many_candidates(store):
+    request = builders.text_request(SETTINGS._replace(rerank_from=5), PROMPT)
+    result = results.Result(Image.new("RGB", (32, 32)), request, position=1)
+    assert (result.generate_more(2).rerank_from, result.generate_more(8).rerank_from) == (5, 8)
+    result.generate_more(8).check()
+
+
 def test_mixture_leaves_out_empty_texts(store, pipe):
     request = builders.mixture_request(SETTINGS, PROMPT, 1.0, "a blue circle", -1.0, " ", 1.0)
     assert request.prompts == ({PROMPT: 1.0, "a blue circle": -1.0},)
