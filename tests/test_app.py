@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -79,7 +80,7 @@ def test_again_generates_the_chosen_image_of_a_reranked_request(store):
     assert_equal([again.image], [chosen.image])
 
 
-def test_again_generates_the_chosen_image_of_a_sweep(store):
+def test_again_generates_the_chosen_image_of_a_sweep(store, tmp_path):
     request = builders.sweep_request(SETTINGS, PROMPT, "1, 100", "0.8,1.0", 2)
     update = served(store, request)[-1]
     assert len(update.results) == 8 and update.columns == 4
@@ -90,7 +91,15 @@ def test_again_generates_the_chosen_image_of_a_sweep(store):
         "top_k=100 top_p=1.0",
     ]
     cell = generation.SHEET_CELL
-    assert update.sheet is not None and update.sheet.width > 4 * cell and update.sheet.height > 2 * cell
+    assert update.sheet is not None
+    path = results.save_sheet(update.sheet, tmp_path)
+    with Image.open(path) as sheet:
+        metadata = sheet.text
+    assert path.name == "sweep_a-large-blue-ring-on-a-white-background_5.png"
+    assert (metadata["prompt"], metadata["seed"], metadata["temperature"]) == (PROMPT, "5", "1.0")
+    assert json.loads(metadata["sweep"])[1::2] == [result.caption for result in update.results[1::2]]
+    assert "top_k" not in metadata and "top_p" not in metadata
+    assert update.sheet.width > 4 * cell and update.sheet.height > 2 * cell
     chosen = update.results[5]
     (again,) = served(store, chosen.regenerate())[-1].results
     assert_equal([again.image], [chosen.image])
@@ -185,7 +194,7 @@ def test_previews_are_squares_whose_missing_rows_are_transparent(store):
     request = builders.text_request(SETTINGS, PROMPT)
     # Without a thread, so that no preview is dropped.
     progress = []
-    generation.work(store, request, progress.append)
+    generation.generate_with_reports(store, request, progress.append)
     assert [state.rows for state in progress] == list(range(1, 9))
     half = progress[3].images
     assert [image.size for image in half] == [(32, 32)] * 2

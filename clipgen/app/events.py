@@ -12,7 +12,7 @@ from clipgen.app.controls import slider_updates
 from clipgen.app.examples import field_updates, sample_rows
 from clipgen.app.messages import error_status, status
 from clipgen.app.models import ModelStore
-from clipgen.app.results import Result, details, save_result
+from clipgen.app.results import Result, details, save_result, save_sheet
 from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
 from clipgen.generation.bundled_vocabulary import EXAMPLES, Examples
@@ -111,17 +111,17 @@ class Handlers:
 
     def regenerate(self, visit: gr.Request, results: list[Result], selected: int) -> Iterator[Any]:
         """Generate the chosen image again."""
-        yield from self.serve(visit, lambda: chosen(results, selected).regenerate())
+        yield from self.serve(visit, lambda: chosen_result(results, selected).regenerate())
 
     def generate_more(
         self, visit: gr.Request, results: list[Result], selected: int, num_images: float
     ) -> Iterator[Any]:
         """Generate images with the settings of the chosen image and another seed."""
-        yield from self.serve(visit, lambda: chosen(results, selected).generate_more(int(num_images)))
+        yield from self.serve(visit, lambda: chosen_result(results, selected).generate_more(int(num_images)))
 
     def variations(self, visit: gr.Request, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
         """Generate images with the chosen image as the prompt."""
-        yield from self.serve(visit, lambda: chosen(results, selected).variations(int(num_images)))
+        yield from self.serve(visit, lambda: chosen_result(results, selected).variations(int(num_images)))
 
     def stop(self, visit: gr.Request) -> None:
         """Stop the requests of a visitor, and wait until their last rows are on the way to the page."""
@@ -157,11 +157,12 @@ class Handlers:
             images.append((str(save_result(result, self.folder)), result.caption))
         if not images:
             return show_message(update.status)
+        sheet = None if update.sheet is None else str(save_sheet(update.sheet, self.folder))
         size = (update.partial or [update.results[0].image])[0].width
         return (
             update.status,
             gr.update(value=images, columns=update.columns, elem_classes=image_classes(size)),
-            gr.update(value=update.sheet, visible=update.sheet is not None),
+            gr.update(value=sheet, visible=sheet is not None),
             update.results,
             gr.update(visible=False),
         )
@@ -204,7 +205,7 @@ class Handlers:
             yield (status(tokens.summary), tokens.original, tokens.reconstruction, tokens.codes)
 
 
-def chosen(results: list[Result], selected: int) -> Result:
+def chosen_result(results: list[Result], selected: int) -> Result:
     """Return the chosen image.
 
     Raises:

@@ -50,7 +50,7 @@ class ModelStore:
         self.device = device
         self.allow_hub = allow_hub
         self.capacity = capacity
-        # Held while images are generated: requests are served one after the other.
+        # Locked while images are generated: requests are served one after the other.
         self.generating = threading.Lock()
         self._models: OrderedDict[tuple[str, float], TextToImage] = OrderedDict()
         self._lock = threading.Lock()

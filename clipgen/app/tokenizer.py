@@ -57,7 +57,7 @@ def tokenize(vqgan: VQGAN, image: Image.Image, image_size: int) -> Tokenization:
     """
     images = from_pil(image, image_size).to(vqgan.device)
     indices = vqgan.encode(images)
-    # Measured as an image file holds it, as in training.
+    # Rounded to bytes, as in an image file and in training.
     reconstruction = to_bytes(vqgan.decode(indices)).float() / 127.5 - 1
     return Tokenization(
         original=to_pil(images)[0],

@@ -17,7 +17,7 @@ from clipgen.hardware.device import default_device
 from clipgen.images import save_png
 from clipgen.visualization import grid
 
-# Environment variable: the model to serve. By default it is the folder "model" beside this file, if there is one.
+# Environment variable: the model to serve. By default it is the folder "model" next to this file, if there is one.
 CHECKPOINT = "CLIPGEN_CHECKPOINT"
 MODEL = Path(__file__).parent / "model"
 # Width and height in pixels of an image in a preview.
