@@ -326,6 +326,20 @@ def test_a_chosen_model_sets_the_sampling_settings(pipe, tmp_path):
     assert settings == unchanged and "must be one of the list" in error
 
 
+def test_settings_without_effect_in_a_tab_are_hidden():
+    pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.controls import visibility_updates
+
+    def hidden(tab):
+        names = [*Settings._fields[1:], "group"]
+        return [name for name, update in zip(names, visibility_updates(tab)) if not update["visible"]]
+
+    assert hidden("Text") == hidden("Complete") == []
+    assert hidden("Interpolate") == ["num_images", "rerank_from"]
+    assert hidden("Sweep") == ["num_images", "rerank_from", "top_k", "top_p"]
+    assert hidden("Tokenizer") == [*Settings._fields[1:], "group"]
+
+
 @pytest.mark.parametrize("name", BUNDLED)
 def test_examples_of_a_bundled_model_are_prompts_that_it_knows(name):
     prompts, mixture, ends = EXAMPLES[name]

@@ -73,12 +73,28 @@ def slider_updates(params: SamplingParams | None) -> list[Any]:
     return updates
 
 
-def shared_controls(model: gr.Dropdown) -> Controls:
-    """Add the shared settings to the page."""
+# Settings that have no effect in a tab, by its label.
+UNUSED = {
+    "Interpolate": ("num_images", "rerank_from"),
+    "Sweep": ("num_images", "rerank_from", "top_k", "top_p"),
+    "Tokenizer": ("num_images", "seed", "rerank_from", *SAMPLING_OPTIONS),
+}
+
+
+def visibility_updates(tab: str) -> list[Any]:
+    """Return updates of the controls after the model, and of their group, that show what has an effect in a tab."""
+    unused = UNUSED.get(tab, ())
+    is_visible = [name not in unused for name in Controls._fields[1:]]
+    is_visible.append(any(name not in unused for name in SAMPLING_OPTIONS))
+    return [gr.update(visible=visible) for visible in is_visible]
+
+
+def shared_controls(model: gr.Dropdown) -> tuple[Controls, gr.Accordion]:
+    """Add the shared settings to the page; also return the group of the sampling settings."""
     with gr.Row():
         num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Number of images", min_width=140)
         seed = gr.Textbox(label="Seed", placeholder="random", max_length=19, min_width=100, elem_id="seed")
-    with gr.Accordion("Sampling settings", open=False):
+    with gr.Accordion("Sampling settings", open=False) as group:
         rerank_from = gr.Slider(
             0,
             MAX_CANDIDATES,
@@ -87,10 +103,5 @@ def shared_controls(model: gr.Dropdown) -> Controls:
             label="Candidates",
             info="Number of candidates of which CLIP chooses the images; 0 disables it",
         )
-        return Controls(
-            model,
-            num_images,
-            seed,
-            rerank_from,
-            *(sampling_slider(name) for name in SAMPLING_OPTIONS),
-        )
+        sliders = [sampling_slider(name) for name in SAMPLING_OPTIONS]
+    return Controls(model, num_images, seed, rerank_from, *sliders), group

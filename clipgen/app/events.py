@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from clipgen.app.controls import slider_updates
+from clipgen.app.controls import slider_updates, visibility_updates
 from clipgen.app.examples import field_updates, sample_rows
 from clipgen.app.messages import error_status, status
 from clipgen.app.models import ModelStore
@@ -76,6 +76,10 @@ class Handlers:
             return tuple(gr.skip() for _ in range(2 + len(values)))
         samples = gr.update(samples=sample_rows(examples))
         return (gr.update(placeholder=examples.prompts[0]), samples, *field_updates(examples, values))
+
+    def show_controls(self, event: gr.SelectData) -> list[Any]:
+        """Show the settings that have an effect in the tab that was opened."""
+        return visibility_updates(str(event.value))
 
     def use_sample(self, row: list[str]) -> str:
         """Return the prompt of a chosen sample."""

@@ -39,11 +39,19 @@ def build_page(store: ModelStore, folder: Path) -> gr.Blocks:
         with gr.Row():
             with gr.Column(min_width=320):
                 all_tabs = tabs.add_tabs()
-                controls = shared_controls(model)
+                controls, sampling_group = shared_controls(model)
             with gr.Column(min_width=320, elem_id="output"):
                 panel = output_panel()
         handlers = Handlers(store, folder)
         connect_model(page, controls, facts, all_tabs, handlers)
+        all_tabs.container.select(
+            handlers.show_controls,
+            None,
+            [*controls[1:], sampling_group],
+            queue=False,
+            api_visibility="private",
+            show_progress="hidden",
+        )
         requests = connect_tabs(all_tabs.generating, controls, panel, handlers)
         requests += connect_results(controls, panel, handlers)
         connect_stop(panel, requests, handlers)

@@ -57,6 +57,7 @@ class Tabs(NamedTuple):
         sweep: all combinations of top-k and top-p.
         tokenizer: codes and reconstruction of an image.
         samples: the examples of prompts, which a click puts into the text field.
+        container: contains the tabs.
     """
 
     text: GeneratingTab
@@ -67,6 +68,7 @@ class Tabs(NamedTuple):
     sweep: GeneratingTab
     tokenizer: TokenizerTab
     samples: gr.Dataset
+    container: gr.Tabs
 
     @property
     def generating(self) -> list[GeneratingTab]:
@@ -81,7 +83,7 @@ class Tabs(NamedTuple):
 
 def add_tabs() -> Tabs:
     """Add all tabs to the page."""
-    with gr.Tabs():
+    with gr.Tabs() as container:
         with gr.Tab("Text"):
             text, samples = text_tab()
         with gr.Tab("Image"):
@@ -96,7 +98,7 @@ def add_tabs() -> Tabs:
             sweep = sweep_tab()
         with gr.Tab("Tokenizer"):
             tokenizer = tokenizer_tab()
-    return Tabs(text, image, mixture, interpolation, completion, sweep, tokenizer, samples)
+    return Tabs(text, image, mixture, interpolation, completion, sweep, tokenizer, samples, container)
 
 
 def prompt_box(label: str = "Prompt", value: str = "", elem_id: str | None = None) -> gr.Textbox:
