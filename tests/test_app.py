@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from clipgen.app import builders, generation, limits, results
@@ -29,6 +30,7 @@ from clipgen.generation.streaming import Stopped
 from clipgen.pipeline import TextToImage
 from clipgen.sampling_params import SamplingParams
 
+ROOT = Path(__file__).parents[1]
 PROMPT = "a large blue ring on a white background"
 SETTINGS = Settings("shapes", 2, "5", 0, 1.0, 300, 0.8, 1.0, 0.0)
 
@@ -440,6 +442,22 @@ def test_modules_that_the_page_needs_at_first_import_no_torch():
         "clipgen.cli.app; assert 'torch' not in sys.modules and 'gradio' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_app_of_a_space_equals_the_page_and_the_command():
+    app = (ROOT / "scripts" / "space" / "app.py").read_text()
+    page = (ROOT / ".github" / "docs" / "web_page.md").read_text(encoding="utf-8")
+    assert app == "from clipgen.app.server import serve\n\nserve()\n" and f"```py\n{app}```" in page
+    main = (ROOT / "clipgen" / "app" / "__main__.py").read_text()
+    body = main.partition('"""\n\n')[2].replace('if __name__ == "__main__":\n    ', "").split()
+    assert body == app.split()
+
+
+def test_space_runs_a_version_of_gradio_that_the_extra_allows():
+    head = yaml.safe_load((ROOT / "scripts" / "space" / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert (head["sdk"], head["app_file"]) == ("gradio", "app.py")
+    major, minor, _ = map(int, head["sdk_version"].split("."))
+    assert major == 6 and minor >= 27
 
 
 def test_command_without_gradio_says_what_to_install(monkeypatch):
