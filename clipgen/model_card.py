@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from clipgen.vqgan import VQGAN
 logger = logging.getLogger(__name__)
 
 SETTING_NAME = re.compile(r"\w{1,60}")
-# Holds the training settings in the folder of a pipeline.
+# OWNER/NAME of a dataset on the hub.
+HUB_DATASET = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+# Contains the training settings in the folder of a pipeline.
 TRAINING_FILE = "training.json"
-# Holds the images of the card.
+# Contains the images of the card.
 SAMPLES_FILE = "model_card.png"
 CARD_TAGS = ("clip-gen", "vqgan", "autoregressive", "language-free-training")
 CARD_TEMPLATE = """
@@ -52,7 +54,8 @@ class CardDetails:
 
     Args:
         license: license of the weights, as the hub spells it, such as ``"mit"``.
-        datasets: names on the hub of the datasets that the model was trained on.
+        datasets: names on the hub of the datasets that the model was trained on; if empty, the dataset of its
+            ``data=huggingface``.
         language: language of the prompts that its CLIP understands, such as ``"en"``.
         prompts: prompts of the images in the card, one each, generated with seed 0 when the pipeline is saved.
         params: sampling parameters of these images; None uses those of the pipeline.
@@ -118,7 +121,18 @@ def is_card_setting(key: Any, value: Any) -> bool:
     """Return whether a setting is a short name with a number or a short text that is not a path."""
     named = isinstance(key, str) and SETTING_NAME.fullmatch(key) is not None
     scalar = isinstance(value, (bool, int, float, str)) and len(str(value)) <= 200
-    return named and scalar and "/" not in str(value)
+    return named and scalar and ("/" not in str(value) or (key == "dataset" and is_hub_dataset(str(value))))
+
+
+def is_hub_dataset(name: str) -> bool:
+    """Return whether a dataset is OWNER/NAME on the hub, and not a local folder."""
+    return HUB_DATASET.fullmatch(name) is not None and not Path(name).exists()
+
+
+def hub_datasets(training: dict[str, Any]) -> list[str]:
+    """Return the dataset on the hub that training settings name, if any."""
+    name = str(settings_of(training).get("data", {}).get("dataset", ""))
+    return [name] if is_hub_dataset(name) else []
 
 
 def model_card(
@@ -130,6 +144,7 @@ def model_card(
 ) -> str:
     """Return a model card: what the model is, how to generate images with it, how it was trained, how good it is."""
     details = details or CardDetails()
+    details = replace(details, datasets=details.datasets or hub_datasets(training))
     text = CARD_TEMPLATE.format(
         clip=cell(Path(clip.model_name).name),
         version=clipgen.__version__,
@@ -143,7 +158,7 @@ def model_card(
 
 
 def setting_rows(vqgan: VQGAN, transformer: ConditionalTransformer, training: dict[str, Any]) -> list[str]:
-    """Return a row of the table of settings for each setting of both models and of the training."""
+    """Return a row of the table of settings for each setting of the models, the data and the trainer."""
     settings = {
         "transformer": dict(dotted_values(transformer.hparams)),
         "vqgan": dict(dotted_values(vqgan.hparams)),

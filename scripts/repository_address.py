@@ -1,4 +1,4 @@
-"""Write the address of the repository, which pyproject.toml states, to the files that cannot read it there.
+"""Write the address of the repository, which pyproject.toml states as Repository, to the places that cannot read it.
 
     python -m clipgen repository_address
     python -m clipgen repository_address --expect OWNER/NAME
@@ -14,7 +14,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Files in which every repository on GitHub is this one.
-FILES = ("scripts/notebooks/*.ipynb", "scripts/replicate/requirements.txt", ".github/docs/web_page.md")
+FILES = (
+    "pyproject.toml",
+    "scripts/notebooks/*.ipynb",
+    "scripts/replicate/requirements.txt",
+    "scripts/space/requirements.txt",
+    "scripts/space/README.md",
+    ".github/docs/web_page.md",
+    ".github/ISSUE_TEMPLATE/config.yml",
+)
 STATED = re.compile(r'^Repository = "https://github\.com/([\w.-]+/[\w.-]+)"', re.MULTILINE)
 NAMED = re.compile(r"(github\.com/|google\.com/github/)[\w.-]+/[\w.-]*[\w-]")
 

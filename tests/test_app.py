@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from clipgen.app import builders, generation, limits, results
@@ -22,11 +24,13 @@ from clipgen.app.uploads import read_upload
 from clipgen.bundled import BUNDLED
 from clipgen.cli import app as command
 from clipgen.cli.image_metadata import read_metadata
+from clipgen.generation.bundled_vocabulary import EXAMPLES, remarks
 from clipgen.generation.partial_images import PartialImages
 from clipgen.generation.streaming import Stopped
 from clipgen.pipeline import TextToImage
 from clipgen.sampling_params import SamplingParams
 
+ROOT = Path(__file__).parents[1]
 PROMPT = "a large blue ring on a white background"
 SETTINGS = Settings("shapes", 2, "5", 0, 1.0, 300, 0.8, 1.0, 0.0)
 
@@ -78,7 +82,7 @@ def test_again_generates_the_chosen_image_of_a_reranked_request(store):
     assert_equal([again.image], [chosen.image])
 
 
-def test_again_generates_the_chosen_image_of_a_sweep(store):
+def test_again_generates_the_chosen_image_of_a_sweep(store, tmp_path):
     request = builders.sweep_request(SETTINGS, PROMPT, "1, 100", "0.8,1.0", 2)
     update = served(store, request)[-1]
     assert len(update.results) == 8 and update.columns == 4
@@ -89,7 +93,15 @@ def test_again_generates_the_chosen_image_of_a_sweep(store):
         "top_k=100 top_p=1.0",
     ]
     cell = generation.SHEET_CELL
-    assert update.sheet is not None and update.sheet.width > 4 * cell and update.sheet.height > 2 * cell
+    assert update.sheet is not None
+    path = results.save_sheet(update.sheet, tmp_path)
+    with Image.open(path) as sheet:
+        metadata = sheet.text
+    assert path.name == "sweep_a-large-blue-ring-on-a-white-background_5.png"
+    assert (metadata["prompt"], metadata["seed"], metadata["temperature"]) == (PROMPT, "5", "1.0")
+    assert json.loads(metadata["sweep"])[1::2] == [result.caption for result in update.results[1::2]]
+    assert "top_k" not in metadata and "top_p" not in metadata
+    assert update.sheet.width > 4 * cell and update.sheet.height > 2 * cell
     chosen = update.results[5]
     (again,) = served(store, chosen.regenerate())[-1].results
     assert_equal([again.image], [chosen.image])
@@ -112,6 +124,13 @@ def test_more_has_another_seed_and_variations_another_prompt(store, pipe):
     variations = chosen.variations(2)
     images = [result.image for result in served(store, variations)[-1].results]
     assert_equal(images, pipe(chosen.image, 2, seed=variations.seed, top_p=0.8))
+
+
+def test_more_images_are_chosen_from_as_many_candidates(store):
+    request = builders.text_request(SETTINGS._replace(rerank_from=5), PROMPT)
+    result = results.Result(Image.new("RGB", (32, 32)), request, position=1)
+    assert (result.generate_more(2).rerank_from, result.generate_more(8).rerank_from) == (5, 8)
+    result.generate_more(8).check()
 
 
 def test_mixture_leaves_out_empty_texts(store, pipe):
@@ -177,7 +196,7 @@ def test_previews_are_squares_whose_missing_rows_are_transparent(store):
     request = builders.text_request(SETTINGS, PROMPT)
     # Without a thread, so that no preview is dropped.
     progress = []
-    generation.work(store, request, progress.append)
+    generation.generate_with_reports(store, request, progress.append)
     assert [state.rows for state in progress] == list(range(1, 9))
     half = progress[3].images
     assert [image.size for image in half] == [(32, 32)] * 2
@@ -227,10 +246,14 @@ def test_visitors_may_not_name_other_files(tmp_path):
             store.load(name)
 
 
-@pytest.mark.parametrize("name", ["hf-hub:owner", "hf-hub:../..", "hf-hub:a/b/c", "hf-hub:a/b c", "hf-hub:-/../x"])
+@pytest.mark.parametrize(
+    "name",
+    ["hf-hub:owner", "hf-hub:../..", "hf-hub:a/b/c", "hf-hub:a/b c", "hf-hub:-/../x", "hf-hub:a/b@", "hf-hub:a/b@../x"],
+)
 def test_names_of_the_hub_are_checked(name, tmp_path):
     store = ModelStore(outputs=tmp_path, allow_hub=True)
-    store.check("hf-hub:owner/some-name.v2")
+    for known in ("hf-hub:owner/some-name.v2", "hf-hub:owner/name@v1.0", "hf-hub:owner/name@refs/pr/1"):
+        store.check(known)
     with pytest.raises(ValueError, match="or hf-hub:OWNER/NAME, got"):
         store.check(name)
 
@@ -270,6 +293,22 @@ def test_models_are_loaded_once_and_the_least_recently_used_is_dropped(monkeypat
     assert loaded == ["shapes", "hf-hub:a/a", "hf-hub:b/b"]
 
 
+def values(updates) -> list[float]:
+    return [update["value"] for update in updates]
+
+
+def test_sliders_accept_the_parameters_of_every_model():
+    """Gradio refuses a value outside the range of its slider when the images are generated."""
+    pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.controls import slider_updates
+
+    wide = SamplingParams(temperature=3.0, top_k=4096, top_p=0.01, guidance_scale=12.0, guidance_power=-4.0)
+    ranges = [(update["minimum"], update["maximum"]) for update in slider_updates(wide)]
+    assert ranges == [(0, 3.0), (1, 4096), (0.01, 1), (0, 12.0), (-4.0, 3)]
+    ranges = [(update["minimum"], update["maximum"]) for update in slider_updates(SamplingParams())]
+    assert ranges == [(0, 2), (1, 1000), (0.05, 1), (0, 10), (-3, 3)]
+
+
 def test_a_chosen_model_sets_the_sampling_settings(pipe, tmp_path):
     gr = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
     from clipgen.app.events import Handlers
@@ -279,14 +318,65 @@ def test_a_chosen_model_sets_the_sampling_settings(pipe, tmp_path):
     run = guided.save(tmp_path / "transformer" / "run")
     unchanged = [gr.skip()] * 5
     (waiting, *settings), (facts, *later) = handlers.load_model(str(run))
-    assert settings == [1.0, 9, 1.0, 1.0, 0.5] and later == unchanged  # what the visitor sets meanwhile stays
+    assert values(settings) == [1.0, 9, 1.0, 1.0, 0.5] and later == unchanged  # what the visitor sets meanwhile stays
     assert "Loading" in waiting and "pixels" in facts
     # A checkpoint inside a run has the run's parameters, which are known when it is loaded.
     handlers = Handlers(ModelStore(str(run / "transformer"), outputs=tmp_path, device="cpu"), tmp_path)
     (_, *early), (_, *settings) = handlers.load_model(str(run / "transformer"))
-    assert early == unchanged and settings == [1.0, 9, 1.0, 1.0, 0.5]
+    assert early == unchanged and values(settings) == [1.0, 9, 1.0, 1.0, 0.5]
     [(error, *settings)] = handlers.load_model("/etc")
     assert settings == unchanged and "must be one of the list" in error
+
+
+def test_settings_without_effect_in_a_tab_are_hidden():
+    pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.controls import visibility_updates
+
+    def hidden(tab):
+        names = [*Settings._fields[1:], "group"]
+        return [name for name, update in zip(names, visibility_updates(tab)) if not update["visible"]]
+
+    assert hidden("Text") == hidden("Complete") == []
+    assert hidden("Interpolate") == ["num_images", "rerank_from"]
+    assert hidden("Sweep") == ["num_images", "rerank_from", "top_k", "top_p"]
+    assert hidden("Tokenizer") == [*Settings._fields[1:], "group"]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_examples_of_a_bundled_model_are_prompts_that_it_knows(name):
+    prompts, mixture, ends = EXAMPLES[name]
+    texts = [*prompts, *ends, *(text for text, _ in mixture if text)]
+    assert len(prompts) == 4 and len(mixture) == 3 and remarks(name, texts, []) == []
+
+
+def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe, tmp_path, monkeypatch):
+    gr = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.events import Handlers
+    from clipgen.app.examples import field_values
+
+    def fields(name):
+        return [value for tab in field_values(EXAMPLES[name]) for value in tab]
+
+    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu"), tmp_path)
+    placeholder, samples, *values = handlers.show_examples("cifar10", *fields("shapes"))
+    assert placeholder["placeholder"] == samples["samples"][0][0] == "a photo of a horse"
+    assert values == fields("cifar10")
+    changed = [*fields("cifar10")[:6], "a photo of my cat", *fields("cifar10")[7:]]
+    _, _, *values = handlers.show_examples("shapes", *changed)
+    assert values == [*fields("shapes")[:6], gr.skip(), gr.skip(), fields("shapes")[8]]
+    # A run knows the words of its CLIP.
+    run = str(pipe.save(tmp_path / "transformer" / "run"))
+    assert handlers.show_examples(run, *fields("cifar10"))[1]["samples"][0] == [EXAMPLES["shapes"].prompts[0]]
+    monkeypatch.setattr(pipe.clip, "model_name", "ViT-B-32")
+    monkeypatch.setattr(handlers.store, "load", lambda name: pipe)
+    assert handlers.examples("hf-hub:a/b") == EXAMPLES[""]
+    handlers.store = ModelStore(outputs=tmp_path)
+    assert handlers.show_examples("/etc", *changed) == (gr.skip(),) * 11
+
+
+def test_help_of_the_command_names_the_bundled_models():
+    text = " ".join(command.parser().format_help().split())
+    assert "hf-hub:OWNER/NAME, shapes, cifar10 (default: the newest finished run below outputs/, else shapes)" in text
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads
@@ -352,6 +442,22 @@ def test_modules_that_the_page_needs_at_first_import_no_torch():
         "clipgen.cli.app; assert 'torch' not in sys.modules and 'gradio' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_app_of_a_space_equals_the_page_and_the_command():
+    app = (ROOT / "scripts" / "space" / "app.py").read_text()
+    page = (ROOT / ".github" / "docs" / "web_page.md").read_text(encoding="utf-8")
+    assert app == "from clipgen.app.server import serve\n\nserve()\n" and f"```py\n{app}```" in page
+    main = (ROOT / "clipgen" / "app" / "__main__.py").read_text()
+    body = main.partition('"""\n\n')[2].replace('if __name__ == "__main__":\n    ', "").split()
+    assert body == app.split()
+
+
+def test_space_runs_a_version_of_gradio_that_the_extra_allows():
+    head = yaml.safe_load((ROOT / "scripts" / "space" / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert (head["sdk"], head["app_file"]) == ("gradio", "app.py")
+    major, minor, _ = map(int, head["sdk_version"].split("."))
+    assert major == 6 and minor >= 27
 
 
 def test_command_without_gradio_says_what_to_install(monkeypatch):

@@ -16,6 +16,8 @@ from PIL import Image
 
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
+from clipgen.pipeline import TextToImage
+from clipgen.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
 PROMPT = "a large blue ring on a white background"
@@ -34,7 +36,12 @@ SCREENSHOTS = os.environ.get("CLIPGEN_SCREENSHOTS")
 
 @pytest.fixture(scope="module")
 def page_url(tmp_path_factory):
-    with served_page(tmp_path_factory.mktemp("outputs")) as page:
+    outputs = tmp_path_factory.mktemp("outputs")
+    with served_page(outputs) as page:
+        # Saved later, so that the page starts with the bundled model.
+        pipe = TextToImage.load("shapes")
+        pipe.params = SamplingParams(top_k=4096)
+        pipe.save(outputs / "transformer" / "wide")
         yield page.local_url
 
 
@@ -71,6 +78,21 @@ class Visitor:
     def wait_for_text(self, selector: str, text: str) -> None:
         condition = "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)"
         self.page.wait_for_function(condition, arg=[selector, text])
+
+    def choose_model(self, label: str, fact: str) -> None:
+        """Choose a model in the list, and wait until the page states a fact about it."""
+        self.page.click("#model input")
+        self.page.get_by_role("option", name=label).click()
+        self.wait_for_text("#facts", fact)
+
+    def wait_for_labels(self, labels: list[str], expected: list[str]) -> None:
+        """Wait until those of the labels are visible that are expected, and no other."""
+        condition = (
+            "([labels, expected]) => { const spans = [...document.querySelectorAll('[data-testid=block-info]')];"
+            " const shown = spans.filter((span) => span.checkVisibility()).map((span) => span.innerText.trim());"
+            " return labels.every((label) => shown.includes(label) === expected.includes(label)); }"
+        )
+        self.page.wait_for_function(condition, arg=[labels, expected])
 
     def open_tab(self, name: str) -> None:
         self.page.get_by_role("tab", name=name, exact=True).click()
@@ -295,6 +317,52 @@ def test_keyboard_reaches_a_chosen_image(visit):
             break
     visitor.page.keyboard.press("Enter")
     visitor.page.wait_for_selector("#details table")
+
+
+def test_examples_and_fields_follow_the_model(visit):
+    visitor = visit()
+    assert PROMPT in visitor.page.inner_text("#samples")
+    visitor.choose_model("cifar10 (bundled)", "with guidance")
+    visitor.wait_for_text("#samples", "a photo of a ship")
+    visitor.page.get_by_text("a photo of a ship", exact=True).click()
+    visitor.page.wait_for_function(f"document.querySelector('{PROMPT_BOX}').value === 'a photo of a ship'")
+    visitor.page.click("#generate-text")
+    visitor.wait_for_images(4)
+    assert "does not know" not in visitor.status
+    visitor.open_tab("Sweep")
+    assert visitor.page.get_by_label("Prompt", exact=True).locator("visible=true").input_value() == "a photo of a horse"
+    visitor.choose_model("shapes (bundled)", "without guidance")
+    visitor.wait_for_text("#samples", PROMPT)
+
+
+def test_tabs_show_the_settings_that_have_an_effect(visit):
+    labels = ["Number of images", "Seed", "Candidates", "Top-p", "Guidance scale"]
+    shown_by_tab = {
+        "Interpolate": ["Seed", "Top-p", "Guidance scale"],
+        "Sweep": ["Seed", "Guidance scale"],
+        "Tokenizer": [],
+        "Mix": labels,
+    }
+    visitor = visit()
+    visitor.page.get_by_role("button", name="Sampling settings").click()
+    visitor.wait_for_labels(labels, labels)
+    for tab, expected in shown_by_tab.items():
+        visitor.open_tab(tab)
+        visitor.wait_for_labels(labels, expected)
+
+
+def test_parameters_beyond_the_sliders_are_accepted(visit):
+    """The range of a slider grows with the value of the model: here top-k 4096, above 1000."""
+    visitor = visit()
+    visitor.open_tab("Sweep")  # where the slider is hidden
+    visitor.choose_model("wide", "pixels from")
+    visitor.open_tab("Text")
+    visitor.page.get_by_role("button", name="Sampling settings").click()
+    visitor.page.wait_for_function("[...document.querySelectorAll('input[type=number]')].some(i => i.value === '4096')")
+    visitor.generate()
+    visitor.wait_for_images(4)
+    visitor.choose(0)
+    assert "top k 4096" in visitor.details()["Sampling"]
 
 
 def test_unknown_model_is_a_sentence_and_the_page_stays_usable(visit):

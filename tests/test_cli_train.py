@@ -689,6 +689,12 @@ def test_info_describes_installation_and_machine(call):
     assert torch.backends.cpu.get_cpu_capability() in lines["processor"]
 
 
+def test_info_names_the_packages_of_the_extras(monkeypatch):
+    monkeypatch.setattr(info, "version", lambda name: "1.0")
+    packages = info.installed_packages()
+    assert {"datasets 1.0", "gradio 1.0", "optuna 1.0", "submitit 1.0", "cog 1.0"} <= set(packages)
+
+
 def test_info_names_packages_that_are_missing(monkeypatch):
     monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package"))
     monkeypatch.setattr(info, "OPTIONAL_PACKAGES", ("no-such-extra",))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import command, everything
+from repository_address import repository_name
 
 import clipgen
 
@@ -116,7 +117,8 @@ def test_configuration_is_found_from_any_folder(tmp_path):
 def built(tmp_path_factory) -> Path:
     """Build wheel and sdist, and return their folder."""
     pytest.importorskip("build", reason="needs the package build: pip install build")
-    pytest.importorskip("hatchling", reason="without hatchling here, building would need the network")
+    for name in ("hatchling", "hatch_fancy_pypi_readme"):
+        pytest.importorskip(name, reason=f"without {name} here, building would need the network")
     folder = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT]
     done = subprocess.run(build, capture_output=True, text=True, cwd=folder)
@@ -141,10 +143,13 @@ def test_wheel_is_complete(built):
     bundled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "clipgen/bundled").rglob("*") if path.is_file()}
     assert {"clipgen/configs/train.yaml", "clipgen/configs/stage/vqgan.yaml"} <= configs
     assert "clipgen/bundled/shapes/clip/open_clip_model.safetensors" in bundled
-    scripts = {f"clipgen/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "scripts").rglob("*.py")}
+    apart = [ROOT / "scripts" / name for name in ("notebooks", "replicate", "space")]
+    files = [path for path in (ROOT / "scripts").rglob("*.py") if not any(path.is_relative_to(part) for part in apart)]
+    scripts = {f"clipgen/{path.relative_to(ROOT).as_posix()}" for path in files}
+    assert not [name for name in names if name.startswith(tuple(f"clipgen/scripts/{part.name}/" for part in apart))]
     assert names >= package | configs | bundled | scripts | {"clipgen/py.typed"}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"clipgen"}
-    assert next(built.glob("*.whl")).stat().st_size < 12e6
+    assert next(built.glob("*.whl")).stat().st_size < 30e6  # most of it are the bundled models
 
 
 @pytest.mark.slow
@@ -159,6 +164,44 @@ def test_sdist_has_documentation_and_tests(built):
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / ".github").rglob("*.*") if path.suffix != ".yml"}
     assert names >= {"CITATION.cff", ".github/docs/index.md", ".github/pictures/bundled.png"} | pages
     assert not [name for name in names if name.startswith(("runs", "outputs", "data", ".venv"))]
+
+
+@pytest.mark.slow
+def test_page_on_pypi_has_no_relative_links(built):
+    """PyPI shows README, and has none of the repository's files."""
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        text = wheel.read(name).decode()
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(links) > 30 and all(link.startswith("https://") for link in links)
+    repository = f"https://github.com/{repository_name()}"
+    assert f"](https://github.com/{repository_name()}/raw/main/.github/pictures/demo.png)" in text
+    for label in ("Repository", "Documentation", "Issues", "Changelog"):
+        assert f"Project-URL: {label}, {repository}" in text
+    for link in links:
+        path = re.match(rf"{repository}/(?:blob|raw)/main/([^#]+)", link)
+        assert path is None or (ROOT / path[1]).exists(), link
+
+
+@pytest.mark.slow
+def test_scripts_run_from_the_wheel(built, tmp_path):
+    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    run = [sys.executable, "-m", "clipgen", "estimate", "--help"]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: estimate" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_editable_installation_refers_to_the_repository(tmp_path):
+    """It contains no copy of configs or scripts, which would be imported in the place of the package."""
+    pytest.importorskip("hatchling", reason="needs hatchling")
+    pytest.importorskip("hatch_fancy_pypi_readme", reason="needs hatch-fancy-pypi-readme")
+    code = f"import hatchling.build as b; b.build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        (path,) = [name for name in wheel.namelist() if ".dist-info/" not in name]
+        assert wheel.read(path).decode().strip() == str(ROOT)
 
 
 @pytest.mark.slow

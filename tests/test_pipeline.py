@@ -491,6 +491,28 @@ def test_model_card_reports_the_training_settings(pipe, tmp_path):
     assert not (pipe.save(twice) / "training.json").exists()
 
 
+def test_model_card_names_the_dataset_of_the_run(pipe, tmp_path):
+    run = pipe.save(tmp_path / "run")
+    (run / "config.yaml").write_text(json.dumps({"data": {"dataset": "uoft-cs/cifar10", "cache_dir": "me/cache"}}))
+    once = TextToImage.load(run).save(tmp_path / "once")
+    twice = TextToImage.load(once).save(tmp_path / "twice")
+    card = (twice / "README.md").read_text()
+    assert ModelCard(card).data.datasets == ["uoft-cs/cifar10"] and "Its training data: uoft-cs/cifar10." in card
+    assert "| data | dataset | uoft-cs/cifar10 |" in card and "me/cache" not in card
+    named = TextToImage.load(run).save(tmp_path / "named", card=CardDetails(datasets=["me/other"]))
+    assert ModelCard((named / "README.md").read_text()).data.datasets == ["me/other"]
+
+
+@pytest.mark.parametrize("dataset", ["/home/me/photos", "photos/*.parquet", "a/b/c", "me/photos"])
+def test_local_datasets_are_not_published(pipe, tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "photos").mkdir(parents=True)
+    run = pipe.save(tmp_path / "run")
+    (run / "config.yaml").write_text(json.dumps({"data": {"dataset": dataset, "batch_size": 8}}))
+    card = (TextToImage.load(run).save(tmp_path / "once") / "README.md").read_text()
+    assert "| data | batch_size | 8 |" in card and dataset not in card
+
+
 def test_push_to_hub_and_load(pipe, monkeypatch, tmp_path):
     """A local folder stands for the hub."""
     import huggingface_hub

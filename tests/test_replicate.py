@@ -8,7 +8,9 @@ import inspect
 import io
 import json
 import os
+import re
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -27,16 +29,28 @@ from clipgen import TextToImage
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "replicate"
 PROMPT = "a large blue ring on a white background"
-PORT = 5713
 
 
 def test_cog_yaml_names_files_that_exist():
     config = yaml.safe_load((FOLDER / "cog.yaml").read_text())
     assert set(config) == {"build", "run", "concurrency"}
-    assert set(config["build"]) == {"gpu", "python_version", "python_requirements", "sdk_version"}
+    keys = {"gpu", "python_version", "system_packages", "python_requirements", "sdk_version"}
+    assert set(config["build"]) == keys
     file, _, name = config["run"].partition(":")
     assert f"class {name}(BaseRunner)" in (FOLDER / file).read_text()
-    assert (FOLDER / config["build"]["python_requirements"]).is_file()
+    requirements = (FOLDER / config["build"]["python_requirements"]).read_text()
+    assert "git+https" in requirements and config["build"]["system_packages"] == ["git"]
+    assert re.findall(r"^(\w+)==[\d.]+$", requirements, re.MULTILINE) == ["torch", "torchvision"]
+
+
+def test_readme_states_the_defaults_of_the_runner(runner):
+    """The stand-in for cog gives the inputs their defaults as plain values."""
+    rows = re.findall(r"^\| (`.+`) \| (.+?) \|", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    stated = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    words = {None: {"the model's", "random", "none", "required"}, 4: {"4"}, True: {"true"}}
+    inputs = inspect.signature(runner.run).parameters
+    assert stated.keys() == inputs.keys()
+    assert all(stated[name] in words[parameter.default] for name, parameter in inputs.items())
 
 
 # ---------------------------------------------------------------------------------------------------- called directly
@@ -114,37 +128,52 @@ def schema(run: Any) -> dict[str, Any]:
     }
 
 
-def request(method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
-    """Send a request; return the status and the body."""
-    call = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", method=method)
-    call.add_header("Content-Type", "application/json")
-    for name, value in headers.items():
-        call.add_header(name, value)
-    try:
-        with urllib.request.urlopen(call, json.dumps(body).encode() if body else None, timeout=120) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
+class CogServer:
+    """The HTTP server of cog, which listens on a free port of this computer."""
 
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
 
-def health() -> str:
-    """Return the state that the server reports; "" while it does not answer."""
-    try:
-        return str(json.loads(request("GET", "/health-check")[1])["status"])
-    except OSError:
-        return ""
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
+        """Send a request; return the status and the body."""
+        call = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method)
+        call.add_header("Content-Type", "application/json")
+        for name, value in headers.items():
+            call.add_header(name, value)
+        try:
+            with urllib.request.urlopen(call, json.dumps(body).encode() if body else None, timeout=120) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def health(self) -> str:
+        """Return the state that the server reports; "" while it does not answer."""
+        try:
+            return str(json.loads(self.request("GET", "/health-check")[1])["status"])
+        except OSError:
+            return ""
+
+    def wait_until_ready(self, seconds: float, process: subprocess.Popen | None = None) -> bool:
+        """Return whether the server becomes ready within some seconds, and before its process ends."""
+        deadline = time.monotonic() + seconds
+        while self.health() != "READY":
+            if time.monotonic() > deadline or (process is not None and process.poll() is not None):
+                return False
+            time.sleep(0.1)
+        return True
 
 
 @pytest.fixture
-def server(started_server) -> None:
+def server(started_server) -> CogServer:
     """Wait until the server has finished the prediction of the test before: it refuses a second one meanwhile."""
-    deadline = time.monotonic() + 60
-    while health() != "READY" and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert started_server.wait_until_ready(60)
+    return started_server
 
 
 @pytest.fixture(scope="module")
-def started_server(tmp_path_factory) -> Iterator[None]:
+def started_server(tmp_path_factory) -> Iterator[CogServer]:
     """Start the server, and wait until the pipeline is loaded."""
     if importlib.util.find_spec("coglet") is None:
         pytest.skip("needs the server of cog: pip install cog")
@@ -153,29 +182,34 @@ def started_server(tmp_path_factory) -> Iterator[None]:
     run = runpy.run_path(str(FOLDER / "runner.py"))["Runner"].run
     (folder / ".cog").mkdir()
     (folder / ".cog" / "openapi_schema.json").write_text(json.dumps(schema(run)))
+    server = CogServer()
     # The server starts its worker as the "python" of PATH.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     root = str(FOLDER.parents[1])
-    environment = {**os.environ, "PATH": path, "PORT": str(PORT), "COG_PREDICT_TYPE_STUB": "runner.py:Runner"}
+    environment = {**os.environ, "PATH": path, "PORT": str(server.port), "COG_PREDICT_TYPE_STUB": "runner.py:Runner"}
     environment |= {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 240
-            while health() != "READY" and time.monotonic() < deadline and process.poll() is None:
-                time.sleep(0.5)
-            assert health() == "READY", (folder / "log").read_text()[-3000:]
-            yield
+            assert server.wait_until_ready(240, process), (folder / "log").read_text()[-3000:]
+            yield server
         finally:
             process.terminate()
             process.wait(30)
 
 
+def test_servers_of_two_processes_have_different_ports():
+    first = CogServer()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", first.port))
+        assert CogServer().port != first.port
+
+
 @pytest.mark.slow
 def test_server_answers_a_prediction_with_images(server):
     inputs = {"prompt": PROMPT, "num_images": 2, "seed": 0, "stream_rows": False}
-    status, body = request("POST", "/predictions", {"input": inputs})
+    status, body = server.request("POST", "/predictions", {"input": inputs})
     answer = json.loads(body)
     assert status == 200 and answer["status"] == "succeeded", answer
     images = [Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))) for data in answer["output"]]
@@ -186,7 +220,7 @@ def test_server_answers_a_prediction_with_images(server):
 @pytest.mark.slow
 def test_server_streams_the_rows(server):
     inputs = {"prompt": PROMPT, "seed": 0}
-    status, body = request("POST", "/predictions", {"input": inputs}, Accept="text/event-stream")
+    status, body = server.request("POST", "/predictions", {"input": inputs}, Accept="text/event-stream")
     assert status == 200, body
     events = [line.removeprefix("event: ") for line in body.decode().splitlines() if line.startswith("event: ")]
     assert events[0] == "start" and events[-1] == "completed"
@@ -196,12 +230,12 @@ def test_server_streams_the_rows(server):
 @pytest.mark.slow
 @pytest.mark.parametrize("inputs", [{}, {"prompt": PROMPT, "num_images": 99}, {"prompt": PROMPT, "top_p": "x"}])
 def test_server_refuses_bad_input(server, inputs):
-    assert request("POST", "/predictions", {"input": inputs})[0] == 422
+    assert server.request("POST", "/predictions", {"input": inputs})[0] == 422
 
 
 @pytest.mark.slow
 def test_server_reports_what_the_pipeline_refuses(server):
-    status, body = request("POST", "/predictions", {"input": {"prompt": " "}})
+    status, body = server.request("POST", "/predictions", {"input": {"prompt": " "}})
     answer = json.loads(body)
     assert answer["status"] == "failed" and "prompt must not be empty" in answer["error"], (status, answer)
 
@@ -209,10 +243,8 @@ def test_server_reports_what_the_pipeline_refuses(server):
 @pytest.mark.slow
 def test_cancelled_prediction_stops_and_the_next_one_is_answered(server):
     inputs = {"prompt": PROMPT, "num_images": 16, "rerank_from": 64}
-    assert request("PUT", "/predictions/a", {"input": inputs}, Prefer="respond-async")[0] == 202
-    assert request("POST", "/predictions/a/cancel", {})[0] == 200
-    deadline = time.monotonic() + 30
-    while health() != "READY" and time.monotonic() < deadline:
-        time.sleep(0.1)
-    status, body = request("POST", "/predictions", {"input": {"prompt": PROMPT, "num_images": 1, "seed": 0}})
+    assert server.request("PUT", "/predictions/a", {"input": inputs}, Prefer="respond-async")[0] == 202
+    assert server.request("POST", "/predictions/a/cancel", {})[0] == 200
+    assert server.wait_until_ready(30)
+    status, body = server.request("POST", "/predictions", {"input": {"prompt": PROMPT, "num_images": 1, "seed": 0}})
     assert status == 200 and json.loads(body)["status"] == "succeeded"

@@ -223,11 +223,11 @@ def test_address_of_the_repository_stands_in_one_place():
 def test_address_of_the_repository_is_written_to_all_files(checkout, monkeypatch, capsys):
     pyproject = checkout / "pyproject.toml"
     old = repository_address.repository_name()
-    pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/made.up"))
+    pyproject.write_text(pyproject.read_text().replace(f"github.com/{old}", "github.com/me/made.up", 1))
     monkeypatch.setattr(sys, "argv", ["repository_address"])
     repository_address.main()
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(written) == 5 and not repository_address.outdated_files("me/made.up")
+    assert len(written) == 9 and pyproject in written and not repository_address.outdated_files("me/made.up")
     for path in written:
         assert "github.com/me/made.up" in path.read_text() and old not in path.read_text()
     json.loads((checkout / "scripts/notebooks/inside.ipynb").read_text())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from repository_address import repository_name
 
 import clipgen
 
@@ -27,16 +28,20 @@ def load(name: str) -> Any:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_is_valid(path):
-    """Jobs have a time limit, need jobs that exist, and use actions of a fixed version."""
+    """Jobs have few permissions and a time limit, need jobs that exist, and use actions of a fixed version.
+
+    The actions of others than GitHub are fixed to a commit.
+    """
     workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert True in workflow  # YAML reads the key "on" as true
+    assert workflow["permissions"] == {"contents": "read"}
     for job in workflow["jobs"].values():
         needed = job.get("needs", [])
         assert {needed} if isinstance(needed, str) else set(needed) <= set(workflow["jobs"])
         assert job["timeout-minutes"] <= 60
     for step in steps_of(workflow):
         assert ("run" in step) != ("uses" in step), step
-        assert "uses" not in step or re.fullmatch(r"[\w.-]+/[\w.-]+@(v\d+|release/v1)", step["uses"])
+        assert "uses" not in step or re.fullmatch(r"actions/[\w-]+@v\d+|[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])
 
 
 def test_ci_runs_the_tests_that_need_an_extra_and_none_may_be_skipped():
@@ -92,3 +97,13 @@ def test_reports_of_errors_ask_for_the_information_that_the_command_prints():
 def test_dependabot_watches_packages_and_actions():
     config = load("dependabot.yml")
     assert {update["package-ecosystem"] for update in config["updates"]} == {"pip", "github-actions"}
+
+
+def test_dependabot_groups_its_updates():
+    assert all(update["groups"] for update in load("dependabot.yml")["updates"])
+
+
+def test_vulnerabilities_are_not_reported_as_issues():
+    (link,) = load("ISSUE_TEMPLATE/config.yml")["contact_links"]
+    assert link["url"] == f"https://github.com/{repository_name()}/security/policy"
+    assert {"name", "url", "about"} == set(link) and (GITHUB / "SECURITY.md").is_file()

@@ -1,4 +1,4 @@
-"""Serve the web page: ``python -m clipgen.app``. The ``app.py`` of a Hugging Face Space is the same."""
+"""Serve the web page: ``python -m clipgen.app``. ``scripts/space/app.py`` is the same."""
 
 from clipgen.app.server import serve
 

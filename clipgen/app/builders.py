@@ -36,14 +36,17 @@ def make_request(
         keep_fraction: fraction of its height that is kept.
     """
     seed = settings.first_seed()
-    is_single = len(prompts) == 1 and not axes
+    rerank_from = int(settings.rerank_from) or None
+    if len(prompts) > 1 or axes:
+        # Neither interpolations nor sweeps are reranked.
+        rerank_from = None
     request = ImageRequest(
         model=settings.model,
         prompts=prompts,
         sweep=tuple(SamplingParams(**(settings.sampling() | values)) for values in expand_sweep(axes)),
         num_images=int(settings.num_images) if num_images is None else num_images,
         seed=random_seed() if seed is None else seed,
-        rerank_from=int(settings.rerank_from) or None if is_single else None,
+        rerank_from=rerank_from,
         outpaint=outpaint,
         keep_fraction=keep_fraction,
     )

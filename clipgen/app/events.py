@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from clipgen.app.controls import slider_updates, visibility_updates
+from clipgen.app.examples import field_updates, sample_rows
 from clipgen.app.messages import error_status, status
 from clipgen.app.models import ModelStore
-from clipgen.app.results import Result, details, save_result
+from clipgen.app.results import Result, details, save_result, save_sheet
 from clipgen.app.running import RunningRequests
 from clipgen.app.settings import Settings
-from clipgen.generation.sampling_options import SAMPLING_OPTIONS
+from clipgen.generation.bundled_vocabulary import EXAMPLES, Examples
 from clipgen.generation.streaming import Stopped
-from clipgen.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from clipgen.app.generation import Update
@@ -59,12 +60,37 @@ class Handlers:
         """
         try:
             known = self.store.params(name)
-            yield status("Loading the model ..."), *slider_values(known)
+            yield status("Loading the model ..."), *slider_updates(known)
             pipe = self.store.load(name)
         except Exception as error:
-            yield error_status(error), *slider_values(None)
+            yield error_status(error), *slider_updates(None)
         else:
-            yield status(model_facts(pipe)), *slider_values(pipe.params if known is None else None)
+            yield status(model_facts(pipe)), *slider_updates(pipe.params if known is None else None)
+
+    def show_examples(self, name: str, *values: Any) -> tuple[Any, ...]:
+        """Return prompts that a model knows: the placeholder and samples of the tab "Text", and the other fields."""
+        try:
+            examples = self.examples(name)
+        except Exception:
+            # The page already shows why the model cannot be loaded.
+            return tuple(gr.skip() for _ in range(2 + len(values)))
+        samples = gr.update(samples=sample_rows(examples))
+        return (gr.update(placeholder=examples.prompts[0]), samples, *field_updates(examples, values))
+
+    def show_controls(self, event: gr.SelectData) -> list[Any]:
+        """Show the settings that have an effect in the tab that was opened."""
+        return visibility_updates(str(event.value))
+
+    def use_sample(self, row: list[str]) -> str:
+        """Return the prompt of a chosen sample."""
+        return row[0]
+
+    def examples(self, name: str) -> Examples:
+        """Return the examples of a model: those of its CLIP, which a run may share with a bundled model."""
+        if name in EXAMPLES:
+            return EXAMPLES[name]
+        clip: Any = self.store.load(name).clip
+        return EXAMPLES.get(clip.model_name, EXAMPLES[""])
 
     # --------------------------------------------------------------------------------------------------- generation
 
@@ -89,17 +115,17 @@ class Handlers:
 
     def regenerate(self, visit: gr.Request, results: list[Result], selected: int) -> Iterator[Any]:
         """Generate the chosen image again."""
-        yield from self.serve(visit, lambda: chosen(results, selected).regenerate())
+        yield from self.serve(visit, lambda: chosen_result(results, selected).regenerate())
 
     def generate_more(
         self, visit: gr.Request, results: list[Result], selected: int, num_images: float
     ) -> Iterator[Any]:
         """Generate images with the settings of the chosen image and another seed."""
-        yield from self.serve(visit, lambda: chosen(results, selected).generate_more(int(num_images)))
+        yield from self.serve(visit, lambda: chosen_result(results, selected).generate_more(int(num_images)))
 
     def variations(self, visit: gr.Request, results: list[Result], selected: int, num_images: float) -> Iterator[Any]:
         """Generate images with the chosen image as the prompt."""
-        yield from self.serve(visit, lambda: chosen(results, selected).variations(int(num_images)))
+        yield from self.serve(visit, lambda: chosen_result(results, selected).variations(int(num_images)))
 
     def stop(self, visit: gr.Request) -> None:
         """Stop the requests of a visitor, and wait until their last rows are on the way to the page."""
@@ -135,11 +161,12 @@ class Handlers:
             images.append((str(save_result(result, self.folder)), result.caption))
         if not images:
             return show_message(update.status)
+        sheet = None if update.sheet is None else str(save_sheet(update.sheet, self.folder))
         size = (update.partial or [update.results[0].image])[0].width
         return (
             update.status,
             gr.update(value=images, columns=update.columns, elem_classes=image_classes(size)),
-            gr.update(value=update.sheet, visible=update.sheet is not None),
+            gr.update(value=sheet, visible=sheet is not None),
             update.results,
             gr.update(visible=False),
         )
@@ -182,7 +209,7 @@ class Handlers:
             yield (status(tokens.summary), tokens.original, tokens.reconstruction, tokens.codes)
 
 
-def chosen(results: list[Result], selected: int) -> Result:
+def chosen_result(results: list[Result], selected: int) -> Result:
     """Return the chosen image.
 
     Raises:
@@ -201,11 +228,6 @@ def show_message(text: str) -> tuple[Any, ...]:
 def image_classes(size: int) -> list[str]:
     """Return the CSS classes of images with ``size`` pixels per side."""
     return ["generated", "pixelated"] if size < SMALL_IMAGE else ["generated"]
-
-
-def slider_values(params: SamplingParams | None) -> list[Any]:
-    """Return the values of the sampling sliders; None leaves them as they are."""
-    return [gr.skip() if params is None else getattr(params, name) for name in SAMPLING_OPTIONS]
 
 
 def model_facts(pipe: TextToImage) -> str:

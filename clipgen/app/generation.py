@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.app.messages import status
 from clipgen.app.models import ModelStore
-from clipgen.app.results import Result, make_results
+from clipgen.app.results import Result, make_results, sheet_metadata
 from clipgen.generation.bundled_vocabulary import remarks
 from clipgen.generation.partial_images import PartialImages, PartialRequest
 from clipgen.generation.streaming import Report, stream
@@ -57,15 +57,15 @@ def serve_request(
     Args:
         store: the models.
         request: what to generate.
-        stopped: stops the work, too, when it is set; ``Stopped`` is raised then.
+        stopped: also stops the work when it is set; ``Stopped`` is raised then.
     """
     start = time.monotonic()
     yield Update(status("Waiting for the model ..."))
     # The page must not wait for the end of the work. Until then ``ModelStore.generating`` keeps others away.
-    for message in stream(lambda report: work(store, request, report), stopped, join=False):
+    for message in stream(lambda report: generate_with_reports(store, request, report), stopped, join=False):
         if message.kind == "result":
             seconds = time.monotonic() - start
-            yield finished(request, message.value, seconds)
+            yield finished_update(request, message.value, seconds)
         elif isinstance(message.value, str):
             yield Update(status(message.value))
         else:
@@ -74,7 +74,7 @@ def serve_request(
             yield Update(status(text), partial=progress.images, columns=gallery_columns(request))
 
 
-def work(store: ModelStore, request: ImageRequest, report: Report) -> list[Image.Image]:
+def generate_with_reports(store: ModelStore, request: ImageRequest, report: Report) -> list[Image.Image]:
     """Load the model and generate the images of a request; report texts and ``PartialRequest``."""
     pipe = store.load(request.model)
     partial = PartialImages(pipe.image_size, pipe.side, request.total)
@@ -91,7 +91,7 @@ def work(store: ModelStore, request: ImageRequest, report: Report) -> list[Image
         store.generating.release()
 
 
-def finished(request: ImageRequest, images: list[Image.Image], seconds: float) -> Update:
+def finished_update(request: ImageRequest, images: list[Image.Image], seconds: float) -> Update:
     """Return the results of a request."""
     results = make_results(request, images)
     is_sweep = len(request.sweep) > 1
@@ -106,7 +106,9 @@ def make_sheet(results: list[Result], request: ImageRequest) -> Image.Image:
     """Return all images of a sweep on one image, one row per value of top-k."""
     captions = [result.caption for result in results]
     images = [result.image for result in results]
-    return grid(images, columns=sheet_columns(request), captions=captions, cell=SHEET_CELL)
+    sheet = grid(images, columns=sheet_columns(request), captions=captions, cell=SHEET_CELL)
+    sheet.info = sheet_metadata(results)
+    return sheet
 
 
 def sheet_columns(request: ImageRequest) -> int:
@@ -119,7 +121,11 @@ def gallery_columns(request: ImageRequest) -> int:
     """Return the number of columns of the gallery, at most 4."""
     if len(request.sweep) > 1:
         return min(sheet_columns(request), 4)
-    return next((columns for columns in (1, 2, 3) if request.total <= columns**2), 4)
+    if request.total <= 1:
+        return 1
+    if request.total <= 4:
+        return 2
+    return 3 if request.total <= 9 else 4
 
 
 def notes(request: ImageRequest) -> list[str]:

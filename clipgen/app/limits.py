@@ -9,7 +9,7 @@ MAX_CANDIDATES = 64
 MAX_SWEEP_IMAGES = 64
 # Characters of a prompt.
 MAX_PROMPT_LENGTH = 1000
-# An uploaded file.
+# Limits of an uploaded file.
 MAX_UPLOAD_BYTES = 20 << 20
 MAX_UPLOAD_PIXELS = 50_000_000
 # Larger uploads are resized to this width or height in pixels.

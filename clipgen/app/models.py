@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from clipgen.pipeline import TextToImage
 
 HUB_PREFIX = "hf-hub:"
-# OWNER/NAME, with the characters that the hub allows.
-HUB_NAME = re.compile(r"hf-hub:[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
+# OWNER/NAME or OWNER/NAME@REVISION, with the characters that the hub allows. A revision may be "refs/pr/1".
+HUB_NAME = re.compile(r"hf-hub:[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}(@\w[\w.-]*(/\w[\w.-]*)*)?", re.ASCII)
 
 
 class ModelStore:
@@ -33,7 +33,7 @@ class ModelStore:
         checkpoint: a further model, which is the default; see ``TextToImage.load``.
         outputs: folder of the runs.
         device: device of the models; None chooses one.
-        allow_hub: allow ``hf-hub:OWNER/NAME``.
+        allow_hub: allow ``hf-hub:OWNER/NAME`` and ``hf-hub:OWNER/NAME@REVISION``.
         capacity: number of models kept in memory.
     """
 
@@ -50,7 +50,7 @@ class ModelStore:
         self.device = device
         self.allow_hub = allow_hub
         self.capacity = capacity
-        # Held while images are generated: requests are served one after the other.
+        # Locked while images are generated: requests are served one after the other.
         self.generating = threading.Lock()
         self._models: OrderedDict[tuple[str, float], TextToImage] = OrderedDict()
         self._lock = threading.Lock()

@@ -54,7 +54,19 @@ def output_panel() -> OutputPanel:
     with gr.Row():
         message = gr.HTML(status(WELCOME), padding=False, elem_id="status")
         stop = gr.Button("Stop", variant="stop", scale=0, min_width=90, elem_id="stop")
-    gallery = gr.Gallery(
+    gallery = image_gallery()
+    sheet = sweep_sheet()
+    results = gr.State([], time_to_live=MAX_AGE)
+    with gr.Column(visible=False, elem_id="details") as details:
+        table = gr.HTML(padding=False)
+        buttons = result_buttons()
+    selected = gr.State(0, time_to_live=MAX_AGE)
+    return OutputPanel(stop, message, gallery, sheet, results, details, table, *buttons, selected)
+
+
+def image_gallery() -> gr.Gallery:
+    """Add the generated images."""
+    return gr.Gallery(
         label="Images",
         show_label=False,
         format="png",
@@ -67,7 +79,11 @@ def output_panel() -> OutputPanel:
         elem_id="gallery",
         elem_classes=["generated"],
     )
-    sheet = gr.Image(
+
+
+def sweep_sheet() -> gr.Image:
+    """Add the sheet of a sweep."""
+    return gr.Image(
         label="Sheet",
         format="png",
         visible=False,
@@ -75,24 +91,13 @@ def output_panel() -> OutputPanel:
         buttons=["download", "fullscreen"],
         elem_id="sheet",
     )
-    with gr.Column(visible=False, elem_id="details") as details:
-        table = gr.HTML(padding=False)
-        with gr.Row():
-            again = gr.Button("Again", size="sm", min_width=100, elem_id="again")
-            more = gr.Button("More like this", size="sm", min_width=140, elem_id="more")
-            variations = gr.Button("Variations of this", size="sm", min_width=160, elem_id="variations")
-            download = gr.DownloadButton("Download PNG", size="sm", min_width=140, elem_id="download")
-    return OutputPanel(
-        stop,
-        message,
-        gallery,
-        sheet,
-        gr.State([], time_to_live=MAX_AGE),
-        details,
-        table,
-        again,
-        more,
-        variations,
-        download,
-        gr.State(0, time_to_live=MAX_AGE),
-    )
+
+
+def result_buttons() -> tuple[gr.Button, gr.Button, gr.Button, gr.DownloadButton]:
+    """Add the buttons of the chosen image: again, more, variations, download."""
+    with gr.Row():
+        again = gr.Button("Again", size="sm", min_width=100, elem_id="again")
+        more = gr.Button("More like this", size="sm", min_width=140, elem_id="more")
+        variations = gr.Button("Variations of this", size="sm", min_width=160, elem_id="variations")
+        download = gr.DownloadButton("Download PNG", size="sm", min_width=140, elem_id="download")
+    return again, more, variations, download

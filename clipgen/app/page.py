@@ -38,23 +38,25 @@ def build_page(store: ModelStore, folder: Path) -> gr.Blocks:
                 model = model_chooser(store)
         with gr.Row():
             with gr.Column(min_width=320):
-                generating_tabs, tokenizer = tabs.add_tabs()
-                controls = shared_controls(model)
+                all_tabs = tabs.add_tabs()
+                controls, sampling_group = shared_controls(model)
             with gr.Column(min_width=320, elem_id="output"):
                 panel = output_panel()
         handlers = Handlers(store, folder)
-        connect_model(page, controls, facts, handlers)
-        requests = connect_tabs(generating_tabs, controls, panel, handlers)
+        connect_model(page, controls, facts, all_tabs, handlers)
+        all_tabs.container.select(
+            handlers.show_controls,
+            None,
+            [*controls[1:], sampling_group],
+            queue=False,
+            api_visibility="private",
+            show_progress="hidden",
+        )
+        requests = connect_tabs(all_tabs.generating, controls, panel, handlers)
         requests += connect_results(controls, panel, handlers)
         connect_stop(panel, requests, handlers)
         page.unload(handlers.leave)
-        tokenizer.button.click(
-            handlers.tokenize,
-            [model, tokenizer.image],
-            tokenizer.outputs,
-            concurrency_id=QUEUE,
-            api_visibility="private",
-        )
+        connect_tokenizer(all_tabs.tokenizer, model, handlers)
     return page
 
 
@@ -71,11 +73,17 @@ def model_chooser(store: ModelStore) -> gr.Dropdown:
     )
 
 
-def connect_model(page: gr.Blocks, controls: Controls, facts: gr.HTML, handlers: Handlers) -> None:
-    """Load a model and its sampling parameters when it is chosen; list the runs when the page is opened."""
+def connect_model(
+    page: gr.Blocks,
+    controls: Controls,
+    facts: gr.HTML,
+    all_tabs: tabs.Tabs,
+    handlers: Handlers,
+) -> None:
+    """Load a model, its sampling parameters and its examples when it is chosen; list the runs when the page opens."""
     listed = page.load(handlers.list_models, None, [controls.model], api_visibility="private", show_progress="hidden")
     for trigger in (listed.then, controls.model.change):
-        trigger(
+        loaded = trigger(
             handlers.load_model,
             [controls.model],
             [facts, *controls.sampling],
@@ -84,6 +92,32 @@ def connect_model(page: gr.Blocks, controls: Controls, facts: gr.HTML, handlers:
             api_visibility="private",
             show_progress="hidden",
         )
+        loaded.then(
+            handlers.show_examples,
+            [controls.model, *all_tabs.example_fields],
+            [*all_tabs.text.inputs, all_tabs.samples, *all_tabs.example_fields],
+            api_visibility="private",
+            show_progress="hidden",
+        )
+    all_tabs.samples.click(
+        handlers.use_sample,
+        [all_tabs.samples],
+        all_tabs.text.inputs,
+        queue=False,
+        api_visibility="private",
+        show_progress="hidden",
+    )
+
+
+def connect_tokenizer(tab: tabs.TokenizerTab, model: gr.Dropdown, handlers: Handlers) -> None:
+    """Show the codes and the reconstruction of the uploaded image."""
+    tab.button.click(
+        handlers.tokenize,
+        [model, tab.image],
+        tab.outputs,
+        concurrency_id=QUEUE,
+        api_visibility="private",
+    )
 
 
 def connect_tabs(

@@ -95,10 +95,16 @@ class ImageRequest:
         return replace(self, sweep=(params,), num_images=1, rerank_from=None, seed=seed)
 
     def generate_more(self, position: int, num_images: int) -> ImageRequest:
-        """Return a request for images like one of this request: the same prompt and parameters, and a new seed."""
+        """Return a request for images like one of this request: the same prompt and settings, and a new seed.
+
+        Args:
+            position: number of the image in the results.
+            num_images: number of images. If there were fewer candidates, they become as many as the images.
+        """
         params = self.sweep[position // self.num_images]
         number = self.num_images if len(self.prompts) == 2 else num_images
-        return replace(self, sweep=(params,), num_images=number, rerank_from=None, seed=random_seed())
+        candidates = None if self.rerank_from is None else max(self.rerank_from, number)
+        return replace(self, sweep=(params,), num_images=number, rerank_from=candidates, seed=random_seed())
 
     def variations(self, position: int, image: Image.Image, num_images: int) -> ImageRequest:
         """Return a request for variations of an image: the image is the prompt."""

@@ -70,12 +70,29 @@ def make_captions(request: ImageRequest) -> list[str]:
 
 def save_result(result: Result, folder: Path) -> Path:
     """Write the PNG of an image with its metadata to a new folder below ``folder``."""
+    info = result.image.info
+    return save_image(result.image, file_name(title(info), str(info["seed"])), folder)
+
+
+def save_sheet(sheet: Image.Image, folder: Path) -> Path:
+    """Write the PNG of the sheet of a sweep with its metadata to a new folder below ``folder``."""
+    return save_image(sheet, file_name("sweep", title(sheet.info), str(sheet.info["seed"])), folder)
+
+
+def save_image(image: Image.Image, name: str, folder: Path) -> Path:
+    """Write the PNG of an image with its metadata to a new folder below ``folder``, which no visitor can guess."""
     from clipgen.images import save_png
 
-    info = result.image.info
     place = folder / secrets.token_hex(16)
     place.mkdir(parents=True)
-    return save_png(result.image, place / file_name(title(info), str(info["seed"])), info)
+    return save_png(image, place / name, image.info)
+
+
+def sheet_metadata(results: Sequence[Result]) -> dict[Any, Any]:
+    """Return what the metadata of all images of a sweep have in common, the first seed, and their captions."""
+    first, *others = (result.image.info for result in results)
+    shared = {name: value for name, value in first.items() if all(info.get(name) == value for info in others)}
+    return shared | {"seed": first["seed"], "sweep": [result.caption for result in results]}
 
 
 def title(info: Mapping[Any, Any]) -> str:

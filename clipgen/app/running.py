@@ -1,4 +1,4 @@
-"""The requests in progress, which are stopped when their visitor wants that or leaves."""
+"""The requests in progress, which are stopped when their visitor cancels them or leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RunningRequests:
 
     @contextmanager
     def register(self, visitor: str) -> Iterator[threading.Event]:
-        """Return an event that is set if the visitor stops or leaves before the context ends."""
+        """Return an event that is set if the visitor cancels or leaves before the context ends."""
         event = threading.Event()
         with self._changed:
             self._events[visitor].add(event)

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from clipgen.app.examples import sample_rows
 from clipgen.app.upload_box import image_upload
+from clipgen.bundled import DEFAULT
+from clipgen.generation.bundled_vocabulary import EXAMPLES
 
-EXAMPLES = (
-    "a large blue ring on a white background",
-    "a small red star on a black background",
-    "a large green triangle on a gray background",
-    "a large yellow circle on a black background",
-)
+# Shown until a model is loaded.
+DEFAULT_EXAMPLES = EXAMPLES[DEFAULT]
 MAX_STEPS = 16
 
 
@@ -39,18 +38,54 @@ class GeneratingTab(NamedTuple):
 
 
 class TokenizerTab(NamedTuple):
-    """The tab of the tokenizer: an image, and what becomes of it."""
+    """The tab of the tokenizer: an image and its reconstruction."""
 
     image: gr.Image
     button: gr.Button
     outputs: list[Any]
 
 
-def add_tabs() -> tuple[list[GeneratingTab], TokenizerTab]:
+class Tabs(NamedTuple):
+    """All tabs.
+
+    Args:
+        text: images of a text.
+        image: variations of an image.
+        mixture: images of a weighted sum of texts.
+        interpolation: images that lead from one text to another.
+        completion: images with the upper part of an upload.
+        sweep: all combinations of top-k and top-p.
+        tokenizer: codes and reconstruction of an image.
+        samples: the examples of prompts, which a click puts into the text field.
+        container: contains the tabs.
+    """
+
+    text: GeneratingTab
+    image: GeneratingTab
+    mixture: GeneratingTab
+    interpolation: GeneratingTab
+    completion: GeneratingTab
+    sweep: GeneratingTab
+    tokenizer: TokenizerTab
+    samples: gr.Dataset
+    container: gr.Tabs
+
+    @property
+    def generating(self) -> list[GeneratingTab]:
+        """The tabs that generate images."""
+        return [tab for tab in self if isinstance(tab, GeneratingTab)]
+
+    @property
+    def example_fields(self) -> list[Any]:
+        """The fields that start with examples, in the order of ``field_values``."""
+        return [*self.mixture.inputs, *self.interpolation.inputs[:2], self.sweep.inputs[0]]
+
+
+def add_tabs() -> Tabs:
     """Add all tabs to the page."""
-    with gr.Tabs():
+    with gr.Tabs() as container:
         with gr.Tab("Text"):
-            text = text_tab()
+            text, samples = text_tab()
         with gr.Tab("Image"):
             image = image_tab()
         with gr.Tab("Mix"):
@@ -63,12 +98,14 @@ def add_tabs() -> tuple[list[GeneratingTab], TokenizerTab]:
             sweep = sweep_tab()
         with gr.Tab("Tokenizer"):
             tokenizer = tokenizer_tab()
-    return [text, image, mixture, interpolation, completion, sweep], tokenizer
+    return Tabs(text, image, mixture, interpolation, completion, sweep, tokenizer, samples, container)
 
 
 def prompt_box(label: str = "Prompt", value: str = "", elem_id: str | None = None) -> gr.Textbox:
     """Add a text field of one line, in which Enter starts the request."""
-    return gr.Textbox(value, label=label, lines=1, max_lines=1, placeholder=EXAMPLES[0], elem_id=elem_id)
+    return gr.Textbox(
+        value, label=label, lines=1, max_lines=1, placeholder=DEFAULT_EXAMPLES.prompts[0], elem_id=elem_id
+    )
 
 
 def generate_button(name: str) -> gr.Button:
@@ -76,12 +113,17 @@ def generate_button(name: str) -> gr.Button:
     return gr.Button("Generate", variant="primary", elem_id=f"generate-{name}")
 
 
-def text_tab() -> GeneratingTab:
-    """Add the tab for a text prompt."""
+def text_tab() -> tuple[GeneratingTab, gr.Dataset]:
+    """Add the tab for a text prompt, and its examples."""
     prompt = prompt_box(elem_id="prompt")
     button = generate_button("text")
-    gr.Examples([[example] for example in EXAMPLES], [prompt], label="Examples for the bundled model")
-    return GeneratingTab("text_request", [prompt], button)
+    samples = gr.Dataset(
+        label="Examples",
+        components=[prompt],
+        samples=sample_rows(DEFAULT_EXAMPLES),
+        elem_id="samples",
+    )
+    return GeneratingTab("text_request", [prompt], button), samples
 
 
 def image_tab() -> GeneratingTab:
@@ -95,7 +137,7 @@ def mixture_tab() -> GeneratingTab:
     """Add the tab for a weighted sum of texts."""
     gr.Markdown("Add and subtract texts: the embeddings are summed with these weights.")
     inputs: list[Any] = []
-    for i, (value, weight) in enumerate(zip([EXAMPLES[0], "a blue circle", "a red circle"], [1.0, -1.0, 1.0])):
+    for i, (value, weight) in enumerate(DEFAULT_EXAMPLES.mixture):
         with gr.Row():
             inputs.append(gr.Textbox(value, label=f"Text {i + 1}", lines=1, max_lines=1, scale=3, min_width=180))
             inputs.append(gr.Slider(-2, 2, weight, step=0.05, label="Weight", scale=2, min_width=120))
@@ -105,8 +147,8 @@ def mixture_tab() -> GeneratingTab:
 def interpolation_tab() -> GeneratingTab:
     """Add the tab for images that lead from one text to another."""
     gr.Markdown("Walk from one text to another; all images use the same seed.")
-    first = prompt_box("From", "a large red star on a white background")
-    second = prompt_box("To", "a small blue ring on a white background")
+    first = prompt_box("From", DEFAULT_EXAMPLES.ends[0])
+    second = prompt_box("To", DEFAULT_EXAMPLES.ends[1])
     steps = gr.Slider(2, MAX_STEPS, 8, step=1, label="Steps")
     return GeneratingTab("interpolation_request", [first, second, steps], generate_button("interpolation"))
 
@@ -123,7 +165,7 @@ def completion_tab() -> GeneratingTab:
 def sweep_tab() -> GeneratingTab:
     """Add the tab for all combinations of top-k and top-p."""
     gr.Markdown("Generate an image with every combination of top-k and top-p, from the same seeds, on one sheet.")
-    prompt = prompt_box(value=EXAMPLES[0])
+    prompt = prompt_box(value=DEFAULT_EXAMPLES.prompts[0])
     with gr.Row():
         top_k = gr.Textbox("1, 100, 300", label="Values of top-k", lines=1, max_lines=1, min_width=140)
         top_p = gr.Textbox("0.8, 1.0", label="Values of top-p", lines=1, max_lines=1, min_width=140)

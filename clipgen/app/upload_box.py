@@ -9,7 +9,7 @@ def image_upload(label: str) -> gr.Image:
     """Return a component that accepts an image, and passes on the path of its file."""
     component = gr.Image(label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=240)
     # Gradio would open the file, with error messages that no visitor understands.
-    component.preprocess = uploaded_path  # type: ignore[method-assign,unused-ignore]
+    component.preprocess = uploaded_path  # type: ignore[method-assign,assignment,unused-ignore]
     return component
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 
+from clipgen.bundled import BUNDLED, DEFAULT
 from clipgen.cli.console import guarded
 from clipgen.cli.model_path import check_model_path
 from clipgen.runs import OUTPUTS
@@ -22,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--checkpoint",
         metavar="MODEL",
-        help="default model: run folder of stage 2, checkpoint, pipeline folder, hf-hub:OWNER/NAME, or shapes "
-        "(default: the newest finished run below outputs/, else shapes)",
+        help="default model: run folder of stage 2, checkpoint, pipeline folder, hf-hub:OWNER/NAME, "
+        f"{', '.join(BUNDLED)} (default: the newest finished run below outputs/, else {DEFAULT})",
     )
     p.add_argument(
         "--host",

@@ -10,8 +10,8 @@ from pathlib import Path
 import clipgen
 from clipgen.hardware.environment import PACKAGES
 
-# Packages of the extras, which are named only if they are installed.
-OPTIONAL_PACKAGES = ("torch-fidelity", "datasets", "gradio", "wandb")
+# Packages of the extras and of scripts/replicate, which are named only if they are installed.
+OPTIONAL_PACKAGES = ("torch-fidelity", "datasets", "gradio", "wandb", "optuna", "submitit", "cog")
 
 
 def info_text() -> str:

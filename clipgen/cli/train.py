@@ -157,6 +157,8 @@ choices:
 
 several runs, one after another:
   clipgen-train --multirun stage=vqgan key=a,b
+  clipgen-train --multirun hydra/sweeper=optuna stage=vqgan 'key=interval(0.1,1)'
+                            search for the lowest validation loss; see .github/docs/training.md
 
 other options:
   --info                    print versions, processor and GPU, for a bug report

@@ -1,10 +1,11 @@
-"""The prompts that the bundled models were trained for."""
+"""The prompts that the bundled models were trained for, and examples of them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import NamedTuple
 
 from clipgen.data.shapes import ALL_ATTRIBUTES, BACKGROUNDS, COLORS, RADII, SHAPES
 
@@ -22,6 +23,54 @@ KNOWN = {
     "cifar10": (
         "This model generates images of 32 x 32 pixels from texts such as 'a photo of a horse'. It has seen the "
         f"classes {', '.join(CLASSES)}; nothing else."
+    ),
+}
+
+
+class Examples(NamedTuple):
+    """Prompts that show what a model can generate.
+
+    Args:
+        prompts: texts.
+        mixture: three texts with the weights of their sum; an empty text is left out.
+        ends: two texts, between which an interpolation leads.
+    """
+
+    prompts: tuple[str, ...]
+    mixture: tuple[tuple[str, float], ...]
+    ends: tuple[str, str]
+
+
+# By the name of the bundled model, which is also that of its CLIP; "" for models of photographs of anything.
+EXAMPLES = {
+    "shapes": Examples(
+        prompts=(
+            "a large blue ring on a white background",
+            "a small red star on a black background",
+            "a large green triangle on a gray background",
+            "a large yellow circle on a black background",
+        ),
+        mixture=(
+            ("a large blue ring on a white background", 1.0),
+            ("a blue circle", -1.0),
+            ("a red circle", 1.0),
+        ),
+        ends=("a large red star on a white background", "a small blue ring on a white background"),
+    ),
+    "cifar10": Examples(
+        prompts=tuple(f"a photo of {name}" for name in ("a horse", "a ship", "an airplane", "a frog")),
+        mixture=(("a photo of a dog", 0.5), ("a photo of a horse", 0.5), ("", 1.0)),
+        ends=("a photo of an automobile", "a photo of a ship"),
+    ),
+    "": Examples(
+        prompts=(
+            "A city bus driving on the city street",
+            "A woman is skiing on a white mountain",
+            "three plush bears",
+            "A train being operated on a train track",
+        ),
+        mixture=(("a photo of a dog", 0.5), ("a photo of a horse", 0.5), ("", 1.0)),
+        ends=("A city bus driving on the city street", "A train being operated on a train track"),
     ),
 }
 

@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import Optional
+from typing import Any, Optional
 
 import cog
 from cog import BaseRunner, Input, Path
@@ -11,13 +11,13 @@ from PIL import Image
 
 from clipgen import TextToImage
 from clipgen.generation.options import Preview
-from clipgen.generation.partial_images import PartialImages
+from clipgen.generation.partial_images import PartialImages, PartialRequest
 from clipgen.generation.streaming import stream
 from clipgen.hardware.device import default_device
 from clipgen.images import save_png
 from clipgen.visualization import grid
 
-# Environment variable: the model to serve. By default it is the folder "model" beside this file, if there is one.
+# Environment variable: the model to serve. By default it is the folder "model" next to this file, if there is one.
 CHECKPOINT = "CLIPGEN_CHECKPOINT"
 MODEL = Path(__file__).parent / "model"
 # Width and height in pixels of an image in a preview.
@@ -78,17 +78,37 @@ class Runner(BaseRunner):
             "seed": seed,
             "rerank_from": rerank_from,
         }
-        chosen = {name: value for name, value in settings.items() if value is not None}
+        named = {name: value for name, value in settings.items() if value is not None}
+        yield from self.generate(prompt, num_images, named, stream_rows)
+
+    def generate(self, prompt: str, num_images: int, settings: dict[str, Any], stream_rows: bool) -> Iterator[Path]:
+        """Yield a file per row of indices if ``stream_rows``, and a file per image.
+
+        Args:
+            prompt: the prompt.
+            num_images: number of images.
+            settings: keyword arguments of the pipeline.
+            stream_rows: yield the unfinished images.
+        """
 
         def work(report: Preview) -> list[Image.Image]:
-            return self.pipe(prompt, num_images, preview=report, **chosen)
+            return self.pipe(prompt, num_images, preview=report, **settings)
 
         folder = Path(tempfile.mkdtemp())
-        partial = PartialImages(self.pipe.image_size, self.pipe.side, rerank_from or num_images)
+        partial = PartialImages(self.pipe.image_size, self.pipe.side, settings.get("rerank_from", num_images))
         for message in stream(work):
             if message.kind == "result":
-                for number, image in enumerate(message.value):
-                    yield Path(save_png(image, folder / f"{number}.png", image.info))
+                yield from write_images(message.value, folder)
             elif stream_rows:
-                state = partial.update(message.value)
-                yield Path(save_png(grid(state.images, cell=PREVIEW_CELL), folder / f"row-{state.rows:03d}.png"))
+                yield write_rows(partial.update(message.value), folder)
+
+
+def write_images(images: list[Image.Image], folder: Path) -> Iterator[Path]:
+    """Write images with their metadata, and yield their files."""
+    for number, image in enumerate(images):
+        yield Path(save_png(image, folder / f"{number}.png", image.info))
+
+
+def write_rows(state: PartialRequest, folder: Path) -> Path:
+    """Write a sheet with the unfinished images, and return its file."""
+    return Path(save_png(grid(state.images, cell=PREVIEW_CELL), folder / f"row-{state.rows:03d}.png"))

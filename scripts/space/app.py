@@ -1,0 +1,3 @@
+from clipgen.app.server import serve
+
+serve()
