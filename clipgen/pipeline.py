@@ -38,7 +38,17 @@ from clipgen.vqgan import VQGAN
 
 CARD = "README.md"
 # What ``save`` may replace in a folder; other files stay.
-ENTRIES = ("vqgan", "transformer", "clip", "clip.json", PROJECTOR_FILE, default_params.FILE, TRAINING, CARD, SAMPLES)
+ENTRIES = (
+    "vqgan",
+    "transformer",
+    "clip",
+    "clip.json",
+    PROJECTOR_FILE,
+    default_params.PARAMS_FILE,
+    TRAINING,
+    CARD,
+    SAMPLES,
+)
 
 
 class TextToImage(PretrainedMixin, ImageGenerator):
@@ -94,7 +104,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         root = run_folder(path)
         finish_swap(root)
         models = [f"{part}/{name}" for part in ("vqgan", "transformer") for name in ("", *model_folder.FILES)]
-        check_inside(root, *models, PROJECTOR_FILE, default_params.FILE)
+        check_inside(root, *models, PROJECTOR_FILE, default_params.PARAMS_FILE)
         transformer = ConditionalTransformer.load(path)
         vqgan = VQGAN.load(root)
         check_bound(model_folder.find_model(path, "ConditionalTransformer"), vqgan)

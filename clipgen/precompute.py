@@ -59,7 +59,7 @@ class ShardPlan:
     num_views: int
 
 
-def encode(
+def write_token_cache(
     root: str | Path,
     data: Any,
     vqgan: VQGAN,

@@ -243,7 +243,7 @@ ERRORS = {
     "huge seed": ([*OURS, "--seed", "9" * 30], r"seeds must be in \[0, 2\*\*63\), got 9+"),
     "unknown device": ([*OURS, "--device", "x"], "device"),
     "missing": ([*ONE, "--checkpoint", "x"], "x does not exist; `clipgen-train stage=transformer` makes one"),
-    "empty": ([*ONE, "--checkpoint", "{vqgan}/pictures"], "pictures holds no such model"),
+    "empty": ([*ONE, "--checkpoint", "{vqgan}/grids"], "grids holds no such model"),
     "wrong stage, run": ([*ONE, "--checkpoint", "{vqgan}"], "is a VQGAN checkpoint .*Transformer is needed"),
     "wrong stage, folder": ([*ONE, "--checkpoint", "{vqgan}/vqgan"], "is a VQGAN checkpoint"),
     "wrong stage, file": ([*ONE, "--checkpoint", "{vqgan}/checkpoints/best.ckpt"], "is a VQGAN checkpoint"),

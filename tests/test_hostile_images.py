@@ -583,7 +583,11 @@ def test_errors_and_log_lines_are_printable(capsys):
 
 
 def say_in_a_process(code: str, redirect: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = "from clipgen.cli.console import guarded, say\nguarded('test', lambda: [say(x) for x in " + code + "])"
+    program = (
+        "from clipgen.cli.console import print_line, run_command\nrun_command('test', lambda: [print_line(x) for x in "
+        + code
+        + "])"
+    )
     command = f"'{sys.executable}' -c \"$PROGRAM\" {redirect}"
     variables = {**os.environ, "PROGRAM": program, **environment}
     return subprocess.run(["sh", "-c", command], env=variables, capture_output=True)
@@ -633,7 +637,7 @@ def test_commands_print_names_without_control_characters():
 
 
 def test_say_escapes_what_a_terminal_would_interpret(capsys):
-    console.say(f"{ESCAPE}\n")
+    console.print_line(f"{ESCAPE}\n")
     assert capsys.readouterr().out == r"\x1b]0;owned\x07\n" + "\n"
 
 
@@ -728,7 +732,7 @@ def test_natural_key_sorts_numbers_by_value():
 
 def test_file_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip):
     from clipgen.data.folder import folder_data
-    from clipgen.precompute import encode
+    from clipgen.precompute import write_token_cache
 
     try:
         for name in (b"a\xe9.png", b"b.png"):
@@ -736,7 +740,7 @@ def test_file_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip
     except OSError:
         pytest.skip("this file system refuses such names")
     data = folder_data(tmp_path, 32, batch_size=1, val_fraction=0)
-    assert encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+    assert write_token_cache(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

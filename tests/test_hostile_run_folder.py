@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from clipgen.cli import demo
 from clipgen.cli.config import instantiate_node
-from clipgen.cli.console import guarded
+from clipgen.cli.console import run_command
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
 from clipgen.hardware.environment import environment_int
 from clipgen.run_list import find_runs, runs_table
@@ -320,7 +320,7 @@ def test_a_signal_outside_of_training_interrupts_as_ctrl_c_does(name):
 
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(SystemExit, match="130"):
-        guarded("clipgen-x", work)
+        run_command("clipgen-x", work)
     assert cleaned and signal.getsignal(getattr(signal, name)) == before
 
 
@@ -329,7 +329,7 @@ def test_an_ignored_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with pytest.raises(SystemExit, match="0"):
-            guarded("clipgen-x", lambda: os.kill(os.getpid(), signal.SIGHUP))
+            run_command("clipgen-x", lambda: os.kill(os.getpid(), signal.SIGHUP))
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -356,7 +356,7 @@ def test_a_copied_run_does_not_use_the_weights_of_its_original(call, run, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints", "pictures/a.png"])
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints", "grids/a.png"])
 def test_links_and_pipes_in_a_run_folder_are_not_written_through(tmp_path, name, kind):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)

@@ -173,7 +173,7 @@ def test_rows_fill_a_token_cache_with_classes(tmp_path, tiny_vqgan, shapes_clip)
     rows = make_rows(10, bad=(4,))
     train = HuggingFaceImages(rows, 32, train=True, label_column="label", val_fraction=0.2)
     data = ImageDataModule(train, train.held_out(), batch_size=4)
-    assert precompute.encode(tmp_path, data, tiny_vqgan, shapes_clip, {}, shard_size=4)
+    assert precompute.write_token_cache(tmp_path, data, tiny_vqgan, shapes_clip, {}, shard_size=4)
     assert len(TokenCacheDataset(tmp_path / "train")) + len(TokenCacheDataset(tmp_path / "val")) == 9
 
 

@@ -395,7 +395,7 @@ def test_folder_of_very_many_files_is_warned_about(
 
 
 def test_packed_strings_need_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
+    monkeypatch.setattr(packed_strings, "MAX_BYTES_IN_MEMORY", 1)
     tracemalloc.start()
     names = PackedStrings(f"{number:030d}.jpg" for number in range(20_000))
     train, val = split_files(names, 0.1)
@@ -417,7 +417,7 @@ def test_packed_strings_behave_like_a_list(tmp_path: Path, monkeypatch: pytest.M
     """Reading a list of many strings would copy them to every worker process."""
     odd = ["a/1.jpg", "", "日本/☃.png", "\udcff.jpg", "x" * 300]
     names = PackedStrings(odd)
-    monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
+    monkeypatch.setattr(packed_strings, "MAX_BYTES_IN_MEMORY", 1)
     in_file = PackedStrings(odd)
     assert [*in_file] == [*names] and is_mapped(in_file.content) and not is_mapped(names.content)
     assert [*pickle.loads(pickle.dumps(in_file))] == odd

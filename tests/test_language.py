@@ -21,10 +21,7 @@ YAML = sorted((ROOT / "configs").rglob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / ".github").rglob("*.md"))]
 
 # "file: matched text" -> why it stays
-EXCEPTIONS = {
-    "tests/test_cli_sample.py: pictures": "a folder of a run",
-    "tests/test_cli_train.py: pictures": "a folder of a run",
-}
+EXCEPTIONS: dict[str, str] = {}
 
 PER_UNITS = "batch|caption|class|code|dimension|epoch|image|layer|panel|pixel|position|process|prompt|rank|row|sample"
 PER_UNITS += "|second|shard|step|token|worker"

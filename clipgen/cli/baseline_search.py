@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.baseline_args import add_clip, add_prompts, load_search_clip
 from clipgen.cli.baseline_output import ImageOutput
-from clipgen.cli.console import say
+from clipgen.cli.console import print_line
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.storage.files import user_path
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 PROTOCOLS = ("csc2516",)
 
 
-def add_search(p: argparse.ArgumentParser) -> None:
+def add_search(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``run_search``."""
-    p.set_defaults(run=run_search)
-    add_prompts(p)
-    models = p.add_argument_group("models")
+    parser.set_defaults(run=run_search)
+    add_prompts(parser)
+    models = parser.add_argument_group("models")
     models.add_argument(
         "--generator",
         required=True,
@@ -42,7 +42,7 @@ def add_search(p: argparse.ArgumentParser) -> None:
         "line, LOC_synset_mapping.txt, imagenet_class_index.json, imagenet (CLIP's wording) or imagenet-torchvision",
     )
     add_clip(models, "that of the run folder, else the papers' ViT-B/32")
-    options = p.add_argument_group("search")
+    options = parser.add_argument_group("search")
     options.add_argument("--k", type=int, default=10, help="number of classes to sample from (default: %(default)s)")
     options.add_argument(
         "--template", help='text for the CLIP embedding of a class (default: "An image of {label}", as in the paper)'
@@ -50,8 +50,8 @@ def add_search(p: argparse.ArgumentParser) -> None:
     options.add_argument("--num-images", type=int, default=100, help="images per prompt, b_max (default: %(default)s)")
     options.add_argument("--batch-size", type=int, default=32, help="images per batch (default: %(default)s)")
     options.add_argument("--save-all", action="store_true", help="write all generated images below OUTPUT/all")
-    add_table(p.add_argument_group("tables of the paper"))
-    add_sampling_options(p.add_argument_group("sampling of a class-conditional transformer"))
+    add_table(parser.add_argument_group("tables of the paper"))
+    add_sampling_options(parser.add_argument_group("sampling of a class-conditional transformer"))
 
 
 def add_table(group: argparse._ArgumentGroup) -> None:
@@ -133,7 +133,7 @@ def run_search(args: argparse.Namespace) -> None:
         name = generator.class_names[result.class_index]
         metadata = {"prompt": prompt, "clip_score": result.score, "label": name, "curve": result.curve.tolist()}
         output.add(result.image[None], prompt, [args.seed], [metadata])
-        say(f"{prompt}: CLIP score {result.score:.4f}, class {name!r}")
+        print_line(f"{prompt}: CLIP score {result.score:.4f}, class {name!r}")
     output.save_grid()
 
 
@@ -188,7 +188,7 @@ def mean_caption_score(args: argparse.Namespace, clip: Any) -> float:
         for images, captions in source.read(chunk):
             total += real_score(clip, images.to(clip.device), captions) * len(images)
     score = total / len(source.captions)
-    say(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
+    print_line(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
     return score
 
 
@@ -278,10 +278,10 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
     from clipgen.storage.files import atomic_write, write_json
     from clipgen.visualization import line_chart
 
-    say(f"{'k':>5}  best CLIP score    images needed")
+    print_line(f"{'k':>5}  best CLIP score    images needed")
     for row in rows:
         mean, std = row.best_mean_std
-        say(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
+        print_line(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
     report = {
         "generator": args.generator,
         "truncation": args.truncation,
@@ -296,17 +296,17 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
         report |= {"protocol": args.protocol, "clip_input": args.clip_input, "deviations": deviations}
         system = f"{args.generator}, {args.protocol}; deviations: {'; '.join(deviations)}"
         for line in (f"Deviations from {args.protocol}:", *(f"- {text}" for text in deviations)):
-            say(line)
+            print_line(line)
     write_json(args.output / "search.json", report)
     with atomic_write(args.output / "search.md") as partial:
-        partial.write_text(markdown(rows, system, args), encoding="utf-8")
-    say(args.output / "search.json")
-    say(args.output / "search.md")
+        partial.write_text(paper_tables(rows, system, args), encoding="utf-8")
+    print_line(args.output / "search.json")
+    print_line(args.output / "search.md")
     curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
-    say(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
+    print_line(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
 
 
-def markdown(rows: list[SearchRow], system: str, args: argparse.Namespace) -> str:
+def paper_tables(rows: list[SearchRow], system: str, args: argparse.Namespace) -> str:
     """Return the rows as the paper prints them: Table 1 without FID, and Table 2."""
     system = system.replace("|", "\\|")
     columns = []

@@ -33,14 +33,14 @@ MESSAGES = (
 ASSIGNMENT = re.compile(r"([+~]{0,2}[\w./@:-]+)=(.*)", re.DOTALL)
 
 
-def composed(*overrides: str, name: str = "train") -> DictConfig:
+def compose_config(*overrides: str, name: str = "train") -> DictConfig:
     """Return the configuration of ``clipgen-train``, or of the command of another ``name``, with overrides."""
-    arguments = readable_arguments(list(overrides))
+    arguments = quote_arguments(list(overrides))
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
             return compose(name, overrides=arguments)
     except HydraException as error:
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain_hydra_error(error)) from error
 
 
 def instantiate_node(node: DictConfig, **overrides: Any) -> Any:
@@ -62,7 +62,7 @@ def as_yaml(config: DictConfig) -> str:
 # ----------------------------------------------------------------------------------------------------------- arguments
 
 
-def readable_arguments(arguments: list[str]) -> list[str]:
+def quote_arguments(arguments: list[str]) -> list[str]:
     """Return command-line arguments in a form that Hydra's grammar can parse.
 
     A value that begins with ``~/`` is put in quotes, because shells leave it alone after ``KEY=`` and Hydra cannot
@@ -71,10 +71,10 @@ def readable_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: an argument cannot be parsed; the message contains the argument with quotes that help.
     """
-    return [readable(argument) for argument in arguments]
+    return [quote_argument(argument) for argument in arguments]
 
 
-def readable(argument: str) -> str:
+def quote_argument(argument: str) -> str:
     """Return an argument that Hydra's grammar can parse, or raise ValueError with one that it could."""
     match = ASSIGNMENT.fullmatch(argument)
     if match is None or can_parse(argument):
@@ -124,7 +124,7 @@ def strings(node: Any) -> Iterator[tuple[Any, Any, str]]:
             yield node, key, value
 
 
-def explain(error: BaseException) -> str:
+def explain_hydra_error(error: BaseException) -> str:
     """Return the message of an error of Hydra in one sentence."""
     text = " ".join(str(error).replace("\n\t", ", ").split()).split(" Config search path")[0]
     for pattern, message in MESSAGES:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipgen.cli.config import expand_home
 from clipgen.cli.model_path import check_model_path
-from clipgen.cli.resume_args import by_key, find_run
+from clipgen.cli.resume_args import find_run, parse_by_key
 from clipgen.data.folder_listing import check_holds_images
 from clipgen.data.urls import expand_urls
 from clipgen.run_list import OUTPUTS, newest_run
@@ -111,6 +111,6 @@ def warn_of_image_settings() -> None:
 
     if not HydraConfig.initialized():
         return
-    for key in by_key(list(HydraConfig.get().overrides.task)):
+    for key in parse_by_key(list(HydraConfig.get().overrides.task)):
         if key.startswith("data.") and key.removeprefix("data.") not in TOKEN_CACHE_KEYS:
             logger.warning("%s has no effect with data=cached, whose images are encoded already", key)

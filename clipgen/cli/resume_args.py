@@ -42,12 +42,14 @@ def add_run_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: an argument of the run must not be taken from a file.
     """
-    command_line = by_key([argument for argument in arguments if "=" in argument])
+    from clipgen.cli.config import quote
+
+    command_line = parse_by_key([argument for argument in arguments if "=" in argument])
     run = resumed_run(command_line)
     if run is None:
         return arguments
     recorded = run_arguments(run, command_line.keys() - {"stage"})
-    recorded_stage = by_key([recorded["stage"]])["stage"][1] if "stage" in recorded else None
+    recorded_stage = parse_by_key([recorded["stage"]])["stage"][1] if "stage" in recorded else None
     if "stage" in command_line:
         if recorded_stage not in (None, command_line["stage"][1]):
             # the run is of another stage, which is refused when its checkpoint is read
@@ -57,22 +59,16 @@ def add_run_arguments(arguments: list[str]) -> list[str]:
         # the tokenizer of stage 2 is in the folder, and the one of the command may have been moved or trained again
         recorded.pop("vqgan", None)
     log_arguments(run, recorded)
-    output = [] if "output" in command_line else [output_argument(run)]
+    output = [] if "output" in command_line else [f"output={quote(str(run))}"]
     return [*recorded.values(), *output, *arguments]
 
 
 def log_arguments(run: Path, recorded: dict[str, str]) -> None:
-    """Log the arguments that are taken from a run folder, in the first process only."""
-    is_first = not any(environment_int(name, 0) for name in RANK_VARIABLES)
-    if recorded and is_first:
+    """Log the arguments that are taken from a run folder, on rank 0 only."""
+    is_rank_zero = not any(environment_int(name, 0) for name in RANK_VARIABLES)
+    if recorded and is_rank_zero:
         shown = [text if text.isprintable() else repr(text) for text in recorded.values()]
         logger.info("Resuming %s with its arguments: %s", run, " ".join(shown))
-
-
-def output_argument(run: Path) -> str:
-    """Return the argument that writes to a run folder, quoted for Hydra."""
-    escaped = str(run).replace("\\", "\\\\").replace("'", "\\'")
-    return f"output='{escaped}'"
 
 
 def resumed_run(command_line: dict[str, tuple[str, Any]]) -> Path | None:
@@ -104,7 +100,7 @@ def find_run(resume: Path) -> Path | None:
     return run if run.is_dir() else None
 
 
-def by_key(arguments: list[str]) -> dict[str, tuple[str, Any]]:
+def parse_by_key(arguments: list[str]) -> dict[str, tuple[str, Any]]:
     """Return each argument with its parsed value, by key; empty if Hydra cannot parse them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -174,8 +170,8 @@ def is_safe_argument(override: Any) -> bool:
         return False
     key = override.key_or_group
     value = override.value()
-    if key in groups():
-        return value is None or (isinstance(value, str) and value in groups()[key] - NETWORK_OPTIONS)
+    if key in config_groups():
+        return value is None or (isinstance(value, str) and value in config_groups()[key] - NETWORK_OPTIONS)
     values = value if isinstance(value, list) else [value]
     return key in known_keys() and all(
         isinstance(item, SCALARS) and has_no_outside_effect(key, item) for item in values
@@ -199,7 +195,7 @@ def has_no_outside_effect(key: str, value: Any) -> bool:
 
 
 @cache
-def groups() -> dict[str, set[str]]:
+def config_groups() -> dict[str, set[str]]:
     """Return the groups of ``configs/`` with the names of their options."""
     from clipgen.cli.config import config_dir
 
@@ -255,6 +251,6 @@ def command_arguments() -> dict[str, str]:
 
     if not HydraConfig.initialized():
         return {}
-    arguments = by_key(list(HydraConfig.get().overrides.task))
+    arguments = parse_by_key(list(HydraConfig.get().overrides.task))
     kept = [text for key, (text, _) in arguments.items() if key not in COMMAND_ONLY]
     return {ARGUMENTS: yaml.safe_dump(kept, allow_unicode=True)}

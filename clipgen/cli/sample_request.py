@@ -185,14 +185,14 @@ def read_request(args: Namespace) -> SampleRequest:
     from clipgen.generation.gallery import load_gallery
     from clipgen.generation.sweep import expand_sweep
 
-    given = {name: getattr(args, name) for name in DEFAULT_SETTINGS if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in DEFAULT_SETTINGS if getattr(args, name) is not None}
     request = SampleRequest(
         prompts=read_text_prompts(args),
         interpolations=list(args.interpolate),
         sweep=[sampling_options(args)],
         rerank_from=args.rerank_from,
         outpaint=read_image(args.outpaint) if args.outpaint else None,
-        **(DEFAULT_SETTINGS | given),
+        **(DEFAULT_SETTINGS | settings),
     )
     if args.reproduce:
         add_reproduction(request, read_metadata(args.reproduce), args)

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from clipgen.cli.console import guarded, set_up_logging
+from clipgen.cli.console import run_command, set_up_logging
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -31,10 +31,10 @@ CHOICES = {
 
 def main() -> None:
     """Run the command."""
-    guarded("clipgen-train", run_hydra)
+    run_command("clipgen-train", run)
 
 
-def run_hydra() -> None:
+def run() -> None:
     """Let Hydra compose the configuration, and train."""
     if {"-h", "--help"} & set(sys.argv):
         print(help_text())
@@ -51,10 +51,10 @@ def compose_and_train() -> None:
     import hydra
     from hydra.errors import HydraException
 
-    from clipgen.cli.config import config_dir, explain, readable_arguments
+    from clipgen.cli.config import config_dir, explain_hydra_error, quote_arguments
     from clipgen.cli.resume_args import add_run_arguments
 
-    sys.argv[1:] = add_run_arguments(readable_arguments(sys.argv[1:]))
+    sys.argv[1:] = add_run_arguments(quote_arguments(sys.argv[1:]))
     # otherwise Hydra prints errors itself, over many lines
     os.environ["HYDRA_FULL_ERROR"] = "1"
     errors: list[Exception] = []
@@ -71,7 +71,7 @@ def compose_and_train() -> None:
     try:
         task()
     except HydraException as error:
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain_hydra_error(error)) from error
     except Exception:
         # if runs have failed, a sweeper may have too few values to compare: their errors say why
         if not errors:
@@ -107,7 +107,7 @@ def run_job(config: DictConfig) -> float | None:
     is_sweep = job.mode == RunMode.MULTIRUN
     if is_sweep:
         config.output = job.runtime.output_dir
-    value = train(config, is_sweep)
+    value = train_from_config(config, is_sweep)
     if is_sweep and value is None and not job.sweeper._target_.endswith("BasicSweeper"):
         raise ValueError("a search needs a validation, whose results it compares, got none: hold out some images")
     return value
@@ -167,7 +167,7 @@ other options:
 Put quotes around values with spaces or special characters: 'data.root="my photos (1)"'"""
 
 
-def train(
+def train_from_config(
     config: DictConfig,
     is_sweep: bool = False,
     callbacks: Sequence[pl.Callback] = (),
@@ -188,7 +188,7 @@ def train(
     # torch is imported only now, after the checks that do not need it
     from clipgen.cli.progress_bar import make_progress
     from clipgen.cli.resume_args import ARGUMENTS, command_arguments
-    from clipgen.training import train as run_training
+    from clipgen.training import train
     from clipgen.training.callbacks import ProgressReport
 
     if is_sweep:
@@ -196,7 +196,7 @@ def train(
     run_files = command_arguments()
     if ARGUMENTS in run_files:
         resume_command = resume_command or f"clipgen-train resume={training_config.output}"
-    return run_training(training_config, [ProgressReport(make_progress), *callbacks], run_files, resume_command)
+    return train(training_config, [ProgressReport(make_progress), *callbacks], run_files, resume_command)
 
 
 def to_training_config(config: DictConfig) -> TrainingConfig:

@@ -22,7 +22,7 @@ _BZIP2 = b"BZh"
 _XZ = (b"\xfd7zXZ\0", b"\x5d\0\0")
 
 
-def decompressed(stream: IO[bytes]) -> IO[bytes]:
+def open_decompressed(stream: IO[bytes]) -> IO[bytes]:
     """Return a stream of the decompressed content of a gzip, bzip2, xz or lzma stream; the content of any other."""
     start = stream.read(_SIGNATURE_BYTES)
     complete = _Prepended(start, stream)

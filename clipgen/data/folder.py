@@ -15,7 +15,7 @@ import numpy as np
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError, check_header, decode_image
 from clipgen.data.folder_listing import FolderListing
-from clipgen.data.handover import from_first_process
+from clipgen.data.handover import from_rank_zero
 from clipgen.data.indexed import IndexedImages
 from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.skip_counter import SkipCounter
@@ -71,7 +71,7 @@ class ImageFolder(IndexedImages):
         self.image_size = image_size
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
         self.skip_counter = SkipCounter(str(root))
-        usable_files = from_first_process(lambda: scan_folder(self.root, self.skip_counter))
+        usable_files = from_rank_zero(lambda: scan_folder(self.root, self.skip_counter))
         # The process that has scanned the folder has counted them already.
         self.skip_counter.use(len(usable_files) - self.skip_counter.num_used)
         self.labels = labels

@@ -12,7 +12,7 @@ import numpy as np
 
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError
-from clipgen.data.handover import from_first_process
+from clipgen.data.handover import from_rank_zero
 from clipgen.data.indexed import IndexedImages
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
@@ -187,7 +187,7 @@ def split_rows(count: int, val_fraction: float) -> tuple[Sequence[int], Sequence
         return range(count), range(0)
     if count < 2:
         raise ValueError(f"val_fraction must be 0 when there are fewer than two rows, got {val_fraction}")
-    held_out = from_first_process(lambda: rows_to_hold_out(count, val_fraction))
+    held_out = from_rank_zero(lambda: rows_to_hold_out(count, val_fraction))
     return RowsWithout(count, held_out), held_out
 
 

@@ -17,7 +17,7 @@ from clipgen.data.decoding import (
     has_extension,
     looks_like_image,
 )
-from clipgen.data.decompression import decompressed, is_compressed
+from clipgen.data.decompression import is_compressed, open_decompressed
 from clipgen.data.skip_counter import SkipCounter
 
 # Larger files are refused before they are read: two megabytes of a compressed or sparse file may expand to gigabytes.
@@ -82,7 +82,7 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
     Raises:
         tarfile.TarError, OSError, EOFError: the shard is damaged; the files before the damage have been yielded.
     """
-    with _Archive.open(fileobj=decompressed(stream), mode="r|") as archive:
+    with _Archive.open(fileobj=open_decompressed(stream), mode="r|") as archive:
         while (info := archive.next()) is not None:
             try:
                 member = _read_member(archive, info)
@@ -104,7 +104,7 @@ def is_tar(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with path.open("rb") as file, _Archive.open(fileobj=decompressed(file), mode="r|"):
+        with path.open("rb") as file, _Archive.open(fileobj=open_decompressed(file), mode="r|"):
             return True
     except PermissionError:
         raise
@@ -128,7 +128,7 @@ def _open_local(file: IO[bytes]) -> _Archive:
     compressed = is_compressed(file)
     file.seek(0)
     if compressed:
-        return _Archive.open(fileobj=decompressed(file), mode="r|")
+        return _Archive.open(fileobj=open_decompressed(file), mode="r|")
     return _Archive.open(fileobj=file, mode="r:")
 
 

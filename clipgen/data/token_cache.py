@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipgen.checkpoint.model_folder import codebook_rows
 from clipgen.data.datamodule import make_loader
-from clipgen.data.handover import from_first_process
+from clipgen.data.handover import from_rank_zero
 from clipgen.data.samplers import ResumableSampler, ValidationSampler
 from clipgen.storage.files import atomic_write, check_size, one_line, read_json
 
@@ -157,7 +157,7 @@ def first_record_dtype(shards: Iterable[np.ndarray]) -> np.dtype | None:
     return None
 
 
-def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
+def class_names_of(manifest: dict[str, Any], root: str | Path) -> list[str]:
     """Return the names of the classes of a cache; their numbers if the source had no names.
 
     Raises:
@@ -251,7 +251,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: str | Path, num_classes: int | None = None, codebook_size: int | None = None):
         self.num_classes = num_classes
         self.codebook_size = codebook_size
-        self.files, lengths, self.dtype = from_first_process(lambda: check_shards(Path(folder)))
+        self.files, lengths, self.dtype = from_rank_zero(lambda: check_shards(Path(folder)))
         self.ends = np.cumsum(lengths)
         self.starts = self.ends - lengths
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -413,7 +413,7 @@ class TokenCacheDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.manifest = read_manifest(self.root)
-        num_classes = len(class_names(self.manifest, self.root)) if conditioning == "class" else None
+        num_classes = len(class_names_of(self.manifest, self.root)) if conditioning == "class" else None
         self.train = self._open_split("train", num_classes)
         self.val = self._open_split("val", num_classes) if self.manifest["images"]["val"] else None
         if batch_size < 1 or batch_size > len(self.train):

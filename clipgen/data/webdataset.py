@@ -23,7 +23,7 @@ from webdataset.utils import pytorch_worker_info
 from clipgen.data.class_names import read_names
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError, decode_image
-from clipgen.data.handover import from_first_process
+from clipgen.data.handover import from_rank_zero
 from clipgen.data.parallel import parallel_map
 from clipgen.data.shard_order import UNKNOWN, Position, Segment, ShardOrder, ShardSlice
 from clipgen.data.skip_counter import SkipCounter
@@ -106,7 +106,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         # Batches between the resume and the next epoch, and those of the next epoch.
         self._batches_before = 0
         self._batches_in_epoch = 0
-        from_first_process(self._check_shards)
+        from_rank_zero(self._check_shards)
 
     def _check_shards(self) -> None:
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""

@@ -70,7 +70,7 @@ class ImageClassifier(nn.Module):
         return torch.cat([self.mean_logits(batch).argmax(dim=1) for batch in images.split(BATCH_SIZE)])
 
     @torch.no_grad()
-    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features (B, F) of images, and the logits (B, C) that ``predict`` uses, for ``Features``."""
         return self.features(images), self.mean_logits(images)
 

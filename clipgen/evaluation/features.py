@@ -45,15 +45,15 @@ class Features(nn.Module):
         # Register the network of a bound method as a submodule, so that ``to`` moves it, too.
         self.owner = getattr(function, "__self__", None)
         with torch.no_grad():
-            features, logits = self.classify(torch.zeros(2, 3, 64, 64))
+            features, logits = self.features_and_logits(torch.zeros(2, 3, 64, 64))
         self.num_features = features.shape[1]
         self.num_classes = 0 if logits is None else logits.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (B, F)."""
-        return self.classify(images)[0]
+        return self.features_and_logits(images)[0]
 
-    def classify(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the features (B, F), and the logits (B, C) if the function is a classifier."""
         outputs = self.function(images)
         features, logits = outputs if isinstance(outputs, tuple) else (outputs, None)
@@ -204,7 +204,7 @@ def clean_resize(pixels: Tensor, size: int = INCEPTION_SIZE) -> Tensor:
 
 def image_classifier_features(classifier: ImageClassifier) -> Features:
     """Return a classifier's features and logits. The weights alone identify it, wherever its file lies."""
-    return Features(classifier.classify, f"classifier {fingerprint(classifier.state_dict())}")
+    return Features(classifier.features_and_logits, f"classifier {fingerprint(classifier.state_dict())}")
 
 
 def classifier_features(name: str) -> Features:

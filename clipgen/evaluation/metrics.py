@@ -17,7 +17,7 @@ import torch
 from PIL import ImageFilter
 from torch import Tensor
 
-from clipgen.data.shapes import parse
+from clipgen.data.shapes import parse_caption
 from clipgen.evaluation import functional, shapes_evaluator
 from clipgen.evaluation.caps import Captioner
 from clipgen.evaluation.feature_store import FeatureStore
@@ -49,24 +49,27 @@ class Metric(Protocol):
         Metrics that need the same column return it under the same name; ``batch`` computes features once.
         """
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the results of a set, by name; {} if a column or the reference that the metric needs is missing."""
 
 
 class MetricBatch:
     """Images (B, 3, H, W) in [-1, 1] with their captions, and the networks that measure them."""
 
-    def __init__(self, images: Tensor, captions: Sequence[str], settings: ImageMetrics):
+    def __init__(self, images: Tensor, captions: Sequence[str], metrics: ImageMetrics):
         self.images = images
         self.captions = captions
-        self.settings = settings
+        self.metrics = metrics
 
     @cached_property
     def outputs(self) -> dict[int, tuple[Tensor, Tensor | None]]:
         """Features (B, F) and, from a classifier, logits (B, C) by blur radius."""
-        if self.settings.features is None:
+        if self.metrics.features is None:
             return {}
-        return {radius: self.settings.features.classify(blurred(self.images, radius)) for radius in self.settings.radii}
+        outputs = {}
+        for radius in self.metrics.radii:
+            outputs[radius] = self.metrics.features.features_and_logits(blurred(self.images, radius))
+        return outputs
 
     def features(self, radius: int) -> dict[str, Tensor]:
         """Return the column of the features at a blur radius; {} if it is not measured."""
@@ -96,15 +99,15 @@ class InceptionScore:
         logits = batch.logits()
         return {} if logits is None else {LOGITS: logits}
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return mean and standard deviation over splits; {} with a warning if there are too few images."""
-        if LOGITS not in images.column_names():
+        if LOGITS not in store.column_names():
             return {}
         least = 2 * functional.IS_SPLITS
-        if len(images) < least:
-            logger.warning("IS is omitted: it needs at least %d images, got %d", least, len(images))
+        if len(store) < least:
+            logger.warning("IS is omitted: it needs at least %d images, got %d", least, len(store))
             return {}
-        logits = torch.from_numpy(images.memmap_column(LOGITS, images.folder))
+        logits = torch.from_numpy(store.memmap_column(LOGITS, store.folder))
         mean, std = functional.inception_score(logits)
         return {"is_mean": mean, "is_std": std}
 
@@ -122,14 +125,14 @@ class FrechetDistance:
             columns |= batch.features(radius)
         return columns
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the distance at each radius that both sides have."""
         if reference is None:
             return {}
         results = {}
-        for name in sorted(images.column_names() & reference.column_names()):
+        for name in sorted(store.column_names() & reference.column_names()):
             if name.startswith(FEATURES):
-                ours = functional.moments(images.iter_column(name))
+                ours = functional.moments(store.iter_column(name))
                 theirs = functional.moments(reference.iter_column(name))
                 results[f"fid_{name.removeprefix(FEATURES)}"] = functional.frechet_distance(ours, theirs)
         return results
@@ -144,12 +147,12 @@ class FeatureComparison:
         """Return the features (B, F)."""
         return batch.features(0)
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the comparison of the features, which are memory-mapped."""
-        if reference is None or UNBLURRED not in images.column_names():
+        if reference is None or UNBLURRED not in store.column_names():
             return {}
-        ours = torch.from_numpy(images.memmap_column(UNBLURRED, images.folder))
-        theirs = torch.from_numpy(reference.memmap_column(UNBLURRED, images.folder))
+        ours = torch.from_numpy(store.memmap_column(UNBLURRED, store.folder))
+        theirs = torch.from_numpy(reference.memmap_column(UNBLURRED, store.folder))
         return self.compare(ours, theirs)
 
     def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
@@ -188,15 +191,15 @@ class ClipScore:
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
         """Return the cosine (B,) for each model."""
         columns = {}
-        for name, clip in batch.settings.clips.items():
+        for name, clip in batch.metrics.clips.items():
             cosines = clip.encode_image(batch.images) * clip.encode_text(batch.captions)
             columns[CLIP + name] = cosines.sum(dim=1)
         return columns
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the mean for each model."""
-        names = sorted(name for name in images.column_names() if name.startswith(CLIP))
-        return {f"clip_score {name.removeprefix(CLIP)}": 100 * column_mean(images, name) for name in names}
+        names = sorted(name for name in store.column_names() if name.startswith(CLIP))
+        return {f"clip_score {name.removeprefix(CLIP)}": 100 * column_mean(store, name) for name in names}
 
 
 class ClassAccuracy:
@@ -207,16 +210,16 @@ class ClassAccuracy:
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
         """Return whether each image is recognized, (B,). Captions are compared because some classes share a name."""
-        classes = batch.settings.classes
+        classes = batch.metrics.classes
         logits = batch.logits()
         if logits is None or not classes:
             return {}
         recognized = [classes[i] for i in logits.argmax(dim=1).tolist()]
         return {"accuracy": torch.tensor([a == b for a, b in zip(recognized, batch.captions)]).float()}
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the mean."""
-        return {"accuracy": column_mean(images, "accuracy")} if "accuracy" in images.column_names() else {}
+        return {"accuracy": column_mean(store, "accuracy")} if "accuracy" in store.column_names() else {}
 
 
 class CaptionScore:
@@ -227,15 +230,15 @@ class CaptionScore:
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
         """Return the score of each image and its caption, (B,)."""
-        captioner = batch.settings.captioner
+        captioner = batch.metrics.captioner
         if captioner is None:
             return {}
         scores = caption_scores(captioner, batch.images, batch.captions)
         return {"caps": torch.tensor(scores, dtype=torch.float64)}
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the mean."""
-        return {"caps": column_mean(images, "caps")} if "caps" in images.column_names() else {}
+        return {"caps": column_mean(store, "caps")} if "caps" in store.column_names() else {}
 
 
 def caption_scores(captioner: Captioner, images: Tensor, captions: Sequence[str]) -> list[float]:
@@ -258,21 +261,21 @@ class ShapesAccuracy:
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
         """Return whether all attributes, and each alone, are right, (B, 5)."""
-        if not batch.settings.shapes:
+        if not batch.metrics.shapes:
             return {}
-        expected = [parse(caption) for caption in batch.captions]
+        expected = [parse_caption(caption) for caption in batch.captions]
         return {"shapes": shapes_evaluator.matches(batch.images, expected)}
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the fraction for all attributes together, and for each."""
-        if "shapes" not in images.column_names():
+        if "shapes" not in store.column_names():
             return {}
-        return {f"shapes_{name}": mean for name, mean in zip(self.names, images.column("shapes").mean(axis=0))}
+        return {f"shapes_{name}": mean for name, mean in zip(self.names, store.column("shapes").mean(axis=0))}
 
 
-def column_mean(images: FeatureStore, name: str) -> float:
+def column_mean(store: FeatureStore, name: str) -> float:
     """Return the mean of a column of one number per image."""
-    return float(images.column(name).astype(np.float64).mean())
+    return float(store.column(name).astype(np.float64).mean())
 
 
 # In the order of the columns of a table.

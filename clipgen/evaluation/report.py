@@ -20,29 +20,29 @@ RECONSTRUCTION_LABELS = {
 Results = Mapping[str, float]
 
 
-def summary(images: FeatureStore, reference: FeatureStore | None = None) -> dict[str, float]:
+def compute_results(store: FeatureStore, reference: FeatureStore | None = None) -> dict[str, float]:
     """Return the results of all metrics whose columns were measured.
 
     Args:
-        images: the set to evaluate.
+        store: the set to evaluate.
         reference: the set that its distribution is compared with. None omits FID, KID, precision and recall.
 
     Raises:
         ValueError: a set is too small.
     """
     if reference is not None:
-        check_reference(images, reference)
+        check_reference(store, reference)
     results: dict[str, float] = {}
     for metric in METRICS:
-        results |= metric.reduce(images, reference)
+        results |= metric.reduce(store, reference)
     return {name: float(value) for name, value in results.items()}
 
 
-def check_reference(images: FeatureStore, reference: FeatureStore) -> None:
+def check_reference(store: FeatureStore, reference: FeatureStore) -> None:
     """Raise ValueError if the reference is empty; log a warning if either set is small."""
     if not len(reference):
         raise ValueError(f"the reference must hold images, got none in {reference.folder}")
-    smaller = min(len(images), len(reference))
+    smaller = min(len(store), len(reference))
     if smaller < ENOUGH_IMAGES:
         logger.warning(
             "Only %d images: FID, KID, precision and recall are unreliable below %d.", smaller, ENOUGH_IMAGES

@@ -13,7 +13,7 @@ SHAPES_WORDS = {*FILLERS, *RADII, *COLORS, *SHAPES, *BACKGROUNDS}
 ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": RADII}
 # The classes of CIFAR-10.
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-KNOWN = {
+DESCRIPTIONS = {
     "shapes": (
         f"This model generates images of 32 x 32 pixels from texts such as {str(ALL_ATTRIBUTES[0])!r}. It has seen the "
         f"sizes {', '.join(RADII)}; the colors {', '.join(COLORS)}; the shapes {', '.join(SHAPES)}; and the "
@@ -26,21 +26,21 @@ KNOWN = {
 }
 
 
-def remarks(model: str, texts: Iterable[str], photographs: Iterable[str]) -> list[str]:
+def prompt_warnings(model: str, texts: Iterable[str], photographs: Iterable[str]) -> list[str]:
     """Return one line per prompt that a bundled model was not trained for, and what it knows if there are any.
 
     Args:
-        model: name of the bundled model; there are no remarks on other models.
+        model: name of the bundled model; there are no warnings for other models.
         texts: text prompts.
         photographs: names of image prompts that are not shapes.
     """
-    if model not in KNOWN:
+    if model not in DESCRIPTIONS:
         return []
     unfamiliar = unfamiliar_shape if model == "shapes" else unfamiliar_class
     lines = [f"The model {reason}: {text!r}" for text in texts if (reason := unfamiliar(text))]
     if model == "shapes":
         lines += [f"The model has never seen a photograph: {name}" for name in photographs]
-    return [*lines, KNOWN[model]] if lines else []
+    return [*lines, DESCRIPTIONS[model]] if lines else []
 
 
 def unfamiliar_shape(text: str) -> str:

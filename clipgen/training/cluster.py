@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch.distributed
 from torch.distributed import TCPStore
 
-from clipgen.data.handover import FOLDER, share_results_in_files
+from clipgen.data.handover import FOLDER_VARIABLE, share_results_in_files
 from clipgen.hardware.environment import environment_int
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def use_own_store() -> None:
 
 
 def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
-    """Let the processes of a training receive what ``clipgen.data.handover`` computes in the first one.
+    """Let the processes of a training run receive the results that ``clipgen.data.handover`` computes on rank 0.
 
     Processes of torchrun and SLURM, which exist already, are connected. Those of Lightning are started inside the
     ``with``, and receive the results in files.
@@ -70,7 +70,7 @@ def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
         return nullcontext()
     if environment.creates_processes_externally:
         # A process that Lightning has started finds its parent's results in its environment.
-        if FOLDER not in os.environ:
+        if FOLDER_VARIABLE not in os.environ:
             connect(trainer.strategy)
         return nullcontext()
     return share_results_in_files()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from clipgen.data.token_cache import class_names, read_manifest
+from clipgen.data.token_cache import class_names_of, read_manifest
 from clipgen.frozen_models import load_clip
 from clipgen.models.config import model_settings
 from clipgen.precompute import clip_identity
@@ -96,7 +96,7 @@ def build_for_cache(config: TrainingConfig) -> Any:
     check_cache(config, root, manifest)
     sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
     if config.data.get("conditioning") == "class":
-        return build_class_conditional(config, sizes, class_names(manifest, root))
+        return build_class_conditional(config, sizes, class_names_of(manifest, root))
     model = instantiate(config.model, "model", **unset_values(config, sizes))
     if config.model.get("clip_loss", {}).get("weight", 0) > 0:
         model.attach_encoders(VQGAN.load(root), load_clip(root))

@@ -19,7 +19,7 @@ from clipgen.storage.links import file_inside
 from clipgen.training.callbacks.checkpointing import has_model_order
 
 # Entries of a checkpoint that a training is resumed from
-ENTRIES = {
+CHECKPOINT_TYPES = {
     "global_step": int,
     "epoch": int,
     "pytorch-lightning_version": str,
@@ -68,7 +68,7 @@ def read_training_state(path: Path, model: str) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("clipgen_model")
     check_model(stored if isinstance(stored, str) else None, model, path)
-    for key, entry_type in ENTRIES.items():
+    for key, entry_type in CHECKPOINT_TYPES.items():
         if not isinstance(checkpoint.get(key), entry_type):
             raise ValueError(f"{path} is damaged: its {key} must be of type {entry_type.__name__}")
     if not isinstance(checkpoint["hyper_parameters"].get("optimizer"), dict):
@@ -132,7 +132,7 @@ def check_strategy(checkpoint: str | None, model: pl.LightningModule, strategy: 
 
 def refuse_other_runs(output: str | Path, resume: str | None) -> None:
     """Raise FileExistsError if the run folder contains a run that is not being resumed, and would be overwritten."""
-    # the first process may already have started to write
+    # Rank 0 may already have started to write.
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return
     output = Path(output)

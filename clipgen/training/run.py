@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 
 import clipgen
 from clipgen.checkpoint.model_folder import FOLDERS, model_name_of
-from clipgen.data.handover import compute_in_first_process
+from clipgen.data.handover import compute_on_rank_zero
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.frozen_models import copy_frozen, save_frozen
 from clipgen.generation.default_params import params_of, save_params
@@ -99,7 +99,7 @@ def train(
     use_own_store()
     leave_group_at_exit()
     with share_results(trainer):
-        with compute_in_first_process():
+        with compute_on_rank_zero():
             data = instantiate(config.data, "data")
         if automatic_interval:
             scale_interval(config, trainer, data)
@@ -191,7 +191,7 @@ def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callb
     ]
     # grids are made by one process, which under FSDP has only a part of the weights
     if config.trainer["strategy"] != "fsdp":
-        callbacks.append(instantiate(config.image_logger, "image_logger", folder=output / "pictures"))
+        callbacks.append(instantiate(config.image_logger, "image_logger", folder=output / "grids"))
     if config.metrics:
         callbacks.append(instantiate(config.metrics, "metrics"))
     if config.projector.get("memory_size"):

@@ -37,11 +37,11 @@ class ImageLogger(pl.Callback):
     validation images and on prompts.
 
     Args:
-        folder: ``pictures`` in a run folder. A training from a token cache loads the frozen models of the run folder.
+        folder: ``grids`` in a run folder. A training from a token cache loads the frozen models of the run folder.
         num_images: number of images in a grid.
         prompts: prompts of stage 2.
         keep: number of grids of each kind that stay in the folder; older ones are deleted.
-        sampling: see ``SamplingParams``.
+        overrides: sampling parameters that differ from the defaults of ``SamplingParams``.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ImageLogger(pl.Callback):
         num_images: int = 16,
         prompts: Sequence[str] = (),
         keep: int = 20,
-        **sampling: Any,
+        **overrides: Any,
     ):
         for name, value in (("num_images", num_images), ("keep", keep)):
             if value < 1:
@@ -59,7 +59,7 @@ class ImageLogger(pl.Callback):
         self.num_images = num_images
         self.prompts = list(prompts)
         self.keep = keep
-        self.params = SamplingParams(**sampling)
+        self.params = SamplingParams(**overrides)
         self.batch: dict[str, Tensor] = {}
         self.frozen_models: tuple[VQGAN, Conditioner | None] | None = None
 

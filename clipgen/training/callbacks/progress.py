@@ -28,7 +28,7 @@ class ProgressReport(pl.Callback):
 
     def __init__(self, make_progress: Callable[..., ProgressLog] = ProgressLog):
         self.make_progress = make_progress
-        self.progress: ProgressLog | None = None  # in the first process only
+        self.progress: ProgressLog | None = None  # on rank 0 only
         self.losses = ""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -94,7 +94,7 @@ class TimeForecast(pl.Callback):
     """Report once, after the first steps, how long the other steps will take.
 
     Args:
-        report: called in the first process with the number of steps left and the seconds per step.
+        report: called on rank 0 with the number of steps left and the seconds per step.
     """
 
     def __init__(self, report: Callable[[float, float], None] = log_forecast):
