@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from clipgen.data.decoding import to_rgb
+from clipgen.data.color_conversion import to_rgb
 from clipgen.data.transforms import val_transform
 from clipgen.storage.files import atomic_write
 

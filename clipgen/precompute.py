@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def write_token_cache(
     world_size: int = 1,
     advance: Callable[[int], None] = lambda count: None,
 ) -> bool:
-    """Encode the images of a data module into a token cache; return False if other processes have shards to finish.
+    """Encode the images of a data module into a token cache; return False if other processes have not finished.
 
     Each shard depends only on the settings and is written atomically, so an interrupted run can be restarted and
     produces identical bytes. Processes share the shards by rank, without communication.
@@ -85,7 +86,7 @@ def write_token_cache(
         clip: computes the embeddings.
         settings: description of the source, stored in the manifest.
         augmentations: number of random crops and flips of each training image; 1 takes the center crop, as validation.
-        shard_size: images per shard. A tar file of a webdataset becomes one shard, whatever its size.
+        shard_size: images per shard. A tar file of a webdataset becomes one shard, regardless of its size.
         batch_size: images encoded at a time.
         rank: number of this process.
         world_size: number of processes that share the work.
@@ -99,15 +100,22 @@ def write_token_cache(
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
     store.open(identity, lambda: save_models(store.folder, vqgan, clip))
+    write = partial(encode_plan, vqgan=vqgan, clip=clip, batch_size=batch_size, advance=advance)
 
-    def write(path: Path, plan: ShardPlan) -> None:
-        batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
-        encode_shard(path, report_progress(batches, advance), vqgan, clip)
+    def count_existing(path: Path) -> None:
+        advance(len(open_shard(path)))
 
     plans = plan_shards(store.folder, data, shard_size, augmentations)
-    on_existing = lambda path: advance(len(open_shard(path)))
-    store.write_missing(plans, write, on_existing, rank=rank, world_size=world_size)
+    store.write_missing(plans, write, count_existing, rank=rank, world_size=world_size)
     return finish_if_complete(store, plans, identity)
+
+
+def encode_plan(
+    path: Path, plan: ShardPlan, *, vqgan: VQGAN, clip: FrozenCLIP, batch_size: int, advance: Callable[[int], None]
+) -> None:
+    """Encode the images of a planned shard and write it; see ``write_token_cache``."""
+    batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
+    encode_shard(path, report_progress(batches, advance), vqgan, clip)
 
 
 def save_models(root: Path, vqgan: VQGAN, clip: FrozenCLIP) -> None:
@@ -227,7 +235,7 @@ def finish_if_complete(store: ResumableStore, plans: Collection[Path], identity:
     # A generator keeps one shard mapped at a time; the system limits the number of maps.
     num_images = {split: sum(map(len, open_split(store.folder / split))) for split in SPLITS}
     if not num_images["train"]:
-        raise ValueError(f"the source of {store.folder} must hold a usable image, got none")
+        raise ValueError(f"the source of {store.folder} must contain a usable image, got none")
     dtype = first_record_dtype(open_split(store.folder / "train"))
     assert dtype is not None
     results = {

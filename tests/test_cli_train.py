@@ -493,7 +493,10 @@ ERRORS = {
         [*VQGAN, "data=webdataset", "data.train_urls=/none/*.tar", "data.val_urls=null"],
         r"urls must name existing shards, got /none/\*.tar",
     ),
-    "data without images": ([*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"], r"checkpoints must hold \.jpg"),
+    "data without images": (
+        [*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"],
+        r"must contain \.jpg",
+    ),
     "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a tokenizer: give vqgan=RUN"),
     "missing vqgan": ([*TRANSFORMER, *SHAPES, "vqgan=x"], "x does not exist; `clipgen-train stage=vqgan` makes"),
     "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/grids"], "grids holds no such model"),
@@ -588,7 +591,10 @@ def test_unexpected_error_suggests_debug_mode(call, monkeypatch, tmp_path):
         raise KeyError("surprise")
 
     monkeypatch.setattr(Tokenizer, "training_step", fail)
-    assert "error: KeyError: 'surprise' (CLIPGEN_DEBUG=1 shows where)" in call(*VQGAN, *SHAPES, "output=run").stderr
+    assert (
+        "error: KeyError: 'surprise' (set CLIPGEN_DEBUG=1 for the traceback)"
+        in call(*VQGAN, *SHAPES, "output=run").stderr
+    )
     assert everything(tmp_path) == set()
 
 

@@ -15,7 +15,7 @@ from clipgen.cli.console import error_line, interruptible, run_command, set_up_l
     [
         (ValueError("x must be 1,\n  got 2"), 1, "test: error: x must be 1, got 2\n"),
         (FileNotFoundError(2, "No such file", "a.png"), 1, "test: error: No such file: a.png\n"),
-        (KeyError("x"), 1, "test: error: KeyError: 'x' (CLIPGEN_DEBUG=1 shows where)\n"),
+        (KeyError("x"), 1, "test: error: KeyError: 'x' (set CLIPGEN_DEBUG=1 for the traceback)\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

@@ -54,7 +54,7 @@ def test_captions_of_a_folder(two_folders, tmp_path):
 def test_empty_sidecar_file_is_not_a_caption(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf \n")
-    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt beside it holds one"):
+    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt next to it contains one"):
         FolderImages(tmp_path, captions="embedded")
     (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt must be UTF-8 text"):

@@ -461,7 +461,7 @@ def test_moments_of_another_shape_are_not_used(call, run):
         moments["exp_avg"] = torch.zeros(3)
     torch.save(checkpoint, path)
     result = call("resume=run", "trainer.max_steps=4")
-    assert result.code == 1 and "the checkpoint must hold exp_avg of the optimizer as" in result.stderr
+    assert result.code == 1 and "the checkpoint must contain exp_avg of the optimizer as" in result.stderr
 
 
 def test_environment_variables_that_are_not_numbers_are_named(monkeypatch):

@@ -432,7 +432,7 @@ def test_damaged_cache_is_refused(call, encoded, tmp_path):
         (lambda: make_vqgan(**VQGAN_SIZES).save(encoded / "vqgan"), "another tokenizer than"),
         (
             lambda: (encoded / "train/shard-000001.npy").unlink(),
-            "train must hold 64 images, as the manifest says, got 48",
+            "train must contain 64 images, as the manifest says, got 48",
         ),
         (lambda: cut("train/shard-000001.npy", 200), "shard-000001.npy is damaged"),
         (lambda: cut("train/shard-000001.npy", 0), "shard-000001.npy is damaged"),
@@ -575,7 +575,7 @@ def test_labels_of_folders(tmp_path, tiny_vqgan, shapes_clip):
 
 
 def test_classes_of_a_cache_without_labels_are_refused(cache):
-    with pytest.raises(ValueError, match=r"holds no labels; make one with `clipgen-encode data\.labels=true`"):
+    with pytest.raises(ValueError, match=r"contains no labels; make one with `clipgen-encode data\.labels=true`"):
         TokenCacheDataModule(cache, batch_size=1, conditioning="class")
     with pytest.raises(ValueError, match="conditioning must be 'clip' or 'class', got 'text'"):
         TokenCacheDataModule(cache, batch_size=1, conditioning="text")
@@ -590,5 +590,5 @@ def test_class_names_are_read_from_json_and_text(tmp_path, name, text):
 @pytest.mark.parametrize("text", ["{}", "[1, 2]", "[]", "[", ""])
 def test_invalid_class_names_are_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a.json must hold a .*list of class names"):
+    with pytest.raises(ValueError, match=r"a.json must contain a .*list of class names"):
         read_names(tmp_path / "a.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 
+from clipgen.bundled import BUNDLED_NAMES, DEFAULT
 from clipgen.cli.console import run_command
 from clipgen.cli.model_path import check_model_path
 from clipgen.run_list import OUTPUTS
@@ -22,8 +23,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         metavar="MODEL",
-        help="default model: run folder of stage 2, checkpoint, pipeline folder, hf-hub:OWNER/NAME, or shapes "
-        "(default: the newest finished run below outputs/, else shapes)",
+        help="default model: run folder of stage 2, checkpoint, pipeline folder, hf-hub:OWNER/NAME, "
+        f"{BUNDLED_NAMES} (default: the newest finished run below {OUTPUTS}/, else {DEFAULT})",
     )
     parser.add_argument(
         "--host",

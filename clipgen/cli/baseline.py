@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgen.bundled import BUNDLED_NAMES, DEFAULT
 from clipgen.cli.baseline_args import (
     NO_PROMPT,
     add_clip,
@@ -27,6 +28,7 @@ from clipgen.cli.console import print_line, run_command
 from clipgen.cli.model_path import check_generator_path, check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.hardware.device import default_device
+from clipgen.sampling_params import check_seed
 from clipgen.storage.files import user_path
 from clipgen.storage.output_folder import output_folder
 
@@ -65,8 +67,9 @@ def add_vqgan_clip(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     models.add_argument(
         "--checkpoint",
-        default="shapes",
-        help="text-to-image model whose tokenizer and CLIP are used (default: the bundled shapes model)",
+        default=DEFAULT,
+        help="text-to-image model whose tokenizer and CLIP are used: stage-2 run folder, checkpoint, pipeline folder, "
+        f"hf-hub:OWNER/NAME, {BUNDLED_NAMES} (default: %(default)s)",
     )
     models.add_argument("--vqgan", help="another tokenizer: stage-1 run folder, checkpoint or model folder")
     add_clip(models, "that of --checkpoint")
@@ -101,8 +104,7 @@ def run() -> None:
     args = make_parser().parse_args()
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
+    check_seed(args.seed)
     if args.system == "search":
         check_threshold(args)
     check_paths(args)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ImageOutput:
-    """The images of a command: one PNG each, whose metadata says how it was made, and all of them in ``grid.png``."""
+    """The images of a command: one PNG each with its settings as metadata, and all of them in ``grid.png``."""
 
     def __init__(self, args: Namespace, settings: dict[str, Any]):
         import clipgen

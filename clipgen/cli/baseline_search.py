@@ -12,6 +12,7 @@ from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
+    from clipgen import FrozenCLIP
     from clipgen.baselines.csc2516 import SearchProtocol
     from clipgen.baselines.search import ScoringCLIP, SearchResult, SearchRow
 
@@ -104,8 +105,6 @@ def check_threshold(args: argparse.Namespace) -> None:
 
 def run_search(args: argparse.Namespace) -> None:
     """Search the best image of each prompt, or compute the paper's tables over all prompts."""
-    from clipgen.baselines.search import encode_labels, search
-
     generator = load_search_generator(args)
     clip = load_search_clip(args)
     if args.protocol:
@@ -114,6 +113,13 @@ def run_search(args: argparse.Namespace) -> None:
         if args.real_images:
             args.threshold = mean_caption_score(args, clip)
         return write_table(search_rows(args, generator, clip, args.prompts, None, args.threshold), args)
+    search_images(args, generator, clip)
+
+
+def search_images(args: argparse.Namespace, generator: Any, clip: FrozenCLIP) -> None:
+    """Search the best image of each prompt, and write them."""
+    from clipgen.baselines.search import encode_labels, search
+
     truncation = {} if args.truncation is None else {"truncation": args.truncation}
     output = ImageOutput(args, {"k": args.k, "num_images": args.num_images, **truncation})
     label_embeddings = encode_labels(clip, generator.class_names, args.template)
@@ -210,7 +216,8 @@ def run_protocol(args: argparse.Namespace, generator: Any, clip: Any) -> None:
         protocol.threshold = mean_caption_score(args, scoring)
     captions = None if protocol.one_caption else groups
     rows = search_rows(args, generator, scoring, prompts, captions, protocol.threshold)
-    args.threshold, args.truncation = protocol.threshold, protocol.truncation
+    args.threshold = protocol.threshold
+    args.truncation = protocol.truncation
     several = max(map(len, groups)) > 1
     write_table(rows, args, protocol.deviations(generator, several))
 
@@ -272,17 +279,41 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
     Args:
         rows: the rows.
         args: the arguments.
-        deviations: where the run departs from ``--protocol``.
+        deviations: the deviations of the run from ``--protocol``; None for a run without a protocol.
     """
     from clipgen.images import save_png
     from clipgen.storage.files import atomic_write, write_json
     from clipgen.visualization import line_chart
 
+    print_rows(rows, args)
+    report = make_report(rows, args)
+    system = args.generator
+    if deviations is not None:
+        report |= {"protocol": args.protocol, "clip_input": args.clip_input, "deviations": deviations}
+        system = f"{args.generator}, {args.protocol}; deviations: {'; '.join(deviations)}"
+        print_line(f"Deviations from {args.protocol}:")
+        for text in deviations:
+            print_line(f"- {text}")
+    write_json(args.output / "search.json", report)
+    with atomic_write(args.output / "search.md") as partial:
+        partial.write_text(paper_tables(rows, system, args), encoding="utf-8")
+    print_line(args.output / "search.json")
+    print_line(args.output / "search.md")
+    curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
+    print_line(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
+
+
+def print_rows(rows: list[SearchRow], args: argparse.Namespace) -> None:
+    """Print the best CLIP score and the number of images needed for every k."""
     print_line(f"{'k':>5}  best CLIP score    images needed")
     for row in rows:
         mean, std = row.best_mean_std
         print_line(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
-    report = {
+
+
+def make_report(rows: list[SearchRow], args: argparse.Namespace) -> dict[str, Any]:
+    """Return the content of ``search.json``."""
+    return {
         "generator": args.generator,
         "truncation": args.truncation,
         "prompts": len(args.prompts),
@@ -291,19 +322,6 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
         "threshold": args.threshold,
         "rows": [{"k": row.k, "best": row.best, "needed": row.needed, "curve": row.curve.tolist()} for row in rows],
     }
-    system = args.generator
-    if deviations is not None:
-        report |= {"protocol": args.protocol, "clip_input": args.clip_input, "deviations": deviations}
-        system = f"{args.generator}, {args.protocol}; deviations: {'; '.join(deviations)}"
-        for line in (f"Deviations from {args.protocol}:", *(f"- {text}" for text in deviations)):
-            print_line(line)
-    write_json(args.output / "search.json", report)
-    with atomic_write(args.output / "search.md") as partial:
-        partial.write_text(paper_tables(rows, system, args), encoding="utf-8")
-    print_line(args.output / "search.json")
-    print_line(args.output / "search.md")
-    curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
-    print_line(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
 
 
 def paper_tables(rows: list[SearchRow], system: str, args: argparse.Namespace) -> str:

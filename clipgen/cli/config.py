@@ -17,7 +17,7 @@ from clipgen.training.instantiate import config_dir as config_dir
 from clipgen.training.instantiate import instantiate
 
 SEVERAL_VALUES = r"""\1=\2 has several values: write a list as [a,b], a text as '\1="\2"', or use --multirun"""
-# Pattern of an error of Hydra -> our message
+# Pattern of an error of Hydra -> our message.
 MESSAGES = (
     (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
     (r".*Could not find '(\w+)/(.*)' Available options in '\1':,? (.*)", r"\1 must be one of \3, got \2"),
@@ -29,7 +29,7 @@ MESSAGES = (
     (r"Ambiguous value for argument '(.*?)=(.*?)'.*", SEVERAL_VALUES),
     (r".*interpolation '\$.(experiment|variant)._\$.stage.'.*", r"--multirun cannot sweep over stage or experiment"),
 )
-# KEY=VALUE with a key as Hydra accepts it, such as ++data.root or data@package
+# KEY=VALUE with a key as Hydra accepts it, such as ++data.root or data@package.
 ASSIGNMENT = re.compile(r"([+~]{0,2}[\w./@:-]+)=(.*)", re.DOTALL)
 
 
@@ -78,7 +78,7 @@ def quote_argument(argument: str) -> str:
     """Return an argument that Hydra's grammar can parse, or raise ValueError with one that it could."""
     match = ASSIGNMENT.fullmatch(argument)
     if match is None or can_parse(argument):
-        # options, and what Hydra refuses itself
+        # Options, and arguments that Hydra itself refuses.
         return argument
     quoted = f"{match[1]}={quote(match[2])}"
     if match[2] == "~" or match[2].startswith("~/"):
@@ -87,7 +87,7 @@ def quote_argument(argument: str) -> str:
 
 
 def can_parse(argument: str) -> bool:
-    """Return True if Hydra's grammar can parse an argument."""
+    """Return whether Hydra's grammar can parse an argument."""
     try:
         OverridesParser.create().parse_override(argument)
     except HydraException:

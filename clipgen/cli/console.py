@@ -49,7 +49,7 @@ def run_command(command: str, main: Callable[[], None]) -> None:
             raise
         message = error_line(error)
         if not isinstance(error, EXPECTED):
-            message = f"{type(error).__name__}: {message} (CLIPGEN_DEBUG=1 shows where)"
+            message = f"{type(error).__name__}: {message} (set CLIPGEN_DEBUG=1 for the traceback)"
         print(f"{command}: error: {message}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

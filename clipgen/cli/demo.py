@@ -25,17 +25,17 @@ DESCRIPTION = (
 NUM_PROMPTS = 200
 REPORT = "report.json"
 DEFAULT_OUTPUT = Path("demo")
-# Training steps of each stage as a fraction of --steps
+# Training steps of each stage as a fraction of --steps.
 STEP_FRACTIONS = {"vqgan": 1.0, "transformer": 4 / 9}
-# Duration of a step of stage 2 in steps of stage 1; 1.7 to 3.2 were measured, depending on the processor
+# Duration of a step of stage 2 in steps of stage 1; 1.7 to 3.2 were measured, depending on the processor.
 STEP_COST = 2.5
-# If the demo takes more than this many seconds, it suggests --steps with this number
+# If the demo takes more than this many seconds, it suggests --steps with this number.
 MAX_SECONDS = 600
 FEWER_STEPS = 360
 EXAMPLE_PROMPT = "a large blue ring on a white background"
-# The lower of the paper's two values for top_p, which is more accurate
+# The lower of the paper's two values for top_p, which is more accurate.
 SAMPLING = {"temperature": 1.0, "top_k": 300, "top_p": 0.8}
-# Types of the settings in the report that a resumed demo reads
+# Types of the settings in the report that a resumed demo reads.
 SETTING_TYPES = {"seed": int, "steps": int | None, "overrides": list[str]}
 # Losses that are plotted, without train/ or val/
 PLOTTED_LOSSES = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
@@ -83,7 +83,7 @@ def run() -> None:
         from clipgen.storage.files import write_json
         from clipgen.storage.output_folder import output_folder
     with output_folder(args.output, keep_pattern="*/checkpoints/*.ckpt"):
-        # --resume reads the settings from the report
+        # --resume reads the settings from the report.
         write_json(args.output / REPORT, {"settings": settings})
         train_stages(stages, args.output, seconds)
     with timed(seconds, "sampling"):
@@ -145,7 +145,7 @@ def read_settings(args: argparse.Namespace) -> None:
 
 
 def choose_folder(args: argparse.Namespace) -> None:
-    """Choose a folder without another demo, and say how to resume one that was interrupted."""
+    """Choose a folder without another demo, and print the command that resumes an interrupted one."""
     requested = args.output
     args.output = free_folder(requested, REPORT)
     if args.output != requested and not (requested / "grid.png").is_file():
@@ -172,7 +172,7 @@ def compose_stages(output: Path, seed: int, steps: int | None, overrides: list[s
         config = compose_config(*defaults, *max_steps, *overrides)
         if not isinstance(config.trainer.max_steps, int):
             raise TypeError(f"trainer.max_steps must be int, got {config.trainer.max_steps!r}")
-        # not as an override, because Hydra's grammar does not accept all paths
+        # This is not an override, because Hydra's grammar does not accept all paths.
         config.output = str(output / stage)
         if (output / stage / "checkpoints" / "last.ckpt").is_file():
             config.resume = config.output
@@ -182,7 +182,7 @@ def compose_stages(output: Path, seed: int, steps: int | None, overrides: list[s
 
 
 def describe_plan(output: Path, stages: dict[str, Any]) -> str:
-    """Return what the demo is going to do."""
+    """Return a description of the steps of the demo."""
     return (
         f"clipgen-demo trains a tokenizer ({stages['vqgan'].trainer.max_steps} steps) and a transformer "
         f"({stages['transformer'].trainer.max_steps} steps) on images of shapes, then generates an image of each of "
@@ -258,7 +258,7 @@ def generate_and_evaluate(pipe: Any, path: Path, seed: int) -> dict[str, float]:
 
 
 def save_reconstructions(pipe: Any, path: Path) -> None:
-    """Save new images beside their reconstructions by the tokenizer."""
+    """Save new images next to their reconstructions by the tokenizer."""
     import torch
 
     from clipgen.data.shapes import ShapesDataset

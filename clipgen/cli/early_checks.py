@@ -18,7 +18,7 @@ from clipgen.training.config import reads_token_cache
 
 logger = logging.getLogger(__name__)
 PATH_KEYS = ("output", "resume", "vqgan")
-# Keys of ``data`` that apply to a token cache; the experiment may have set those of images
+# Keys of ``data`` that apply to a token cache; the experiment may have set those of images.
 TOKEN_CACHE_KEYS = ("_target_", "root", "batch_size", "num_workers", "seed", "conditioning")
 
 
@@ -76,7 +76,7 @@ def newest_tokenizer() -> str:
 
 
 def check_sources(data: DictConfig) -> None:
-    """Raise an error if an image folder or a shard does not exist, or if the folder holds no image."""
+    """Raise an error if an image folder or a shard does not exist, or if the folder contains no image."""
     if data._target_.endswith("folder_data"):
         for key in ("root", "val_root"):
             folder = data.get(key)
@@ -100,13 +100,13 @@ def complete_for_cache(config: DictConfig) -> None:
     warn_of_image_settings()
     config.data = OmegaConf.masked_copy(config.data, TOKEN_CACHE_KEYS)  # type: ignore[arg-type]
     if config.data.conditioning == "class":
-        # noise and projectors bridge the modality gap between image and text embeddings, which classes do not have
+        # Noise and projectors bridge the modality gap between image and text embeddings, which classes do not have.
         config.model.conditioning.noise_cosine = 1.0
         config.projector.memory_size = 0
 
 
 def warn_of_image_settings() -> None:
-    """Log the arguments of the command that have no effect, because a token cache holds images that are encoded."""
+    """Log the arguments of the command that have no effect, because the images of a token cache are encoded already."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():

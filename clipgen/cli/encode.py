@@ -33,7 +33,7 @@ where and how:
   output=FOLDER             folder of the cache
   device=cuda               device to use (default: CUDA if available, else MPS, else CPU)
   any other key             see  clipgen-encode --cfg job"""
-# Settings of a data source that do not change the content of the cache
+# Settings of a data source that do not change the content of the cache.
 IRRELEVANT_SETTINGS = ("batch_size", "num_workers", "shuffle")
 
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from clipgen.bundled import BUNDLED_NAMES
 from clipgen.cli.console import print_line, run_command
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
@@ -67,13 +68,14 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
     subject = group.add_mutually_exclusive_group(required=True)
     subject.add_argument(
         "--checkpoint",
-        help="text-to-image model: stage-2 run folder, checkpoint, pipeline folder, hf-hub: name or shapes",
+        help="text-to-image model: stage-2 run folder, checkpoint, pipeline folder, hf-hub:OWNER/NAME, "
+        f"{BUNDLED_NAMES}",
     )
     subject.add_argument("--images", type=user_path, help="folder of images, of any system")
     subject.add_argument(
         "--vqgan",
-        help="tokenizer, whose reconstructions are evaluated: stage-1 run folder, checkpoint, model folder, hf-hub: "
-        "name or shapes",
+        help="tokenizer, whose reconstructions are evaluated: stage-1 run folder, checkpoint, model folder, "
+        f"hf-hub:OWNER/NAME, {BUNDLED_NAMES}",
     )
 
 
@@ -82,8 +84,8 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--captions",
         help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), a folder with a "
-        "text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files beside "
-        "the images)",
+        "text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files next "
+        "to the images)",
     )
     group.add_argument("--split", choices=("train", "test", "all"), help="split of CUB-200-2011 (default: test)")
     group.add_argument(
@@ -210,10 +212,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_combination(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option would have no effect beside another one."""
+    """Raise ValueError if an option would have no effect together with another one."""
     if args.captions and args.classes:
         raise ValueError("captions and classes exclude each other: give --captions or --classes")
-    options = [*sampling_options(args), *(["rerank_from"] if args.rerank_from > 1 else [])]
+    options = list(sampling_options(args))
+    if args.rerank_from > 1:
+        options.append("rerank_from")
     if not args.checkpoint and options:
         raise ValueError(f"{options[0]} applies to --checkpoint only: leave out --{options[0].replace('_', '-')}")
     for name in ("captions", "classes", "split", "clip", "captioner", "shapes_eval"):

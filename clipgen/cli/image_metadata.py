@@ -55,7 +55,7 @@ def read_metadata(path: Path) -> ImageMetadata:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it was not written by ``clipgen-sample``, or holds a value that the command does not write.
+        ValueError: it was not written by ``clipgen-sample``, or contains a value that the command does not write.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}")
@@ -147,9 +147,11 @@ def parse_ends(text: dict[str, str]) -> list[Any]:
     value = parse_entry(text, "interpolate")
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"interpolate must be two prompts, got {abbreviate(value)}")
-    return [
-        parse_mix("interpolate", end) if isinstance(end, dict) else parse_prompt("interpolate", end) for end in value
-    ]
+    ends: list[Any] = []
+    for end in value:
+        parse = parse_mix if isinstance(end, dict) else parse_prompt
+        ends.append(parse("interpolate", end))
+    return ends
 
 
 def parse_prompt(name: str, value: Any) -> str:

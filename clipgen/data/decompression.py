@@ -1,6 +1,6 @@
 """Decompress the streams of tar shards with bounded memory.
 
-``tarfile`` decompresses ten kilobytes at a time, whatever they expand to, which can be gigabytes.
+``tarfile`` decompresses ten kilobytes at a time, which may expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class _Prepended:
         """Return at most ``size`` bytes; none at the end."""
         if not self.start:
             return self.stream.read(size)
-        chunk, self.start = self.start[:size], self.start[size:]
+        chunk = self.start[:size]
+        self.start = self.start[size:]
         return chunk
 
 

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from clipgen.data.packed_strings import map_or_read
 
 T = TypeVar("T")
-# File with a result, beside those of its arrays
+# File with a result, next to those of its arrays.
 RESULT_FILE = "result.pickle"
 # Arrays are sent to other processes in blocks of this size.
 BLOCK_BYTES = 1 << 26
-# Environment variable with the folder of the results of a process, for the processes that it starts later
+# Environment variable with the folder of the results of a process, for the processes that it starts later.
 FOLDER_VARIABLE = "CLIPGEN_HANDOVER"
 _numbers: Iterator[int] | None = None
 
@@ -96,7 +96,7 @@ def broadcast(compute: Callable[[], T]) -> T:
     """Return the result of ``compute`` on rank 0, or raise the error that it raises there."""
     result: Any = None
     arrays: list[memoryview] = []
-    # the error, the pickled result, and the sizes of its arrays
+    # The error, the pickled result, and the sizes of its arrays.
     message: list[Any] = [None, None, None]
     if dist.get_rank() == 0:
         try:

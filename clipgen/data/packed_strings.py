@@ -46,7 +46,7 @@ def map_or_read(file: IO[bytes], dtype: Any) -> np.ndarray:
     file.flush()
     file.seek(0, 2)
     if file.tell() > MAX_BYTES_IN_MEMORY:
-        # pickle can pass on the memory of a plain array, but not of a memmap, without copying it
+        # pickle can pass on the memory of a plain array, but not of a memmap, without copying it.
         return np.memmap(file, dtype, "r").view(np.ndarray)
     file.seek(0)
     return np.frombuffer(file.read(), dtype)

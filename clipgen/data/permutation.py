@@ -53,7 +53,9 @@ def feistel(numbers: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.n
     left = numbers >> half_bits
     right = numbers & mask
     for key in keys:
-        left, right = right, left ^ (mix(right ^ key) & mask)
+        mixed = left ^ (mix(right ^ key) & mask)
+        left = right
+        right = mixed
     return (left << half_bits) | right
 
 

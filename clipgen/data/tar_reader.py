@@ -25,7 +25,7 @@ MAX_MEMBER_BYTES = 1 << 28
 # Limits of the group of files with the same base name that is held in memory to find out which belong together.
 _MAX_GROUP_FILES = 64
 _MAX_GROUP_BYTES = 1 << 28
-# Limits of extended headers, which hold long names: the size of one, and the number of those before a file.
+# Limits of extended headers, which contain long names: the size of one, and the number of those before a file.
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_HEADERS = 16
 _BLOCK_BYTES = 1 << 20
@@ -65,7 +65,7 @@ class Member:
         name: path inside the shard.
         base: path up to the first dot of the file name, by which webdataset groups files.
         stem: path without the extension.
-        is_label: whether the file holds a label.
+        is_label: whether the file contains a label.
         data: content of the file.
     """
 
@@ -293,7 +293,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
 class _Archive(tarfile.TarFile):
     """A tar file that is read in order and raises an error at any damage.
 
-    tarfile takes a damaged header for the end of the file. Tar files that were concatenated by ``cat`` are read, too.
+    tarfile takes a damaged header for the end of the file. Tar files that were concatenated by ``cat`` are also read.
     """
 
     tarinfo = _BoundedTarInfo

@@ -15,7 +15,7 @@ Z95 = 1.959964
 def wilson_interval(successes: float, trials: int, z: float = Z95) -> tuple[float, float]:
     """Return Wilson's score interval of a fraction, 95 % by default.
 
-    Unlike the normal approximation, it is right near 0 and 1 and never leaves [0, 1].
+    Unlike the normal approximation, it is accurate near 0 and 1 and never leaves [0, 1].
 
     Args:
         successes: number of successes.
@@ -34,8 +34,9 @@ def wilson_interval(successes: float, trials: int, z: float = Z95) -> tuple[floa
 def bootstrap_interval(groups: Sequence[Tensor], resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean over groups and their values, from a nested bootstrap.
 
-    A resample draws groups (seeds of a training) with replacement, then values (images) with replacement in each. With
-    few groups the interval is too narrow: the means of resamples of three vary 0.8 times as much as those of threes.
+    A resample draws groups (seeds of training runs) with replacement, then values (images) with replacement in each.
+    With few groups the interval is too narrow: the means of resamples of three vary 0.8 times as much as those of
+    threes.
 
     Args:
         groups: values (N,) of each group.
@@ -57,7 +58,7 @@ def difference_interval(
 def bootstrap_means(groups: Sequence[Tensor], resamples: int, generator: torch.Generator) -> Tensor:
     """Return the mean (resamples,) of each resample."""
     if not groups or any(len(group) == 0 for group in groups):
-        raise ValueError("groups must hold at least one value each, got an empty one")
+        raise ValueError("groups must contain at least one value each, got an empty one")
     means = torch.empty(resamples, dtype=torch.float64)
     for number in range(resamples):
         chosen = torch.randint(len(groups), (len(groups),), generator=generator).tolist()

@@ -44,7 +44,7 @@ class Metric(Protocol):
     """The network that headings name: ``"features"``, ``"captioner"``, or ``""`` for none."""
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
-        """Return what is stored of each image, (B, ...) per column; {} if the metric is not enabled.
+        """Return the values to store for each image, (B, ...) per column; {} if the metric is not enabled.
 
         Metrics that need the same column return it under the same name; ``batch`` computes features once.
         """
@@ -166,7 +166,7 @@ class KernelDistance(FeatureComparison):
     labels: ClassVar[Labels] = {"kid_mean": "KID ↓"}
 
     def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
-        """Return the distance."""
+        """Return mean and standard deviation of the kernel distance, which can be negative."""
         mean, std = functional.kernel_distance(ours, theirs)
         return {"kid_mean": mean, "kid_std": std}
 
@@ -177,7 +177,7 @@ class PrecisionRecall(FeatureComparison):
     labels: ClassVar[Labels] = {"precision": "precision ↑", "recall": "recall ↑"}
 
     def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
-        """Return both."""
+        """Return precision and recall, each in [0, 1]."""
         precision, recall = functional.precision_recall(ours, theirs)
         return {"precision": precision, "recall": recall}
 
@@ -197,7 +197,7 @@ class ClipScore:
         return columns
 
     def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the mean for each model."""
+        """Return the mean cosine times 100 for each CLIP model, in [-100, 100]."""
         names = sorted(name for name in store.column_names() if name.startswith(CLIP))
         return {f"clip_score {name.removeprefix(CLIP)}": 100 * column_mean(store, name) for name in names}
 
@@ -218,7 +218,7 @@ class ClassAccuracy:
         return {"accuracy": torch.tensor([a == b for a, b in zip(recognized, batch.captions)]).float()}
 
     def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the mean."""
+        """Return the fraction of recognized images, in [0, 1]."""
         return {"accuracy": column_mean(store, "accuracy")} if "accuracy" in store.column_names() else {}
 
 
@@ -237,7 +237,7 @@ class CaptionScore:
         return {"caps": torch.tensor(scores, dtype=torch.float64)}
 
     def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the mean."""
+        """Return the mean score, in [0, 1]."""
         return {"caps": column_mean(store, "caps")} if "caps" in store.column_names() else {}
 
 
@@ -260,14 +260,14 @@ class ShapesAccuracy:
     network: ClassVar[str] = ""
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
-        """Return whether all attributes, and each alone, are right, (B, 5)."""
+        """Return whether all attributes, and each of them, match the caption, (B, 5)."""
         if not batch.metrics.shapes:
             return {}
         expected = [parse_caption(caption) for caption in batch.captions]
         return {"shapes": shapes_evaluator.matches(batch.images, expected)}
 
     def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the fraction for all attributes together, and for each."""
+        """Return the fraction of images in [0, 1] that show all attributes, and each of them."""
         if "shapes" not in store.column_names():
             return {}
         return {f"shapes_{name}": mean for name, mean in zip(self.names, store.column("shapes").mean(axis=0))}

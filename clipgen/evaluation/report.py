@@ -41,7 +41,7 @@ def compute_results(store: FeatureStore, reference: FeatureStore | None = None) 
 def check_reference(store: FeatureStore, reference: FeatureStore) -> None:
     """Raise ValueError if the reference is empty; log a warning if either set is small."""
     if not len(reference):
-        raise ValueError(f"the reference must hold images, got none in {reference.folder}")
+        raise ValueError(f"the reference must contain images, got none in {reference.folder}")
     smaller = min(len(store), len(reference))
     if smaller < ENOUGH_IMAGES:
         logger.warning(
@@ -58,8 +58,7 @@ def results_table(rows: Sequence[tuple[str, Results]], features: str = "", capti
         captioner: name of the captioner, for the heading of CapS.
     """
     labels = column_labels({"features": features, "captioner": captioner, "": ""})
-    # A dictionary instead of a set, because it keeps the order.
-    names = list(dict.fromkeys(name for _, results in rows for name in results if not name.endswith("_std")))
+    names = result_names(rows)
     lines = [
         ["system", *(labels.get(name, name.replace("_", " ")) for name in names)],
         ["---"] * (len(names) + 1),
@@ -67,6 +66,16 @@ def results_table(rows: Sequence[tuple[str, Results]], features: str = "", capti
     for system, results in rows:
         lines.append([system.replace("|", "\\|"), *(format_result(results, name) for name in names)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def result_names(rows: Sequence[tuple[str, Results]]) -> list[str]:
+    """Return the names of the results of all systems, without standard deviations, in the order of the columns."""
+    names: list[str] = []
+    for _, results in rows:
+        for name in results:
+            if name not in names and not name.endswith("_std"):
+                names.append(name)
+    return names
 
 
 def column_labels(network_names: Mapping[str, str]) -> dict[str, str]:

@@ -98,7 +98,7 @@ def reference_folder(identity: Mapping[str, Any]) -> Path:
 
 
 def require_same_protocol(path: Path, protocol: Mapping[str, Any]) -> None:
-    """Raise ValueError if a results file holds the results of another protocol, which would be overwritten.
+    """Raise ValueError if a results file contains the results of another protocol, which would be overwritten.
 
     Args:
         path: the results file; it need not exist.

@@ -27,7 +27,7 @@ DESCRIPTIONS = {
 
 
 def prompt_warnings(model: str, texts: Iterable[str], photographs: Iterable[str]) -> list[str]:
-    """Return one line per prompt that a bundled model was not trained for, and what it knows if there are any.
+    """Return one line per prompt that a bundled model was not trained for, followed by a description of the model.
 
     Args:
         model: name of the bundled model; there are no warnings for other models.
@@ -44,7 +44,7 @@ def prompt_warnings(model: str, texts: Iterable[str], photographs: Iterable[str]
 
 
 def unfamiliar_shape(text: str) -> str:
-    """Return what the shapes model has never seen of a text, in words; "" if it knows all of it."""
+    """Return the part of a text that the shapes model has never seen, in words; "" if it knows all of it."""
     words = text_words(text)
     if unknown := unknown_words(words, SHAPES_WORDS):
         return unknown
@@ -58,7 +58,7 @@ def unfamiliar_shape(text: str) -> str:
 
 
 def unfamiliar_class(text: str) -> str:
-    """Return what the CIFAR-10 model has never seen of a text, in words; "" if it knows all of it."""
+    """Return the part of a text that the CIFAR-10 model has never seen, in words; "" if it knows all of it."""
     words = text_words(text)
     if unknown := unknown_words(words, {"a", "an", "the", "photo", "of", "and", *CLASSES}):
         return unknown
@@ -71,6 +71,6 @@ def text_words(text: str) -> list[str]:
 
 
 def unknown_words(words: list[str], known: set[str]) -> str:
-    """Return which words are unknown, in a sentence; "" if none."""
+    """Return the unknown words, in a sentence; "" if there are none."""
     unknown = [repr(word) for word in dict.fromkeys(words) if word not in known]
     return f"does not know {', '.join(unknown)}" if unknown else ""

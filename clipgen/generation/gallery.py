@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 from clipgen.storage.files import natural_key, read_mapping
 
-__all__ = ["Gallery", "GalleryPrompt", "gallery_names", "load_gallery"]
-
 GALLERIES = Path(__file__).parent / "galleries"
 
 
@@ -18,7 +16,7 @@ class GalleryPrompt(NamedTuple):
 
     Args:
         text: the prompt.
-        label: what the sheet says below its images.
+        label: caption below its images on the sheet.
         source: source of the prompt.
     """
 

@@ -97,7 +97,7 @@ class EmbeddingProjector(nn.Module):
         dtype = torch.float16 if half else None
         tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(path) as partial:
-            # save_file would let nobody but the owner read the file
+            # save_file would let nobody but the owner read the file.
             partial.write_bytes(save(tensors, settings))
         return Path(path)
 

@@ -55,7 +55,7 @@ def use_own_store() -> None:
     if os.environ["RANK"] == "0":
         shared.set(key, str(free_port()))
     os.environ["MASTER_PORT"] = shared.get(key).decode()
-    # now rank 0 serves the store
+    # Now rank 0 serves the store.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
@@ -79,7 +79,7 @@ def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
 def connect(strategy: Any) -> None:
     """Make the process group that Lightning would make at the start of the training."""
     strategy.accelerator.setup_device(strategy.root_device)
-    # DDP and FSDP name it differently; their setup_environment needs the model, too
+    # DDP and FSDP name it differently; their setup_environment also needs the model.
     setup = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed
     setup()
 

@@ -1,4 +1,4 @@
-"""Build the model of a training, with its initial weights and, in stage 2, the frozen VQ-GAN and CLIP."""
+"""Build the model of a training run, with its initial weights and, in stage 2, the frozen VQ-GAN and CLIP."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def build_from(config: TrainingConfig, init_from: str) -> pl.LightningModule:
     """Return a VQGAN with the network and weights of ``init_from``, to be trained as configured."""
     source = VQGAN.load(init_from)
     model = config.model
-    # the codebook is trained: k-means would replace it
+    # The codebook is trained: k-means would replace it.
     quantizer = model_settings(source.quantizer_config) | {"kmeans_iters": 0}
     gan = {name: source.hparams["gan"][name] for name in ("channels", "num_layers")}
     return instantiate(
@@ -122,6 +122,6 @@ def build_class_conditional(config: TrainingConfig, sizes: dict[str, Any], names
     """Return a transformer that is conditioned on the class of an image instead of its CLIP embedding."""
     overrides = unset_values(config, sizes | {"clip_dim": len(names)}) | {"class_names": names}
     settings = {name: value for name, value in config.model.items() if name != "_target_" and name not in overrides}
-    # the class-conditional transformer passes its arguments on, so its own signature does not name their types
+    # The class-conditional transformer passes its arguments on, so its own signature does not name their types.
     check_values(settings, parameter_hints(find_target(config.model["_target_"])), "model.")
     return instantiate(config.model | {"_target_": CLASS_CONDITIONAL}, "model", **overrides)

@@ -10,15 +10,16 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from clipgen.checkpoint.model_folder import FOLDERS, check_model
+from clipgen.checkpoint.model_folder import check_model
 from clipgen.checkpoint.safe_load import check_tensors, read_checkpoint
 from clipgen.data.token_cache import MANIFEST
+from clipgen.model_kinds import FOLDERS
 from clipgen.models.config import dotted_values
 from clipgen.storage.files import atomic_write
 from clipgen.storage.links import file_inside
 from clipgen.training.callbacks.checkpointing import has_model_order
 
-# Entries of a checkpoint that a training is resumed from
+# Entries of a checkpoint to resume, with their types.
 CHECKPOINT_TYPES = {
     "global_step": int,
     "epoch": int,
@@ -63,7 +64,7 @@ def read_training_state(path: Path, model: str) -> dict[str, Any]:
     """Read a checkpoint to resume.
 
     Raises:
-        ValueError: it is of another model, or its entries are not those of a training; the message names the file.
+        ValueError: it is of another model, or its entries are not those of a training run; the message names the file.
     """
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("clipgen_model")
@@ -83,7 +84,8 @@ def read_training_state(path: Path, model: str) -> dict[str, Any]:
 
 def fits_optimizer(state: dict[str, Any]) -> bool:
     """Return whether a dictionary has the layout of an optimizer's state."""
-    moments, groups = state.get("state"), state.get("param_groups")
+    moments = state.get("state")
+    groups = state.get("param_groups")
     if not isinstance(moments, dict) or not isinstance(groups, list):
         return False
     return all(isinstance(values, dict) for values in [*moments.values(), *groups])
@@ -148,8 +150,8 @@ def refuse_other_runs(output: str | Path, resume: str | None) -> None:
 
 
 def contains_run(output: Path) -> bool:
-    """Return True if a folder contains a model or a checkpoint of a training."""
-    # stage 2 copies its tokenizer before it trains, with the name of the CLIP beside it
+    """Return whether a folder contains a model or a checkpoint of a training run."""
+    # Stage 2 copies its tokenizer before it trains, with the name of the CLIP next to it.
     copied = {"vqgan"} if (output / "clip.json").is_file() else set()
     has_model = any((output / name).is_dir() for name in {*FOLDERS.values()} - copied)
     return has_model or any(output.glob("checkpoints/*.ckpt"))
