@@ -37,7 +37,7 @@ EXAMPLE_PROMPT = "a large blue ring on a white background"
 SAMPLING = {"temperature": 1.0, "top_k": 300, "top_p": 0.8}
 # Types of the settings in the report that a resumed demo reads.
 SETTING_TYPES = {"seed": int, "steps": int | None, "overrides": list[str]}
-# Losses that are plotted, without train/ or val/
+# Losses that are plotted, without the prefix train/ or val/.
 PLOTTED_LOSSES = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
 
 

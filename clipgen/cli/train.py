@@ -115,7 +115,7 @@ def compose_and_train() -> None:
     except HydraException as error:
         raise ValueError(explain_hydra_error(error)) from error
     except Exception:
-        # If runs have failed, a sweeper may have too few values to compare: their errors tell the cause.
+        # If runs have failed, a sweeper may have too few values to compare: their errors name the cause.
         if not errors:
             raise
     if errors:

@@ -109,7 +109,11 @@ class HuggingFaceImages(IndexedImages):
         return f"{self.skip_counter.name}: row {self.row_numbers[item]}"
 
     def encoded_image(self, item: int) -> Path | bytes:
-        """Return the bytes of an image, or its file if the table only names it."""
+        """Return the bytes of an image, or its file if the table only names it.
+
+        Raises:
+            UnusableImageError: the row has no image, or names a file outside of the dataset.
+        """
         image = self._row(item)[self.image_column] or {}
         if image.get("bytes") is not None:
             content: bytes = image["bytes"]
@@ -122,7 +126,11 @@ class HuggingFaceImages(IndexedImages):
         return file
 
     def label_of(self, item: int) -> int | None:
-        """Return the class of an image; None without ``labels``."""
+        """Return the class of an image; None without ``labels``.
+
+        Raises:
+            UnusableImageError: the row has no class, or one that is out of range.
+        """
         if self.label_column is None:
             return None
         label = self._row(item)[self.label_column]

@@ -244,7 +244,11 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         return index_ranges(len(self), size)
 
     def augmented_views(self, chunk: Sequence[int], num_views: int) -> Iterator[Views]:
-        """Yield each image as (1, 3, H, W), and its class; shapes have no other crops, so ``num_views`` must be 1."""
+        """Yield each image as (1, 3, H, W) in [-1, 1], and its class with ``labels``, else None.
+
+        Raises:
+            ValueError: ``num_views`` is not 1, because shapes have no other crops.
+        """
         if num_views != 1:
             raise ValueError(
                 f"augmentations must be 1 for shapes, got {num_views}; set data.train_size for more images"

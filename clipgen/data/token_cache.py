@@ -286,7 +286,12 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         return samples
 
     def batch(self, indices: Sequence[Any]) -> dict[str, Tensor]:
-        """Return a batch: ``{"indices": (B, T), "condition": (B, E)}``."""
+        """Return a batch: ``{"indices": (B, T) int64, "condition": (B, E)}``.
+
+        Raises:
+            IndexError: an index is out of range.
+            ValueError: a shard is damaged.
+        """
         epochs, items = split_epochs(indices)
         shard_numbers, rows = self._locate(items)
         views = (epochs + items) % self.dtype["indices"].shape[0]
@@ -304,7 +309,11 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         return {"indices": torch.from_numpy(tokens.astype(np.int64)), "condition": condition}
 
     def embeddings(self, count: int = 10_000) -> Tensor:
-        """Return the conditions (N, E) of about ``count`` evenly spaced images, for ``EmbeddingProjector``."""
+        """Return the conditions (N, E) of about ``count`` evenly spaced images, for ``EmbeddingProjector``.
+
+        Raises:
+            ValueError: ``count`` is below 1, or a shard is damaged.
+        """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         return self.batch(range(0, len(self), max(len(self) // count, 1)))["condition"]

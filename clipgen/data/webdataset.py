@@ -407,7 +407,7 @@ def estimate_images(urls: list[str]) -> ImageCount | None:
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
-    """Return the element-wise maximum of a tensor over all ranks."""
+    """Return the element-wise maximum (S,) of a tensor (S,) over all ranks, on the CPU. All ranks must call this."""
     result = values.clone()
     if dist.is_available() and dist.is_initialized():
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"

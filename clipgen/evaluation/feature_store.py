@@ -204,7 +204,7 @@ def measure_batch(measure: MeasureFn, batch: ImageBatch, advance: Advance) -> Co
 
 
 def require_finite(images: Tensor, captions: list[str]) -> None:
-    """Raise ValueError, with the caption, if an image contains NaN or infinity."""
+    """Raise ValueError, with the caption, if one of the images (B, 3, H, W) contains NaN or infinity."""
     finite = images.flatten(1).isfinite().all(dim=1)
     if not finite.all():
         first = int((~finite).nonzero()[0])

@@ -21,6 +21,9 @@ def wilson_interval(successes: float, trials: int, z: float = Z95) -> tuple[floa
         successes: number of successes.
         trials: number of independent trials.
         z: quantile of the standard normal distribution.
+
+    Raises:
+        ValueError: there is no trial, or ``successes`` is not in [0, trials].
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"successes must be in [0, trials] with at least one trial, got {successes} of {trials}")
@@ -42,6 +45,9 @@ def bootstrap_interval(groups: Sequence[Tensor], resamples: int = 1000, seed: in
         groups: values (N,) of each group.
         resamples: number of resamples.
         seed: seed of the resampling.
+
+    Raises:
+        ValueError: there is no group, or a group is empty.
     """
     return percentiles(bootstrap_means(groups, resamples, torch.Generator().manual_seed(seed)))
 
@@ -56,7 +62,16 @@ def difference_interval(
 
 
 def bootstrap_means(groups: Sequence[Tensor], resamples: int, generator: torch.Generator) -> Tensor:
-    """Return the mean (resamples,) of each resample."""
+    """Return the mean (resamples,) of each resample, in float64.
+
+    Args:
+        groups: values (N,) of each group.
+        resamples: number of resamples.
+        generator: source of the random numbers.
+
+    Raises:
+        ValueError: there is no group, or a group is empty.
+    """
     if not groups or any(len(group) == 0 for group in groups):
         raise ValueError("groups must contain at least one value each, got an empty one")
     means = torch.empty(resamples, dtype=torch.float64)
@@ -68,7 +83,7 @@ def bootstrap_means(groups: Sequence[Tensor], resamples: int, generator: torch.G
 
 
 def percentiles(means: Tensor) -> tuple[float, float]:
-    """Return the bounds of the central 95 %."""
+    """Return the bounds of the central 95 % of means (N,) in float64."""
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 

@@ -81,7 +81,12 @@ class MetricBatch:
 
 
 def blurred(images: Tensor, radius: int) -> Tensor:
-    """Blur images in [-1, 1] with Pillow's Gaussian filter, on 8-bit pixels as in the papers' tables."""
+    """Blur images (B, 3, H, W) in [-1, 1] with Pillow's Gaussian filter, on 8-bit pixels as in the papers' tables.
+
+    Args:
+        images: the images.
+        radius: radius in pixels, at least 0; 0 returns the images unchanged.
+    """
     if radius == 0:
         return images
     blur = ImageFilter.GaussianBlur(radius)
@@ -242,7 +247,16 @@ class CaptionScore:
 
 
 def caption_scores(captioner: Captioner, images: Tensor, captions: Sequence[str]) -> list[float]:
-    """Return the CapS of each image and its caption; errors name the caption."""
+    """Return the CapS, in [0, 1], of each of B images and its caption.
+
+    Args:
+        captioner: returns the log probabilities of the tokens of each caption.
+        images: (B, 3, H, W) in [-1, 1].
+        captions: B captions.
+
+    Raises:
+        ValueError: a caption has no token; the message names it.
+    """
     scores = []
     for log_probabilities, caption in zip(captioner(images, captions), captions, strict=True):
         try:

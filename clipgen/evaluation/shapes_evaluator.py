@@ -25,6 +25,9 @@ def evaluate_shapes(images: Tensor) -> list[Attributes]:
 
     Returns:
         B attributes; shape and size are ``UNKNOWN`` if no template overlaps enough.
+
+    Raises:
+        ValueError: the images have another shape.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be (B, 3, H, H), got {tuple(images.shape)}")

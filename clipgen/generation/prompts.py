@@ -60,7 +60,12 @@ def parse_term(term: str) -> tuple[float, str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a file with one prompt per line; empty lines are skipped."""
+    """Read a file with one prompt per line; empty lines are skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is too large, or is not text.
+    """
     with path.open("rb") as file:
         # A pipe of the shell is allowed, a device without an end is not.
         content = file.read(MAX_FILE_BYTES + 1)

@@ -88,7 +88,7 @@ def leave_group_at_exit() -> None:
     """Leave the process group when Python exits.
 
     Otherwise threads of Gloo may still run while the interpreter is finalized, which aborts the process after a
-    training that has succeeded. Lightning does this for NCCL only.
+    run that has succeeded. Lightning does this for NCCL only.
     """
     atexit.register(leave_group)
 

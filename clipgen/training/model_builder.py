@@ -50,7 +50,12 @@ def build_from(config: TrainingConfig, init_from: str) -> pl.LightningModule:
 
 
 def build_for_images(config: TrainingConfig) -> Any:
-    """Return a transformer that encodes images with its frozen VQ-GAN and CLIP while it trains."""
+    """Return a transformer that encodes images with its frozen VQ-GAN and CLIP while it trains.
+
+    Raises:
+        ValueError: no tokenizer is configured, or the model does not fit the tokenizer and the CLIP.
+        FileNotFoundError: the tokenizer or the CLIP does not exist.
+    """
     if config.vqgan is None:
         raise ValueError("vqgan must name a trained tokenizer for stage 2, got None")
     vqgan = VQGAN.load(config.vqgan)

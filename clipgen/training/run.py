@@ -222,6 +222,9 @@ def make_fsdp_strategy(config: TrainingConfig) -> Any:
     """Return FSDP2 over all devices, with consolidated checkpoints.
 
     Lightning's ``fsdp`` is FSDP1, which flattens the weights; weight decay and Muon need to know their shapes.
+
+    Raises:
+        ValueError: FSDP supports neither the stage nor the number of devices, or validation could not end.
     """
     devices = config.trainer["devices"]
     if config.stage_name != "transformer":

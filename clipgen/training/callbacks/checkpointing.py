@@ -31,6 +31,9 @@ def checkpoint_callbacks(folder: str | Path, monitor: str, every_n_steps: int = 
         folder: where the checkpoints are written.
         monitor: the metric whose lowest value selects ``best.ckpt``.
         every_n_steps: steps between two writes of ``last.ckpt``.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below 1, or higher values of ``monitor`` are better.
     """
     if every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")

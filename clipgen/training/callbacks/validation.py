@@ -25,7 +25,7 @@ def validation_due(trainer: pl.Trainer) -> bool:
 class FinalValidation(pl.Callback):
     """Validate after the last step of a training run, unless a validation was due there anyway.
 
-    Every training then has image grids, and its last steps can become ``best.ckpt``.
+    Every run then has image grids, and its last steps can become ``best.ckpt``.
     """
 
     def __init__(self) -> None:
