@@ -339,7 +339,7 @@ def test_errors_become_sentences(caplog):
     assert ">There is no image.</div>" in error_status(ValueError("there is no image"))
     assert ">top_p must be a number.</div>" in error_status(ValueError("top_p must be a number."))
     assert not caplog.records
-    assert "The server failed (KeyError); its log says where." in error_status(KeyError("secret"))
+    assert "The server failed (KeyError); its log contains the traceback." in error_status(KeyError("secret"))
     assert "secret" in caplog.text
 
 

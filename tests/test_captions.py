@@ -48,7 +48,7 @@ def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "1.png\ta cat\na dog\n", "must stand before every caption, or before none"),
+        ("a.txt", "1.png\ta cat\na dog\n", "must precede every caption, or none"),
         ("a.txt", "1.png\ta cat\n2.png\t\n", "an empty one"),
         ("a.json", '[{"caption": "a cat"}]', "each caption must be a text, got {'caption': 'a cat'}"),
         ("a.json", '{"1.png": ["a cat", "a pet"]}', "each caption must be a text"),

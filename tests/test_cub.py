@@ -75,7 +75,7 @@ def write(path: str, content: str):
         (write(f"text_c10/{ALBATROSS}.txt", "\n \n"), "must contain captions, got none"),
         (write(f"text_c10/{ALBATROSS}.txt", "a caf\xe9"), "must be UTF-8 text"),
         (write(f"text_c10/{ALBATROSS}.txt", "a" * (cub.MAX_TEXT_BYTES + 1)), "must hold at most 1048576 bytes"),
-        (lambda folder: (folder / "train_test_split.txt").unlink(), r"split test needs train_test_split\.txt beside"),
+        (lambda folder: (folder / "train_test_split.txt").unlink(), r"split test needs train_test_split\.txt next to"),
     ],
 )
 def test_damaged_copies_are_refused_in_one_sentence(birds, damage, message):

@@ -47,7 +47,7 @@ def test_captions_of_a_folder(two_folders, tmp_path):
     with pytest.raises(ValueError, match="one per image, got 2 for 24 images"):
         FolderImages(folder, captions=[(None, "a"), (None, "b")])
     Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
-    with pytest.raises(ValueError, match=r"neither .*silent\.png nor a silent\.txt beside it"):
+    with pytest.raises(ValueError, match=r"neither .*silent\.png nor a silent\.txt next to it"):
         FolderImages(tmp_path, captions="embedded")
 
 

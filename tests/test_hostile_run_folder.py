@@ -179,7 +179,7 @@ def test_arguments_that_could_run_code_are_refused_before_training(call, run, tm
     (run / "hook.py").write_text("open('marker', 'w')")
     result = call("resume=run", "trainer.max_steps=4")
     assert result.code == 1 and not (tmp_path / "marker").exists()
-    assert "give this argument on the command line, too, if you trust it" in result.stderr
+    assert "give this argument also on the command line if you trust it" in result.stderr
 
 
 def test_command_line_replaces_refused_arguments(tmp_path):
