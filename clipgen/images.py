@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from clipgen.data.byte_images import unpack
-from clipgen.data.decoding import to_rgb
+from clipgen.data.color_conversion import to_rgb
 from clipgen.data.transforms import val_transform
 from clipgen.storage.files import atomic_write
 

@@ -44,7 +44,7 @@ PIPELINE_ENTRIES = (
     "clip",
     "clip.json",
     PROJECTOR_FILE,
-    default_params.FILE,
+    default_params.PARAMS_FILE,
     TRAINING_FILE,
     CARD_FILE,
     SAMPLES_FILE,
@@ -103,7 +103,7 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         path = model_folder.resolve_path(path_or_name, revision, token)
         root = run_folder(path)
         finish_swap(root)
-        check_inside(root, "vqgan", "transformer", PROJECTOR_FILE, default_params.FILE)
+        check_inside(root, "vqgan", "transformer", PROJECTOR_FILE, default_params.PARAMS_FILE)
         for name in model_folder.MODEL_FILES:
             check_inside(root, f"vqgan/{name}", f"transformer/{name}")
         transformer = ConditionalTransformer.load(path)

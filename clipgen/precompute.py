@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class ShardPlan:
     num_views: int
 
 
-def encode(
+def write_token_cache(
     root: str | Path,
     data: Any,
     vqgan: VQGAN,
@@ -73,7 +74,7 @@ def encode(
     world_size: int = 1,
     advance: Callable[[int], None] = lambda count: None,
 ) -> bool:
-    """Encode the images of a data module into a token cache; return False if other processes have shards to finish.
+    """Encode the images of a data module into a token cache; return False if other processes have not finished.
 
     Each shard depends only on the settings and is written atomically, so an interrupted run can be restarted and
     produces identical bytes. Processes share the shards by rank, without communication.
@@ -99,15 +100,22 @@ def encode(
     identity = cache_identity(settings, data, vqgan, clip, augmentations, shard_size)
     store = ResumableStore(Path(root), MANIFEST, RESULT_KEYS)
     store.open(identity, lambda: save_models(store.folder, vqgan, clip))
+    write = partial(encode_plan, vqgan=vqgan, clip=clip, batch_size=batch_size, advance=advance)
 
-    def write(path: Path, plan: ShardPlan) -> None:
-        batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
-        encode_shard(path, report_progress(batches, advance), vqgan, clip)
+    def count_existing(path: Path) -> None:
+        advance(len(open_shard(path)))
 
     plans = plan_shards(store.folder, data, shard_size, augmentations)
-    on_existing = lambda path: advance(len(open_shard(path)))
-    store.write_missing(plans, write, on_existing, rank=rank, world_size=world_size)
+    store.write_missing(plans, write, count_existing, rank=rank, world_size=world_size)
     return finish_if_complete(store, plans, identity)
+
+
+def encode_plan(
+    path: Path, plan: ShardPlan, *, vqgan: VQGAN, clip: FrozenCLIP, batch_size: int, advance: Callable[[int], None]
+) -> None:
+    """Encode the images of a planned shard and write it; see ``write_token_cache``."""
+    batches = iter_batches(plan.source, plan.chunk, plan.num_views, batch_size)
+    encode_shard(path, report_progress(batches, advance), vqgan, clip)
 
 
 def save_models(root: Path, vqgan: VQGAN, clip: FrozenCLIP) -> None:

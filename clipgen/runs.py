@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipgen.model_kinds import MODEL_FOLDER_NAMES
 from clipgen.storage.files import printable
 
 logger = logging.getLogger(__name__)
 # Default output folder of clipgen-train.
 OUTPUTS = Path("outputs")
 # Stage -> names of the folders of finished models.
-MODEL_FOLDERS = {"vqgan": ("vqgan",), "transformer": ("transformer", "label_transformer")}
+MODEL_FOLDERS = {
+    "vqgan": (MODEL_FOLDER_NAMES["VQGAN"],),
+    "transformer": (MODEL_FOLDER_NAMES["ConditionalTransformer"], MODEL_FOLDER_NAMES["ClassConditionalTransformer"]),
+}
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,10 @@ def runs_table(runs: Iterable[Run]) -> list[str]:
     for run in sorted(runs, key=lambda run: -run.time):
         step, best = read_progress(run.path)
         rows.append((run.stage, step, best, "finished" if run.finished else "unfinished", str(run.path)))
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        cells = map(str.ljust, row, widths)
         lines.append("  ".join(cells).rstrip())
     return lines
 

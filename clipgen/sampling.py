@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from clipgen.sampling_params import SamplingParams
+from clipgen.sampling_params import SamplingParams, check_seed
 
 LogitsFn = Callable[[int, "Tensor | None"], Tensor]  # (position, previous index (B,)) -> logits (B, K)
 SampleFn = Callable[[int, "Tensor | None"], Tensor]  # (position, previous index (B,)) -> index (B,)
@@ -136,6 +136,5 @@ def per_sample_seeds(seed: int | Sequence[int] | None, batch_size: int) -> list[
     if len(seeds) != batch_size:
         raise ValueError(f"seed must be one number, or one for each of the {batch_size} samples, got {len(seeds)}")
     for value in seeds:
-        if not 0 <= value < 2**63:
-            raise ValueError(f"seeds must be in [0, 2**63), got {value}")
+        check_seed(value)
     return seeds

@@ -9,6 +9,12 @@ from numbers import Real
 from typing import Any
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError if a seed is out of range."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Parameters for sampling code indices; k = 300 and p = 1 are the paper's choice.

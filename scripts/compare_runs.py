@@ -88,9 +88,9 @@ def short_names(runs: Sequence[Path]) -> dict[str, Path]:
 
 def last_grid(run: Path, name: str) -> Image.Image:
     """Return the last image grid of a kind, such as "reconstructions", that a run wrote."""
-    files = sorted((run / "pictures").glob(f"{name}_*.png"))
+    files = sorted((run / "grids").glob(f"{name}_*.png"))
     if not files:
-        sys.exit(f"compare_runs.py: error: no {name}_*.png in {run / 'pictures'}")
+        sys.exit(f"compare_runs.py: error: no {name}_*.png in {run / 'grids'}")
     return Image.open(files[-1]).convert("RGB")
 
 

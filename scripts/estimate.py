@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipgen.cli.config import composed, node_to_dict
+from clipgen.cli.config import compose_config, node_to_dict
 from clipgen.training.instantiate import instantiate
 from clipgen.training.summary import GIB, activation_bytes, run_transformer, run_vqgan, state_bytes
 from clipgen.vqgan import VQGAN
@@ -60,7 +60,9 @@ class Estimate:
 
 def estimate(stage: str, overrides: list[str]) -> Estimate:
     """Return the estimate of a stage, as composed by Hydra with overrides."""
-    config = node_to_dict(composed(f"stage={stage}", *PLACEHOLDERS, *overrides, *["vqgan=x"] * (stage != "vqgan")))
+    config = node_to_dict(
+        compose_config(f"stage={stage}", *PLACEHOLDERS, *overrides, *["vqgan=x"] * (stage != "vqgan"))
+    )
     batch_size = config["data"]["batch_size"]
     with torch.device("meta"):
         model = build_model(stage, config, overrides)
@@ -82,7 +84,7 @@ def build_model(stage: str, config: dict[str, Any], overrides: list[str]) -> Any
     """Return the model of a stage; the transformer gets its sizes from the recipe of stage 1."""
     if stage == "vqgan":
         return instantiate(config["model"], "model")
-    tokenizer = build_model("vqgan", node_to_dict(composed("stage=vqgan", *PLACEHOLDERS, *overrides)), overrides)
+    tokenizer = build_model("vqgan", node_to_dict(compose_config("stage=vqgan", *PLACEHOLDERS, *overrides)), overrides)
     tokens = (config["data"]["image_size"] // tokenizer.downsampling) ** 2
     sizes = {"codebook_size": tokenizer.codebook_size, "num_tokens": tokens, "clip_dim": CLIP_DIM}
     return instantiate(config["model"], "model", **sizes)

@@ -35,7 +35,8 @@ import torchvision
 import webdataset as wds
 from PIL import Image, ImageOps
 
-from clipgen.data.decoding import UnusableImageError, decode_image, to_rgb
+from clipgen.data.color_conversion import to_rgb
+from clipgen.data.decoding import UnusableImageError, decode_image
 from clipgen.data.folder import scan_folder, split_files
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.hashing import unit_hash

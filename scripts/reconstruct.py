@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from clipgen import VQGAN
+from clipgen.bundled import BUNDLED_NAMES
 from clipgen.evaluation.sources import open_dataset
 from clipgen.images import psnr, save_png, to_pil
 from clipgen.storage.files import user_path
@@ -21,7 +22,9 @@ from clipgen.visualization import grid
 def parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--vqgan", required=True, help="tokenizer: stage-1 run, checkpoint or model folder, or shapes")
+    p.add_argument(
+        "--vqgan", required=True, help=f"tokenizer: stage-1 run, checkpoint or model folder, {BUNDLED_NAMES}"
+    )
     p.add_argument("--images", required=True, help="folder, shards as for data=webdataset, or shapes")
     p.add_argument(
         "--image-size",

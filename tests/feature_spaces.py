@@ -10,7 +10,7 @@ from torch import Tensor
 from clipgen.data.shapes import ShapesDataset
 from clipgen.evaluation.feature_store import FeatureStore, Source, collect
 from clipgen.evaluation.image_metrics import ImageMetrics
-from clipgen.evaluation.report import summary
+from clipgen.evaluation.report import compute_results
 from clipgen.images import save_png, to_pil
 
 
@@ -37,4 +37,4 @@ def shapes_folder(folder: Path, count: int, seed: int) -> Path:
 def results_of(source: Source, metrics: ImageMetrics, folder: Path) -> dict[str, float]:
     """Measure a source and return the results without a reference."""
     collect(folder, source, metrics, metrics.identity())
-    return summary(FeatureStore(folder))
+    return compute_results(FeatureStore(folder))

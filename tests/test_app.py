@@ -166,7 +166,7 @@ def test_empty_seed_is_random_but_recorded():
         ({"rerank_from": 65}, PROMPT, "candidates must be at most 64, got 65"),
         ({"rerank_from": 1}, PROMPT, r"rerank_from must be at least num_images \(2\), got 1"),
         ({"seed": "-1"}, PROMPT, "seed must be a whole number from 0 to"),
-        ({"seed": "9" * 19}, PROMPT, "seeds must be in"),
+        ({"seed": "9" * 19}, PROMPT, "seed must be in"),
         ({"top_p": 0}, PROMPT, "top_p must be in"),
     ],
 )
@@ -429,7 +429,7 @@ def test_errors_become_sentences(caplog):
     assert ">There is no image.</div>" in error_status(ValueError("there is no image"))
     assert ">top_p must be a number.</div>" in error_status(ValueError("top_p must be a number."))
     assert not caplog.records
-    assert "The server failed (KeyError); its log says where." in error_status(KeyError("secret"))
+    assert "The server failed (KeyError); its log contains the traceback." in error_status(KeyError("secret"))
     assert "secret" in caplog.text
 
 

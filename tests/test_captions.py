@@ -48,7 +48,7 @@ def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "1.png\ta cat\na dog\n", "must stand before every caption, or before none"),
+        ("a.txt", "1.png\ta cat\na dog\n", "must precede every caption, or none"),
         ("a.txt", "1.png\ta cat\n2.png\t\n", "an empty one"),
         ("a.json", '[{"caption": "a cat"}]', "each caption must be a text, got {'caption': 'a cat'}"),
         ("a.json", '{"1.png": ["a cat", "a pet"]}', "each caption must be a text"),
@@ -58,10 +58,10 @@ def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
             '{"images": [{"id": 1, "file_name": "x"}], "annotations": [{"image_id": 1, "caption": 3}]}',
             "got 3",
         ),
-        ("a.json", '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "must hold COCO's images"),
-        ("a.json", '{"images": [{"id": 1}], "annotations": []}', "must hold COCO's images .* got 'file_name'"),
-        ("a.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', "must hold COCO's images"),
-        ("a.json", '{"annotations": [3]}', "must hold COCO's images .* got 'images'"),
+        ("a.json", '{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}', "must contain COCO's images"),
+        ("a.json", '{"images": [{"id": 1}], "annotations": []}', "must contain COCO's images .* got 'file_name'"),
+        ("a.json", '{"images": [], "annotations": [{"image_id": 1, "bbox": []}]}', "must contain COCO's images"),
+        ("a.json", '{"annotations": [3]}', "must contain COCO's images .* got 'images'"),
         (
             "a.json",
             '{"images": [{"id": 1, "file_name": 7}], "annotations": [{"image_id": 1, "caption": "x"}]}',

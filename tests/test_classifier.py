@@ -102,7 +102,7 @@ def test_mirrored_image_has_the_same_prediction(trained, images):
 
 def test_classifier_is_a_feature_space_of_the_evaluation(trained, images):
     features = feature_extractor(f"classifier:{trained}")
-    hidden, logits = features.classify(images)
+    hidden, logits = features.features_and_logits(images)
     classifier, _ = load_classifier(trained)
     assert hidden.shape == (8, 8) and torch.equal(logits.argmax(dim=1), classifier.predict(images))
     assert features.num_classes == CLASSES and features.identity.startswith("classifier ")
@@ -127,7 +127,7 @@ def test_script_measures_real_images_without_a_model(shards, trained, tmp_path, 
 
 def test_script_refuses_a_template_without_the_class(shards, trained, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recognize.py", "--data", str(shards), "--template", "a photo"])
-    with pytest.raises(SystemExit, match="--template must contain {label}, got 'a photo'"):
+    with pytest.raises(SystemExit, match=r"--template must contain \{label\}, got 'a photo'"):
         recognize.main()
 
 

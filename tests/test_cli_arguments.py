@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import clipgen
 from clipgen.__main__ import scripts_dir
 from clipgen.cli import evaluate
-from clipgen.cli.config import composed, expand_home, quote, readable, readable_arguments
+from clipgen.cli.config import compose_config, expand_home, quote, quote_argument, quote_arguments
 from clipgen.storage.files import user_path
 
 UNREADABLE = [
@@ -35,18 +35,18 @@ def test_the_suggested_quoting_is_read_as_the_value(value):
     """The message contains a word of the shell that works as printed."""
     argument = f"output={value}"
     try:
-        suggestion = readable(argument)
+        suggestion = quote_argument(argument)
     except ValueError as error:
         message = str(error)
         assert message.startswith(f"{argument} cannot be read: put quotes around the value, ")
         (suggestion,) = shlex.split(message.removeprefix(f"{argument} cannot be read: put quotes around the value, "))
-    assert composed("stage=vqgan", suggestion).output == value
+    assert compose_config("stage=vqgan", suggestion).output == value
 
 
 @pytest.mark.parametrize("argument", ["stage", "output", "a b", "[x]"])
 def test_arguments_without_a_key_or_a_value_are_refused(argument):
     with pytest.raises(ValueError, match="arguments must be KEY=VALUE"):
-        composed("stage=vqgan", argument)
+        compose_config("stage=vqgan", argument)
 
 
 def test_readable_arguments_are_left_alone():
@@ -60,13 +60,13 @@ def test_readable_arguments_are_left_alone():
         "data.train_urls='a-{0..1}.tar'",
         "output=",
     ]
-    assert readable_arguments(arguments) == arguments
+    assert quote_arguments(arguments) == arguments
 
 
 @pytest.mark.parametrize("value", ["~/photos", "~/it's here", "~"])
 def test_the_home_directory_needs_no_quotes(value, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    config = composed("stage=vqgan", "data=folder", f"data.root={value}")
+    config = compose_config("stage=vqgan", "data=folder", f"data.root={value}")
     expand_home(config)
     assert config.data.root == str(Path("/home/me", value[2:]))
 
@@ -112,7 +112,7 @@ def test_every_option_with_a_path_expands_the_home_directory(program):
 
 def test_home_directory_in_options(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = evaluate.parser().parse_args(["--images=~/images", "--output=~"])
+    args = evaluate.make_parser().parse_args(["--images=~/images", "--output=~"])
     assert (args.images, args.output) == (tmp_path / "images", tmp_path)
     # no user has this name, but a folder may
     assert user_path("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")
@@ -120,8 +120,8 @@ def test_home_directory_in_options(monkeypatch, tmp_path):
 
 def test_text_with_commas_needs_quotes():
     with pytest.raises(ValueError, match=r"""write a list as \[a,b\], a text as 'output="a,b"', or use --multirun"""):
-        composed("stage=vqgan", "output=a,b")
-    assert composed("stage=vqgan", 'output="a,b"').output == "a,b"
+        compose_config("stage=vqgan", "output=a,b")
+    assert compose_config("stage=vqgan", 'output="a,b"').output == "a,b"
 
 
 def test_quotes_are_escaped():

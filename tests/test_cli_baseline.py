@@ -10,7 +10,7 @@ import torch
 from commands import everything
 from PIL import Image
 
-from clipgen.cli.baseline import parser
+from clipgen.cli.baseline import make_parser
 from clipgen.cli.baseline_search import mean_caption_score
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.sources import FolderImages
@@ -100,7 +100,7 @@ def test_threshold_of_a_search_is_the_score_of_training_images_and_all_captions(
     lines = [f"{number:03d}.png\t{text}" for number in range(24) for text in texts]
     (tmp_path / "captions.txt").write_text("\n".join(lines))
     options = ["--prompt", "x", "--generator", "y", "--table", "--real-images", str(two_folders[0])]
-    args = parser().parse_args(["search", *options, "--real-captions", str(tmp_path / "captions.txt")])
+    args = make_parser().parse_args(["search", *options, "--real-captions", str(tmp_path / "captions.txt")])
     images = torch.cat([batch for batch, _ in FolderImages(two_folders[0]).read(range(24))])
     expected = (shapes_clip.encode_image(images) @ shapes_clip.encode_text(texts).T).mean().item()
     assert mean_caption_score(args, shapes_clip) == pytest.approx(expected, abs=1e-5)

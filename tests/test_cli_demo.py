@@ -90,7 +90,7 @@ def test_second_demo_does_not_overwrite_the_first(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "report.json").write_text("{}")
-    args = demo.parser().parse_args([])
+    args = demo.make_parser().parse_args([])
     demo.choose_settings(args)
     assert args.output == Path("demo-2")
     assert "demo contains an interrupted demo: clipgen-demo --resume resumes it" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 
 from clipgen.checkpoint.vgg import MissingWeightsError
-from clipgen.cli.evaluate import captions_from, check_paths, parser
+from clipgen.cli.evaluate import captions_from, check_paths, make_parser
 from clipgen.data.class_names import NAME_LISTS
 from clipgen.evaluation.features import feature_extractor
 from clipgen.evaluation.sources import FolderImages
@@ -191,7 +191,7 @@ def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny
             ("--checkpoint", "shapes", "--captions", "shapes", "--clip", "none", "--features", "none"),
             "nothing to measure",
         ),
-        (("--checkpoint", "shapes", "--classes", "shapes", "--shapes-eval"), "sentence must read like"),
+        (("--checkpoint", "shapes", "--classes", "shapes", "--shapes-eval"), "caption must read like"),
     ],
 )
 def test_errors_are_one_line(call, tmp_path, arguments, message):
@@ -227,7 +227,7 @@ def test_options_that_change_no_result_are_not_refused(call, two_folders, tmp_pa
 
 def test_template_of_the_classes(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps({"1.png": "cat", "2.png": "{dog}"}))
-    args = parser().parse_args(
+    args = make_parser().parse_args(
         ["--images", "x", "--classes", str(tmp_path / "classes.json"), "--template", "{a} {label}"]
     )
     assert captions_from(args) == [("1.png", "{a} cat"), ("2.png", "{a} {dog}")]
@@ -290,7 +290,7 @@ def test_images_are_scored_with_all_of_their_captions(call, two_folders, tmp_pat
 
 
 def test_classes_may_be_those_of_imagenet():
-    args = parser().parse_args(["--images", "x", "--classes", "imagenet"])
+    args = make_parser().parse_args(["--images", "x", "--classes", "imagenet"])
     assert captions_from(args)[0] == (None, "A photo of a tench.")
 
 
@@ -301,4 +301,4 @@ PROMPT_SOURCES = [("--captions", "texts"), *(("--classes", name) for name in ("s
 def test_every_source_of_prompts_passes_the_early_check(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     Path("texts").mkdir()  # a text file per image, as in CUB-200-2011
-    check_paths(parser().parse_args(["--checkpoint", "shapes", *source]))
+    check_paths(make_parser().parse_args(["--checkpoint", "shapes", *source]))

@@ -239,11 +239,11 @@ ERRORS = {
     "blank prompt": (["--prompt", PROMPT, "--prompt", " "], "prompt must not be empty, got ' '"),
     "no images": ([*OURS, "--num-images", "0"], "num_images must be at least 1, got 0"),
     "too few to choose from": ([*OURS, "--num-images", "4", "--rerank-from", "3"], "rerank_from must be at least"),
-    "negative seed": ([*OURS, "--seed", "-1"], r"seeds must be in \[0, 2\*\*63\), got -1"),
-    "huge seed": ([*OURS, "--seed", "9" * 30], r"seeds must be in \[0, 2\*\*63\), got 9+"),
+    "negative seed": ([*OURS, "--seed", "-1"], r"seed must be in \[0, 2\*\*63\), got -1"),
+    "huge seed": ([*OURS, "--seed", "9" * 30], r"seed must be in \[0, 2\*\*63\), got 9+"),
     "unknown device": ([*OURS, "--device", "x"], "device"),
     "missing": ([*ONE, "--checkpoint", "x"], "x does not exist; `clipgen-train stage=transformer` makes one"),
-    "empty": ([*ONE, "--checkpoint", "{vqgan}/pictures"], "pictures contains no such model"),
+    "empty": ([*ONE, "--checkpoint", "{vqgan}/grids"], "grids contains no such model"),
     "wrong stage, run": ([*ONE, "--checkpoint", "{vqgan}"], "is a VQGAN checkpoint .*Transformer is needed"),
     "wrong stage, folder": ([*ONE, "--checkpoint", "{vqgan}/vqgan"], "is a VQGAN checkpoint"),
     "wrong stage, file": ([*ONE, "--checkpoint", "{vqgan}/checkpoints/best.ckpt"], "is a VQGAN checkpoint"),
@@ -330,7 +330,7 @@ def test_interpolations_are_swept_and_reproduced(call, runs, tmp_path):
         assert result.code == 0, result.stderr
         assert (tmp_path / str(number) / name.format("")).read_bytes() == strip.read_bytes()
     result = call("--reproduce", strips[0], "--checkpoint", runs[1])
-    assert result.code == 1 and "completes an image that it does not hold: give --outpaint" in result.stderr
+    assert result.code == 1 and "completes an image that it does not contain: give --outpaint" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_reproduce_variation_of_an_image(call, runs, tmp_path, more):
     assert (tmp_path / "b" / first.name).read_bytes() == first.read_bytes()
     assert len(list((tmp_path / "b").glob("0*.png"))) == 1
     result = call(*again, *more)
-    assert result.code == 1 and "was generated from an image, which it does not hold: give --image" in result.stderr
+    assert result.code == 1 and "was generated from an image, which it does not contain: give --image" in result.stderr
 
 
 def test_long_prompts_in_any_script(call, runs, tmp_path):
@@ -478,7 +478,10 @@ def test_sweep_over_several_prompts_and_batches(call, runs, monkeypatch, tmp_pat
         (["--interpolate", "", "a red star"], "prompt must not be empty"),
         (["--prompt-mix", "1 a red star - 1 a red star"], "a mixture must have finite weights that are not all 0"),
         (["--reproduce", "cut.png"], "cut.png is not an image of clipgen-sample"),
-        (["--reproduce", "completed.png"], "completed.png completes an image that it does not hold: give --outpaint"),
+        (
+            ["--reproduce", "completed.png"],
+            "completed.png completes an image that it does not contain: give --outpaint",
+        ),
     ],
 )
 def test_invalid_prompts_exit_with_one_line(call, runs, tmp_path, arguments, message):

@@ -62,7 +62,7 @@ def steps_of(run: Path) -> int:
 def test_run_folder_has_models_checkpoints_and_settings(runs):
     for run, model in zip(runs, (Tokenizer, ConditionalTransformer)):
         names = {path.name for path in run.iterdir()}
-        assert {"config.yaml", "versions.json", "checkpoints", "pictures"} <= names
+        assert {"config.yaml", "versions.json", "checkpoints", "grids"} <= names
         assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
         assert steps_of(run) == 4
         assert not [name for name in everything(run) if "partial" in name]
@@ -112,9 +112,9 @@ def test_run_folder_has_the_resolved_configuration_and_versions(runs):
 
 def test_image_grids_are_written_after_each_validation(runs):
     for run, names in zip(runs, ({"reconstructions", "codebook_usage"}, {"from_images", "from_texts"})):
-        pictures = list((run / "pictures").iterdir())
-        assert {path.name for path in pictures} == {f"{name}_{step:07d}.png" for name in names for step in (2, 4)}
-        for path in pictures:
+        grids = list((run / "grids").iterdir())
+        assert {path.name for path in grids} == {f"{name}_{step:07d}.png" for name in names for step in (2, 4)}
+        for path in grids:
             assert Image.open(path).convert("L").getextrema()[0] < 250  # not a white sheet
 
 
@@ -493,10 +493,13 @@ ERRORS = {
         [*VQGAN, "data=webdataset", "data.train_urls=/none/*.tar", "data.val_urls=null"],
         r"urls must name existing shards, got /none/\*.tar",
     ),
-    "data without images": ([*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"], r"checkpoints must hold \.jpg"),
+    "data without images": (
+        [*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"],
+        r"must contain \.jpg",
+    ),
     "no vqgan": ([*TRANSFORMER, *SHAPES], "stage=transformer needs a tokenizer: give vqgan=RUN"),
     "missing vqgan": ([*TRANSFORMER, *SHAPES, "vqgan=x"], "x does not exist; `clipgen-train stage=vqgan` makes"),
-    "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/pictures"], "pictures contains no such model"),
+    "empty vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={vqgan}/grids"], "grids contains no such model"),
     "damaged vqgan": ([*TRANSFORMER, *SHAPES, "vqgan={damaged}"], "damaged.ckpt is not a readable checkpoint"),
     "wrong vqgan folder": (
         [*TRANSFORMER, *SHAPES, "vqgan={transformer}/transformer"],
@@ -588,7 +591,10 @@ def test_unexpected_error_suggests_debug_mode(call, monkeypatch, tmp_path):
         raise KeyError("surprise")
 
     monkeypatch.setattr(Tokenizer, "training_step", fail)
-    assert "error: KeyError: 'surprise' (CLIPGEN_DEBUG=1 shows where)" in call(*VQGAN, *SHAPES, "output=run").stderr
+    assert (
+        "error: KeyError: 'surprise' (set CLIPGEN_DEBUG=1 for the traceback)"
+        in call(*VQGAN, *SHAPES, "output=run").stderr
+    )
     assert everything(tmp_path) == set()
 
 
@@ -714,7 +720,7 @@ def test_image_grids_use_guidance_if_the_model_supports_it(call, tmp_path):
     for name, scale in (("plain", 1), ("guided", 8)):
         result = call(*arguments, f"output={name}", f"image_logger.guidance_scale={scale}")
         assert result.code == 0, result.stderr
-    plain, guided = (Path(run, "pictures", "from_texts_0000002.png").read_bytes() for run in ("plain", "guided"))
+    plain, guided = (Path(run, "grids", "from_texts_0000002.png").read_bytes() for run in ("plain", "guided"))
     assert plain != guided
     result = call(*arguments[:-1], "output=no", "image_logger.guidance_scale=3")
     assert result.code == 1 and "image_logger.guidance_scale must be 1 for a model without" in result.stderr

@@ -14,7 +14,7 @@ from hydra.utils import get_object
 from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS
 from omegaconf import OmegaConf
 
-from clipgen.cli.config import composed, config_dir, instantiate_node
+from clipgen.cli.config import compose_config, config_dir, instantiate_node
 from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
 from clipgen.data.huggingface import huggingface_data
@@ -44,7 +44,9 @@ def group(name: str) -> dict[str, dict]:
 
 
 def experiment(stage: str, name: str):
-    return composed(f"stage={stage}", f"experiment={name}", *NEEDED.get(name, []), *["vqgan=x"] * (stage != "vqgan"))
+    return compose_config(
+        f"stage={stage}", f"experiment={name}", *NEEDED.get(name, []), *["vqgan=x"] * (stage != "vqgan")
+    )
 
 
 def values(node: dict) -> set[str]:
@@ -77,7 +79,7 @@ def test_all_experiments_and_stages_are_listed():
 
 @pytest.mark.parametrize("name", ["csv", "none", "tensorboard", "wandb"])
 def test_logger_keys_are_constructor_arguments(name):
-    node = composed("stage=vqgan", f"logger={name}").logger
+    node = compose_config("stage=vqgan", f"logger={name}").logger
     if name != "none":
         assert values(node) <= set(arguments(get_object(node["_target_"]).__init__))
 
@@ -141,11 +143,11 @@ def test_other_keys_are_arguments():
     for name, node in group("clip").items():
         assert get_object(node["_target_"]) is FrozenCLIP, name
         assert values(node) == set(arguments(FrozenCLIP.__init__))
-    config = composed("stage=vqgan")
-    assert values(config.image_logger) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder", "sampling"} | {
+    config = compose_config("stage=vqgan")
+    assert values(config.image_logger) == set(arguments(callbacks.ImageLogger.__init__)) - {"folder", "overrides"} | {
         field.name for field in fields(SamplingParams)
     }
-    projector = composed("stage=transformer").projector
+    projector = compose_config("stage=transformer").projector
     assert values(projector) == set(arguments(callbacks.ProjectorBuilder.__init__)) - {"folder"}
     assert values(config.checkpoint) == set(arguments(callbacks.checkpoint_callbacks)) - {"folder", "monitor"}
     assert values(config.trainer) <= set(arguments(get_object(config.trainer["_target_"]).__init__))
@@ -160,7 +162,7 @@ def test_recipe_keys_exist(folder, stage):
 
 
 def assert_recipe_keys_exist(recipe: dict, stage: str) -> None:
-    config = composed(f"stage={stage}")
+    config = compose_config(f"stage={stage}")
     for node in ("model", "trainer", "image_logger"):
         assert_known_keys(recipe.get(node, {}), config[node], node)
 
@@ -174,7 +176,7 @@ def assert_known_keys(node: dict, known: dict, path: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(group("quantizer")))
 def test_all_quantizers_compose_and_build(name):
-    config = composed("stage=vqgan", "experiment=cifar10", f"quantizer={name}")
+    config = compose_config("stage=vqgan", "experiment=cifar10", f"quantizer={name}")
     with torch.device("meta"):
         vqgan = instantiate_node(config.model)
     assert vqgan.quantizer_config.type == {"paper": "euclidean"}.get(name, name)
@@ -192,7 +194,7 @@ def test_all_quantizers_compose_and_build(name):
 )
 def test_model_sizes_have_the_published_parameter_counts(name, gpt2_parameters, parameters):
     """With GPT-2's vocabulary and positions, OpenAI's sizes have as many parameters as GPT-2."""
-    config = composed("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"model_size={name}")
+    config = compose_config("stage=transformer", "experiment=coco", "data.root=x", "vqgan=x", f"model_size={name}")
     with torch.device("meta"):
         transformer = instantiate_node(config.model, codebook_size=50257, num_tokens=1024, clip_dim=512)
         own_vocabulary = instantiate_node(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
@@ -213,7 +215,7 @@ def test_all_model_sizes_are_listed():
 
 @pytest.mark.parametrize(("image_size", "tokens"), [(64, 64), (128, 256)])
 def test_recipe_for_small_photographs_has_64_to_256_tokens(image_size, tokens):
-    config = composed("stage=vqgan", "experiment=photos", "data.root=x", f"data.image_size={image_size}")
+    config = compose_config("stage=vqgan", "experiment=photos", "data.root=x", f"data.image_size={image_size}")
     with torch.device("meta"):
         vqgan = instantiate_node(config.model)
         latents = vqgan.autoencoder.encode(torch.zeros(1, 3, image_size, image_size))
@@ -224,7 +226,7 @@ def test_recipe_for_small_photographs_has_64_to_256_tokens(image_size, tokens):
 
 def test_modern_tokenizer():
     """It has 16384 codes of 8 dimensions on a sphere and f = 16, and is trained in bf16, and compiled on a GPU."""
-    config = composed("stage=vqgan", "experiment=modern", "data.root=x")
+    config = compose_config("stage=vqgan", "experiment=modern", "data.root=x")
     with torch.device("meta"):
         vqgan = instantiate_node(config.model)
     assert vqgan.downsampling == 16 and vqgan.quantizer_config.type == "cosine"
@@ -284,7 +286,7 @@ def test_stage_2_has_the_papers_hyperparameters(name, sizes, batch_size, max_ste
 
 @pytest.mark.parametrize("name", ["coco", "imagenet"])
 def test_printed_variant_of_stage_1_builds_with_the_papers_objective(name):
-    config = composed("stage=vqgan", f"experiment={name}", *NEEDED[name], "variant=printed")
+    config = compose_config("stage=vqgan", f"experiment={name}", *NEEDED[name], "variant=printed")
     with torch.device("meta"):
         vqgan = instantiate_node(config.model)
     loss, gan = vqgan.loss_config, vqgan.gan_config
@@ -296,7 +298,7 @@ def test_printed_variant_of_stage_1_builds_with_the_papers_objective(name):
 
 @pytest.mark.parametrize("name", ["coco", "imagenet"])
 def test_printed_variant_of_stage_2_builds_with_the_papers_objective(name):
-    config = composed("stage=transformer", f"experiment={name}", *NEEDED[name], "variant=printed", "vqgan=x")
+    config = compose_config("stage=transformer", f"experiment={name}", *NEEDED[name], "variant=printed", "vqgan=x")
     with torch.device("meta"):
         transformer = instantiate_node(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
     assert transformer.hparams["loss_reduction"] == "sum" and not transformer.gpt.scale_condition
@@ -304,7 +306,9 @@ def test_printed_variant_of_stage_2_builds_with_the_papers_objective(name):
 
 
 def test_recipe_of_hfailab_builds():
-    config = composed("stage=transformer", "experiment=coco", "recipe=hfailab_transformer", "data.root=x", "vqgan=x")
+    config = compose_config(
+        "stage=transformer", "experiment=coco", "recipe=hfailab_transformer", "data.root=x", "vqgan=x"
+    )
     with torch.device("meta"):
         transformer = instantiate_node(config.model, codebook_size=16384, num_tokens=256, clip_dim=512)
     optimizer, network = transformer.optimizer_config, transformer.gpt_config

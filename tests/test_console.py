@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from clipgen.cli.console import error_line, guarded, interruptible, set_up_logging
+from clipgen.cli.console import error_line, interruptible, run_command, set_up_logging
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from clipgen.cli.console import error_line, guarded, interruptible, set_up_loggi
     [
         (ValueError("x must be 1,\n  got 2"), 1, "test: error: x must be 1, got 2\n"),
         (FileNotFoundError(2, "No such file", "a.png"), 1, "test: error: No such file: a.png\n"),
-        (KeyError("x"), 1, "test: error: KeyError: 'x' (CLIPGEN_DEBUG=1 shows where)\n"),
+        (KeyError("x"), 1, "test: error: KeyError: 'x' (set CLIPGEN_DEBUG=1 for the traceback)\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -26,7 +26,7 @@ def test_errors_become_one_line_and_an_exit_code(monkeypatch, capsys, error, cod
         raise error
 
     with pytest.raises(SystemExit) as end:
-        guarded("test", fail)
+        run_command("test", fail)
     assert end.value.code == code and capsys.readouterr().err == message
 
 
@@ -37,7 +37,7 @@ def test_debug_variable_shows_the_traceback(monkeypatch):
         raise ValueError("x must be 1")
 
     with pytest.raises(ValueError, match="x must be 1"):
-        guarded("test", fail)
+        run_command("test", fail)
 
 
 def test_error_without_a_message_is_named_by_its_type():

@@ -61,18 +61,21 @@ def write(path: str, content: str):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (write("images.txt", "1 ../../secret.jpg\n"), "must hold paths below its folder, got '../../secret.jpg'"),
-        (write("images.txt", "1 /etc/passwd\n"), "must hold paths below its folder, got '/etc/passwd'"),
-        (write("images.txt", "1 a.jpg\n1 b.jpg\n"), "must hold a new number and a value in each line, got '1 b.jpg'"),
-        (write("images.txt", "a.jpg\n"), "must hold a new number and a value in each line, got 'a.jpg'"),
-        (write("images.txt", f"1 {WREN}_2.jpg\n"), "must hold a text file per image, got none for 1 of 1"),
-        (write("train_test_split.txt", "1 0\n2 1\n"), "train_test_split.txt must hold 0 or 1 for image 3, got None"),
-        (write("train_test_split.txt", "1 0\n2 1\n3 yes\n"), "must hold 0 or 1 for image 3, got 'yes'"),
+        (write("images.txt", "1 ../../secret.jpg\n"), "must contain paths below its folder, got '../../secret.jpg'"),
+        (write("images.txt", "1 /etc/passwd\n"), "must contain paths below its folder, got '/etc/passwd'"),
+        (
+            write("images.txt", "1 a.jpg\n1 b.jpg\n"),
+            "a new number and a value in each line, got '1 b.jpg'",
+        ),
+        (write("images.txt", "a.jpg\n"), "must contain a new number and a value in each line, got 'a.jpg'"),
+        (write("images.txt", f"1 {WREN}_2.jpg\n"), "must contain a text file per image, got none for 1 of 1"),
+        (write("train_test_split.txt", "1 0\n2 1\n"), "train_test_split.txt must contain 0 or 1 for image 3, got None"),
+        (write("train_test_split.txt", "1 0\n2 1\n3 yes\n"), "must contain 0 or 1 for image 3, got 'yes'"),
         (write("train_test_split.txt", "1 1\n2 1\n3 1\n"), "captions must be texts, got none in"),
-        (write(f"text_c10/{ALBATROSS}.txt", "\n \n"), "must hold captions, got none"),
+        (write(f"text_c10/{ALBATROSS}.txt", "\n \n"), "must contain captions, got none"),
         (write(f"text_c10/{ALBATROSS}.txt", "a caf\xe9"), "must be UTF-8 text"),
         (write(f"text_c10/{ALBATROSS}.txt", "a" * (cub.MAX_TEXT_BYTES + 1)), "must have at most 1048576 bytes"),
-        (lambda folder: (folder / "train_test_split.txt").unlink(), r"split test needs train_test_split\.txt beside"),
+        (lambda folder: (folder / "train_test_split.txt").unlink(), r"split test needs train_test_split\.txt next to"),
     ],
 )
 def test_damaged_copies_are_refused_in_one_sentence(birds, damage, message):

@@ -158,7 +158,7 @@ def test_empty_shards_are_skipped(two_folders, tmp_path):
     collect(
         tmp_path / "d", GeneratedImages(lambda captions, seeds: torch.empty(0), [], 0, {}), metrics, metrics.identity()
     )
-    with pytest.raises(ValueError, match=r"reference must hold images, got none in .*d$"):
+    with pytest.raises(ValueError, match=r"reference must contain images, got none in .*d$"):
         evaluate(tmp_path / "e", FolderImages(two_folders[0]), metrics, FeatureStore(tmp_path / "d"))
 
 
@@ -221,5 +221,5 @@ def test_reference_of_some_files_is_measured_alone(two_folders, tmp_path):
     evaluate(tmp_path, FolderImages(two_folders[0]), metrics, reference)
     assert json.loads((tmp_path / "metrics.json").read_text())["protocol"]["reference"]["images"] == 4
     assert reference.identity != RealImages(str(two_folders[1]), 32).identity
-    with pytest.raises(ValueError, match=r"must hold the images that the captions name, but lacks x\.png"):
+    with pytest.raises(ValueError, match=r"must contain the images that the captions name, but lacks x\.png"):
         RealImages(str(two_folders[1]), 32, files={"003.png", "x.png"})

@@ -47,14 +47,14 @@ def test_captions_of_a_folder(two_folders, tmp_path):
     with pytest.raises(ValueError, match="one per image, got 2 for 24 images"):
         FolderImages(folder, captions=[(None, "a"), (None, "b")])
     Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
-    with pytest.raises(ValueError, match=r"neither .*silent\.png nor a silent\.txt beside it"):
+    with pytest.raises(ValueError, match=r"neither .*silent\.png nor a silent\.txt next to it"):
         FolderImages(tmp_path, captions="embedded")
 
 
 def test_empty_sidecar_file_is_not_a_caption(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf \n")
-    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt beside it holds one"):
+    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt next to it contains one"):
         FolderImages(tmp_path, captions="embedded")
     (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt must be UTF-8 text"):

@@ -75,7 +75,7 @@ def test_damaged_files_are_named(two_folders, tmp_path):
 def test_failure_before_the_first_part_leaves_no_identity(two_folders, tmp_path):
     (tmp_path / "other.txt").write_text("a user's own file")
     metrics = ImageMetrics(shapes=True)
-    with pytest.raises(ValueError, match="sentence must read like"):
+    with pytest.raises(ValueError, match="caption must read like"):
         evaluate(tmp_path, FolderImages(two_folders[0], captions=[(None, "a cat")] * 24), metrics)
     assert evaluate(tmp_path, FolderImages(two_folders[0], captions="embedded"), metrics)["shapes_all"] == 1
 
@@ -99,13 +99,13 @@ from pathlib import Path
 import torch
 import torch_fidelity.metric_isc, torch_fidelity.metric_kid
 from clipgen.evaluation.feature_store import FeatureStore
-from clipgen.evaluation.report import summary
+from clipgen.evaluation.report import compute_results
 
 folder = FeatureStore(Path(sys.argv[1]))
 torch.set_num_threads(1)
 now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 resource.setrlimit(resource.RLIMIT_DATA, (now + 150_000_000,) * 2)
-print(*summary(folder, folder))
+print(*compute_results(folder, folder))
 """
 
 

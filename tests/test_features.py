@@ -24,7 +24,7 @@ def test_inception_from_a_file_matches_torch_fidelity(inception_file, images):
     network = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], str(inception_file))
     plain, clean = (feature_extractor(f"{name}:{inception_file}") for name in ("inception", "inception-clean"))
     pixels = ((images + 1) * 127.5).round().to(torch.uint8)
-    for ours, theirs in zip(plain.classify(images), network(pixels)):
+    for ours, theirs in zip(plain.features_and_logits(images), network(pixels)):
         assert torch.equal(ours, theirs)
     assert plain.identity != clean.identity and not torch.allclose(plain(images), clean(images), rtol=1e-3)
     large = F.interpolate(images, (299, 299))  # nothing to resize: both agree
@@ -50,10 +50,10 @@ def test_classifier_features_are_the_input_of_the_last_layer(tmp_path, images):
 
     network = resnet18().eval()
     torch.save(network.state_dict(), tmp_path / "resnet.pth")
-    features, logits = feature_extractor(f"torchvision:resnet18:{tmp_path / 'resnet.pth'}").classify(images)
+    features, logits = feature_extractor(f"torchvision:resnet18:{tmp_path / 'resnet.pth'}").features_and_logits(images)
     assert features.shape == (8, 512) and torch.allclose(network.fc(features), logits, atol=1e-5)
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "timm.pth")
-    features, logits = feature_extractor(f"timm:resnet10t:{tmp_path / 'timm.pth'}").classify(images)
+    features, logits = feature_extractor(f"timm:resnet10t:{tmp_path / 'timm.pth'}").features_and_logits(images)
     assert features.shape == (8, 512) and logits.shape == (8, 1000)
 
 
@@ -86,5 +86,5 @@ def test_images_are_moved_to_the_device_of_the_networks(images, shapes_clip):
         measure(images, [])
     assert seen[1:] == [("meta", 8)] * 2
     moved = Features(copy.deepcopy(shapes_clip).encode_image).to(torch.float64)
-    assert moved.classify(images.double())[0].shape == (8, shapes_clip.embed_dim)
+    assert moved.features_and_logits(images.double())[0].shape == (8, shapes_clip.embed_dim)
     assert {p.dtype for p in moved.parameters()} == {torch.float64}

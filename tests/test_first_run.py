@@ -21,7 +21,7 @@ from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from omegaconf import OmegaConf
 from PIL import Image
 
-from clipgen.cli.config import composed
+from clipgen.cli.config import compose_config
 from clipgen.data.webdataset import estimate_images
 from clipgen.training.callbacks.metric_printer import explain_dead_codes, explain_ema
 from clipgen.training.config import TrainingConfig
@@ -51,7 +51,7 @@ SHARDS = ["data=webdataset", "data.train_urls='shards/train-*.tar'", "data.val_u
 
 
 def grids(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "run" / "pictures").glob("reconstructions_*"))
+    return sorted(path.name for path in (tmp_path / "run" / "grids").glob("reconstructions_*"))
 
 
 @pytest.mark.parametrize("source", [FOLDER, SHARDS], ids=["folder", "shards"])
@@ -86,7 +86,9 @@ def test_only_the_last_grids_are_kept(call, photos, tmp_path):
 @pytest.mark.parametrize(("images", "interval"), [(0, 1000), (512, 1000), (3300, 2000), (25_600, 8000)])
 def test_validation_interval_grows_with_the_validation_set(images, interval):
     """Validation takes at most a tenth of the batches."""
-    config = composed("stage=vqgan", "experiment=modern", "data=webdataset", "data.train_urls=a", "data.val_urls=b")
+    config = compose_config(
+        "stage=vqgan", "experiment=modern", "data=webdataset", "data.train_urls=a", "data.val_urls=b"
+    )
     settings = TrainingConfig.from_dict(OmegaConf.to_container(config, resolve=True))
     assert set_default_interval(settings) and settings.trainer["check_val_every_n_epoch"] is None
     trainer = SimpleNamespace(world_size=1)

@@ -12,7 +12,7 @@ from test_image_data import is_mapped
 
 from clipgen.data import folder, handover, packed_strings
 from clipgen.data.folder import ImageFolder
-from clipgen.data.handover import compute_in_first_process, from_first_process, share_results_in_files
+from clipgen.data.handover import compute_on_rank_zero, from_rank_zero, share_results_in_files
 from clipgen.data.packed_strings import PackedStrings
 
 
@@ -27,10 +27,10 @@ def images(tmp_path) -> Path:
 
 def test_processes_that_are_started_later_do_not_scan_again(images, monkeypatch):
     with share_results_in_files():
-        with compute_in_first_process():
+        with compute_on_rank_zero():
             first = ImageFolder(images, 8, train=True)
         monkeypatch.setattr(folder, "scan_folder", None)
-        with compute_in_first_process():
+        with compute_on_rank_zero():
             second = ImageFolder(images, 8, train=True)
     assert [*first.files] == [*second.files] and len(second) == 4
     assert first.skip_counter.num_used == second.skip_counter.num_used == 4
@@ -39,11 +39,11 @@ def test_processes_that_are_started_later_do_not_scan_again(images, monkeypatch)
 
 def test_arrays_are_mapped_by_the_processes_that_receive_them(images, monkeypatch):
     """The names of millions of files are not copied into every process."""
-    monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
+    monkeypatch.setattr(packed_strings, "MAX_BYTES_IN_MEMORY", 1)
     with share_results_in_files():
         for _ in range(2):
-            with compute_in_first_process():
-                names, empty = from_first_process(lambda: (PackedStrings(["a", "b"]), PackedStrings([])))
+            with compute_on_rank_zero():
+                names, empty = from_rank_zero(lambda: (PackedStrings(["a", "b"]), PackedStrings([])))
         assert is_mapped(names.content) and is_mapped(names.ends)
     assert [*names] == ["a", "b"] and not empty
 
@@ -52,22 +52,22 @@ def test_without_a_training_every_process_works():
     calls = []
     with share_results_in_files():
         for _ in range(2):
-            from_first_process(lambda: calls.append(1))
+            from_rank_zero(lambda: calls.append(1))
     assert len(calls) == 2
 
 
 def connected(rank: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}/rendezvous", rank=rank, world_size=2)
-    with compute_in_first_process():
-        assert from_first_process(lambda: {"rank": rank}) == {"rank": 0}
+    with compute_on_rank_zero():
+        assert from_rank_zero(lambda: {"rank": rank}) == {"rank": 0}
         with pytest.raises(ValueError, match="raised by rank 0"):
-            from_first_process(lambda: int(f"raised by rank {rank}"))
+            from_rank_zero(lambda: int(f"raised by rank {rank}"))
         # arrays are sent in blocks
         handover.BLOCK_BYTES = 5
-        packed_strings.MAX_IN_MEMORY = 1
-        names = from_first_process(lambda: PackedStrings([f"{number} of rank {rank}" for number in range(50)]))
+        packed_strings.MAX_BYTES_IN_MEMORY = 1
+        names = from_rank_zero(lambda: PackedStrings([f"{number} of rank {rank}" for number in range(50)]))
         assert [*names] == [f"{number} of rank 0" for number in range(50)] and is_mapped(names.content)
-    assert from_first_process(lambda: rank) == rank
+    assert from_rank_zero(lambda: rank) == rank
     dist.destroy_process_group()
 
 

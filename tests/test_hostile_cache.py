@@ -20,7 +20,7 @@ from clipgen.data.shapes import shapes_data
 from clipgen.data.token_cache import (
     TokenCacheDataModule,
     TokenCacheDataset,
-    class_names,
+    class_names_of,
     open_shard,
     read_manifest,
     record_dtype,
@@ -37,7 +37,7 @@ def encoded(tmp_path_factory, shapes_clip):
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("cache") / "cache"
     data = shapes_data(train_size=20, val_size=4, image_size=32, batch_size=8, labels=True)
-    assert precompute.encode(root, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, {}, shard_size=10)
+    assert precompute.write_token_cache(root, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, {}, shard_size=10)
     return root
 
 
@@ -117,7 +117,7 @@ def test_manifests_that_are_not_json_objects_name_the_file(cache, content):
 def test_more_unnamed_classes_than_images_are_allowed(cache):
     """Ten images of ImageNet may include one of class 999."""
     change_manifest(cache, class_names=..., num_classes=1000)
-    assert len(class_names(read_manifest(cache), cache)) == 1000
+    assert len(class_names_of(read_manifest(cache), cache)) == 1000
 
 
 def test_codebook_size_without_a_table_of_codes_is_bounded(cache):
@@ -233,7 +233,7 @@ def test_nothing_is_written_through_a_link_out_of_the_cache(tmp_path, tiny_vqgan
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "cache" / "train").symlink_to(tmp_path / "elsewhere")
     data = shapes_data(train_size=4, val_size=2, image_size=32, batch_size=2)
-    encode = partial(precompute.encode, tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+    encode = partial(precompute.write_token_cache, tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
     refused(encode, tmp_path / "cache" / "train", "got a link to")
     assert not list((tmp_path / "elsewhere").iterdir())
 

@@ -29,12 +29,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from clipgen.cli import console
 from clipgen.cli.sample_request import read_image
+from clipgen.data import color_conversion
 from clipgen.data import decoding as images_module
 from clipgen.data import tar_reader as tar_module
 from clipgen.data import webdataset as shards_module
-from clipgen.data.decoding import MAX_PIXELS, MemoryBudget, UnusableImageError, check_header, decode_image
+from clipgen.data.decoding import MAX_PIXELS, UnusableImageError, check_header, decode_image
 from clipgen.data.folder import ImageFolder
 from clipgen.data.folder_listing import find_images
+from clipgen.data.memory_budget import MemoryBudget
 from clipgen.data.parallel import parallel_map
 from clipgen.data.tar_reader import Sample
 from clipgen.data.webdataset import ImageShards, shuffle_in_buffer
@@ -133,9 +135,9 @@ def test_conversion_in_bands_changes_no_pixel(mode, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
     image = Image.fromarray(noise, "RGBA")
     image = Image.fromarray(noise[..., 0].astype(np.uint16) * 256) if mode == "I;16" else image.convert(mode)
-    expected = images_module.to_rgb(image)
-    monkeypatch.setattr(images_module, "_BAND_PIXELS", 100)
-    assert np.array_equal(expected, images_module.to_rgb(image)) and expected.mode == "RGB"
+    expected = color_conversion.to_rgb(image)
+    monkeypatch.setattr(color_conversion, "_BAND_PIXELS", 100)
+    assert np.array_equal(expected, color_conversion.to_rgb(image)) and expected.mode == "RGB"
 
 
 def test_images_above_the_size_limit_are_refused_by_their_header():
@@ -583,7 +585,11 @@ def test_errors_and_log_lines_are_printable(capsys):
 
 
 def say_in_a_process(code: str, redirect: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = "from clipgen.cli.console import guarded, say\nguarded('test', lambda: [say(x) for x in " + code + "])"
+    program = (
+        "from clipgen.cli.console import print_line, run_command\nrun_command('test', lambda: [print_line(x) for x in "
+        + code
+        + "])"
+    )
     command = f"'{sys.executable}' -c \"$PROGRAM\" {redirect}"
     variables = {**os.environ, "PROGRAM": program, **environment}
     return subprocess.run(["sh", "-c", command], env=variables, capture_output=True)
@@ -617,7 +623,7 @@ def test_large_images_are_evaluated_at_a_size_that_was_chosen(tmp_path):
 
 
 def test_a_device_without_end_is_not_a_file_of_prompts():
-    with pytest.raises(ValueError, match="/dev/zero must hold at most 16777216 bytes of prompts"):
+    with pytest.raises(ValueError, match="/dev/zero must contain at most 16777216 bytes of prompts"):
         read_prompts(Path("/dev/zero"))
 
 
@@ -633,7 +639,7 @@ def test_commands_print_names_without_control_characters():
 
 
 def test_say_escapes_what_a_terminal_would_interpret(capsys):
-    console.say(f"{ESCAPE}\n")
+    console.print_line(f"{ESCAPE}\n")
     assert capsys.readouterr().out == r"\x1b]0;owned\x07\n" + "\n"
 
 
@@ -728,7 +734,7 @@ def test_natural_key_sorts_numbers_by_value():
 
 def test_file_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip):
     from clipgen.data.folder import folder_data
-    from clipgen.precompute import encode
+    from clipgen.precompute import write_token_cache
 
     try:
         for name in (b"a\xe9.png", b"b.png"):
@@ -736,7 +742,7 @@ def test_file_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip
     except OSError:
         pytest.skip("this file system refuses such names")
     data = folder_data(tmp_path, 32, batch_size=1, val_fraction=0)
-    assert encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+    assert write_token_cache(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation

@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from clipgen.cli import demo
 from clipgen.cli.config import instantiate_node
-from clipgen.cli.console import guarded
+from clipgen.cli.console import run_command
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
 from clipgen.hardware.environment import environment_int
 from clipgen.runs import find_runs, runs_table
@@ -179,7 +179,7 @@ def test_arguments_that_could_run_code_are_refused_before_training(call, run, tm
     (run / "hook.py").write_text("open('marker', 'w')")
     result = call("resume=run", "trainer.max_steps=4")
     assert result.code == 1 and not (tmp_path / "marker").exists()
-    assert "give this argument on the command line, too, if you trust it" in result.stderr
+    assert "give this argument also on the command line if you trust it" in result.stderr
 
 
 def test_command_line_replaces_refused_arguments(tmp_path):
@@ -320,7 +320,7 @@ def test_a_signal_outside_of_training_interrupts_as_ctrl_c_does(name):
 
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(SystemExit, match="130"):
-        guarded("clipgen-x", work)
+        run_command("clipgen-x", work)
     assert cleaned and signal.getsignal(getattr(signal, name)) == before
 
 
@@ -329,7 +329,7 @@ def test_an_ignored_hangup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with pytest.raises(SystemExit, match="0"):
-            guarded("clipgen-x", lambda: os.kill(os.getpid(), signal.SIGHUP))
+            run_command("clipgen-x", lambda: os.kill(os.getpid(), signal.SIGHUP))
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -356,7 +356,7 @@ def test_a_copied_run_does_not_use_the_weights_of_its_original(call, run, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe"])
-@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints", "pictures/a.png"])
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoints", "grids/a.png"])
 def test_links_and_pipes_in_a_run_folder_are_not_written_through(tmp_path, name, kind):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
@@ -461,7 +461,7 @@ def test_moments_of_another_shape_are_not_used(call, run):
         moments["exp_avg"] = torch.zeros(3)
     torch.save(checkpoint, path)
     result = call("resume=run", "trainer.max_steps=4")
-    assert result.code == 1 and "the checkpoint must hold exp_avg of the optimizer as" in result.stderr
+    assert result.code == 1 and "the checkpoint must contain exp_avg of the optimizer as" in result.stderr
 
 
 def test_environment_variables_that_are_not_numbers_are_named(monkeypatch):

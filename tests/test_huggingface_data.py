@@ -75,12 +75,12 @@ def test_row_may_name_a_file_of_the_dataset_and_no_other(tmp_path):
     dataset = HuggingFaceImages(rows, 8, train=False, root=tmp_path / "own")
     assert [red(sample) for sample in dataset] == [50] * 5
     assert str(dataset.skip_counter) == "1 image, 4 skipped: 4 unreadable"
-    with pytest.raises(ValueError, match="must hold a usable image"):
+    with pytest.raises(ValueError, match="must contain a usable image"):
         HuggingFaceImages(rows, 8, train=False)
 
 
 def test_table_without_any_usable_image_is_refused_at_once():
-    with pytest.raises(ValueError, match=r"rows must hold a usable image in column image, got 0 images, 3 skipped"):
+    with pytest.raises(ValueError, match=r"rows must contain a usable image in column image, got 0 images, 3 skipped"):
         HuggingFaceImages(make_rows(3, bad=(0, 1, 2)), 8, train=True)
 
 
@@ -173,7 +173,7 @@ def test_rows_fill_a_token_cache_with_classes(tmp_path, tiny_vqgan, shapes_clip)
     rows = make_rows(10, bad=(4,))
     train = HuggingFaceImages(rows, 32, train=True, label_column="label", val_fraction=0.2)
     data = ImageDataModule(train, train.held_out(), batch_size=4)
-    assert precompute.encode(tmp_path, data, tiny_vqgan, shapes_clip, {}, shard_size=4)
+    assert precompute.write_token_cache(tmp_path, data, tiny_vqgan, shapes_clip, {}, shard_size=4)
     assert len(TokenCacheDataset(tmp_path / "train")) + len(TokenCacheDataset(tmp_path / "val")) == 9
 
 

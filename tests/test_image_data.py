@@ -353,7 +353,7 @@ def test_folders_without_images_are_refused_and_links_followed(tmp_path: Path) -
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"must hold \.jpg.* got 1 files of other types"):
+    with pytest.raises(ValueError, match=r"must contain \.jpg.* got 1 files of other types"):
         check_holds_images(tmp_path)
     make_folder(tmp_path / "elsewhere", 1)
     (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
@@ -395,7 +395,7 @@ def test_folder_of_very_many_files_is_warned_about(
 
 
 def test_packed_strings_need_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
+    monkeypatch.setattr(packed_strings, "MAX_BYTES_IN_MEMORY", 1)
     tracemalloc.start()
     names = PackedStrings(f"{number:030d}.jpg" for number in range(20_000))
     train, val = split_files(names, 0.1)
@@ -417,7 +417,7 @@ def test_packed_strings_behave_like_a_list(tmp_path: Path, monkeypatch: pytest.M
     """Reading a list of many strings would copy them to every worker process."""
     odd = ["a/1.jpg", "", "日本/☃.png", "\udcff.jpg", "x" * 300]
     names = PackedStrings(odd)
-    monkeypatch.setattr(packed_strings, "MAX_IN_MEMORY", 1)
+    monkeypatch.setattr(packed_strings, "MAX_BYTES_IN_MEMORY", 1)
     in_file = PackedStrings(odd)
     assert [*in_file] == [*names] and is_mapped(in_file.content) and not is_mapped(names.content)
     assert [*pickle.loads(pickle.dumps(in_file))] == odd
@@ -434,11 +434,11 @@ def test_folders_without_usable_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(NotADirectoryError, match=r"data=webdataset.*notes.txt"):
         ImageFolder(tmp_path / "notes.txt", 8, train=True)
-    with pytest.raises(ValueError, match=r"must hold \.jpg.*got 1 files of other types"):
+    with pytest.raises(ValueError, match=r"must contain \.jpg.*got 1 files of other types"):
         ImageFolder(tmp_path, 8, train=True)
     (tmp_path / "a.jpg").write_bytes(b"")
     (tmp_path / "b.jpg").write_bytes(TRUNCATED)
-    with pytest.raises(ValueError, match="must hold a usable image, got 0 images, 2 skipped: 1 truncated, 1 empty"):
+    with pytest.raises(ValueError, match="must contain a usable image, got 0 images, 2 skipped: 1 truncated, 1 empty"):
         ImageFolder(tmp_path, 8, train=True)
 
 
@@ -478,7 +478,7 @@ def test_no_side_of_a_split_is_empty(count: int, val_fraction: float) -> None:
 def test_split_fraction_is_checked() -> None:
     with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1.5"):
         split_files(["a", "b"], 1.5)
-    with pytest.raises(ValueError, match=r"val_fraction must be 0 when there is a single usable image, got 0.1"):
+    with pytest.raises(ValueError, match=r"val_fraction must be 0 for fewer than two usable images, got 0.1"):
         split_files(["a"], 0.1)
 
 
@@ -602,7 +602,7 @@ def test_local_shards_without_usable_images_are_refused_at_construction(
     files: dict[str, bytes], train: bool, tmp_path: Path
 ) -> None:
     path = make_tar(tmp_path / "a.tar", files)
-    with pytest.raises(ValueError, match=r"a.tar must hold a usable image, got 0 images"):
+    with pytest.raises(ValueError, match=r"a.tar must contain a usable image, got 0 images"):
         ImageShards(str(path), 8, train=train)
 
 

@@ -129,7 +129,7 @@ class GrayLevels(Dataset):
 def test_new_source_trains_and_fills_a_token_cache(tmp_path, tiny_vqgan, shapes_clip):
     data = ImageDataModule(GrayLevels(10), GrayLevels(4), batch_size=5)
     assert next(iter(data.train_dataloader()))["images"].shape == (5, 3, 32, 32)
-    assert precompute.encode(tmp_path, data, tiny_vqgan, shapes_clip, {}, augmentations=2, shard_size=4)
+    assert precompute.write_token_cache(tmp_path, data, tiny_vqgan, shapes_clip, {}, augmentations=2, shard_size=4)
     assert len(TokenCacheDataset(tmp_path / "train")) == 10 and len(TokenCacheDataset(tmp_path / "val")) == 4
     data.teardown("fit")
 

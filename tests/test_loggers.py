@@ -118,7 +118,7 @@ def test_id_of_a_wandb_run_is_taken_from_the_command_line(call, wandb_runs):
 def test_damaged_wandb_id_is_refused(tmp_path, value):
     assert stored_run_id(tmp_path) is None
     (tmp_path / WANDB_RUN).write_text(json.dumps({"id": value}))
-    with pytest.raises(ValueError, match="must hold the id of a run, got"):
+    with pytest.raises(ValueError, match="must contain the id of a run, got"):
         stored_run_id(tmp_path)
 
 

@@ -177,7 +177,7 @@ def test_unknown_source_is_refused(source: str, tmp_path: Path) -> None:
 def test_folder_without_usable_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"^make_shards: .*in must hold a usable image, got 0 images, 1 skipped"):
+    with pytest.raises(SystemExit, match=r"^make_shards: .*in must contain a usable image, got 0 images, 1 skipped"):
         run(tmp_path / "in", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

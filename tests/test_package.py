@@ -208,7 +208,8 @@ def test_editable_installation_refers_to_the_repository(tmp_path):
 def test_wheel_finds_its_configuration(built, tmp_path):
     """The wheel is unpacked, without the repository beside it."""
     zipfile.ZipFile(next(built.glob("*.whl"))).extractall(tmp_path / "site")
-    code = "import clipgen.cli.config as c; print(c.config_dir()); print(c.composed('stage=vqgan').model.gan.channels)"
+    code = "import clipgen.cli.config as c; print(c.config_dir());"
+    code += " print(c.compose_config('stage=vqgan').model.gan.channels)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(tmp_path / "site" / "clipgen" / "configs"), "64"], done.stderr

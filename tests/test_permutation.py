@@ -36,7 +36,7 @@ def test_small_permutations_are_those_of_torch():
 
 
 def test_parts_of_large_permutations_do_not_depend_on_the_blocks(monkeypatch):
-    monkeypatch.setattr(permutation, "MAX_IN_MEMORY", 10)
+    monkeypatch.setattr(permutation, "MAX_SIZE_IN_MEMORY", 10)
     monkeypatch.setattr(permutation, "BLOCK", 7)
     full = list(permuted(1000, 5, range(1000)))
     assert sorted(full) == list(range(1000))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clipgen import muon
-from clipgen.cli.config import composed
+from clipgen.cli.config import compose_config
 from clipgen.cli.train import to_training_config
 from clipgen.hardware import processor
 from clipgen.hardware.processor import has_bf16_units, require_bf16_units
@@ -67,13 +67,13 @@ def test_commands_refuse_bfloat16_without_units(call, monkeypatch, command):
 def test_gpus_train_in_tf32_by_default(monkeypatch, overrides, expected):
     seen = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
-    set_precision(to_training_config(composed("stage=vqgan", *overrides)))
+    set_precision(to_training_config(compose_config("stage=vqgan", *overrides)))
     assert seen == expected
 
 
 def test_other_matmul_precisions_are_refused():
     with pytest.raises(ValueError, match="matmul_precision must be one of highest, high, got 'low'"):
-        set_precision(to_training_config(composed("stage=vqgan", "matmul_precision=low")))
+        set_precision(to_training_config(compose_config("stage=vqgan", "matmul_precision=low")))
 
 
 def test_optimizers_are_fused_if_torch_has_the_kernels():

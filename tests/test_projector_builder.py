@@ -15,7 +15,7 @@ from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_class_transformer, make_
 from torch.utils.data import DataLoader
 
 from clipgen import TextToImage
-from clipgen.cli.config import composed
+from clipgen.cli.config import compose_config
 from clipgen.cli.early_checks import complete_for_cache
 from clipgen.generation.modality_gap import EmbeddingProjector
 from clipgen.training.callbacks import ImageLogger, ProjectorBuilder
@@ -106,7 +106,7 @@ def test_projector_of_a_run_without_a_checkpoint_is_removed(call, tmp_path_facto
 
 def test_class_conditional_transformer_has_no_projector():
     """Also with a recipe that builds one."""
-    config = composed(
+    config = compose_config(
         "stage=transformer", "experiment=cifar10", "data=cached", "data.root=x", "data.conditioning=class"
     )
     assert config.projector.memory_size == 2000

@@ -31,7 +31,7 @@ from clipgen.evaluation.features import Features
 from clipgen.evaluation.image_metrics import ImageMetrics
 from clipgen.evaluation.run import evaluate
 from clipgen.models.quantizers import GumbelQuantizer
-from clipgen.precompute import encode
+from clipgen.precompute import write_token_cache
 from clipgen.sampling import per_sample_seeds, per_sample_uniforms
 from clipgen.sampling_params import SamplingParams
 from clipgen.vqgan import VQGAN
@@ -274,14 +274,16 @@ def test_plain_loader_augments_differently_every_time(tmp_path):
 
 
 def test_token_cache_works_in_a_plain_loader(tmp_path, tiny_vqgan, shapes_clip):
-    encode(tmp_path, ImageDataModule(ShapesDataset(10, 32, 1), None, 4), tiny_vqgan, shapes_clip, {}, shard_size=4)
+    write_token_cache(
+        tmp_path, ImageDataModule(ShapesDataset(10, 32, 1), None, 4), tiny_vqgan, shapes_clip, {}, shard_size=4
+    )
     dataset = TokenCacheDataset(tmp_path / "train")
     batches = list(DataLoader(Subset(dataset, range(1, 10)), batch_size=3))
     expected = dataset.batch(range(1, 10))
     for name in ("indices", "condition"):
         assert torch.equal(torch.cat([batch[name] for batch in batches]), expected[name])
     with pytest.raises(TypeError, match=r"list must implement clipgen\.data\.source\.ImageSource"):
-        encode(tmp_path / "other", ImageDataModule([0] * 10, None, 4), tiny_vqgan, shapes_clip, {})
+        write_token_cache(tmp_path / "other", ImageDataModule([0] * 10, None, 4), tiny_vqgan, shapes_clip, {})
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -19,7 +19,7 @@ from models import VQGAN_SIZES, make_vqgan
 from test_image_data import encoded, make_tar
 from torch.distributed import TCPStore
 
-from clipgen.cli.config import composed
+from clipgen.cli.config import compose_config
 from clipgen.cli.train import to_training_config
 from clipgen.data.shapes import ShapesDataset
 from clipgen.images import to_pil
@@ -609,7 +609,7 @@ def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch)
 )
 def test_only_stage_1_finds_unused_parameters_under_ddp(settings, stage, strategy):
     """Before its start step the discriminator has no gradients."""
-    config = composed(f"stage={stage}", *(f"trainer.{key}={value}" for key, value in settings.items()))
+    config = compose_config(f"stage={stage}", *(f"trainer.{key}={value}" for key, value in settings.items()))
     if stage == "transformer":
         config.vqgan = "shapes"
     assert make_strategy(to_training_config(config)) == strategy

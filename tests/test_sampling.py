@@ -196,7 +196,7 @@ def test_per_sample_seeds():
         per_sample_seeds([1, 2], 3)
     assert per_sample_seeds(2**63 - 2, 2) == [2**63 - 2, 2**63 - 1]
     for seed, first in ((2**63 - 1, 2**63), (-1, -1)):
-        with pytest.raises(ValueError, match=rf"seeds must be in \[0, 2\*\*63\), got {first}"):
+        with pytest.raises(ValueError, match=rf"seed must be in \[0, 2\*\*63\), got {first}"):
             per_sample_seeds(seed, 2)
 
 

@@ -121,11 +121,11 @@ def test_fuzzed_files_are_read_or_refused_in_one_sentence(name):
 
 def test_runs_are_compared_by_their_curves_and_last_grids(tmp_path, monkeypatch, capsys):
     for name, values in {"a": (1.0, 2.5), "b": (1.0, 3.0)}.items():
-        (tmp_path / name / "pictures").mkdir(parents=True)
+        (tmp_path / name / "grids").mkdir(parents=True)
         rows = "".join(f"{step},{value}\n" for step, value in zip((9, 19), values))
         (tmp_path / name / "metrics.csv").write_text(f"step,train/loss\n{rows}")
         for step, color in ((10, "black"), (20, "red")):
-            Image.new("RGB", (400, 100), color).save(tmp_path / name / "pictures" / f"grid_{step:07d}.png")
+            Image.new("RGB", (400, 100), color).save(tmp_path / name / "grids" / f"grid_{step:07d}.png")
     output = tmp_path / "compared.png"
     options = ["--metrics", "train/loss", "--grids", "grid", "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["compare_runs", str(tmp_path / "a"), str(tmp_path / "b"), *options])

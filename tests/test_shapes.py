@@ -20,7 +20,7 @@ from clipgen.data.shapes import (
     Attributes,
     ShapesDataset,
     held_out_attributes,
-    parse,
+    parse_caption,
     shapes_data,
     silhouettes,
 )
@@ -29,28 +29,28 @@ from clipgen.evaluation.shapes_evaluator import evaluate_shapes
 
 def test_vocabulary_size():
     assert len(SHAPES) >= 6 and len(COLORS) >= 8 and len(RADII) >= 2 and len(BACKGROUNDS) >= 3
-    sentences = {str(attributes) for attributes in ALL_ATTRIBUTES}
-    assert len(sentences) == len(ALL_ATTRIBUTES) == len(SHAPES) * len(COLORS) * len(RADII) * len(BACKGROUNDS)
+    captions = {str(attributes) for attributes in ALL_ATTRIBUTES}
+    assert len(captions) == len(ALL_ATTRIBUTES) == len(SHAPES) * len(COLORS) * len(RADII) * len(BACKGROUNDS)
 
 
 def test_parse_inverts_str():
     assert str(Attributes("large", "blue", "ring", "white")) == "a large blue ring on a white background"
-    assert all(parse(str(attributes)) == attributes for attributes in ALL_ATTRIBUTES)
-    assert parse("A small Red star on a black background.") == Attributes("small", "red", "star", "black")
+    assert all(parse_caption(str(attributes)) == attributes for attributes in ALL_ATTRIBUTES)
+    assert parse_caption("A small Red star on a black background.") == Attributes("small", "red", "star", "black")
 
 
 @pytest.mark.parametrize("what", ["", "cat", "large blue cat", "blue large ring", "blue ring", "nice large blue ring"])
 def test_other_sentences_are_refused(what):
-    sentence = f"a {what} on a white background" if what else ""
-    with pytest.raises(ValueError, match="sentence must read like 'a small red circle on a white background'"):
-        parse(sentence)
+    caption = f"a {what} on a white background" if what else ""
+    with pytest.raises(ValueError, match="caption must read like 'a small red circle on a white background'"):
+        parse_caption(caption)
 
 
 def test_sample_shapes_and_ranges():
     sample = ShapesDataset(4, image_size=48)[1]
     assert sample["images"].shape == (3, 48, 48) and sample["images"].dtype == torch.float32
     assert sample["images"].min() >= -1 and sample["images"].max() <= 1
-    assert parse(sample["texts"]) in ALL_ATTRIBUTES
+    assert parse_caption(sample["texts"]) in ALL_ATTRIBUTES
     batch = next(iter(DataLoader(ShapesDataset(4), batch_size=3)))
     assert batch["images"].shape == (3, 3, 32, 32) and len(batch["texts"]) == 3
 
@@ -90,7 +90,7 @@ def test_held_out_pairs_occur_in_no_split(fraction, pairs):
 
 
 def test_images_of_seed_0_have_not_changed():
-    """The first sentences of seed 0, from before ``held_out`` was added."""
+    """The first captions of seed 0, from before ``held_out`` was added."""
     first = ["a small blue triangle on a black background", "a large yellow star on a white background"]
     assert [str(a) for a in ShapesDataset(2).attributes] == first
 
@@ -121,7 +121,10 @@ def test_attributes_are_uniform():
 
 
 def test_explicit_attributes_are_repeated():
-    chosen = [parse("a small red star on a black background"), parse("a large pink ring on a gray background")]
+    chosen = [
+        parse_caption("a small red star on a black background"),
+        parse_caption("a large pink ring on a gray background"),
+    ]
     data = ShapesDataset(5, attributes=chosen)
     assert data.attributes == [chosen[i % 2] for i in range(5)]
     assert evaluate_shapes(data.render(range(5))) == data.attributes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, ShapesDataset, parse
+from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, ShapesDataset, parse_caption
 from clipgen.evaluation.shapes_evaluator import UNKNOWN, accuracy, evaluate_shapes
 
 
@@ -49,7 +49,7 @@ def test_evaluator_finds_no_shape_in_noise_or_flat_images(image):
 
 
 def test_half_a_shape_is_not_the_shape():
-    circle = parse("a large red circle on a white background")
+    circle = parse_caption("a large red circle on a white background")
     images = ShapesDataset(100, seed=15, attributes=[circle]).render(range(100))
     images[:, :, :, 14:] = 1.0  # white
     assert accuracy(images, [circle] * 100)["all"] < 0.05

@@ -62,10 +62,12 @@ def test_table_has_muon_and_adamw_rows_of_both_recipes():
 
 
 def test_hfailab_row_has_the_settings_of_its_configuration():
-    from clipgen.cli.config import composed
+    from clipgen.cli.config import compose_config
 
-    published = composed("stage=transformer", "experiment=coco", "recipe=hfailab_transformer", "data.root=x", "vqgan=x")
-    row = composed("stage=transformer", *(f"model.{setting}" for setting in study_rows.HFAILAB))
+    published = compose_config(
+        "stage=transformer", "experiment=coco", "recipe=hfailab_transformer", "data.root=x", "vqgan=x"
+    )
+    row = compose_config("stage=transformer", *(f"model.{setting}" for setting in study_rows.HFAILAB))
     names = ("dropout", "mlp_dropout", "tie_embeddings", "lm_head_bias", "activation", "weight_init", "scale_condition")
     assert all(row.model[name] == published.model[name] for name in names)
     for name in ("name", "betas", "weight_decay", "decay_embeddings"):
@@ -122,9 +124,9 @@ def test_sampling_parameters_have_the_highest_score_on_the_tuning_split(tiny_stu
 def test_real_images_show_their_prompts_and_differ_by_seed(tiny_study):
     prompts = tiny_study.setting.prompts[:6]
     images = tiny_study.real_images(prompts, range(6))
-    from clipgen.data.shapes import parse
+    from clipgen.data.shapes import parse_caption
 
-    assert matches(images, [parse(prompt) for prompt in prompts]).all()
+    assert matches(images, [parse_caption(prompt) for prompt in prompts]).all()
     again = tiny_study.real_images(prompts, range(6))
     others = tiny_study.real_images(prompts, range(100, 106))
     assert torch.equal(images, again) and not torch.equal(images, others)

@@ -23,7 +23,7 @@ from clipgen.data import token_cache
 from clipgen.data.class_names import read_names
 from clipgen.data.folder import folder_data
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, shapes_data
-from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, class_names, read_manifest
+from clipgen.data.token_cache import TokenCacheDataModule, TokenCacheDataset, class_names_of, read_manifest
 from clipgen.data.webdataset import shard_data
 from clipgen.hardware.device import default_device
 from clipgen.hardware.ranks import rank_and_world_size
@@ -45,7 +45,7 @@ def data():
 
 @pytest.fixture
 def encode(tiny_vqgan, shapes_clip, data):
-    return lambda root, **options: precompute.encode(
+    return lambda root, **options: precompute.write_token_cache(
         root, data, tiny_vqgan, shapes_clip, SOURCE, **(dict(shard_size=16, batch_size=7) | options)
     )
 
@@ -97,12 +97,16 @@ def test_open_shards_hold_no_file_descriptors(cache):
 
 def test_augmentations_cycle_by_epoch_and_broken_images_are_left_out(shared, tmp_path, tiny_vqgan, shapes_clip):
     data = folder_data(shared / "data" / "bad_images", 32, batch_size=2, val_fraction=0)
-    assert precompute.encode(tmp_path / "a", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5)
+    assert precompute.write_token_cache(
+        tmp_path / "a", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5
+    )
     dataset = TokenCacheDataset(tmp_path / "a" / "train")
     assert len(dataset) == len(data.train)  # the usable images
     views = torch.stack([dataset[(epoch, 0)]["indices"] for epoch in range(4)])
     assert torch.equal(views[0], views[3]) and not torch.equal(views[0], views[1])
-    assert precompute.encode(tmp_path / "b", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5)
+    assert precompute.write_token_cache(
+        tmp_path / "b", data, tiny_vqgan, shapes_clip, {}, augmentations=3, shard_size=5
+    )
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -110,7 +114,7 @@ def test_one_augmentation_is_the_center_crop(tmp_path, tiny_vqgan, shapes_clip):
     (tmp_path / "images").mkdir()
     Image.effect_noise((64, 32), 90).convert("RGB").save(tmp_path / "images" / "wide.png")
     data = folder_data(tmp_path / "images", 32, batch_size=1, val_fraction=0)
-    precompute.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+    precompute.write_token_cache(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
     center = folder_data(tmp_path / "images", 32, batch_size=1, val_root=tmp_path / "images").val[0]["images"]
     indices = TokenCacheDataset(tmp_path / "cache" / "train")[0]["indices"]
     assert torch.equal(indices, tiny_vqgan.encode(center[None]).flatten())
@@ -248,7 +252,7 @@ def test_cache_of_other_settings_or_models_is_not_extended(encode, cache, data, 
         encode(cache, shard_size=20)
     torch.manual_seed(5)
     with pytest.raises(ValueError, match="contains results computed with vqgan="):
-        precompute.encode(cache, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
+        precompute.write_token_cache(cache, data, make_vqgan(**VQGAN_SIZES).eval(), shapes_clip, SOURCE, shard_size=16)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "transformer"])
@@ -374,14 +378,14 @@ def test_training_from_a_cache_logs_images(call, encoded, monkeypatch):
     arguments = ["data=cached", f"data.root={encoded}", prompts, "trainer.max_steps=2"]
     result = call("clipgen-train", *TRANSFORMER, *arguments, "output=run")
     names = [f"{name}_0000002.png" for name in ("from_images", "from_texts")]
-    assert result.code == 0 and sorted(path.name for path in Path("run/pictures").iterdir()) == names, result.stderr
+    assert result.code == 0 and sorted(path.name for path in Path("run/grids").iterdir()) == names, result.stderr
 
     def refuse(*_, **__):
         raise OSError("no network")
 
     monkeypatch.setattr("clipgen.training.callbacks.image_logger.load_clip", refuse)
     result = call("clipgen-train", *TRANSFORMER, *arguments, "output=alone")
-    assert result.code == 0 and [path.name for path in Path("alone/pictures").iterdir()] == names[:1], result.stderr
+    assert result.code == 0 and [path.name for path in Path("alone/grids").iterdir()] == names[:1], result.stderr
 
 
 def test_clip_loss_loads_the_models_of_the_cache(call, encoded):
@@ -428,7 +432,7 @@ def test_damaged_cache_is_refused(call, encoded, tmp_path):
         (lambda: make_vqgan(**VQGAN_SIZES).save(encoded / "vqgan"), "another tokenizer than"),
         (
             lambda: (encoded / "train/shard-000001.npy").unlink(),
-            "train must hold 64 images, as the manifest says, got 48",
+            "train must contain 64 images, as the manifest says, got 48",
         ),
         (lambda: cut("train/shard-000001.npy", 200), "shard-000001.npy is damaged"),
         (lambda: cut("train/shard-000001.npy", 0), "shard-000001.npy is damaged"),
@@ -512,7 +516,7 @@ def labels_of(cache: Path, split: str = "train") -> list[int]:
 
 def test_labels_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
     data = shapes_data(train_size=50, val_size=10, image_size=32, batch_size=8, labels=True)
-    assert precompute.encode(tmp_path / "labeled", data, tiny_vqgan, shapes_clip, {}, shard_size=16)
+    assert precompute.write_token_cache(tmp_path / "labeled", data, tiny_vqgan, shapes_clip, {}, shard_size=16)
     expected = [ALL_ATTRIBUTES.index(attributes) for attributes in data.train.attributes]
     assert labels_of(tmp_path / "labeled") == expected
     manifest = read_manifest(tmp_path / "labeled")
@@ -534,15 +538,15 @@ def test_labels_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
         {"0.jpg": GOOD, "0.cls": b"4", "1.jpg": GOOD, "2.jpg": GOOD, "2.cls": b"-1", "3.jpg": GOOD, "3.cls": b"2"},
     )
     data = shard_data(f"{tmp_path}/*.tar", None, 32, batch_size=1, labels=True)
-    assert precompute.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
+    assert precompute.write_token_cache(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
     assert labels_of(tmp_path / "cache") == [4, 2]  # images without a class are skipped
     manifest = read_manifest(tmp_path / "cache")
-    assert manifest["num_classes"] == 5 and class_names(manifest, "cache") == ["0", "1", "2", "3", "4"]
+    assert manifest["num_classes"] == 5 and class_names_of(manifest, "cache") == ["0", "1", "2", "3", "4"]
 
     (tmp_path / "names.json").write_text('["a", "b", "c", "d"]')
     named = shard_data(f"{tmp_path}/*.tar", None, 32, 1, labels=True, class_names=str(tmp_path / "names.json"))
     with pytest.raises(ValueError, match="must be below 4, the number of class names, got 4"):
-        precompute.encode(tmp_path / "named", named, tiny_vqgan, shapes_clip, {})
+        precompute.write_token_cache(tmp_path / "named", named, tiny_vqgan, shapes_clip, {})
 
 
 def test_first_shard_may_be_empty(tmp_path, tiny_vqgan, shapes_clip):
@@ -550,7 +554,7 @@ def test_first_shard_may_be_empty(tmp_path, tiny_vqgan, shapes_clip):
     make_tar(tmp_path / "0.tar", {"0.png": b"broken"})
     make_tar(tmp_path / "1.tar", {"0.jpg": GOOD, "1.jpg": GOOD})
     data = shard_data(f"{tmp_path}/*.tar", None, 32, batch_size=1)
-    assert precompute.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
+    assert precompute.write_token_cache(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {}, augmentations=2)
     dataset = TokenCacheDataset(tmp_path / "cache" / "train")
     assert len(dataset) == 2 and dataset[(1, 0)]["indices"].shape == (16,)
     assert dataset[1]["condition"].shape == (64,)
@@ -561,7 +565,7 @@ def test_labels_of_folders(tmp_path, tiny_vqgan, shapes_clip):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), "red").save(tmp_path / name)
     data = folder_data(tmp_path / "train", 32, 1, val_root=tmp_path / "val", labels=True)
-    assert precompute.encode(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
+    assert precompute.write_token_cache(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
     assert labels_of(tmp_path / "cache") == [0, 1, 1] and labels_of(tmp_path / "cache", "val") == [1]  # sorted by path
     assert read_manifest(tmp_path / "cache")["class_names"] == ["ant", "cat"]
     with pytest.raises(ValueError, match=r"in a folder named after one of the training classes, got ant/c.png"):
@@ -571,7 +575,7 @@ def test_labels_of_folders(tmp_path, tiny_vqgan, shapes_clip):
 
 
 def test_classes_of_a_cache_without_labels_are_refused(cache):
-    with pytest.raises(ValueError, match=r"holds no labels; make one with `clipgen-encode data\.labels=true`"):
+    with pytest.raises(ValueError, match=r"contains no labels; make one with `clipgen-encode data\.labels=true`"):
         TokenCacheDataModule(cache, batch_size=1, conditioning="class")
     with pytest.raises(ValueError, match="conditioning must be 'clip' or 'class', got 'text'"):
         TokenCacheDataModule(cache, batch_size=1, conditioning="text")
@@ -586,5 +590,5 @@ def test_class_names_are_read_from_json_and_text(tmp_path, name, text):
 @pytest.mark.parametrize("text", ["{}", "[1, 2]", "[]", "[", ""])
 def test_invalid_class_names_are_refused(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a.json must hold a .*list of class names"):
+    with pytest.raises(ValueError, match=r"a.json must contain a .*list of class names"):
         read_names(tmp_path / "a.json")

@@ -40,7 +40,7 @@ def test_both_stages_train_from_plain_dictionaries(tmp_path):
     train(transformer_config(tmp_path / "transformer", tmp_path / "vqgan"))
     pipe = TextToImage.load(tmp_path / "transformer")
     assert pipe("a large blue ring on a white background", seed=0)[0].size == (32, 32)
-    assert (tmp_path / "vqgan" / "pictures" / "reconstructions_0000002.png").is_file()
+    assert (tmp_path / "vqgan" / "grids" / "reconstructions_0000002.png").is_file()
 
 
 def test_the_written_configuration_trains_the_same_model(tmp_path):

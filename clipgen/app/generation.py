@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from clipgen.app.messages import status
 from clipgen.app.models import ModelStore
 from clipgen.app.results import Result, make_results, sheet_metadata
-from clipgen.generation.bundled_vocabulary import remarks
+from clipgen.generation.bundled_vocabulary import prompt_warnings
 from clipgen.generation.partial_images import PartialImages, PartialRequest
 from clipgen.generation.streaming import Report, stream
 from clipgen.visualization import grid
@@ -139,4 +139,4 @@ def notes(request: ImageRequest) -> list[str]:
             texts.extend(prompt)
         elif getattr(prompt, "size", None) != (32, 32):
             images.append("the upload")
-    return remarks(request.model, texts, images)
+    return prompt_warnings(request.model, texts, images)

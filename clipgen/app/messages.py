@@ -23,7 +23,7 @@ def error_status(error: Exception) -> str:
         text = error_line(error)
     else:
         logger.error("A request of the web page failed", exc_info=error)
-        text = f"the server failed ({type(error).__name__}); its log says where"
+        text = f"the server failed ({type(error).__name__}); its log contains the traceback"
     # The name of a model or of a setting stays as it is.
     start = text[:1].upper() if text.split(maxsplit=1)[0].isalpha() else text[:1]
     sentence = start + text[1:].rstrip(".") + "."

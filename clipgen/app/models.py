@@ -94,7 +94,7 @@ class ModelStore:
         """Return the default sampling parameters of a model, or None if it must be loaded to know them."""
         self.check(name)
         folder = BUNDLED.get(name, Path(name))
-        return default_params.load_params(folder) if (folder / default_params.FILE).is_file() else None
+        return default_params.load_params(folder) if (folder / default_params.PARAMS_FILE).is_file() else None
 
     def load(self, name: str) -> TextToImage:
         """Return a model, loaded at its first use. Different models are loaded at the same time, each only once.

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load_generator"]
 
+GENERATOR_FORMS = "a run folder, biggan:FILE, sagan:FILE, a TorchScript file or module:function"
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from clipgen.baselines import GENERATOR_FORMS
 from clipgen.baselines.class_conditional import ClassConditionalGenerator
 from clipgen.baselines.gan_files import is_gan_file, load_gan_file
 from clipgen.data.class_names import NAME_LISTS, name_list, read_names
@@ -153,10 +154,7 @@ def load_external(source: str, path: Path, device: str | torch.device) -> Any:
     module, colon, name = source.partition(":")
     if colon:
         return load_function(module, name)
-    raise FileNotFoundError(
-        "generator must be a run folder, biggan:FILE, sagan:FILE, a TorchScript file or module:function, "
-        f"got {source}, which does not exist"
-    )
+    raise FileNotFoundError(f"generator must be {GENERATOR_FORMS}, got {source}, which does not exist")
 
 
 def wrap_function(

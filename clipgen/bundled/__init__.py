@@ -8,4 +8,5 @@ CONTENT = {
     "cifar10": "photographs of the ten classes of CIFAR-10, 32 x 32 pixels",
 }
 DEFAULT = "shapes"
+BUNDLED_NAMES = " or ".join(CONTENT)
 BUNDLED = {name: Path(__file__).parent / name for name in CONTENT}

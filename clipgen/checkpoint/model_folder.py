@@ -30,20 +30,11 @@ from clipgen.checkpoint.safe_load import (
     strip_wrappers,
 )
 from clipgen.checkpoint.verified_build import build_verified
+from clipgen.model_kinds import COMMANDS, MODEL_FOLDER_NAMES
 from clipgen.storage.atomic_folder import finish_swap, replace_folder
 from clipgen.storage.files import check_size, one_line, read_json
 from clipgen.storage.links import check_inside
 
-COMMANDS = {
-    "VQGAN": "clipgen-train stage=vqgan",
-    "ConditionalTransformer": "clipgen-train stage=transformer",
-    "ClassConditionalTransformer": "clipgen-train stage=transformer data=cached data.conditioning=class",
-}
-MODEL_FOLDER_NAMES = {  # name of the model folder in a run folder
-    "VQGAN": "vqgan",
-    "ConditionalTransformer": "transformer",
-    "ClassConditionalTransformer": "label_transformer",
-}
 MODEL_FILES = ("config.json", "model.safetensors")
 REQUIRED_WEIGHT = {  # a weight that every such model has; it reveals a prefix that a wrapper has added
     "VQGAN": "autoencoder.encoder.conv_in.weight",

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipgen.bundled import BUNDLED_NAMES, DEFAULT
 from clipgen.cli.baseline_args import (
     NO_PROMPT,
     add_clip,
@@ -23,10 +24,11 @@ from clipgen.cli.baseline_args import (
 from clipgen.cli.baseline_biggan_clip import add_biggan_clip
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.baseline_search import add_search, check_threshold
-from clipgen.cli.console import guarded, say
+from clipgen.cli.console import print_line, run_command
 from clipgen.cli.model_path import check_generator_path, check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.hardware.device import default_device
+from clipgen.sampling_params import check_seed
 from clipgen.storage.files import user_path
 from clipgen.storage.output_folder import output_folder
 
@@ -36,14 +38,14 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the command."""
-    guarded("clipgen-baseline", run)
+    run_command("clipgen-baseline", run)
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser. No module that imports torch is imported before the arguments are parsed."""
     raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("clipgen-baseline", description=__doc__.replace("``", ""), formatter_class=raw)
-    systems = p.add_subparsers(dest="system", required=True)
+    parser = argparse.ArgumentParser("clipgen-baseline", description=__doc__.replace("``", ""), formatter_class=raw)
+    systems = parser.add_subparsers(dest="system", required=True)
     add_vqgan_clip(systems.add_parser("vqgan-clip", help="optimize a tokenizer's latents until they match the prompt"))
     add_biggan_clip(systems.add_parser("biggan-clip", help="optimize a BigGAN's latents until they match the prompt"))
     add_search(systems.add_parser("search", help="generate images of the classes nearest to the prompt, keep the best"))
@@ -55,22 +57,23 @@ def parser() -> argparse.ArgumentParser:
         )
         group.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
         group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")
-    return p
+    return parser
 
 
-def add_vqgan_clip(p: argparse.ArgumentParser) -> None:
+def add_vqgan_clip(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``run_vqgan_clip``."""
-    p.set_defaults(run=run_vqgan_clip)
-    add_prompts(p)
-    models = p.add_argument_group("models")
+    parser.set_defaults(run=run_vqgan_clip)
+    add_prompts(parser)
+    models = parser.add_argument_group("models")
     models.add_argument(
         "--checkpoint",
-        default="shapes",
-        help="text-to-image model whose tokenizer and CLIP are used (default: the bundled shapes model)",
+        default=DEFAULT,
+        help="text-to-image model whose tokenizer and CLIP are used: stage-2 run folder, checkpoint, pipeline folder, "
+        f"hf-hub:OWNER/NAME, {BUNDLED_NAMES} (default: %(default)s)",
     )
     models.add_argument("--vqgan", help="another tokenizer: stage-1 run folder, checkpoint or model folder")
     add_clip(models, "that of --checkpoint")
-    optimization = p.add_argument_group("optimization")
+    optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--num-images", type=int, default=4, help="images per prompt (default: %(default)s)")
     optimization.add_argument("--steps", type=int, default=300, help="optimizer steps (default: %(default)s)")
     optimization.add_argument(
@@ -81,28 +84,27 @@ def add_vqgan_clip(p: argparse.ArgumentParser) -> None:
     optimization.add_argument("--batch-size", type=int, default=1, help="images per batch (default: %(default)s)")
 
 
-def add_class(p: argparse.ArgumentParser) -> None:
+def add_class(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``run_class``."""
-    p.set_defaults(run=run_class)
-    p.add_argument(
+    parser.set_defaults(run=run_class)
+    parser.add_argument(
         "--class",
         dest="classes",
         action="append",
         required=True,
         help="name or number of a class; may be repeated",
     )
-    p.add_argument("--checkpoint", required=True, help="run folder of the class-conditional transformer")
-    p.add_argument("--num-images", type=int, default=4, help="images per class (default: %(default)s)")
-    add_sampling_options(p.add_argument_group("sampling"))
+    parser.add_argument("--checkpoint", required=True, help="run folder of the class-conditional transformer")
+    parser.add_argument("--num-images", type=int, default=4, help="images per class (default: %(default)s)")
+    add_sampling_options(parser.add_argument_group("sampling"))
 
 
 def run() -> None:
     """Check the arguments and run the system."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
+    check_seed(args.seed)
     if args.system == "search":
         check_threshold(args)
     check_paths(args)
@@ -163,7 +165,7 @@ def run_vqgan_clip(args: argparse.Namespace) -> None:
         scores = [real_score(clip, image[None], [prompt]) for image in images]
         metadata = [{"prompt": prompt, "clip_score": score} for score in scores]
         output.add(images, prompt, image_seeds(args), metadata)
-        say(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}, {seconds:.1f} s per image")
+        print_line(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}, {seconds:.1f} s per image")
     output.save_grid()
 
 

@@ -15,17 +15,17 @@ PAPER_CLIP = "ViT-B-32-quickgelu:openai"
 NO_PROMPT = "a prompt is needed: give --prompt, --prompts-file or --captions"
 
 
-def add_prompts(p: argparse.ArgumentParser) -> None:
+def add_prompts(parser: argparse.ArgumentParser) -> None:
     """Add the options that name the prompts."""
-    p.add_argument("--prompt", action="append", default=[], help="prompt; may be repeated")
-    p.add_argument(
+    parser.add_argument("--prompt", action="append", default=[], help="prompt; may be repeated")
+    parser.add_argument(
         "--prompts-file", type=user_path, action="append", default=[], help="text file with one prompt per line"
     )
-    p.add_argument(
+    parser.add_argument(
         "--captions",
         help="captions of images instead of prompts, in any format of clipgen-eval: the first of each image",
     )
-    p.add_argument(
+    parser.add_argument(
         "--split", choices=("train", "test", "all"), help="split of a folder of CUB-200-2011 (default: test)"
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.baseline_args import add_clip, add_prompts, image_seeds, load_search_clip
 from clipgen.cli.baseline_output import ImageOutput
-from clipgen.cli.console import say
+from clipgen.cli.console import print_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,12 +18,12 @@ PROGRESS_INTERVAL = 10  # seconds
 LAYERED = ("generate", "num_layers", "layer_noise_dim", "num_classes")  # attributes of a ``LayeredGenerator``
 
 
-def add_biggan_clip(p: argparse.ArgumentParser) -> None:
+def add_biggan_clip(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``run_biggan_clip``."""
-    p.set_defaults(run=run_biggan_clip)
-    add_prompts(p)
-    p.add_argument("--penalize", action="append", default=[], help="prompt to stay away from; may be repeated")
-    models = p.add_argument_group("models")
+    parser.set_defaults(run=run_biggan_clip)
+    add_prompts(parser)
+    parser.add_argument("--penalize", action="append", default=[], help="prompt to stay away from; may be repeated")
+    models = parser.add_argument_group("models")
     models.add_argument(
         "--generator",
         required=True,
@@ -31,7 +31,7 @@ def add_biggan_clip(p: argparse.ArgumentParser) -> None:
         "you trust",
     )
     add_clip(models, "the papers' ViT-B/32")
-    group = p.add_argument_group("optimization")
+    group = parser.add_argument_group("optimization")
     group.add_argument("--num-images", type=int, default=1, help="images per prompt (default: %(default)s)")
     group.add_argument("--steps", type=int, default=500, help="steps of Adam (default: %(default)s)")
     group.add_argument("--learning-rate", type=float, default=0.07, help="learning rate (default: %(default)s)")
@@ -70,7 +70,7 @@ def run_biggan_clip(args: argparse.Namespace) -> None:
         )
         scores = [real_score(clip, image[None], [prompt]) for image in images]
         output.add(images, prompt, image_seeds(args), [{"prompt": prompt, "clip_score": score} for score in scores])
-        say(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}")
+        print_line(f"{prompt}: CLIP score {sum(scores) / len(scores):.4f}")
     output.save_grid()
 
 
@@ -109,7 +109,9 @@ def progress(args: argparse.Namespace, prompt: str) -> Callable[[int, int, float
         if now - last > PROGRESS_INTERVAL or done == total:
             last = now
             speed = done / (now - start)
-            say(f"{prompt}: step {done}/{total}, loss {loss:.3f}, {speed:.2f} it/s, ETA {(total - done) / speed:.0f} s")
+            print_line(
+                f"{prompt}: step {done}/{total}, loss {loss:.3f}, {speed:.2f} it/s, ETA {(total - done) / speed:.0f} s"
+            )
         if args.preview_every and (step + 1) % args.preview_every == 0:
             save_png(to_pil(image())[0], args.output / "preview.png", {"prompt": prompt, "step": step + 1})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import say
+from clipgen.cli.console import print_line
 from clipgen.generation.file_names import file_name
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ImageOutput:
-    """The images of a command: one PNG each, whose metadata says how it was made, and all of them in ``grid.png``."""
+    """The images of a command: one PNG each with its settings as metadata, and all of them in ``grid.png``."""
 
     def __init__(self, args: Namespace, settings: dict[str, Any]):
         import clipgen
@@ -38,7 +38,7 @@ class ImageOutput:
 
         for image, seed, own_metadata in zip(to_pil(images), seeds, metadata):
             path = self.folder / file_name(f"{self.num_groups:02d}", caption, str(seed))
-            say(save_png(image, path, {"seed": seed, **own_metadata, **self.metadata}))
+            print_line(save_png(image, path, {"seed": seed, **own_metadata, **self.metadata}))
             score = own_metadata.get("clip_score")
             self.images.append(image)
             self.captions.append(caption if score is None else f"{caption} ({score:.3f})")
@@ -50,4 +50,4 @@ class ImageOutput:
         from clipgen.visualization import grid
 
         columns = self.columns if self.num_groups > 1 else None
-        say(save_png(grid(self.images, columns, self.captions), self.folder / "grid.png"))
+        print_line(save_png(grid(self.images, columns, self.captions), self.folder / "grid.png"))

@@ -7,22 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.baseline_args import add_clip, add_prompts, load_search_clip
 from clipgen.cli.baseline_output import ImageOutput
-from clipgen.cli.console import say
+from clipgen.cli.console import print_line
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.storage.files import user_path
 
 if TYPE_CHECKING:
+    from clipgen import FrozenCLIP
     from clipgen.baselines.search import ScoringCLIP, SearchResult, SearchRow
     from clipgen.baselines.search_protocol import SearchProtocol
 
 PROTOCOLS = ("csc2516",)
 
 
-def add_search(p: argparse.ArgumentParser) -> None:
+def add_search(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``run_search``."""
-    p.set_defaults(run=run_search)
-    add_prompts(p)
-    models = p.add_argument_group("models")
+    parser.set_defaults(run=run_search)
+    add_prompts(parser)
+    models = parser.add_argument_group("models")
     models.add_argument(
         "--generator",
         required=True,
@@ -42,7 +43,7 @@ def add_search(p: argparse.ArgumentParser) -> None:
         "line, LOC_synset_mapping.txt, imagenet_class_index.json, imagenet (CLIP's wording) or imagenet-torchvision",
     )
     add_clip(models, "that of the run folder, else the papers' ViT-B/32")
-    options = p.add_argument_group("search")
+    options = parser.add_argument_group("search")
     options.add_argument("--k", type=int, default=10, help="number of classes to sample from (default: %(default)s)")
     options.add_argument(
         "--template", help='text for the CLIP embedding of a class (default: "An image of {label}", as in the paper)'
@@ -50,8 +51,8 @@ def add_search(p: argparse.ArgumentParser) -> None:
     options.add_argument("--num-images", type=int, default=100, help="images per prompt, b_max (default: %(default)s)")
     options.add_argument("--batch-size", type=int, default=32, help="images per batch (default: %(default)s)")
     options.add_argument("--save-all", action="store_true", help="write all generated images below OUTPUT/all")
-    add_table(p.add_argument_group("tables of the paper"))
-    add_sampling_options(p.add_argument_group("sampling of a class-conditional transformer"))
+    add_table(parser.add_argument_group("tables of the paper"))
+    add_sampling_options(parser.add_argument_group("sampling of a class-conditional transformer"))
 
 
 def add_table(group: argparse._ArgumentGroup) -> None:
@@ -104,8 +105,6 @@ def check_threshold(args: argparse.Namespace) -> None:
 
 def run_search(args: argparse.Namespace) -> None:
     """Search the best image of each prompt, or compute the paper's tables over all prompts."""
-    from clipgen.baselines.search import encode_labels, search
-
     generator = load_search_generator(args)
     clip = load_search_clip(args)
     if args.protocol:
@@ -114,6 +113,13 @@ def run_search(args: argparse.Namespace) -> None:
         if args.real_images:
             args.threshold = mean_caption_score(args, clip)
         return write_table(search_rows(args, generator, clip, args.prompts, None, args.threshold), args)
+    search_images(args, generator, clip)
+
+
+def search_images(args: argparse.Namespace, generator: Any, clip: FrozenCLIP) -> None:
+    """Search the best image of each prompt, and write them."""
+    from clipgen.baselines.search import encode_labels, search
+
     truncation = {} if args.truncation is None else {"truncation": args.truncation}
     output = ImageOutput(args, {"k": args.k, "num_images": args.num_images, **truncation})
     label_embeddings = encode_labels(clip, generator.class_names, args.template)
@@ -133,7 +139,7 @@ def run_search(args: argparse.Namespace) -> None:
         name = generator.class_names[result.class_index]
         metadata = {"prompt": prompt, "clip_score": result.score, "label": name, "curve": result.curve.tolist()}
         output.add(result.image[None], prompt, [args.seed], [metadata])
-        say(f"{prompt}: CLIP score {result.score:.4f}, class {name!r}")
+        print_line(f"{prompt}: CLIP score {result.score:.4f}, class {name!r}")
     output.save_grid()
 
 
@@ -188,7 +194,7 @@ def mean_caption_score(args: argparse.Namespace, clip: Any) -> float:
         for images, captions in source.read(chunk):
             total += real_score(clip, images.to(clip.device), captions) * len(images)
     score = total / len(source.captions)
-    say(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
+    print_line(f"threshold, from {len(source.captions)} captions of real images: {score:.4f}")
     return score
 
 
@@ -210,7 +216,8 @@ def run_protocol(args: argparse.Namespace, generator: Any, clip: Any) -> None:
         protocol.threshold = mean_caption_score(args, scoring)
     captions = None if protocol.one_caption else groups
     rows = search_rows(args, generator, scoring, prompts, captions, protocol.threshold)
-    args.threshold, args.truncation = protocol.threshold, protocol.truncation
+    args.threshold = protocol.threshold
+    args.truncation = protocol.truncation
     several = max(map(len, groups)) > 1
     write_table(rows, args, protocol.deviations(generator, several))
 
@@ -272,17 +279,41 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
     Args:
         rows: the rows.
         args: the arguments.
-        deviations: where the run departs from ``--protocol``.
+        deviations: the deviations of the run from ``--protocol``; None for a run without a protocol.
     """
     from clipgen.images import save_png
     from clipgen.storage.files import atomic_write, write_json
     from clipgen.visualization import line_chart
 
-    say(f"{'k':>5}  best CLIP score    images needed")
+    print_rows(rows, args)
+    report = make_report(rows, args)
+    system = args.generator
+    if deviations is not None:
+        report |= {"protocol": args.protocol, "clip_input": args.clip_input, "deviations": deviations}
+        system = f"{args.generator}, {args.protocol}; deviations: {'; '.join(deviations)}"
+        print_line(f"Deviations from {args.protocol}:")
+        for text in deviations:
+            print_line(f"- {text}")
+    write_json(args.output / "search.json", report)
+    with atomic_write(args.output / "search.md") as partial:
+        partial.write_text(paper_tables(rows, system, args), encoding="utf-8")
+    print_line(args.output / "search.json")
+    print_line(args.output / "search.md")
+    curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
+    print_line(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
+
+
+def print_rows(rows: list[SearchRow], args: argparse.Namespace) -> None:
+    """Print the best CLIP score and the number of images needed for every k."""
+    print_line(f"{'k':>5}  best CLIP score    images needed")
     for row in rows:
         mean, std = row.best_mean_std
-        say(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
-    report = {
+        print_line(f"{row.k:5d}  {mean:.4f} ± {std:.4f}  {format_needed(row, args)}")
+
+
+def make_report(rows: list[SearchRow], args: argparse.Namespace) -> dict[str, Any]:
+    """Return the content of ``search.json``."""
+    return {
         "generator": args.generator,
         "truncation": args.truncation,
         "prompts": len(args.prompts),
@@ -291,22 +322,9 @@ def write_table(rows: list[SearchRow], args: argparse.Namespace, deviations: lis
         "threshold": args.threshold,
         "rows": [{"k": row.k, "best": row.best, "needed": row.needed, "curve": row.curve.tolist()} for row in rows],
     }
-    system = args.generator
-    if deviations is not None:
-        report |= {"protocol": args.protocol, "clip_input": args.clip_input, "deviations": deviations}
-        system = f"{args.generator}, {args.protocol}; deviations: {'; '.join(deviations)}"
-        for line in (f"Deviations from {args.protocol}:", *(f"- {text}" for text in deviations)):
-            say(line)
-    write_json(args.output / "search.json", report)
-    with atomic_write(args.output / "search.md") as partial:
-        partial.write_text(markdown(rows, system, args), encoding="utf-8")
-    say(args.output / "search.json")
-    say(args.output / "search.md")
-    curves = {f"k = {row.k}": row.curve.tolist() for row in rows}
-    say(save_png(line_chart(curves, "images", "best CLIP score", args.threshold), args.output / "search.png"))
 
 
-def markdown(rows: list[SearchRow], system: str, args: argparse.Namespace) -> str:
+def paper_tables(rows: list[SearchRow], system: str, args: argparse.Namespace) -> str:
     """Return the rows as the paper prints them: Table 1 without FID, and Table 2."""
     system = system.replace("|", "\\|")
     columns = []

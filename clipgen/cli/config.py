@@ -17,7 +17,7 @@ from clipgen.training.instantiate import config_dir as config_dir
 from clipgen.training.instantiate import instantiate
 
 SEVERAL_VALUES = r"""\1=\2 has several values: write a list as [a,b], a text as '\1="\2"', or use --multirun"""
-# Pattern of an error of Hydra -> our message
+# Pattern of an error of Hydra -> our message.
 MESSAGES = (
     (r"You must specify '(\w+)'.* Available options:,? (.*)", r"\1 must be one of \2; give \1=..."),
     (r".*Could not find '(\w+)/(.*)' Available options in '\1':,? (.*)", r"\1 must be one of \3, got \2"),
@@ -29,18 +29,18 @@ MESSAGES = (
     (r"Ambiguous value for argument '(.*?)=(.*?)'.*", SEVERAL_VALUES),
     (r".*interpolation '\$.(experiment|variant)._\$.stage.'.*", r"--multirun cannot sweep over stage or experiment"),
 )
-# KEY=VALUE with a key as Hydra accepts it, such as ++data.root or data@package
+# KEY=VALUE with a key as Hydra accepts it, such as ++data.root or data@package.
 ASSIGNMENT = re.compile(r"([+~]{0,2}[\w./@:-]+)=(.*)", re.DOTALL)
 
 
-def composed(*overrides: str, name: str = "train") -> DictConfig:
+def compose_config(*overrides: str, name: str = "train") -> DictConfig:
     """Return the configuration of ``clipgen-train``, or of the command of another ``name``, with overrides."""
-    arguments = readable_arguments(list(overrides))
+    arguments = quote_arguments(list(overrides))
     try:
         with initialize_config_dir(config_dir(), version_base="1.3"):
             return compose(name, overrides=arguments)
     except HydraException as error:
-        raise ValueError(explain(error)) from error
+        raise ValueError(explain_hydra_error(error)) from error
 
 
 def instantiate_node(node: DictConfig, **overrides: Any) -> Any:
@@ -62,7 +62,7 @@ def as_yaml(config: DictConfig) -> str:
 # ----------------------------------------------------------------------------------------------------------- arguments
 
 
-def readable_arguments(arguments: list[str]) -> list[str]:
+def quote_arguments(arguments: list[str]) -> list[str]:
     """Return command-line arguments in a form that Hydra's grammar can parse.
 
     A value that begins with ``~/`` is put in quotes, because shells leave it alone after ``KEY=`` and Hydra cannot
@@ -71,14 +71,14 @@ def readable_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: an argument cannot be parsed; the message contains the argument with quotes that help.
     """
-    return [readable(argument) for argument in arguments]
+    return [quote_argument(argument) for argument in arguments]
 
 
-def readable(argument: str) -> str:
+def quote_argument(argument: str) -> str:
     """Return an argument that Hydra's grammar can parse, or raise ValueError with one that it could."""
     match = ASSIGNMENT.fullmatch(argument)
     if match is None or can_parse(argument):
-        # options, and what Hydra refuses itself
+        # Options, and arguments that Hydra itself refuses.
         return argument
     quoted = f"{match[1]}={quote(match[2])}"
     if match[2] == "~" or match[2].startswith("~/"):
@@ -87,7 +87,7 @@ def readable(argument: str) -> str:
 
 
 def can_parse(argument: str) -> bool:
-    """Return True if Hydra's grammar can parse an argument."""
+    """Return whether Hydra's grammar can parse an argument."""
     try:
         OverridesParser.create().parse_override(argument)
     except HydraException:
@@ -124,7 +124,7 @@ def strings(node: Any) -> Iterator[tuple[Any, Any, str]]:
             yield node, key, value
 
 
-def explain(error: BaseException) -> str:
+def explain_hydra_error(error: BaseException) -> str:
     """Return the message of an error of Hydra in one sentence."""
     text = " ".join(str(error).replace("\n\t", ", ").split()).split(" Config search path")[0]
     for pattern, message in MESSAGES:

@@ -34,7 +34,7 @@ IGNORED_WARNINGS = (
 )
 
 
-def guarded(command: str, main: Callable[[], None]) -> None:
+def run_command(command: str, main: Callable[[], None]) -> None:
     """Run ``main`` and exit. An error is printed as ``COMMAND: error: MESSAGE``; CLIPGEN_DEBUG=1 shows tracebacks."""
     set_up_streams()
     set_up_logging()
@@ -49,7 +49,7 @@ def guarded(command: str, main: Callable[[], None]) -> None:
             raise
         message = error_line(error)
         if not isinstance(error, EXPECTED):
-            message = f"{type(error).__name__}: {message} (CLIPGEN_DEBUG=1 shows where)"
+            message = f"{type(error).__name__}: {message} (set CLIPGEN_DEBUG=1 for the traceback)"
         print(f"{command}: error: {message}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
@@ -82,12 +82,12 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 # -------------------------------------------------------------------------------------------------------------- streams
 
 
-def say(text: object) -> None:
+def print_line(text: object) -> None:
     """Print a line of results. If the pipe is closed or the disk is full, the work continues without output."""
     try:
         print(printable(str(text)), flush=True)
     except OSError as error:
-        give_up_stdout(error)
+        discard_stdout(error)
 
 
 def set_up_streams() -> None:
@@ -106,10 +106,10 @@ def flush_stdout() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
-        give_up_stdout(error)
+        discard_stdout(error)
 
 
-def give_up_stdout(error: OSError) -> None:
+def discard_stdout(error: OSError) -> None:
     """Discard further output, and warn unless the reader has closed the pipe (``| head -1``)."""
     if not isinstance(error, BrokenPipeError):
         logger.warning("the output of this command cannot be written: %s", error_line(error))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 
-from clipgen.cli.console import guarded, say
+from clipgen.cli.console import print_line, run_command
 from clipgen.storage.files import user_path
 
 
 def main() -> None:
     """Run the command."""
-    guarded("clipgen-convert", run)
+    run_command("clipgen-convert", run)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,11 +60,11 @@ def run() -> None:
     else:
         vqgan = VQGAN.from_hfailab(args.vqgan)
     if args.project == "taming" or args.transformer is None:
-        say(vqgan.save(args.output, training=args.training))
+        print_line(vqgan.save(args.output, training=args.training))
         return
     transformer = ConditionalTransformer.from_hfailab(args.transformer, args.n_head)
     clip = FrozenCLIP.from_spec(args.clip)
-    say(TextToImage(vqgan, transformer, clip).save(args.output))
+    print_line(TextToImage(vqgan, transformer, clip).save(args.output))
 
 
 if __name__ == "__main__":

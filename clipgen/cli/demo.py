@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipgen.cli.console import guarded, say
+from clipgen.cli.console import print_line, run_command
 from clipgen.progress import duration
 from clipgen.storage.files import one_line, user_path
 from clipgen.storage.output_folder import free_folder
@@ -25,28 +25,28 @@ DESCRIPTION = (
 NUM_PROMPTS = 200
 REPORT = "report.json"
 DEFAULT_OUTPUT = Path("demo")
-# Training steps of each stage as a fraction of --steps
+# Training steps of each stage as a fraction of --steps.
 STEP_FRACTIONS = {"vqgan": 1.0, "transformer": 4 / 9}
-# Duration of a step of stage 2 in steps of stage 1; 1.7 to 3.2 were measured, depending on the processor
+# Duration of a step of stage 2 in steps of stage 1; 1.7 to 3.2 were measured, depending on the processor.
 STEP_COST = 2.5
-# If the demo takes more than this many seconds, it suggests --steps with this number
+# If the demo takes more than this many seconds, it suggests --steps with this number.
 MAX_SECONDS = 600
 FEWER_STEPS = 360
 EXAMPLE_PROMPT = "a large blue ring on a white background"
-# The lower of the paper's two values for top_p, which is more accurate
+# The lower of the paper's two values for top_p, which is more accurate.
 SAMPLING = {"temperature": 1.0, "top_k": 300, "top_p": 0.8}
-# Types of the settings in the report that a resumed demo reads
+# Types of the settings in the report that a resumed demo reads.
 SETTING_TYPES = {"seed": int, "steps": int | None, "overrides": list[str]}
-# Losses that are plotted, without train/ or val/
+# Losses that are plotted, without the prefix train/ or val/.
 PLOTTED_LOSSES = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
 
 
 def main() -> None:
     """Run the command."""
-    guarded("clipgen-demo", run)
+    run_command("clipgen-demo", run)
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser("clipgen-demo", description=DESCRIPTION)
     parser.add_argument(
@@ -73,17 +73,17 @@ def parser() -> argparse.ArgumentParser:
 
 def run() -> None:
     """Train, generate, evaluate and report."""
-    args = parser().parse_intermixed_args()
+    args = make_parser().parse_intermixed_args()
     seconds: dict[str, float] = {}
     settings = choose_settings(args)
     stages = compose_stages(args.output, args.seed, args.steps, args.overrides)
-    say(describe_plan(args.output, stages))
+    print_line(describe_plan(args.output, stages))
     with timed(seconds, "imports"):
         from clipgen.pipeline import TextToImage
         from clipgen.storage.files import write_json
         from clipgen.storage.output_folder import output_folder
     with output_folder(args.output, keep_pattern="*/checkpoints/*.ckpt"):
-        # --resume reads the settings from the report
+        # --resume reads the settings from the report.
         write_json(args.output / REPORT, {"settings": settings})
         train_stages(stages, args.output, seconds)
     with timed(seconds, "sampling"):
@@ -145,11 +145,11 @@ def read_settings(args: argparse.Namespace) -> None:
 
 
 def choose_folder(args: argparse.Namespace) -> None:
-    """Choose a folder without another demo, and say how to resume one that was interrupted."""
+    """Choose a folder without another demo, and print the command that resumes an interrupted one."""
     requested = args.output
     args.output = free_folder(requested, REPORT)
     if args.output != requested and not (requested / "grid.png").is_file():
-        say(f"{requested} contains an interrupted demo: {resume_command(requested)} resumes it")
+        print_line(f"{requested} contains an interrupted demo: {resume_command(requested)} resumes it")
 
 
 def resume_command(output: Path) -> str:
@@ -160,7 +160,7 @@ def resume_command(output: Path) -> str:
 
 def compose_stages(output: Path, seed: int, steps: int | None, overrides: list[str]) -> dict[str, Any]:
     """Return the configuration of each stage, so that errors appear before the first one is trained."""
-    from clipgen.cli.config import composed
+    from clipgen.cli.config import compose_config
 
     for override in overrides:
         if override.split("=")[0] in ("stage", "output", "vqgan"):
@@ -169,10 +169,10 @@ def compose_stages(output: Path, seed: int, steps: int | None, overrides: list[s
     for stage, fraction in STEP_FRACTIONS.items():
         max_steps = [] if steps is None else [f"trainer.max_steps={max(round(steps * fraction), 1)}"]
         defaults = [f"stage={stage}", "experiment=shapes", "logger=csv", f"seed={seed}"]
-        config = composed(*defaults, *max_steps, *overrides)
+        config = compose_config(*defaults, *max_steps, *overrides)
         if not isinstance(config.trainer.max_steps, int):
             raise TypeError(f"trainer.max_steps must be int, got {config.trainer.max_steps!r}")
-        # not as an override, because Hydra's grammar does not accept all paths
+        # This is not an override, because Hydra's grammar does not accept all paths.
         config.output = str(output / stage)
         if (output / stage / "checkpoints" / "last.ckpt").is_file():
             config.resume = config.output
@@ -182,7 +182,7 @@ def compose_stages(output: Path, seed: int, steps: int | None, overrides: list[s
 
 
 def describe_plan(output: Path, stages: dict[str, Any]) -> str:
-    """Return what the demo is going to do."""
+    """Return a description of the steps of the demo."""
     return (
         f"clipgen-demo trains a tokenizer ({stages['vqgan'].trainer.max_steps} steps) and a transformer "
         f"({stages['transformer'].trainer.max_steps} steps) on images of shapes, then generates an image of each of "
@@ -196,19 +196,19 @@ def describe_plan(output: Path, stages: dict[str, Any]) -> str:
 
 def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]) -> None:
     """Train the stages that are not finished."""
-    from clipgen.cli import train
+    from clipgen.cli.train import train_from_config
     from clipgen.runs import finished_model
     from clipgen.training.callbacks import TimeForecast
 
     for stage, config in stages.items():
         if finished_model(output / stage, stage):
-            say(f"stage={stage} is already trained")
+            print_line(f"stage={stage} is already trained")
             continue
-        say(f"Training stage={stage} ...")
+        print_line(f"Training stage={stage} ...")
         later_steps = stages["transformer"].trainer.max_steps * STEP_COST if stage == "vqgan" else 0
         forecast = TimeForecast(partial(print_forecast, later_steps))
         with timed(seconds, stage):
-            train.train(config, callbacks=[forecast], resume_command=resume_command(output))
+            train_from_config(config, callbacks=[forecast], resume_command=resume_command(output))
 
 
 def print_forecast(later_steps: float, steps_left: float, seconds_per_step: float) -> None:
@@ -221,9 +221,9 @@ def print_forecast(later_steps: float, steps_left: float, seconds_per_step: floa
     """
     stage_seconds = steps_left * seconds_per_step
     total_seconds = (steps_left + later_steps) * seconds_per_step
-    say(f"About {duration(total_seconds)} left, {duration(stage_seconds)} of it in this stage")
+    print_line(f"About {duration(total_seconds)} left, {duration(stage_seconds)} of it in this stage")
     if total_seconds > MAX_SECONDS:
-        say(
+        print_line(
             f"The demo is slow on this machine: --steps {FEWER_STEPS} would take a fifth of the time, with less "
             f'accurate images. Without training, clipgen-sample "{EXAMPLE_PROMPT}" uses the bundled model'
         )
@@ -258,7 +258,7 @@ def generate_and_evaluate(pipe: Any, path: Path, seed: int) -> dict[str, float]:
 
 
 def save_reconstructions(pipe: Any, path: Path) -> None:
-    """Save new images beside their reconstructions by the tokenizer."""
+    """Save new images next to their reconstructions by the tokenizer."""
     import torch
 
     from clipgen.data.shapes import ShapesDataset
@@ -315,13 +315,15 @@ def write_report(output: Path, accuracy: dict[str, float], seconds: dict[str, fl
 
 def print_results(output: Path, accuracy: dict[str, float], seconds: dict[str, float]) -> None:
     """Print the accuracy as a table, the durations and what to do next."""
-    say("")
-    say(f"Of {NUM_PROMPTS} prompts, none of them seen in training, the images that show what the prompt says:")
+    print_line("")
+    print_line(f"Of {NUM_PROMPTS} prompts, none of them seen in training, the images that show what the prompt says:")
     for name, value in accuracy.items():
-        say(f"  {name:<11} {value:6.1%}")
-    say("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
-    say(f"See {output}/grid.png, reconstructions.png and losses.png; then try")
-    say(f'  clipgen-sample --checkpoint {shlex.quote(str(output))}/transformer --prompt "{EXAMPLE_PROMPT}" --top-p 0.8')
+        print_line(f"  {name:<11} {value:6.1%}")
+    print_line("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+    print_line(f"See {output}/grid.png, reconstructions.png and losses.png; then try")
+    print_line(
+        f'  clipgen-sample --checkpoint {shlex.quote(str(output))}/transformer --prompt "{EXAMPLE_PROMPT}" --top-p 0.8'
+    )
 
 
 if __name__ == "__main__":

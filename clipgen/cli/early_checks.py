@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clipgen.cli.config import expand_home
 from clipgen.cli.model_path import check_model_path
-from clipgen.cli.resume_args import by_key, find_run
+from clipgen.cli.resume_args import find_run, parse_by_key
 from clipgen.data.folder_listing import check_holds_images
 from clipgen.data.urls import expand_urls
 from clipgen.runs import OUTPUTS, newest_run
@@ -18,7 +18,7 @@ from clipgen.training.config import reads_token_cache
 
 logger = logging.getLogger(__name__)
 PATH_KEYS = ("output", "resume", "vqgan")
-# Keys of ``data`` that apply to a token cache; the experiment may have set those of images
+# Keys of ``data`` that apply to a token cache; the experiment may have set those of images.
 TOKEN_CACHE_KEYS = ("_target_", "root", "batch_size", "num_workers", "seed", "conditioning")
 
 
@@ -76,7 +76,7 @@ def newest_tokenizer() -> str:
 
 
 def check_sources(data: DictConfig) -> None:
-    """Raise an error if an image folder or a shard does not exist, or if the folder holds no image."""
+    """Raise an error if an image folder or a shard does not exist, or if the folder contains no image."""
     if data._target_.endswith("folder_data"):
         for key in ("root", "val_root"):
             folder = data.get(key)
@@ -100,17 +100,17 @@ def complete_for_cache(config: DictConfig) -> None:
     warn_of_image_settings()
     config.data = OmegaConf.masked_copy(config.data, TOKEN_CACHE_KEYS)  # type: ignore[arg-type]
     if config.data.conditioning == "class":
-        # noise and projectors bridge the modality gap between image and text embeddings, which classes do not have
+        # Noise and projectors bridge the modality gap between image and text embeddings, which classes do not have.
         config.model.conditioning.noise_cosine = 1.0
         config.projector.memory_size = 0
 
 
 def warn_of_image_settings() -> None:
-    """Log the arguments of the command that have no effect, because a token cache holds images that are encoded."""
+    """Log the arguments of the command that have no effect, because the images of a token cache are encoded already."""
     from hydra.core.hydra_config import HydraConfig
 
     if not HydraConfig.initialized():
         return
-    for key in by_key(list(HydraConfig.get().overrides.task)):
+    for key in parse_by_key(list(HydraConfig.get().overrides.task)):
         if key.startswith("data.") and key.removeprefix("data.") not in TOKEN_CACHE_KEYS:
             logger.warning("%s has no effect with data=cached, whose images are encoded already", key)

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipgen.cli.console import guarded, say
+from clipgen.cli.console import print_line, run_command
 
 if TYPE_CHECKING:
+    import pytorch_lightning as pl
     from omegaconf import DictConfig
 
-HELP = """usage: clipgen-encode vqgan=RUN output=FOLDER [experiment=NAME] [data=NAME] [key=value ...]
+    from clipgen import VQGAN, FrozenCLIP
+
+HELP_TEXT = """usage: clipgen-encode vqgan=RUN output=FOLDER [experiment=NAME] [data=NAME] [key=value ...]
 
 Write a token cache: the VQ-GAN indices and CLIP embeddings of all images. Train from it with
   clipgen-train stage=transformer data=cached data.root=FOLDER
@@ -30,55 +33,77 @@ where and how:
   output=FOLDER             folder of the cache
   device=cuda               device to use (default: CUDA if available, else MPS, else CPU)
   any other key             see  clipgen-encode --cfg job"""
-# Settings of a data source that do not change the content of the cache
+# Settings of a data source that do not change the content of the cache.
 IRRELEVANT_SETTINGS = ("batch_size", "num_workers", "shuffle")
 
 
 def main() -> None:
     """Run the command."""
-    guarded("clipgen-encode", run)
+    run_command("clipgen-encode", run)
 
 
 def run() -> None:
     """Compose the configuration of the command line, and encode."""
     if {"-h", "--help"} & set(sys.argv):
-        print(HELP)
+        print(HELP_TEXT)
         return
-    from clipgen.cli.config import as_yaml, composed
+    from clipgen.cli.config import as_yaml, compose_config
 
     overrides = [argument for argument in sys.argv[1:] if argument not in ("--cfg", "job")]
-    config = composed(*overrides, name="encode")
+    config = compose_config(*overrides, name="encode")
     if "--cfg" in sys.argv:
         print(as_yaml(config))
         return
-    encode(config)
+    encode_from_config(config)
 
 
-def encode(config: DictConfig) -> None:
+def encode_from_config(config: DictConfig) -> None:
     """Write the token cache that a configuration describes."""
     check_encode_config(config)
-    # torch is imported only now, after the checks that do not need it
-    from clipgen import VQGAN, precompute
-    from clipgen.cli.config import instantiate_node
-    from clipgen.cli.progress_bar import progress_bar
-    from clipgen.hardware.device import default_device
+    # torch is imported only now, after the checks that do not need it.
     from clipgen.hardware.ranks import rank_and_world_size
     from clipgen.storage.output_folder import output_folder
     from clipgen.storage.run_lock import LOCK
+
+    data, vqgan, clip = open_data_and_models(config)
+    rank, world_size = rank_and_world_size()
+    # Processes with different ranks share a cache; two with the same rank would do the same work.
+    with output_folder(Path(config.output), keep_pattern="*", lock=f"{LOCK}-{rank}"):
+        finished = write_cache(config, data, vqgan, clip, rank, world_size)
+    status = "Finished" if finished else "This process has finished its part, other processes have not"
+    print_line(f"{status}: {Path(config.output)}")
+
+
+def open_data_and_models(config: DictConfig) -> tuple[pl.LightningDataModule, VQGAN, FrozenCLIP]:
+    """Load the models to their device, and open the data that they encode."""
+    from clipgen import VQGAN
+    from clipgen.cli.config import instantiate_node
+    from clipgen.hardware.device import default_device
     from clipgen.training.model_builder import warn_of_image_size
 
     vqgan = VQGAN.load(config.vqgan)
     clip = instantiate_node(config.clip)
     warn_of_image_size(vqgan, config.data.image_size)
-    # the batch size of the data module is for training
+    # The batch size of the data module is for training.
     data = instantiate_node(config.data, batch_size=1)
-    for model in (vqgan, clip):
-        model.to(config.device or default_device())
-    rank, world_size = rank_and_world_size()
-    # processes with different ranks share a cache; two with the same rank would do the same work
-    lock = output_folder(Path(config.output), keep_pattern="*", lock=f"{LOCK}-{rank}")
-    with lock, progress_bar("encoding", images_per_process(data, world_size)) as advance:
-        finished = precompute.encode(
+    device = config.device or default_device()
+    return data, vqgan.to(device), clip.to(device)
+
+
+def write_cache(
+    config: DictConfig,
+    data: pl.LightningDataModule,
+    vqgan: VQGAN,
+    clip: FrozenCLIP,
+    rank: int,
+    world_size: int,
+) -> bool:
+    """Encode this process's share of the images; return whether the cache is complete."""
+    from clipgen.cli.progress_bar import progress_bar
+    from clipgen.precompute import write_token_cache
+
+    with progress_bar("encoding", images_per_process(data, world_size)) as advance:
+        return write_token_cache(
             config.output,
             data,
             vqgan,
@@ -91,8 +116,6 @@ def encode(config: DictConfig) -> None:
             world_size=world_size,
             advance=advance,
         )
-    status = "Finished" if finished else "This process has finished its part, other processes have not"
-    say(f"{status}: {Path(config.output)}")
 
 
 def check_encode_config(config: DictConfig) -> None:

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from clipgen.cli.console import guarded, say
+from clipgen.bundled import BUNDLED_NAMES
+from clipgen.cli.console import print_line, run_command
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.data.class_names import NAME_LISTS
@@ -46,20 +47,20 @@ images."""
 
 def main() -> None:
     """Run the command."""
-    guarded("clipgen-eval", run)
+    run_command("clipgen-eval", run)
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser. No module that imports torch is imported before the arguments are parsed."""
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         "clipgen-eval", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_subject(p.add_argument_group("what to evaluate, one of"))
-    add_captions(p.add_argument_group("captions"))
-    add_sampling(p.add_argument_group("sampling of --checkpoint"))
-    add_protocol(p.add_argument_group("protocol"))
-    add_output(p.add_argument_group("output and hardware"))
-    return p
+    add_subject(parser.add_argument_group("what to evaluate, one of"))
+    add_captions(parser.add_argument_group("captions"))
+    add_sampling(parser.add_argument_group("sampling of --checkpoint"))
+    add_protocol(parser.add_argument_group("protocol"))
+    add_output(parser.add_argument_group("output and hardware"))
+    return parser
 
 
 def add_subject(group: argparse._ArgumentGroup) -> None:
@@ -67,13 +68,14 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
     subject = group.add_mutually_exclusive_group(required=True)
     subject.add_argument(
         "--checkpoint",
-        help="text-to-image model: stage-2 run folder, checkpoint, pipeline folder, hf-hub: name or shapes",
+        help="text-to-image model: stage-2 run folder, checkpoint, pipeline folder, hf-hub:OWNER/NAME, "
+        f"{BUNDLED_NAMES}",
     )
     subject.add_argument("--images", type=user_path, help="folder of images, of any system")
     subject.add_argument(
         "--vqgan",
-        help="tokenizer, whose reconstructions are evaluated: stage-1 run folder, checkpoint, model folder, hf-hub: "
-        "name or shapes",
+        help="tokenizer, whose reconstructions are evaluated: stage-1 run folder, checkpoint, model folder, "
+        f"hf-hub:OWNER/NAME, {BUNDLED_NAMES}",
     )
 
 
@@ -82,8 +84,8 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--captions",
         help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), a folder with a "
-        "text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files beside "
-        "the images)",
+        "text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files next "
+        "to the images)",
     )
     group.add_argument("--split", choices=("train", "test", "all"), help="split of CUB-200-2011 (default: test)")
     group.add_argument(
@@ -165,7 +167,7 @@ def add_output(group: argparse._ArgumentGroup) -> None:
 
 def run() -> None:
     """Check the arguments, evaluate, print the table."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     check_arguments(args)
     check_paths(args)
     from clipgen.evaluation.report import results_table
@@ -176,15 +178,15 @@ def run() -> None:
     with output_folder(args.output, keep_pattern="parts/part-*.npz", lock=f"{LOCK}-{rank}"):
         results = evaluate_reconstructions(args) if args.vqgan else evaluate_images(args)
         if results is None:
-            say(f"This process has finished its share; waiting for the others: {args.output}")
+            print_line(f"This process has finished its share; waiting for the others: {args.output}")
             return
         name = args.name or args.checkpoint or args.vqgan or str(args.images)
         row = results_table([(name, results)], args.features, args.captioner or "")
         with atomic_write(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
     for line in row.splitlines():
-        say(line)
-    say(f"Protocol: {args.output / METRICS_FILE}")
+        print_line(line)
+    print_line(f"Protocol: {args.output / METRICS_FILE}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -210,10 +212,12 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_combination(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option would have no effect beside another one."""
+    """Raise ValueError if an option would have no effect together with another one."""
     if args.captions and args.classes:
         raise ValueError("captions and classes exclude each other: give --captions or --classes")
-    options = [*sampling_options(args), *(["rerank_from"] if args.rerank_from > 1 else [])]
+    options = list(sampling_options(args))
+    if args.rerank_from > 1:
+        options.append("rerank_from")
     if not args.checkpoint and options:
         raise ValueError(f"{options[0]} applies to --checkpoint only: leave out --{options[0].replace('_', '-')}")
     for name in ("captions", "classes", "split", "clip", "captioner", "shapes_eval"):
@@ -256,7 +260,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of images; None if other processes have not finished."""
     from clipgen.cli.progress_bar import progress_bar
-    from clipgen.data.shapes import parse
+    from clipgen.data.shapes import parse_caption
     from clipgen.evaluation.captions import select_captions
     from clipgen.evaluation.run import METRICS_FILE, evaluate, require_same_protocol
 
@@ -267,7 +271,7 @@ def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
     if args.shapes_eval:
         # Fails now on a caption that the evaluator cannot read, not after the work.
         for caption in source.captions:
-            parse(caption)
+            parse_caption(caption)
     metrics = make_metrics(args, bool(source.captions))
     if not metrics.enabled:
         raise ValueError("there is nothing to measure: give --features, --clip, --captioner or --shapes-eval")
@@ -385,16 +389,16 @@ def evaluate_reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from clipgen.training.callbacks import ValidationProgress
 
     vqgan = VQGAN.load(args.vqgan)
-    images = RealImages(args.reference, args.image_size or vqgan.autoencoder_config.resolution)
+    source = RealImages(args.reference, args.image_size or vqgan.autoencoder_config.resolution)
     metrics = make_reconstruction_metrics(vqgan, None if args.features == "none" else args.features)
     protocol = {
         "vqgan": vqgan_identity(vqgan),
         "features": metrics.feature_identity,
-        "reference": images.identity,
+        "reference": source.identity,
     }
     require_same_protocol(args.output / METRICS_FILE, protocol)
-    loader = DataLoader(cast(Any, images.dataset), args.batch_size)
-    number = images.dataset.count_images()
+    loader = DataLoader(cast(Any, source.dataset), args.batch_size)
+    number = source.dataset.count_images()
     with progress_bar("images", number.images if number else None) as advance:
         trainer = make_trainer(args, [metrics, ValidationProgress(advance)])
         (logged,) = trainer.validate(vqgan, loader, verbose=False)

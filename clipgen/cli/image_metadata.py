@@ -55,7 +55,7 @@ def read_metadata(path: Path) -> ImageMetadata:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it was not written by ``clipgen-sample``, or holds a value that the command does not write.
+        ValueError: it was not written by ``clipgen-sample``, or contains a value that the command does not write.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no image {path}")
@@ -93,7 +93,12 @@ def parse_metadata(text: dict[str, str]) -> ImageMetadata:
 
 
 def parse_entry(text: dict[str, str], name: str) -> Any:
-    """Parse an entry as JSON."""
+    """Parse an entry as JSON.
+
+    Raises:
+        KeyError: the entry is missing.
+        ValueError: it is not JSON, or is too long.
+    """
     content = text[name]
     if len(content) > MAX_JSON_LENGTH:
         raise ValueError(f"{name} must have at most {MAX_JSON_LENGTH} letters, got {len(content)}")
@@ -104,7 +109,12 @@ def parse_entry(text: dict[str, str], name: str) -> Any:
 
 
 def parse_number(text: dict[str, str], name: str, number_type: type) -> Any:
-    """Parse an entry as a finite number; ``int`` allows whole numbers only."""
+    """Parse an entry as a finite number; ``int`` allows whole numbers only.
+
+    Raises:
+        KeyError: the entry is missing.
+        ValueError: it is not such a number.
+    """
     value = parse_entry(text, name)
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if number_type is int and not is_whole:
@@ -117,7 +127,11 @@ def parse_number(text: dict[str, str], name: str, number_type: type) -> Any:
 
 
 def parse_dtype(text: dict[str, str]) -> str:
-    """Return the dtype; it is written only if it is not the default."""
+    """Return the dtype, which is written only if it is not the default.
+
+    Raises:
+        ValueError: it is not one of ``DTYPES``.
+    """
     dtype = text.get("dtype", DTYPES[0])
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {abbreviate(dtype)}")
@@ -125,7 +139,12 @@ def parse_dtype(text: dict[str, str]) -> str:
 
 
 def parse_steps(text: dict[str, str]) -> int:
-    """Return the number of images of a strip."""
+    """Return the number of images of a strip, in [2, ``MAX_STEPS``].
+
+    Raises:
+        KeyError: the entry is missing.
+        ValueError: the number is out of range.
+    """
     steps: int = parse_number(text, "steps", int)
     if not 2 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be in [2, {MAX_STEPS}], got {steps}")
@@ -133,7 +152,11 @@ def parse_steps(text: dict[str, str]) -> int:
 
 
 def parse_keep_fraction(text: dict[str, str]) -> float | None:
-    """Return the fraction of another image that was kept; None unless the image completes another one."""
+    """Return the fraction of another image that was kept, in (0, 1); None unless the image completes another one.
+
+    Raises:
+        ValueError: the fraction is out of range.
+    """
     if "keep_fraction" not in text:
         return None
     fraction: float = parse_number(text, "keep_fraction", float)
@@ -143,17 +166,27 @@ def parse_keep_fraction(text: dict[str, str]) -> float | None:
 
 
 def parse_ends(text: dict[str, str]) -> list[Any]:
-    """Return the two prompts of an interpolation: texts or mixtures."""
+    """Return the two prompts of an interpolation: texts or mixtures.
+
+    Raises:
+        ValueError: the entry is not a pair of prompts.
+    """
     value = parse_entry(text, "interpolate")
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"interpolate must be two prompts, got {abbreviate(value)}")
-    return [
-        parse_mix("interpolate", end) if isinstance(end, dict) else parse_prompt("interpolate", end) for end in value
-    ]
+    ends: list[Any] = []
+    for end in value:
+        parse = parse_mix if isinstance(end, dict) else parse_prompt
+        ends.append(parse("interpolate", end))
+    return ends
 
 
 def parse_prompt(name: str, value: Any) -> str:
-    """Return a prompt if it is a text of a sensible length."""
+    """Return a prompt, which must be a text of at most ``MAX_PROMPT_LENGTH`` characters.
+
+    Raises:
+        ValueError: it is not such a text.
+    """
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a text, got {abbreviate(value)}")
     if len(value) > MAX_PROMPT_LENGTH:
@@ -162,7 +195,11 @@ def parse_prompt(name: str, value: Any) -> str:
 
 
 def parse_mix(name: str, value: Any) -> dict[str, float]:
-    """Return a mixture if its texts and weights are sensible."""
+    """Return a mixture, which must consist of at most ``MAX_MIX_TERMS`` texts with finite weights.
+
+    Raises:
+        ValueError: it is not such a mixture.
+    """
     if not isinstance(value, dict) or not 1 <= len(value) <= MAX_MIX_TERMS:
         raise ValueError(f"{name} must be 1 to {MAX_MIX_TERMS} texts with weights, got {abbreviate(value)}")
     for text, weight in value.items():

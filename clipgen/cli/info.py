@@ -51,7 +51,7 @@ def describe_processor() -> str:
 
 
 def describe_memory() -> str:
-    """Return the size of the main memory, if the system tells it."""
+    """Return the size of the main memory, if the system reports it."""
     try:
         size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from clipgen.baselines import GENERATOR_FORMS
 from clipgen.bundled import BUNDLED
-
-STAGES = {
-    "VQGAN": "stage=vqgan",
-    "ConditionalTransformer": "stage=transformer",
-    "ClassConditionalTransformer": "stage=transformer data=cached data.conditioning=class",
-}
+from clipgen.model_kinds import COMMANDS
 
 
 def check_model_path(name: str | None, model: str, hint: str = "") -> None:
     """Raise FileNotFoundError if a model is a path that does not exist.
 
     Args:
-        name: path, name of a bundled model, or ``"hf-hub:OWNER/NAME"``; None is accepted, too.
+        name: path, name of a bundled model, or ``"hf-hub:OWNER/NAME"``; None is also accepted.
         model: the class of the model.
         hint: more to do about it, appended to the error.
     """
     if not name or name in BUNDLED or name.startswith("hf-hub:") or Path(name).expanduser().exists():
         return
-    raise FileNotFoundError(
-        f"no {model} checkpoint: {name} does not exist; `clipgen-train {STAGES[model]}` makes one{hint}"
-    )
+    raise FileNotFoundError(f"no {model} checkpoint: {name} does not exist; `{COMMANDS[model]}` makes one{hint}")
 
 
 def check_generator_path(source: str) -> None:
@@ -38,12 +32,9 @@ def check_generator_path(source: str) -> None:
         if not Path(gan).expanduser().exists():
             raise FileNotFoundError(f"generator must name an existing file, got {source}")
         return
-    # the names of BigGAN's published weights are refused later, with what to do instead
+    # The names of BigGAN's published weights are refused later, with what to do instead.
     if colon or source.startswith("biggan-deep-") or Path(source).expanduser().exists():
         return
     if Path(source).suffix in (".pt", ".pth", ".ts"):
         raise FileNotFoundError(f"no TorchScript file {source}")
-    raise FileNotFoundError(
-        "generator must be a run folder, biggan:FILE, sagan:FILE, a TorchScript file or module:function, "
-        f"got {source}, which does not exist"
-    )
+    raise FileNotFoundError(f"generator must be {GENERATOR_FORMS}, got {source}, which does not exist")

@@ -37,7 +37,7 @@ class ProgressBar(ProgressLog):
         self.bar.update(self.task, description=name)
 
     def stop(self) -> None:
-        # older versions of rich print an empty line if a bar is stopped twice
+        # Older versions of rich print an empty line if a bar is stopped twice.
         if self.bar.live.is_started:
             self.bar.stop()
 

@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.hardware.environment import environment_int
-from clipgen.storage.files import check_size, read_yaml
+from clipgen.storage.files import check_size, printable, read_yaml
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
-# File in a run folder with the arguments of the command that trained it
+# File in a run folder with the arguments of the command that trained it.
 ARGUMENTS = "arguments.yaml"
 MAX_BYTES = 1_000_000
-# Keys that are never taken from the file
+# Keys that are never taken from the file.
 COMMAND_ONLY = ("resume", "output")
-# resume=auto: resume the run in the output folder if there is one, else start it
+# resume=auto: resume the run in the output folder if there is one, else start it.
 AUTO = "auto"
-# Options that send data to a host on the network
+# Options that send data to a host on the network.
 NETWORK_OPTIONS = {"wandb"}
-# Keys whose values may name a repository on the hub, and a key with a folder to write to
+# Keys whose values may name a repository on the hub, and a key with a folder to write to.
 HUB_KEYS = ("data.dataset", "init_from_gpt2")
 REPOSITORY = r"[\w.-]+/[\w.-]+"
 FOLDER_KEYS = ("logger.save_dir", "data.cache_dir")
-# Hydra takes a millisecond to parse an argument
+# Hydra takes a millisecond to parse an argument.
 MAX_ARGUMENTS = 1000
 MAX_LENGTH = 10_000
 SCALARS = (str, int, float, bool, type(None))
@@ -42,37 +42,33 @@ def add_run_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ValueError: an argument of the run must not be taken from a file.
     """
-    command_line = by_key([argument for argument in arguments if "=" in argument])
+    from clipgen.cli.config import quote
+
+    command_line = parse_by_key([argument for argument in arguments if "=" in argument])
     run = resumed_run(command_line)
     if run is None:
         return arguments
     recorded = run_arguments(run, command_line.keys() - {"stage"})
-    recorded_stage = by_key([recorded["stage"]])["stage"][1] if "stage" in recorded else None
+    recorded_stage = parse_by_key([recorded["stage"]])["stage"][1] if "stage" in recorded else None
     if "stage" in command_line:
         if recorded_stage not in (None, command_line["stage"][1]):
-            # the run is of another stage, which is refused when its checkpoint is read
+            # The run is of another stage, which is refused when its checkpoint is read.
             return arguments
         recorded.pop("stage", None)
     if (run / "vqgan" / "config.json").is_file():
-        # the tokenizer of stage 2 is in the folder, and the one of the command may have been moved or trained again
+        # The tokenizer of stage 2 is in the folder, and the one of the command may have been moved or trained again.
         recorded.pop("vqgan", None)
     log_arguments(run, recorded)
-    output = [] if "output" in command_line else [output_argument(run)]
+    output = [] if "output" in command_line else [f"output={quote(str(run))}"]
     return [*recorded.values(), *output, *arguments]
 
 
 def log_arguments(run: Path, recorded: dict[str, str]) -> None:
-    """Log the arguments that are taken from a run folder, in the first process only."""
-    is_first = not any(environment_int(name, 0) for name in RANK_VARIABLES)
-    if recorded and is_first:
-        shown = [text if text.isprintable() else repr(text) for text in recorded.values()]
-        logger.info("Resuming %s with its arguments: %s", run, " ".join(shown))
-
-
-def output_argument(run: Path) -> str:
-    """Return the argument that writes to a run folder, quoted for Hydra."""
-    escaped = str(run).replace("\\", "\\\\").replace("'", "\\'")
-    return f"output='{escaped}'"
+    """Log the arguments that are taken from a run folder, on rank 0 only."""
+    is_rank_zero = not any(environment_int(name, 0) for name in RANK_VARIABLES)
+    if recorded and is_rank_zero:
+        arguments = " ".join(recorded.values())
+        logger.info("Resuming %s with its arguments: %s", run, printable(arguments))
 
 
 def resumed_run(command_line: dict[str, tuple[str, Any]]) -> Path | None:
@@ -104,7 +100,7 @@ def find_run(resume: Path) -> Path | None:
     return run if run.is_dir() else None
 
 
-def by_key(arguments: list[str]) -> dict[str, tuple[str, Any]]:
+def parse_by_key(arguments: list[str]) -> dict[str, tuple[str, Any]]:
     """Return each argument with its parsed value, by key; empty if Hydra cannot parse them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -161,21 +157,21 @@ def harmless_arguments(arguments: list[str], path: Path, excluded: Collection[st
         if not is_safe_argument(override):
             raise ValueError(
                 f"{path} must contain plain settings only, got {text!r:.500}, which is not accepted from a "
-                "file: give this argument on the command line, too, if you trust it"
+                "file: give this argument also on the command line if you trust it"
             )
         accepted[key] = text
     return accepted
 
 
 def is_safe_argument(override: Any) -> bool:
-    """Return True if an argument may be accepted from a file without asking the user."""
+    """Return whether an argument may be accepted from a file without asking the user."""
     changes_value = override.type is not None and override.type.name == "CHANGE"
     if not changes_value or override.package is not None or override.is_sweep_override():
         return False
     key = override.key_or_group
     value = override.value()
-    if key in groups():
-        return value is None or (isinstance(value, str) and value in groups()[key] - NETWORK_OPTIONS)
+    if key in config_groups():
+        return value is None or (isinstance(value, str) and value in config_groups()[key] - NETWORK_OPTIONS)
     values = value if isinstance(value, list) else [value]
     return key in known_keys() and all(
         isinstance(item, SCALARS) and has_no_outside_effect(key, item) for item in values
@@ -183,7 +179,7 @@ def is_safe_argument(override: Any) -> bool:
 
 
 def has_no_outside_effect(key: str, value: Any) -> bool:
-    """Return True if a value has no effect outside of the run folder and the training."""
+    """Return whether a value has no effect outside of the run folder and the training."""
     text = str(value)
     if key in FOLDER_KEYS:
         return value is None
@@ -193,18 +189,20 @@ def has_no_outside_effect(key: str, value: Any) -> bool:
         return "${" not in text
     if key.startswith("logger."):
         return not re.search(r"[/\\:]|\.\.|\$\{", text)
-    # values with a colon may be URLs, commands, models or functions; this kind is harmless
+    # Values with a colon may be URLs, commands, models or functions; this kind is harmless.
     is_known = re.fullmatch(r"(clip|torchvision|timm):[\w.-]+(:[\w.-]+)?", text)
     return bool(is_known) or not re.search(r":|\$\{", text)
 
 
 @cache
-def groups() -> dict[str, set[str]]:
+def config_groups() -> dict[str, set[str]]:
     """Return the groups of ``configs/`` with the names of their options."""
     from clipgen.cli.config import config_dir
 
-    folders = [path for path in Path(config_dir()).iterdir() if path.is_dir()]
-    return {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in folders}
+    options: dict[str, set[str]] = {}
+    for file in Path(config_dir()).glob("*/*.yaml"):
+        options.setdefault(file.parent.name, set()).add(file.stem)
+    return options
 
 
 @cache
@@ -255,6 +253,6 @@ def command_arguments() -> dict[str, str]:
 
     if not HydraConfig.initialized():
         return {}
-    arguments = by_key(list(HydraConfig.get().overrides.task))
+    arguments = parse_by_key(list(HydraConfig.get().overrides.task))
     kept = [text for key, (text, _) in arguments.items() if key not in COMMAND_ONLY]
     return {ARGUMENTS: yaml.safe_dump(kept, allow_unicode=True)}

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipgen.bundled import BUNDLED, CONTENT, DEFAULT
-from clipgen.cli.console import flush_stdout, guarded, say
+from clipgen.bundled import BUNDLED, BUNDLED_NAMES, CONTENT, DEFAULT
+from clipgen.cli.console import flush_stdout, print_line, run_command
 from clipgen.cli.sample_request import DEFAULT_SETTINGS, check_early, join_words, read_request
 from clipgen.cli.sampling_args import add_sampling_options
 from clipgen.generation.sampling_options import DTYPES
@@ -28,34 +28,29 @@ if TYPE_CHECKING:
     Group = argparse._ArgumentGroup
 
 
-def command() -> None:
-    """Run the console script, and exit by ``os._exit`` to skip 1-2 s of interpreter shutdown."""
+def main() -> None:
+    """Run the command, and exit by ``os._exit`` to skip 1-2 s of interpreter shutdown."""
     try:
-        main()
+        run_command("clipgen-sample", run)
     except SystemExit as end:
         flush_stdout()
-        os._exit(end.code)  # type: ignore[arg-type]  # `guarded` exits with a number
-
-
-def main() -> None:
-    """Run the command."""
-    guarded("clipgen-sample", run)
+        os._exit(end.code)  # type: ignore[arg-type]  # `run_command` exits with a number
 
 
 # --------------------------------------------------------------------------------------------------------------- parser
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the parser, without importing torch."""
-    p = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         "clipgen-sample",
         description="Generate images.",
         usage='%(prog)s --prompt "a red ring" [options]',
         add_help=False,
     )
-    add_prompt_options(p.add_argument_group("prompts (all but --gallery and --reproduce may be repeated)"))
-    add_image_options(p.add_argument_group("images"))
-    sampling = p.add_argument_group("sampling")
+    add_prompt_options(parser.add_argument_group("prompts (all but --gallery and --reproduce may be repeated)"))
+    add_image_options(parser.add_argument_group("images"))
+    sampling = parser.add_argument_group("sampling")
     add_sampling_options(sampling)
     sampling.add_argument(
         "--sweep",
@@ -63,15 +58,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=A,B",
         help="values to combine, all images on one labeled grid, as in --sweep top_k=100,300 top_p=0.8,1.0",
     )
-    add_model_options(p.add_argument_group("model"))
-    other = p.add_argument_group("other")
+    add_model_options(parser.add_argument_group("model"))
+    other = parser.add_argument_group("other")
     other.add_argument("--list", action="store_true", help="list the runs below outputs/ and the bundled models")
     other.add_argument("-h", "--help", action="help", help="show this help and exit")
-    return p
+    return parser
 
 
 def add_prompt_options(group: Group) -> None:
-    """Add the options that say what to generate."""
+    """Add the options that name the prompts."""
     group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text of the images")
     group.add_argument(
         "texts", nargs="*", metavar="TEXT", help="same as --prompt; words without quotes are joined to one text"
@@ -153,7 +148,7 @@ def add_image_options(group: Group) -> None:
         type=user_path,
         default=Path("samples"),
         metavar="FOLDER",
-        help="folder for the PNGs, whose names end in their seed; FOLDER-2, FOLDER-3, ... if it holds PNGs already "
+        help="folder for the PNGs, whose names end in their seed; FOLDER-2, FOLDER-3, ... if it contains PNGs already "
         "(default: %(default)s)",
     )
     group.add_argument("--preview", action="store_true", help="update preview.png with the rows generated so far")
@@ -164,8 +159,8 @@ def add_model_options(group: Group) -> None:
     group.add_argument(
         "--checkpoint",
         metavar="MODEL",
-        help="run folder of stage 2, checkpoint, pipeline folder, hf-hub:OWNER/NAME, or shapes, the bundled model "
-        "(default: the newest finished run below outputs/, else shapes)",
+        help="run folder of stage 2, checkpoint, pipeline folder, hf-hub:OWNER/NAME, or a bundled model: "
+        f"{BUNDLED_NAMES} (default: the newest finished run below {OUTPUTS}/, else {DEFAULT})",
     )
     group.add_argument("--device", help="cpu, cuda or mps (default: cuda if available, else mps, else cpu)")
     group.add_argument(
@@ -183,7 +178,7 @@ def add_model_options(group: Group) -> None:
 
 def run() -> None:
     """Check the request, load the model, generate and write the images."""
-    args = parser().parse_intermixed_args()
+    args = make_parser().parse_intermixed_args()
     if args.list:
         print_models()
         return
@@ -199,9 +194,9 @@ def run() -> None:
     checkpoint = args.checkpoint or newest_run(OUTPUTS) or DEFAULT
     with output_folder(output, keep_pattern="*.png"):
         pipe = load_pipeline(checkpoint, request, args)
-        say(f"Model: {f'the bundled {checkpoint} model' if checkpoint in BUNDLED else checkpoint}")
+        print_line(f"Model: {f'the bundled {checkpoint} model' if checkpoint in BUNDLED else checkpoint}")
         if checkpoint in BUNDLED:
-            lines = [gallery_remark(checkpoint)] if args.gallery else remarks_on(request, checkpoint)
+            lines = [gallery_warning(checkpoint)] if args.gallery else request_warnings(request, checkpoint)
             for line in lines:
                 print(printable(line), file=sys.stderr)
             request.heading += lines if args.gallery else []
@@ -244,11 +239,11 @@ def print_models() -> None:
     runs = find_runs(OUTPUTS)
     if runs:
         for line in runs_table(runs):
-            say(line)
+            print_line(line)
     else:
-        say(f"There are no runs below {OUTPUTS}/: start one with clipgen-train stage=vqgan")
+        print_line(f"There are no runs below {OUTPUTS}/: start one with clipgen-train stage=vqgan")
     for name, content in CONTENT.items():
-        say(f"Bundled: {name}, a tokenizer and a transformer for {content} (--checkpoint {name})")
+        print_line(f"Bundled: {name}, a tokenizer and a transformer for {content} (--checkpoint {name})")
 
 
 def print_galleries() -> None:
@@ -256,22 +251,22 @@ def print_galleries() -> None:
     from clipgen.generation.gallery import gallery_names, load_gallery
 
     for name in gallery_names():
-        say(f"{name:6} {load_gallery(name).title}")
+        print_line(f"{name:6} {load_gallery(name).title}")
 
 
-def gallery_remark(model: str) -> str:
-    """Return what to know about a gallery by a bundled model, whose CLIP does not know the words."""
+def gallery_warning(model: str) -> str:
+    """Return a warning about a gallery by a bundled model, whose CLIP does not know the words."""
     return (
         f"Generated by the bundled {model} model, which does not know these words: it has seen {CONTENT[model]} and "
         "nothing else. Name another model by --checkpoint."
     )
 
 
-def remarks_on(request: SampleRequest, model: str) -> list[str]:
+def request_warnings(request: SampleRequest, model: str) -> list[str]:
     """Return one line per prompt that a bundled model was not trained for."""
     from PIL import Image
 
-    from clipgen.generation.bundled_vocabulary import remarks
+    from clipgen.generation.bundled_vocabulary import prompt_warnings
 
     texts: list[str] = []
     photographs = []
@@ -282,8 +277,8 @@ def remarks_on(request: SampleRequest, model: str) -> list[str]:
             texts.extend(prompt)
         elif isinstance(prompt, Image.Image) and prompt.size != (32, 32):
             photographs.append(name)
-    return remarks(model, texts, photographs)
+    return prompt_warnings(model, texts, photographs)
 
 
 if __name__ == "__main__":
-    command()
+    main()

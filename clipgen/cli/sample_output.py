@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from clipgen.cli.console import say
+from clipgen.cli.console import print_line
 from clipgen.cli.progress_bar import progress_bar
 from clipgen.cli.sample_request import SampleRequest
 from clipgen.generation.file_names import file_name
@@ -71,7 +71,7 @@ def write_images(
         name = request.prompts[prompt_index].name
         label = labels[params_index]
         file = file_name(f"{number:02d}", name, label, str(image.info["seed"]))
-        say(save_png(image, folder / file, image.info))
+        print_line(save_png(image, folder / file, image.info))
         if number * request.num_images < MAX_GRID_IMAGES:
             cells.append(GridCell(number, label or name, image))
     return cells
@@ -107,7 +107,7 @@ def write_strips(pipe: TextToImage, request: SampleRequest, folder: Path, option
         for label, params in zip(labels, sweep):
             strip = pipe.interpolate(first, second, request.strip_length, params, **options)
             file = file_name(f"interpolation_{number:02d}", describe(first), describe(second), label)
-            say(save_png(grid(strip, columns=len(strip)), folder / file, strip[0].info))
+            print_line(save_png(grid(strip, columns=len(strip)), folder / file, strip[0].info))
 
 
 def write_grid(cells: list[GridCell], request: SampleRequest, folder: Path) -> None:
@@ -118,10 +118,10 @@ def write_grid(cells: list[GridCell], request: SampleRequest, folder: Path) -> N
     captions = [cell.caption for cell in cells]
     columns = request.num_images if num_rows > 1 else None
     sheet = grid(images, columns=columns, captions=captions, heading=request.heading)
-    say(save_png(sheet, folder / "grid.png"))
+    print_line(save_png(sheet, folder / "grid.png"))
     total = num_rows * request.num_images
     if len(cells) < total:
-        say(f"The grid shows the first {len(cells)} of {total} images")
+        print_line(f"The grid shows the first {len(cells)} of {total} images")
 
 
 def preview_writer(folder: Path) -> Preview:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from clipgen.generation.prompts import Prompt
     from clipgen.generation.sweep import Axis
 
-# Larger images are reduced to this width and height: CLIP sees at most a few hundred pixels, and a small file can hold
-# an image of gigabytes in floating-point numbers.
+# Larger images are reduced to this width and height: CLIP sees at most a few hundred pixels, and a small file can
+# contain an image of gigabytes in floating-point numbers.
 MAX_IMAGE_SIDE = 4096
-# Options beside the sampling parameters that an image to be reproduced holds, with their defaults.
+# Options in addition to the sampling parameters that an image to be reproduced contains, with their defaults.
 DEFAULT_SETTINGS: dict[str, Any] = {"num_images": 4, "seed": 0, "dtype": DTYPES[0], "keep_fraction": 0.5}
 NO_PROMPT = (
     'there must be a prompt: give a text in quotes ("a red ring"), --prompt, --prompts-file, --image, --prompt-mix, '
@@ -90,8 +91,8 @@ class SampleRequest:
         """Return all prompts, with the ends of the interpolations."""
         from clipgen.generation.prompts import describe
 
-        ends = [NamedPrompt(describe(end), end) for pair in self.interpolations for end in pair]
-        return self.prompts + ends
+        ends = chain.from_iterable(self.interpolations)
+        return self.prompts + [NamedPrompt(describe(end), end) for end in ends]
 
     def check(self) -> None:
         """Raise ValueError if the request cannot be fulfilled by any model."""
@@ -139,7 +140,7 @@ def check_early(args: Namespace) -> None:
 
 
 def check_combination(args: Namespace) -> None:
-    """Raise ValueError if an option would have no effect beside another one."""
+    """Raise ValueError if an option would have no effect together with another one."""
     options = sampling_options(args)
     settings = [name for name in ("rerank_from", *DEFAULT_SETTINGS) if getattr(args, name) is not None]
     if args.reproduce and (options or settings):
@@ -262,7 +263,7 @@ def add_reproduction(request: SampleRequest, metadata: ImageMetadata, args: Name
     """Add the prompt of an image to a request, and take over the settings that generated it.
 
     Raises:
-        ValueError: a file is needed that the image does not hold.
+        ValueError: a file is needed that the image does not contain.
     """
     from clipgen.generation.prompts import IMAGE_PROMPT, describe
 
@@ -288,8 +289,8 @@ def check_reproducible(metadata: ImageMetadata, is_variation: bool, args: Namesp
 
     for prompt in metadata.ends or [metadata.prompt]:
         if prompt in (IMAGE_PROMPT, EMBEDDING_PROMPT) and not is_variation:
-            raise ValueError(f"{args.reproduce} was generated from {prompt}, which it does not hold: give --image")
+            raise ValueError(f"{args.reproduce} was generated from {prompt}, which it does not contain: give --image")
     if metadata.keep_fraction is not None and not args.outpaint:
-        raise ValueError(f"{args.reproduce} completes an image that it does not hold: give --outpaint")
+        raise ValueError(f"{args.reproduce} completes an image that it does not contain: give --outpaint")
     if metadata.keep_fraction is None and args.outpaint:
         raise ValueError(f"{args.reproduce} completes no other image: leave out --outpaint")

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from clipgen.cli.console import guarded, set_up_logging
+from clipgen.cli.console import run_command, set_up_logging
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -27,103 +27,7 @@ CHOICES = {
     "model_size": ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"),
     "logger": ("tensorboard", "csv", "wandb", "none"),
 }
-
-
-def main() -> None:
-    """Run the command."""
-    guarded("clipgen-train", run_hydra)
-
-
-def run_hydra() -> None:
-    """Let Hydra compose the configuration, and train."""
-    if {"-h", "--help"} & set(sys.argv):
-        print(help_text())
-    elif "--info" in sys.argv:
-        from clipgen.cli.info import info_text
-
-        print(info_text())
-    else:
-        compose_and_train()
-
-
-def compose_and_train() -> None:
-    """Run all jobs that Hydra composes; raise the first error of a job, to be printed in one sentence."""
-    import hydra
-    from hydra.errors import HydraException
-
-    from clipgen.cli.config import config_dir, explain, readable_arguments
-    from clipgen.cli.resume_args import add_run_arguments
-
-    sys.argv[1:] = add_run_arguments(readable_arguments(sys.argv[1:]))
-    # otherwise Hydra prints errors itself, over many lines
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    errors: list[Exception] = []
-    main_process = os.getpid()
-
-    @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
-    def task(config: DictConfig) -> float | None:
-        if os.getpid() == main_process:
-            return run_and_collect(config, errors)
-        # a launcher such as submitit's has moved the run elsewhere, and reports its errors
-        set_up_logging()
-        return run_job(config)
-
-    try:
-        task()
-    except HydraException as error:
-        raise ValueError(explain(error)) from error
-    except Exception:
-        # if runs have failed, a sweeper may have too few values to compare: their errors say why
-        if not errors:
-            raise
-    if errors:
-        raise errors[0]
-
-
-def run_and_collect(config: DictConfig, errors: list[Exception]) -> float | None:
-    """Train one run, see ``run_job``; an error is appended to ``errors``, so that the other runs of a sweep continue.
-
-    Without a value, a sweeper that compares values counts the run as failed.
-    """
-    try:
-        return run_job(config)
-    except Exception as error:
-        # the other runs need the memory that the frames hold
-        traceback.clear_frames(error.__traceback__)
-        errors.append(expected_error(error))
-        return None
-
-
-def run_job(config: DictConfig) -> float | None:
-    """Train one run, which may be one of a sweep; return the best value of the monitored metric.
-
-    Raises:
-        ValueError: a sweeper is to compare values, and the training has no validation.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    job = HydraConfig.get()
-    is_sweep = job.mode == RunMode.MULTIRUN
-    if is_sweep:
-        config.output = job.runtime.output_dir
-    value = train(config, is_sweep)
-    if is_sweep and value is None and not job.sweeper._target_.endswith("BasicSweeper"):
-        raise ValueError("a search needs a validation, whose results it compares, got none: hold out some images")
-    return value
-
-
-def expected_error(error: Exception) -> Exception:
-    """Return an error of Lightning about wrong settings as ValueError, and any other error as it is."""
-    # compared by name, because importing Lightning takes seconds, and most errors appear before that
-    is_misconfiguration = type(error).__name__ == "MisconfigurationException"
-    return ValueError(str(error)) if is_misconfiguration else error
-
-
-def help_text() -> str:
-    """Return the text of --help. Hydra's own text takes longer and needs a stage."""
-    choices = [f"  {group}={'|'.join(options)}" for group, options in CHOICES.items()]
-    return f"""usage: clipgen-train stage=vqgan [key=value ...]
+HELP_TEMPLATE = """usage: clipgen-train stage=vqgan [key=value ...]
        clipgen-train stage=transformer vqgan=RUN [key=value ...]
 
 Train the tokenizer, then the transformer that uses it. Ctrl-C saves a checkpoint and stops.
@@ -153,7 +57,7 @@ how to resume or initialize:
   init_from_gpt2=gpt2       start stage 2 from the weights of a GPT-2 of the same size
 
 choices:
-{chr(10).join(choices)}
+{choices}
 
 several runs, one after another:
   clipgen-train --multirun stage=vqgan key=a,b
@@ -169,7 +73,104 @@ other options:
 Put quotes around values with spaces or special characters: 'data.root="my photos (1)"'"""
 
 
-def train(
+def main() -> None:
+    """Run the command."""
+    run_command("clipgen-train", run)
+
+
+def run() -> None:
+    """Let Hydra compose the configuration, and train."""
+    if {"-h", "--help"} & set(sys.argv):
+        print(help_text())
+    elif "--info" in sys.argv:
+        from clipgen.cli.info import info_text
+
+        print(info_text())
+    else:
+        compose_and_train()
+
+
+def compose_and_train() -> None:
+    """Run all jobs that Hydra composes; raise the first error of a job, to be printed in one sentence."""
+    import hydra
+    from hydra.errors import HydraException
+
+    from clipgen.cli.config import config_dir, explain_hydra_error, quote_arguments
+    from clipgen.cli.resume_args import add_run_arguments
+
+    sys.argv[1:] = add_run_arguments(quote_arguments(sys.argv[1:]))
+    # Otherwise Hydra prints errors itself, over many lines.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    errors: list[Exception] = []
+    main_process = os.getpid()
+
+    @hydra.main(config_path=config_dir(), config_name="train", version_base="1.3")
+    def task(config: DictConfig) -> float | None:
+        if os.getpid() == main_process:
+            return run_and_collect(config, errors)
+        # A launcher such as submitit's has moved the run elsewhere, and reports its errors.
+        set_up_logging()
+        return run_job(config)
+
+    try:
+        task()
+    except HydraException as error:
+        raise ValueError(explain_hydra_error(error)) from error
+    except Exception:
+        # If runs have failed, a sweeper may have too few values to compare: their errors name the cause.
+        if not errors:
+            raise
+    if errors:
+        raise errors[0]
+
+
+def run_and_collect(config: DictConfig, errors: list[Exception]) -> float | None:
+    """Train one run, see ``run_job``; an error is appended to ``errors``, so that the other runs of a sweep continue.
+
+    Without a value, a sweeper that compares values counts the run as failed.
+    """
+    try:
+        return run_job(config)
+    except Exception as error:
+        # The other runs need the memory that the frames occupy.
+        traceback.clear_frames(error.__traceback__)
+        errors.append(expected_error(error))
+        return None
+
+
+def run_job(config: DictConfig) -> float | None:
+    """Train one run, which may be one of a sweep; return the best value of the monitored metric.
+
+    Raises:
+        ValueError: a sweeper is to compare values, and the training has no validation.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    job = HydraConfig.get()
+    is_sweep = job.mode == RunMode.MULTIRUN
+    if is_sweep:
+        config.output = job.runtime.output_dir
+    value = train_from_config(config, is_sweep)
+    if is_sweep and value is None and not job.sweeper._target_.endswith("BasicSweeper"):
+        raise ValueError("a search needs a validation, whose results it compares, got none: hold out some images")
+    return value
+
+
+def expected_error(error: Exception) -> Exception:
+    """Return an error of Lightning about wrong settings as ValueError, and any other error as it is."""
+    # The type is compared by name, because importing Lightning takes seconds, and most errors appear before that.
+    is_misconfiguration = type(error).__name__ == "MisconfigurationException"
+    return ValueError(str(error)) if is_misconfiguration else error
+
+
+def help_text() -> str:
+    """Return the text of --help. Hydra's own text takes longer and needs a stage."""
+    choices = [f"  {group}={'|'.join(options)}" for group, options in CHOICES.items()]
+    return HELP_TEMPLATE.format(choices="\n".join(choices))
+
+
+def train_from_config(
     config: DictConfig,
     is_sweep: bool = False,
     callbacks: Sequence[pl.Callback] = (),
@@ -187,10 +188,10 @@ def train(
         KeyboardInterrupt: Ctrl-C or a signal stopped the training, after it wrote a checkpoint.
     """
     training_config = to_training_config(config)
-    # torch is imported only now, after the checks that do not need it
+    # torch is imported only now, after the checks that do not need it.
     from clipgen.cli.progress_bar import make_progress
     from clipgen.cli.resume_args import ARGUMENTS, command_arguments
-    from clipgen.training import train as run_training
+    from clipgen.training import train
     from clipgen.training.callbacks import ProgressReport
 
     if is_sweep:
@@ -198,7 +199,7 @@ def train(
     run_files = command_arguments()
     if ARGUMENTS in run_files:
         resume_command = resume_command or f"clipgen-train resume={training_config.output}"
-    return run_training(training_config, [ProgressReport(make_progress), *callbacks], run_files, resume_command)
+    return train(training_config, [ProgressReport(make_progress), *callbacks], run_files, resume_command)
 
 
 def to_training_config(config: DictConfig) -> TrainingConfig:

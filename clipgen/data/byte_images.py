@@ -10,7 +10,10 @@ from torch.utils.data import default_collate
 
 
 def pack(images: Tensor) -> Tensor:
-    """Return images in [-1, 1] as uint8 if ``unpack`` restores them exactly, as those of 8-bit files; else as is."""
+    """Return images (..., H, W) in [-1, 1] as uint8 if ``unpack`` restores them exactly; else return them unchanged.
+
+    Images from 8-bit files can be restored; those of other types than float32 are returned unchanged.
+    """
     if not images.is_floating_point():
         return images
     packed = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -18,7 +21,7 @@ def pack(images: Tensor) -> Tensor:
 
 
 def unpack(images: Tensor) -> Tensor:
-    """Return images in [-1, 1]: uint8 is converted, floats are returned unchanged."""
+    """Return images (..., H, W) in [-1, 1]: uint8 is converted to float32, floats are returned unchanged."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 

@@ -36,4 +36,5 @@ def iter_batches(source: ImageSource, chunk: Chunk, num_views: int, batch_size: 
         batch = list(islice(images, images_per_batch))
         if not batch:
             return
-        yield torch.stack([views for views, _ in batch]), [label for _, label in batch]
+        views, labels = zip(*batch)
+        yield torch.stack(views), list(labels)

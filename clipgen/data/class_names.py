@@ -9,8 +9,6 @@ from typing import Any
 
 from clipgen.storage.files import check_size, parse_json, read_text
 
-__all__ = ["MAX_NAMES_BYTES", "NAME_LISTS", "name_list", "parse_published_names", "read_names"]
-
 MAX_NAMES_BYTES = 16 << 20
 NAME_LISTS = ("imagenet", "imagenet-torchvision")
 SYNSET_LINE = re.compile(r"(n\d{8})\s+(\S.*)")  # ImageNet's LOC_synset_mapping.txt: n01440764 tench, Tinca tinca
@@ -40,7 +38,7 @@ def read_names(path: str | Path) -> list[str]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file holds none of them.
+        ValueError: the file contains none of them.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -52,9 +50,9 @@ def read_names(path: str | Path) -> list[str]:
         if names is None:
             names = parse_json(text) if path.suffix == ".json" else non_empty_lines(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must hold a list of class names: {error}") from error
+        raise ValueError(f"{path} must contain a list of class names: {error}") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"{path} must hold a list of class names, got {text[:60]!r}")
+        raise ValueError(f"{path} must contain a list of class names, got {text[:60]!r}")
     return names
 
 

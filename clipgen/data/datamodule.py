@@ -103,7 +103,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self._loader(self.val, sampler=ValidationSampler.for_trainer(self.trainer, self.val, self.batch_size))
 
     def teardown(self, stage: str) -> None:
-        """Log how many images were used and skipped."""
+        """Log the numbers of used and skipped images."""
         for dataset in (self.train, self.val):
             skip_counter = skip_counter_of(dataset)
             if skip_counter:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache, lru_cache
+from functools import cache
 from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
+
+from clipgen.data.color_conversion import to_rgb
+from clipgen.data.memory_budget import reserve_memory
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # Image formats without a decoder here: such files are counted as skipped, and their format is named.
@@ -24,12 +24,6 @@ UNREADABLE_EXTENSIONS = (".heic", ".heif", ".jxl", ".jp2")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # Medium-format cameras reach 102 megapixels. The size of a JPEG is the one that it is decoded at.
 MAX_PIXELS = 120_000_000
-# Memory of the images that threads decode at the same time; a larger image is decoded alone.
-_DECODING_BYTES = 1 << 29
-# Pixels per band: conversions work on one band at a time, so that they need no second copy of a large image.
-_BAND_PIXELS = 1 << 22
-# The profiles of printers have 0.5 to 3 MB.
-_MAX_PROFILE_BYTES = 4 << 20
 # Tags of TIFF.
 _TILE_WIDTH = 322
 _TILE_LENGTH = 323
@@ -77,7 +71,7 @@ def decode_image(source: Path | bytes, image_size: int | None = None) -> Image.I
         if image_size:
             image.draft(None, (2 * image_size, 2 * image_size))
         check_pixels(image)
-        with _memory.reserved(_bytes_needed(image) + coefficient_bytes):
+        with reserve_memory(_bytes_needed(image) + coefficient_bytes):
             image.load()
             # Pixels are rotated first; an error in other tags after that does not matter.
             with suppress(Exception):
@@ -126,7 +120,7 @@ def _coefficient_bytes(image: Image.Image) -> int:
 
 
 def _has_several_scans(image: JpegImageFile) -> bool:
-    """Return whether a JPEG that was just opened has several scans: if not, the first one holds all components."""
+    """Return whether a JPEG that was just opened has several scans: if not, the first one contains all components."""
     assert image.fp is not None
     num_components = len(image.layer)
     header_bytes = 6 + 2 * num_components
@@ -139,9 +133,12 @@ def _has_several_scans(image: JpegImageFile) -> bool:
 def _tile_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height of the tiles of a TIFF, which may be larger than the image; (0, 0) without tiles."""
     tags = getattr(image, "tag_v2", {})
-    sizes = [tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)]
-    width, height = (size if isinstance(size, int) else 0 for size in sizes)
-    return width, height
+    return _whole_number(tags.get(_TILE_WIDTH)), _whole_number(tags.get(_TILE_LENGTH))
+
+
+def _whole_number(value: Any) -> int:
+    """Return a value of a tag if it is a whole number, else 0."""
+    return value if isinstance(value, int) else 0
 
 
 def png_text(path: Path) -> dict[str, str]:
@@ -153,7 +150,7 @@ def png_text(path: Path) -> dict[str, str]:
     try:
         with _opened(path, ("PNG",)) as image:
             check_pixels(image)
-            with _memory.reserved(_bytes_needed(image)):
+            with reserve_memory(_bytes_needed(image)):
                 # This reads to the end of the file, where texts may be.
                 return dict(getattr(image, "text", {}))
     except UnusableImageError as error:
@@ -175,109 +172,11 @@ def has_extension(name: str) -> bool:
     return re.search(r"\.[A-Za-z][A-Za-z0-9]{0,7}$", name) is not None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any Pillow mode to sRGB.
-
-    Its color profile is applied, transparent pixels are blended with white, and 16-bit and float gray is scaled to 8
-    bits.
-    """
-    profile = image.info.get("icc_profile")
-    if image.mode == "RGB" and not profile and not image.has_transparency_data:
-        return image
-    is_high_depth = image.mode.startswith(("I", "F"))
-    white = _white_level(image) if is_high_depth else 0.0
-    result = Image.new("RGB", image.size)
-    for top, band in _bands(image):
-        rgb = _scale_gray(band, white) if is_high_depth else _convert_colors(band, profile)
-        result.paste(rgb, (0, top))
-    return result
-
-
-def _convert_colors(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Convert an image with 8 bits per channel to sRGB on white."""
-    transparent = image.has_transparency_data
-    if image.mode == "LA":
-        source = image.getchannel("L")
-    else:
-        source = image if image.mode in ("L", "CMYK") else image.convert("RGB")
-    transform = _to_srgb(profile, source.mode) if profile else None
-    if transform is not None:
-        colors = ImageCms.applyTransform(source, transform)
-        assert colors is not None
-        if not transparent:
-            return colors
-        colors.putalpha(image.convert("RGBA").getchannel("A"))
-    elif transparent:
-        colors = image.convert("RGBA")
-    else:
-        return image.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), colors).convert("RGB")
-
-
-@lru_cache(maxsize=16)
-def _to_srgb(profile: bytes, mode: str) -> Any:
-    """Return the transform from an embedded color profile to sRGB; None if it changes nothing or is unusable."""
-    if len(profile) > _MAX_PROFILE_BYTES:
-        return None
-    try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        transform = ImageCms.buildTransform(source, _srgb(), mode, "RGB")
-        if mode != "RGB":
-            return transform
-        colors = _color_cube()
-        changed = ImageCms.applyTransform(colors, transform)
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None
-    assert changed is not None
-    # Most profiles are sRGB itself; applying them would only add rounding errors.
-    largest_change = max(high for _, high in ImageChops.difference(colors, changed).getextrema())  # type: ignore[misc]
-    return transform if largest_change > 2 else None
-
-
-@cache
-def _srgb() -> Any:
-    return ImageCms.createProfile("sRGB")
-
-
-@cache
-def _color_cube() -> Image.Image:
-    """Return an image of 9 x 9 x 9 evenly spaced colors."""
-    steps = np.linspace(0, 255, 9).round().astype(np.uint8)
-    return Image.fromarray(np.stack(np.meshgrid(steps, steps, steps), -1).reshape(27, 27, 3))
-
-
-def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yield horizontal bands, each with the number of its first row."""
-    rows = max(_BAND_PIXELS // image.width, 1)
-    if rows >= image.height:
-        yield 0, image
-        return
-    for top in range(0, image.height, rows):
-        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
-def _white_level(image: Image.Image) -> float:
-    """Return the gray value that becomes white: the nominal maximum, or the largest value if that is higher."""
-    largest = max(float(_gray_values(band).max()) for _, band in _bands(image))
-    nominal = 1.0 if image.mode == "F" else 65535.0
-    return max(nominal, largest)
-
-
-def _scale_gray(image: Image.Image, white: float) -> Image.Image:
-    """Scale gray values to 8 bits; Pillow's own conversion would clip them at 255."""
-    values = _gray_values(image) / white * 255
-    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
-
-
-def _gray_values(image: Image.Image) -> np.ndarray:
-    return np.nan_to_num(np.asarray(image, dtype=np.float32))
-
-
 # ------------------------------------------------------------------------------------------------------------ opening
 
 
 class _BoundedReader(BufferedReader):
-    """Read no more than the rest of a file, whatever length its chunks claim.
+    """Read no more than the rest of a file, regardless of the length that its chunks claim.
 
     ``BufferedReader.read`` allocates the requested size first, which Pillow takes from the file.
     """
@@ -379,41 +278,3 @@ def _bytes_needed(image: Image.Image) -> int:
     converted_bytes = 0 if image.mode == "RGB" else 4
     tile_width, tile_height = _tile_size(image)
     return image.width * image.height * (decoded_bytes + converted_bytes) + tile_width * tile_height * decoded_bytes
-
-
-class MemoryBudget:
-    """Memory that the threads of a process share: a thread waits while the others hold too much.
-
-    A request above the limit is granted when no other thread holds memory, so no request waits forever.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-        self.changed = threading.Condition()
-
-    @contextmanager
-    def reserved(self, size: int) -> Iterator[None]:
-        """Hold ``size`` bytes of the budget inside the ``with``."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.held or self.held + size <= self.limit)
-            self.held += size
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.held -= size
-                self.changed.notify_all()
-
-
-_memory = MemoryBudget(_DECODING_BYTES)
-
-
-def _reset_memory() -> None:
-    """Reset the budget in a forked process, which does not have the threads that held memory."""
-    global _memory
-    _memory = MemoryBudget(_DECODING_BYTES)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_memory)

@@ -1,6 +1,6 @@
 """Decompress the streams of tar shards with bounded memory.
 
-``tarfile`` decompresses ten kilobytes at a time, whatever they expand to, which can be gigabytes.
+``tarfile`` decompresses ten kilobytes at a time, which may expand to gigabytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BZIP2 = b"BZh"
 _XZ = (b"\xfd7zXZ\0", b"\x5d\0\0")
 
 
-def decompressed(stream: IO[bytes]) -> IO[bytes]:
+def open_decompressed(stream: IO[bytes]) -> IO[bytes]:
     """Return a stream of the decompressed content of a gzip, bzip2, xz or lzma stream; the content of any other."""
     start = stream.read(_SIGNATURE_BYTES)
     complete = _Prepended(start, stream)
@@ -56,7 +56,8 @@ class _Prepended:
         """Return at most ``size`` bytes; none at the end."""
         if not self.start:
             return self.stream.read(size)
-        chunk, self.start = self.start[:size], self.start[size:]
+        chunk = self.start[:size]
+        self.start = self.start[size:]
         return chunk
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError, check_header, decode_image
 from clipgen.data.folder_listing import FolderListing
-from clipgen.data.handover import from_first_process
-from clipgen.data.indexed import IndexedImages
+from clipgen.data.handover import from_rank_zero
+from clipgen.data.indexed import IndexedImages, check_val_fraction
 from clipgen.data.packed_strings import PackedStrings
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
@@ -40,7 +40,7 @@ class ImageFolder(IndexedImages):
 
     Args:
         root: folder, searched with its sub-folders. Hidden files and files that are not named like images are ignored.
-            A file without an extension is an image if its first bytes say so.
+            A file without an extension is an image if it has the signature of one.
         image_size: height and width of the images in pixels.
         train: random crop and flip, and the training side of the split; else center crop and the validation side.
         flip: mirror half of the training images.
@@ -71,7 +71,7 @@ class ImageFolder(IndexedImages):
         self.image_size = image_size
         self.transform = train_transform(image_size, flip) if train else val_transform(image_size)
         self.skip_counter = SkipCounter(str(root))
-        usable_files = from_first_process(lambda: scan_folder(self.root, self.skip_counter))
+        usable_files = from_rank_zero(lambda: scan_folder(self.root, self.skip_counter))
         # The process that has scanned the folder has counted them already.
         self.skip_counter.use(len(usable_files) - self.skip_counter.num_used)
         self.labels = labels
@@ -137,7 +137,7 @@ def scan_folder(root: Path, skip_counter: SkipCounter) -> PackedStrings:
     usable = PackedStrings(_usable_images(root, listing.require_images(), skip_counter))
     skip_counter.use(len(usable))
     if not usable:
-        raise ValueError(f"{root} must hold a usable image, got {skip_counter}")
+        raise ValueError(f"{root} must contain a usable image, got {skip_counter}")
     skip_counter.log_summary()
     return usable
 
@@ -165,12 +165,9 @@ def split_files(files: Sequence[str], val_fraction: float) -> tuple[Sequence[str
     Raises:
         ValueError: ``val_fraction`` is not in [0, 1), or there is only one file to split.
     """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+    check_val_fraction(val_fraction, len(files), "usable images")
     if val_fraction == 0:
         return files, []
-    if len(files) < 2:
-        raise ValueError(f"val_fraction must be 0 when there is a single usable image, got {val_fraction}")
     hashes = np.fromiter(map(unit_hash, files), float, len(files))
     held_out = hashes < val_fraction
     held_out[hashes.argmin()] = True

@@ -58,14 +58,14 @@ class FolderListing:
             got = f"{self.others.total() + len(self.no_extension)} files of other types"
             if self.unreadable_folders:
                 got += f" and {len(self.unreadable_folders)} folders that cannot be listed"
-            raise ValueError(f"{self.root} must hold {', '.join(EXTENSIONS)} files, got {got}")
+            raise ValueError(f"{self.root} must contain {', '.join(EXTENSIONS)} files, got {got}")
         return self.images
 
     def _find_images(self) -> Iterator[str]:
         """Yield the images in order, and note the other files; only the names of open folders are in memory."""
         num_images = 0
         visited: set[str] = set()
-        # the next path is the last one
+        # The next path is the last one.
         pending = [""]
         while pending:
             path = pending.pop()
@@ -117,7 +117,7 @@ def _name_in_order(entry: os.DirEntry[str]) -> str:
 
 def _warn_of_many_files(root: Path) -> None:
     logger.warning(
-        "%s holds at least %d images, which are all listed and opened before a training starts: "
+        "%s contains at least %d images, which are all listed and opened before a training run starts: "
         "tar shards start faster (python -m clipgen make_shards, data=webdataset)",
         root,
         _MANY_FILES,
@@ -139,7 +139,8 @@ def find_images(root: Path) -> list[str]:
 
 
 def check_holds_images(root: Path) -> None:
-    """Raise ValueError if a folder holds no image; the first file that is named like one ends the search."""
-    names = (name for _, _, files in os.walk(root) for name in files)
-    if not any(name.lower().endswith(EXTENSIONS) for name in names):
-        FolderListing(root).require_images()
+    """Raise ValueError if a folder contains no image; the first file that is named like one ends the search."""
+    for _, _, files in os.walk(root):
+        if any(name.lower().endswith(EXTENSIONS) for name in files):
+            return
+    FolderListing(root).require_images()

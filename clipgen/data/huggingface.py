@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError
-from clipgen.data.handover import from_first_process
-from clipgen.data.indexed import IndexedImages
+from clipgen.data.handover import from_rank_zero
+from clipgen.data.indexed import IndexedImages, check_val_fraction
 from clipgen.data.skip_counter import SkipCounter
 from clipgen.data.transforms import train_transform, val_transform
 from clipgen.hashing import unit_hash
@@ -39,14 +40,14 @@ class HuggingFaceImages(IndexedImages):
         train: random crop and flip, and the training side of the split; else center crop and the validation side.
         name: name in log messages.
         image_column: column of the images.
-        label_column: column of the classes: numbers, or names that ``class_names`` lists. None: the images have none.
+        label_column: column of the classes: numbers, or names that ``class_names`` lists. None uses no classes.
         class_names: names of the classes, if they are known.
         flip: mirror half of the training images.
         val_fraction: fraction of the rows held out for validation, in [0, 1). Each row's side of the split depends on
             a hash of its number, so adding rows does not move others. At 0 both sides are all rows.
         seed: seed of crops and flips.
-        root: folder of the files that rows may name instead of holding an image's bytes. None: they may name none,
-            because the table may be untrusted.
+        root: folder of the files that rows may name instead of containing an image's bytes. None allows no
+            files, because the table may be untrusted.
 
     Raises:
         ValueError: an argument is out of range, or no row is usable.
@@ -91,7 +92,7 @@ class HuggingFaceImages(IndexedImages):
             except UnusableImageError as error:
                 self._skip(item, error)
         counter = self.skip_counter
-        raise ValueError(f"{counter.name} must hold a usable image in column {self.image_column}, got {counter}")
+        raise ValueError(f"{counter.name} must contain a usable image in column {self.image_column}, got {counter}")
 
     def held_out(self) -> HuggingFaceImages:
         """Return the validation side of the split; both sides share one skip counter."""
@@ -108,7 +109,11 @@ class HuggingFaceImages(IndexedImages):
         return f"{self.skip_counter.name}: row {self.row_numbers[item]}"
 
     def encoded_image(self, item: int) -> Path | bytes:
-        """Return the bytes of an image, or its file if the table only names it."""
+        """Return the bytes of an image, or its file if the table only names it.
+
+        Raises:
+            UnusableImageError: the row has no image, or names a file outside of the dataset.
+        """
         image = self._row(item)[self.image_column] or {}
         if image.get("bytes") is not None:
             content: bytes = image["bytes"]
@@ -121,7 +126,11 @@ class HuggingFaceImages(IndexedImages):
         return file
 
     def label_of(self, item: int) -> int | None:
-        """Return the class of an image; None without ``labels``."""
+        """Return the class of an image; None without ``labels``.
+
+        Raises:
+            UnusableImageError: the row has no class, or one that is out of range.
+        """
         if self.label_column is None:
             return None
         label = self._row(item)[self.label_column]
@@ -181,13 +190,10 @@ def split_rows(count: int, val_fraction: float) -> tuple[Sequence[int], Sequence
     Raises:
         ValueError: ``val_fraction`` is not in [0, 1), or there is only one row to split.
     """
-    if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+    check_val_fraction(val_fraction, count, "rows")
     if val_fraction == 0:
         return range(count), range(0)
-    if count < 2:
-        raise ValueError(f"val_fraction must be 0 when there are fewer than two rows, got {val_fraction}")
-    held_out = from_first_process(lambda: rows_to_hold_out(count, val_fraction))
+    held_out = from_rank_zero(lambda: rows_to_hold_out(count, val_fraction))
     return RowsWithout(count, held_out), held_out
 
 
@@ -229,7 +235,7 @@ def load_rows(
         split: name of the split, or a part of it such as ``train[:90%]``.
         subset: name of the configuration, for datasets that have several.
         revision: branch, tag or commit on the hub.
-        cache_dir: where ``datasets`` keeps downloads and its own copy; None: below ``~/.cache/huggingface``.
+        cache_dir: folder of the downloads of ``datasets``; None uses one below ``~/.cache/huggingface``.
 
     Raises:
         ImportError: the package ``datasets`` is missing.
@@ -287,7 +293,7 @@ def image_column_of(rows: Any, column: str | None) -> str:
 
 
 def holds_images(feature: Any) -> bool:
-    """Return whether a column holds images, decoded by ``datasets`` or as Parquet files store them."""
+    """Return whether a column contains images, decoded by ``datasets`` or as Parquet files store them."""
     return type(feature).__name__ == "Image" or (isinstance(feature, dict) and set(feature) == _IMAGE_KEYS)
 
 
@@ -299,7 +305,7 @@ def require_column(rows: Any, column: str, key: str) -> str:
 
 
 def class_names_of(rows: Any, column: str) -> list[str] | None:
-    """Return the names of the classes in a column; None if it holds numbers without names."""
+    """Return the names of the classes in a column; None if it contains numbers without names."""
     feature = rows.features[column]
     names = getattr(feature, "names", None)
     if names is None and getattr(feature, "dtype", None) == "string":
@@ -340,25 +346,33 @@ def huggingface_data(
     Validation images come from ``val_split`` if it is set. Else ``val_fraction`` of the rows is held out of training,
     and at 0 nothing is validated.
     """
-    where = {"subset": subset, "revision": revision, "cache_dir": cache_dir}
-    rows = load_rows(dataset, split, **where)
-    settings: dict[str, Any] = {"image_column": image_column_of(rows, image_column), "flip": flip, "seed": seed}
-    settings["root"] = folder_of_files(dataset, cache_dir)
-    columns = [settings["image_column"]]
+    load = partial(load_rows, dataset, subset=subset, revision=revision, cache_dir=cache_dir)
+    rows = load(split)
+    image_column = image_column_of(rows, image_column)
     if labels:
-        columns.append(require_column(rows, label_column, "data.label_column"))
-        settings |= {"label_column": label_column, "class_names": class_names_of(rows, label_column)}
-
-    def open_split(rows: Any, split: str, train: bool, val_fraction: float) -> HuggingFaceImages:
-        name = f"{dataset} {split}"
-        table = encoded_rows(rows, columns)
-        return HuggingFaceImages(table, image_size, train, name, val_fraction=val_fraction, **settings)
-
+        require_column(rows, label_column, "data.label_column")
+    open_split = partial(
+        open_rows,
+        image_size=image_size,
+        image_column=image_column,
+        label_column=label_column if labels else None,
+        class_names=class_names_of(rows, label_column) if labels else None,
+        flip=flip,
+        seed=seed,
+        root=folder_of_files(dataset, cache_dir),
+    )
     val: HuggingFaceImages | None
     if val_split is not None:
-        train = open_split(rows, split, True, 0.0)
-        val = open_split(load_rows(dataset, val_split, **where), val_split, False, 0.0)
+        train = open_split(rows, train=True, name=f"{dataset} {split}")
+        val = open_split(load(val_split), train=False, name=f"{dataset} {val_split}")
     else:
-        train = open_split(rows, split, True, val_fraction)
+        train = open_split(rows, train=True, name=f"{dataset} {split}", val_fraction=val_fraction)
         val = train.held_out() if val_fraction else None
     return ImageDataModule(train, val, batch_size, num_workers, seed=seed)
+
+
+def open_rows(rows: Any, *, image_column: str, label_column: str | None, **settings: Any) -> HuggingFaceImages:
+    """Return the images of a table, which are not decoded until they are read; see ``HuggingFaceImages``."""
+    columns = [image_column] if label_column is None else [image_column, label_column]
+    rows = encoded_rows(rows, columns)
+    return HuggingFaceImages(rows, image_column=image_column, label_column=label_column, **settings)

@@ -9,7 +9,7 @@ from typing import IO, Any
 import numpy as np
 
 # Arrays up to this number of bytes are kept in memory.
-MAX_IN_MEMORY = 1 << 26
+MAX_BYTES_IN_MEMORY = 1 << 26
 
 
 class PackedStrings(Sequence[str]):
@@ -29,8 +29,8 @@ class PackedStrings(Sequence[str]):
             for string in strings:
                 end += content.write(string.encode("utf-8", "surrogateescape"))
                 ends.write(end.to_bytes(8, "little"))
-            self.content = mapped(content, np.uint8)
-            self.ends = mapped(ends, np.dtype("<i8"))
+            self.content = map_or_read(content, np.uint8)
+            self.ends = map_or_read(ends, np.dtype("<i8"))
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -41,12 +41,12 @@ class PackedStrings(Sequence[str]):
         return self.content[self.ends[index] : self.ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 
-def mapped(file: IO[bytes], dtype: Any) -> np.ndarray:
+def map_or_read(file: IO[bytes], dtype: Any) -> np.ndarray:
     """Return the content of a file: memory-mapped if it is large, else read."""
     file.flush()
     file.seek(0, 2)
-    if file.tell() > MAX_IN_MEMORY:
-        # pickle can pass on the memory of a plain array, but not of a memmap, without copying it
+    if file.tell() > MAX_BYTES_IN_MEMORY:
+        # pickle can pass on the memory of a plain array, but not of a memmap, without copying it.
         return np.memmap(file, dtype, "r").view(np.ndarray)
     file.seek(0)
     return np.frombuffer(file.read(), dtype)

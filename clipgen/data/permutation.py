@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 # Up to here, permutations are kept in memory (80 MB).
-MAX_IN_MEMORY = 10_000_000
+MAX_SIZE_IN_MEMORY = 10_000_000
 # Numbers are converted to a Python list in blocks, because a list takes five times the memory of an array.
 BLOCK = 10_000
 _ROUNDS = 6
@@ -20,7 +20,7 @@ def permuted(size: int, seed: int, places: range) -> Iterator[int]:
     Large permutations are computed in blocks.
     """
     order = None
-    if size <= MAX_IN_MEMORY:
+    if size <= MAX_SIZE_IN_MEMORY:
         order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).numpy()
     for start in range(0, len(places), BLOCK):
         block = places[start : start + BLOCK]
@@ -53,7 +53,9 @@ def feistel(numbers: np.ndarray, half_bits: np.uint64, keys: np.ndarray) -> np.n
     left = numbers >> half_bits
     right = numbers & mask
     for key in keys:
-        left, right = right, left ^ (mix(right ^ key) & mask)
+        mixed = left ^ (mix(right ^ key) & mask)
+        left = right
+        right = mixed
     return (left << half_bits) | right
 
 

@@ -60,7 +60,7 @@ class DataPositionCallback(pl.Callback):
     """
 
     def __init__(self) -> None:
-        # Where the run was resumed.
+        # The position at which the run was resumed.
         self.start = DataPosition()
         self.batches_at_start = 0
         self.stream_state: dict[str, Any] | None = None
@@ -190,7 +190,7 @@ class ResumableSampler(DistributedSampler[Any]):
         return DataPosition(start.epoch + 1 + epochs, rest * self.items_per_step, batches)
 
     def _start(self) -> DataPosition:
-        """Return where the run was resumed."""
+        """Return the position at which the run was resumed."""
         callback = position_callback(self.trainer)
         return callback.start if callback else DataPosition()
 
@@ -249,7 +249,7 @@ class ValidationSampler(DistributedSampler[Any]):
 
 
 def num_real_samples(trainer: Any, batch_idx: int, batch_size: int) -> int:
-    """Return how many of the ``batch_size`` samples of a validation batch to count, excluding repetitions.
+    """Return the number of samples of a validation batch to count, at most ``batch_size``, without repetitions.
 
     Repetitions come from ``ValidationSampler``, and from torch's ``DistributedSampler``, which Lightning adds to any
     other data loader.

@@ -1,7 +1,7 @@
-"""Generate a dataset of antialiased colored shapes, each with the sentence that describes it.
+"""Generate a dataset of antialiased colored shapes, each with the caption that describes it.
 
-6 shapes x 8 colors x 2 sizes x 3 backgrounds = 288 sentences. The position varies by four pixels in each direction and
-the radius by one, so images of the same sentence differ. Images are rendered on the fly from signed distances, and the
+6 shapes x 8 colors x 2 sizes x 3 backgrounds = 288 captions. The position varies by four pixels in each direction and
+the radius by one, so images of the same caption differ. Images are rendered on the fly from signed distances, and the
 same seed gives the same images.
 """
 
@@ -42,7 +42,7 @@ BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0
 
 @dataclass(frozen=True)
 class Attributes:
-    """Attributes of an image, as its sentence states them."""
+    """Attributes of an image, as its caption states them."""
 
     size: str
     color: str
@@ -58,7 +58,7 @@ CLASS_INDEX = dict(zip(ALL_ATTRIBUTES, range(len(ALL_ATTRIBUTES))))
 
 
 def held_out_attributes(fraction: float) -> tuple[Attributes, ...]:
-    """Return the attributes that ``data.held_out`` excludes from training: all sentences of some shape-color pairs.
+    """Return the attributes that ``data.held_out`` excludes from training: all captions of some shape-color pairs.
 
     The pairs depend only on the fraction of the 48 pairs. They lie on diagonals of the shuffled table of shapes and
     colors, so that all shapes and all colors are missing about equally often. A larger fraction includes the pairs of a
@@ -87,18 +87,18 @@ def shuffled(names: Sequence[str], generator: torch.Generator) -> list[str]:
     return [names[i] for i in torch.randperm(len(names), generator=generator)]
 
 
-def parse(sentence: str) -> Attributes:
-    """Parse a sentence of the dataset; inverse of ``str(attributes)``.
+def parse_caption(caption: str) -> Attributes:
+    """Parse a caption of the dataset; inverse of ``str(attributes)``.
 
     Raises:
-        ValueError: the sentence is not one of the 288.
+        ValueError: the caption is not one of the 288.
     """
-    match sentence.lower().rstrip(".").split():
+    match caption.lower().rstrip(".").split():
         case ["a", size, color, shape, "on", "a", background, "background"]:
             attributes = Attributes(size, color, shape, background)
             if attributes in ALL_ATTRIBUTES:
                 return attributes
-    raise ValueError(f"sentence must read like {str(ALL_ATTRIBUTES[0])!r}, got {sentence!r}")
+    raise ValueError(f"caption must read like {str(ALL_ATTRIBUTES[0])!r}, got {caption!r}")
 
 
 def rgb(colors: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -186,7 +186,7 @@ def silhouettes(shape: str, radius: Tensor, center: Tensor, image_size: int) -> 
 
 
 class ShapesDataset(Dataset[dict[str, Any]]):
-    """Colored shapes, rendered on access. Sample ``i`` is ``{"images": (3, H, W) in [-1, 1], "texts": sentence}``.
+    """Colored shapes, rendered on access. Sample ``i`` is ``{"images": (3, H, W) in [-1, 1], "texts": caption}``.
 
     Args:
         length: number of images.
@@ -244,7 +244,11 @@ class ShapesDataset(Dataset[dict[str, Any]]):
         return index_ranges(len(self), size)
 
     def augmented_views(self, chunk: Sequence[int], num_views: int) -> Iterator[Views]:
-        """Yield each image as (1, 3, H, W), and its class; shapes have no other crops, so ``num_views`` must be 1."""
+        """Yield each image as (1, 3, H, W) in [-1, 1], and its class with ``labels``, else None.
+
+        Raises:
+            ValueError: ``num_views`` is not 1, because shapes have no other crops.
+        """
         if num_views != 1:
             raise ValueError(
                 f"augmentations must be 1 for shapes, got {num_views}; set data.train_size for more images"

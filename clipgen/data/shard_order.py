@@ -1,7 +1,7 @@
 """The order in which readers (the workers of all ranks) go through shards: each shard once per pass.
 
 The shards of a pass are in random order. Reader number r of R reads the slices r, r + R, r + 2 R, ... of all passes in
-turn. If there are fewer shards than readers, each shard is several slices: slice k of K holds every K-th sample.
+turn. If there are fewer shards than readers, each shard is several slices: slice k of K contains every K-th sample.
 
 A position is the number of samples that each reader has delivered. When the number of readers changes, the new ones
 first deliver what the old ones have left of their passes, and then begin a pass of their own, so that no sample of a

@@ -110,7 +110,7 @@ class ResumableStream(Protocol):
     def state_after(self, batches: int, num_workers: int) -> dict[str, Any]:
         """Return the position after a number of batches per rank since ``resume``; all ranks call this.
 
-        It must hold plain values and tensors, and be valid for any number of ranks, workers and images per batch.
+        It must contain plain values and tensors, and be valid for any number of ranks, workers and images per batch.
         """
         ...
 

@@ -17,7 +17,7 @@ from clipgen.data.decoding import (
     has_extension,
     looks_like_image,
 )
-from clipgen.data.decompression import decompressed, is_compressed
+from clipgen.data.decompression import is_compressed, open_decompressed
 from clipgen.data.skip_counter import SkipCounter
 
 # Larger files are refused before they are read: two megabytes of a compressed or sparse file may expand to gigabytes.
@@ -25,7 +25,7 @@ MAX_MEMBER_BYTES = 1 << 28
 # Limits of the group of files with the same base name that is held in memory to find out which belong together.
 _MAX_GROUP_FILES = 64
 _MAX_GROUP_BYTES = 1 << 28
-# Limits of extended headers, which hold long names: the size of one, and the number of those before a file.
+# Limits of extended headers, which contain long names: the size of one, and the number of those before a file.
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_HEADERS = 16
 _BLOCK_BYTES = 1 << 20
@@ -65,7 +65,7 @@ class Member:
         name: path inside the shard.
         base: path up to the first dot of the file name, by which webdataset groups files.
         stem: path without the extension.
-        is_label: whether the file holds a label.
+        is_label: whether the file contains a label.
         data: content of the file.
     """
 
@@ -82,7 +82,7 @@ def read_members(stream: IO[bytes], url: str, skip_counter: SkipCounter) -> Iter
     Raises:
         tarfile.TarError, OSError, EOFError: the shard is damaged; the files before the damage have been yielded.
     """
-    with _Archive.open(fileobj=decompressed(stream), mode="r|") as archive:
+    with _Archive.open(fileobj=open_decompressed(stream), mode="r|") as archive:
         while (info := archive.next()) is not None:
             try:
                 member = _read_member(archive, info)
@@ -104,7 +104,7 @@ def is_tar(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with path.open("rb") as file, _Archive.open(fileobj=decompressed(file), mode="r|"):
+        with path.open("rb") as file, _Archive.open(fileobj=open_decompressed(file), mode="r|"):
             return True
     except PermissionError:
         raise
@@ -128,7 +128,7 @@ def _open_local(file: IO[bytes]) -> _Archive:
     compressed = is_compressed(file)
     file.seek(0)
     if compressed:
-        return _Archive.open(fileobj=decompressed(file), mode="r|")
+        return _Archive.open(fileobj=open_decompressed(file), mode="r|")
     return _Archive.open(fileobj=file, mode="r:")
 
 
@@ -293,7 +293,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
 class _Archive(tarfile.TarFile):
     """A tar file that is read in order and raises an error at any damage.
 
-    tarfile takes a damaged header for the end of the file. Tar files that were concatenated by ``cat`` are read, too.
+    tarfile takes a damaged header for the end of the file. Tar files that were concatenated by ``cat`` are also read.
     """
 
     tarinfo = _BoundedTarInfo

@@ -1,9 +1,10 @@
 """The token cache: code indices and CLIP embeddings of all images, computed once, in memory-mapped shards.
 
-The folder of a cache holds ``manifest.json``, the frozen models as a run folder does, and a folder per split, ``train``
-and ``val``. A split's folder holds only ``shard-000000.npy``, ... Each shard is an array of records, one per image:
+The folder of a cache contains ``manifest.json``, the frozen models as a run folder does, and a folder per split,
+``train`` and ``val``. A split's folder contains only ``shard-000000.npy``, ... Each shard is an array of records, one
+per image:
 
-- ``indices``: (A, T), of the smallest unsigned type that holds them, for A augmentations of T tokens;
+- ``indices``: (A, T), of the smallest unsigned type that can store them, for A augmentations of T tokens;
 - ``embedding``: (A, E) in fp16;
 - ``label``: the class of the image, if the source has classes and they were requested.
 """
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipgen.checkpoint.model_folder import codebook_rows
 from clipgen.data.datamodule import make_loader
-from clipgen.data.handover import from_first_process
+from clipgen.data.handover import from_rank_zero
 from clipgen.data.samplers import ResumableSampler, ValidationSampler
 from clipgen.storage.files import atomic_write, check_size, one_line, read_json
 
@@ -57,7 +58,7 @@ def record_dtype(
 
 
 def index_dtype(codebook_size: int) -> np.dtype:
-    """Return the smallest type that holds every index."""
+    """Return the smallest type that can store every index."""
     return np.dtype("<u2" if codebook_size <= 2**16 else "<u4")
 
 
@@ -86,7 +87,7 @@ def read_manifest(root: str | Path) -> dict[str, Any]:
 
 
 def check_manifest(manifest: dict[str, Any], path: Path) -> None:
-    """Raise ValueError unless a manifest holds the types and sizes that ``clipgen-encode`` writes."""
+    """Raise ValueError unless a manifest contains the types and sizes that ``clipgen-encode`` writes."""
     images = manifest["images"]
     if not isinstance(images, dict) or not all(is_whole_number(images.get(split), 0) for split in SPLITS):
         raise ValueError(f"{path} is damaged: images must be the numbers of {' and '.join(SPLITS)}, got {images!r:.60}")
@@ -128,7 +129,7 @@ def is_whole_number(value: Any, minimum: int) -> bool:
 
 
 def check_records(manifest: dict[str, Any], path: Path) -> None:
-    """Raise ValueError unless the sizes of a manifest match the first records and the tokenizer beside it."""
+    """Raise ValueError unless the sizes of a manifest match the first records and the tokenizer in its folder."""
     codebook_size = manifest["codebook_size"]
     dtype = first_record_dtype(open_split(path.parent / "train"))
     if dtype is not None:
@@ -157,14 +158,14 @@ def first_record_dtype(shards: Iterable[np.ndarray]) -> np.dtype | None:
     return None
 
 
-def class_names(manifest: dict[str, Any], root: str | Path) -> list[str]:
+def class_names_of(manifest: dict[str, Any], root: str | Path) -> list[str]:
     """Return the names of the classes of a cache; their numbers if the source had no names.
 
     Raises:
-        ValueError: the cache holds no classes.
+        ValueError: the cache contains no classes.
     """
     if "num_classes" not in manifest:
-        raise ValueError(f"the token cache {root} holds no labels; make one with `clipgen-encode data.labels=true`")
+        raise ValueError(f"the token cache {root} contains no labels; make one with `clipgen-encode data.labels=true`")
     return manifest.get("class_names") or [str(number) for number in range(manifest["num_classes"])]
 
 
@@ -217,14 +218,14 @@ def damaged_shard(path: Path, reason: str) -> ValueError:
 def check_shard(array: Any) -> None:
     """Raise ValueError unless an array consists of records as ``record_dtype`` describes them."""
     if not isinstance(array, np.memmap) or array.ndim != 1:
-        raise ValueError("it holds no list of records")
+        raise ValueError("it contains no list of records")
     fields = array.dtype.fields or {}
     layout = {name: (field[0].base.str, len(field[0].shape)) for name, field in fields.items()}
     label = {"label": ("<i4", 0)} if "label" in layout else {}
     if layout not in [{"indices": (dtype, 2), "embedding": ("<f2", 2)} | label for dtype in ("<u2", "<u4")]:
-        raise ValueError(f"its records must hold indices and embedding, got {array.dtype!s:.100}")
+        raise ValueError(f"its records must contain indices and embedding, got {array.dtype!s:.100}")
     if not all(array.dtype[name].shape[0] for name in ("indices", "embedding")):
-        raise ValueError("its records hold no augmentation")
+        raise ValueError("its records contain no augmentation")
 
 
 # ------------------------------------------------------------------------------------------------------------- dataset
@@ -242,7 +243,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         codebook_size: bound of the indices; None does not check them.
 
     Raises:
-        FileNotFoundError: the folder holds no images.
+        FileNotFoundError: the folder contains no images.
         ValueError: a shard is damaged, or differs in type from the others.
     """
 
@@ -251,7 +252,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: str | Path, num_classes: int | None = None, codebook_size: int | None = None):
         self.num_classes = num_classes
         self.codebook_size = codebook_size
-        self.files, lengths, self.dtype = from_first_process(lambda: check_shards(Path(folder)))
+        self.files, lengths, self.dtype = from_rank_zero(lambda: check_shards(Path(folder)))
         self.ends = np.cumsum(lengths)
         self.starts = self.ends - lengths
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -279,10 +280,18 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[Any]) -> list[dict[str, Tensor]]:
         """Return many samples; DataLoader calls this with the indices of a batch."""
         batch = self.batch(indices)
-        return [{name: values[i] for name, values in batch.items()} for i in range(len(indices))]
+        samples: list[dict[str, Tensor]] = []
+        for i in range(len(indices)):
+            samples.append({name: values[i] for name, values in batch.items()})
+        return samples
 
     def batch(self, indices: Sequence[Any]) -> dict[str, Tensor]:
-        """Return a batch: ``{"indices": (B, T), "condition": (B, E)}``."""
+        """Return a batch: ``{"indices": (B, T) int64, "condition": (B, E)}``.
+
+        Raises:
+            IndexError: an index is out of range.
+            ValueError: a shard is damaged.
+        """
         epochs, items = split_epochs(indices)
         shard_numbers, rows = self._locate(items)
         views = (epochs + items) % self.dtype["indices"].shape[0]
@@ -291,7 +300,7 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         if self.num_classes is None:
             embeddings = self._gather("embedding", shard_numbers, rows, views)
             self._check_finite(embeddings, shard_numbers)
-            # fp16 rounds the norm, too.
+            # fp16 also rounds the norm.
             condition = F.normalize(torch.from_numpy(embeddings).float(), dim=-1)
         else:
             labels = self._gather("label", shard_numbers, rows, views)
@@ -300,7 +309,11 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
         return {"indices": torch.from_numpy(tokens.astype(np.int64)), "condition": condition}
 
     def embeddings(self, count: int = 10_000) -> Tensor:
-        """Return the conditions (N, E) of about ``count`` evenly spaced images, for ``EmbeddingProjector``."""
+        """Return the conditions (N, E) of about ``count`` evenly spaced images, for ``EmbeddingProjector``.
+
+        Raises:
+            ValueError: ``count`` is below 1, or a shard is damaged.
+        """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
         return self.batch(range(0, len(self), max(len(self) // count, 1)))["condition"]
@@ -349,10 +362,10 @@ class TokenCacheDataset(Dataset[dict[str, Tensor]]):
 
 
 def check_shards(folder: Path) -> tuple[list[Path], list[int], np.dtype]:
-    """Return the shards of a split that hold images, their numbers of records, and the type of the records.
+    """Return the shards of a split that contain images, their numbers of records, and the type of the records.
 
     Raises:
-        FileNotFoundError: the folder holds no images.
+        FileNotFoundError: the folder contains no images.
         ValueError: a shard is damaged, or differs in type from the others.
     """
     files: list[Path] = []
@@ -365,7 +378,7 @@ def check_shards(folder: Path) -> tuple[list[Path], list[int], np.dtype]:
             continue
         dtype = dtype or shard.dtype
         if shard.dtype != dtype:
-            raise ValueError(f"{file} must hold records of {dtype}, as the other shards, got {shard.dtype}")
+            raise ValueError(f"{file} must contain records of {dtype}, as the other shards, got {shard.dtype}")
         files.append(file)
         lengths.append(len(shard))
     if dtype is None:
@@ -413,7 +426,7 @@ class TokenCacheDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.manifest = read_manifest(self.root)
-        num_classes = len(class_names(self.manifest, self.root)) if conditioning == "class" else None
+        num_classes = len(class_names_of(self.manifest, self.root)) if conditioning == "class" else None
         self.train = self._open_split("train", num_classes)
         self.val = self._open_split("val", num_classes) if self.manifest["images"]["val"] else None
         if batch_size < 1 or batch_size > len(self.train):
@@ -424,7 +437,7 @@ class TokenCacheDataModule(pl.LightningDataModule):
         expected = self.manifest["images"][split]
         if len(dataset) != expected:
             raise ValueError(
-                f"{self.root / split} must hold {expected} images, as the manifest says, got {len(dataset)}"
+                f"{self.root / split} must contain {expected} images, as the manifest says, got {len(dataset)}"
             )
         return dataset
 

@@ -58,7 +58,7 @@ def _resize_and_crop(image: Image.Image, image_size: int, x: float, y: float) ->
 
 
 def _crop_start(length: int, side: int, image_size: int, position: float) -> float:
-    """Return where the crop starts along one axis, in pixels of the original image.
+    """Return the start of the crop along one axis, in pixels of the original image.
 
     It starts at a whole pixel of the resized image, so an image that already has the right size stays sharp.
     """

@@ -10,7 +10,7 @@ from braceexpand import braceexpand
 
 
 def expand_urls(urls: str | list[str]) -> list[str]:
-    """List the shards that ``urls`` stands for; see ``ImageShards``.
+    """List the shards that ``urls`` names; see ``ImageShards``.
 
     Raises:
         FileNotFoundError: a local shard does not exist, or nothing matches a pattern.

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -23,7 +24,7 @@ from webdataset.utils import pytorch_worker_info
 from clipgen.data.class_names import read_names
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.decoding import UnusableImageError, decode_image
-from clipgen.data.handover import from_first_process
+from clipgen.data.handover import from_rank_zero
 from clipgen.data.parallel import parallel_map
 from clipgen.data.shard_order import UNKNOWN, Position, Segment, ShardOrder, ShardSlice
 from clipgen.data.skip_counter import SkipCounter
@@ -43,6 +44,27 @@ _SHUFFLE_BYTES = 1 << 29
 _SHUFFLE_START = 100
 
 
+@dataclass(frozen=True)
+class ResumedStream:
+    """The position to which a training stream was moved, and its progress since then.
+
+    Args:
+        batch_size: images per batch on each rank.
+        sizes: tensor (S,) with the number of samples in each of S shards when the position was stored.
+        batches_per_epoch: number of batches after which the stream is iterated again; None if it is not.
+        batches_in_epoch: number of batches of the next epoch.
+        batches_before: number of batches between the position and the next epoch.
+        start: the position; None is the start of the first pass.
+    """
+
+    batch_size: int
+    sizes: Any
+    batches_per_epoch: int | None = None
+    batches_in_epoch: int = 0
+    batches_before: int = 0
+    start: Position | None = None
+
+
 class ImageShards(IterableDataset[dict[str, Any]]):
     """Stream of the images in tar shards; a sample is {"images": (3, image_size, image_size) in [-1, 1]}.
 
@@ -50,10 +72,10 @@ class ImageShards(IterableDataset[dict[str, Any]]):
     of a pass, see ``shard_order``. Validation reads every image once; the images are split between
     ranks and workers by shard if there are enough shards, else by image.
 
-    Construction checks local shards: each must be a tar file, and one of them must hold a usable image. Broken content
-    is skipped, warned about once and counted: a corrupt image, which the next one replaces in training, or the rest of
-    a shard after the position at which it is damaged. Training raises ValueError if no shard holds an image, or if 1000
-    consecutive images are unusable.
+    Construction checks local shards: each must be a tar file, and one of them must contain a usable image. Broken
+    content is skipped, warned about once and counted: a corrupt image, which the next one replaces in training, or the
+    rest of a shard after the position at which it is damaged. Training raises ValueError if no shard contains an image,
+    or if 1000 consecutive images are unusable.
 
     Args:
         urls: paths, http(s) URLs and ``pipe:`` commands, with braces (``train-{000000..000009}.tar``); paths also with
@@ -98,15 +120,8 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         self._sizes = torch.full((len(self.urls),), UNKNOWN, dtype=torch.int32).share_memory_()
         self._iteration = 0
         # Set by ``resume``.
-        self._resumed = False
-        self._start: Position | None = None
-        self._start_sizes = self._sizes
-        self._batch_size = 0
-        self._batches_per_epoch: int | None = None
-        # Batches between the resume and the next epoch, and those of the next epoch.
-        self._batches_before = 0
-        self._batches_in_epoch = 0
-        from_first_process(self._check_shards)
+        self._resumed: ResumedStream | None = None
+        from_rank_zero(self._check_shards)
 
     def _check_shards(self) -> None:
         """Raise ValueError if a local shard is not a tar file, or if all shards are local and no image is usable."""
@@ -117,7 +132,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         samples = chain.from_iterable(map(self._read_shard, local_urls))
         all_local = len(local_urls) == len(self.urls)
         if all_local and not any(map(self._decode, samples)):
-            raise ValueError(f"{self.skip_counter.name} must hold a usable image, got {self.skip_counter}")
+            raise ValueError(f"{self.skip_counter.name} must contain a usable image, got {self.skip_counter}")
         self.skip_counter.restart()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -178,12 +193,8 @@ class ImageShards(IterableDataset[dict[str, Any]]):
             batches_per_epoch: number of batches after which the stream is iterated again; None if it is not.
             batches: batches of the current epoch that the state includes.
         """
-        self._resumed = True
-        self._start = None
-        self._batch_size = batch_size
-        self._batches_per_epoch = batches_per_epoch
-        self._batches_before = 0
-        self._batches_in_epoch = (batches_per_epoch or 0) - batches
+        resumed = ResumedStream(batch_size, self._sizes, batches_per_epoch, (batches_per_epoch or 0) - batches)
+        self._resumed = resumed
         if state is None:
             return
         if len(state["sizes"]) != len(self.urls):
@@ -194,9 +205,9 @@ class ImageShards(IterableDataset[dict[str, Any]]):
                 len(state["sizes"]),
             )
             return
-        self._start = Position.from_dict(state["position"])
-        self._start_sizes = torch.as_tensor(state["sizes"]).clone()
-        self._sizes.copy_(torch.maximum(self._sizes, self._start_sizes))
+        sizes = torch.as_tensor(state["sizes"]).clone()
+        self._resumed = replace(resumed, start=Position.from_dict(state["position"]), sizes=sizes)
+        self._sizes.copy_(torch.maximum(self._sizes, sizes))
 
     def state_after(self, batches: int, num_workers: int) -> dict[str, Any]:
         """Return the position after a number of batches since ``resume``. All ranks must call this.
@@ -206,23 +217,28 @@ class ImageShards(IterableDataset[dict[str, Any]]):
             num_workers: workers of the loader, at least 1.
         """
         _, num_ranks, _, _ = pytorch_worker_info()
-        position = self._position(num_ranks, num_workers).after(batches, self._batch_size)
+        resumed = self._resumed or ResumedStream(0, self._sizes)
+        position = self._position(resumed, num_ranks, num_workers).after(batches, resumed.batch_size)
         return {"position": position.as_dict(), "sizes": max_over_ranks(self._sizes)}
 
-    def _position(self, num_ranks: int, num_workers: int) -> Position:
-        """Return where ``resume`` has moved the stream, for a number of readers."""
-        if self._start is None:
+    def _position(self, resumed: ResumedStream, num_ranks: int, num_workers: int) -> Position:
+        """Return the position to which ``resume`` has moved the stream, for a number of readers."""
+        if resumed.start is None:
             return Position.start(num_ranks, num_workers)
         # By the sizes in the checkpoint, because all processes must come to the same result at any time.
-        order = ShardOrder(len(self.urls), str(self.seed), self._start_sizes)
-        return order.moved_to(self._start, num_ranks, num_workers)
+        order = ShardOrder(len(self.urls), str(self.seed), resumed.sizes)
+        return order.moved_to(resumed.start, num_ranks, num_workers)
 
-    def _position_of_next_epoch(self, num_ranks: int, num_workers: int) -> Position:
-        """Return where the next iteration starts, and count the batches of its epoch."""
-        position = self._position(num_ranks, num_workers).after(self._batches_before, self._batch_size)
-        if self._batches_per_epoch is not None:
-            self._batches_before += self._batches_in_epoch
-            self._batches_in_epoch = self._batches_per_epoch
+    def _position_of_next_epoch(self, resumed: ResumedStream, num_ranks: int, num_workers: int) -> Position:
+        """Return the position at which the next iteration starts, and count the batches of its epoch."""
+        position = self._position(resumed, num_ranks, num_workers).after(resumed.batches_before, resumed.batch_size)
+        if resumed.batches_per_epoch is not None:
+            # A copy of the stream must not move the original.
+            self._resumed = replace(
+                resumed,
+                batches_before=resumed.batches_before + resumed.batches_in_epoch,
+                batches_in_epoch=resumed.batches_per_epoch,
+            )
         return position
 
     def _order(self, more_seed: str) -> ShardOrder:
@@ -232,7 +248,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         """Return the endless stream of this rank and worker, from the position of the run."""
         rank, num_ranks, worker, num_workers = pytorch_worker_info()
         self._warn_of_few_shards(num_ranks * num_workers, rank + worker)
-        if not self._resumed:
+        if self._resumed is None:
             # Iterated without a run: each iteration has its own order.
             info = get_worker_info()
             base_seed = info.seed - worker if info else 0
@@ -243,7 +259,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         else:
             order = self._order("")
             noise = ""
-            position = self._position_of_next_epoch(num_ranks, num_workers)
+            position = self._position_of_next_epoch(self._resumed, num_ranks, num_workers)
         read = partial(self._read_segment, noise=noise)
         return self._decoded(order.samples(position, position.reader(rank, worker), read))
 
@@ -273,7 +289,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
         self._sizes[shard_slice.shard] = size
         if not self._sizes.any():
             raise ValueError(
-                f"{self.skip_counter.name} must hold images, got {len(self.urls)} shards without any: "
+                f"{self.skip_counter.name} must contain images, got {len(self.urls)} shards without any: "
                 f"{self.skip_counter}"
             )
 
@@ -294,7 +310,7 @@ class ImageShards(IterableDataset[dict[str, Any]]):
                 pending_seeds.clear()
             elif len(pending_seeds) == _MAX_CONSECUTIVE_SKIPS:
                 raise ValueError(
-                    f"{self.skip_counter.name} must hold usable images, got {_MAX_CONSECUTIVE_SKIPS} consecutive "
+                    f"{self.skip_counter.name} must contain usable images, got {_MAX_CONSECUTIVE_SKIPS} consecutive "
                     f"unusable ones: {self.skip_counter}"
                 )
 
@@ -391,7 +407,7 @@ def estimate_images(urls: list[str]) -> ImageCount | None:
 
 
 def max_over_ranks(values: Tensor) -> Tensor:
-    """Return the element-wise maximum of a tensor over all ranks."""
+    """Return the element-wise maximum (S,) of a tensor (S,) over all ranks, on the CPU. All ranks must call this."""
     result = values.clone()
     if dist.is_available() and dist.is_initialized():
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -404,7 +420,7 @@ def max_over_ranks(values: Tensor) -> Tensor:
 def shuffle_in_buffer(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterator[Sample]:
     """Shuffle samples in a buffer of ``size`` samples, and of at most 512 MB.
 
-    As webdataset's shuffle, it starts to yield when it holds 100 samples, and reads two per yielded sample until the
+    As webdataset's shuffle, it starts to yield when it contains 100 samples, and reads two per yielded sample until the
     buffer is full.
     """
     buffer: list[Sample] = []
@@ -440,10 +456,10 @@ def parse_label(sample: Sample) -> int:
     """Return the class of a sample.
 
     Raises:
-        UnusableImageError: the sample has no ``.cls`` file, or it does not hold a class number.
+        UnusableImageError: the sample has no ``.cls`` file, or it does not contain a class number.
     """
     if sample.label is None:
-        raise UnusableImageError("without label", f"there is no {Path(sample.name).stem}.cls beside it")
+        raise UnusableImageError("without label", f"there is no {Path(sample.name).stem}.cls next to it")
     try:
         label = int(sample.label)
     except ValueError as error:

@@ -19,7 +19,7 @@ from clipgen.storage.files import check_size, natural_key, one_line, parse_json,
 logger = logging.getLogger(__name__)
 MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
 MAX_VALUES = 20_000_000  # three per caption
-MAX_SIDECAR_BYTES = 1 << 20  # size of a text file beside an image
+MAX_SIDECAR_BYTES = 1 << 20  # size of a text file next to an image
 
 
 class Caption(NamedTuple):
@@ -36,11 +36,12 @@ def read_captions(source: str | Path, split: str | None = None) -> list[Caption]
         source: ``"shapes"`` for all 288 of the built-in data; a text file with one caption per line, or a file name, a
             tab and a caption; JSON: a list of captions, ``{"file": "caption"}``, or COCO's captions; a folder with a
             text file per image, as of CUB-200-2011.
-        split: train, test or all, of a folder with ``train_test_split.txt``; None: test, if it has that file.
+        split: train, test or all, of a folder with ``train_test_split.txt``. None uses test if it has that file, else
+            all.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it does not hold captions, or is too large.
+        ValueError: it does not contain captions, or is too large.
     """
     if source == "shapes":
         return without_files(map(str, ALL_ATTRIBUTES))
@@ -54,9 +55,10 @@ def read_captions(source: str | Path, split: str | None = None) -> list[Caption]
     check_size(path, MAX_CAPTIONS_BYTES)
     text = read_text(path)
     try:
-        captions = (
-            captions_from_json(parse_json(text, MAX_VALUES)) if path.suffix.lower() == ".json" else parse_lines(text)
-        )
+        if path.suffix.lower() == ".json":
+            captions = captions_from_json(parse_json(text, MAX_VALUES))
+        else:
+            captions = parse_lines(text)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     return check_captions(captions, path)
@@ -109,7 +111,7 @@ def parse_lines(text: str) -> list[Caption]:
         else:
             captions.append(Caption(None, line.strip()))
     if len({caption.file is None for caption in captions}) > 1:
-        raise ValueError("a file name and a tab must stand before every caption, or before none")
+        raise ValueError("a file name and a tab must precede every caption, or none")
     return captions
 
 
@@ -118,7 +120,7 @@ def captions_from_json(content: Any) -> list[Caption]:
     if isinstance(content, list):
         captions = without_files(content)
     elif not isinstance(content, dict):
-        raise ValueError(f"it must hold a list, a mapping or COCO's layout, got {content!r:.60}")
+        raise ValueError(f"it must contain a list, a mapping or COCO's layout, got {content!r:.60}")
     elif "annotations" in content:
         captions = parse_coco(content)
     else:
@@ -141,7 +143,7 @@ def parse_coco(content: dict[str, Any]) -> list[Caption]:
             captions.append(Caption(files[annotation["image_id"]], annotation["caption"]))
     except (KeyError, TypeError) as error:
         raise ValueError(
-            "it must hold COCO's images (id, file_name) and annotations of them (image_id, caption), as "
+            "it must contain COCO's images (id, file_name) and annotations of them (image_id, caption), as "
             f"captions_*.json does, got {one_line(error, 60)}"
         ) from error
     for file, text in captions:
@@ -151,7 +153,7 @@ def parse_coco(content: dict[str, Any]) -> list[Caption]:
 
 
 def select_captions(captions: Sequence[Caption], count: int, seed: int) -> list[Caption]:
-    """Return ``count`` captions in the order of the file: a random subset, or all in turn if there are fewer."""
+    """Return ``count`` captions in the order of the file: a random subset, or all repeatedly if there are fewer."""
     if count >= len(captions):
         return list(islice(cycle(captions), count))
     subset = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]
@@ -183,8 +185,8 @@ def captions_of_files(root: Path, files: Sequence[str], captions: Sequence[Capti
         root: the folder.
         files: the images, as paths below the folder.
         captions: captions by file name, of which the first of each file is taken; or one per image, in the natural
-            order of the file names (2.png before 10.png). None: the prompt in the metadata of each image, as
-            ``clipgen-sample`` writes it, or a text file of the same name beside it.
+            order of the file names (2.png before 10.png). None uses the prompt in the metadata of each image,
+            as ``clipgen-sample`` writes it, or a text file of the same name next to it.
 
     Raises:
         ValueError: an image has no caption, or the numbers of captions and images differ.
@@ -215,11 +217,16 @@ def files_by_caption(root: Path, files: Sequence[str], captions: Sequence[Captio
     """
     if any(file is None for file, _ in captions):
         raise ValueError("all_captions needs captions with file names, got some without")
-    # The folder must hold no image without a caption.
+    # The folder must contain no image without a caption.
     captions_of_files(root, files, captions)
     known = set(files)
-    described = [caption for caption in captions if caption.file in known]
-    return [str(file) for file, _ in described], [text for _, text in described]
+    described_files = []
+    texts = []
+    for file, text in captions:
+        if file in known:
+            described_files.append(str(file))
+            texts.append(text)
+    return described_files, texts
 
 
 def captions_by_line(root: Path, files: Sequence[str], captions: Sequence[str]) -> list[str]:
@@ -248,11 +255,11 @@ def warn_of_other_order(root: Path, natural: Sequence[str], alphabetical: Sequen
 
 
 def embedded_caption(path: Path) -> str:
-    """Return the caption in a text file beside an image, or the prompt in its PNG metadata."""
+    """Return the caption in a text file next to an image, or the prompt in its PNG metadata."""
     sidecar = path.with_suffix(".txt")
     caption = read_sidecar(sidecar) if sidecar.is_file() else read_prompt(path)
     if not caption:
-        raise ValueError(f"captions are needed: neither {path} nor a {sidecar.name} beside it holds one")
+        raise ValueError(f"captions are needed: neither {path} nor a {sidecar.name} next to it contains one")
     return caption
 
 
@@ -260,7 +267,7 @@ def read_sidecar(path: Path) -> str:
     """Read a caption from a text file."""
     size = path.stat().st_size
     if size > MAX_SIDECAR_BYTES:
-        raise ValueError(f"{path} must hold a caption, got {size} bytes")
+        raise ValueError(f"{path} must contain a caption, got {size} bytes")
     return read_text(path).strip()
 
 

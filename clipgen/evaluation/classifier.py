@@ -21,7 +21,7 @@ WHITENING_FILTERS = 2 * 3 * WHITENING_SIZE**2
 # Weights of the views that a prediction averages: centered, and shifted along the diagonal.
 SHIFT_WEIGHTS = {0: 0.5, -1: 0.25, 1: 0.25}
 BATCH_SIZE = 250
-FILE_DESCRIPTION = "a file of scripts/train_classifier.py"
+FILE_DESCRIPTION = "a file of `python -m clipgen train_classifier`"
 
 
 class ImageClassifier(nn.Module):
@@ -70,7 +70,7 @@ class ImageClassifier(nn.Module):
         return torch.cat([self.mean_logits(batch).argmax(dim=1) for batch in images.split(BATCH_SIZE)])
 
     @torch.no_grad()
-    def classify(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features (B, F) of images, and the logits (B, C) that ``predict`` uses, for ``Features``."""
         return self.features(images), self.mean_logits(images)
 
@@ -113,11 +113,11 @@ def shifted(images: Tensor, shift: int) -> Tensor:
 
 
 def load_classifier(path: str | Path) -> tuple[ImageClassifier, dict[str, Any]]:
-    """Load a file of scripts/train_classifier.py: the classifier, and the settings of its training and its accuracy.
+    """Load a file of ``python -m clipgen train_classifier``: the classifier, its training settings and its accuracy.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file holds something else.
+        ValueError: the file contains something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"classifier must be {FILE_DESCRIPTION}, got {path}, which does not exist")

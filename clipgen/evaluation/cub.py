@@ -13,12 +13,11 @@ from pathlib import Path, PurePosixPath
 
 from clipgen.storage.files import check_size, natural_key, read_text
 
-__all__ = ["SPLITS", "read_text_folder"]
-
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "test", "all")
 TEXT_FOLDERS = ("text_c10", "text")
-INDEX, SPLIT_FILE = "images.txt", "train_test_split.txt"
+INDEX = "images.txt"
+SPLIT_FILE = "train_test_split.txt"
 MAX_INDEX_BYTES = 16 << 20
 MAX_TEXT_BYTES = 1 << 20  # size of the captions of an image
 IMAGE_SUFFIX = ".jpg"
@@ -30,18 +29,18 @@ def read_text_folder(folder: Path, split: str | None = None) -> list[tuple[str, 
     Args:
         folder: the text files, or a folder with them in ``text_c10`` or ``text``. ``images.txt`` and
             ``train_test_split.txt`` are read from it or from the folder above it.
-        split: train, test or all. None: test, if there is ``train_test_split.txt``, else all.
+        split: train, test or all. None uses test if there is ``train_test_split.txt``, else all.
 
     Returns:
-        Pairs of image file (as in ``images.txt``) and caption, all captions of an image in turn.
+        Pairs of image file (as in ``images.txt``) and caption, all captions of an image consecutively.
 
     Raises:
         ValueError: a file is missing, damaged or too large.
     """
     texts = next((folder / name for name in TEXT_FOLDERS if (folder / name).is_dir()), folder)
-    index = find_beside(texts, folder, INDEX)
+    index = find_index(texts, folder, INDEX)
     if index:
-        images = select_split(read_index(index), find_beside(texts, folder, SPLIT_FILE), split, index)
+        images = select_split(read_index(index), find_index(texts, folder, SPLIT_FILE), split, index)
         require_text_files(texts, images)
     else:
         if split in ("train", "test"):
@@ -54,7 +53,7 @@ def read_text_folder(folder: Path, split: str | None = None) -> list[tuple[str, 
     return captions
 
 
-def find_beside(texts: Path, folder: Path, name: str) -> Path | None:
+def find_index(texts: Path, folder: Path, name: str) -> Path | None:
     """Return the path of an index file in the folder, in that of the texts or above it; None if there is none."""
     places = [place / name for place in (folder, texts, texts.resolve().parent)]
     return next((place for place in places if place.is_file()), None)
@@ -76,7 +75,7 @@ def read_numbered(path: Path) -> dict[str, str]:
     for line in filter(str.strip, read_text(path).split("\n")):
         number, _, value = line.strip().partition(" ")
         if not (number.isdecimal() and value) or number in values:
-            raise ValueError(f"{path} must hold a new number and a value in each line, got {line!r:.80}")
+            raise ValueError(f"{path} must contain a new number and a value in each line, got {line!r:.80}")
         values[number] = value
     return values
 
@@ -91,7 +90,7 @@ def read_index(path: Path) -> dict[str, str]:
     for image in images.values():
         parts = PurePosixPath(image).parts
         if "\\" in image or "\0" in image or image.startswith("/") or ".." in parts or ":" in parts[0]:
-            raise ValueError(f"{path} must hold paths below its folder, got {image!r:.80}")
+            raise ValueError(f"{path} must contain paths below its folder, got {image!r:.80}")
     return images
 
 
@@ -100,11 +99,11 @@ def select_split(images: dict[str, str], split_file: Path | None, split: str | N
     if split == "all" or (split is None and split_file is None):
         return list(images.values())
     if split_file is None:
-        raise ValueError(f"split {split} needs {SPLIT_FILE} beside {index}, got none")
+        raise ValueError(f"split {split} needs {SPLIT_FILE} next to {index}, got none")
     flags = read_numbered(split_file)
     for number in images:
         if flags.get(number) not in ("0", "1"):
-            raise ValueError(f"{split_file} must hold 0 or 1 for image {number}, got {flags.get(number)!r:.40}")
+            raise ValueError(f"{split_file} must contain 0 or 1 for image {number}, got {flags.get(number)!r:.40}")
     if split is None:
         logger.info("The images of the test split of %s are used; --split all uses all", split_file)
     wanted = "1" if split == "train" else "0"
@@ -121,7 +120,7 @@ def require_text_files(texts: Path, images: list[str]) -> None:
     missing = [image for image in images if not text_file(texts, image).is_file()]
     if missing:
         raise ValueError(
-            f"{texts} must hold a text file per image, got none for {len(missing)} of {len(images)}, such as "
+            f"{texts} must contain a text file per image, got none for {len(missing)} of {len(images)}, such as "
             f"{missing[0]!r:.100}"
         )
 
@@ -129,8 +128,8 @@ def require_text_files(texts: Path, images: list[str]) -> None:
 def read_lines(path: Path) -> Iterator[str]:
     """Yield the captions of an image."""
     check_size(path, MAX_TEXT_BYTES)
-    # The published files hold replacement characters where letters were lost.
+    # The published files contain replacement characters where letters were lost.
     captions = [line.replace("\ufffd", " ").strip() for line in read_text(path).split("\n")]
     if not any(captions):
-        raise ValueError(f"{path} must hold captions, got none")
+        raise ValueError(f"{path} must contain captions, got none")
     yield from filter(None, captions)

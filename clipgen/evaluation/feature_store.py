@@ -1,6 +1,6 @@
 """On-disk store of per-image features and scores, written in parts so that an interrupted evaluation can resume.
 
-A folder holds ``identity.json``, which identifies the images and what is measured of them, and ``part-000000.npz``, ...
+A folder contains ``identity.json``, which identifies the images and the measurements, and ``part-000000.npz``, ...
 with one row per image. Rows are read in the order of a hash of the images' pixels, so that no result depends on the
 order or on the batches in which the images came.
 """
@@ -56,7 +56,7 @@ class FeatureStore:
         return sorted(self.folder.glob("part-*.npz"))
 
     def read_identity(self) -> dict[str, Any]:
-        """Read what identifies the images and what is measured of them."""
+        """Read the identity of the images and the measurements."""
         return ResumableStore(self.folder, IDENTITY_FILE).read_identity()
 
     def is_complete(self) -> bool:
@@ -81,7 +81,7 @@ class FeatureStore:
         return np.concatenate(list(self.iter_column(name)))[self.sort_order()]
 
     def memmap_column(self, name: str, scratch: Path) -> np.ndarray:
-        """Return what ``column`` does, memory-mapped from a temporary file, for sets that are larger than memory.
+        """Return the same array as ``column``, memory-mapped from a temporary file, for large sets.
 
         Args:
             name: name of the column.
@@ -205,7 +205,7 @@ def measure_batch(measure: MeasureFn, batch: ImageBatch, advance: Advance) -> Co
 
 
 def require_finite(images: Tensor, captions: list[str]) -> None:
-    """Raise ValueError, with the caption, if an image holds NaN or infinity."""
+    """Raise ValueError, with the caption, if one of the images (B, 3, H, W) contains NaN or infinity."""
     finite = images.flatten(1).isfinite().all(dim=1)
     if not finite.all():
         first = int((~finite).nonzero()[0])
@@ -221,10 +221,11 @@ def pixel_hashes(pixels: Tensor) -> np.ndarray:
 
 def write_part(path: Path, batches: Iterable[Columns]) -> None:
     """Write a part atomically."""
-    batches = list(batches)
-    columns = {KEY_COLUMN: np.empty(0, np.uint64)}
-    if batches:
-        columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    values: dict[str, list[np.ndarray]] = {KEY_COLUMN: [np.empty(0, np.uint64)]}
+    for batch in batches:
+        for name, column in batch.items():
+            values.setdefault(name, []).append(column)
+    columns = {name: np.concatenate(parts) for name, parts in values.items()}
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, **columns)  # type: ignore[arg-type]
 

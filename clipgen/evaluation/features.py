@@ -42,18 +42,18 @@ class Features(nn.Module):
         super().__init__()
         self.function = function
         self.identity = identity
-        # Register the network of a bound method as a submodule, so that ``to`` moves it, too.
+        # Register the network of a bound method as a submodule, so that ``to`` also moves it.
         self.owner = getattr(function, "__self__", None)
         with torch.no_grad():
-            features, logits = self.classify(torch.zeros(2, 3, 64, 64))
+            features, logits = self.features_and_logits(torch.zeros(2, 3, 64, 64))
         self.num_features = features.shape[1]
         self.num_classes = 0 if logits is None else logits.shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (B, F)."""
-        return self.classify(images)[0]
+        return self.features_and_logits(images)[0]
 
-    def classify(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the features (B, F), and the logits (B, C) if the function is a classifier."""
         outputs = self.function(images)
         features, logits = outputs if isinstance(outputs, tuple) else (outputs, None)
@@ -72,7 +72,7 @@ def feature_extractor(name: str) -> Features:
               ``"inception-clean"``: the same network after clean-fid's antialiased resize (arXiv:2104.11222). The
               weights are torch-fidelity's download, or a file: ``"inception:FILE"``.
             - ``"clip:MODEL"`` or ``"clip:MODEL:TAG"``: an image encoder, named as for ``FrozenCLIP``.
-            - ``"classifier:FILE"``: the classifier of small images that scripts/train_classifier.py trains.
+            - ``"classifier:FILE"``: the classifier of small images that ``python -m clipgen train_classifier`` trains.
             - ``"torchvision:MODEL"``, ``"timm:MODEL"``: the input of a classifier's last layer, with the model's own
               preprocessing. The weights are the usual download, or a file: ``"torchvision:MODEL:FILE"``.
             - ``"module:function"``: any function of images (B, 3, H, W) in [-1, 1] that returns (B, F).
@@ -110,7 +110,7 @@ def imported_features(name: str) -> Features:
 
 
 def import_function(module: str, name: str) -> Any:
-    """Import ``name`` from a module; the current folder is searched, too, as it is not by installed commands.
+    """Import ``name`` from a module; the current folder is also searched, unlike by installed commands.
 
     Raises:
         ImportError, AttributeError, ValueError: it does not exist.
@@ -204,7 +204,7 @@ def clean_resize(pixels: Tensor, size: int = INCEPTION_SIZE) -> Tensor:
 
 def image_classifier_features(classifier: ImageClassifier) -> Features:
     """Return a classifier's features and logits. The weights alone identify it, wherever its file lies."""
-    return Features(classifier.classify, f"classifier {fingerprint(classifier.state_dict())}")
+    return Features(classifier.features_and_logits, f"classifier {fingerprint(classifier.state_dict())}")
 
 
 def classifier_features(name: str) -> Features:

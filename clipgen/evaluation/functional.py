@@ -1,4 +1,4 @@
-"""Metrics of sets of images as functions of their features; computed by torch-fidelity where its memory is bounded."""
+"""Metrics of sets of images as functions of their features; computed by torch-fidelity if it needs bounded memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     The splits are torch-fidelity's, but evaluated one at a time, so that the logits may be memory-mapped.
 
     Raises:
-        ValueError: a split would be a single image, whose score is 1 whatever it shows.
+        ValueError: a split would be a single image, whose score is always 1.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -69,7 +69,7 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
     """Return improved precision and recall (arXiv:1904.06991) of features (N, F), (M, F), with 3 neighbors.
 
-    The values equal torch-fidelity's, which holds all distances of a block of images in memory.
+    The values equal torch-fidelity's, which keeps all distances of a block of images in memory.
 
     Raises:
         ValueError: a set has no more images than neighbors.

@@ -19,18 +19,18 @@ from clipgen.evaluation.metrics import METRICS, MetricBatch
 
 @dataclass
 class ImageMetrics:
-    """A function from images (B, 3, H, W) in [-1, 1] and their captions to the columns of all enabled metrics.
+    """Compute the columns of all enabled metrics for images (B, 3, H, W) in [-1, 1] and their captions.
 
     Args:
-        features: feature space of FID, KID, precision and recall, and of IS if it is a classifier's. None: no such
-            metric.
+        features: feature space of FID, KID, precision and recall, and of IS if it is a classifier's. None
+            disables these metrics.
         radii: radii of the Gaussian blur before the features; 0 disables it.
         clips: CLIP models of the CLIP scores, by name.
         captioner: captioner of CapS.
         captioner_name: name of the captioner, which identifies it.
         classes: caption of each class of the features' classifier, to count the images that it recognizes.
         shapes: whether the rule-based evaluator of the shapes data reads the images.
-        device: device of the networks, to which images are moved. None: images are measured on their own device.
+        device: device of the networks, to which images are moved. None uses the device of the images.
     """
 
     features: Features | None = None
@@ -53,7 +53,7 @@ class ImageMetrics:
         return {"features": self.features.identity if self.features else None, "radii": list(self.radii)}
 
     def identity(self) -> dict[str, Any]:
-        """Return what distinguishes these measurements from others; hashes the weights of all networks."""
+        """Return the settings that distinguish these measurements from others; hashes the weights of all networks."""
         identity = self.feature_config
         identity |= {"shapes": self.shapes, "classes": list(self.classes), "captioner": self.captioner_name}
         if isinstance(self.captioner, Blip):

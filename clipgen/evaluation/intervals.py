@@ -15,12 +15,15 @@ Z95 = 1.959964
 def wilson_interval(successes: float, trials: int, z: float = Z95) -> tuple[float, float]:
     """Return Wilson's score interval of a fraction, 95 % by default.
 
-    Unlike the normal approximation, it is right near 0 and 1 and never leaves [0, 1].
+    Unlike the normal approximation, it is accurate near 0 and 1 and never leaves [0, 1].
 
     Args:
         successes: number of successes.
         trials: number of independent trials.
         z: quantile of the standard normal distribution.
+
+    Raises:
+        ValueError: there is no trial, or ``successes`` is not in [0, trials].
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"successes must be in [0, trials] with at least one trial, got {successes} of {trials}")
@@ -34,13 +37,17 @@ def wilson_interval(successes: float, trials: int, z: float = Z95) -> tuple[floa
 def bootstrap_interval(groups: Sequence[Tensor], resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean over groups and their values, from a nested bootstrap.
 
-    A resample draws groups (seeds of a training) with replacement, then values (images) with replacement in each. With
-    few groups the interval is too narrow: the means of resamples of three vary 0.8 times as much as those of threes.
+    A resample draws groups (seeds of training runs) with replacement, then values (images) with replacement in each.
+    With few groups the interval is too narrow: the means of resamples of three vary 0.8 times as much as those of
+    threes.
 
     Args:
         groups: values (N,) of each group.
         resamples: number of resamples.
         seed: seed of the resampling.
+
+    Raises:
+        ValueError: there is no group, or a group is empty.
     """
     return percentiles(bootstrap_means(groups, resamples, torch.Generator().manual_seed(seed)))
 
@@ -55,9 +62,18 @@ def difference_interval(
 
 
 def bootstrap_means(groups: Sequence[Tensor], resamples: int, generator: torch.Generator) -> Tensor:
-    """Return the mean (resamples,) of each resample."""
+    """Return the mean (resamples,) of each resample, in float64.
+
+    Args:
+        groups: values (N,) of each group.
+        resamples: number of resamples.
+        generator: source of the random numbers.
+
+    Raises:
+        ValueError: there is no group, or a group is empty.
+    """
     if not groups or any(len(group) == 0 for group in groups):
-        raise ValueError("groups must hold at least one value each, got an empty one")
+        raise ValueError("groups must contain at least one value each, got an empty one")
     means = torch.empty(resamples, dtype=torch.float64)
     for number in range(resamples):
         chosen = torch.randint(len(groups), (len(groups),), generator=generator).tolist()
@@ -67,7 +83,7 @@ def bootstrap_means(groups: Sequence[Tensor], resamples: int, generator: torch.G
 
 
 def percentiles(means: Tensor) -> tuple[float, float]:
-    """Return the bounds of the central 95 %."""
+    """Return the bounds of the central 95 % of means (N,) in float64."""
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 

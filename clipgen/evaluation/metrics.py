@@ -17,7 +17,7 @@ import torch
 from PIL import ImageFilter
 from torch import Tensor
 
-from clipgen.data.shapes import parse
+from clipgen.data.shapes import parse_caption
 from clipgen.evaluation import functional, shapes_evaluator
 from clipgen.evaluation.caps import Captioner
 from clipgen.evaluation.feature_store import FeatureStore
@@ -44,29 +44,32 @@ class Metric(Protocol):
     """The network that headings name: ``"features"``, ``"captioner"``, or ``""`` for none."""
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
-        """Return what is stored of each image, (B, ...) per column; {} if the metric is not enabled.
+        """Return the values to store for each image, (B, ...) per column; {} if the metric is not enabled.
 
         Metrics that need the same column return it under the same name; ``batch`` computes features once.
         """
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the results of a set, by name; {} if a column or the reference that the metric needs is missing."""
 
 
 class MetricBatch:
     """Images (B, 3, H, W) in [-1, 1] with their captions, and the networks that measure them."""
 
-    def __init__(self, images: Tensor, captions: Sequence[str], settings: ImageMetrics):
+    def __init__(self, images: Tensor, captions: Sequence[str], metrics: ImageMetrics):
         self.images = images
         self.captions = captions
-        self.settings = settings
+        self.metrics = metrics
 
     @cached_property
     def outputs(self) -> dict[int, tuple[Tensor, Tensor | None]]:
         """Features (B, F) and, from a classifier, logits (B, C) by blur radius."""
-        if self.settings.features is None:
+        if self.metrics.features is None:
             return {}
-        return {radius: self.settings.features.classify(blurred(self.images, radius)) for radius in self.settings.radii}
+        outputs = {}
+        for radius in self.metrics.radii:
+            outputs[radius] = self.metrics.features.features_and_logits(blurred(self.images, radius))
+        return outputs
 
     def features(self, radius: int) -> dict[str, Tensor]:
         """Return the column of the features at a blur radius; {} if it is not measured."""
@@ -78,7 +81,12 @@ class MetricBatch:
 
 
 def blurred(images: Tensor, radius: int) -> Tensor:
-    """Blur images in [-1, 1] with Pillow's Gaussian filter, on 8-bit pixels as in the papers' tables."""
+    """Blur images (B, 3, H, W) in [-1, 1] with Pillow's Gaussian filter, on 8-bit pixels as in the papers' tables.
+
+    Args:
+        images: the images.
+        radius: radius in pixels, at least 0; 0 returns the images unchanged.
+    """
     if radius == 0:
         return images
     blur = ImageFilter.GaussianBlur(radius)
@@ -96,15 +104,15 @@ class InceptionScore:
         logits = batch.logits()
         return {} if logits is None else {LOGITS: logits}
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return mean and standard deviation over splits; {} with a warning if there are too few images."""
-        if LOGITS not in images.column_names():
+        if LOGITS not in store.column_names():
             return {}
         least = 2 * functional.IS_SPLITS
-        if len(images) < least:
-            logger.warning("IS is omitted: it needs at least %d images, got %d", least, len(images))
+        if len(store) < least:
+            logger.warning("IS is omitted: it needs at least %d images, got %d", least, len(store))
             return {}
-        logits = torch.from_numpy(images.memmap_column(LOGITS, images.folder))
+        logits = torch.from_numpy(store.memmap_column(LOGITS, store.folder))
         mean, std = functional.inception_score(logits)
         return {"is_mean": mean, "is_std": std}
 
@@ -122,14 +130,14 @@ class FrechetDistance:
             columns |= batch.features(radius)
         return columns
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the distance at each radius that both sides have."""
         if reference is None:
             return {}
         results = {}
-        for name in sorted(images.column_names() & reference.column_names()):
+        for name in sorted(store.column_names() & reference.column_names()):
             if name.startswith(FEATURES):
-                ours = functional.moments(images.iter_column(name))
+                ours = functional.moments(store.iter_column(name))
                 theirs = functional.moments(reference.iter_column(name))
                 results[f"fid_{name.removeprefix(FEATURES)}"] = functional.frechet_distance(ours, theirs)
         return results
@@ -144,12 +152,12 @@ class FeatureComparison:
         """Return the features (B, F)."""
         return batch.features(0)
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
         """Return the comparison of the features, which are memory-mapped."""
-        if reference is None or UNBLURRED not in images.column_names():
+        if reference is None or UNBLURRED not in store.column_names():
             return {}
-        ours = torch.from_numpy(images.memmap_column(UNBLURRED, images.folder))
-        theirs = torch.from_numpy(reference.memmap_column(UNBLURRED, images.folder))
+        ours = torch.from_numpy(store.memmap_column(UNBLURRED, store.folder))
+        theirs = torch.from_numpy(reference.memmap_column(UNBLURRED, store.folder))
         return self.compare(ours, theirs)
 
     def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
@@ -163,7 +171,7 @@ class KernelDistance(FeatureComparison):
     labels: ClassVar[Labels] = {"kid_mean": "KID ↓"}
 
     def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
-        """Return the distance."""
+        """Return mean and standard deviation of the kernel distance, which can be negative."""
         mean, std = functional.kernel_distance(ours, theirs)
         return {"kid_mean": mean, "kid_std": std}
 
@@ -174,7 +182,7 @@ class PrecisionRecall(FeatureComparison):
     labels: ClassVar[Labels] = {"precision": "precision ↑", "recall": "recall ↑"}
 
     def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
-        """Return both."""
+        """Return precision and recall, each in [0, 1]."""
         precision, recall = functional.precision_recall(ours, theirs)
         return {"precision": precision, "recall": recall}
 
@@ -188,15 +196,15 @@ class ClipScore:
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
         """Return the cosine (B,) for each model."""
         columns = {}
-        for name, clip in batch.settings.clips.items():
+        for name, clip in batch.metrics.clips.items():
             cosines = clip.encode_image(batch.images) * clip.encode_text(batch.captions)
             columns[CLIP + name] = cosines.sum(dim=1)
         return columns
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the mean for each model."""
-        names = sorted(name for name in images.column_names() if name.startswith(CLIP))
-        return {f"clip_score {name.removeprefix(CLIP)}": 100 * column_mean(images, name) for name in names}
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+        """Return the mean cosine times 100 for each CLIP model, in [-100, 100]."""
+        names = sorted(name for name in store.column_names() if name.startswith(CLIP))
+        return {f"clip_score {name.removeprefix(CLIP)}": 100 * column_mean(store, name) for name in names}
 
 
 class ClassAccuracy:
@@ -207,16 +215,16 @@ class ClassAccuracy:
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
         """Return whether each image is recognized, (B,). Captions are compared because some classes share a name."""
-        classes = batch.settings.classes
+        classes = batch.metrics.classes
         logits = batch.logits()
         if logits is None or not classes:
             return {}
         recognized = [classes[i] for i in logits.argmax(dim=1).tolist()]
         return {"accuracy": torch.tensor([a == b for a, b in zip(recognized, batch.captions)]).float()}
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the mean."""
-        return {"accuracy": column_mean(images, "accuracy")} if "accuracy" in images.column_names() else {}
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+        """Return the fraction of recognized images, in [0, 1]."""
+        return {"accuracy": column_mean(store, "accuracy")} if "accuracy" in store.column_names() else {}
 
 
 class CaptionScore:
@@ -227,19 +235,28 @@ class CaptionScore:
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
         """Return the score of each image and its caption, (B,)."""
-        captioner = batch.settings.captioner
+        captioner = batch.metrics.captioner
         if captioner is None:
             return {}
         scores = caption_scores(captioner, batch.images, batch.captions)
         return {"caps": torch.tensor(scores, dtype=torch.float64)}
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the mean."""
-        return {"caps": column_mean(images, "caps")} if "caps" in images.column_names() else {}
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+        """Return the mean score, in [0, 1]."""
+        return {"caps": column_mean(store, "caps")} if "caps" in store.column_names() else {}
 
 
 def caption_scores(captioner: Captioner, images: Tensor, captions: Sequence[str]) -> list[float]:
-    """Return the CapS of each image and its caption; errors name the caption."""
+    """Return the CapS, in [0, 1], of each of B images and its caption.
+
+    Args:
+        captioner: returns the log probabilities of the tokens of each caption.
+        images: (B, 3, H, W) in [-1, 1].
+        captions: B captions.
+
+    Raises:
+        ValueError: a caption has no token; the message names it.
+    """
     scores = []
     for log_probabilities, caption in zip(captioner(images, captions), captions, strict=True):
         try:
@@ -257,22 +274,22 @@ class ShapesAccuracy:
     network: ClassVar[str] = ""
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
-        """Return whether all attributes, and each alone, are right, (B, 5)."""
-        if not batch.settings.shapes:
+        """Return whether all attributes, and each of them, match the caption, (B, 5)."""
+        if not batch.metrics.shapes:
             return {}
-        expected = [parse(caption) for caption in batch.captions]
+        expected = [parse_caption(caption) for caption in batch.captions]
         return {"shapes": shapes_evaluator.matches(batch.images, expected)}
 
-    def reduce(self, images: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the fraction for all attributes together, and for each."""
-        if "shapes" not in images.column_names():
+    def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
+        """Return the fraction of images in [0, 1] that show all attributes, and each of them."""
+        if "shapes" not in store.column_names():
             return {}
-        return {f"shapes_{name}": mean for name, mean in zip(self.names, images.column("shapes").mean(axis=0))}
+        return {f"shapes_{name}": mean for name, mean in zip(self.names, store.column("shapes").mean(axis=0))}
 
 
-def column_mean(images: FeatureStore, name: str) -> float:
+def column_mean(store: FeatureStore, name: str) -> float:
     """Return the mean of a column of one number per image."""
-    return float(images.column(name).astype(np.float64).mean())
+    return float(store.column(name).astype(np.float64).mean())
 
 
 # In the order of the columns of a table.

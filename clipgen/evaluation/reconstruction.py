@@ -66,7 +66,7 @@ class ReconstructionMetrics(pl.Callback):
             self.update(batch["images"][: len(outputs)], outputs)
 
     def update(self, images: Tensor, reconstruction: Tensor) -> None:
-        """Add a batch of images and their reconstructions, both in [-1, 1]."""
+        """Add a batch of images and their reconstructions, both (B, 3, H, W) in [-1, 1]."""
         if "ssim" in self.metrics:
             self.metrics["ssim"].update((reconstruction + 1) / 2, (images + 1) / 2)
         if "rfid" in self.metrics:

@@ -20,29 +20,29 @@ RECONSTRUCTION_LABELS = {
 Results = Mapping[str, float]
 
 
-def summary(images: FeatureStore, reference: FeatureStore | None = None) -> dict[str, float]:
+def compute_results(store: FeatureStore, reference: FeatureStore | None = None) -> dict[str, float]:
     """Return the results of all metrics whose columns were measured.
 
     Args:
-        images: the set to evaluate.
+        store: the set to evaluate.
         reference: the set that its distribution is compared with. None omits FID, KID, precision and recall.
 
     Raises:
         ValueError: a set is too small.
     """
     if reference is not None:
-        check_reference(images, reference)
+        check_reference(store, reference)
     results: dict[str, float] = {}
     for metric in METRICS:
-        results |= metric.reduce(images, reference)
+        results |= metric.reduce(store, reference)
     return {name: float(value) for name, value in results.items()}
 
 
-def check_reference(images: FeatureStore, reference: FeatureStore) -> None:
+def check_reference(store: FeatureStore, reference: FeatureStore) -> None:
     """Raise ValueError if the reference is empty; log a warning if either set is small."""
     if not len(reference):
-        raise ValueError(f"the reference must hold images, got none in {reference.folder}")
-    smaller = min(len(images), len(reference))
+        raise ValueError(f"the reference must contain images, got none in {reference.folder}")
+    smaller = min(len(store), len(reference))
     if smaller < ENOUGH_IMAGES:
         logger.warning(
             "Only %d images: FID, KID, precision and recall are unreliable below %d.", smaller, ENOUGH_IMAGES
@@ -58,8 +58,7 @@ def results_table(rows: Sequence[tuple[str, Results]], features: str = "", capti
         captioner: name of the captioner, for the heading of CapS.
     """
     labels = column_labels({"features": features, "captioner": captioner, "": ""})
-    # A dictionary instead of a set, because it keeps the order.
-    names = list(dict.fromkeys(name for _, results in rows for name in results if not name.endswith("_std")))
+    names = result_names(rows)
     lines = [
         ["system", *(labels.get(name, name.replace("_", " ")) for name in names)],
         ["---"] * (len(names) + 1),
@@ -67,6 +66,16 @@ def results_table(rows: Sequence[tuple[str, Results]], features: str = "", capti
     for system, results in rows:
         lines.append([system.replace("|", "\\|"), *(format_result(results, name) for name in names)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def result_names(rows: Sequence[tuple[str, Results]]) -> list[str]:
+    """Return the names of the results of all systems, without standard deviations, in the order of the columns."""
+    names: list[str] = []
+    for _, results in rows:
+        for name in results:
+            if name not in names and not name.endswith("_std"):
+                names.append(name)
+    return names
 
 
 def column_labels(network_names: Mapping[str, str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any
 import clipgen
 from clipgen.evaluation.feature_store import Advance, FeatureStore, Source, collect
 from clipgen.evaluation.image_metrics import ImageMetrics
-from clipgen.evaluation.report import summary
+from clipgen.evaluation.report import compute_results
 from clipgen.storage.files import cache_folder, read_json, write_json
 from clipgen.storage.resumable_store import require_same_identity
 
@@ -47,13 +47,13 @@ def evaluate(
         The results; None if other processes have not finished their share.
     """
     reference_store = measure_reference(reference, metrics.for_reference(), rank, world_size)
-    images = FeatureStore(Path(output) / "parts")
-    collect(images.folder, source, metrics, metrics.identity(), advance, rank=rank, world_size=world_size)
+    store = FeatureStore(Path(output) / "parts")
+    collect(store.folder, source, metrics, metrics.identity(), advance, rank=rank, world_size=world_size)
     # Both are checked at the end, so that the process that finishes last computes the results.
-    if not images.is_complete() or not (reference_store is None or reference_store.is_complete()):
+    if not store.is_complete() or not (reference_store is None or reference_store.is_complete()):
         return None
-    results = summary(images, reference_store)
-    protocol = {"images": len(images)} | images.read_identity()
+    results = compute_results(store, reference_store)
+    protocol = {"images": len(store)} | store.read_identity()
     if reference_store is not None:
         protocol["reference"] = {"images": len(reference_store)} | reference_store.read_identity()
     write_results(Path(output) / METRICS_FILE, results, protocol)
@@ -98,7 +98,7 @@ def reference_folder(identity: Mapping[str, Any]) -> Path:
 
 
 def require_same_protocol(path: Path, protocol: Mapping[str, Any]) -> None:
-    """Raise ValueError if a results file holds the results of another protocol, which would be overwritten.
+    """Raise ValueError if a results file contains the results of another protocol, which would be overwritten.
 
     Args:
         path: the results file; it need not exist.

@@ -25,6 +25,9 @@ def evaluate_shapes(images: Tensor) -> list[Attributes]:
 
     Returns:
         B attributes; shape and size are ``UNKNOWN`` if no template overlaps enough.
+
+    Raises:
+        ValueError: the images have another shape.
     """
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be (B, 3, H, H), got {tuple(images.shape)}")
@@ -87,7 +90,7 @@ def coverage(images: Tensor, background: Tensor, foreground: Tensor) -> Tensor:
 def centered(masks: Tensor) -> Tensor:
     """Shift masks (B, H, W) so that their centroids lie in the center."""
     size = masks.shape[-1]
-    # grid_sample's coordinates of the pixel centers
+    # grid_sample's coordinates of the pixel centers.
     axis = (torch.arange(size) * 2 + 1) / size - 1
     total = masks.sum((1, 2)).clamp(min=1e-6)
     theta = torch.eye(2, 3).repeat(len(masks), 1, 1)
@@ -106,7 +109,8 @@ def templates(image_size: int) -> tuple[Tensor, list[tuple[str, str]]]:
     names = []
     for shape in SHAPES:
         masks.append(silhouettes(shape, radii * image_size / 32, torch.zeros(len(radii), 2), image_size))
-        names += [(shape, "small" if radius < border else "large") for radius in radii]
+        for radius in radii:
+            names.append((shape, "small" if radius < border else "large"))
     return centered(torch.cat(masks)), names
 
 
@@ -118,4 +122,7 @@ def read_silhouette(masks: Tensor) -> list[tuple[str, str]]:
     intersection = torch.stack([torch.minimum(mask, template_masks).sum(1) for mask in masks])  # (B, N)
     union = masks.sum(1)[:, None] + template_masks.sum(1) - intersection
     best = (intersection / union.clamp(min=1e-6)).max(dim=1)
-    return [names[i] if iou >= MIN_OVERLAP else (UNKNOWN, UNKNOWN) for iou, i in zip(best.values, best.indices)]
+    silhouettes_read = []
+    for overlap, index in zip(best.values, best.indices):
+        silhouettes_read.append(names[index] if overlap >= MIN_OVERLAP else (UNKNOWN, UNKNOWN))
+    return silhouettes_read

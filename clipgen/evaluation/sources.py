@@ -30,7 +30,7 @@ from clipgen.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 IMAGES_PER_PART = 500  # lost at most when an evaluation is interrupted
 MAX_DEFAULT_SIZE = 1024  # a batch of larger images takes gigabytes, however small their files are
-GRID_FILES = ("grid.png", "preview.png")  # written by clipgen-sample beside its images
+GRID_FILES = ("grid.png", "preview.png")  # written by clipgen-sample next to its images
 GenerateFn = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> images (B, 3, H, W) in [-1, 1]
 
 
@@ -83,7 +83,9 @@ def make_generate_fn(pipe: TextToImage, params: SamplingParams | None = None, re
 
     def generate(captions: list[str], seeds: list[int]) -> Tensor:
         embeddings = pipe.encode_text(captions).repeat_interleave(rerank_from, dim=0)
-        candidate_seeds = [seed * rerank_from + i for seed in seeds for i in range(rerank_from)]
+        candidate_seeds: list[int] = []
+        for seed in seeds:
+            candidate_seeds += range(seed * rerank_from, (seed + 1) * rerank_from)
         candidates = pipe.generate(embeddings, candidate_seeds, params)
         if rerank_from == 1:
             return candidates
@@ -100,15 +102,15 @@ class FolderImages:
 
     Args:
         root: the folder.
-        image_size: height and width in pixels. None: the short side of the first image.
+        image_size: height and width in pixels. None uses the short side of the first image.
         captions: captions of the images, see ``captions_of_files``; ``"embedded"``: the captions in the images or in
-            text files beside them. None: no captions.
+            text files next to them. None uses no captions.
         batch_size: images per batch.
         workers: number of decoding threads.
         all_captions: repeat each image for all of its captions; otherwise the first of each is taken.
 
     Raises:
-        ValueError: the folder holds no image, or captions are missing.
+        ValueError: the folder contains no image, or captions are missing.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class FolderImages:
         self.workers = workers
         self.files = [file for file in find_images(self.root) if Path(file).name not in GRID_FILES]
         if not self.files:
-            raise ValueError(f"{root} must hold images, got only grids of images")
+            raise ValueError(f"{root} must contain images, got only grids of images")
         self.first_size = self._read_size(self.files[0])
         self.image_size = image_size or self._default_size()
         self.sizes_may_differ = image_size is not None
@@ -157,7 +159,11 @@ class FolderImages:
         return from_pil(image, self.image_size)
 
     def _default_size(self) -> int:
-        """Return the short side of the first image; ValueError if it is so large that it must be meant."""
+        """Return the short side of the first image.
+
+        Raises:
+            ValueError: it is too large to be used without being requested.
+        """
         size = min(self.first_size)
         if size > MAX_DEFAULT_SIZE:
             raise ValueError(
@@ -202,10 +208,10 @@ class RealImages:
         batch_size: images per batch.
         count: number of images of shapes, which are rendered.
         seed: seed of shapes.
-        files: the images of a folder to use, as paths below it. None: all.
+        files: the images of a folder to use, as paths below it. None uses all.
 
     Raises:
-        ValueError: ``files`` names an image that the folder does not hold.
+        ValueError: ``files`` names an image that the folder does not contain.
     """
 
     def __init__(
@@ -246,7 +252,7 @@ def keep_files(dataset: ImageSource, files: Collection[str]) -> None:
     missing = sorted(set(files) - set(dataset.files))
     if missing:
         raise ValueError(
-            f"the reference {dataset.root} must hold the images that the captions name, but lacks {missing[0]}; "
+            f"the reference {dataset.root} must contain the images that the captions name, but lacks {missing[0]}; "
             "--whole-reference uses all of its images instead"
         )
     dataset.files = PackedStrings([file for file in dataset.files if file in files])

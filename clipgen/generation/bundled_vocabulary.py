@@ -14,7 +14,7 @@ SHAPES_WORDS = {*FILLERS, *RADII, *COLORS, *SHAPES, *BACKGROUNDS}
 ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": RADII}
 # The classes of CIFAR-10.
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-KNOWN = {
+DESCRIPTIONS = {
     "shapes": (
         f"This model generates images of 32 x 32 pixels from texts such as {str(ALL_ATTRIBUTES[0])!r}. It has seen the "
         f"sizes {', '.join(RADII)}; the colors {', '.join(COLORS)}; the shapes {', '.join(SHAPES)}; and the "
@@ -75,25 +75,25 @@ EXAMPLES = {
 }
 
 
-def remarks(model: str, texts: Iterable[str], photographs: Iterable[str]) -> list[str]:
-    """Return one line per prompt that a bundled model was not trained for, and what it knows if there are any.
+def prompt_warnings(model: str, texts: Iterable[str], photographs: Iterable[str]) -> list[str]:
+    """Return one line per prompt that a bundled model was not trained for, followed by a description of the model.
 
     Args:
-        model: name of the bundled model; there are no remarks on other models.
+        model: name of the bundled model; there are no warnings for other models.
         texts: text prompts.
         photographs: names of image prompts that are not shapes.
     """
-    if model not in KNOWN:
+    if model not in DESCRIPTIONS:
         return []
     unfamiliar = unfamiliar_shape if model == "shapes" else unfamiliar_class
     lines = [f"The model {reason}: {text!r}" for text in texts if (reason := unfamiliar(text))]
     if model == "shapes":
         lines += [f"The model has never seen a photograph: {name}" for name in photographs]
-    return [*lines, KNOWN[model]] if lines else []
+    return [*lines, DESCRIPTIONS[model]] if lines else []
 
 
 def unfamiliar_shape(text: str) -> str:
-    """Return what the shapes model has never seen of a text, in words; "" if it knows all of it."""
+    """Return the part of a text that the shapes model has never seen, in words; "" if it knows all of it."""
     words = text_words(text)
     if unknown := unknown_words(words, SHAPES_WORDS):
         return unknown
@@ -107,7 +107,7 @@ def unfamiliar_shape(text: str) -> str:
 
 
 def unfamiliar_class(text: str) -> str:
-    """Return what the CIFAR-10 model has never seen of a text, in words; "" if it knows all of it."""
+    """Return the part of a text that the CIFAR-10 model has never seen, in words; "" if it knows all of it."""
     words = text_words(text)
     if unknown := unknown_words(words, {"a", "an", "the", "photo", "of", "and", *CLASSES}):
         return unknown
@@ -120,6 +120,6 @@ def text_words(text: str) -> list[str]:
 
 
 def unknown_words(words: list[str], known: set[str]) -> str:
-    """Return which words are unknown, in a sentence; "" if none."""
+    """Return the unknown words, in a sentence; "" if there are none."""
     unknown = [repr(word) for word in dict.fromkeys(words) if word not in known]
     return f"does not know {', '.join(unknown)}" if unknown else ""

@@ -11,12 +11,12 @@ from clipgen.sampling_params import SamplingParams, resolve_params
 from clipgen.storage.files import read_json, write_json
 from clipgen.storage.links import file_inside
 
-FILE = "sampling.json"
+PARAMS_FILE = "sampling.json"
 
 
 def save_params(root: Path, params: SamplingParams) -> None:
     """Write the default sampling parameters to the folder of a run or a pipeline."""
-    write_json(root / FILE, asdict(params))
+    write_json(root / PARAMS_FILE, asdict(params))
 
 
 def load_params(root: Path) -> SamplingParams:
@@ -25,13 +25,13 @@ def load_params(root: Path) -> SamplingParams:
     Raises:
         ValueError: the file is damaged, or a value is out of range.
     """
-    if not (root / FILE).is_file():
+    if not (root / PARAMS_FILE).is_file():
         return SamplingParams()
-    values = read_json(file_inside(root, FILE))
+    values = read_json(file_inside(root, PARAMS_FILE))
     try:
         return resolve_params(None, values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{root / FILE} is damaged: {error}") from error
+        raise ValueError(f"{root / PARAMS_FILE} is damaged: {error}") from error
 
 
 def params_of(settings: Mapping[str, Any] | None) -> SamplingParams:

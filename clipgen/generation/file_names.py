@@ -19,4 +19,4 @@ def slug(prompt: str) -> str:
 
 def underscored(text: str) -> str:
     """Return a text with underscores for all characters but letters and digits; unlike a slug, it is not cut."""
-    return "".join(letter if letter.isalnum() else "_" for letter in text)
+    return re.sub(r"[\W_]", "_", text)

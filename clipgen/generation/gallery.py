@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from clipgen.storage.files import natural_key, read_mapping
 
-__all__ = ["Gallery", "GalleryPrompt", "gallery_names", "load_gallery"]
-
-FOLDER = Path(__file__).parent / "galleries"
+GALLERIES = Path(__file__).parent / "galleries"
 
 
 class GalleryPrompt(NamedTuple):
@@ -18,7 +16,7 @@ class GalleryPrompt(NamedTuple):
 
     Args:
         text: the prompt.
-        label: what the sheet says below its images.
+        label: caption below its images on the sheet.
         source: source of the prompt.
     """
 
@@ -53,7 +51,7 @@ class Gallery:
 
 def gallery_names() -> list[str]:
     """Return the names of the galleries, in the order of the figures."""
-    return sorted((path.stem for path in FOLDER.glob("*.yaml")), key=natural_key)
+    return sorted((path.stem for path in GALLERIES.glob("*.yaml")), key=natural_key)
 
 
 def load_gallery(name: str) -> Gallery:
@@ -65,7 +63,7 @@ def load_gallery(name: str) -> Gallery:
     names = gallery_names()
     if name not in names:
         raise ValueError(f"gallery must be one of {', '.join(names)}, got {name!r}")
-    content = read_mapping(FOLDER / f"{name}.yaml")
+    content = read_mapping(GALLERIES / f"{name}.yaml")
     prompts = []
     for entry in content["prompts"]:
         label = f"{entry['text']} (after {entry['after']})" if "after" in entry else entry["text"]

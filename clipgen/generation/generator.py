@@ -184,7 +184,7 @@ class ImageGenerator:
         return 1 << (largest.bit_length() - 1)
 
     def _free_gpu_memory(self) -> int:
-        """Return the free bytes of the GPU, with those that torch or the compiled decoders hold for reuse."""
+        """Return the free bytes of the GPU, with those that torch or the compiled decoders keep for reuse."""
         free = torch.cuda.mem_get_info(self.device)[0]
         reserved = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return free + reserved + self.transformer.decoder_cache_nbytes()
@@ -195,8 +195,9 @@ class ImageGenerator:
         # CPU kernels are not bit-identical across batch sizes, so images are decoded one at a time there.
         one_by_one = self.vqgan.device.type == "cpu" and not self.transformer.compiled
         grids = rearrange(indices, "b (h w) -> b h w", w=self.side)
+        batches = grids.split(1 if one_by_one else DECODE_BATCH_SIZE)
         with torch.autocast(self.vqgan.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            images = [self._decode_batch(batch) for batch in grids.split(1 if one_by_one else DECODE_BATCH_SIZE)]
+            images = [self._decode_batch(batch) for batch in batches]
         return torch.cat(images).float().clamp(-1, 1)
 
     def _decode_batch(self, grids: Tensor) -> Tensor:

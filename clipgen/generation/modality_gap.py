@@ -97,7 +97,7 @@ class EmbeddingProjector(nn.Module):
         dtype = torch.float16 if half else None
         tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(path) as partial:
-            # save_file would let nobody but the owner read the file
+            # save_file would let nobody but the owner read the file.
             partial.write_bytes(save(tensors, settings))
         return Path(path)
 
@@ -131,7 +131,15 @@ def load_projector(root: Path) -> EmbeddingProjector | None:
 
 
 def check_embeddings(shift: Tensor | None = None, memory: Tensor | None = None) -> None:
-    """Raise ValueError unless the tensors of a projector are finite embeddings of the same width."""
+    """Check the tensors of a projector.
+
+    Args:
+        shift: (E,), or None.
+        memory: (N, E), or None.
+
+    Raises:
+        ValueError: a tensor has another shape, is not floating-point, or is not finite.
+    """
     for name, tensor, dimensions in (("shift", shift, 1), ("memory", memory, 2)):
         if tensor is None:
             continue

@@ -42,7 +42,7 @@ def resolve_options(
     """Divide keyword arguments into sampling parameters and other options.
 
     Args:
-        params: sampling parameters, which the keyword arguments override; None stands for the defaults.
+        params: sampling parameters, which the keyword arguments override; None uses the defaults.
         keywords: fields of ``SamplingParams`` and ``GenerationOptions`` with their values.
 
     Raises:

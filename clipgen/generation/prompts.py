@@ -26,7 +26,10 @@ def describe(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Mapping):
-        terms = [f"{'-' if weight < 0 else '+'} {abs(weight):g} {text}" for text, weight in prompt.items()]
+        terms = []
+        for text, weight in prompt.items():
+            sign = "-" if weight < 0 else "+"
+            terms.append(f"{sign} {abs(weight):g} {text}")
         return " ".join(terms).removeprefix("+ ")
     return IMAGE_PROMPT if isinstance(prompt, Image.Image) else EMBEDDING_PROMPT
 
@@ -57,12 +60,17 @@ def parse_term(term: str) -> tuple[float, str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read a file with one prompt per line; empty lines are skipped."""
+    """Read a file with one prompt per line; empty lines are skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is too large, or is not text.
+    """
     with path.open("rb") as file:
         # A pipe of the shell is allowed, a device without an end is not.
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"{path} must hold at most {MAX_FILE_BYTES} bytes of prompts")
+        raise ValueError(f"{path} must contain at most {MAX_FILE_BYTES} bytes of prompts")
     lines = [line.strip() for line in decode_text(content, path).splitlines()]
     return [line for line in lines if line]
 

@@ -45,7 +45,7 @@ def stream(
 
     Args:
         work: runs in a thread of its own.
-        stopped: stops the work at its next report, too, when it is set.
+        stopped: also stops the work at its next report, when it is set.
         join: wait for the end of the work when the generator is closed. Without this, the caller must ensure that no
             other work uses the pipeline until then.
 

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch.distributed
 from torch.distributed import TCPStore
 
-from clipgen.data.handover import FOLDER, share_results_in_files
+from clipgen.data.handover import FOLDER_VARIABLE, share_results_in_files
 from clipgen.hardware.environment import environment_int
 
 logger = logging.getLogger(__name__)
@@ -55,12 +55,12 @@ def use_own_store() -> None:
     if os.environ["RANK"] == "0":
         shared.set(key, str(free_port()))
     os.environ["MASTER_PORT"] = shared.get(key).decode()
-    # now rank 0 serves the store
+    # Now rank 0 serves the store.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
-    """Let the processes of a training receive what ``clipgen.data.handover`` computes in the first one.
+    """Let the processes of a training run receive the results that ``clipgen.data.handover`` computes on rank 0.
 
     Processes of torchrun and SLURM, which exist already, are connected. Those of Lightning are started inside the
     ``with``, and receive the results in files.
@@ -70,7 +70,7 @@ def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
         return nullcontext()
     if environment.creates_processes_externally:
         # A process that Lightning has started finds its parent's results in its environment.
-        if FOLDER not in os.environ:
+        if FOLDER_VARIABLE not in os.environ:
             connect(trainer.strategy)
         return nullcontext()
     return share_results_in_files()
@@ -79,7 +79,7 @@ def share_results(trainer: pl.Trainer) -> AbstractContextManager[None]:
 def connect(strategy: Any) -> None:
     """Make the process group that Lightning would make at the start of the training."""
     strategy.accelerator.setup_device(strategy.root_device)
-    # DDP and FSDP name it differently; their setup_environment needs the model, too
+    # DDP and FSDP name it differently; their setup_environment also needs the model.
     setup = getattr(strategy, "setup_distributed", None) or strategy._setup_distributed
     setup()
 
@@ -88,7 +88,7 @@ def leave_group_at_exit() -> None:
     """Leave the process group when Python exits.
 
     Otherwise threads of Gloo may still run while the interpreter is finalized, which aborts the process after a
-    training that has succeeded. Lightning does this for NCCL only.
+    run that has succeeded. Lightning does this for NCCL only.
     """
     atexit.register(leave_group)
 

@@ -1,4 +1,4 @@
-"""The configuration of a training, as plain Python values."""
+"""The configuration of a training run, as plain Python values."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class TrainingConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
         """Return the configuration in nested dictionaries, such as the content of a ``config.yaml``.
 
-        Keys at the top that are not fields are left out: they only hold values that other keys refer to.
+        Keys at the top that are not fields are left out: they only contain values that other keys refer to.
         """
         names = [config_field.name for config_field in fields(cls)]
         return cls(**{name: values[name] for name in names if values.get(name) is not None})
@@ -122,10 +122,10 @@ class TrainingConfig:
 
     @property
     def uses_token_cache(self) -> bool:
-        """True if stage 2 trains from a token cache instead of images."""
+        """Whether stage 2 trains from a token cache instead of images."""
         return reads_token_cache(self.data)
 
 
 def reads_token_cache(data: Mapping[str, Any]) -> bool:
-    """Return True if a ``data`` section names a token cache."""
+    """Return whether a ``data`` section names a token cache."""
     return str(data.get("_target_")).endswith("TokenCacheDataModule")

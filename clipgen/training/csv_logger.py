@@ -62,7 +62,10 @@ def is_before(row: Mapping[str, Any], metrics: Mapping[str, Any], step: int) -> 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> list[str]:
     """Replace a ``metrics.csv``, without the columns that no row uses; return its columns."""
-    columns = sorted({key for row in rows for key, value in row.items() if value not in ("", None)})
+    used: set[str] = set()
+    for row in rows:
+        used.update(key for key, value in row.items() if value not in ("", None))
+    columns = sorted(used)
     if not rows:
         path.unlink()
         return columns

@@ -14,7 +14,7 @@ from typing import Any
 from clipgen.storage.files import read_yaml
 from clipgen.type_checks import check_values, parameter_hints
 
-# Everything that a ``_target_`` may name, besides the data sources of configs/data: see ``allowed_targets``
+# Everything that a ``_target_`` may name, besides the data sources of configs/data: see ``allowed_targets``.
 TARGETS = frozenset(
     {
         "clipgen.baselines.class_conditional.ClassConditionalTransformer",
@@ -73,7 +73,7 @@ def find_target(name: str) -> Any:
 
 
 def check_targets(section: Mapping[str, Any], place: str) -> None:
-    """Raise ValueError if a section, or a section within it, names something else than the parts of a training."""
+    """Raise ValueError if a section, or a section within it, names something else than the parts of a training run."""
     allowed = allowed_targets()
     for key, target in find_targets(section, place):
         if not (isinstance(target, str) and target in allowed):
@@ -88,7 +88,7 @@ def allowed_targets() -> frozenset[str]:
 
 
 def config_dir() -> str:
-    """Return the folder of the YAML files: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder of the YAML files: inside the package in a wheel, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     return str(installed if installed.is_dir() else package.parent / "configs")

@@ -15,10 +15,10 @@ from clipgen.storage.links import contained
 from clipgen.training.config import TrainingConfig
 from clipgen.training.instantiate import instantiate
 
-# File in a run folder with the id of its run at Weights & Biases
+# File in a run folder with the id of its run at Weights & Biases.
 WANDB_RUN = "wandb_run.json"
 MAX_ID_LENGTH = 128
-# Key of a checkpoint: the step under which the next metrics are logged
+# Key of a checkpoint: the step under which the next metrics are logged.
 NEXT_STEP = "next_logged_step"
 WANDB = "pytorch_lightning.loggers.WandbLogger"
 
@@ -47,7 +47,7 @@ def stored_run_id(output: Path) -> str | None:
     run_id = read_json(path, "id")["id"]
     is_id = isinstance(run_id, str) and run_id.replace("-", "").replace("_", "").isalnum()
     if not is_id or len(run_id) > MAX_ID_LENGTH:
-        raise ValueError(f"{path} must hold the id of a run, got {run_id!r:.60}; delete it to start a new run")
+        raise ValueError(f"{path} must contain the id of a run, got {run_id!r:.60}; delete it to start a new run")
     return str(run_id)
 
 
@@ -78,12 +78,12 @@ def close_log(trainer: pl.Trainer) -> None:
 class ContinueLog(pl.Callback):
     """Number the logged metrics by optimizer steps, and log each step once, also in a resumed run.
 
-    With manual optimization Lightning counts batches. When it resumes, it adds 1 to the step, which is right only for
+    With manual optimization Lightning counts batches. When it resumes, it adds 1 to the step, which is correct only for
     checkpoints that are written during training. TensorBoard hides what a stopped run has logged after the checkpoint.
     """
 
     def __init__(self) -> None:
-        # not 0 in a log that an older version began, which counted batches
+        # This is not 0 in a log of an older version, which counted batches.
         self.offset = 0
         self.steps_before_batch = -1
 
@@ -114,7 +114,7 @@ class ContinueLog(pl.Callback):
         self._set_step(trainer, trainer.global_step)
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # that of the last step, also for validations outside of Lightning's schedule
+        # Use the number of the last step, also for validations outside of Lightning's schedule.
         self._set_step(trainer, max(trainer.global_step - 1, 0))
 
     def _set_step(self, trainer: pl.Trainer, step: int) -> None:

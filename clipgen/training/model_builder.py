@@ -1,4 +1,4 @@
-"""Build the model of a training, with its initial weights and, in stage 2, the frozen VQ-GAN and CLIP."""
+"""Build the model of a training run, with its initial weights and, in stage 2, the frozen VQ-GAN and CLIP."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from clipgen.data.token_cache import class_names, read_manifest
+from clipgen.data.token_cache import class_names_of, read_manifest
 from clipgen.frozen_models import load_clip
 from clipgen.models.config import model_settings
 from clipgen.precompute import clip_identity
@@ -37,7 +37,7 @@ def build_from(config: TrainingConfig, init_from: str) -> pl.LightningModule:
     """Return a VQGAN with the network and weights of ``init_from``, to be trained as configured."""
     source = VQGAN.load(init_from)
     model = config.model
-    # the codebook is trained: k-means would replace it
+    # The codebook is trained: k-means would replace it.
     quantizer = model_settings(source.quantizer_config) | {"kmeans_iters": 0}
     gan = {name: source.hparams["gan"][name] for name in ("channels", "num_layers")}
     return instantiate(
@@ -50,7 +50,12 @@ def build_from(config: TrainingConfig, init_from: str) -> pl.LightningModule:
 
 
 def build_for_images(config: TrainingConfig) -> Any:
-    """Return a transformer that encodes images with its frozen VQ-GAN and CLIP while it trains."""
+    """Return a transformer that encodes images with its frozen VQ-GAN and CLIP while it trains.
+
+    Raises:
+        ValueError: no tokenizer is configured, or the model does not fit the tokenizer and the CLIP.
+        FileNotFoundError: the tokenizer or the CLIP does not exist.
+    """
     if config.vqgan is None:
         raise ValueError("vqgan must name a trained tokenizer for stage 2, got None")
     vqgan = VQGAN.load(config.vqgan)
@@ -96,7 +101,7 @@ def build_for_cache(config: TrainingConfig) -> Any:
     check_cache(config, root, manifest)
     sizes = {name: manifest[name] for name in ("codebook_size", "num_tokens", "clip_dim")}
     if config.data.get("conditioning") == "class":
-        return build_class_conditional(config, sizes, class_names(manifest, root))
+        return build_class_conditional(config, sizes, class_names_of(manifest, root))
     model = instantiate(config.model, "model", **unset_values(config, sizes))
     if config.model.get("clip_loss", {}).get("weight", 0) > 0:
         model.attach_encoders(VQGAN.load(root), load_clip(root))
@@ -122,6 +127,6 @@ def build_class_conditional(config: TrainingConfig, sizes: dict[str, Any], names
     """Return a transformer that is conditioned on the class of an image instead of its CLIP embedding."""
     overrides = unset_values(config, sizes | {"clip_dim": len(names)}) | {"class_names": names}
     settings = {name: value for name, value in config.model.items() if name != "_target_" and name not in overrides}
-    # the class-conditional transformer passes its arguments on, so its own signature does not name their types
+    # The class-conditional transformer passes its arguments on, so its own signature does not name their types.
     check_values(settings, parameter_hints(find_target(config.model["_target_"])), "model.")
     return instantiate(config.model | {"_target_": CLASS_CONDITIONAL}, "model", **overrides)

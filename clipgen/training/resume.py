@@ -10,16 +10,17 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from clipgen.checkpoint.model_folder import MODEL_FOLDER_NAMES, check_model
+from clipgen.checkpoint.model_folder import check_model
 from clipgen.checkpoint.safe_load import check_tensors, read_checkpoint
 from clipgen.data.token_cache import MANIFEST
+from clipgen.model_kinds import MODEL_FOLDER_NAMES
 from clipgen.models.config import dotted_values
 from clipgen.storage.files import atomic_write
 from clipgen.storage.links import file_inside
 from clipgen.training.callbacks.checkpointing import has_model_order
 
-# Entries of a checkpoint that a training is resumed from
-ENTRIES = {
+# Entries of a checkpoint to resume, with their types.
+CHECKPOINT_TYPES = {
     "global_step": int,
     "epoch": int,
     "pytorch-lightning_version": str,
@@ -63,12 +64,12 @@ def read_training_state(path: Path, model: str) -> dict[str, Any]:
     """Read a checkpoint to resume.
 
     Raises:
-        ValueError: it is of another model, or its entries are not those of a training; the message names the file.
+        ValueError: it is of another model, or its entries are not those of a training run; the message names the file.
     """
     checkpoint = read_checkpoint(path)
     stored = checkpoint.get("clipgen_model")
     check_model(stored if isinstance(stored, str) else None, model, path)
-    for key, entry_type in ENTRIES.items():
+    for key, entry_type in CHECKPOINT_TYPES.items():
         if not isinstance(checkpoint.get(key), entry_type):
             raise ValueError(f"{path} is damaged: its {key} must be of type {entry_type.__name__}")
     if not isinstance(checkpoint["hyper_parameters"].get("optimizer"), dict):
@@ -83,7 +84,8 @@ def read_training_state(path: Path, model: str) -> dict[str, Any]:
 
 def fits_optimizer(state: dict[str, Any]) -> bool:
     """Return whether a dictionary has the layout of an optimizer's state."""
-    moments, groups = state.get("state"), state.get("param_groups")
+    moments = state.get("state")
+    groups = state.get("param_groups")
     if not isinstance(moments, dict) or not isinstance(groups, list):
         return False
     return all(isinstance(values, dict) for values in [*moments.values(), *groups])
@@ -132,7 +134,7 @@ def check_strategy(checkpoint: str | None, model: pl.LightningModule, strategy: 
 
 def refuse_other_runs(output: str | Path, resume: str | None) -> None:
     """Raise FileExistsError if the run folder contains a run that is not being resumed, and would be overwritten."""
-    # the first process may already have started to write
+    # Rank 0 may already have started to write.
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         return
     output = Path(output)
@@ -148,8 +150,8 @@ def refuse_other_runs(output: str | Path, resume: str | None) -> None:
 
 
 def contains_run(output: Path) -> bool:
-    """Return True if a folder contains a model or a checkpoint of a training."""
-    # stage 2 copies its tokenizer before it trains, with the name of the CLIP beside it
+    """Return whether a folder contains a model or a checkpoint of a training run."""
+    # Stage 2 copies its tokenizer before it trains, with the name of the CLIP next to it.
     copied = {"vqgan"} if (output / "clip.json").is_file() else set()
     has_model = any((output / name).is_dir() for name in {*MODEL_FOLDER_NAMES.values()} - copied)
     return has_model or any(output.glob("checkpoints/*.ckpt"))

@@ -16,14 +16,15 @@ import yaml
 from pytorch_lightning.strategies import ModelParallelStrategy
 
 import clipgen
-from clipgen.checkpoint.model_folder import MODEL_FOLDER_NAMES, model_name_of
-from clipgen.data.handover import compute_in_first_process
+from clipgen.checkpoint.model_folder import model_name_of
+from clipgen.data.handover import compute_on_rank_zero
 from clipgen.data.samplers import DataPositionCallback
 from clipgen.frozen_models import copy_frozen, save_frozen
 from clipgen.generation.default_params import params_of, save_params
 from clipgen.generation.modality_gap import PROJECTOR_FILE
 from clipgen.hardware.environment import package_versions
 from clipgen.hardware.processor import require_bf16_units
+from clipgen.model_kinds import MODEL_FOLDER_NAMES
 from clipgen.storage.files import atomic_write, one_line, write_json
 from clipgen.storage.links import refuse_links
 from clipgen.storage.output_folder import output_folder
@@ -61,7 +62,7 @@ from clipgen.training.validation_interval import scale_interval, set_default_int
 from clipgen.transformer import ConditionalTransformer
 
 logger = logging.getLogger(__name__)
-# Arguments of torch.set_float32_matmul_precision: "high" is TF32 on GPUs from Ampere on, "highest" is float32
+# Arguments of torch.set_float32_matmul_precision: "high" is TF32 on GPUs from Ampere on, "highest" is float32.
 MATMUL_PRECISIONS = ("highest", "high")
 
 
@@ -84,7 +85,7 @@ def train(
         ValueError, TypeError, FileNotFoundError: the configuration is wrong.
         FileExistsError: the run folder contains another run, or another process writes to it.
     """
-    # open values are filled in below, but not in the caller's configuration
+    # Open values are filled in below, but not in the caller's configuration.
     config = deepcopy(config)
     output = Path(config.output)
     refuse_other_runs(output, config.resume)
@@ -99,7 +100,7 @@ def train(
     use_own_store()
     leave_group_at_exit()
     with share_results(trainer):
-        with compute_in_first_process():
+        with compute_on_rank_zero():
             data = instantiate(config.data, "data")
         if automatic_interval:
             scale_interval(config, trainer, data)
@@ -126,10 +127,10 @@ def train_on(
     log_summary(config, trainer, model, data)
     warn_of_few_images(data)
     with output_folder(output, keep_pattern="checkpoints/*.ckpt"):
-        # again, now that the folder is locked: another run may have ended there in the meantime
+        # Check again, now that the folder is locked: another run may have ended there in the meantime.
         refuse_other_runs(output, config.resume)
         if config.resume is None:
-            # of a run that ended before its first checkpoint
+            # It may be left from a run that ended before its first checkpoint.
             (output / PROJECTOR_FILE).unlink(missing_ok=True)
         copy_best_checkpoint(checkpoint, output)
         write_run_folder(output, config, model, run_files)
@@ -166,14 +167,14 @@ def device_type(accelerator: str) -> str:
 
 
 def make_trainer(config: TrainingConfig, output: Path, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
-    """Return Lightning's trainer with the callbacks of a training."""
+    """Return Lightning's trainer with the callbacks of a training run."""
     return instantiate(
         config.trainer,
         "trainer",
         strategy=make_strategy(config),
         default_root_dir=str(output),
         logger=make_logger(config),
-        # ProgressReport counts optimizer steps, Lightning's own bar counts batches
+        # ProgressReport counts optimizer steps, Lightning's own bar counts batches.
         enable_progress_bar=False,
         enable_model_summary=False,
         plugins=[AtomicCheckpointIO(output / "checkpoints")],
@@ -182,16 +183,16 @@ def make_trainer(config: TrainingConfig, output: Path, callbacks: Sequence[pl.Ca
 
 
 def make_callbacks(config: TrainingConfig, output: Path, more: Sequence[pl.Callback]) -> list[pl.Callback]:
-    """Return the callbacks of a training, in the order in which they run."""
+    """Return the callbacks of a training run, in the order in which they run."""
     callbacks: list[pl.Callback] = [
         ContinueLog(),
         PerStepSeed(config.seed),
         OverrideOptimizerSettings(),
         DataPositionCallback(),
     ]
-    # grids are made by one process, which under FSDP has only a part of the weights
+    # Grids are made by one process, which under FSDP has only a part of the weights.
     if config.trainer["strategy"] != "fsdp":
-        callbacks.append(instantiate(config.image_logger, "image_logger", folder=output / "pictures"))
+        callbacks.append(instantiate(config.image_logger, "image_logger", folder=output / "grids"))
     if config.metrics:
         callbacks.append(instantiate(config.metrics, "metrics"))
     if config.projector.get("memory_size"):
@@ -212,7 +213,7 @@ def make_strategy(config: TrainingConfig) -> Any:
     several_processes = config.trainer["devices"] != 1 or config.trainer["num_nodes"] != 1
     uses_ddp = strategy == "ddp" or (strategy == "auto" and several_processes)
     if config.stage_name == "vqgan" and uses_ddp:
-        # until model.gan.start_step the discriminator gets no gradients, which plain DDP refuses
+        # Until model.gan.start_step the discriminator gets no gradients, which plain DDP refuses.
         return "ddp_find_unused_parameters_true"
     return strategy
 
@@ -221,6 +222,9 @@ def make_fsdp_strategy(config: TrainingConfig) -> Any:
     """Return FSDP2 over all devices, with consolidated checkpoints.
 
     Lightning's ``fsdp`` is FSDP1, which flattens the weights; weight decay and Muon need to know their shapes.
+
+    Raises:
+        ValueError: FSDP supports neither the stage nor the number of devices, or validation could not end.
     """
     devices = config.trainer["devices"]
     if config.stage_name != "transformer":
@@ -272,24 +276,29 @@ def fit(
         with last.handle_signals():
             trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
     except (LookupError, TypeError, AttributeError) as error:
-        # before the first batch, Lightning restores the states in the checkpoint
+        # Before the first batch, Lightning restores the states in the checkpoint.
         if checkpoint is None or last.steps_before_batch >= 0:
             raise
         raise ValueError(f"{checkpoint} cannot be resumed: {type(error).__name__}: {one_line(error)}") from error
     except SystemExit as exit:
-        # Lightning turns Ctrl-C into SystemExit
+        # Lightning turns Ctrl-C into SystemExit.
         if trainer.is_global_zero:
-            hint = f"; {resume_command} continues" if last.path.is_file() else ""
-            logger.info("Stopped at step %d%s", trainer.global_step, hint)
-            if last.requeue:
-                requeue_slurm_job()
+            report_stop(last, trainer.global_step, resume_command)
         raise KeyboardInterrupt from exit
-    # each process may hold a part of the weights, so all of them take part
+    # Each process may have only a part of the weights, so all of them take part.
     trainer.save_checkpoint(last.path, weights_only=False)
     if trainer.is_global_zero:
         export(model, last.path, output)
         logger.info("Finished %d steps: %s", trainer.global_step, output)
     return best_score(callbacks)
+
+
+def report_stop(last: LastCheckpoint, step: int, resume_command: str) -> None:
+    """Log at which step a training run has stopped, and requeue its SLURM job if that was requested."""
+    hint = f"; {resume_command} continues" if last.path.is_file() else ""
+    logger.info("Stopped at step %d%s", step, hint)
+    if last.requeue:
+        requeue_slurm_job()
 
 
 def best_score(callbacks: Sequence[Any]) -> float | None:
@@ -303,7 +312,7 @@ def best_score(callbacks: Sequence[Any]) -> float | None:
 def export(model: Any, last: Path, output: Path) -> None:
     """Write the best model, or the last one, to its folder in the run folder."""
     best = last.with_name("best.ckpt")
-    # without a validation there is no best checkpoint
+    # Without a validation there is no best checkpoint.
     source = last if model.last_is_best or not best.is_file() else best
     finished = type(model).load(source).save(output / MODEL_FOLDER_NAMES[model_name_of(type(model))])
     if isinstance(model, ConditionalTransformer):

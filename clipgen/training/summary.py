@@ -1,4 +1,4 @@
-"""Summarize a training before its first step: images, batch size, tokens, parameters, length and memory."""
+"""Summarize a training run before its first step: images, batch size, tokens, parameters, length and memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def log_summary(config: TrainingConfig, trainer: pl.Trainer, model: Any, data: Any) -> None:
-    """Log what the training is about to do."""
+    """Log the size, length and memory of a training run."""
     lines = {
         "Images": describe_images(data),
         "Batch": describe_batch(config, data.batch_size, trainer.world_size),
@@ -41,7 +41,7 @@ def log_summary(config: TrainingConfig, trainer: pl.Trainer, model: Any, data: A
 
 
 def describe_images(data: Any) -> str:
-    """Return how many images there are for training and for validation, and how many were skipped."""
+    """Return the numbers of images for training and for validation, and of skipped images."""
     train = count_images(data.train)
     val = count_images(data.val)
     training = f"{train if train else 'a stream of unknown length'} for training"
@@ -137,11 +137,15 @@ def describe_training_memory(model: Any, batch_size: int, precision: str) -> str
 def state_bytes(model: Any) -> int:
     """Return the bytes of all weights, of the gradients, and of the optimizer's two moments per weight (Muon: one)."""
     frozen = model.encoders() if getattr(model, "has_encoders", False) else ()
-    weights = sum(p.nbytes for part in (model, *frozen) for p in part.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
+    total = 0
+    for part in (model, *frozen):
+        total += sum(parameter.nbytes for parameter in part.parameters())
     uses_muon = model.hparams["optimizer"].get("name") == "muon"
-    moments = sum(p.nbytes * (1 if uses_muon and p.ndim == 2 else 2) for p in trained)
-    return weights + sum(p.nbytes for p in trained) + moments
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            num_moments = 1 if uses_muon and parameter.ndim == 2 else 2
+            total += (1 + num_moments) * parameter.nbytes
+    return total
 
 
 def activation_bytes(model: Any) -> int:
@@ -159,7 +163,7 @@ def activation_bytes(model: Any) -> int:
         run = run_vqgan if isinstance(model, VQGAN) else run_transformer
         outputs, copy = run(model)
     weights = {p.untyped_storage()._cdata for p in copy.parameters()}
-    # the outputs keep the graph alive, and with it the saved tensors
+    # The outputs keep the graph alive, and with it the saved tensors.
     del outputs
     return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weights)
 
@@ -179,7 +183,7 @@ def run_vqgan(model: VQGAN) -> tuple[Any, nn.Module]:
         The outputs, and a module with all weights.
     """
     copy = copy_without_ema(model)
-    # sizes that are not divisible by the downsampling factor are refused when training starts
+    # Sizes that are not divisible by the downsampling factor are refused when training starts.
     side = max(model.autoencoder_config.resolution // copy.downsampling, 1) * copy.downsampling
     latents = copy.autoencoder.encode(torch.zeros(1, 3, side, side))
     reconstruction = copy.autoencoder.decode(latents)

@@ -1,4 +1,4 @@
-"""Choose how often a training validates: every 1000 steps, or less often if the validation set is large."""
+"""Choose the interval of validations in training: every 1000 steps, or less often if the validation set is large."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 DEFAULT_INTERVAL = 1000  # steps between two validations
 MIN_BATCH_RATIO = 10  # training batches per validation batch, at least
-MIN_VALIDATION_IMAGES = 50  # with fewer, the validation loss says little
+MIN_VALIDATION_IMAGES = 50  # with fewer, the validation loss is noise
 
 
 def set_default_interval(config: TrainingConfig) -> bool:
-    """Fill in ``trainer.val_check_interval`` if the configuration leaves it open; return True if it did."""
+    """Fill in ``trainer.val_check_interval`` if the configuration leaves it open; return whether it did."""
     trainer = config.trainer
     if trainer["check_val_every_n_epoch"] is not None:
         return False
     if isinstance(trainer["val_check_interval"], float):
-        # a fraction of an epoch, which Lightning only accepts together with this setting
+        # Lightning accepts a fraction of an epoch only together with this setting.
         trainer["check_val_every_n_epoch"] = 1
     if trainer["val_check_interval"] is not None:
         return False
@@ -45,11 +45,11 @@ def scale_interval(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> No
 
 
 def warn_of_few_images(data: Any) -> None:
-    """Warn if there are so few validation images that their loss says little about which model is best."""
+    """Warn if there are too few validation images to select the best model by their loss."""
     count = count_images(data.val)
     if count is None or count.images >= MIN_VALIDATION_IMAGES:
         return
-    number = f"{count.images} image{'s' * (count.images != 1)}"
+    number = "1 image" if count.images == 1 else f"{count.images} images"
     logger.warning(
         "Validation has %s: with fewer than %d its losses are noise, and so is the choice of best.ckpt. "
         "Increase data.val_fraction, or name more images by data.val_root or data.val_urls.",

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.models import TRANSFORMER_SIZES
 from benchmarks.timing import alternating_medians, print_table
 from clipgen import ConditionalTransformer, muon
-from clipgen.cli.config import composed
+from clipgen.cli.config import compose_config
 from clipgen.data.shapes import ShapesDataset
 from clipgen.models.conditioning import add_condition_noise
 from clipgen.optim import make_lr_scheduler, make_optimizer
@@ -112,7 +112,7 @@ def iteration_dtype(dtype: torch.dtype) -> Iterator[None]:
 def loss_curve(args: argparse.Namespace) -> list[float]:
     """Return the mean cross-entropy in each tenth of a training with the demo's recipe and the bundled tokenizer."""
     torch.manual_seed(0)
-    config = composed("stage=transformer", "experiment=shapes", "vqgan=shapes", f"trainer.max_steps={args.steps}")
+    config = compose_config("stage=transformer", "experiment=shapes", "vqgan=shapes", f"trainer.max_steps={args.steps}")
     transformer: Any = build(TrainingConfig.from_dict(OmegaConf.to_container(config, resolve=True)))
     settings = transformer.optimizer_config
     optimizer = make_optimizer(transformer, transformer.gpt.transformer.h, settings)

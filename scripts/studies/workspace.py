@@ -24,8 +24,8 @@ from clipgen.baselines.gan_files import load_gan
 from clipgen.baselines.search import search
 from clipgen.baselines.vqgan_clip import vqgan_clip
 from clipgen.cli import encode, train
-from clipgen.cli.config import composed
-from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, parse
+from clipgen.cli.config import compose_config
+from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset, parse_caption
 from clipgen.data.token_cache import TokenCacheDataset
 from clipgen.evaluation.classifier import load_classifier
 from clipgen.evaluation.feature_store import FeatureStore
@@ -85,9 +85,9 @@ class Study:
         options = [f"data.train_size={self.args.train_size}", "data.val_size=1000"]
         if not self.is_shapes:
             options = [f"data.class_names={self.args.data / 'classes.json'}"]
-        config = composed(*self.experiment, *options, "data.labels=true", name="encode")
+        config = compose_config(*self.experiment, *options, "data.labels=true", name="encode")
         config.vqgan, config.output = self.vqgan, str(root)
-        encode.encode(config)
+        encode.encode_from_config(config)
         return root
 
     @cached_property
@@ -124,7 +124,7 @@ class Study:
         """Return a real image of each prompt: a new render, or an image that was held out of the classifier."""
         if self.is_shapes:
             pairs = zip(prompts, seeds)
-            return torch.cat([ShapesDataset(1, seed=s, attributes=[parse(p)]).render([0]) for p, s in pairs])
+            return torch.cat([ShapesDataset(1, seed=s, attributes=[parse_caption(p)]).render([0]) for p, s in pairs])
         chosen = []
         for prompt, seed in zip(prompts, seeds):
             pool = self.real_pools[self.setting.prompts.index(prompt)]
@@ -145,7 +145,7 @@ class Study:
     def config(self, recipe: str, rate: float, schedule: str, seed: int, steps: int) -> DictConfig:
         """Return the configuration of a training."""
         settings = [text.format(noise=self.setting.noise) for text in RECIPES[recipe].settings]
-        config = composed(
+        config = compose_config(
             "stage=transformer",
             *self.experiment,
             "data=cached",
@@ -196,7 +196,7 @@ class Study:
         if not (run / model / "config.json").is_file():
             config = self.config(recipe, rate, schedule, seed, self.steps_of(recipe))
             config.output = str(run)
-            train.train(config)
+            train.train_from_config(config)
         return run
 
     def tuned_training(self, recipe: str) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""The work of a training besides its steps: one Lightning callback per concern."""
+"""The work of a training run besides its steps: one Lightning callback per concern."""
 
 from clipgen.training.callbacks.checkpointing import AtomicCheckpointIO as AtomicCheckpointIO
 from clipgen.training.callbacks.checkpointing import BestCheckpoint as BestCheckpoint

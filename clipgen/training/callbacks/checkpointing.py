@@ -31,6 +31,9 @@ def checkpoint_callbacks(folder: str | Path, monitor: str, every_n_steps: int = 
         folder: where the checkpoints are written.
         monitor: the metric whose lowest value selects ``best.ckpt``.
         every_n_steps: steps between two writes of ``last.ckpt``.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below 1, or higher values of ``monitor`` are better.
     """
     if every_n_steps < 1:
         raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
@@ -73,7 +76,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         score: Any = state_dict.get("best_model_score")
         valid = isinstance(score, torch.Tensor) and score.numel() == 1 and bool(score.isfinite().all())
-        # without the file, the score is that of a model which this run does not have
+        # Without the file, the score is that of a model which this run does not have.
         if not valid or not self.path.is_file():
             return
         path = self.format_checkpoint_name({})
@@ -93,7 +96,7 @@ class ParameterOrder(pl.Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-            # FSDP has already numbered them so
+            # FSDP has already numbered them so.
             return
         numbers = {id(parameter): number for number, parameter in enumerate(module.parameters())}
         for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"]):
@@ -111,7 +114,7 @@ def renumber(state: dict[str, Any], numbers: Mapping[int, int]) -> None:
 
 
 def has_model_order(state: dict[str, Any], module: pl.LightningModule) -> bool:
-    """Return True if an optimizer state is numbered in the order of the model, judging by the shapes of its moments."""
+    """Return whether an optimizer state is numbered in the order of the model, judging by the shapes of its moments."""
     shapes = [parameter.shape for parameter in module.parameters()]
     for number, moments in state["state"].items():
         if not isinstance(number, int) or number >= len(shapes):
@@ -146,14 +149,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # left over by a process that was killed while it was writing
+        # Such files remain if a process was killed while it was writing.
         for leftover in path.parent.glob(f".{path.name}.*.partial"):
             leftover.unlink(missing_ok=True)
         with atomic_write(path) as partial, partial.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # torch's error hides the reason of the operating system
+                # torch's error hides the reason of the operating system.
                 raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
@@ -174,7 +177,7 @@ class LastCheckpoint(pl.Callback):
         self.every_n_steps = every_n_steps
         self.stop_requested = False
         self.requeue = False
-        # optimizer steps at the start of the current batch
+        # Optimizer steps at the start of the current batch.
         self.steps_before_batch = -1
 
     @contextmanager
@@ -189,7 +192,7 @@ class LastCheckpoint(pl.Callback):
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask training to stop after the current step."""
-        # a closed terminal may send SIGHUP twice, which must not stop at once
+        # A closed terminal may send SIGHUP twice, which must not stop at once.
         if self.stop_requested and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         self.stop_requested = True
@@ -205,12 +208,12 @@ class LastCheckpoint(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.steps_before_batch:
-            # gradients are being accumulated, and would be missing from the checkpoint
+            # Gradients are being accumulated, and would be missing from the checkpoint.
             return
         due = trainer.global_step % self.every_n_steps == 0 or validation_due(trainer)
         stop = self.agree_to_stop(trainer, due)
         if stop:
-            # Lightning logs the metrics of the step after this hook, which is not reached
+            # Lightning logs the metrics of the step after this hook, which is not reached.
             trainer._logger_connector.update_train_step_metrics()
         if stop or due:
             trainer.save_checkpoint(self.path, weights_only=False)
@@ -218,7 +221,7 @@ class LastCheckpoint(pl.Callback):
             raise KeyboardInterrupt
 
     def agree_to_stop(self, trainer: pl.Trainer, due: bool) -> bool:
-        """Return True if a signal asked any process to stop, so that all of them stop at the same step.
+        """Return whether a signal asked any process to stop, so that all processes stop at the same step.
 
         Args:
             trainer: the trainer.
@@ -237,7 +240,7 @@ class LastCheckpoint(pl.Callback):
 def stopping_signals() -> list[signal.Signals]:
     """Return the signals on which training saves a checkpoint and stops."""
     signals = [signal.SIGINT, signal.SIGTERM]
-    # Windows has no SIGHUP; nohup sets it to be ignored, and then it stays ignored
+    # Windows has no SIGHUP; nohup sets it to be ignored, and then it stays ignored.
     hangup = getattr(signal, "SIGHUP", None)
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
         signals.append(hangup)

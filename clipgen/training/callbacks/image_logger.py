@@ -33,15 +33,15 @@ BATCH_KEYS = ("images", "indices", "condition")
 class ImageLogger(pl.Callback):
     """Log image grids after each validation and write them to a folder.
 
-    Stage 1 logs reconstructions and a chart of how often each code is used. Stage 2 logs samples conditioned on
+    Stage 1 logs reconstructions and a chart of the frequency of each code. Stage 2 logs samples conditioned on
     validation images and on prompts.
 
     Args:
-        folder: ``pictures`` in a run folder. A training from a token cache loads the frozen models of the run folder.
+        folder: ``grids`` in a run folder. A training run from a token cache loads the frozen models of the run folder.
         num_images: number of images in a grid.
         prompts: prompts of stage 2.
         keep: number of grids of each kind that stay in the folder; older ones are deleted.
-        sampling: see ``SamplingParams``.
+        overrides: sampling parameters that differ from the defaults of ``SamplingParams``.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ImageLogger(pl.Callback):
         num_images: int = 16,
         prompts: Sequence[str] = (),
         keep: int = 20,
-        **sampling: Any,
+        **overrides: Any,
     ):
         for name, value in (("num_images", num_images), ("keep", keep)):
             if value < 1:
@@ -59,7 +59,7 @@ class ImageLogger(pl.Callback):
         self.num_images = num_images
         self.prompts = list(prompts)
         self.keep = keep
-        self.params = SamplingParams(**sampling)
+        self.params = SamplingParams(**overrides)
         self.batch: dict[str, Tensor] = {}
         self.frozen_models: tuple[VQGAN, Conditioner | None] | None = None
 
@@ -123,7 +123,7 @@ class ImageLogger(pl.Callback):
         return grids
 
     def _reconstruction_grids(self, module: VQGAN, images: Tensor) -> dict[str, Image.Image]:
-        """Return images beside their reconstructions, and a chart of how often each code is used."""
+        """Return images next to their reconstructions, and a chart of the frequency of each code."""
         pairs = torch.stack([images, module(images)], dim=1).flatten(0, 1)
         title = f"step {module.global_step}, {int((module.counts == 0).sum())} dead codes"
         chart = code_frequency_chart(module.counts, title)
@@ -160,14 +160,14 @@ class ImageLogger(pl.Callback):
         if not (root / "vqgan").is_dir():
             logger.warning("No image grids: the model has no tokenizer attached, and %s contains none.", root)
             return None
-        # loading must not change the random numbers of the training
+        # Loading must not change the random numbers of the training.
         with torch.random.fork_rng(devices=[]):
             clip = try_load_clip(root) if self.prompts and supports_prompts else None
             return VQGAN.load(root / "vqgan"), clip
 
 
 def try_load_clip(root: Path) -> FrozenCLIP | None:
-    """Load the CLIP of a run folder; a training from a token cache continues without it."""
+    """Load the CLIP of a run folder; a training run from a token cache continues without it."""
     try:
         return load_clip(root)
     except (OSError, ValueError, RuntimeError) as error:

@@ -35,7 +35,7 @@ class MetricPrinter(pl.Callback):
 
 
 def explain_ema(trainer: pl.Trainer, module: Any) -> str:
-    """Return why metrics look bad in the first steps of a model with EMA weights, or "" if they do not."""
+    """Return an explanation of bad metrics in the first steps of a model with EMA weights; "" after these steps."""
     decay = module.optimizer_config.ema_decay
     if not decay:
         return ""
@@ -49,7 +49,7 @@ def explain_ema(trainer: pl.Trainer, module: Any) -> str:
 
 
 def explain_dead_codes(module: Any) -> str:
-    """Return why codes look dead if validation has fewer tokens than the codebook has codes, or ""."""
+    """Return an explanation of dead codes if validation has fewer tokens than the codebook has codes, or ""."""
     counts = getattr(module, "counts", None)
     if counts is None:
         return ""

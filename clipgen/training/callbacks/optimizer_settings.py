@@ -16,7 +16,7 @@ class OverrideOptimizerSettings(pl.Callback):
     """
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # the checkpoint is restored after this hook, so the optimizers still have the configured settings
+        # The checkpoint is restored after this hook, so the optimizers still have the configured settings.
         self.param_groups = [list(map(dict, optimizer.param_groups)) for optimizer in trainer.optimizers]
         self.base_lrs: list[Any] = [list(config.scheduler.base_lrs) for config in trainer.lr_scheduler_configs]
 
@@ -38,7 +38,7 @@ def check_moments(optimizer: Optimizer) -> None:
             fits = value.numel() == 1 if name == "step" else value.shape == parameter.shape
             if not fits:
                 raise ValueError(
-                    f"the checkpoint must hold {name} of the optimizer as {tuple(parameter.shape)}, got "
+                    f"the checkpoint must contain {name} of the optimizer as {tuple(parameter.shape)}, got "
                     f"{tuple(value.shape)}: it is damaged, resume an earlier one"
                 )
 

@@ -1,4 +1,4 @@
-"""Progress of a training or validation: steps done, rates and the time left."""
+"""Progress of training or validation: steps done, rates and the time left."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from clipgen.progress import ProgressLog, duration
 
 logger = logging.getLogger(__name__)
 SHOWN_LOSSES = ("train/loss", "train/discriminator_loss", "train/cross_entropy", "val/loss", "val/cross_entropy")
-# Steps after which the time that is left can be estimated
+# Steps after which the time that is left can be estimated.
 FORECAST_STEPS = 20
 
 
 class ProgressReport(pl.Callback):
-    """Report the step, the rates, the time left and the losses of a training.
+    """Report the step, the rates, the time left and the losses of a training run.
 
     Args:
         make_progress: makes what shows them, with the arguments of ``ProgressLog``.
@@ -28,7 +28,7 @@ class ProgressReport(pl.Callback):
 
     def __init__(self, make_progress: Callable[..., ProgressLog] = ProgressLog):
         self.make_progress = make_progress
-        self.progress: ProgressLog | None = None  # in the first process only
+        self.progress: ProgressLog | None = None  # on rank 0 only
         self.losses = ""
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -38,7 +38,7 @@ class ProgressReport(pl.Callback):
             self.progress = self.make_progress("training", known_total, "steps", trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        # reading a loss waits for the GPU, so losses are read only as often as they are logged
+        # Reading a loss waits for the GPU, so losses are read only as often as they are logged.
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.losses = format_losses(trainer)
         if self.progress:
@@ -54,7 +54,7 @@ class ProgressReport(pl.Callback):
             self.progress.rename("training")
 
     def on_exception(self, *_: Any) -> None:
-        # also on Ctrl-C: a bar that is still drawn would hide the cursor
+        # Stop also on Ctrl-C: a bar that is still drawn would hide the cursor.
         self.stop()
 
     def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
@@ -81,7 +81,7 @@ class ValidationProgress(pl.Callback):
 
 
 def log_forecast(steps_left: float, seconds_per_step: float) -> None:
-    """Log how long the rest of a training will take."""
+    """Log the time that the rest of a training run will take."""
     logger.info(
         "The remaining %.0f steps will take about %s without validation, judging by the first %d steps",
         steps_left,
@@ -94,7 +94,7 @@ class TimeForecast(pl.Callback):
     """Report once, after the first steps, how long the other steps will take.
 
     Args:
-        report: called in the first process with the number of steps left and the seconds per step.
+        report: called on rank 0 with the number of steps left and the seconds per step.
     """
 
     def __init__(self, report: Callable[[float, float], None] = log_forecast):
@@ -108,7 +108,7 @@ class TimeForecast(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         steps = trainer.global_step - self.first_step
         if steps <= 1:
-            # the first step takes longer, since it compiles and fills caches: measure from its end
+            # The first step takes longer, since it compiles and fills caches: measure from its end.
             self.start_time = time.monotonic()
         if steps < FORECAST_STEPS or self.reported or math.isinf(self.total_steps) or not trainer.is_global_zero:
             return

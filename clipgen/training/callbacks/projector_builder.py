@@ -17,7 +17,7 @@ class ProjectorBuilder(pl.Callback):
     """Write an ``EmbeddingProjector`` that remembers the conditions of the first training images.
 
     It needs neither texts nor labels. ``TextToImage.load`` reads the file with the rest of the run folder, and the
-    grids of ``ImageLogger`` use it for prompts. Checkpoints hold the embeddings, so a resumed training writes the same
+    grids of ``ImageLogger`` use it for prompts. Checkpoints contain the embeddings, so a resumed run writes the same
     projector, also to another folder.
 
     Args:
@@ -49,7 +49,7 @@ class ProjectorBuilder(pl.Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # a resumed training may have another folder, or other settings
+        # A resumed run may have another folder, or other settings.
         if trainer.is_global_zero and self.missing <= 0:
             self.write()
 
@@ -69,7 +69,7 @@ class ProjectorBuilder(pl.Callback):
             self.write()
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Lightning calls only this hook if a training is resumed at its last step.
+        # Lightning calls only this hook if a run is resumed at its last step.
         self.on_train_end(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:

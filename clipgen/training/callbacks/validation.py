@@ -17,15 +17,15 @@ def run_validation(trainer: pl.Trainer) -> None:
 
 
 def validation_due(trainer: pl.Trainer) -> bool:
-    """Return True if Lightning would run a validation at the current step."""
+    """Return whether Lightning would run a validation at the current step."""
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 class FinalValidation(pl.Callback):
-    """Validate after the last step of a training, unless a validation was due there anyway.
+    """Validate after the last step of a training run, unless a validation was due there anyway.
 
-    Every training then has image grids, and its last steps can become ``best.ckpt``.
+    Every run then has image grids, and its last steps can become ``best.ckpt``.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class FinalValidation(pl.Callback):
             run_validation(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Lightning calls only this hook if a training is resumed at its last step.
+        # Lightning calls only this hook if a run is resumed at its last step.
         self.on_train_end(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class ResumeValidation(pl.Callback):
     """
 
     def __init__(self) -> None:
-        # number of batches at the last validation
+        # Number of batches at the last validation.
         self.validated_at = -1
         self.must_validate = False
 
@@ -80,5 +80,5 @@ class ResumeValidation(pl.Callback):
             run_validation(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Lightning calls only this hook if a training is resumed at its last step.
+        # Lightning calls only this hook if a run is resumed at its last step.
         self.on_train_start(trainer, module)
