@@ -267,6 +267,8 @@ def test_embeddings_of_prompts(pipe, images):
         ("-1 a well-known cat + .5 a dog + .5 a dog", {"a well-known cat": -1.0, "a dog": 1.0}),
         ("a cat", {"a cat": 1.0}),
         ("- 2 a cat + a dog", {"a cat": -2.0, "a dog": 1.0}),
+        ("1e-5 a cat + 2. a dog", {"a cat": 1e-5, "a dog": 2.0}),
+        ("a 3d cat + 3d art", {"a 3d cat": 1.0, "3d art": 1.0}),
     ],
 )
 def test_mixtures_are_parsed_and_described(text, expected):
@@ -278,6 +280,12 @@ def test_mixtures_are_parsed_and_described(text, expected):
 def test_empty_mixture_terms_raise(text):
     with pytest.raises(ValueError, match="a mixture must be terms such as"):
         parse_mixture(text)
+
+
+@pytest.mark.parametrize("term", ["0,7 a red ring", "70% a red ring", "1/2 a red ring", "0.7", "1.2.3 a red ring"])
+def test_weights_that_are_not_numbers_raise(term):
+    with pytest.raises(ValueError, match=f"must be a number with a decimal point and a text.*got '{term}'"):
+        parse_mixture(f"{term} + 0.3 a blue ring")
 
 
 def test_image_and_mixture_prompts(pipe, images):
