@@ -309,6 +309,8 @@ def test_outpainting_keeps_the_upper_indices(pipe, images):
     kept = pipe.vqgan.encode(from_pil(image)).flatten(1)[:, :8]  # two rows of four
     assert torch.equal(indices[0][:, :8], kept.expand(3, -1))
     assert len(indices[0][:, 8:].unique(dim=0)) > 1
+    assert pipe.upper_indices(image, 0.95).shape == (1, 12)  # the last row is generated
+    assert pipe.upper_indices(image, 0.05).shape == (1, 4)
     with pytest.raises(ValueError, match=r"keep_fraction must be in \(0, 1\), got 1"):
         pipe(PROMPT, outpaint=image, keep_fraction=1)
 
@@ -472,6 +474,15 @@ def test_missing_device_moves_nothing(pipe):
 def test_embedding_prompt_must_be_a_single_vector(pipe):
     with pytest.raises(ValueError, match=r"an embedding must be \(64,\), got \(2, 32\)"):
         pipe(torch.randn(2, 32))
+
+
+def test_generate_scales_embeddings_to_unit_norm(pipe):
+    embedding = pipe.embed(PROMPT)
+    expected = pipe.generate(embedding, 3)
+    for scale in (10, 0.1):
+        assert torch.allclose(pipe.generate(scale * embedding, 3), expected, atol=1e-3)
+    with pytest.raises(ValueError, match="clip_embedding must be finite, got NaN or infinity"):
+        pipe.generate(torch.full((1, 64), torch.nan))
 
 
 def test_fingerprint_includes_the_projector(pipe, tmp_path):
