@@ -156,6 +156,16 @@ def test_requests_beyond_the_limits_are_refused(change, prompt, message):
         builders.text_request(SETTINGS._replace(**change), prompt)
 
 
+def test_long_sweeps_are_refused_before_their_combinations_are_made(monkeypatch):
+    def fail(axes):
+        raise AssertionError("all combinations were made")
+
+    monkeypatch.setattr(builders, "expand_sweep", fail)
+    values = ",".join(map(str, range(1, 101)))
+    with pytest.raises(ValueError, match="a sweep must have at most 64 images, got 10000"):
+        builders.sweep_request(SETTINGS, PROMPT, values, ",".join(f"0.{i:03d}" for i in range(1, 101)), 1)
+
+
 def test_sweeps_are_bounded_and_their_values_checked():
     with pytest.raises(ValueError, match="a sweep must have at most 64 images, got 68"):
         builders.sweep_request(SETTINGS, PROMPT, ",".join(map(str, range(1, 18))), "0.5,1", 2)
