@@ -21,6 +21,7 @@ from clipgen.cli.baseline_args import (
     read_caption_groups,
 )
 from clipgen.cli.baseline_biggan_clip import add_biggan_clip
+from clipgen.cli.baseline_checks import DEFAULTS, check_effects, fill_defaults
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.baseline_search import add_search, check_threshold
 from clipgen.cli.console import guarded, say
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         group.add_argument(
             "--output", type=user_path, default=Path("baseline"), help="output folder (default: %(default)s)"
         )
-        group.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
+        group.add_argument("--seed", type=int, help=f"seed; image i uses seed + i (default: {DEFAULTS['seed']})")
         group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")
     return p
 
@@ -65,7 +66,6 @@ def add_vqgan_clip(p: argparse.ArgumentParser) -> None:
     models = p.add_argument_group("models")
     models.add_argument(
         "--checkpoint",
-        default="shapes",
         help="text-to-image model whose tokenizer and CLIP are used (default: the bundled shapes model)",
     )
     models.add_argument("--vqgan", help="another tokenizer: stage-1 run folder, checkpoint or model folder")
@@ -101,6 +101,8 @@ def run() -> None:
     args = parser().parse_args()
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
+    check_effects(args)
+    fill_defaults(args)
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {args.seed}")
     if args.system == "search":

@@ -70,8 +70,8 @@ def share_lpips(model: VQGAN, init_from: str) -> None:
         model.share_lpips(VQGAN.load(init_from))
     except FileNotFoundError:
         logger.warning(
-            "init_from=%s does not exist any more: the run resumes with the weights of its checkpoint, and with the LPIPS "
-            "of model.loss.vgg_weights or, by default, the published one.",
+            "init_from=%s does not exist any more: the run resumes with the weights of its checkpoint, and with the "
+            "LPIPS of model.loss.vgg_weights or, by default, the published one.",
             init_from,
         )
 
