@@ -15,7 +15,6 @@ from clipgen.cli.baseline_search import mean_caption_score
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.sources import FolderImages
 
-
 SEARCH = ["search", "--prompt", "x", "--generator", "none.pt"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-# Options that the parsers leave at None, so that it can be told which ones were given, with their defaults
+# Defaults of the options that the parsers leave at None, which shows that they are absent from the command line
 DEFAULTS = {
     "seed": 0,
     "checkpoint": "shapes",

@@ -1,6 +1,7 @@
 """Serve a pipeline on Replicate: checked inputs, images that appear row by row, and files with their metadata."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Optional
@@ -31,6 +32,7 @@ class Runner(BaseRunner):
         """Load the pipeline."""
         checkpoint = os.environ.get(CHECKPOINT) or (str(MODEL) if MODEL.is_dir() else "shapes")
         self.pipe = TextToImage.load(checkpoint).to(default_device())
+        self.folder: Path | None = None
 
     def healthcheck(self) -> bool:
         """Return whether the pipeline is loaded."""
@@ -83,12 +85,21 @@ class Runner(BaseRunner):
         def work(report: Preview) -> list[Image.Image]:
             return self.pipe(prompt, num_images, preview=report, **chosen)
 
-        folder = Path(tempfile.mkdtemp())
+        folder = self.new_folder()
         partial = PartialImages(self.pipe.image_size, self.pipe.side, rerank_from or num_images)
-        for message in stream(work):
+        for position, message in enumerate(stream(work)):
             if message.kind == "result":
                 for number, image in enumerate(message.value):
                     yield Path(save_png(image, folder / f"{number}.png", image.info))
             elif stream_rows:
                 state = partial.update(message.value)
-                yield Path(save_png(grid(state.images, cell=PREVIEW_CELL), folder / f"row-{state.rows:03d}.png"))
+                # A second batch begins with the first row again.
+                name = f"row-{state.rows:03d}-{position:03d}.png"
+                yield Path(save_png(grid(state.images, cell=PREVIEW_CELL), folder / name))
+
+    def new_folder(self) -> Path:
+        """Return a new folder for the files of a prediction; delete that of the last one, whose files are sent."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder = Path(tempfile.mkdtemp())
+        return self.folder
