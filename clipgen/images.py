@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -56,7 +57,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def from_pil(image: Image.Image, size: int | None = None) -> Tensor:
-    """Convert the central square of a PIL image to (1, 3, size, size) in [-1, 1]; None keeps its size."""
+    """Convert the central square of a PIL image, upright, to (1, 3, size, size) in [-1, 1]; None keeps its size."""
+    # Broken tags are ignored, as in ``decode_image``.
+    with suppress(Exception):
+        image = ImageOps.exif_transpose(image)
     rgb = to_rgb(image)
     return val_transform(size or min(rgb.size))(rgb)[None]
 

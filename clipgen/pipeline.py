@@ -37,6 +37,8 @@ from clipgen.visualization import grid
 from clipgen.vqgan import VQGAN
 
 CARD_FILE = "README.md"
+# Embeddings in 16 bits have a norm of 1 with about this error.
+UNIT_TOLERANCE = 1e-3
 # What ``save`` may replace in a folder; other files stay.
 PIPELINE_ENTRIES = (
     "vqgan",
@@ -323,18 +325,18 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         """Generate one image per CLIP embedding: (B, E) -> (B, 3, H, W) in [-1, 1].
 
         Args:
-            clip_embedding: embeddings of texts or images, (B, E).
+            clip_embedding: embeddings of texts or images, (B, E), which are scaled to unit norm.
             seed: image i uses ``seed + i``; or one seed per image.
             params: sampling parameters; None takes those of the pipeline.
             options: fields of ``SamplingParams``, which override ``params``, and of ``GenerationOptions``.
 
         Raises:
             TypeError: an option is unknown.
-            ValueError: an argument is out of range.
+            ValueError: an embedding is not finite, or an argument is out of range.
         """
         params, generation_options = resolve_options(params or self.params, options)
         uniforms = self.uniforms(seed, len(clip_embedding))
-        return self.generate_from_conditions(clip_embedding, uniforms, params, generation_options)
+        return self.generate_from_conditions(unit_vectors(clip_embedding), uniforms, params, generation_options)
 
     def interpolate(
         self,
@@ -414,6 +416,18 @@ def prompt_metadata(prompt: Prompt) -> dict[str, Any]:
 def describe_end(prompt: Prompt) -> Any:
     """Return an end of an interpolation as an image's ``info`` records it."""
     return dict(prompt) if isinstance(prompt, Mapping) else describe(prompt)
+
+
+def unit_vectors(embeddings: Tensor) -> Tensor:
+    """Scale embeddings (B, E) to unit norm; those that have it, apart from rounding, stay as they are, bit by bit.
+
+    Raises:
+        ValueError: an embedding is not finite.
+    """
+    if not embeddings.isfinite().all():
+        raise ValueError("clip_embedding must be finite, got NaN or infinity")
+    norms = embeddings.norm(dim=-1, keepdim=True)
+    return torch.where((norms - 1).abs() < UNIT_TOLERANCE, embeddings, F.normalize(embeddings, dim=-1))
 
 
 def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:

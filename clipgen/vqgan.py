@@ -581,6 +581,10 @@ class VQGAN(PretrainedModule, pl.LightningModule):
         self.load_tokenizer_(other.eval().active_model.state_dict())
         if self.discriminator is not None and other.discriminator is not None:
             self.discriminator.load_state_dict(other.discriminator.state_dict())
+        return self.share_lpips(other)
+
+    def share_lpips(self, other: VQGAN) -> VQGAN:
+        """Use the LPIPS of another VQ-GAN, if it has one."""
         self._lpips = other._lpips
         return self
 

@@ -24,7 +24,7 @@ from clipgen.app.uploads import read_upload
 from clipgen.bundled import BUNDLED
 from clipgen.cli import app as command
 from clipgen.cli.image_metadata import read_metadata
-from clipgen.generation.bundled_vocabulary import EXAMPLES, remarks
+from clipgen.generation.bundled_vocabulary import EXAMPLES, prompt_warnings
 from clipgen.generation.partial_images import PartialImages
 from clipgen.generation.streaming import Stopped
 from clipgen.pipeline import TextToImage
@@ -173,6 +173,16 @@ def test_empty_seed_is_random_but_recorded():
 def test_requests_beyond_the_limits_are_refused(change, prompt, message):
     with pytest.raises(ValueError, match=message):
         builders.text_request(SETTINGS._replace(**change), prompt)
+
+
+def test_long_sweeps_are_refused_before_their_combinations_are_made(monkeypatch):
+    def fail(axes):
+        raise AssertionError("all combinations were made")
+
+    monkeypatch.setattr(builders, "expand_sweep", fail)
+    values = ",".join(map(str, range(1, 101)))
+    with pytest.raises(ValueError, match="a sweep must have at most 64 images, got 10000"):
+        builders.sweep_request(SETTINGS, PROMPT, values, ",".join(f"0.{i:03d}" for i in range(1, 101)), 1)
 
 
 def test_sweeps_are_bounded_and_their_values_checked():
@@ -346,7 +356,7 @@ def test_settings_without_effect_in_a_tab_are_hidden():
 def test_examples_of_a_bundled_model_are_prompts_that_it_knows(name):
     prompts, mixture, ends = EXAMPLES[name]
     texts = [*prompts, *ends, *(text for text, _ in mixture if text)]
-    assert len(prompts) == 4 and len(mixture) == 3 and remarks(name, texts, []) == []
+    assert len(prompts) == 4 and len(mixture) == 3 and prompt_warnings(name, texts, []) == []
 
 
 def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from clipgen.cli.baseline_search import mean_caption_score
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.sources import FolderImages
 
+SEARCH = ["search", "--prompt", "x", "--generator", "none.pt"]
+
 
 def test_vqgan_clip(call, tmp_path):
     prompt = "a large blue ring on a white background"
@@ -120,6 +122,22 @@ def test_threshold_of_a_search_is_the_score_of_training_images_and_all_captions(
             "real_images and real_captions must be",
         ),
         (["search", "--prompt", "x", "--generator", "none.pt"], "no TorchScript file none.pt"),
+        ([*SEARCH, "--threshold", "0.3"], "--threshold needs --table or --protocol"),
+        ([*SEARCH, "--seeds", "1"], "--seeds needs --table or --protocol"),
+        ([*SEARCH, "--save-best"], "--save-best needs --table or --protocol"),
+        ([*SEARCH, "--clip-input", "published"], "--clip-input needs --protocol"),
+        ([*SEARCH, "--table", "--one-caption"], "--one-caption needs --protocol"),
+        ([*SEARCH, "--table", "--k", "10"], "--k has no effect beside --table and --protocol"),
+        ([*SEARCH, "--protocol", "csc2516", "--seed", "0"], "--seed has no effect beside --table and --protocol"),
+        (["vqgan-clip", "--prompt", "x", "--split", "train"], "--split needs --captions"),
+        (
+            ["vqgan-clip", "--prompt", "x", "--vqgan", "a", "--clip", "b", "--checkpoint", "shapes"],
+            "--checkpoint has no effect beside both --vqgan and --clip",
+        ),
+        (
+            ["biggan-clip", "--generator", "biggan:a", "--prompt", "x", "--class-temperature", "2"],
+            "--class-temperature needs --max-classes",
+        ),
         (
             ["class", "--class", "x", "--checkpoint", "none"],
             "no ClassConditionalTransformer checkpoint: none does not exist",

@@ -52,11 +52,14 @@ def test_demo_writes_models_images_and_report(call, tmp_path):
     [
         (["model.chh=1"], "there is no key model.chh"),
         (["trainer.max_steps"], "arguments must be KEY=VALUE, got trainer.max_steps"),
-        (["stage=vqgan"], "overrides must leave stage, output and vqgan to the demo, got stage=vqgan"),
+        (["stage=vqgan"], "overrides must leave stage, output, vqgan, resume, logger to the demo, got stage=vqgan"),
+        (["logger=none"], "overrides must leave stage, output, vqgan, resume, logger to the demo, got logger=none"),
+        (["+logger.version=a"], "overrides must leave stage, output, vqgan, resume, logger to the demo"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--resume"], "no demo to resume in demo: there is no demo/report.json"),
         (["--resume", "--steps", "9"], "--resume uses the settings of the interrupted demo"),
-        (["output=x"], "overrides must leave stage, output and vqgan"),
+        (["--resume", "--seed", "0"], "--resume uses the settings of the interrupted demo"),
+        (["output=x"], "overrides must leave stage, output, vqgan"),
         (["model.n_layer=1"], "there is no key model.n_layer"),  # of stage 2 alone: said before stage 1 is trained
         (["trainer.max_steps=many"], "trainer.max_steps must be int, got 'many'"),
         (["--output", "/proc/none"], "output must be a folder that can be written to, got /proc/none"),
@@ -67,6 +70,15 @@ def test_wrong_arguments_give_one_sentence_and_leave_no_files(call, tmp_path, ar
     assert result.code == 1 and result.stderr.count("\n") == 1
     assert result.stderr.startswith(f"clipgen-demo: error: {message}"), result.stderr
     assert everything(tmp_path) == set()
+
+
+def test_an_error_in_the_plots_does_not_lose_the_result(call, monkeypatch, tmp_path):
+    def fail(files: list[Path], path: Path) -> None:
+        raise ValueError("no plots today")
+
+    monkeypatch.setattr(demo, "plot_losses", fail)
+    assert call("--output", "demo", *TINY).code == 1
+    assert set(json.loads((tmp_path / "demo" / "report.json").read_text())["accuracy"]) > {"all", "shape"}
 
 
 @pytest.mark.parametrize(("model", "again"), [(VQGAN, "vqgan"), (ConditionalTransformer, "transformer")])

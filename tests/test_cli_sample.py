@@ -230,6 +230,7 @@ ERRORS = {
     "temperature": ([*OURS, "--temperature", "nan"], "temperature must be a finite number, got nan"),
     "guidance": ([*OURS, "--guidance-scale", "-1"], "guidance_scale must be at least 0, got -1.0"),
     "given twice": ([*OURS, "--top-k", "7", "--sweep", "top_k=1,2"], "top_k is given twice: leave out --top-k"),
+    "swept twice": ([*OURS, "--sweep", "top_k=1,2", "--sweep", "top_k=3"], "top_k is swept twice: give all of its"),
     "reranked strip": (
         ["--interpolate", PROMPT, PROMPT, "--rerank-from", "8"],
         "not reranked: leave out --rerank-from",
@@ -323,14 +324,33 @@ def test_interpolations_are_swept_and_reproduced(call, runs, tmp_path):
     result = call(*request, *options, "--output", "a")
     assert result.code == 0, result.stderr
     strips = sorted((tmp_path / "a").iterdir())
-    name = "interpolation_00_a-large-blue-ring-on-a-white-background_a-red-star{}.png"
-    assert [strip.name for strip in strips] == [name.format("_top_k-1"), name.format("_top_k-9")]
+    name = "interpolation_{:02d}_a-large-blue-ring-on-a-white-background_a-red-star{}.png"
+    assert [strip.name for strip in strips] == [name.format(0, "_top_k-1"), name.format(1, "_top_k-9")]
     for number, strip in enumerate(strips):
         result = call("--reproduce", strip, *options, "--output", number)
         assert result.code == 0, result.stderr
-        assert (tmp_path / str(number) / name.format("")).read_bytes() == strip.read_bytes()
+        assert (tmp_path / str(number) / name.format(0, "")).read_bytes() == strip.read_bytes()
     result = call("--reproduce", strips[0], "--checkpoint", runs[1])
     assert result.code == 1 and "completes an image that it does not contain: give --outpaint" in result.stderr
+
+
+def test_strips_of_a_sweep_do_not_overwrite_each_other(call, runs, tmp_path):
+    """Signs are left out of file names, and long labels are cut."""
+    pairs = ["--interpolate", PROMPT, "a red star", "--interpolate", PROMPT, "a red star"]
+    sweep = ["--sweep", "guidance_power=-1,1", "guidance_scale=1.0000000001,1.0000000002"]
+    sweep += ["temperature=1.00000000001,1.00000000002"]
+    result = call(*pairs, *sweep, "--num-images", 2, "--checkpoint", runs[1], "--output", "s")
+    assert result.code == 0, result.stderr
+    strips = [Image.open(path).text for path in sorted((tmp_path / "s").iterdir())]
+    names = ("guidance_power", "guidance_scale", "temperature")
+    assert len(strips) == 16 and len({tuple(strip[name] for name in names) for strip in strips}) == 8
+
+
+def test_sweep_may_be_repeated(call, runs, tmp_path):
+    options = ["--sweep", "top_k=1,5", "--sweep", "top_p=0.5,1.0", "--num-images", 1]
+    result = call("--prompt", PROMPT, *options, "--checkpoint", runs[1], "--output", "s")
+    assert result.code == 0, result.stderr
+    assert len([name for name in content(tmp_path / "s") if name != "grid.png"]) == 4
 
 
 @pytest.mark.parametrize(

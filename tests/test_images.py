@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clipgen.data.decoding import decode_image
 from clipgen.images import from_pil, psnr, rounded, save_png, to_pil
 
 
@@ -38,6 +39,22 @@ def test_channels_keep_their_order_and_values_are_clamped():
     assert first.size == (5, 2) and first.getpixel((4, 1)) == (255, 0, 255)
     assert second.getpixel((0, 0)) == (0, 0, 0)
     assert to_pil(torch.ones(1, 3, 2, 2).bfloat16())[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_photos_are_turned_upright(tmp_path):
+    """As the commands do; the tags of a photo that cannot be read are ignored."""
+    photo = Image.new("RGB", (16, 16), "black")
+    photo.paste("white", (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise: the upper half is on the right
+    photo.save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as opened:
+        upright = from_pil(opened)
+        assert opened.getexif()[0x0112] == 6
+    assert upright[..., 8:].eq(1).all() and upright[..., :8].eq(-1).all()
+    assert torch.equal(from_pil(decode_image(tmp_path / "photo.png")), upright)
+    photo.info["exif"] = b"Exif\0\0nonsense"
+    assert from_pil(photo)[:, :, :8].eq(1).all()
 
 
 def test_png_metadata_is_read_back(tmp_path):

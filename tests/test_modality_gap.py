@@ -62,6 +62,20 @@ def test_invalid_settings_raise(wrong):
         EmbeddingProjector(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        ({"shift": torch.ones(1, 8)}, r"shift must be floating-point embeddings, got \(1, 8\)"),
+        ({"memory": torch.ones(8)}, r"memory must be floating-point embeddings, got \(8,\)"),
+        ({"memory": torch.full((2, 8), torch.nan)}, "memory must be finite, got NaN or infinity"),
+        ({"shift": torch.ones(8), "memory": torch.ones(2, 9)}, r"memory must be \(N, 8\), as wide as shift"),
+    ],
+)
+def test_invalid_embeddings_raise(embeddings, message):
+    with pytest.raises(ValueError, match=message):
+        EmbeddingProjector(**embeddings)
+
+
 def test_pipeline_applies_and_saves_its_projector(pipe, tmp_path):
     """A memory of one image: every text is projected onto that one."""
     plain = pipe.embed(PROMPT)

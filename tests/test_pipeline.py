@@ -267,6 +267,8 @@ def test_embeddings_of_prompts(pipe, images):
         ("-1 a well-known cat + .5 a dog + .5 a dog", {"a well-known cat": -1.0, "a dog": 1.0}),
         ("a cat", {"a cat": 1.0}),
         ("- 2 a cat + a dog", {"a cat": -2.0, "a dog": 1.0}),
+        ("1e-5 a cat + 2. a dog", {"a cat": 1e-5, "a dog": 2.0}),
+        ("a 3d cat + 3d art", {"a 3d cat": 1.0, "3d art": 1.0}),
     ],
 )
 def test_mixtures_are_parsed_and_described(text, expected):
@@ -278,6 +280,12 @@ def test_mixtures_are_parsed_and_described(text, expected):
 def test_empty_mixture_terms_raise(text):
     with pytest.raises(ValueError, match="a mixture must be terms such as"):
         parse_mixture(text)
+
+
+@pytest.mark.parametrize("term", ["0,7 a red ring", "70% a red ring", "1/2 a red ring", "0.7", "1.2.3 a red ring"])
+def test_weights_that_are_not_numbers_raise(term):
+    with pytest.raises(ValueError, match=f"must be a number with a decimal point and a text.*got '{term}'"):
+        parse_mixture(f"{term} + 0.3 a blue ring")
 
 
 def test_image_and_mixture_prompts(pipe, images):
@@ -301,6 +309,8 @@ def test_outpainting_keeps_the_upper_indices(pipe, images):
     kept = pipe.vqgan.encode(from_pil(image)).flatten(1)[:, :8]  # two rows of four
     assert torch.equal(indices[0][:, :8], kept.expand(3, -1))
     assert len(indices[0][:, 8:].unique(dim=0)) > 1
+    assert pipe.upper_indices(image, 0.95).shape == (1, 12)  # the last row is generated
+    assert pipe.upper_indices(image, 0.05).shape == (1, 4)
     with pytest.raises(ValueError, match=r"keep_fraction must be in \(0, 1\), got 1"):
         pipe(PROMPT, outpaint=image, keep_fraction=1)
 
@@ -464,6 +474,15 @@ def test_missing_device_moves_nothing(pipe):
 def test_embedding_prompt_must_be_a_single_vector(pipe):
     with pytest.raises(ValueError, match=r"an embedding must be \(64,\), got \(2, 32\)"):
         pipe(torch.randn(2, 32))
+
+
+def test_generate_scales_embeddings_to_unit_norm(pipe):
+    embedding = pipe.embed(PROMPT)
+    expected = pipe.generate(embedding, 3)
+    for scale in (10, 0.1):
+        assert torch.allclose(pipe.generate(scale * embedding, 3), expected, atol=1e-3)
+    with pytest.raises(ValueError, match="clip_embedding must be finite, got NaN or infinity"):
+        pipe.generate(torch.full((1, 64), torch.nan))
 
 
 def test_fingerprint_includes_the_projector(pipe, tmp_path):

@@ -293,6 +293,12 @@ def test_hfailabs_pair_is_sampled_by_one_command(shared, tmp_path):
     assert ran.returncode == 0 and (tmp_path / "samples" / "grid.png").is_file(), ran.stderr
 
 
+@pytest.mark.parametrize("option", [("--n-head", 4), ("--clip", "shapes")])
+def test_settings_of_a_transformer_need_one(call, tmp_path, option):
+    result = call("clipgen-convert", "hfailab", "vqgan.pt", *option, "--output", "model")
+    assert result.code == 1 and "--n-head and --clip are settings of the transformer" in result.stderr
+
+
 @pytest.mark.slow
 def test_command_trains_a_converted_model_further(shared, tmp_path):
     vqgan = load(shared / "parity" / "taming_vqgan")

@@ -76,7 +76,7 @@ def runner(monkeypatch, tmp_path) -> Any:
 def test_runner_yields_rows_and_then_the_images_of_the_pipeline(runner):
     files = list(runner.run(PROMPT, num_images=2, seed=3, top_p=0.8))
     assert [file.name for file in files[-2:]] == ["0.png", "1.png"]
-    assert files[-3].name == "row-008.png"
+    assert files[-3].name.startswith("row-008-")
     expected = TextToImage.load("shapes")(PROMPT, 2, seed=3, top_p=0.8)
     for file, image in zip(files[-2:], expected):
         with Image.open(file) as written:
@@ -87,6 +87,16 @@ def test_runner_yields_rows_and_then_the_images_of_the_pipeline(runner):
 def test_runner_can_leave_out_the_rows_and_rerank(runner):
     files = list(runner.run(PROMPT, num_images=1, seed=3, rerank_from=4, stream_rows=False))
     assert [file.name for file in files] == ["0.png"]
+
+
+def test_runner_keeps_the_files_of_the_last_prediction_only(runner):
+    """The rows of each batch have files of their own."""
+    runner.pipe.batch_size = lambda guided=False: 1
+    files = list(runner.run(PROMPT, num_images=2, seed=3))
+    assert all(file.is_file() for file in files) and len(set(files)) == len(files)
+    assert any(file.name.startswith("row-001-") for file in files[1:])
+    again = list(runner.run(PROMPT, num_images=1, seed=3))
+    assert not files[0].parent.exists() and all(file.is_file() for file in again)
 
 
 def test_runner_refuses_what_the_pipeline_refuses(runner):

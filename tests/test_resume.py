@@ -595,31 +595,37 @@ def test_torchrun_with_another_number_of_processes_is_refused(call, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("settings", "stage", "strategy"),
+    ("settings", "stage", "gan", "strategy"),
     [
-        ({}, "vqgan", "auto"),
-        ({"devices": 2}, "vqgan", UNUSED),
-        ({"num_nodes": 2}, "vqgan", UNUSED),
-        ({"strategy": "ddp"}, "vqgan", UNUSED),
-        ({"strategy": "ddp", "devices": 2}, "vqgan", UNUSED),
-        ({"devices": 2}, "transformer", "auto"),
-        ({"strategy": "ddp"}, "transformer", "ddp"),
-        ({"num_nodes": 2}, "transformer", "auto"),
+        ({}, "vqgan", True, "auto"),
+        ({"devices": 2}, "vqgan", True, UNUSED),
+        ({"num_nodes": 2}, "vqgan", True, UNUSED),
+        ({"strategy": "ddp"}, "vqgan", True, UNUSED),
+        ({"strategy": "ddp", "devices": 2}, "vqgan", True, UNUSED),
+        ({"strategy": "ddp"}, "vqgan", False, "ddp"),
+        ({"devices": 2}, "vqgan", False, "auto"),
+        ({"devices": 2}, "transformer", False, "auto"),
+        ({"strategy": "ddp"}, "transformer", False, "ddp"),
+        ({"num_nodes": 2}, "transformer", False, "auto"),
     ],
 )
-def test_only_stage_1_finds_unused_parameters_under_ddp(settings, stage, strategy):
-    """Before its start step the discriminator has no gradients."""
-    config = compose_config(f"stage={stage}", *(f"trainer.{key}={value}" for key, value in settings.items()))
+def test_only_stage_1_with_a_gan_finds_unused_parameters_under_ddp(settings, stage, gan, strategy):
+    """Before its start step the discriminator has no gradients. The experiment shapes has none."""
+    arguments = [f"trainer.{key}={value}" for key, value in settings.items()]
+    if gan:
+        arguments.append("model.gan.weight=0.5")
+    config = compose_config(f"stage={stage}", *arguments)
     if stage == "transformer":
         config.vqgan = "shapes"
     assert make_strategy(to_training_config(config)) == strategy
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gan", [True, False], ids=["with GAN", "without GAN"])
 @pytest.mark.parametrize(
     "options", [["--nproc-per-node=1"], ["--nproc-per-node=2"]], ids=["one process", "two processes"]
 )
-def test_stage_1_trains_under_ddp(sources, tmp_path, options):
+def test_stage_1_trains_under_ddp(sources, tmp_path, options, gan):
     (tmp_path / "main.py").write_text("from clipgen.cli import train; train.main()")
     more = [
         "data.batch_size=2",
@@ -628,8 +634,12 @@ def test_stage_1_trains_under_ddp(sources, tmp_path, options):
         "trainer.accelerator=cpu",
         "output=run",
     ]
+    if not gan:
+        more.append("model.gan.weight=0")
     done = torchrun(tmp_path, options, "main.py", *STAGES["vqgan"], *sources["folder"], *more)
     assert done.returncode == 0, done.stderr
+    # DDP's advice for models that have no unused parameters
+    assert gan or "find_unused_parameters" not in done.stderr
     assert state(tmp_path / "run")["step"] == 7
 
 

@@ -60,6 +60,32 @@ def test_a_run_is_resumed_in_its_folder_and_not_overwritten(tmp_path):
     train(config)
 
 
+def test_a_run_from_another_model_resumes_without_it(tmp_path):
+    """Its network is not that of the configuration, and its weights are in the checkpoint."""
+    source = build(vqgan_config(tmp_path))
+    source.save(tmp_path / "source")
+    config = vqgan_config(tmp_path / "run", init_from=str(tmp_path / "source"))
+    config.model = {key: value for key, value in config.model.items() if key not in ("autoencoder", "quantizer")}
+    train(config)
+    (tmp_path / "source").rename(tmp_path / "moved")
+    config.resume = config.output
+    config.trainer["max_steps"] = 3
+    train(config)
+    assert VQGAN.load(tmp_path / "run").hparams["autoencoder"] == source.hparams["autoencoder"]
+
+
+def test_metrics_of_an_earlier_attempt_are_not_those_of_a_new_run(tmp_path):
+    """It ended before its first checkpoint, so that its folder may be used again."""
+    logger = {"_target_": "clipgen.training.csv_logger.CSVLogger", "save_dir": str(tmp_path / "run")}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("step,train/loss\n0,99.5\n")
+    config = vqgan_config(tmp_path / "run", logger=logger)
+    config.trainer["log_every_n_steps"] = 2
+    train(config)
+    text = (tmp_path / "run" / "metrics.csv").read_text()
+    assert "99.5" not in text and "val/loss" in text
+
+
 def test_build_returns_the_model_of_each_stage(tmp_path):
     vqgan = build(vqgan_config(tmp_path))
     assert isinstance(vqgan, VQGAN)
@@ -79,6 +105,12 @@ def test_wrong_types_name_the_key(tmp_path):
 def test_unknown_stages_are_refused():
     with pytest.raises(ValueError, match="stage_name must be one of vqgan, transformer, got 'x'"):
         TrainingConfig("x", "run", data=SHAPES)
+
+
+def test_misspelled_keys_are_refused():
+    values = {"stage_name": "vqgan", "output": "run", "data": SHAPES, "trainr": TRAINER, "resum": None}
+    with pytest.raises(ValueError, match=r"keys of a configuration must be of stage_name, .*, got trainr, resum"):
+        TrainingConfig.from_dict(values)
 
 
 def test_effective_batch_size_is_that_of_all_devices():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from clipgen.app.limits import MAX_SWEEP_IMAGES
 from clipgen.app.request import ImageRequest, random_seed
 from clipgen.app.settings import Settings
 from clipgen.app.uploads import read_upload
@@ -95,6 +97,10 @@ def completion_request(settings: Settings, path: str | None, keep_fraction: floa
 def sweep_request(settings: Settings, prompt: str, top_k: str, top_p: str, num_images: float) -> ImageRequest:
     """Return a request for all combinations of values of top-k and top-p, which are separated by commas."""
     axes = [("top_k", parse_values("top_k", top_k, int)), ("top_p", parse_values("top_p", top_p, float))]
+    # Before the combinations are made, which would take gigabytes for long lists.
+    total = math.prod(len(values) for _, values in axes) * int(num_images)
+    if total > max(MAX_SWEEP_IMAGES, int(num_images)):
+        raise ValueError(f"a sweep must have at most {MAX_SWEEP_IMAGES} images, got {total}")
     return make_request(settings, prompt or "", axes=axes, num_images=int(num_images))
 
 

@@ -22,6 +22,7 @@ from clipgen.cli.baseline_args import (
     read_caption_groups,
 )
 from clipgen.cli.baseline_biggan_clip import add_biggan_clip
+from clipgen.cli.baseline_checks import DEFAULTS, check_effects, fill_defaults
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.baseline_search import add_search, check_threshold
 from clipgen.cli.console import print_line, run_command
@@ -55,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(
             "--output", type=user_path, default=Path("baseline"), help="output folder (default: %(default)s)"
         )
-        group.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
+        group.add_argument("--seed", type=int, help=f"seed; image i uses seed + i (default: {DEFAULTS['seed']})")
         group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")
     return parser
 
@@ -67,9 +68,8 @@ def add_vqgan_clip(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models")
     models.add_argument(
         "--checkpoint",
-        default=DEFAULT,
         help="text-to-image model whose tokenizer and CLIP are used: stage-2 run folder, checkpoint, pipeline folder, "
-        f"hf-hub:OWNER/NAME, {BUNDLED_NAMES} (default: %(default)s)",
+        f"hf-hub:OWNER/NAME, {BUNDLED_NAMES} (default: {DEFAULT})",
     )
     models.add_argument("--vqgan", help="another tokenizer: stage-1 run folder, checkpoint or model folder")
     add_clip(models, "that of --checkpoint")
@@ -104,6 +104,8 @@ def run() -> None:
     args = make_parser().parse_args()
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
+    check_effects(args)
+    fill_defaults(args)
     check_seed(args.seed)
     if args.system == "search":
         check_threshold(args)

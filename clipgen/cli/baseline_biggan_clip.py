@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.baseline_args import add_clip, add_prompts, image_seeds, load_search_clip
+from clipgen.cli.baseline_checks import DEFAULTS
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.console import print_line
 
@@ -38,7 +39,9 @@ def add_biggan_clip(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cutouts", type=int, default=128, help="views of the image per step (default: %(default)s)")
     group.add_argument("--center-bias", action="store_true", help="place views near the center")
     group.add_argument("--max-classes", type=int, help="classes per layer (default: all)")
-    group.add_argument("--class-temperature", type=float, default=2.0, help="with --max-classes (default: %(default)s)")
+    group.add_argument(
+        "--class-temperature", type=float, help=f"with --max-classes (default: {DEFAULTS['class_temperature']})"
+    )
     group.add_argument("--ema-decay", type=float, default=0.99, help="decay of the average (default: %(default)s)")
     group.add_argument("--keep-best-every", type=int, help="keep the best image, compared after this many steps")
     group.add_argument("--preview-every", type=int, help="write preview.png after this many steps")

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from clipgen.cli.baseline_args import add_clip, add_prompts, load_search_clip
+from clipgen.cli.baseline_checks import DEFAULTS
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.console import print_line
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
@@ -44,7 +45,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     )
     add_clip(models, "that of the run folder, else the papers' ViT-B/32")
     options = parser.add_argument_group("search")
-    options.add_argument("--k", type=int, default=10, help="number of classes to sample from (default: %(default)s)")
+    options.add_argument("--k", type=int, help=f"number of classes to sample from (default: {DEFAULTS['k']})")
     options.add_argument(
         "--template", help='text for the CLIP embedding of a class (default: "An image of {label}", as in the paper)'
     )
@@ -63,9 +64,7 @@ def add_table(group: argparse._ArgumentGroup) -> None:
         choices=PROTOCOLS,
         help="--table as the paper's authors ran it; other options given with it are stated as deviations",
     )
-    group.add_argument(
-        "--seeds", type=int, nargs="+", default=[42, 43, 44], help="seeds of --table (default: the paper's)"
-    )
+    group.add_argument("--seeds", type=int, nargs="+", help="seeds of --table (default: the paper's)")
     group.add_argument(
         "--threshold",
         type=float,
@@ -82,9 +81,8 @@ def add_table(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--clip-input",
         choices=("published", "normalized"),
-        default="published",
         help="images in [-1, 1] without CLIP's normalization, as in the public code, or as CLIP expects them; with "
-        "--protocol (default: %(default)s)",
+        f"--protocol (default: {DEFAULTS['clip_input']})",
     )
     group.add_argument(
         "--one-caption",

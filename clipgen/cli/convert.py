@@ -12,6 +12,9 @@ import argparse
 from clipgen.cli.console import print_line, run_command
 from clipgen.storage.files import user_path
 
+# CLIP that the published models of HFAiLab/clip-gen were trained with
+HFAILAB_CLIP = "ViT-B-32-quickgelu:openai"
+
 
 def main() -> None:
     """Run the command."""
@@ -37,8 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     hfailab.add_argument(
         "--clip",
         metavar="MODEL[:TAG]",
-        default="ViT-B-32-quickgelu:openai",
-        help="CLIP that the transformer was trained with (default: %(default)s)",
+        help=f"CLIP that the transformer was trained with (default: {HFAILAB_CLIP})",
     )
     for project in (taming, hfailab):
         project.add_argument("--output", type=user_path, required=True, help="folder to write")
@@ -53,6 +55,8 @@ def run() -> None:
     args = make_parser().parse_args()
     if args.training and getattr(args, "transformer", None):
         raise ValueError("--training is only for a tokenizer alone: a pipeline generates images and cannot be trained")
+    if getattr(args, "transformer", True) is None and (args.n_head is not None or args.clip is not None):
+        raise ValueError("--n-head and --clip are settings of the transformer: give its file, too, or leave them out")
     from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
 
     if args.project == "taming":
@@ -63,7 +67,7 @@ def run() -> None:
         print_line(vqgan.save(args.output, training=args.training))
         return
     transformer = ConditionalTransformer.from_hfailab(args.transformer, args.n_head)
-    clip = FrozenCLIP.from_spec(args.clip)
+    clip = FrozenCLIP.from_spec(args.clip or HFAILAB_CLIP)
     print_line(TextToImage(vqgan, transformer, clip).save(args.output))
 
 

@@ -37,6 +37,8 @@ EXAMPLE_PROMPT = "a large blue ring on a white background"
 SAMPLING = {"temperature": 1.0, "top_k": 300, "top_p": 0.8}
 # Types of the settings in the report that a resumed demo reads.
 SETTING_TYPES = {"seed": int, "steps": int | None, "overrides": list[str]}
+# Keys that the demo sets itself. It plots what logger=csv writes.
+DEMO_KEYS = ("stage", "output", "vqgan", "resume", "logger")
 # Losses that are plotted, without the prefix train/ or val/.
 PLOTTED_LOSSES = {"vqgan": ("reconstruction_loss", "commitment_loss"), "transformer": ("cross_entropy",)}
 
@@ -62,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="training steps of the tokenizer; the transformer takes 4/9 of them. "
         "Fewer are faster and less accurate (default: 1800)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="random seed (default: 0)")
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -89,6 +91,8 @@ def run() -> None:
     with timed(seconds, "sampling"):
         pipe = TextToImage.load(args.output / "transformer")
         accuracy = generate_and_evaluate(pipe, args.output / "grid.png", args.seed)
+    # before the plots, so that an error there does not lose the result
+    write_report(args.output, accuracy, seconds, settings)
     with timed(seconds, "plots"):
         save_reconstructions(pipe, args.output / "reconstructions.png")
         plot_losses([args.output / stage / "metrics.csv" for stage in stages], args.output / "losses.png")
@@ -112,6 +116,7 @@ def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume:
         read_settings(args)
     else:
+        args.seed = args.seed or 0
         choose_folder(args)
     return {
         "seed": args.seed,
@@ -124,8 +129,8 @@ def choose_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def read_settings(args: argparse.Namespace) -> None:
     """Take the settings of the demo that is resumed from its report."""
-    if args.overrides or args.steps is not None:
-        raise ValueError("--resume uses the settings of the interrupted demo: leave out --steps and overrides")
+    if args.overrides or args.steps is not None or args.seed is not None:
+        raise ValueError("--resume uses the settings of the interrupted demo: leave out --steps, --seed and overrides")
     path = args.output / REPORT
     if not path.is_file():
         raise FileNotFoundError(f"no demo to resume in {args.output}: there is no {path}")
@@ -163,8 +168,9 @@ def compose_stages(output: Path, seed: int, steps: int | None, overrides: list[s
     from clipgen.cli.config import compose_config
 
     for override in overrides:
-        if override.split("=")[0] in ("stage", "output", "vqgan"):
-            raise ValueError(f"overrides must leave stage, output and vqgan to the demo, got {override}")
+        section = override.split("=")[0].lstrip("+~").split(".")[0]
+        if section in DEMO_KEYS:
+            raise ValueError(f"overrides must leave {', '.join(DEMO_KEYS)} to the demo, got {override}")
     stages = {}
     for stage, fraction in STEP_FRACTIONS.items():
         max_steps = [] if steps is None else [f"trainer.max_steps={max(round(steps * fraction), 1)}"]

@@ -54,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_sampling_options(sampling)
     sampling.add_argument(
         "--sweep",
+        action="extend",
         nargs="+",
         metavar="KEY=A,B",
         help="values to combine, all images on one labeled grid, as in --sweep top_k=100,300 top_p=0.8,1.0",

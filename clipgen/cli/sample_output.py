@@ -103,10 +103,13 @@ def write_strips(pipe: TextToImage, request: SampleRequest, folder: Path, option
     """Generate and write one strip of images per interpolation and sampling parameters."""
     sweep = sampling_sweep(pipe, request)
     labels = sweep_labels(sweep)
-    for number, (first, second) in enumerate(request.interpolations):
+    number = 0
+    for first, second in request.interpolations:
         for label, params in zip(labels, sweep):
             strip = pipe.interpolate(first, second, request.strip_length, params, **options)
+            # The number alone makes the name unique: labels are cut, and lose signs and points.
             file = file_name(f"interpolation_{number:02d}", describe(first), describe(second), label)
+            number += 1
             print_line(save_png(grid(strip, columns=len(strip)), folder / file, strip[0].info))
 
 

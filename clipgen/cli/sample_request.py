@@ -151,10 +151,14 @@ def check_combination(args: Namespace) -> None:
     others = (args.prompt, args.prompts_file, args.prompt_mix, args.image)
     if args.interpolate and args.rerank_from and not any(others):
         raise ValueError("the images of an interpolation are not reranked: leave out --rerank-from")
+    swept = set()
     for text in args.sweep or []:
         name, _ = parse_axis(text)
         if name in options:
             raise ValueError(f"{name} is given twice: leave out --{name.replace('_', '-')} or its --sweep")
+        if name in swept:
+            raise ValueError(f"{name} is swept twice: give all of its values at once, --sweep {name}=A,B")
+        swept.add(name)
 
 
 def check_gallery(args: Namespace) -> None:

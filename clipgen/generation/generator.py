@@ -228,9 +228,9 @@ class ImageGenerator:
 
     @torch.no_grad()
     def upper_indices(self, image: Image.Image, keep_fraction: float) -> Tensor:
-        """Return the indices (1, P) of the upper part of an image, in complete rows."""
+        """Return the indices (1, P) of the upper part of an image, in complete rows: at least one, but not all."""
         if not 0 < keep_fraction < 1:
             raise ValueError(f"keep_fraction must be in (0, 1), got {keep_fraction}")
         images = from_pil(image, self.image_size).to(self.vqgan.device)
-        num_rows = max(round(keep_fraction * self.side), 1)
+        num_rows = max(min(round(keep_fraction * self.side), self.side - 1), 1)
         return self.vqgan.encode(images)[:, :num_rows].flatten(1)

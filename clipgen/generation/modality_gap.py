@@ -34,6 +34,9 @@ class EmbeddingProjector(nn.Module):
             arXiv:2303.03032). None disables it.
         neighbors: number of nearest image embeddings.
         temperature: temperature of the softmax; low values select the nearest embedding alone.
+
+    Raises:
+        ValueError: a setting is out of range, or the embeddings are not finite or have other shapes.
     """
 
     shift: Tensor | None
@@ -51,6 +54,7 @@ class EmbeddingProjector(nn.Module):
             raise ValueError(f"neighbors must be at least 1, got {neighbors}")
         if not MIN_TEMPERATURE <= temperature < math.inf:
             raise ValueError(f"temperature must be at least {MIN_TEMPERATURE} and finite, got {temperature}")
+        check_embeddings(shift, memory)
         self.neighbors = neighbors
         self.temperature = temperature
         self.register_buffer("shift", shift)

@@ -17,6 +17,9 @@ Prompt = str | Mapping[str, float] | Image.Image | Tensor
 # What ``describe`` returns for prompts that have no text.
 IMAGE_PROMPT = "an image"
 EMBEDDING_PROMPT = "an embedding"
+# Pattern of the weight of a text in a mixture, and of a word that may be meant as one, such as "0,7" or "70%".
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+LIKE_A_NUMBER = r"[+-]?\d*[.,/]?\d+[\d.,/]*(?:[eE][+-]?\d+)?[%:*]?"
 # Bytes of a file of prompts.
 MAX_FILE_BYTES = 16 << 20
 
@@ -38,7 +41,7 @@ def parse_mixture(text: str) -> dict[str, float]:
     """Parse ``"0.7 a cat + 0.3 a dog"`` as ``{"a cat": 0.7, "a dog": 0.3}``; the default weight is 1.
 
     Raises:
-        ValueError: a term is empty.
+        ValueError: a term is empty, or its weight is not a number.
     """
     # Texts and the signs between them alternate: ["0.7 a cat", "+", "0.3 a dog"].
     tokens = re.split(r"(?:^|\s)([+-])(?:\s|$)", text.strip())
@@ -54,9 +57,20 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def parse_term(term: str) -> tuple[float, str]:
-    """Parse ``"0.7 a cat"`` as ``(0.7, "a cat")``; the default weight is 1."""
-    match = re.fullmatch(r"([+-]?\d*\.?\d+)\s+(.*)", term)
-    return (float(match[1]), match[2]) if match else (1.0, term)
+    """Parse ``"0.7 a cat"`` as ``(0.7, "a cat")``; the default weight is 1.
+
+    Raises:
+        ValueError: the term begins like a number that is not one, as in ``"0,7 a cat"``.
+    """
+    match = re.fullmatch(rf"({NUMBER})\s+(.*)", term)
+    if match:
+        return float(match[1]), match[2]
+    if re.match(rf"{LIKE_A_NUMBER}(\s|$)", term):
+        raise ValueError(
+            f'a term of a mixture must be a number with a decimal point and a text, as in "0.7 a cat", got {term!r}: '
+            "put a weight before the text if the text itself begins with digits"
+        )
+    return 1.0, term
 
 
 def read_prompts(path: Path) -> list[str]:

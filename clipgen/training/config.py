@@ -11,6 +11,8 @@ MODEL_TARGETS = {
     "transformer": "clipgen.transformer.ConditionalTransformer",
 }
 MONITORS = {"vqgan": "val/loss", "transformer": "val/cross_entropy"}
+# Keys at the top of files in configs/ that are not fields of ``TrainingConfig``
+OTHER_KEYS = ("shards",)
 TRAINER_DEFAULTS: dict[str, Any] = {
     "_target_": "pytorch_lightning.Trainer",
     "accelerator": "auto",
@@ -94,9 +96,17 @@ class TrainingConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
         """Return the configuration in nested dictionaries, such as the content of a ``config.yaml``.
 
-        Keys at the top that are not fields are left out: they only contain values that other keys refer to.
+        ``OTHER_KEYS`` are left out: they only contain values that other keys refer to.
+
+        Raises:
+            ValueError: a key at the top is unknown, for example misspelled.
         """
         names = [config_field.name for config_field in fields(cls)]
+        unknown = [name for name in values if name not in (*names, *OTHER_KEYS)]
+        if unknown:
+            raise ValueError(
+                f"keys of a configuration must be of {', '.join(names)}, got {', '.join(map(str, unknown))}"
+            )
         return cls(**{name: values[name] for name in names if values.get(name) is not None})
 
     @property

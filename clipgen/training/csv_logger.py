@@ -36,6 +36,11 @@ class CSVLogger(LightningCSVLogger):
         self.path = Path(self.log_dir) / "metrics.csv"
         self.previous_rows = read_rows(self.path) if self.path.is_file() else []
 
+    def forget_rows(self) -> None:
+        """Delete the rows of an earlier run in the same folder."""
+        self.path.unlink(missing_ok=True)
+        self.previous_rows = []
+
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:

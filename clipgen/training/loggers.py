@@ -13,6 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from clipgen.storage.files import read_json, write_json
 from clipgen.storage.links import contained
 from clipgen.training.config import TrainingConfig
+from clipgen.training.csv_logger import CSVLogger
 from clipgen.training.instantiate import instantiate
 
 # File in a run folder with the id of its run at Weights & Biases.
@@ -66,6 +67,13 @@ def remove_log_links(output: Path) -> None:
     for path in output.glob("wandb/*/logs/*.log"):
         if path.is_symlink() and contained(path.parent, output):
             path.unlink(missing_ok=True)
+
+
+def forget_old_log(trainer: pl.Trainer, output: Path) -> None:
+    """Delete the ``metrics.csv`` in a run folder whose run ended before its first checkpoint."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger) and contained(logger.path.parent, output):
+            logger.forget_rows()
 
 
 def close_log(trainer: pl.Trainer) -> None:

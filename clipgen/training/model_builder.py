@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytorch_lightning as pl
 
 from clipgen.data.token_cache import class_names_of, read_manifest
 from clipgen.frozen_models import load_clip
-from clipgen.models.config import model_settings
+from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
 from clipgen.precompute import clip_identity
 from clipgen.storage.files import read_json
 from clipgen.tokenizer_identity import saved_identity
 from clipgen.training.config import TrainingConfig
 from clipgen.training.instantiate import find_target, instantiate
+from clipgen.training.resume import checkpoint_path, read_training_state
 from clipgen.type_checks import check_values, parameter_hints
 from clipgen.vqgan import VQGAN
 
@@ -26,27 +28,52 @@ CLASS_CONDITIONAL = "clipgen.baselines.class_conditional.ClassConditionalTransfo
 def build(config: TrainingConfig) -> Any:
     """Return the model to train, with its initial weights."""
     if config.stage_name == "vqgan":
-        return instantiate(config.model, "model") if config.init_from is None else build_from(config, config.init_from)
+        return build_tokenizer(config)
     model = build_for_cache(config) if config.uses_token_cache else build_for_images(config)
     if config.init_from_gpt2 is not None and config.resume is None:
         model.init_from_gpt2(config.init_from_gpt2)
     return model
 
 
-def build_from(config: TrainingConfig, init_from: str) -> pl.LightningModule:
-    """Return a VQGAN with the network and weights of ``init_from``, to be trained as configured."""
-    source = VQGAN.load(init_from)
-    model = config.model
-    # The codebook is trained: k-means would replace it.
-    quantizer = model_settings(source.quantizer_config) | {"kmeans_iters": 0}
-    gan = {name: source.hparams["gan"][name] for name in ("channels", "num_layers")}
-    return instantiate(
-        model,
-        "model",
-        autoencoder=model.get("autoencoder", {}) | model_settings(source.autoencoder_config),
-        quantizer=model.get("quantizer", {}) | quantizer,
-        gan=model.get("gan", {}) | gan,
-    ).init_from(source)
+def build_tokenizer(config: TrainingConfig) -> pl.LightningModule:
+    """Return a VQGAN, with the network and weights of ``config.init_from`` if that is set."""
+    if config.init_from is None:
+        return instantiate(config.model, "model")
+    if config.resume is None:
+        source = VQGAN.load(config.init_from)
+        return build_like(config, source.hparams).init_from(source)
+    path = checkpoint_path(config.resume)
+    model = build_like(config, read_training_state(path, "VQGAN")["hyper_parameters"])
+    if model.loss_config.perceptual_weight > 0:
+        share_lpips(model, config.init_from)
+    return model
+
+
+def build_like(config: TrainingConfig, hyper_parameters: Mapping[str, Any]) -> VQGAN:
+    """Return a VQGAN with the network of another one, to be trained as configured."""
+    autoencoder = as_config(AutoencoderConfig, hyper_parameters["autoencoder"])
+    quantizer = as_config(QuantizerConfig, hyper_parameters["quantizer"])
+    gan = hyper_parameters["gan"]
+    sections = {
+        "autoencoder": model_settings(autoencoder),
+        # the codebook is trained: k-means would replace it
+        "quantizer": model_settings(quantizer) | {"kmeans_iters": 0},
+        "gan": {name: gan[name] for name in ("channels", "num_layers")},
+    }
+    merged = {name: config.model.get(name, {}) | values for name, values in sections.items()}
+    return instantiate(config.model, "model", **merged)
+
+
+def share_lpips(model: VQGAN, init_from: str) -> None:
+    """Use the LPIPS of the tokenizer that a resumed run began from, whose weights the checkpoint does not hold."""
+    try:
+        model.share_lpips(VQGAN.load(init_from))
+    except FileNotFoundError:
+        logger.warning(
+            "init_from=%s does not exist any more: the run resumes with the weights of its checkpoint, and with the "
+            "LPIPS of model.loss.vgg_weights or, by default, the published one.",
+            init_from,
+        )
 
 
 def build_for_images(config: TrainingConfig) -> Any:

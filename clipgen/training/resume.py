@@ -47,17 +47,27 @@ def find_checkpoint(resume: str | None, model: pl.LightningModule, max_steps: in
     """
     if resume is None:
         return None
-    path = Path(resume).expanduser()
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
+    path = checkpoint_path(resume)
     checkpoint = read_training_state(path, type(model).__name__)
     check_same_network(checkpoint, model, path)
     step = checkpoint["global_step"]
     if 0 <= max_steps < step:
         raise ValueError(f"trainer.max_steps must be at least {step}, the step of {path}, got {max_steps}")
     return str(path)
+
+
+def checkpoint_path(resume: str) -> Path:
+    """Return the checkpoint that ``resume`` names: a ``.ckpt`` file, or the last one of a run folder.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    path = Path(resume).expanduser()
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
+    return path
 
 
 def read_training_state(path: Path, model: str) -> dict[str, Any]:

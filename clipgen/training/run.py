@@ -25,6 +25,7 @@ from clipgen.generation.modality_gap import PROJECTOR_FILE
 from clipgen.hardware.environment import package_versions
 from clipgen.hardware.processor import require_bf16_units
 from clipgen.model_kinds import MODEL_FOLDER_NAMES
+from clipgen.models.config import GANConfig
 from clipgen.storage.files import atomic_write, one_line, write_json
 from clipgen.storage.links import refuse_links
 from clipgen.storage.output_folder import output_folder
@@ -49,7 +50,7 @@ from clipgen.training.cluster import (
 )
 from clipgen.training.config import TrainingConfig
 from clipgen.training.instantiate import instantiate
-from clipgen.training.loggers import ContinueLog, close_log, make_logger, remove_log_links, store_run_id
+from clipgen.training.loggers import ContinueLog, close_log, forget_old_log, make_logger, remove_log_links, store_run_id
 from clipgen.training.model_builder import build
 from clipgen.training.resume import (
     check_strategy,
@@ -132,6 +133,7 @@ def train_on(
         if config.resume is None:
             # It may be left from a run that ended before its first checkpoint.
             (output / PROJECTOR_FILE).unlink(missing_ok=True)
+            forget_old_log(trainer, output)
         copy_best_checkpoint(checkpoint, output)
         write_run_folder(output, config, model, run_files)
         store_run_id(trainer, output)
@@ -212,7 +214,8 @@ def make_strategy(config: TrainingConfig) -> Any:
         return make_fsdp_strategy(config)
     several_processes = config.trainer["devices"] != 1 or config.trainer["num_nodes"] != 1
     uses_ddp = strategy == "ddp" or (strategy == "auto" and several_processes)
-    if config.stage_name == "vqgan" and uses_ddp:
+    gan_weight = config.model.get("gan", {}).get("weight", GANConfig.weight)
+    if config.stage_name == "vqgan" and gan_weight > 0 and uses_ddp:
         # Until model.gan.start_step the discriminator gets no gradients, which plain DDP refuses.
         return "ddp_find_unused_parameters_true"
     return strategy

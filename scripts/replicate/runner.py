@@ -1,6 +1,7 @@
 """Serve a pipeline on Replicate: checked inputs, images that appear row by row, and files with their metadata."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import Any, Optional
@@ -31,6 +32,7 @@ class Runner(BaseRunner):
         """Load the pipeline."""
         checkpoint = os.environ.get(CHECKPOINT) or (str(MODEL) if MODEL.is_dir() else "shapes")
         self.pipe = TextToImage.load(checkpoint).to(default_device())
+        self.folder: Path | None = None
 
     def healthcheck(self) -> bool:
         """Return whether the pipeline is loaded."""
@@ -94,13 +96,20 @@ class Runner(BaseRunner):
         def work(report: Preview) -> list[Image.Image]:
             return self.pipe(prompt, num_images, preview=report, **settings)
 
-        folder = Path(tempfile.mkdtemp())
+        folder = self.new_folder()
         partial = PartialImages(self.pipe.image_size, self.pipe.side, settings.get("rerank_from", num_images))
-        for message in stream(work):
+        for position, message in enumerate(stream(work)):
             if message.kind == "result":
                 yield from write_images(message.value, folder)
             elif stream_rows:
-                yield write_rows(partial.update(message.value), folder)
+                yield write_rows(partial.update(message.value), folder, position)
+
+    def new_folder(self) -> Path:
+        """Return a new folder for the files of a prediction; delete that of the last one, whose files are sent."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder = Path(tempfile.mkdtemp())
+        return self.folder
 
 
 def write_images(images: list[Image.Image], folder: Path) -> Iterator[Path]:
@@ -109,6 +118,13 @@ def write_images(images: list[Image.Image], folder: Path) -> Iterator[Path]:
         yield Path(save_png(image, folder / f"{number}.png", image.info))
 
 
-def write_rows(state: PartialRequest, folder: Path) -> Path:
-    """Write a sheet with the unfinished images, and return its file."""
-    return Path(save_png(grid(state.images, cell=PREVIEW_CELL), folder / f"row-{state.rows:03d}.png"))
+def write_rows(state: PartialRequest, folder: Path, position: int) -> Path:
+    """Write a sheet with the unfinished images, and return its file.
+
+    Args:
+        state: the unfinished images.
+        folder: folder of the prediction.
+        position: number of the sheet; a second batch begins with the first row again.
+    """
+    name = f"row-{state.rows:03d}-{position:03d}.png"
+    return Path(save_png(grid(state.images, cell=PREVIEW_CELL), folder / name))
