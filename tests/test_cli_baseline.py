@@ -127,12 +127,12 @@ def test_threshold_of_a_search_is_the_score_of_training_images_and_all_captions(
         ([*SEARCH, "--save-best"], "--save-best needs --table or --protocol"),
         ([*SEARCH, "--clip-input", "published"], "--clip-input needs --protocol"),
         ([*SEARCH, "--table", "--one-caption"], "--one-caption needs --protocol"),
-        ([*SEARCH, "--table", "--k", "10"], "--k has no effect beside --table and --protocol"),
-        ([*SEARCH, "--protocol", "csc2516", "--seed", "0"], "--seed has no effect beside --table and --protocol"),
+        ([*SEARCH, "--table", "--k", "10"], "--k has no effect with --table and --protocol"),
+        ([*SEARCH, "--protocol", "csc2516", "--seed", "0"], "--seed has no effect with --table and --protocol"),
         (["vqgan-clip", "--prompt", "x", "--split", "train"], "--split needs --captions"),
         (
             ["vqgan-clip", "--prompt", "x", "--vqgan", "a", "--clip", "b", "--checkpoint", "shapes"],
-            "--checkpoint has no effect beside both --vqgan and --clip",
+            "--checkpoint has no effect with both --vqgan and --clip",
         ),
         (
             ["biggan-clip", "--generator", "biggan:a", "--prompt", "x", "--class-temperature", "2"],

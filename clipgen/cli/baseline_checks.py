@@ -1,10 +1,10 @@
-"""Refuse options of ``clipgen-baseline`` that would have no effect beside the others."""
+"""Refuse options of ``clipgen-baseline`` that would have no effect in combination with the others."""
 
 from __future__ import annotations
 
 import argparse
 
-# Defaults of the options that the parsers leave at None, which shows that they are absent from the command line
+# Defaults of the options that the parsers leave at None, which shows that they are absent from the command line.
 DEFAULTS = {
     "seed": 0,
     "checkpoint": "shapes",
@@ -16,7 +16,7 @@ DEFAULTS = {
 
 
 def check_effects(args: argparse.Namespace) -> None:
-    """Raise ValueError if an option was given that has no effect beside the others."""
+    """Raise ValueError if an option was given that has no effect in combination with the others."""
     if args.system != "class":
         refuse(args, ("split",), not args.captions, "needs --captions with a folder of CUB-200-2011")
     if args.system == "vqgan-clip":
@@ -28,7 +28,7 @@ def check_effects(args: argparse.Namespace) -> None:
         refuse(args, ("clip_input", "one_caption"), not args.protocol, "needs --protocol")
         refuse(args, ("threshold", "seeds", "save_best"), not makes_table, "needs --table or --protocol")
         refuse(
-            args, ("k", "seed"), makes_table, "has no effect beside --table and --protocol, which try all k and --seeds"
+            args, ("k", "seed"), makes_table, "has no effect with --table and --protocol, which try all k and --seeds"
         )
 
 
