@@ -17,10 +17,10 @@ from clipgen.generation.partial_images import PartialImages
 
 
 @contextmanager
-def served_page(outputs: Path) -> Iterator[Any]:
+def served_page(outputs: Path, allow_hub: bool = False) -> Iterator[Any]:
     """Serve the page with the bundled model loaded; skip the test if Gradio is not installed."""
     pytest.importorskip("gradio", reason="needs Gradio: pip install 'gradio>=6.27,<7'")
-    store = ModelStore(outputs=outputs, device="cpu", allow_hub=False)
+    store = ModelStore(outputs=outputs, device="cpu", allow_hub=allow_hub)
     store.load("shapes")
     with running_page(store) as page:
         yield page

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from page_server import SlowRows, served_page
 from PIL import Image
 
@@ -31,6 +34,8 @@ SEED_BOX = "#seed textarea, #seed input"
 THUMBNAIL = "#gallery .thumbnail-item"
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
+# Number of the photograph of a red car in the shard.
+PHOTOGRAPH = 44
 SCREENSHOTS = os.environ.get("CLIPGEN_SCREENSHOTS")
 
 
@@ -273,7 +278,7 @@ def test_broken_upload_is_explained_and_a_good_one_is_varied(visit, tmp_path):
     visitor.wait_for_images(4)
 
 
-def test_completion_and_tokenizer(visit, tmp_path):
+def test_completion(visit, tmp_path):
     path = tmp_path / "upload.png"
     to_pil(ShapesDataset(1, seed=5).render([0]))[0].resize((96, 96), Image.Resampling.BICUBIC).save(path)
     visitor = visit()
@@ -281,6 +286,13 @@ def test_completion_and_tokenizer(visit, tmp_path):
     visitor.wait_for_text("#status", "The image is uploaded.")
     visitor.page.click("#generate-completion")
     visitor.wait_for_images(4)
+
+
+def test_tokenizer_shows_the_codes_of_a_photograph(visit, tmp_path):
+    path = tmp_path / "upload.png"
+    photograph().save(path)
+    visitor = visit()
+    visitor.choose_model("cifar10 (bundled)", "codebook of 4096")
     visitor.upload("Tokenizer", path)
     visitor.page.wait_for_selector("[role=tabpanel]:visible img")
     visitor.page.click("#tokenize")
@@ -288,6 +300,18 @@ def test_completion_and_tokenizer(visit, tmp_path):
     assert "PSNR" in visitor.page.inner_text("#tokenizer-summary")
     visitor.page.wait_for_function("document.querySelectorAll('[role=tabpanel] img[src*=\"file=\"]').length >= 4")
     visitor.screenshot("tokenizer", full_page=True)
+
+
+def photograph() -> Image.Image:
+    """Return a photograph of CIFAR-10's validation images if these are there, else a generated image."""
+    shards = sorted((SHARED / "data" / "cifar10").glob("val*.tar"))
+    if not shards:
+        return TextToImage.load("cifar10")("a photo of a ship", seed=0)[0]
+    with tarfile.open(shards[0]) as tar:
+        files = [member for member in tar if member.name.endswith(".jpg")]
+        content = tar.extractfile(files[PHOTOGRAPH])
+        assert content is not None
+        return Image.open(io.BytesIO(content.read())).convert("RGB")
 
 
 def test_two_visitors_are_served_in_turn_with_their_own_images(visit, monkeypatch):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from clipgen.app import limits
 from clipgen.app.models import ModelStore
+from clipgen.pipeline import TextToImage
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -126,6 +127,32 @@ def test_a_model_that_is_being_loaded_does_not_hold_up_other_visitors(connect, m
     assert "2 images in" in connect().predict(*SETTINGS, PROMPT, api_name="/text")[0]
     loading.set()
     assert "The model is gone." in slow.result()[0]
+
+
+def test_model_of_the_hub_is_loaded_by_its_name(tmp_path, monkeypatch):
+    """A local folder stands for the hub."""
+    gradio_client = pytest.importorskip("gradio_client")
+    requests = []
+
+    def snapshot_download(name, revision=None, token=None):
+        requests.append((name, revision))
+        if name != "me/shapes":
+            raise OSError("404 Client Error")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    pipe = TextToImage.load("shapes")
+    pipe.save(tmp_path / "hub")
+    with served_page(tmp_path / "outputs", allow_hub=True) as page:
+        client = gradio_client.Client(page.local_url, verbose=False, download_files=str(tmp_path))
+        status, gallery, _ = client.predict("hf-hub:me/shapes@v1", *SETTINGS[1:], PROMPT, api_name="/text")
+        assert "2 images in" in status and requests == [("me/shapes", "v1")]
+        image = Image.open(gallery["value"][0]["image"])
+        assert image.text["model"] == pipe.fingerprint
+        status = client.predict("hf-hub:me/missing", *SETTINGS[1:], PROMPT, api_name="/text")[0]
+        assert "could not be downloaded: 404 Client Error" in status and "role='alert'" in status
+        assert "2 images in" in client.predict(*SETTINGS, PROMPT, api_name="/text")[0]
+        client.close()
 
 
 def test_files_of_the_computer_are_not_served(page):

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parents[1] / "scripts" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAX_BYTES = 400_000
 # Text in a notebook -> its replacement in the test, which makes it quick.
-SHORTCUTS = {"STEPS = 300": "STEPS = 4", "range(2000)": "range(200)", "ShapesDataset(2000": "ShapesDataset(200"}
+SHORTCUTS = {"STEPS = 500": "STEPS = 4", "range(2000)": "range(200)", "ShapesDataset(2000": "ShapesDataset(200"}
 
 
 def cells_of(path: Path) -> list[dict[str, Any]]:

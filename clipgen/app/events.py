@@ -53,7 +53,7 @@ class Handlers:
         return gr.update(choices=self.store.choices())
 
     def load_model(self, name: str) -> Iterator[tuple[Any, ...]]:
-        """Load a model, and yield what the page says about it, and its default sampling parameters once.
+        """Load a model, and yield a line about it, and its default sampling parameters once.
 
         They are set before the model is loaded if they are known by then, so that no request is sampled with others
         and no later change of the visitor is overwritten.
@@ -132,7 +132,7 @@ class Handlers:
         self.running.stop(str(visit.session_hash), MAX_STOP_SECONDS)
 
     def stopped(self) -> str:
-        """Return what the page says after the requests of a visitor were stopped."""
+        """Return the status of the page after the requests of a visitor were stopped."""
         return status("Stopped.")
 
     def leave(self, visit: gr.Request) -> None:
@@ -231,7 +231,7 @@ def image_classes(size: int) -> list[str]:
 
 
 def model_facts(pipe: TextToImage) -> str:
-    """Return what a model generates in one line."""
+    """Return the size of the images, the tokens and the guidance of a model in one line."""
     size = pipe.image_size
     guidance = "with" if pipe.transformer.conditioning_config.drop_prob > 0 else "without"
     return (

@@ -129,7 +129,7 @@ def gallery_columns(request: ImageRequest) -> int:
 
 
 def notes(request: ImageRequest) -> list[str]:
-    """Return what a visitor should know about the prompts that a bundled model was not trained for."""
+    """Return remarks on the prompts that a bundled model was not trained for."""
     texts: list[str] = []
     images: list[Any] = []
     for prompt in request.prompts:

@@ -89,7 +89,7 @@ def save_image(image: Image.Image, name: str, folder: Path) -> Path:
 
 
 def sheet_metadata(results: Sequence[Result]) -> dict[Any, Any]:
-    """Return what the metadata of all images of a sweep have in common, the first seed, and their captions."""
+    """Return the metadata that all images of a sweep share, the first seed, and the captions of the images."""
     first, *others = (result.image.info for result in results)
     shared = {name: value for name, value in first.items() if all(info.get(name) == value for info in others)}
     return shared | {"seed": first["seed"], "sweep": [result.caption for result in results]}
