@@ -81,8 +81,8 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
     """Add the options that name the captions."""
     group.add_argument(
         "--captions",
-        help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), a folder with a "
-        "text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files beside "
+        help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), JSON lines "
+        "(file_name, and text or caption), a folder with a text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files beside "
         "the images)",
     )
     group.add_argument("--split", choices=("train", "test", "all"), help="split of CUB-200-2011 (default: test)")
