@@ -14,7 +14,8 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from clipgen.data.webdataset import ImageShards
 from clipgen.nonfinite import check_loss, check_weights
 from clipgen.storage.atomic_folder import replace_folder
 from clipgen.storage.files import atomic_write, user_path, write_json
+from clipgen.storage.output_folder import output_folder
 
 WEIGHTS = "open_clip_model.safetensors"
 FILES = ("open_clip_config.json", VOCABULARY_FILE, WEIGHTS)
@@ -143,6 +145,17 @@ def train(
     save(model, folder)
     checkpoint.unlink(missing_ok=True)
     return model
+
+
+@contextmanager
+def claim_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces the model in ``output`` at the end; no other process may write there.
+
+    Raises:
+        FileExistsError: another process writes to ``output`` or to its checkpoint.
+    """
+    with output_folder(output), replace_folder(output, FILES) as folder:
+        yield folder
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -271,7 +284,7 @@ def main() -> None:
     def batches_from(step: int) -> Iterable[tuple[Tensor, Tensor]]:
         return labeled_batches(shards, args.image_size, args.batch_size, args.seed + step)
 
-    with replace_folder(args.output, FILES) as folder:
+    with claim_folder(args.output) as folder:
         write_config(folder, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
         checkpoint = checkpoint_of(args.output)
         train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint, data)

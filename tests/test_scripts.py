@@ -95,6 +95,31 @@ def test_clip_is_trained_for_ten_steps(shards, tmp_path):
     assert "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout
 
 
+@pytest.mark.parametrize("script", [train_clip, train_shapes_clip])
+def test_two_trainings_of_a_clip_in_one_folder_exclude_each_other(script, shards, tmp_path, monkeypatch):
+    data = ["--data", str(shards)] if script is train_clip else []
+    monkeypatch.setattr("sys.argv", ["script", *data, "--output", str(tmp_path / "clip")])
+
+    def start_another(*arguments: object) -> None:
+        in_use = f"output must not be in use, got {tmp_path / 'clip'}, which process"
+        with pytest.raises(FileExistsError, match=in_use):
+            script.main()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train", start_another)
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    assert not (tmp_path / "clip").exists()
+
+
+def test_claimed_folder_is_replaced_and_released(tmp_path):
+    for text in ("old", "new"):
+        with train_clip.claim_folder(tmp_path / "clip") as folder:
+            (folder / train_clip.WEIGHTS).write_text(text)
+    files = [file.name for file in (tmp_path / "clip").iterdir()]
+    assert files == [train_clip.WEIGHTS] and (tmp_path / "clip" / train_clip.WEIGHTS).read_text() == "new"
+
+
 def test_clip_with_non_finite_weights_is_never_saved(tmp_path):
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
     text = {"context_length": 16, "width": 32, "heads": 2, "layers": 1}
