@@ -10,6 +10,8 @@ from PIL import Image
 
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
 from clipgen.evaluation.sources import FolderImages, RealImages, make_generate_fn
+from clipgen.images import save_png
+from clipgen.pipeline import prompt_metadata
 
 
 def test_different_image_sizes_are_warned_about_once(tmp_path, caplog):
@@ -51,6 +53,19 @@ def test_captions_of_a_folder(two_folders, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
     with pytest.raises(ValueError, match=r"neither .*silent\.png nor a silent\.txt beside it"):
         FolderImages(tmp_path, captions="embedded")
+
+
+@pytest.mark.parametrize("with_kind", [True, False])
+@pytest.mark.parametrize("prompt", [Image.new("RGB", (8, 8)), torch.ones(4), {"a cat": 0.5, "a dog": 0.5}])
+def test_description_of_a_prompt_that_is_not_a_text_is_not_a_caption(prompt, with_kind, tmp_path):
+    metadata = prompt_metadata(prompt)
+    if not with_kind:  # as older versions wrote it
+        del metadata["prompt_kind"]
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
+    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt beside it holds one"):
+        FolderImages(tmp_path, captions="embedded")
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", prompt_metadata("an image"))
+    assert FolderImages(tmp_path, captions="embedded").captions == ["an image"]
 
 
 def test_grids_are_left_out_of_the_images_and_of_the_reference(two_folders, tmp_path):

@@ -14,6 +14,7 @@ from clipgen.data.class_names import MAX_NAMES_BYTES, NAME_LISTS, name_list, par
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.cub import read_text_folder
+from clipgen.generation.prompts import recorded_kind
 from clipgen.storage.files import check_size, natural_key, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -308,8 +309,12 @@ def read_sidecar(path: Path) -> str:
 
 
 def read_prompt(path: Path) -> str:
-    """Read the prompt from the metadata of a PNG; empty if it has none."""
+    """Read the prompt from the metadata of a PNG; empty if it has none, or one that is not a text."""
     try:
-        return str(png_text(path).get("prompt", ""))
+        text = png_text(path)
     except UnusableImageError as error:
         raise ValueError(f"{path} cannot be used as an image: {error}") from error
+    prompt = text.get("prompt", "")
+    # The description of an image, a mixture or an embedding does not say what the image should show.
+    kind = text.get("prompt_kind") or recorded_kind(prompt, None)
+    return prompt if kind == "text" and "prompt_mix" not in text else ""
