@@ -223,6 +223,12 @@ def save(model: nn.Module, folder: Path) -> None:
         partial.write_bytes(to_safetensors(state))
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError if a label of the shards has no name in classes.json."""
+    if len(labels) and labels.max() >= num_classes:
+        raise ValueError(f"classes.json must name every class, got {num_classes} names and the label {labels.max()}")
+
+
 def augmented(images: Tensor, shift: int = 4) -> Tensor:
     """Shift each image by up to ``shift`` pixels in both directions; the border is mirrored."""
     height, width = images.shape[-2:]
@@ -277,12 +283,16 @@ def main() -> None:
     classes = args.data / "classes.json"
     if not classes.is_file():
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
-    captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
+    if "{label}" not in args.template:
+        parser().error(f"--template must contain {{label}}, the place of the class, got {args.template!r}")
+    captions = [args.template.replace("{label}", label) for label in json.loads(classes.read_text())]
     shards = str(args.data / args.shards)
     data = f"{args.batch_size} images of {args.image_size} pixels from {args.shards} {shard_sizes(args.data)}"
 
     def batches_from(step: int) -> Iterable[tuple[Tensor, Tensor]]:
-        return labeled_batches(shards, args.image_size, args.batch_size, args.seed + step)
+        for images, labels in labeled_batches(shards, args.image_size, args.batch_size, args.seed + step):
+            check_labels(labels, len(captions))
+            yield images, labels
 
     with claim_folder(args.output) as folder:
         write_config(folder, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)

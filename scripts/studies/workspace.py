@@ -35,8 +35,8 @@ from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import GeneratedImages, GenerateFn, RealImages, make_generate_fn
 from clipgen.generation.file_names import underscored
 from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
-from clipgen.images import save_png, to_pil
 from clipgen.hashing import hash_files
+from clipgen.images import save_png, to_pil
 from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import user_path, write_json
 from clipgen.visualization import grid
