@@ -1,10 +1,12 @@
-"""Run a script of the project from any folder: ``python -m clipgen SCRIPT ...``."""
+"""Run a script of the project from any folder: ``python -m clipgen SCRIPT ...``. Errors are printed in one line."""
 
 from __future__ import annotations
 
 import runpy
 import sys
 from pathlib import Path
+
+from clipgen.cli.console import run_command
 
 
 def scripts_dir() -> Path:
@@ -22,7 +24,12 @@ def main() -> None:
         sys.exit(f"usage: python -m clipgen SCRIPT ...; SCRIPT is one of {', '.join(names)}; see also SCRIPT --help")
     sys.argv = [str(folder / f"{sys.argv[1]}.py"), *sys.argv[2:]]
     sys.path.insert(0, str(folder))  # scripts import from each other
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run_command(Path(sys.argv[0]).name, lambda: run_script(sys.argv[0]))
+
+
+def run_script(path: str) -> None:
+    """Run the file of a script."""
+    runpy.run_path(path, run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from clipgen.generation import default_params
 from clipgen.generation.generator import DECODE_BATCH_SIZE, ImageGenerator
 from clipgen.generation.modality_gap import PROJECTOR_FILE, EmbeddingProjector, load_projector
 from clipgen.generation.options import GenerationOptions, Preview, Progress, resolve_options
-from clipgen.generation.prompts import Prompt, check_request, describe
+from clipgen.generation.prompts import Prompt, check_request, describe, prompt_kind
 from clipgen.images import from_pil, save_png, to_pil
 from clipgen.model_card import SAMPLES_FILE, TRAINING_FILE, CardDetails, model_card, training_settings
 from clipgen.models.conditioning import Conditioner
@@ -372,7 +372,8 @@ class TextToImage(PretrainedMixin, ImageGenerator):
         uniforms = self.uniforms([shared_seed] * steps, steps)
         results = to_pil(self.generate_from_conditions(embeddings, uniforms, params, generation_options))
         ends = [describe_end(first), describe_end(second)]
-        metadata = self._metadata(params, generation_options)
+        kinds = [prompt_kind(first), prompt_kind(second)]
+        metadata = self._metadata(params, generation_options) | {"prompt_kind": kinds}
         for image in results:
             image.info.update(interpolate=ends, steps=steps, seed=shared_seed, **metadata)
         return results
@@ -407,7 +408,7 @@ def to_pil_with_metadata(
 
 def prompt_metadata(prompt: Prompt) -> dict[str, Any]:
     """Return the entries of an image's ``info`` that describe its prompt."""
-    metadata: dict[str, Any] = {"prompt": describe(prompt)}
+    metadata: dict[str, Any] = {"prompt": describe(prompt), "prompt_kind": prompt_kind(prompt)}
     if isinstance(prompt, Mapping):
         metadata["prompt_mix"] = dict(prompt)
     return metadata

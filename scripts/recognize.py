@@ -221,7 +221,7 @@ def evaluate_reconstructions(
 def generated_images(pipe: TextToImage, params: SamplingParams, args: argparse.Namespace, labels: list[str]) -> Tensor:
     """Return an image of each label."""
     generate = make_generate_fn(pipe, params, args.rerank_from)
-    prompts = [args.template.format(label=label) for label in labels]
+    prompts = [args.template.replace("{label}", label) for label in labels]
     images = generate(prompts, [args.seed + i for i in range(len(prompts))])
     return rounded(images)
 

@@ -280,6 +280,8 @@ def train(settings: Settings, data: Path, num_classes: int, output: Path) -> dic
     images = load_images(shards, settings.image_size)
     if len(images) < settings.batch_size:
         raise ValueError(f"--batch-size must be at most the {len(images)} training images, got {settings.batch_size}")
+    if images.labels.max() >= num_classes:
+        raise ValueError(f"classes.json must name every class, got {num_classes} and label {images.labels.max()}")
     training = Training(settings, num_classes, output)
     training.start(images)
     while training.epoch < settings.epochs:

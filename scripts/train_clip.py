@@ -14,7 +14,8 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from clipgen.data.webdataset import ImageShards
 from clipgen.nonfinite import check_loss, check_weights
 from clipgen.storage.atomic_folder import replace_folder
 from clipgen.storage.files import atomic_write, user_path, write_json
+from clipgen.storage.output_folder import output_folder
 
 WEIGHTS = "open_clip_model.safetensors"
 FILES = ("open_clip_config.json", VOCABULARY_FILE, WEIGHTS)
@@ -145,6 +147,17 @@ def train(
     return model
 
 
+@contextmanager
+def claim_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces the model in ``output`` at the end; no other process may write there.
+
+    Raises:
+        FileExistsError: another process writes to ``output`` or to its checkpoint.
+    """
+    with output_folder(output), replace_folder(output, FILES) as folder:
+        yield folder
+
+
 def checkpoint_of(folder: Path) -> Path:
     """Return the path of a model's training checkpoint, which lies beside the folder of the model."""
     return folder.with_name(f"{folder.name}.checkpoint.pt")
@@ -210,6 +223,12 @@ def save(model: nn.Module, folder: Path) -> None:
         partial.write_bytes(to_safetensors(state))
 
 
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raise ValueError if a label of the shards has no name in classes.json."""
+    if len(labels) and labels.max() >= num_classes:
+        raise ValueError(f"classes.json must name every class, got {num_classes} names and the label {labels.max()}")
+
+
 def augmented(images: Tensor, shift: int = 4) -> Tensor:
     """Shift each image by up to ``shift`` pixels in both directions; the border is mirrored."""
     height, width = images.shape[-2:]
@@ -264,14 +283,18 @@ def main() -> None:
     classes = args.data / "classes.json"
     if not classes.is_file():
         sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
-    captions = [args.template.format(label=label) for label in json.loads(classes.read_text())]
+    if "{label}" not in args.template:
+        parser().error(f"--template must contain {{label}}, the place of the class, got {args.template!r}")
+    captions = [args.template.replace("{label}", label) for label in json.loads(classes.read_text())]
     shards = str(args.data / args.shards)
     data = f"{args.batch_size} images of {args.image_size} pixels from {args.shards} {shard_sizes(args.data)}"
 
     def batches_from(step: int) -> Iterable[tuple[Tensor, Tensor]]:
-        return labeled_batches(shards, args.image_size, args.batch_size, args.seed + step)
+        for images, labels in labeled_batches(shards, args.image_size, args.batch_size, args.seed + step):
+            check_labels(labels, len(captions))
+            yield images, labels
 
-    with replace_folder(args.output, FILES) as folder:
+    with claim_folder(args.output) as folder:
         write_config(folder, CIFAR_CLIP, captions, mean=(0.5,) * 3, std=(0.25,) * 3)
         checkpoint = checkpoint_of(args.output)
         train(folder, captions, batches_from, args.steps, args.learning_rate, args.seed, checkpoint, data)

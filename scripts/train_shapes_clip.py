@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from train_clip import CONTEXT_LENGTH, FILES, checkpoint_of, train, write_config
+from train_clip import CONTEXT_LENGTH, checkpoint_of, claim_folder, train, write_config
 
 from clipgen.bundled import BUNDLED
 from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ALL_ATTRIBUTES, Attributes, ShapesDataset, held_out_attributes
-from clipgen.storage.atomic_folder import replace_folder
 from clipgen.storage.files import user_path
 
 SHAPES_CLIP = {
@@ -79,7 +78,7 @@ def main() -> None:
     def batches_from(step: int) -> Iterator[tuple[Tensor, Tensor]]:
         return batches(seen, first_seed + step)
 
-    with replace_folder(args.output, FILES) as folder:
+    with claim_folder(args.output) as folder:
         write_config(folder, SHAPES_CLIP, CAPTIONS, (0.5,) * 3, (0.5,) * 3)
         data = f"renders, held out: {args.held_out}"
         checkpoint = checkpoint_of(args.output)

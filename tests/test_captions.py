@@ -35,6 +35,12 @@ def test_captions_in_every_format(tmp_path):
         read("nothing.txt")
 
 
+def test_metadata_of_an_image_folder(tmp_path):
+    lines = [{"file_name": "1.png", "text": "a cat"}, {"caption": "a dog", "file_name": "x/2.png", "width": 4}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert read_captions(tmp_path / "metadata.jsonl") == [("1.png", "a cat"), ("x/2.png", "a dog")]
+
+
 def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
     """A byte order mark, CRLF, line separators within a caption, and tabs within one after a file's name."""
     (tmp_path / "a.txt").write_bytes("\ufeffa cat\r\na\u2028dog\r\n".encode())
@@ -69,6 +75,11 @@ def test_captions_with_byte_order_mark_crlf_and_tabs(tmp_path):
         ),
         ("a.json", '"a cat"', "a list, a mapping or COCO's layout"),
         ("a.json", "{}", "got none in"),
+        ("a.csv", "1.png,a cat\n", r"\.csv is not read; it must hold lines of a caption, .* \(\.jsonl\)"),
+        ("a.txt", '{"file_name": "1.png", "text": "a cat"}\n', r"JSON objects, which belong in \.jsonl; it must hold"),
+        ("a.jsonl", '{"file_name": "1.png"}\n', "file_name and text or caption, got {'file_name': '1.png'} in line 1"),
+        ("a.jsonl", '\n["a cat"]\n', "in line 2"),
+        ("a.jsonl", "a cat\n", "cannot be read from"),
     ],
 )
 def test_files_without_captions_are_refused(tmp_path, name, content, message):

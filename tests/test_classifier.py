@@ -108,6 +108,18 @@ def test_classifier_is_a_feature_space_of_the_evaluation(trained, images):
     assert features.num_classes == CLASSES and features.identity.startswith("classifier ")
 
 
+def test_images_of_another_size_are_resized_to_that_of_the_training(trained, images):
+    features = feature_extractor(f"classifier:{trained}")
+    enlarged = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert features.identity.endswith(" 32 px")
+    resized = torch.nn.functional.interpolate(enlarged, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
+    for of_enlarged, of_resized in zip(features.classify(enlarged), features.classify(resized)):
+        assert torch.allclose(of_enlarged, of_resized)
+    classifier, _ = load_classifier(trained)
+    enlarged_features = recognize.features_of(classifier, enlarged)
+    assert torch.allclose(enlarged_features, recognize.features_of(classifier, resized))
+
+
 def test_files_of_something_else_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_classifier(tmp_path / "missing.pt")

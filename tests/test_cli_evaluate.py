@@ -13,10 +13,10 @@ from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 
 from clipgen.checkpoint.vgg import MissingWeightsError
-from clipgen.cli.evaluate import captions_from, check_paths, make_parser
+from clipgen.cli.evaluate import captions_from, check_arguments, check_paths, fill_defaults, make_metrics, make_parser
 from clipgen.data.class_names import NAME_LISTS
 from clipgen.evaluation.features import feature_extractor
-from clipgen.evaluation.sources import FolderImages
+from clipgen.evaluation.sources import FolderImages, RealImages
 from clipgen.tokenizer_identity import vqgan_identity
 
 pytest.importorskip("torch_fidelity")
@@ -225,6 +225,62 @@ def test_options_that_change_no_result_are_not_refused(call, two_folders, tmp_pa
     assert done.code == 1 and "computed with radii=[0, 1], not [0]; choose another output folder" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("--images", ".", "--num-images", 5), "num_images"),
+        (("--images", ".", "--seed", 0), "seed"),
+        (("--images", ".", "--captions", "a.txt", "--template", "A photo of a {label}."), "template"),
+        (("--checkpoint", "shapes", "--captions", "shapes", "--split", "all"), "split"),
+        (("--checkpoint", "shapes", "--classes", "a.txt", "--split", "all"), "split"),
+        (("--images", ".", "--features", "none", "--clip", "shapes", "--blur", 0), "blur"),
+        (("--images", ".", "--whole-reference"), "whole_reference"),
+        (("--vqgan", "shapes", "--reference", ".", "--num-images", 5), "num_images"),
+        (("--vqgan", "shapes", "--reference", ".", "--seed", 1), "seed"),
+        (("--vqgan", "shapes", "--reference", ".", "--blur", 0), "blur"),
+        (("--vqgan", "shapes", "--reference", ".", "--whole-reference"), "whole_reference"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments, name):
+    args = make_parser().parse_args(list(map(str, arguments)))
+    option = name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{name} has an effect only with .*: leave out --{option}"):
+        check_arguments(args)
+
+
+def test_options_that_are_not_given_have_the_papers_values():
+    args = make_parser().parse_args(["--checkpoint", "shapes", "--captions", "shapes", "--seed", "0"])
+    check_arguments(args)
+    fill_defaults(args)
+    settings = (args.num_images, args.seed, args.template, args.blur)
+    assert settings == (30_000, 0, "A photo of a {label}.", [0, 1, 2])
+
+
+def test_number_of_rendered_images_of_a_tokenizer_is_limited(call, tiny_vqgan, tmp_path):
+    vqgan = tiny_vqgan.save(tmp_path / "vqgan")
+    options = ("--vqgan", vqgan, "--reference", "shapes", "--num-images", 6, "--output", tmp_path / "out")
+    assert call(*options, *RECONSTRUCTED).code == 0
+    protocol = json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]
+    assert protocol["reference"] == RealImages("shapes", 32, count=6).identity
+
+
+def test_tokenizer_is_evaluated_by_one_process(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a tokenizer is evaluated by one process, got 2"):
+        check_arguments(make_parser().parse_args(["--vqgan", "shapes", "--reference", "shapes"]))
+
+
+def test_other_classes_than_the_classifiers_are_warned_about(small_classifier, two_folders, tmp_path, caplog):
+    (tmp_path / "classes.txt").write_text("cat\ndog\nship\n")
+    features = f"classifier:{small_classifier}"
+    options = ["--images", str(two_folders[0]), "--classes", str(tmp_path / "classes.txt"), "--features", features]
+    args = make_parser().parse_args([*options, "--clip", "none", "--device", "cpu"])
+    fill_defaults(args)
+    assert make_metrics(args, True).classes == []
+    assert f'"recognized" is omitted: --classes has 3 names, {features} 2 classes' in caplog.text
+
+
 def test_template_of_the_classes(tmp_path):
     (tmp_path / "classes.json").write_text(json.dumps({"1.png": "cat", "2.png": "{dog}"}))
     args = make_parser().parse_args(
@@ -233,22 +289,18 @@ def test_template_of_the_classes(tmp_path):
     assert captions_from(args) == [("1.png", "{a} cat"), ("2.png", "{a} {dog}")]
 
 
-def test_single_image_is_refused(call, tmp_path):
-    (tmp_path / "one").mkdir()
-    Image.new("RGB", (32, 32)).save(tmp_path / "one/a.png")
-    done = call(
-        "--images",
-        tmp_path / "one",
-        "--reference",
-        tmp_path / "one",
-        "--clip",
-        "none",
-        "--features",
-        "clip:shapes",
-        "--output",
-        tmp_path / "out",
-    )
-    assert done.code == 1 and "at least two images on either side, got 1" in done.stderr
+@pytest.mark.parametrize(("count", "omitted"), [(1, {"fid_0", "kid_mean", "precision"}), (3, {"precision"})])
+def test_metrics_that_need_more_images_are_omitted(call, tmp_path, caplog, count, omitted):
+    """The other results are written, and not lost at the last step."""
+    for number in range(count):
+        Image.new("RGB", (32, 32), (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a large red ring on a white background")
+    options = ("--images", tmp_path, "--reference", tmp_path, "--blur", 0, "--output", tmp_path / "out")
+    done = call(*options, "--clip", "shapes", "--features", "clip:shapes")
+    assert done.code == 0, done.stderr
+    results = json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]
+    assert {"fid_0", "kid_mean", "precision"} - set(results) == omitted and "clip_score shapes" in results
+    assert f"precision and recall omitted: at least 4 images are needed on either side, got {count}" in caplog.text
 
 
 @pytest.mark.parametrize(("options", "count"), [((), 6), (("--whole-reference",), 30)])
@@ -291,6 +343,7 @@ def test_images_are_scored_with_all_of_their_captions(call, two_folders, tmp_pat
 
 def test_classes_may_be_those_of_imagenet():
     args = make_parser().parse_args(["--images", "x", "--classes", "imagenet"])
+    fill_defaults(args)
     assert captions_from(args)[0] == (None, "A photo of a tench.")
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from PIL import Image
 
 import clipgen
 from clipgen.cli import sample_output
+from clipgen.cli.image_metadata import read_metadata
 from clipgen.cli.sample_request import join_words
 from clipgen.images import save_png
 from clipgen.runs import newest_run
+from clipgen.sampling_params import SamplingParams
 from clipgen.storage.output_folder import free_folder
 
 NAME = "00_a-large-blue-ring-on-a-white-background_{}.png"
@@ -399,6 +402,41 @@ def test_reproduce_variation_of_an_image(call, runs, tmp_path, more):
     assert len(list((tmp_path / "b").glob("0*.png"))) == 1
     result = call(*again, *more)
     assert result.code == 1 and "was generated from an image, which it does not contain: give --image" in result.stderr
+
+
+def test_reproduce_a_text_that_reads_like_the_description_of_an_image(call, runs, tmp_path):
+    request = ["--prompt", "an image", "--interpolate", "an embedding", "an image", "--num-images", 2]
+    assert call(*request, "--checkpoint", runs[1], "--output", "a").code == 0
+    written = [*(tmp_path / "a").glob("00_*.png"), *(tmp_path / "a").glob("interpolation_*.png")]
+    assert len(written) == 3
+    for file in written:
+        output = tmp_path / f"again-{file.stem}"
+        assert call("--reproduce", file, "--checkpoint", runs[1], "--output", output).code == 0
+        assert (output / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("entries", "kinds"),
+    [
+        ({"prompt": "an image"}, ["image"]),
+        ({"prompt": "an embedding"}, ["embedding"]),
+        ({"prompt": "a red star"}, ["text"]),
+        ({"prompt": "an image", "prompt_kind": "text"}, ["text"]),
+        ({"interpolate": ["an image", {"a": 1.0}], "steps": 2}, ["image", "mixture"]),
+        ({"interpolate": ["an image", "a"], "steps": 2, "prompt_kind": ["text", "text"]}, ["text", "text"]),
+    ],
+)
+def test_kind_of_a_prompt_is_read_also_from_images_of_older_versions(entries, kinds, tmp_path):
+    settings = {"seed": 0, **asdict(SamplingParams())}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings | entries)
+    assert read_metadata(tmp_path / "a.png").kinds == kinds
+
+
+def test_unknown_kind_of_a_prompt_is_refused(tmp_path):
+    settings = {"seed": 0, **asdict(SamplingParams())}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", settings | {"prompt": PROMPT, "prompt_kind": "music"})
+    with pytest.raises(ValueError, match="prompt_kind must be one of text, mixture, image, embedding, got 'music'"):
+        read_metadata(tmp_path / "a.png")
 
 
 def test_long_prompts_in_any_script(call, runs, tmp_path):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
 
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
-from clipgen.evaluation.sources import FolderImages, make_generate_fn
+from clipgen.evaluation.sources import FolderImages, RealImages, make_generate_fn
+from clipgen.images import save_png
+from clipgen.pipeline import prompt_metadata
 
 
 def test_different_image_sizes_are_warned_about_once(tmp_path, caplog):
@@ -49,6 +53,33 @@ def test_captions_of_a_folder(two_folders, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "silent.png")
     with pytest.raises(ValueError, match=r"neither .*silent\.png nor a silent\.txt next to it"):
         FolderImages(tmp_path, captions="embedded")
+
+
+@pytest.mark.parametrize("with_kind", [True, False])
+@pytest.mark.parametrize("prompt", [Image.new("RGB", (8, 8)), torch.ones(4), {"a cat": 0.5, "a dog": 0.5}])
+def test_description_of_a_prompt_that_is_not_a_text_is_not_a_caption(prompt, with_kind, tmp_path):
+    metadata = prompt_metadata(prompt)
+    if not with_kind:  # as older versions wrote it
+        del metadata["prompt_kind"]
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
+    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt beside it holds one"):
+        FolderImages(tmp_path, captions="embedded")
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", prompt_metadata("an image"))
+    assert FolderImages(tmp_path, captions="embedded").captions == ["an image"]
+
+
+def test_grids_are_left_out_of_the_images_and_of_the_reference(two_folders, tmp_path):
+    for number in range(3):
+        shutil.copy(two_folders[0] / f"00{number}.png", tmp_path)
+    Image.new("RGB", (99, 40), "red").save(tmp_path / "grid.png")
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "more" / "preview.png")
+    expected = ["000.png", "001.png", "002.png"]
+    assert FolderImages(tmp_path).files == expected and list(RealImages(str(tmp_path), 32).dataset.files) == expected
+    for number in range(3):
+        (tmp_path / f"00{number}.png").unlink()
+    with pytest.raises(ValueError, match="must hold images, got only grids of images"):
+        RealImages(str(tmp_path), 32)
 
 
 def test_empty_sidecar_file_is_not_a_caption(tmp_path):

@@ -15,8 +15,8 @@ from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.feature_store import FeatureStore, collect
 from clipgen.evaluation.features import feature_extractor
 from clipgen.evaluation.image_metrics import ImageMetrics
-from clipgen.evaluation.run import evaluate
-from clipgen.evaluation.sources import FolderImages, GeneratedImages, make_generate_fn
+from clipgen.evaluation.run import evaluate, measure_reference
+from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages, make_generate_fn
 
 pytest.importorskip("torch_fidelity")
 pytestmark = pytest.mark.usefixtures("reference_cache")
@@ -78,6 +78,25 @@ def test_failure_before_the_first_part_leaves_no_identity(two_folders, tmp_path)
     with pytest.raises(ValueError, match="caption must read like"):
         evaluate(tmp_path, FolderImages(two_folders[0], captions=[(None, "a cat")] * 24), metrics)
     assert evaluate(tmp_path, FolderImages(two_folders[0], captions="embedded"), metrics)["shapes_all"] == 1
+
+
+def test_interrupted_evaluation_leaves_a_new_reference_to_another_one(two_folders, tmp_path):
+    """Both measure the same reference; one of them ends before there is any part."""
+    metrics = ImageMetrics(feature_extractor("feature_spaces:patch_means"), [0])
+    read = RealImages.read
+
+    class Interrupted(RealImages):
+        def read(self, chunk):
+            raise KeyboardInterrupt
+
+    class Other(RealImages):
+        def read(self, chunk):
+            with pytest.raises(KeyboardInterrupt):
+                measure_reference(Interrupted(str(two_folders[1]), 32), metrics, 0, 1)
+            return read(self, chunk)
+
+    results = evaluate(tmp_path, FolderImages(two_folders[0]), metrics, Other(str(two_folders[1]), 32))
+    assert results["fid_0"] > 0
 
 
 def test_nan_images_are_refused(tmp_path):

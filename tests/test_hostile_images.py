@@ -393,6 +393,21 @@ def test_images_with_the_same_name_are_counted(tmp_path, caplog):
     assert "1 further images belong to the samples of these" in caplog.text and "broken" not in caplog.text
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{kind}/{number:04d}.png" for kind in ("cat", "dog", "ship", "frog") for number in range(5)],
+        [f"clip.{number:04d}.png" for number in range(12)],
+        ["0.png", "0.jpg", "2.png", "2.seg.png", "2.2.png", "3.left.png", "3.right.png", ".hidden.png", "4"],
+    ],
+)
+def test_estimated_number_of_images_is_that_of_the_samples(names, mode, tmp_path):
+    path = make_tar(tmp_path / "a.tar", [(name, square(number)) for number, name in enumerate(names)], mode)
+    dataset = ImageShards(str(path), 8, train=False)
+    assert dataset.count_images().images == len(reds(dataset))
+
+
 def test_members_without_extension_and_links_are_used_or_counted(tmp_path):
     path = make_tar(
         tmp_path / "a.tar", [("0001", square(1)), ("LICENSE", b"text"), ("b.png", square(2)), ("c.txt", b"")]

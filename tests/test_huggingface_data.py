@@ -264,6 +264,52 @@ def test_class_names_come_from_the_column(package):
     assert texts.val is None
 
 
+def test_class_names_of_large_strings_are_known(package):
+    package.features["text"] = Feature("large_string")  # as polars writes them
+    texts = huggingface_data("photos", 8, 4, labels=True, label_column="text", val_fraction=0).train
+    assert texts.class_names == [f"t{number}" for number in range(1, 11)] and texts.label_of(0) == 9
+
+
+@pytest.fixture
+def saved(package, tmp_path) -> Path:
+    """Make a folder of which the stand-in says that ``save_to_disk`` wrote its split ``test`` there."""
+    (tmp_path / "state.json").touch()
+
+    def load_from_disk(path: str) -> Table:
+        table = package.load_dataset(path, split="test")
+        table.split = "test"
+        return table
+
+    package.load_from_disk = load_from_disk
+    return tmp_path
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_single_saved_split_has_two_names(saved, split):
+    assert len(huggingface_data(str(saved), 8, 4, split=split, val_fraction=0).train) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "train[:50%]"}, "holds a single split, so data.split must be test or train"),
+        ({"split": "validation"}, "holds a single split, so data.split must be test or train"),
+        ({"val_split": "test"}, "data.val_split must be null, because .* holds a single split: use data.val_fraction"),
+        ({"subset": "small"}, "data.subset must be null, because .* has none, got small"),
+        ({"revision": "v1"}, "data.revision must be null, because .* has none, got v1"),
+    ],
+)
+def test_options_without_effect_on_a_saved_split_are_refused(saved, options, message):
+    with pytest.raises(ValueError, match=message):
+        huggingface_data(str(saved), 8, 4, **options)
+
+
+@pytest.mark.parametrize("name", ["subset", "revision"])
+def test_parquet_files_have_no_subset_and_no_revision(package, name):
+    with pytest.raises(ValueError, match=f"data.{name} must be null, because photos.parquet has none, got v1"):
+        huggingface_data("photos.parquet", 8, 4, **{name: "v1"})
+
+
 def test_validation_split_is_loaded_and_not_held_out(package):
     data = huggingface_data("photos", 8, 4, val_split="test")
     assert len(data.train) == len(data.val) == 10

@@ -100,7 +100,7 @@ def test_metadata_reproduces_the_image(pipe):
     settings = dict(temperature=0.9, top_k=7, top_p=0.8, guidance_scale=2.0, guidance_power=1.0)
     for i, image in enumerate(pipe(PROMPT, num_images=2, seed=3, **settings)):
         model = dict(clipgen=clipgen.__version__, model=pipe.fingerprint)
-        assert image.info == dict(prompt=PROMPT, seed=3 + i, **settings, **model)
+        assert image.info == dict(prompt=PROMPT, prompt_kind="text", seed=3 + i, **settings, **model)
         again = pipe(PROMPT, seed=image.info["seed"], **settings)[0]
         assert np.abs(np.asarray(again).astype(int) - np.asarray(image)).max() <= 1
 

@@ -59,6 +59,12 @@ def test_results_do_not_depend_on_batches_or_earlier_validations(tiny_vqgan):
     assert validate(tiny_vqgan, metrics, batch=6) == pytest.approx(first, rel=1e-3)
 
 
+def test_distance_of_a_single_image_is_omitted(tiny_vqgan, caplog):
+    results = validate(tiny_vqgan, ReconstructionMetrics(fid_features=f"{__name__}:four_numbers"), count=1)
+    assert "val/rfid" not in results and math.isfinite(results["val/ssim"])
+    assert "rFID omitted: at least 2 images are needed" in caplog.text
+
+
 def test_dead_codes_usage_and_perplexity_are_consistent(tiny_vqgan):
     results = validate(tiny_vqgan, ReconstructionMetrics(ssim=False))
     assert results["val/dead_codes"] == 16 - round(16 * results["val/codebook_usage"])

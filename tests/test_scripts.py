@@ -16,6 +16,7 @@ import fuzz
 import pytest
 import repository_address
 import torch
+import train_classifier
 import train_clip
 import train_generator
 import train_shapes_clip
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from train_clip import one_cycle
 
+from clipgen import __main__ as clipgen_main
 from clipgen.baselines import load_generator
 from clipgen.bundled import BUNDLED
 from clipgen.clip import FrozenCLIP
@@ -87,12 +89,85 @@ def test_script_runs_from_any_folder(tmp_path):
     assert done.returncode == 0 and "usage: recognize.py" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["held_out", "nope"], "nope"),
+        (["bundle", "shapes", "nope"], "nope"),
+        (["reconstruct", "--vqgan", "nope", "--images", "shapes"], "nope"),
+        (["reconstruct", "--vqgan", "shapes", "--images", "shapes", "--image-size", "33"], "33"),
+    ],
+)
+def test_errors_of_scripts_are_one_line(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("sys.argv", ["clipgen", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        clipgen_main.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 1 and line.startswith(f"{arguments[0]}.py: error: ") and message in line
+
+
+def test_template_of_a_clip_needs_the_class_and_may_hold_braces(shards, tmp_path, monkeypatch, capsys):
+    options = ["train_clip.py", "--data", str(shards), "--output", str(tmp_path / "clip"), "--template"]
+    monkeypatch.setattr("sys.argv", [*options, "a photo"])
+    with pytest.raises(SystemExit):
+        train_clip.main()
+    assert "--template must contain {label}, the place of the class, got 'a photo'" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*options, "a {x} {label}"])
+    captions = []
+
+    def keep_captions(folder: Path, names: list[str], *arguments: object) -> None:
+        captions.extend(names)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_clip, "train", keep_captions)
+    with pytest.raises(KeyboardInterrupt):
+        train_clip.main()
+    assert captions == ["a {x} cat", "a {x} dog"]
+
+
+def test_classes_without_a_name_are_refused(shards, tmp_path, monkeypatch):
+    (shards / "classes.json").write_text(json.dumps(["cat"]))
+    monkeypatch.setattr("sys.argv", ["train_clip.py", "--data", str(shards), "--output", str(tmp_path / "clip")])
+    with pytest.raises(ValueError, match=r"classes\.json must name every class, got 1 names and the label 1"):
+        train_clip.main()
+    settings = train_classifier.Settings(1, 8, 0, 32, 0, (8, 8, 8), ())
+    with pytest.raises(ValueError, match=r"classes\.json must name every class, got 1 and label 1"):
+        train_classifier.train(settings, shards, 1, tmp_path / "classifier")
+
+
 @pytest.mark.slow
 def test_clip_is_trained_for_ten_steps(shards, tmp_path):
     settings = ["--output", "clip", "--steps", "10", "--batch-size", "2"]
     done = run_module("train_clip", "--data", str(shards), *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 10/10" in done.stdout and "own caption is the nearest" in done.stdout
+
+
+@pytest.mark.parametrize("script", [train_clip, train_shapes_clip])
+def test_two_trainings_of_a_clip_in_one_folder_exclude_each_other(script, shards, tmp_path, monkeypatch):
+    data = ["--data", str(shards)] if script is train_clip else []
+    monkeypatch.setattr("sys.argv", ["script", *data, "--output", str(tmp_path / "clip")])
+
+    def start_another(*arguments: object) -> None:
+        in_use = f"output must not be in use, got {tmp_path / 'clip'}, which process"
+        with pytest.raises(FileExistsError, match=in_use):
+            script.main()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train", start_another)
+    with pytest.raises(KeyboardInterrupt):
+        script.main()
+    assert not (tmp_path / "clip").exists()
+
+
+def test_claimed_folder_is_replaced_and_released(tmp_path):
+    for text in ("old", "new"):
+        with train_clip.claim_folder(tmp_path / "clip") as folder:
+            (folder / train_clip.WEIGHTS).write_text(text)
+    files = [file.name for file in (tmp_path / "clip").iterdir()]
+    assert files == [train_clip.WEIGHTS] and (tmp_path / "clip" / train_clip.WEIGHTS).read_text() == "new"
 
 
 def test_clip_with_non_finite_weights_is_never_saved(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from studies import workspace
 from studies.budget import equal_flops_steps, flops_per_step
 from studies.results import evaluator_error, markdown, with_interval
 from studies.rows import RECIPES, Row, curve_rows, gap_rows, system_rows
-from studies.search_tables import training_score
+from studies.search_tables import search_fid, training_score
 from studies.workspace import SEED_STRIDE, Study, best_images, split_prompts, spread
 from train_classifier import load_images
 from train_shapes_clip import seen_attributes
@@ -152,6 +153,42 @@ def test_a_folder_holds_results_of_one_setting(tmp_path):
     study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "5", "--seeds", "7"]))
     with pytest.raises(SystemExit, match="contains results computed with steps=5, not 6; choose another output folder"):
         study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "6"]))
+
+
+def test_fids_of_the_search_are_kept_for_each_set_of_seeds_and_prompts(tiny_study, monkeypatch):
+    calls = []
+
+    def record(folder, source, metrics, reference):
+        calls.append((folder, source.identity))
+        return {"fid_0": 1.0}
+
+    monkeypatch.setattr("studies.search_tables.evaluate", record)
+    monkeypatch.setattr("studies.search_tables.search_reference", lambda study, prompts: None)
+    images = torch.zeros(2, 3, 32, 32)
+    for seeds, prompts in (([0], ["a"]), ([0], ["a"]), ([0, 1], ["a"]), ([2], ["a"]), ([0], ["b"])):
+        tiny_study.args.seeds = seeds
+        search_fid(tiny_study, prompts, "k = 1", images)
+    folders = [folder for folder, _ in calls]
+    assert folders[0] == folders[1] and len(set(folders)) == 4
+    assert all(identity["seeds"] and identity["prompts"] for _, identity in calls)
+
+
+def test_row_of_another_generator_has_another_folder_and_identity(tmp_path, monkeypatch):
+    (tmp_path / "a.pth").write_bytes(b"a")
+    (tmp_path / "b.pth").write_bytes(b"b")
+    shutil.copy(tmp_path / "a.pth", tmp_path / "copy.pth")
+    sources = []
+
+    def stop_before_work(folder, source, metrics, reference):
+        sources.append((folder, source.identity["generator"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workspace, "evaluate", stop_before_work)
+    for name in ("a.pth", "copy.pth", "b.pth"):
+        options = [*tiny_args(tmp_path, "biggan"), "--generator", f"biggan:{tmp_path / name}"]
+        with pytest.raises(KeyboardInterrupt):
+            Study(study_script.parser().parse_args(options)).measured(study_rows.BIGGAN_CLIP, 0)
+    assert sources[0] == sources[1] and sources[0][0] != sources[2][0] and sources[0][1] != sources[2][1]
 
 
 def test_best_images_are_the_highest_of_their_candidates():

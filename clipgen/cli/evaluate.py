@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -32,7 +33,15 @@ if TYPE_CHECKING:
     from clipgen.evaluation.reconstruction import ReconstructionMetrics
     from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages
 
+logger = logging.getLogger(__name__)
 DEFAULT_CLIP = "ViT-B-32-quickgelu:openai"  # the papers' CLIP
+# Options that have no effect in some combinations; None in the parser, so that it is known whether they are given.
+DEFAULT_SETTINGS: dict[str, Any] = {
+    "num_images": 30_000,
+    "seed": 0,
+    "template": "A photo of a {label}.",
+    "blur": [0, 1, 2],
+}
 DESCRIPTION = """Compute the papers' metrics of a model, of a folder of images, or of a tokenizer.
 
   clipgen-eval --checkpoint RUN --captions captions_val2014.json --reference val2014
@@ -42,7 +51,7 @@ DESCRIPTION = """Compute the papers' metrics of a model, of a folder of images, 
   clipgen-eval --checkpoint shapes --captions shapes --shapes-eval --features none --clip shapes
 
 An interrupted evaluation resumes when the command is repeated. Under torchrun or in a SLURM array, processes share the
-images."""
+images; --vqgan runs in one process."""
 
 
 def main() -> None:
@@ -83,9 +92,9 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
     """Add the options that name the captions."""
     group.add_argument(
         "--captions",
-        help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), a folder with a "
-        "text file per image (CUB-200-2011), or 'shapes' (default with --images: PNG metadata or .txt files next "
-        "to the images)",
+        help="file of captions: text (one per line, or FILE<tab>caption), JSON (list, mapping, COCO), JSON lines "
+        "(file_name, and text or caption), a folder with a text file per image (CUB-200-2011), or 'shapes' (default "
+        "with --images: PNG metadata or .txt files next to the images)",
     )
     group.add_argument("--split", choices=("train", "test", "all"), help="split of CUB-200-2011 (default: test)")
     group.add_argument(
@@ -98,18 +107,18 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
         help="class names instead of captions: a file of the same formats, LOC_synset_mapping.txt, imagenet (CLIP's "
         "wording) or imagenet-torchvision",
     )
-    group.add_argument("--template", default="A photo of a {label}.", help="caption of a class (default: %(default)s)")
+    group.add_argument("--template", help=f"caption of a class (default: {DEFAULT_SETTINGS['template']})")
     group.add_argument(
         "--num-images",
         type=int,
-        default=30_000,
-        help="number of images to generate, one per caption (default: %(default)s, as in the papers)",
+        help="number of images to generate, one per caption, and to render for --reference shapes "
+        "(default: 30000, as in the papers; with --vqgan: 10000)",
     )
 
 
 def add_sampling(group: argparse._ArgumentGroup) -> None:
     """Add the options of sampling."""
-    group.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
+    group.add_argument("--seed", type=int, help="seed; image i uses seed + i (default: 0)")
     add_sampling_options(group)
     group.add_argument(
         "--rerank-from",
@@ -139,7 +148,6 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         "--blur",
         type=int,
         nargs="+",
-        default=[0, 1, 2],
         help="blur radii of FID-0, FID-1, FID-2; the other metrics use radius 0 (default: 0 1 2)",
     )
     group.add_argument(
@@ -170,6 +178,7 @@ def run() -> None:
     args = make_parser().parse_args()
     check_arguments(args)
     check_paths(args)
+    fill_defaults(args)
     from clipgen.evaluation.report import results_table
     from clipgen.evaluation.run import METRICS_FILE
     from clipgen.storage.files import atomic_write
@@ -193,10 +202,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError if no evaluation is possible with the arguments."""
     check_numbers(args)
     check_combination(args)
+    check_effects(args)
+    if args.classes and args.template and "{label}" not in args.template:
+        raise ValueError(f"template must contain {{label}}, the place of the class, got {args.template!r}")
     if args.checkpoint and not (args.captions or args.classes):
         raise ValueError("a model needs captions to generate: give --captions or --classes")
-    if args.classes and "{label}" not in args.template:
-        raise ValueError(f"template must contain {{label}}, the place of the class, got {args.template!r}")
     if args.all_captions and not (args.images and args.captions and args.features == "none"):
         raise ValueError(
             "all_captions must be used with --images, --captions and --features none, because it repeats images"
@@ -225,6 +235,33 @@ def check_combination(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} does not apply to reconstructions: leave out --{name.replace('_', '-')}")
 
 
+def check_effects(args: argparse.Namespace) -> None:
+    """Raise ValueError if an option is given that has no effect with what is evaluated."""
+    effects = {
+        "num_images": (args.checkpoint or args.reference == "shapes", "--checkpoint or --reference shapes"),
+        "seed": (args.checkpoint, "--checkpoint"),
+        "template": (args.classes, "--classes"),
+        "split": (args.captions not in (None, "shapes"), "a folder of text files in --captions"),
+        "blur": (args.features != "none" and not args.vqgan, "a feature space of images, not of reconstructions"),
+        "whole_reference": (args.reference and not args.vqgan, "--reference of images, not of reconstructions"),
+    }
+    for name, (has_effect, needed) in effects.items():
+        is_given = getattr(args, name) is not None and getattr(args, name) is not False
+        if is_given and not has_effect:
+            raise ValueError(f"{name} has an effect only with {needed}: leave out --{name.replace('_', '-')}")
+    _, world_size = rank_and_world_size()
+    if args.vqgan and world_size > 1:
+        raise ValueError(f"a tokenizer is evaluated by one process, got {world_size}: start clipgen-eval only once")
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """Set the options that are not given to their defaults."""
+    args.num_reconstructed = 10_000 if args.num_images is None else args.num_images
+    for name, default in DEFAULT_SETTINGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
 def check_paths(args: argparse.Namespace) -> None:
     """Raise FileNotFoundError if a file or a folder on the command line does not exist."""
     check_model_path(args.checkpoint, "ConditionalTransformer")
@@ -250,7 +287,7 @@ def check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if any(radius < 0 for radius in args.blur):
+    if any(radius < 0 for radius in args.blur or []):
         raise ValueError(f"blur must be radii of at least 0, got {min(args.blur)}")
 
 
@@ -361,6 +398,7 @@ def make_metrics(args: argparse.Namespace, with_captions: bool) -> ImageMetrics:
     classes = [text for _, text in captions_from(args)] if args.classes else []
     # With another number of classes, the features' classifier has other classes.
     if features is None or features.num_classes != len(classes):
+        warn_of_other_classes(args.features, features.num_classes if features else 0, len(classes))
         classes = []
     return ImageMetrics(
         features=features,
@@ -372,6 +410,18 @@ def make_metrics(args: argparse.Namespace, with_captions: bool) -> ImageMetrics:
         shapes=args.shapes_eval,
         device=device,
     )
+
+
+def warn_of_other_classes(features: str, num_classes: int, num_names: int) -> None:
+    """Log why the images are not classified, if the features are those of a classifier of other classes."""
+    # Inception's outputs are not the classes of any list.
+    if num_classes and num_names and not features.startswith("inception"):
+        logger.warning(
+            'The column "recognized" is omitted: --classes has %d names, %s %d classes',
+            num_names,
+            features,
+            num_classes,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- reconstructions
@@ -389,7 +439,8 @@ def evaluate_reconstructions(args: argparse.Namespace) -> dict[str, float]:
     from clipgen.training.callbacks import ValidationProgress
 
     vqgan = VQGAN.load(args.vqgan)
-    source = RealImages(args.reference, args.image_size or vqgan.autoencoder_config.resolution)
+    image_size = args.image_size or vqgan.autoencoder_config.resolution
+    source = RealImages(args.reference, image_size, count=args.num_reconstructed)
     metrics = make_reconstruction_metrics(vqgan, None if args.features == "none" else args.features)
     protocol = {
         "vqgan": vqgan_identity(vqgan),

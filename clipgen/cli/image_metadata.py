@@ -34,6 +34,7 @@ class ImageMetadata:
         prompt: text, or description of another prompt; None for a strip of an interpolation.
         prompt_mix: texts and their weights; None for other prompts.
         ends: the two prompts of an interpolation; None for other images.
+        kinds: kind of the prompt or of both ends, of ``PROMPT_KINDS``.
         steps: number of images of a strip, else 1.
         keep_fraction: fraction of another image that was kept; None unless the image completes another one.
         model: fingerprint of the model.
@@ -45,6 +46,7 @@ class ImageMetadata:
     prompt: str | None
     prompt_mix: dict[str, float] | None
     ends: list[Any] | None
+    kinds: list[str]
     steps: int
     keep_fraction: float | None
     model: str | None
@@ -79,13 +81,15 @@ def parse_metadata(text: dict[str, str]) -> ImageMetadata:
 
     sampling = {name: parse_number(text, name, option.type) for name, option in SAMPLING_OPTIONS.items()}
     ends = parse_ends(text) if "interpolate" in text else None
+    prompt_mix = parse_mix("prompt_mix", parse_entry(text, "prompt_mix")) if "prompt_mix" in text else None
     return ImageMetadata(
         seed=parse_number(text, "seed", int),
         params=SamplingParams(**sampling),
         dtype=parse_dtype(text),
         prompt=None if ends else parse_prompt("prompt", text["prompt"]),
-        prompt_mix=parse_mix("prompt_mix", parse_entry(text, "prompt_mix")) if "prompt_mix" in text else None,
+        prompt_mix=prompt_mix,
         ends=ends,
+        kinds=parse_kinds(text, ends or [prompt_mix or text["prompt"]]),
         steps=parse_steps(text) if ends else 1,
         keep_fraction=parse_keep_fraction(text),
         model=text.get("model"),
@@ -179,6 +183,18 @@ def parse_ends(text: dict[str, str]) -> list[Any]:
         parse = parse_mix if isinstance(end, dict) else parse_prompt
         ends.append(parse("interpolate", end))
     return ends
+
+
+def parse_kinds(text: dict[str, str], prompts: list[Any]) -> list[str]:
+    """Return the kind of each prompt: one, or both ends of an interpolation."""
+    from clipgen.generation.prompts import recorded_kind
+
+    kinds: Any = [text.get("prompt_kind")]
+    if "interpolate" in text:
+        kinds = parse_entry(text, "prompt_kind") if "prompt_kind" in text else [None, None]
+        if not isinstance(kinds, list) or len(kinds) != 2:
+            raise ValueError(f"prompt_kind must be two kinds, got {abbreviate(kinds)}")
+    return [recorded_kind(prompt, kind) for prompt, kind in zip(prompts, kinds, strict=True)]
 
 
 def parse_prompt(name: str, value: Any) -> str:

@@ -269,9 +269,9 @@ def add_reproduction(request: SampleRequest, metadata: ImageMetadata, args: Name
     Raises:
         ValueError: a file is needed that the image does not contain.
     """
-    from clipgen.generation.prompts import IMAGE_PROMPT, describe
+    from clipgen.generation.prompts import describe
 
-    is_variation = metadata.prompt == IMAGE_PROMPT and bool(args.image)
+    is_variation = metadata.kinds == ["image"] and bool(args.image)
     check_reproducible(metadata, is_variation, args)
     if metadata.ends:
         request.interpolations.append(metadata.ends)
@@ -289,11 +289,9 @@ def add_reproduction(request: SampleRequest, metadata: ImageMetadata, args: Name
 
 def check_reproducible(metadata: ImageMetadata, is_variation: bool, args: Namespace) -> None:
     """Raise ValueError if an image was generated from another image, or from an embedding, which is not given."""
-    from clipgen.generation.prompts import EMBEDDING_PROMPT, IMAGE_PROMPT
-
-    for prompt in metadata.ends or [metadata.prompt]:
-        if prompt in (IMAGE_PROMPT, EMBEDDING_PROMPT) and not is_variation:
-            raise ValueError(f"{args.reproduce} was generated from {prompt}, which it does not contain: give --image")
+    for kind in metadata.kinds:
+        if kind in ("image", "embedding") and not is_variation:
+            raise ValueError(f"{args.reproduce} was generated from an {kind}, which it does not contain: give --image")
     if metadata.keep_fraction is not None and not args.outpaint:
         raise ValueError(f"{args.reproduce} completes an image that it does not contain: give --outpaint")
     if metadata.keep_fraction is None and args.outpaint:

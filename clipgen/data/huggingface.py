@@ -23,6 +23,8 @@ from clipgen.storage.files import natural_key, one_line
 _ROWS_PER_BLOCK = 1_000_000
 # As ``webdataset.parse_label`` allows.
 _MAX_CLASSES = 2**31
+# polars writes the second or the third.
+_TEXT_TYPES = ("string", "large_string", "string_view")
 # Keys of an encoded image in Parquet files.
 _IMAGE_KEYS = {"bytes", "path"}
 _MISSING = 'data=huggingface needs the package datasets: pip install "datasets>=5"'
@@ -239,15 +241,16 @@ def load_rows(
 
     Raises:
         ImportError: the package ``datasets`` is missing.
-        ValueError: the dataset or the split cannot be loaded.
+        ValueError: the dataset or the split cannot be loaded, or an option would have no effect.
     """
     try:
         import datasets
     except ImportError as error:
         raise ImportError(_MISSING) from error
     path = Path(dataset).expanduser()
+    check_options(dataset, {"subset": subset, "revision": revision})
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if is_saved_table(path) or (path / "dataset_dict.json").is_file():
             return saved_rows(datasets.load_from_disk(str(path)), split)
         options = {"revision": revision, "cache_dir": cache_dir, "split": split}
         if dataset.endswith(".parquet"):
@@ -272,9 +275,33 @@ def folder_of_files(dataset: str, cache_dir: str | None) -> Path:
     return Path(cache_dir or HF_HOME)
 
 
+def check_options(dataset: str, options: dict[str, str | None]) -> None:
+    """Raise ValueError if a subset or a revision is given that local files do not have."""
+    path = Path(dataset).expanduser()
+    has_subset = not (dataset.endswith(".parquet") or is_saved_table(path) or (path / "dataset_dict.json").is_file())
+    has_revision = has_subset and not path.is_dir()
+    for name, applies in (("subset", has_subset), ("revision", has_revision)):
+        if options[name] is not None and not applies:
+            raise ValueError(f"data.{name} must be null, because {dataset} has none, got {options[name]}")
+
+
+def is_saved_table(path: Path) -> bool:
+    """Return whether ``save_to_disk`` wrote a single split to a folder."""
+    return (path / "state.json").is_file()
+
+
 def saved_rows(saved: Any, split: str) -> Any:
-    """Return a split of what ``save_to_disk`` wrote, which may be a single split."""
-    return saved[split] if isinstance(saved, dict) else saved
+    """Return a split of what ``save_to_disk`` wrote; a single split is called ``train``, or by its own name.
+
+    Raises:
+        KeyError, ValueError: there is no such split.
+    """
+    if isinstance(saved, dict):
+        return saved[split]
+    names = {"train", str(saved.split or "train")}
+    if split not in names:
+        raise ValueError(f"the folder holds a single split, so data.split must be {' or '.join(sorted(names))}")
+    return saved
 
 
 def image_column_of(rows: Any, column: str | None) -> str:
@@ -308,7 +335,7 @@ def class_names_of(rows: Any, column: str) -> list[str] | None:
     """Return the names of the classes in a column; None if it contains numbers without names."""
     feature = rows.features[column]
     names = getattr(feature, "names", None)
-    if names is None and getattr(feature, "dtype", None) == "string":
+    if names is None and getattr(feature, "dtype", None) in _TEXT_TYPES:
         names = sorted((name for name in rows.unique(column) if name is not None), key=natural_key)
     return names
 
@@ -346,6 +373,10 @@ def huggingface_data(
     Validation images come from ``val_split`` if it is set. Else ``val_fraction`` of the rows is held out of training,
     and at 0 nothing is validated.
     """
+    if val_split is not None and is_saved_table(Path(dataset).expanduser()):
+        raise ValueError(
+            f"data.val_split must be null, because {dataset} contains a single split: use data.val_fraction"
+        )
     load = partial(load_rows, dataset, subset=subset, revision=revision, cache_dir=cache_dir)
     rows = load(split)
     image_column = image_column_of(rows, image_column)

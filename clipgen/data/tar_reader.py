@@ -114,13 +114,37 @@ def is_tar(path: Path) -> bool:
 
 def count_samples(path: Path) -> int:
     """Return the number of samples with images in a local shard, as far as it can be read."""
-    samples = set()
+    samples = group_samples(_members_without_content(path), str(path), _SilentCounter())
+    return sum(not sample.name.lower().endswith(UNREADABLE_EXTENSIONS) for sample in samples)
+
+
+class _SilentCounter(SkipCounter):
+    """A counter that counts and logs nothing: the images that are refused are reported when they are read."""
+
+    def __init__(self) -> None:
+        pass
+
+    def skip(self, name: str, error: UnusableImageError) -> bool:
+        return False
+
+    def set_aside(self, name: str, main_name: str) -> None:
+        pass
+
+
+def _members_without_content(path: Path) -> Iterator[Member]:
+    """Yield the images and labels of a local shard without their content."""
     # Errors are reported when the images are read.
     with suppress(Exception), path.open("rb") as file, _open_local(file) as archive:
         while (info := archive.next()) is not None:
-            if info.name.lower().endswith(EXTENSIONS):
-                samples.add(info.name.rpartition("/")[2].partition(".")[0])
-    return len(samples)
+            with suppress(UnusableImageError):
+                member = _member_of(info)
+                if member is not None and (has_extension(member.name) or _starts_like_image(archive, info)):
+                    yield member
+
+
+def _starts_like_image(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bool:
+    file = archive.extractfile(info)
+    return file is not None and looks_like_image(file.read(32))
 
 
 def _open_local(file: IO[bytes]) -> _Archive:

@@ -14,12 +14,17 @@ from clipgen.data.class_names import MAX_NAMES_BYTES, NAME_LISTS, name_list, par
 from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.cub import read_text_folder
+from clipgen.generation.prompts import recorded_kind
 from clipgen.storage.files import check_size, natural_key, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
 MAX_VALUES = 20_000_000  # three per caption
 MAX_SIDECAR_BYTES = 1 << 20  # size of a text file next to an image
+LAYOUTS = (
+    "lines of a caption, or of FILE, a tab and a caption (.txt); a list, a mapping or COCO's layout (.json); or lines "
+    "with file_name and text or caption (.jsonl)"
+)
 
 
 class Caption(NamedTuple):
@@ -34,7 +39,8 @@ def read_captions(source: str | Path, split: str | None = None) -> list[Caption]
 
     Args:
         source: ``"shapes"`` for all 288 of the built-in data; a text file with one caption per line, or a file name, a
-            tab and a caption; JSON: a list of captions, ``{"file": "caption"}``, or COCO's captions; a folder with a
+            tab and a caption; JSON: a list of captions, ``{"file": "caption"}``, or COCO's captions; JSON lines with
+            ``file_name`` and ``text`` or ``caption``, as the ``metadata.jsonl`` of an image folder; a folder with a
             text file per image, as of CUB-200-2011.
         split: train, test or all, of a folder with ``train_test_split.txt``. None uses test if it has that file, else
             all.
@@ -55,13 +61,19 @@ def read_captions(source: str | Path, split: str | None = None) -> list[Caption]
     check_size(path, MAX_CAPTIONS_BYTES)
     text = read_text(path)
     try:
-        if path.suffix.lower() == ".json":
-            captions = captions_from_json(parse_json(text, MAX_VALUES))
-        else:
-            captions = parse_lines(text)
+        captions = parse_captions(text, path.suffix.lower())
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"captions cannot be read from {path}: {error}") from error
     return check_captions(captions, path)
+
+
+def parse_captions(text: str, extension: str) -> list[Caption]:
+    """Parse captions in the layout that the extension of their file stands for."""
+    if extension in (".csv", ".tsv"):
+        raise ValueError(f"{extension} is not read; it must hold {LAYOUTS}")
+    if extension == ".json":
+        return captions_from_json(parse_json(text, MAX_VALUES))
+    return parse_json_lines(text) if extension in (".jsonl", ".ndjson") else parse_lines(text)
 
 
 def check_captions(captions: list[Caption], path: Path) -> list[Caption]:
@@ -105,6 +117,8 @@ def parse_lines(text: str) -> list[Caption]:
     """Parse one caption per line, all with a file name and a tab before them or all without."""
     captions = []
     for line in filter(str.strip, text.split("\n")):
+        if is_json_object(line):
+            raise ValueError(f"its lines are JSON objects, which belong in .jsonl; it must hold {LAYOUTS}")
         before_tab, tab, after_tab = line.partition("\t")
         if tab:
             captions.append(Caption(before_tab.strip(), after_tab.strip()))
@@ -113,6 +127,35 @@ def parse_lines(text: str) -> list[Caption]:
     if len({caption.file is None for caption in captions}) > 1:
         raise ValueError("a file name and a tab must precede every caption, or none")
     return captions
+
+
+def is_json_object(line: str) -> bool:
+    """Return whether a line is a JSON object, and not a caption."""
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(parse_json(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def parse_json_lines(text: str) -> list[Caption]:
+    """Parse one JSON object per line: ``file_name``, and ``text`` or ``caption``, as the hub's image folders have."""
+    captions = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            captions.append(caption_of_object(parse_json(line), number))
+    return captions
+
+
+def caption_of_object(content: Any, number: int) -> Caption:
+    """Return the caption in the object of a line of JSON."""
+    if isinstance(content, dict):
+        file = content.get("file_name")
+        caption = content.get("text", content.get("caption"))
+        if isinstance(file, str) and isinstance(caption, str):
+            return Caption(file, caption)
+    raise ValueError(f"each line must hold file_name and text or caption, got {content!r:.60} in line {number}")
 
 
 def captions_from_json(content: Any) -> list[Caption]:
@@ -272,8 +315,12 @@ def read_sidecar(path: Path) -> str:
 
 
 def read_prompt(path: Path) -> str:
-    """Read the prompt from the metadata of a PNG; empty if it has none."""
+    """Read the prompt from the metadata of a PNG; empty if it has none, or one that is not a text."""
     try:
-        return str(png_text(path).get("prompt", ""))
+        text = png_text(path)
     except UnusableImageError as error:
         raise ValueError(f"{path} cannot be used as an image: {error}") from error
+    prompt = text.get("prompt", "")
+    # The description of an image, a mixture or an embedding does not say what the image should show.
+    kind = text.get("prompt_kind") or recorded_kind(prompt, None)
+    return prompt if kind == "text" and "prompt_mix" not in text else ""

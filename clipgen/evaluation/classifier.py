@@ -30,13 +30,15 @@ class ImageClassifier(nn.Module):
     Args:
         num_classes: number of classes.
         widths: channels of the three blocks; the last one is the number of features.
+        image_size: size to which images are resized; None leaves them as they are.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, num_classes: int, widths: tuple[int, int, int] = WIDTHS):
+    def __init__(self, num_classes: int, widths: tuple[int, int, int] = WIDTHS, image_size: int | None = None):
         super().__init__()
+        self.image_size = image_size
         self.whitening = nn.Conv2d(3, WHITENING_FILTERS, WHITENING_SIZE)
         self.whitening.weight.requires_grad_(False)
         channels = (WHITENING_FILTERS, *widths)
@@ -47,9 +49,17 @@ class ImageClassifier(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Return the features (B, F) of images (B, 3, H, W) in [-1, 1]."""
+        images = self.resized(images)
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         hidden = self.blocks(F.gelu(self.whitening(images)))
         return hidden.amax(dim=(2, 3))
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Return images in the size of the training, which alone the classifier recognizes; antialiased."""
+        if self.image_size is None or images.shape[-2:] == (self.image_size, self.image_size):
+            return images
+        size = (self.image_size, self.image_size)
+        return F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, C) of images (B, 3, H, W) in [-1, 1]."""
@@ -59,6 +69,7 @@ class ImageClassifier(nn.Module):
     @torch.no_grad()
     def mean_logits(self, images: Tensor) -> Tensor:
         """Return the logits (B, C), averaged over shifted and mirrored views of the images."""
+        images = self.resized(images)
         logits = torch.zeros(len(images), self.head.out_features, device=images.device)
         for shift, weight in SHIFT_WEIGHTS.items():
             view = shifted(images, shift)
@@ -124,7 +135,10 @@ def load_classifier(path: str | Path) -> tuple[ImageClassifier, dict[str, Any]]:
     saved = read_checkpoint(path)
     try:
         about = saved["about"]
-        classifier = ImageClassifier(len(about["accuracy"]["per_class"]), tuple(about["trained"]["widths"]))
+        trained = about["trained"]
+        classifier = ImageClassifier(
+            len(about["accuracy"]["per_class"]), tuple(trained["widths"]), int(trained["image_size"])
+        )
         classifier.load_state_dict(saved["weights"])
     # Everything that a file with other content can raise.
     except Exception as error:

@@ -113,6 +113,7 @@ def collect(
     *,
     rank: int = 0,
     world_size: int = 1,
+    shared: bool = False,
 ) -> None:
     """Measure the images of a source; parts that exist are kept.
 
@@ -124,6 +125,7 @@ def collect(
         advance: called with the number of images when they are done, including those that were done before.
         rank: number of this process. Processes share the parts without communication.
         world_size: number of processes.
+        shared: other evaluations may use the folder at the same time, so its identity stays after an error.
     """
     parts = {folder / f"part-{number:06d}.npz": chunk for number, chunk in enumerate(source.chunks)}
 
@@ -139,7 +141,7 @@ def collect(
         store.write_missing(parts, write, count_existing, rank=rank, world_size=world_size)
     except BaseException:
         # Without a part there is nothing that other settings could be mixed with.
-        if world_size == 1 and not FeatureStore(folder).parts:
+        if world_size == 1 and not shared and not FeatureStore(folder).parts:
             store.identity_path.unlink(missing_ok=True)
         raise
 

@@ -203,8 +203,9 @@ def clean_resize(pixels: Tensor, size: int = INCEPTION_SIZE) -> Tensor:
 
 
 def image_classifier_features(classifier: ImageClassifier) -> Features:
-    """Return a classifier's features and logits. The weights alone identify it, wherever its file lies."""
-    return Features(classifier.features_and_logits, f"classifier {fingerprint(classifier.state_dict())}")
+    """Return a classifier's features and logits. Weights and image size identify it, wherever its file lies."""
+    identity = f"classifier {fingerprint(classifier.state_dict())} {classifier.image_size} px"
+    return Features(classifier.features_and_logits, identity)
 
 
 def classifier_features(name: str) -> Features:

@@ -8,7 +8,7 @@ distributed, and compared with a reference that was measured before.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -93,6 +93,15 @@ def blurred(images: Tensor, radius: int) -> Tensor:
     return torch.cat([from_pil(image.filter(blur)) for image in to_pil(images)]).to(images.device)
 
 
+def is_too_small(metric: str, ours: Sized, theirs: Sized, least: int) -> bool:
+    """Return whether a metric has to be omitted because a side has too few images; log a warning if so."""
+    smaller = min(len(ours), len(theirs))
+    if smaller >= least:
+        return False
+    logger.warning("%s omitted: at least %d images are needed on either side, got %d", metric, least, smaller)
+    return True
+
+
 class InceptionScore:
     """IS, from the logits of a classifier."""
 
@@ -131,15 +140,18 @@ class FrechetDistance:
         return columns
 
     def reduce(self, store: FeatureStore, reference: FeatureStore | None) -> dict[str, float]:
-        """Return the distance at each radius that both sides have."""
+        """Return the distance at each radius that both sides have; {} with a warning if there are too few images."""
         if reference is None:
             return {}
+        common = store.column_names() & reference.column_names()
+        names = sorted(name for name in common if name.startswith(FEATURES))
+        if names and is_too_small("FID", store, reference, 2):
+            return {}
         results = {}
-        for name in sorted(store.column_names() & reference.column_names()):
-            if name.startswith(FEATURES):
-                ours = functional.moments(store.iter_column(name))
-                theirs = functional.moments(reference.iter_column(name))
-                results[f"fid_{name.removeprefix(FEATURES)}"] = functional.frechet_distance(ours, theirs)
+        for name in names:
+            ours = functional.moments(store.iter_column(name))
+            theirs = functional.moments(reference.iter_column(name))
+            results[f"fid_{name.removeprefix(FEATURES)}"] = functional.frechet_distance(ours, theirs)
         return results
 
 
@@ -172,6 +184,8 @@ class KernelDistance(FeatureComparison):
 
     def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
         """Return mean and standard deviation of the kernel distance, which can be negative."""
+        if is_too_small("KID", ours, theirs, 2):
+            return {}
         mean, std = functional.kernel_distance(ours, theirs)
         return {"kid_mean": mean, "kid_std": std}
 
@@ -183,6 +197,8 @@ class PrecisionRecall(FeatureComparison):
 
     def compare(self, ours: Tensor, theirs: Tensor) -> dict[str, float]:
         """Return precision and recall, each in [0, 1]."""
+        if is_too_small("precision and recall", ours, theirs, functional.NEIGHBORS + 1):
+            return {}
         precision, recall = functional.precision_recall(ours, theirs)
         return {"precision": precision, "recall": recall}
 

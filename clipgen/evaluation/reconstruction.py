@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from clipgen.checkpoint.vgg import load_lpips
 from clipgen.evaluation.features import feature_extractor
 from clipgen.models.losses import Averages
+
+logger = logging.getLogger(__name__)
 
 
 class ReconstructionMetrics(pl.Callback):
@@ -79,6 +82,15 @@ class ReconstructionMetrics(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Log the results."""
         module.log_dict(self.lpips_average.compute())
-        if not trainer.sanity_checking:
-            for name, metric in self.metrics.items():
+        if trainer.sanity_checking:
+            return
+        for name, metric in self.metrics.items():
+            if name == "rfid" and self.is_too_small(trainer):
+                logger.warning("rFID omitted: at least 2 images are needed")
+            else:
                 module.log(f"val/{name}", metric.compute())
+
+    def is_too_small(self, trainer: pl.Trainer) -> bool:
+        """Return whether all ranks together have seen fewer than the two images that a Frechet distance needs."""
+        count: Any = self.metrics["rfid"].real_features_num_samples
+        return bool(trainer.strategy.reduce(count.clone(), reduce_op="sum") < 2)

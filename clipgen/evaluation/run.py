@@ -74,7 +74,7 @@ def measure_reference(
         return reference
     identity = metrics.identity()
     folder = reference_folder(identity | reference.identity | {"parts": len(reference.chunks)})
-    collect(folder, reference, metrics, identity, rank=rank, world_size=world_size)
+    collect(folder, reference, metrics, identity, rank=rank, world_size=world_size, shared=True)
     return FeatureStore(folder)
 
 

@@ -125,7 +125,7 @@ class FolderImages:
         self.root = Path(root).expanduser()
         self.batch_size = batch_size
         self.workers = workers
-        self.files = [file for file in find_images(self.root) if Path(file).name not in GRID_FILES]
+        self.files = [file for file in find_images(self.root) if not is_grid(file)]
         if not self.files:
             raise ValueError(f"{root} must contain images, got only grids of images")
         self.first_size = self._read_size(self.files[0])
@@ -200,7 +200,7 @@ class FolderImages:
 
 
 class RealImages:
-    """The usable images of a dataset, center-cropped, as a reference.
+    """The usable images of a dataset, center-cropped, as a reference; without the grids that clipgen-sample writes.
 
     Args:
         name: a folder, tar shards (globs, braces) or ``"shapes"``.
@@ -225,6 +225,8 @@ class RealImages:
     ):
         self.batch_size = batch_size
         self.dataset = open_dataset(name, image_size, count, seed)
+        if isinstance(self.dataset, ImageFolder):
+            leave_out_grids(self.dataset)
         if files is not None:
             keep_files(self.dataset, files)
         self.chunks = list(self.dataset.split_into_chunks(IMAGES_PER_PART))
@@ -243,6 +245,20 @@ def open_dataset(name: str, image_size: int, count: int, seed: int) -> ImageSour
     if Path(name).expanduser().is_dir():
         return ImageFolder(name, image_size, train=False)
     return ImageShards(name, image_size, train=False)
+
+
+def is_grid(file: str) -> bool:
+    """Return whether a file has the name of a grid of images, which is not an image of the set."""
+    return Path(file).name in GRID_FILES
+
+
+def leave_out_grids(dataset: ImageFolder) -> None:
+    """Leave the grids of a folder out, as ``FolderImages`` does, so that its distance from itself is 0."""
+    if not any(map(is_grid, dataset.files)):
+        return
+    dataset.files = PackedStrings([file for file in dataset.files if not is_grid(file)])
+    if not len(dataset.files):
+        raise ValueError(f"{dataset.root} must hold images, got only grids of images")
 
 
 def keep_files(dataset: ImageSource, files: Collection[str]) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -20,6 +21,8 @@ EMBEDDING_PROMPT = "an embedding"
 # Pattern of the weight of a text in a mixture, and of a word that may be meant as one, such as "0,7" or "70%".
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 LIKE_A_NUMBER = r"[+-]?\d*[.,/]?\d+[\d.,/]*(?:[eE][+-]?\d+)?[%:*]?"
+# What ``prompt_kind`` returns, and images record as ``prompt_kind``.
+PROMPT_KINDS = ("text", "mixture", "image", "embedding")
 # Bytes of a file of prompts.
 MAX_FILE_BYTES = 16 << 20
 
@@ -35,6 +38,33 @@ def describe(prompt: Prompt) -> str:
             terms.append(f"{sign} {abs(weight):g} {text}")
         return " ".join(terms).removeprefix("+ ")
     return IMAGE_PROMPT if isinstance(prompt, Image.Image) else EMBEDDING_PROMPT
+
+
+def prompt_kind(prompt: Prompt) -> str:
+    """Return the kind of a prompt, one of ``PROMPT_KINDS``."""
+    if isinstance(prompt, str):
+        return "text"
+    if isinstance(prompt, Mapping):
+        return "mixture"
+    return "image" if isinstance(prompt, Image.Image) else "embedding"
+
+
+def recorded_kind(prompt: Any, kind: str | None) -> str:
+    """Return the kind of a prompt that an image records; images of older versions record only its description.
+
+    Args:
+        prompt: text or description, or a mixture.
+        kind: recorded kind; None if there is none.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    if kind is None:
+        kind = {IMAGE_PROMPT: "image", EMBEDDING_PROMPT: "embedding"}.get(prompt) if isinstance(prompt, str) else None
+        return kind or prompt_kind(prompt)
+    if kind not in PROMPT_KINDS:
+        raise ValueError(f"prompt_kind must be one of {', '.join(PROMPT_KINDS)}, got {kind!r:.60}")
+    return kind
 
 
 def parse_mixture(text: str) -> dict[str, float]:

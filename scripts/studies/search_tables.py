@@ -13,6 +13,7 @@ from clipgen.data.token_cache import TokenCacheDataset
 from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import GeneratedImages, RealImages
 from clipgen.generation.file_names import underscored
+from clipgen.hashing import hash_lines
 from clipgen.images import save_png
 from clipgen.visualization import line_chart
 from studies.results import markdown
@@ -69,9 +70,12 @@ def row_cells(row: SearchRow, num_images: int) -> dict[str, str]:
 
 
 def search_fid(study: Study, prompts: list[str], name: str, images: Tensor) -> float:
-    """Return the FID of images to real images of the same prompts."""
-    source = GeneratedImages(lambda captions, numbers: images[numbers], [""] * len(images), 0, {"search": name})
-    folder = study.output / "search" / underscored(name)
+    """Return the FID of images of the study's seeds to real images of the same prompts."""
+    identity = {"search": name, "seeds": study.args.seeds, "prompts": prompts}
+    source = GeneratedImages(lambda captions, numbers: images[numbers], [""] * len(images), 0, identity)
+    # The results of other seeds or prompts are kept in folders of their own.
+    digest = hash_lines([*map(str, study.args.seeds), *prompts])
+    folder = study.output / "search" / f"{underscored(name)}-{digest[:8]}"
     metrics = evaluate(folder, source, study.metrics.for_reference(), search_reference(study, prompts))
     assert metrics is not None
     return metrics["fid_0"]

@@ -35,9 +35,10 @@ from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import GeneratedImages, GenerateFn, RealImages, make_generate_fn
 from clipgen.generation.file_names import underscored
 from clipgen.generation.modality_gap import EmbeddingProjector, mean_shift
+from clipgen.hashing import hash_files
 from clipgen.images import save_png, to_pil
 from clipgen.sampling_params import SamplingParams
-from clipgen.storage.files import write_json
+from clipgen.storage.files import user_path, write_json
 from clipgen.visualization import grid
 from studies import rows as study_rows
 from studies.budget import equal_flops_steps, flops_per_step
@@ -324,9 +325,18 @@ class Study:
     # --------------------------------------------------------------------------------------------------- measuring
 
     def folder(self, row: Row, seed: int) -> Path:
-        """Return the folder of a row's results and grid."""
+        """Return the folder of a row's results and grid; the row of a generator has one for each generator."""
         name = underscored(row.name)
+        if row.system == "biggan_clip":
+            name += f"-{self.generator_hash[:8]}"
         return self.output / "rows" / f"{name}-{seed}"
+
+    @cached_property
+    def generator_hash(self) -> str:
+        """The hash of the files of the generator of BigGAN-CLIP, wherever they lie."""
+        path = user_path(self.args.generator.partition(":")[2])
+        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        return hash_files(files)
 
     def captions_of(self, row: Row) -> list[str]:
         """Return the prompt of each image of a row, in equal parts."""
@@ -340,6 +350,8 @@ class Study:
             captions = self.captions_of(row)
             generate = self.row_fn(row, seed)
             identity = {"row": row.name, "steps": self.args.steps, "equal": self.args.equal}
+            if row.system == "biggan_clip":
+                identity["generator"] = self.generator_hash
             source = GeneratedImages(generate, captions, SEED_STRIDE * seed, identity)
             evaluate(folder, source, self.metrics, self.reference)
             shown = captions[:: max(len(captions) // 8, 1)][:8]
