@@ -127,7 +127,7 @@ def test_script_measures_real_images_without_a_model(shards, trained, tmp_path, 
 
 def test_script_refuses_a_template_without_the_class(shards, trained, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recognize.py", "--data", str(shards), "--template", "a photo"])
-    with pytest.raises(SystemExit, match="--template must contain {label}, got 'a photo'"):
+    with pytest.raises(SystemExit, match=r"--template must contain {label}, got 'a photo'"):
         recognize.main()
 
 

@@ -39,9 +39,16 @@ def summary(images: FeatureStore, reference: FeatureStore | None = None) -> dict
 
 
 def check_reference(images: FeatureStore, reference: FeatureStore) -> None:
-    """Raise ValueError if the reference is empty; log a warning if either set is small."""
+    """Raise ValueError if the reference is empty; log a warning if the sets differ in size or one is small."""
     if not len(reference):
         raise ValueError(f"the reference must hold images, got none in {reference.folder}")
+    if len(images) != len(reference):
+        logger.warning(
+            "%d images are compared with %d of the reference: such an FID must not be compared with one of another "
+            "reference.",
+            len(images),
+            len(reference),
+        )
     smaller = min(len(images), len(reference))
     if smaller < ENOUGH_IMAGES:
         logger.warning(
