@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from clipgen.cli.console import guarded, set_up_logging
@@ -27,6 +27,9 @@ CHOICES = {
     "model_size": ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"),
     "logger": ("tensorboard", "csv", "wandb", "none"),
 }
+
+
+PAPER_EXPERIMENTS = ("coco", "imagenet")  # those of CLIP-GEN, to which variant=printed applies
 
 
 def main() -> None:
@@ -104,6 +107,7 @@ def run_job(config: DictConfig) -> float | None:
     from hydra.types import RunMode
 
     job = HydraConfig.get()
+    check_variant(job.runtime.choices)
     is_sweep = job.mode == RunMode.MULTIRUN
     if is_sweep:
         config.output = job.runtime.output_dir
@@ -111,6 +115,14 @@ def run_job(config: DictConfig) -> float | None:
     if is_sweep and value is None and not job.sweeper._target_.endswith("BasicSweeper"):
         raise ValueError("a search needs a validation, whose results it compares, got none: hold out some images")
     return value
+
+
+def check_variant(choices: Mapping[str, str | None]) -> None:
+    """Raise ValueError if a variant of the paper's recipes is combined with another recipe."""
+    variant = choices.get("variant")
+    experiment = choices.get("experiment")
+    if variant not in (None, "null") and experiment not in PAPER_EXPERIMENTS:
+        raise ValueError(f"variant={variant} needs experiment=coco or experiment=imagenet, got experiment={experiment}")
 
 
 def expected_error(error: Exception) -> Exception:
