@@ -71,7 +71,7 @@ class FrozenCLIP(pl.LightningModule):
     Args:
         model_name: ``"shapes"`` or ``"cifar10"`` (bundled), any open_clip architecture such as
             ``"ViT-B-32-quickgelu"``, a ``hf-hub:`` name, or a folder with ``open_clip_config.json`` and weights (what
-            ``scripts/train_clip.py`` writes).
+            ``python -m clipgen train_clip`` writes).
         pretrained: an open_clip tag (``"openai"``) or a checkpoint file; only for open_clip architectures. OpenAI's
             weights need QuickGELU; a name without it is corrected with a warning.
 
@@ -217,7 +217,7 @@ def find_folder(model_name: str) -> Path | None:
         return path.resolve()
     if path.is_dir():
         raise ValueError(
-            f"no open_clip_config.json in the CLIP folder {path}; scripts/train_clip.py writes such folders"
+            f"no open_clip_config.json in the CLIP folder {path}; python -m clipgen train_clip writes such folders"
         )
     return None
 

@@ -55,16 +55,18 @@ def parser() -> argparse.ArgumentParser:
 
 def add_models(group: argparse._ArgumentGroup) -> None:
     """Add the options of the frozen models."""
-    group.add_argument("--data", type=user_path, help="shards of make_shards.py, for cifar10")
-    group.add_argument("--clip", default="shapes", help="folder of train_clip.py, for cifar10")
+    group.add_argument("--data", type=user_path, help="shards of python -m clipgen make_shards, for cifar10")
+    group.add_argument("--clip", default="shapes", help="folder of python -m clipgen train_clip, for cifar10")
     group.add_argument("--second-clip", help="another CLIP that only scores (default: none)")
-    group.add_argument("--generator", help="biggan:FILE of the row BigGAN-CLIP, as train_generator.py writes it")
+    group.add_argument(
+        "--generator", help="biggan:FILE of the row BigGAN-CLIP, as python -m clipgen train_generator writes it"
+    )
     group.add_argument("--vqgan", help="run of stage 1 (default: the bundled one for shapes)")
     group.add_argument(
         "--classifier",
         type=user_path,
         default=Path("runs/classifier/classifier.pt"),
-        help="file of train_classifier.py, for cifar10 (default: %(default)s)",
+        help="file of python -m clipgen train_classifier, for cifar10 (default: %(default)s)",
     )
 
 
@@ -131,7 +133,7 @@ def require_same_settings(args: argparse.Namespace) -> None:
     try:
         require_same_identity(args.output, read_json(path) if path.is_file() else settings, settings)
     except ValueError as error:
-        raise SystemExit(f"study.py: error: {error}") from error
+        raise SystemExit(f"python -m clipgen study: error: {error}") from error
     write_json(path, settings)
 
 

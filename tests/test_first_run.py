@@ -234,6 +234,7 @@ EARLY = {
     "clipgen-baseline biggan-clip --generator biggan:/none --prompt ring": "clipgen.cli.baseline",
     "clipgen-baseline search --generator /none --prompt ring": "clipgen.cli.baseline",
     "clipgen-baseline class --checkpoint /none --class dog": "clipgen.cli.baseline",
+    "clipgen-app --checkpoint /none": "clipgen.cli.app",
     "clipgen-demo model.chh=1": "clipgen.cli.demo",
     "clipgen-demo --resume": "clipgen.cli.demo",
 }

@@ -28,7 +28,7 @@ from clipgen.cli.model_path import check_generator_path, check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.hardware.device import default_device
 from clipgen.storage.files import user_path
-from clipgen.storage.output_folder import output_folder
+from clipgen.storage.output_folder import free_folder, output_folder
 
 if TYPE_CHECKING:
     from clipgen import VQGAN, FrozenCLIP
@@ -51,7 +51,10 @@ def parser() -> argparse.ArgumentParser:
     for system in systems.choices.values():
         group = system.add_argument_group("output and hardware")
         group.add_argument(
-            "--output", type=user_path, default=Path("baseline"), help="output folder (default: %(default)s)"
+            "--output",
+            type=user_path,
+            default=Path("baseline"),
+            help="output folder, numbered if it holds results (default: %(default)s)",
         )
         group.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
         group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")
@@ -110,6 +113,7 @@ def run() -> None:
         args.caption_groups = read_caption_groups(args)
         args.prompts = [group[0] for group in args.caption_groups]
     args.device = args.device or default_device()
+    args.output = free_folder(args.output, "*.png", "search.*", "best", "all")
     with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)
 

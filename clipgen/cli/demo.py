@@ -316,7 +316,7 @@ def write_report(output: Path, accuracy: dict[str, float], seconds: dict[str, fl
 def print_results(output: Path, accuracy: dict[str, float], seconds: dict[str, float]) -> None:
     """Print the accuracy as a table, the durations and what to do next."""
     say("")
-    say(f"Of {NUM_PROMPTS} prompts, which the generator has not seen but its CLIP has, images that show what the prompt says:")
+    say(f"Correct images of {NUM_PROMPTS} prompts; the generator has seen none of the prompts, its CLIP has seen all:")
     for name, value in accuracy.items():
         say(f"  {name:<11} {value:6.1%}")
     say("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -183,12 +183,23 @@ def run() -> None:
             say(f"This process has finished its share; waiting for the others: {args.output}")
             return
         name = args.name or args.checkpoint or args.vqgan or str(args.images)
-        row = results_table([(name, results)], args.features, args.captioner or "")
+        row = results_table([(name, results)], args.features, args.captioner or "") + classifier_note(args.features)
         with atomic_write(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
     for line in row.splitlines():
         say(line)
     say(f"Protocol: {args.output / METRICS_FILE}")
+
+
+def classifier_note(features: str) -> str:
+    """Return lines that state the accuracy of the classifier whose features are used; empty for other features."""
+    from clipgen.evaluation.classifier import accuracy_sentence, load_classifier
+
+    prefix, _, path = features.partition(":")
+    if prefix != "classifier":
+        return ""
+    _, about = load_classifier(Path(path).expanduser())
+    return f"\n{accuracy_sentence(about)}\n"
 
 
 def check_arguments(args: argparse.Namespace) -> None:

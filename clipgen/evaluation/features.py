@@ -72,7 +72,7 @@ def feature_extractor(name: str) -> Features:
               ``"inception-clean"``: the same network after clean-fid's antialiased resize (arXiv:2104.11222). The
               weights are torch-fidelity's download, or a file: ``"inception:FILE"``.
             - ``"clip:MODEL"`` or ``"clip:MODEL:TAG"``: an image encoder, named as for ``FrozenCLIP``.
-            - ``"classifier:FILE"``: the classifier of small images that scripts/train_classifier.py trains.
+            - ``"classifier:FILE"``: the classifier of small images that ``python -m clipgen train_classifier`` trains.
             - ``"torchvision:MODEL"``, ``"timm:MODEL"``: the input of a classifier's last layer, with the model's own
               preprocessing. The weights are the usual download, or a file: ``"torchvision:MODEL:FILE"``.
             - ``"module:function"``: any function of images (B, 3, H, W) in [-1, 1] that returns (B, F).

@@ -257,7 +257,7 @@ class ShapesAccuracy:
     network: ClassVar[str] = ""
 
     def columns(self, batch: MetricBatch) -> dict[str, Tensor]:
-        """Return whether all attributes, and each alone, are right, (B, 5)."""
+        """Return whether all attributes, and each alone, are correct, (B, 5)."""
         if not batch.settings.shapes:
             return {}
         expected = [parse(caption) for caption in batch.captions]
