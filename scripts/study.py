@@ -9,9 +9,11 @@
 
 All transformers are trained on one token cache, with equal floating-point operations (--equal steps: as many steps).
 Rate and schedule of each row are tuned on one small grid, its sampling parameters on prompts (CIFAR-10: seeds) that
-are not reported. --second-clip names a CLIP of another seed and other data, which scores the images of the first one:
+are not reported. --second-clip names a CLIP of another seed and other data, which scores the images of the first one;
+for CIFAR-10 the first one (--clip) is then trained on the other half of the shards:
 
     python -m clipgen train_shapes_clip --output runs/second-clip --seed 1
+    python -m clipgen train_clip --data data/cifar10 --output runs/first-clip --shards 'train-00000[0-4].tar'
     python -m clipgen train_clip --data data/cifar10 --output runs/second-clip --seed 1 --shards 'train-00000[5-9].tar'
 
 Existing results are kept: an interrupted study resumes, and --seeds may be extended.
