@@ -156,7 +156,7 @@ def test_table_states_the_classifiers_error_and_the_floor(shards, trained):
     row = recognize.describe(classifier, real.floats(slice(None)), real.labels, reference)
     assert row["fid"] == pytest.approx(0, abs=1e-6) and row["precision"] == row["recall"] == 1
     text = recognize.table({"real images": row}, about)
-    assert f"The classifier is right on {about['accuracy']['all']:.1%}" in text and "| real images | 8 |" in text
+    assert f"The accuracy of the classifier is {about['accuracy']['all']:.1%}" in text and "| real images | 8 |" in text
 
 
 def test_images_of_other_shards_are_no_floor(shards, trained, tmp_path):
