@@ -138,7 +138,7 @@ def evaluator_error(study: Study) -> str:
     """Return a sentence about the accuracy of the evaluator or classifier."""
     if study.is_shapes:
         correct = [correct_values(study, REAL, seed) for seed in study.args.seeds]
-        return f"The rules judge {with_interval(correct, 100, 2)} % of the real images correctly."
+        return f"The rules accept {with_interval(correct, 100, 2)} % of the real images."
     return accuracy_sentence(study.classifier[1])
 
 

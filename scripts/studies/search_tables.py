@@ -20,7 +20,8 @@ from studies.rows import Row
 from studies.workspace import SEED_STRIDE, Study
 
 SEARCH_PROMPTS = 20
-REAL_SEED = 7  # of the real images, which are other ones than those of the reference
+# Seed of the real images, which differ from those of the reference.
+REAL_SEED = 7
 
 
 def search_tables(study: Study) -> str:
