@@ -90,7 +90,7 @@ def last_grid(run: Path, name: str) -> Image.Image:
     """Return the last image grid of a kind, such as "reconstructions", that a run wrote."""
     files = sorted((run / "grids").glob(f"{name}_*.png"))
     if not files:
-        sys.exit(f"compare_runs.py: error: no {name}_*.png in {run / 'grids'}")
+        sys.exit(f"python -m clipgen compare_runs: error: no {name}_*.png in {run / 'grids'}")
     return Image.open(files[-1]).convert("RGB")
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     args = parser().parse_args()
     for run in args.runs:
         if not (run / "metrics.csv").is_file():
-            sys.exit(f"compare_runs.py: error: no metrics.csv in {run}; train with logger=csv")
+            sys.exit(f"python -m clipgen compare_runs: error: no metrics.csv in {run}; train with logger=csv")
     names = short_names(args.runs)
     runs = {name: read_curves(run, args.metrics) for name, run in names.items()}
     print(table(runs, args.metrics))

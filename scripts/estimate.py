@@ -60,9 +60,8 @@ class Estimate:
 
 def estimate(stage: str, overrides: list[str]) -> Estimate:
     """Return the estimate of a stage, as composed by Hydra with overrides."""
-    config = node_to_dict(
-        compose_config(f"stage={stage}", *PLACEHOLDERS, *overrides, *["vqgan=x"] * (stage != "vqgan"))
-    )
+    tokenizer = [] if stage == "vqgan" else ["vqgan=x"]
+    config = node_to_dict(compose_config(f"stage={stage}", *PLACEHOLDERS, *overrides, *tokenizer))
     batch_size = config["data"]["batch_size"]
     with torch.device("meta"):
         model = build_model(stage, config, overrides)

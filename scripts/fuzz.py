@@ -173,7 +173,8 @@ def safetensors_maker(source: Path, name: str) -> Callable[[random.Random, Path]
     """Return a function that copies a folder with a mutated safetensors header."""
     content = (source / name).read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
-    header, tensors = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header = json.loads(content[8 : 8 + length])
+    tensors = content[8 + length :]
 
     def make(rng: random.Random, folder: Path) -> Path:
         link_folder(source, folder, name)
@@ -361,8 +362,13 @@ def read_shard(path: Path) -> object:
 
 def targets() -> dict[str, Target]:
     """Return all readers of foreign files, by name."""
-    vqgan, transformer, clip = SHAPES / "vqgan", SHAPES / "transformer", SHAPES / "clip"
-    load_clip = lambda folder: FrozenCLIP(str(folder))
+    vqgan = SHAPES / "vqgan"
+    transformer = SHAPES / "transformer"
+    clip = SHAPES / "clip"
+
+    def load_clip(folder: Path) -> FrozenCLIP:
+        return FrozenCLIP(str(folder))
+
     return {
         "checkpoint": Target(make_checkpoint, read_checkpoint),
         "vqgan-config": Target(json_maker(vqgan, "config.json"), VQGAN.load),

@@ -52,13 +52,17 @@ def main() -> None:
         return pipe.generate(pipe.encode_text([str(attributes) for attributes in expected]), args.seed, **sampling)
 
     print(f"| prompts | images | {' | '.join(COLUMNS)} |\n|{'---|' * (2 + len(COLUMNS))}")
-    repeated = [attributes for attributes in held_out for _ in range(args.num_images)]
+    repeated = []
+    indices_by_pair: dict[str, list[int]] = {}
+    for attributes in held_out:
+        first = len(repeated)
+        repeated += [attributes] * args.num_images
+        pair = f"{attributes.color} {attributes.shape}"
+        indices_by_pair.setdefault(pair, []).extend(range(first, len(repeated)))
     images = generate(repeated)
     results = {"held out": print_row("held out", images, repeated)}
-    for color, shape in sorted({(attributes.color, attributes.shape) for attributes in held_out}):
-        indices = [i for i, attributes in enumerate(repeated) if (attributes.color, attributes.shape) == (color, shape)]
-        name = f"{color} {shape}"
-        results[name] = print_row(name, images[indices], [repeated[i] for i in indices])
+    for pair, indices in sorted(indices_by_pair.items()):
+        results[pair] = print_row(pair, images[indices], [repeated[i] for i in indices])
     results["seen"] = print_row("seen", generate(seen), seen)
     if args.output:
         write_json(args.output, {"fraction": args.fraction, **sampling, **results})

@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
         require_new(args.output)
         folder = Path(args.source).expanduser()
         if folder.is_dir():
-            splits, class_names = from_folder(folder, args), None
+            splits = from_folder(folder, args)
+            class_names = None
         else:
             splits, class_names = from_torchvision(args.source, args)
         write(splits, class_names, args.output, args.shard_size)

@@ -29,14 +29,17 @@ from train_classifier import LabeledImages, load_images, shard_sizes, split_shar
 from clipgen import VQGAN, TextToImage
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.evaluation import functional
-from clipgen.evaluation.classifier import BATCH_SIZE, ImageClassifier, load_classifier
+from clipgen.evaluation.classifier import BATCH_SIZE, ImageClassifier, accuracy_sentence, load_classifier
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.evaluation.sources import make_generate_fn
 from clipgen.generation.file_names import underscored
 from clipgen.images import psnr, rounded, save_png, to_pil
 from clipgen.sampling_params import SamplingParams
 from clipgen.storage.files import user_path, write_json
+from clipgen.storage.output_folder import free_folder
 from clipgen.visualization import grid
+
+PROGRAM = "python -m clipgen recognize"
 
 
 def recognized(classifier: ImageClassifier, images: Tensor, labels: Tensor) -> Tensor:
@@ -86,6 +89,8 @@ def held_out_images(data: Path, image_size: int, count: int, about: dict[str, An
     """
     _, shards = split_shards(data, about["trained"]["held_out"])
     if not shards or list(about["trained"]["data"]) != list(shard_sizes(data)):
+        reason = "it was trained on other shards" if shards else "no shard was held out of its training"
+        print(f'There is no row "real images": {reason}', file=sys.stderr)
         return None
     images = load_images(shards, image_size)
     chosen = torch.linspace(0, len(images) - 1, min(count, len(images))).round().long()
@@ -93,11 +98,9 @@ def held_out_images(data: Path, image_size: int, count: int, about: dict[str, An
 
 
 def table(rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return a Markdown table whose heading states the classifier's error."""
-    low, high = about["accuracy"]["interval"]
-    accuracy = f"{about['accuracy']['all']:.1%} ({low:.1%} to {high:.1%}) of real validation images"
+    """Return a Markdown table whose heading states the classifier's accuracy."""
     lines = [
-        f"The classifier is right on {accuracy}. In parentheses: 95 % intervals.",
+        f"{accuracy_sentence(about)} In parentheses: 95 % intervals.",
         "",
         "| | images | recognized | FID | precision | recall | class kept | PSNR |",
         "|---|---|---|---|---|---|---|---|",
@@ -106,7 +109,8 @@ def table(rows: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
         name += sampling_label(row.get("settings", {}))
         low, high = row["interval"]
         recognition = f"{row['recognized']:.1%} ({low:.1%} to {high:.1%})"
-        kept, decibels = (f"{row['class_kept']:.1%}", f"{row['psnr']:.2f} dB") if "psnr" in row else ("-", "-")
+        kept = f"{row['class_kept']:.1%}" if "class_kept" in row else "-"
+        decibels = f"{row['psnr']:.2f} dB" if "psnr" in row else "-"
         lines.append(
             f"| {name} | {row['images']} | {recognition} | {row['fid']:.4f} | {row['precision']:.3f} "
             f"| {row['recall']:.3f} | {kept} | {decibels} |"
@@ -129,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
         "--classifier",
         type=user_path,
         default=Path("runs/classifier/classifier.pt"),
-        help="file of train_classifier.py (default: %(default)s)",
+        help="file of python -m clipgen train_classifier (default: %(default)s)",
     )
     p.add_argument("--checkpoint", nargs="+", default=[], help="stage-2 runs or pipelines whose images are evaluated")
     p.add_argument("--vqgan", nargs="+", default=[], help="stage-1 runs whose reconstructions are evaluated")
@@ -147,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=user_path,
         default=Path("runs/recognize"),
-        help="folder of the grids, recognized.json and recognized.md (default: %(default)s)",
+        help="folder of the grids, recognized.json and recognized.md, numbered if it holds some (default: %(default)s)",
     )
     return p
 
@@ -156,14 +160,15 @@ def main() -> None:
     """Load the classifier, and evaluate the model."""
     args = parser().parse_args()
     if not (args.data / "classes.json").is_file():
-        sys.exit(f"recognize.py: error: no classes.json in {args.data}; scripts/make_shards.py writes it")
+        sys.exit(f"{PROGRAM}: error: no classes.json in {args.data}; python -m clipgen make_shards writes it")
     if "{label}" not in args.template:
-        sys.exit(f"recognize.py: error: --template must contain {{label}}, got {args.template!r}")
+        sys.exit(f"{PROGRAM}: error: --template must contain {{label}}, got {args.template!r}")
     class_names = json.loads((args.data / "classes.json").read_text())
     try:
         classifier, about = load_classifier(args.classifier)
     except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"recognize.py: error: {error}")
+        sys.exit(f"{PROGRAM}: error: {error}")
+    args.output = free_folder(args.output, "recognized.*", "grid_*.png")
     args.output.mkdir(parents=True, exist_ok=True)
     rows = {}
     for name, row in evaluate(args, classifier, about, class_names):
@@ -171,6 +176,7 @@ def main() -> None:
         write_json(args.output / "recognized.json", {"rows": rows, "classifier": about})
         (args.output / "recognized.md").write_text(table(rows, about))
     print(table(rows, about))
+    print(f"Results: {args.output}", file=sys.stderr)
 
 
 def evaluate(

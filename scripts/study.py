@@ -9,9 +9,11 @@
 
 All transformers are trained on one token cache, with equal floating-point operations (--equal steps: as many steps).
 Rate and schedule of each row are tuned on one small grid, its sampling parameters on prompts (CIFAR-10: seeds) that
-are not reported. --second-clip names a CLIP of another seed and other data, which scores the images of the first one:
+are not reported. --second-clip names a CLIP of another seed and other data, which scores the images of the first one;
+for CIFAR-10 the first one (--clip) is then trained on the other half of the shards:
 
     python -m clipgen train_shapes_clip --output runs/second-clip --seed 1
+    python -m clipgen train_clip --data data/cifar10 --output runs/first-clip --shards 'train-00000[0-4].tar'
     python -m clipgen train_clip --data data/cifar10 --output runs/second-clip --seed 1 --shards 'train-00000[5-9].tar'
 
 Existing results are kept: an interrupted study resumes, and --seeds may be extended.
@@ -55,16 +57,18 @@ def parser() -> argparse.ArgumentParser:
 
 def add_models(group: argparse._ArgumentGroup) -> None:
     """Add the options of the frozen models."""
-    group.add_argument("--data", type=user_path, help="shards of make_shards.py, for cifar10")
-    group.add_argument("--clip", default="shapes", help="folder of train_clip.py, for cifar10")
+    group.add_argument("--data", type=user_path, help="shards of python -m clipgen make_shards, for cifar10")
+    group.add_argument("--clip", default="shapes", help="folder of python -m clipgen train_clip, for cifar10")
     group.add_argument("--second-clip", help="another CLIP that only scores (default: none)")
-    group.add_argument("--generator", help="biggan:FILE of the row BigGAN-CLIP, as train_generator.py writes it")
+    group.add_argument(
+        "--generator", help="biggan:FILE of the row BigGAN-CLIP, as python -m clipgen train_generator writes it"
+    )
     group.add_argument("--vqgan", help="run of stage 1 (default: the bundled one for shapes)")
     group.add_argument(
         "--classifier",
         type=user_path,
         default=Path("runs/classifier/classifier.pt"),
-        help="file of train_classifier.py, for cifar10 (default: %(default)s)",
+        help="file of python -m clipgen train_classifier, for cifar10 (default: %(default)s)",
     )
 
 
@@ -131,7 +135,7 @@ def require_same_settings(args: argparse.Namespace) -> None:
     try:
         require_same_identity(args.output, read_json(path) if path.is_file() else settings, settings)
     except ValueError as error:
-        raise SystemExit(f"study.py: error: {error}") from error
+        raise SystemExit(f"python -m clipgen study: error: {error}") from error
     write_json(path, settings)
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipgen.data.webdataset import ImageShards
-from clipgen.evaluation.classifier import WHITENING_SIZE, WIDTHS, ImageClassifier
+from clipgen.evaluation.classifier import WHITENING_SIZE, WIDTHS, ImageClassifier, shifted
 from clipgen.evaluation.intervals import wilson_interval
 from clipgen.hardware.processor import has_bf16_units
 from clipgen.nonfinite import check_loss
@@ -43,7 +43,9 @@ WEIGHT_DECAY = 1.33e-3
 BIAS_SCALE = 64
 LABEL_SMOOTHING = 0.2
 # Fractions of the peak learning rate at the start and the end, and position of the peak in the training.
-START, END, PEAK = 0.2, 0.07, 0.23
+START = 0.2
+END = 0.07
+PEAK = 0.23
 # Largest translation of a training image in pixels.
 TRANSLATION = 2
 # Epochs after which the biases of the first layer are frozen.
@@ -85,7 +87,8 @@ class LabeledImages:
 def load_images(shards: list[Path], image_size: int) -> LabeledImages:
     """Decode all images of some shards."""
     dataset = ImageShards([str(shard) for shard in shards], image_size, train=False, labels=True)
-    images, labels = [], []
+    images = []
+    labels = []
     for batch in torch.utils.data.DataLoader(dataset, 500):
         images.append(((batch["images"] + 1) * 127.5).round().to(torch.uint8))
         labels.append(batch["label"])
@@ -168,7 +171,9 @@ class Training:
             self.classifier.load_state_dict(saved["weights"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.average = saved["average"]
-            self.epoch, self.seconds, self.cpu_seconds = saved["epoch"], saved["seconds"], saved["cpu_seconds"]
+            self.epoch = saved["epoch"]
+            self.seconds = saved["seconds"]
+            self.cpu_seconds = saved["cpu_seconds"]
             return
         initialize_whitening(self.classifier, data.floats(slice(WHITENING_IMAGES)))
         self.average = {name: value.clone() for name, value in self.classifier.state_dict().items()}
@@ -246,16 +251,9 @@ class Training:
 
 def translated(images: Tensor, generator: torch.Generator) -> Tensor:
     """Translate each image at random; the border is mirrored."""
-    height, width = images.shape[-2:]
-    padded = F.pad(images, [TRANSLATION] * 4, mode="reflect")
     positions = 2 * TRANSLATION + 1
     corners = torch.randint(positions**2, (len(images),), generator=generator)
-    result = torch.empty_like(images)
-    for corner in range(positions**2):
-        y, x = divmod(corner, positions)
-        chosen = corners == corner
-        result[chosen] = padded[chosen, :, y : y + height, x : x + width]
-    return result
+    return shifted(images, torch.stack([corners // positions, corners % positions], dim=1) - TRANSLATION)
 
 
 def measure(classifier: ImageClassifier, data: LabeledImages, num_classes: int) -> dict[str, Any]:
@@ -285,16 +283,7 @@ def train(settings: Settings, data: Path, num_classes: int, output: Path) -> dic
     training = Training(settings, num_classes, output)
     training.start(images)
     while training.epoch < settings.epochs:
-        wall, cpu = time.perf_counter(), time.process_time()
-        loss = training.train_epoch(images)
-        training.seconds += time.perf_counter() - wall
-        training.cpu_seconds += time.process_time() - cpu
-        training.save()
-        print(
-            f"epoch {training.epoch}/{settings.epochs}  loss {loss:.4f}  "
-            f"{training.seconds:.0f} s, {training.cpu_seconds:.0f} s of CPU time",
-            flush=True,
-        )
+        train_timed_epoch(training, images)
     classifier = training.finish()
     validation = load_images(sorted(data.glob("val-*.tar")), settings.image_size)
     about = {
@@ -307,6 +296,21 @@ def train(settings: Settings, data: Path, num_classes: int, output: Path) -> dic
     with atomic_write(output / "classifier.pt") as partial:
         torch.save({"about": about, "weights": classifier.state_dict()}, partial)
     return about
+
+
+def train_timed_epoch(training: Training, images: LabeledImages) -> None:
+    """Train for one epoch, write the checkpoint, and print the loss and the time."""
+    wall_start = time.perf_counter()
+    cpu_start = time.process_time()
+    loss = training.train_epoch(images)
+    training.seconds += time.perf_counter() - wall_start
+    training.cpu_seconds += time.process_time() - cpu_start
+    training.save()
+    print(
+        f"epoch {training.epoch}/{training.settings.epochs}  loss {loss:.4f}  "
+        f"{training.seconds:.0f} s, {training.cpu_seconds:.0f} s of CPU time",
+        flush=True,
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -335,7 +339,10 @@ def main() -> None:
         parser().error("--epochs and --batch-size must be at least 1, and --held-out at least 0")
     classes = args.data / "classes.json"
     if not classes.is_file():
-        sys.exit(f"train_classifier.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
+        sys.exit(
+            f"python -m clipgen train_classifier: error: no {classes}; python -m clipgen make_shards writes it for "
+            "labeled data"
+        )
     settings = Settings(
         args.epochs,
         args.batch_size,
@@ -350,7 +357,7 @@ def main() -> None:
         with hold_lock(args.output):
             about = train(settings, args.data, len(json.loads(classes.read_text())), args.output)
     except (FileExistsError, ValueError) as error:
-        sys.exit(f"train_classifier.py: error: {error}")
+        sys.exit(f"python -m clipgen train_classifier: error: {error}")
     low, high = about["accuracy"]["interval"]
     print(
         f"accuracy on {about['accuracy']['images']} real validation images: {about['accuracy']['all']:.4f} "

@@ -28,6 +28,7 @@ from train_classifier import shard_sizes
 
 from clipgen.clip import VOCABULARY_FILE, FrozenCLIP, WordTokenizer
 from clipgen.data.webdataset import ImageShards
+from clipgen.evaluation.classifier import shifted
 from clipgen.nonfinite import check_loss, check_weights
 from clipgen.storage.atomic_folder import replace_folder
 from clipgen.storage.files import atomic_write, user_path, write_json
@@ -129,15 +130,10 @@ def train(
     done = load_checkpoint(checkpoint, settings, parts) if checkpoint.is_file() else 0
     start = time.time()
     for step, (images, labels) in zip(range(done + 1, steps + 1), batches_from(done)):
-        image = model.encode_image(preprocess(model, images), normalize=True)
-        loss = contrastive_loss(image, model.encode_text(tokens, normalize=True), labels, model.logit_scale.exp())
+        loss = loss_of(model, images, tokens, labels)
         check_loss(loss.item(), step)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        take_step(model, loss, optimizer)
         schedule.step()
-        model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
         if step % CHECKPOINT_EVERY == 0:
@@ -156,6 +152,21 @@ def claim_folder(output: Path) -> Iterator[Path]:
     """
     with output_folder(output), replace_folder(output, FILES) as folder:
         yield folder
+
+
+def loss_of(model: Any, images: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Return the contrastive loss of a batch of images and the tokens of all captions."""
+    image = model.encode_image(preprocess(model, images), normalize=True)
+    return contrastive_loss(image, model.encode_text(tokens, normalize=True), labels, model.logit_scale.exp())
+
+
+def take_step(model: Any, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take an optimizer step with clipped gradients; the temperature stays in CLIP's bound."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -231,10 +242,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 def augmented(images: Tensor, shift: int = 4) -> Tensor:
     """Shift each image by up to ``shift`` pixels in both directions; the border is mirrored."""
-    height, width = images.shape[-2:]
-    padded = F.pad(images, [shift] * 4, mode="reflect")
-    corners = torch.randint(2 * shift + 1, (len(images), 2)).tolist()
-    return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, corners)])
+    return shifted(images, torch.randint(2 * shift + 1, (len(images), 2)) - shift)
 
 
 def labeled_batches(urls: str, image_size: int, batch_size: int, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
@@ -282,7 +290,10 @@ def main() -> None:
         parser().error(f"--steps must be at least 1, got {args.steps}")
     classes = args.data / "classes.json"
     if not classes.is_file():
-        sys.exit(f"train_clip.py: error: no {classes}; scripts/make_shards.py writes it for labeled data")
+        sys.exit(
+            f"python -m clipgen train_clip: error: no {classes}; python -m clipgen make_shards writes it for labeled "
+            "data"
+        )
     if "{label}" not in args.template:
         parser().error(f"--template must contain {{label}}, the place of the class, got {args.template!r}")
     captions = [args.template.replace("{label}", label) for label in json.loads(classes.read_text())]

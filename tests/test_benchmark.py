@@ -17,7 +17,7 @@ from benchmarks.models import VARIANTS, merge, settings_of
 from benchmarks.timing import describe_machine
 
 from clipgen.data.token_cache import record_dtype
-from clipgen.hardware.processor import instruction_set
+from clipgen.hardware.processor import instruction_set, processor_name
 
 TINY = ["--n-layer", 1, "--n-embd", 8, "--codebook-size", 16, "--num-tokens", 4]
 
@@ -45,7 +45,10 @@ def test_variants_are_combined_in_nested_settings():
 
 def test_machine_description_names_the_processor():
     text = describe_machine("cpu")
-    assert f"CPU {instruction_set()} with" in text and f"{torch.get_num_threads()} threads" in text
+    assert (
+        text.startswith(f"{processor_name()}, CPU {instruction_set()} with")
+        and f"{torch.get_num_threads()} threads" in text
+    )
     assert f"torch {torch.__version__} (BLAS " in text
 
 

@@ -13,6 +13,7 @@ from clipgen.evaluation.captions import (
     read_captions,
     read_classes,
     select_captions,
+    write_captions,
 )
 
 
@@ -98,6 +99,18 @@ def test_selection_is_a_subset_or_all_in_turn():
     assert len(set(selected)) == 10
     assert selected == sorted(selected, key=lambda caption: int(caption.text))
     assert selected != select_captions(many, 10, 2)
+
+
+def test_selection_counts_images_of_several_captions(tmp_path):
+    captions = [Caption(f"{i // 5}.png", f"{i // 5} in words {i % 5}") for i in range(500)]
+    selected = select_captions(captions, 60, 3)
+    assert len({file for file, _ in selected}) == 60
+    assert len({text.split()[-1] for _, text in selected}) == 5  # not always the first
+    assert selected == sorted(selected, key=lambda caption: int(caption.file.removesuffix(".png")))
+    assert set(select_captions(captions, 500, 3)) == set(captions)
+    assert len({file for file, _ in select_captions(captions, 100, 3)}) == 100
+    write_captions(tmp_path / "captions.txt", selected)
+    assert read_captions(tmp_path / "captions.txt") == selected
 
 
 def test_classes_of_imagenet_are_known():

@@ -11,6 +11,7 @@ import recognize
 import torch
 import train_classifier
 
+from clipgen.cli.evaluate import classifier_note
 from clipgen.evaluation.classifier import ImageClassifier, load_classifier, shifted
 from clipgen.evaluation.features import feature_extractor
 from clipgen.generation.file_names import underscored
@@ -90,9 +91,12 @@ def test_translated_images_are_shifted_by_at_most_two_pixels():
 
 def test_shifted_views_move_along_the_diagonal():
     image = torch.arange(64.0).view(1, 1, 8, 8)
-    assert shifted(image, 1)[0, 0, 3, 3] == image[0, 0, 4, 4]
-    assert shifted(image, -1)[0, 0, 3, 3] == image[0, 0, 2, 2]
-    assert shifted(image, 0) is image
+    both = image.repeat(2, 1, 1, 1)
+    result = shifted(both, torch.tensor([[1, 1], [-1, 2]]))
+    assert result[0, 0, 3, 3] == image[0, 0, 4, 4]
+    assert result[1, 0, 3, 3] == image[0, 0, 2, 5]
+    assert result[1, 0, 0, 3] == image[0, 0, 1, 5]  # mirrored
+    assert shifted(image, torch.zeros(1, 2, dtype=torch.int64)) is image
 
 
 def test_mirrored_image_has_the_same_prediction(trained, images):
@@ -113,7 +117,7 @@ def test_images_of_another_size_are_resized_to_that_of_the_training(trained, ima
     enlarged = images.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert features.identity.endswith(" 32 px")
     resized = torch.nn.functional.interpolate(enlarged, (32, 32), mode="bicubic", antialias=True).clamp(-1, 1)
-    for of_enlarged, of_resized in zip(features.classify(enlarged), features.classify(resized)):
+    for of_enlarged, of_resized in zip(features.features_and_logits(enlarged), features.features_and_logits(resized)):
         assert torch.allclose(of_enlarged, of_resized)
     classifier, _ = load_classifier(trained)
     enlarged_features = recognize.features_of(classifier, enlarged)
@@ -135,6 +139,20 @@ def test_script_measures_real_images_without_a_model(shards, trained, tmp_path, 
     report = json.loads((tmp_path / "recognized.json").read_text())
     assert list(report["rows"]) == ["real images"] and report["rows"]["real images"]["images"] == 8
     assert "| real images | 8 |" in (tmp_path / "recognized.md").read_text() == capsys.readouterr().out[:-1]
+    before = (tmp_path / "recognized.md").read_bytes()
+    monkeypatch.setattr(recognize, "shard_sizes", lambda data: ["others"])
+    recognize.main()
+    assert 'no row "real images": it was trained on other shards' in capsys.readouterr().err
+    second = tmp_path.with_name(f"{tmp_path.name}-2")
+    assert second.is_dir()
+    assert (tmp_path / "recognized.md").read_bytes() == before
+
+
+def test_evaluation_states_the_accuracy_of_the_classifier(trained):
+    _, about = load_classifier(trained)
+    note = classifier_note(f"classifier:{trained}")
+    assert f"The accuracy of the classifier is {about['accuracy']['all']:.1%} (" in note and "on 8 real" in note
+    assert classifier_note("clip:shapes") == ""
 
 
 def test_script_refuses_a_template_without_the_class(shards, trained, monkeypatch):
@@ -150,7 +168,7 @@ def test_table_states_the_classifiers_error_and_the_floor(shards, trained):
     row = recognize.describe(classifier, real.floats(slice(None)), real.labels, reference)
     assert row["fid"] == pytest.approx(0, abs=1e-6) and row["precision"] == row["recall"] == 1
     text = recognize.table({"real images": row}, about)
-    assert f"The classifier is right on {about['accuracy']['all']:.1%}" in text and "| real images | 8 |" in text
+    assert f"The accuracy of the classifier is {about['accuracy']['all']:.1%}" in text and "| real images | 8 |" in text
 
 
 def test_images_of_other_shards_are_no_floor(shards, trained, tmp_path):

@@ -95,6 +95,9 @@ def test_class_and_search(call, class_run):
     assert [row["k"] for row in report["rows"]] == [1, 10, 20, 50, 100, 288]
     assert all(len(row["best"]) == 2 and row["needed"] == [None, None] for row in report["rows"])
     assert Image.open("t/search.png").width == 600  # Figure 2
+    result = call("clipgen-baseline", "class", "--checkpoint", "run", "--class", 7, "--num-images", 1, "--output", "t")
+    assert result.code == 0, result.stderr
+    assert json.loads(Path("t/search.json").read_text()) == report and Path("t-2/grid.png").is_file()
 
 
 def test_threshold_of_a_search_is_the_score_of_training_images_and_all_captions(two_folders, shapes_clip, tmp_path):

@@ -13,8 +13,17 @@ from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 
 from clipgen.checkpoint.vgg import MissingWeightsError
-from clipgen.cli.evaluate import captions_from, check_arguments, check_paths, fill_defaults, make_metrics, make_parser
+from clipgen.cli.evaluate import (
+    captions_from,
+    check_arguments,
+    check_paths,
+    fill_defaults,
+    make_metrics,
+    make_parser,
+    reference_source,
+)
 from clipgen.data.class_names import NAME_LISTS
+from clipgen.evaluation.captions import Caption
 from clipgen.evaluation.features import feature_extractor
 from clipgen.evaluation.sources import FolderImages, RealImages
 from clipgen.tokenizer_identity import vqgan_identity
@@ -317,6 +326,52 @@ def test_reference_holds_the_images_of_the_selected_captions(call, two_folders, 
     protocol = json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]
     assert protocol["images"] == 6
     assert protocol["reference"]["images"] == count
+
+
+def five_captions_each(path, count):
+    """Write captions in COCO's layout: five of each of ``count`` images."""
+    images = [{"id": number, "file_name": f"{number:03d}.png"} for number in range(count)]
+    annotations = []
+    for number in range(count):
+        for shape in ("ring", "star", "cross", "heart", "square"):
+            annotations.append({"image_id": number, "caption": f"a large red {shape} on a white background"})
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return path
+
+
+def test_reference_holds_as_many_images_as_are_generated(call, two_folders, tmp_path, caplog):
+    """Of images with five captions each, as in COCO: N captions are those of N images."""
+    captions = five_captions_each(tmp_path / "coco.json", 30)
+    options = ("--reference", two_folders[1], "--output", tmp_path / "out", *OFFLINE)
+    done = call("--checkpoint", "shapes", "--captions", captions, "--num-images", 20, *options)
+    assert done.code == 0, done.stderr
+    assert "Images: 20, reference: 20 images" in done.stdout and "are compared with" not in caplog.text
+    protocol = json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]
+    assert protocol["images"] == 20 and protocol["reference"]["images"] == 20
+    selected = (tmp_path / "out/captions.txt").read_text().splitlines()
+    assert len({line.split("\t")[0] for line in selected}) == 20
+
+
+@pytest.mark.parametrize(("options", "count"), [((), 24), (("--whole-reference",), 30)])
+def test_reference_of_a_folder_holds_the_images_that_it_shows(call, two_folders, tmp_path, caplog, options, count):
+    """Another system, asked for the same captions, is compared with the same images."""
+    captions = five_captions_each(tmp_path / "coco.json", 30)
+    names = ("--images", two_folders[0], "--captions", captions, "--reference", two_folders[1])
+    done = call(*names, *options, "--output", tmp_path / "out", *OFFLINE)
+    assert done.code == 0, done.stderr
+    protocol = json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]
+    assert protocol["images"] == 24 and protocol["reference"]["images"] == count
+    assert ("24 images are compared with 30 of the reference" in caplog.text) == (count == 30)
+
+
+def test_reference_with_other_file_names_is_used_whole(tmp_path, two_folders, caplog):
+    (tmp_path / "theirs").mkdir()
+    for number in range(3):
+        (tmp_path / f"theirs/picture{number}.png").touch()
+    names = [Caption(f"picture{number}.png", "a dog") for number in range(3)]
+    args = make_parser().parse_args(["--images", str(tmp_path / "theirs"), "--reference", str(two_folders[1])])
+    assert reference_source(args, 32, names).dataset.count_images().images == 30
+    assert "The captions name no image of the reference" in caplog.text
 
 
 def test_images_are_scored_with_all_of_their_captions(call, two_folders, tmp_path, shapes_clip):

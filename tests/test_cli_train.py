@@ -551,6 +551,10 @@ ERRORS = {
     ),
     "output in a file": ([*VQGAN, *SHAPES, "output={damaged}/run"], "output must be a folder .*, got .*run"),
     "output that cannot be": ([*VQGAN, *SHAPES, "output=/proc/none/run"], "output must be a folder .*, got /proc"),
+    "variant of another recipe": (
+        [*VQGAN, *SHAPES, "variant=printed"],
+        "variant=printed needs experiment=coco or experiment=imagenet, got experiment=shapes",
+    ),
     "sweep over stages": (["--multirun", "stage=vqgan,transformer"], "--multirun cannot sweep over stage"),
     "no VGG": (
         [*VQGAN, *SHAPES, "model.loss.perceptual_weight=1", "model.loss.vgg_weights=/none"],
@@ -666,7 +670,7 @@ def test_help_lists_every_choice_of_the_files(call):
     folder = Path(config_dir())
     files = {group: {file.stem for file in (folder / group).glob("*.yaml")} for group in CHOICES}
     assert {group: set(options) for group, options in CHOICES.items()} == files
-    shown_elsewhere = {"stage", "recipe", "trainer", "variant_recipe"}
+    shown_elsewhere = {"stage", "recipe", "trainer", "variant_recipe", "variant_data"}
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(CHOICES) | shown_elsewhere
     text = call("--help").stdout
     assert text.index("experiment=shapes|cifar10") < text.index("data=folder|") < text.index("logger=tensorboard|")

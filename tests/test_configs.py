@@ -15,6 +15,7 @@ from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS
 from omegaconf import OmegaConf
 
 from clipgen.cli.config import compose_config, config_dir, instantiate_node
+from clipgen.cli.train import PAPER_EXPERIMENTS, check_variant
 from clipgen.clip import FrozenCLIP
 from clipgen.data.folder import folder_data
 from clipgen.data.huggingface import huggingface_data
@@ -294,6 +295,15 @@ def test_printed_variant_of_stage_1_builds_with_the_papers_objective(name):
     assert (gan.loss, gan.adaptive, gan.weight) == ("minimax", False, 1)
     assert list(vqgan.optimizer_config.betas) == [0.9, 0.999]
     assert vqgan.quantizer_config.codebook_size == 16384 and config.trainer.max_epochs == 100
+    assert config.data.get("val_fraction") == (0 if name == "coco" else None)  # the complete set of images
+
+
+def test_printed_variant_belongs_to_the_papers_experiments():
+    for name in PAPER_EXPERIMENTS:
+        check_variant({"experiment": name, "variant": "printed"})
+    check_variant({"experiment": "modern", "variant": None})
+    with pytest.raises(ValueError, match=r"variant=printed needs experiment=coco or .*, got experiment=modern"):
+        check_variant({"experiment": "modern", "variant": "printed"})
 
 
 @pytest.mark.parametrize("name", ["coco", "imagenet"])

@@ -21,6 +21,7 @@ from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
 from omegaconf import OmegaConf
 from PIL import Image
 
+from clipgen import VQGAN as Tokenizer
 from clipgen.cli.config import compose_config
 from clipgen.data.webdataset import estimate_images
 from clipgen.training.callbacks.metric_printer import explain_dead_codes, explain_ema
@@ -109,6 +110,19 @@ def test_images_in_shards_are_estimated_from_the_first(photos, monkeypatch, tmp_
 def test_few_validation_images_give_a_warning(caplog, images):
     warn_of_few_images(SimpleNamespace(val=range(images) if images else None))
     assert ("Validation has" in caplog.text) == (images in (1, 49))
+    assert ("There is no validation" in caplog.text) == (images == 0)
+
+
+def test_training_without_validation_exports_its_last_checkpoint(call, photos, tmp_path, caplog):
+    """As with variant=printed, which trains on all images of a folder."""
+    result = call(*VQGAN, *FOLDER, *SMALL, "data.val_fraction=0")
+    assert result.code == 0, result.stderr
+    assert "There is no validation" in caplog.text
+    assert not (tmp_path / "run/checkpoints/best.ckpt").exists()
+    exported = Tokenizer.load(tmp_path / "run/vqgan").state_dict()
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    name = next(name for name in exported if name.endswith("conv_in.weight"))
+    assert torch.equal(exported[name], last[name])
 
 
 def test_lagging_ema_and_dead_codes_are_explained(tiny_vqgan):
@@ -222,6 +236,7 @@ EARLY = {
     "clipgen-baseline biggan-clip --generator biggan:/none --prompt ring": "clipgen.cli.baseline",
     "clipgen-baseline search --generator /none --prompt ring": "clipgen.cli.baseline",
     "clipgen-baseline class --checkpoint /none --class dog": "clipgen.cli.baseline",
+    "clipgen-app --checkpoint /none": "clipgen.cli.app",
     "clipgen-demo model.chh=1": "clipgen.cli.demo",
     "clipgen-demo --resume": "clipgen.cli.demo",
 }

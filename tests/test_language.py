@@ -360,21 +360,26 @@ def test_functions_are_short():
 
 
 def test_no_function_is_longer_than_50_lines():
-    failures = [f"{text}, {length} lines" for length, text in functions(PACKAGE) if length > 50]
+    failures = []
+    for length, text in functions(PYTHON):
+        # Replicate reads the inputs of a model from the signature of this function.
+        if length > 50 and not text.startswith("scripts/replicate/runner.py"):
+            failures.append(f"{text}, {length} lines")
     assert not failures, "\n".join(failures)
 
 
-def test_comprehensions_are_rare():
+@pytest.mark.parametrize(("paths", "limit"), [(PACKAGE, 0.02), (PYTHON, 0.021)], ids=["package", "with scripts"])
+def test_comprehensions_are_rare(paths, limit):
     kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
     lines = 0
     densities = []
     total = 0
-    for path in PACKAGE:
+    for path in paths:
         source = path.read_text(encoding="utf-8")
         number = sum(isinstance(node, kinds) for node in ast.walk(ast.parse(source)))
         length = source.count("\n")
         total += number
         lines += length
-        densities.append((number - 0.02 * length, place(path, 1, f"{number} in {length} lines")))
+        densities.append((number - limit * length, place(path, 1, f"{number} in {length} lines")))
     densest = "\n".join(text for _, text in sorted(densities, reverse=True)[:15])
-    assert total <= 0.02 * lines, f"{total} comprehensions in {lines} lines; the densest files:\n{densest}"
+    assert total <= limit * lines, f"{total} comprehensions in {lines} lines; the densest files:\n{densest}"

@@ -104,6 +104,17 @@ def test_matrices_of_equal_shape_are_iterated_together(monkeypatch):
     assert shapes == [(2, 16, 48), (2, 16, 16), (4, 16, 64)]
 
 
+def test_compiled_iteration_gives_the_same_update(monkeypatch):
+    """As on a GPU, but with the backend that runs the traced operations themselves."""
+    plain = parameters_of(matrices(0))
+    step(plain, Muon(plain, **OPTIONS), range(1, 4))
+    compiled = torch.compile(muon.newton_schulz, dynamic=False, backend="eager", fullgraph=True)
+    monkeypatch.setattr(muon, "iteration", lambda device_type: compiled)
+    parameters = parameters_of(matrices(0))
+    step(parameters, Muon(parameters, **OPTIONS), range(1, 4))
+    torch.testing.assert_close(parameters, plain)
+
+
 def spectra() -> list[Tensor]:
     """Return wide matrices with singular values of about one size, of few sizes, and over five decades."""
     generator = torch.Generator().manual_seed(0)

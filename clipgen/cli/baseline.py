@@ -31,7 +31,7 @@ from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.hardware.device import default_device
 from clipgen.sampling_params import check_seed
 from clipgen.storage.files import user_path
-from clipgen.storage.output_folder import output_folder
+from clipgen.storage.output_folder import free_folder, output_folder
 
 if TYPE_CHECKING:
     from clipgen import VQGAN, FrozenCLIP
@@ -54,7 +54,10 @@ def make_parser() -> argparse.ArgumentParser:
     for system in systems.choices.values():
         group = system.add_argument_group("output and hardware")
         group.add_argument(
-            "--output", type=user_path, default=Path("baseline"), help="output folder (default: %(default)s)"
+            "--output",
+            type=user_path,
+            default=Path("baseline"),
+            help="output folder, numbered if it holds results (default: %(default)s)",
         )
         group.add_argument("--seed", type=int, help=f"seed; image i uses seed + i (default: {DEFAULTS['seed']})")
         group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")
@@ -114,6 +117,7 @@ def run() -> None:
         args.caption_groups = read_caption_groups(args)
         args.prompts = [group[0] for group in args.caption_groups]
     args.device = args.device or default_device()
+    args.output = free_folder(args.output, "*.png", "search.*", "best", "all")
     with output_folder(args.output, keep_pattern="**/*.png"):
         args.run(args)
 

@@ -322,7 +322,9 @@ def write_report(output: Path, accuracy: dict[str, float], seconds: dict[str, fl
 def print_results(output: Path, accuracy: dict[str, float], seconds: dict[str, float]) -> None:
     """Print the accuracy as a table, the durations and what to do next."""
     print_line("")
-    print_line(f"Of {NUM_PROMPTS} prompts, none of them seen in training, the images that show what the prompt says:")
+    print_line(
+        f"Correct images of {NUM_PROMPTS} prompts; the generator has seen none of the prompts, its CLIP has seen all:"
+    )
     for name, value in accuracy.items():
         print_line(f"  {name:<11} {value:6.1%}")
     print_line("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from clipgen.evaluation.sources import FolderImages, GeneratedImages, RealImages
 
 logger = logging.getLogger(__name__)
+CAPTIONS_FILE = "captions.txt"
 DEFAULT_CLIP = "ViT-B-32-quickgelu:openai"  # the papers' CLIP
 # Options that have no effect in some combinations; None in the parser, so that it is known whether they are given.
 DEFAULT_SETTINGS: dict[str, Any] = {
@@ -111,8 +112,8 @@ def add_captions(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--num-images",
         type=int,
-        help="number of images to generate, one per caption, and to render for --reference shapes "
-        "(default: 30000, as in the papers; with --vqgan: 10000)",
+        help="number of images to generate, one per caption, and to render for --reference shapes; of captions that "
+        "name files, one of each of as many files (default: 30000, as in the papers; with --vqgan: 10000)",
     )
 
 
@@ -133,8 +134,8 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--reference",
         help="real images: folder, tar shards, shapes, or a folder of parts that was measured before; without it FID, "
-        "KID, precision and recall are omitted. If the captions name files of the folder, only the images of the "
-        "selected captions are used",
+        "KID, precision and recall are omitted. If the captions name files of the folder, only the images that they "
+        "describe are used: those of the selected captions, or those that --images holds",
     )
     group.add_argument("--whole-reference", action="store_true", help="use all images of the reference in any case")
     group.add_argument(
@@ -190,12 +191,23 @@ def run() -> None:
             print_line(f"This process has finished its share; waiting for the others: {args.output}")
             return
         name = args.name or args.checkpoint or args.vqgan or str(args.images)
-        row = results_table([(name, results)], args.features, args.captioner or "")
+        row = results_table([(name, results)], args.features, args.captioner or "") + classifier_note(args.features)
         with atomic_write(args.output / "row.md") as partial:
             partial.write_text(row, encoding="utf-8")
     for line in row.splitlines():
         print_line(line)
     print_line(f"Protocol: {args.output / METRICS_FILE}")
+
+
+def classifier_note(features: str) -> str:
+    """Return lines that state the accuracy of the classifier whose features are used; empty for other features."""
+    from clipgen.evaluation.classifier import accuracy_sentence, load_classifier
+
+    prefix, _, path = features.partition(":")
+    if prefix != "classifier":
+        return ""
+    _, about = load_classifier(Path(path).expanduser())
+    return f"\n{accuracy_sentence(about)}\n"
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -298,13 +310,17 @@ def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
     """Evaluate a model or a folder of images; None if other processes have not finished."""
     from clipgen.cli.progress_bar import progress_bar
     from clipgen.data.shapes import parse_caption
-    from clipgen.evaluation.captions import select_captions
+    from clipgen.evaluation.captions import select_captions, write_captions
     from clipgen.evaluation.run import METRICS_FILE, evaluate, require_same_protocol
 
     require_same_protocol(args.output / METRICS_FILE, {"vqgan": None})
-    selected = select_captions(captions_from(args), args.num_images, args.seed) if args.checkpoint else []
+    captions = captions_from(args) if args.captions or args.classes else []
     source: GeneratedImages | FolderImages
-    source, image_size = generated_source(args, selected) if args.checkpoint else folder_source(args)
+    if args.checkpoint:
+        captions = select_captions(captions, args.num_images, args.seed)
+        source, image_size = generated_source(args, captions)
+    else:
+        source, image_size = folder_source(args, captions)
     if args.shapes_eval:
         # Fails now on a caption that the evaluator cannot read, not after the work.
         for caption in source.captions:
@@ -312,10 +328,25 @@ def evaluate_images(args: argparse.Namespace) -> dict[str, float] | None:
     metrics = make_metrics(args, bool(source.captions))
     if not metrics.enabled:
         raise ValueError("there is nothing to measure: give --features, --clip, --captioner or --shapes-eval")
-    reference = reference_source(args, image_size, selected)
+    number = sum(len(chunk) for chunk in source.chunks)
+    reference = reference_source(args, image_size, captions)
+    print_sizes(number, reference)
     rank, world_size = rank_and_world_size()
-    with progress_bar("images", sum(len(chunk) for chunk in source.chunks)) as advance:
-        return evaluate(args.output, source, metrics, reference, advance=advance, rank=rank, world_size=world_size)
+    with progress_bar("images", number) as advance:
+        results = evaluate(args.output, source, metrics, reference, advance=advance, rank=rank, world_size=world_size)
+    if args.checkpoint and results is not None:
+        write_captions(args.output / CAPTIONS_FILE, captions)
+    return results
+
+
+def print_sizes(number: int, reference: RealImages | FeatureStore | None) -> None:
+    """Print how many images are compared with how many of the reference."""
+    from clipgen.evaluation.sources import RealImages
+
+    if reference is None:
+        return
+    count = reference.dataset.count_images() if isinstance(reference, RealImages) else len(reference)
+    print_line(f"Images: {number}, reference: {'unknown number of' if count is None else count} images")
 
 
 def captions_from(args: argparse.Namespace) -> list[Caption]:
@@ -344,16 +375,13 @@ def generated_source(args: argparse.Namespace, captions: Sequence[Caption]) -> t
     return source, args.image_size or pipe.image_size
 
 
-def folder_source(args: argparse.Namespace) -> tuple[FolderImages, int]:
+def folder_source(args: argparse.Namespace, captions: Sequence[Caption]) -> tuple[FolderImages, int]:
     """Return the images of a folder, and their size."""
     from clipgen.evaluation.sources import FolderImages
 
-    captions: Any = None
-    if args.captions or args.classes:
-        captions = captions_from(args)
-    elif args.shapes_eval or args.captioner or args.clip not in (None, ["none"]):
-        captions = "embedded"
-    source = FolderImages(args.images, args.image_size, captions, args.batch_size, all_captions=args.all_captions)
+    needs_captions = args.shapes_eval or args.captioner or args.clip not in (None, ["none"])
+    file_captions: Any = captions or ("embedded" if needs_captions else None)
+    source = FolderImages(args.images, args.image_size, file_captions, args.batch_size, all_captions=args.all_captions)
     return source, source.image_size
 
 
@@ -370,19 +398,34 @@ def reference_source(
     if (folder / IDENTITY_FILE).is_file():
         return FeatureStore(folder)
     files = None
-    if folder.is_dir() and captions and not args.whole_reference:
+    if folder.is_dir() and not args.whole_reference:
         files = captioned_files(captions)
+        if args.images and files:
+            files = evaluated_files(args.images, folder, files)
     return RealImages(args.reference, image_size, args.batch_size, args.num_images, files=files)
 
 
 def captioned_files(captions: Sequence[Caption]) -> set[str] | None:
-    """Return the images that captions describe; None if a caption does not name one."""
+    """Return the images that captions describe; None if there are no captions, or one does not name its image."""
     files = set()
     for file, _ in captions:
         if file is None:
             return None
         files.add(file)
-    return files
+    return files or None
+
+
+def evaluated_files(images: Path, reference: Path, files: set[str]) -> set[str] | None:
+    """Return the captioned files of a folder of generated images; None if the reference has other file names."""
+    evaluated = {file for file in files if (images / file).is_file()}
+    if any((reference / file).is_file() for file in evaluated):
+        return evaluated
+    logger.warning(
+        "The captions name no image of the reference %s: all of its images are used instead of those that the captions "
+        "describe.",
+        reference,
+    )
+    return None
 
 
 def make_metrics(args: argparse.Namespace, with_captions: bool) -> ImageMetrics:

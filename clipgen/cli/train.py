@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from clipgen.cli.console import run_command, set_up_logging
@@ -27,6 +27,8 @@ CHOICES = {
     "model_size": ("gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "gpt2-xl-clipgen"),
     "logger": ("tensorboard", "csv", "wandb", "none"),
 }
+# Experiments of CLIP-GEN, to which variant=printed applies.
+PAPER_EXPERIMENTS = ("coco", "imagenet")
 HELP_TEMPLATE = """usage: clipgen-train stage=vqgan [key=value ...]
        clipgen-train stage=transformer vqgan=RUN [key=value ...]
 
@@ -148,6 +150,7 @@ def run_job(config: DictConfig) -> float | None:
     from hydra.types import RunMode
 
     job = HydraConfig.get()
+    check_variant(job.runtime.choices)
     is_sweep = job.mode == RunMode.MULTIRUN
     if is_sweep:
         config.output = job.runtime.output_dir
@@ -155,6 +158,14 @@ def run_job(config: DictConfig) -> float | None:
     if is_sweep and value is None and not job.sweeper._target_.endswith("BasicSweeper"):
         raise ValueError("a search needs a validation, whose results it compares, got none: hold out some images")
     return value
+
+
+def check_variant(choices: Mapping[str, str | None]) -> None:
+    """Raise ValueError if a variant of the paper's recipes is combined with another recipe."""
+    variant = choices.get("variant")
+    experiment = choices.get("experiment")
+    if variant not in (None, "null") and experiment not in PAPER_EXPERIMENTS:
+        raise ValueError(f"variant={variant} needs experiment=coco or experiment=imagenet, got experiment={experiment}")
 
 
 def expected_error(error: Exception) -> Exception:

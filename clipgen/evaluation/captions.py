@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from itertools import cycle, islice, starmap
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from clipgen.data.decoding import UnusableImageError, png_text
 from clipgen.data.shapes import ALL_ATTRIBUTES
 from clipgen.evaluation.cub import read_text_folder
 from clipgen.generation.prompts import recorded_kind
-from clipgen.storage.files import check_size, natural_key, one_line, parse_json, read_text
+from clipgen.storage.files import atomic_write, check_size, natural_key, one_line, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 MAX_CAPTIONS_BYTES = 512 << 20  # those of COCO's training images are 92 MB
@@ -196,25 +196,52 @@ def parse_coco(content: dict[str, Any]) -> list[Caption]:
 
 
 def select_captions(captions: Sequence[Caption], count: int, seed: int) -> list[Caption]:
-    """Return ``count`` captions in the order of the file: a random subset, or all repeatedly if there are fewer."""
-    if count >= len(captions):
-        return list(islice(cycle(captions), count))
-    subset = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))[:count]
-    return [captions[i] for i in subset.sort().values.tolist()]
+    """Return ``count`` captions of as many images, one of each, in the order of the file.
+
+    The images, and the caption of each, are drawn with ``seed``. If there are fewer images than ``count``, all of them
+    are taken in turn, each time with their next caption. A caption that names no file counts as an image of its own.
+    """
+    groups = group_captions(captions)
+    generator = torch.Generator().manual_seed(seed)
+    if count < len(groups):
+        subset = torch.randperm(len(groups), generator=generator)[:count]
+        groups = [groups[i] for i in subset.sort().values.tolist()]
+    first = torch.randint(2**31, (len(groups),), generator=generator).tolist()
+    selected = []
+    for number in range(count):
+        turn, image = divmod(number, len(groups))
+        group = groups[image]
+        selected.append(group[(first[image] + turn) % len(group)])
+    return selected
+
+
+def write_captions(path: str | Path, captions: Sequence[Caption]) -> None:
+    """Write captions as lines that ``read_captions`` reads, with the file name and a tab before each if it is known."""
+    lines = []
+    for file, text in captions:
+        text = " ".join(text.split())
+        lines.append(text if file is None else f"{file}\t{text}")
+    with atomic_write(path) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def group_by_image(captions: Sequence[Caption]) -> list[list[str]]:
     """Return the captions of each image, in the order in which the images occur; one without a file is alone."""
-    groups: list[list[str]] = []
-    by_file: dict[str, list[str]] = {}
-    for file, text in captions:
-        if file is None:
-            groups.append([text])
-        elif file in by_file:
-            by_file[file].append(text)
+    return [[caption.text for caption in group] for group in group_captions(captions)]
+
+
+def group_captions(captions: Sequence[Caption]) -> list[list[Caption]]:
+    """Return captions grouped by image, in the order in which the images occur; one without a file is alone."""
+    groups: list[list[Caption]] = []
+    by_file: dict[str, list[Caption]] = {}
+    for caption in captions:
+        if caption.file is None:
+            groups.append([caption])
+        elif caption.file in by_file:
+            by_file[caption.file].append(caption)
         else:
-            by_file[file] = [text]
-            groups.append(by_file[file])
+            by_file[caption.file] = [caption]
+            groups.append(by_file[caption.file])
     return groups
 
 

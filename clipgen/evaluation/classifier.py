@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class ImageClassifier(nn.Module):
         images = self.resized(images)
         logits = torch.zeros(len(images), self.head.out_features, device=images.device)
         for shift, weight in SHIFT_WEIGHTS.items():
-            view = shifted(images, shift)
+            view = shifted(images, torch.full((len(images), 2), shift))
             logits += weight * (self(view) + self(view.flip(-1))).float()
         return logits
 
@@ -113,14 +114,30 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return norm
 
 
-def shifted(images: Tensor, shift: int) -> Tensor:
-    """Shift images along the diagonal by some pixels; the border is mirrored."""
-    if shift == 0:
+def shifted(images: Tensor, offsets: Tensor) -> Tensor:
+    """Return images (B, C, H, W), cropped at offsets (B, 2) down and right to their own size; borders are mirrored."""
+    margin = int(offsets.abs().max())
+    if margin == 0:
         return images
-    size = abs(shift)
     height, width = images.shape[-2:]
-    start = size + shift
-    return F.pad(images, [size] * 4, mode="reflect")[..., start : start + height, start : start + width]
+    padded = F.pad(images, [margin] * 4, mode="reflect")
+    result = torch.empty_like(images)
+    # all images of one offset at a time
+    for offset in offsets.unique(dim=0):
+        top, left = (margin + offset).tolist()
+        chosen = (offsets == offset).all(dim=1)
+        result[chosen] = padded[chosen, :, top : top + height, left : left + width]
+    return result
+
+
+def accuracy_sentence(about: Mapping[str, Any]) -> str:
+    """Return a sentence that states the accuracy of a classifier and its 95 % interval, from ``load_classifier``."""
+    accuracy = about["accuracy"]
+    low, high = accuracy["interval"]
+    return (
+        f"The accuracy of the classifier is {accuracy['all']:.1%} ({low:.1%} to {high:.1%}) on {accuracy['images']} "
+        "real validation images."
+    )
 
 
 def load_classifier(path: str | Path) -> tuple[ImageClassifier, dict[str, Any]]:

@@ -39,9 +39,16 @@ def compute_results(store: FeatureStore, reference: FeatureStore | None = None) 
 
 
 def check_reference(store: FeatureStore, reference: FeatureStore) -> None:
-    """Raise ValueError if the reference is empty; log a warning if either set is small."""
+    """Raise ValueError if the reference is empty; log a warning if the sets differ in size or one is small."""
     if not len(reference):
         raise ValueError(f"the reference must contain images, got none in {reference.folder}")
+    if len(store) != len(reference):
+        logger.warning(
+            "%d images are compared with %d of the reference: such an FID must not be compared with one of another "
+            "reference.",
+            len(store),
+            len(reference),
+        )
     smaller = min(len(store), len(reference))
     if smaller < ENOUGH_IMAGES:
         logger.warning(

@@ -65,12 +65,12 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"output must be a folder that can be written to, got {folder}: {error.strerror}") from error
 
 
-def free_folder(folder: Path, pattern: str) -> Path:
-    """Return the folder, or the first of FOLDER-2, FOLDER-3, ..., that contains no file that matches a pattern."""
+def free_folder(folder: Path, *patterns: str) -> Path:
+    """Return the folder, or the first of FOLDER-2, FOLDER-3, ..., in which nothing matches any of the patterns."""
     name = folder.name.strip(".") or "samples"
     candidate = folder
     number = 1
-    while any(candidate.glob(pattern)):
+    while any(path for pattern in patterns for path in candidate.glob(pattern)):
         number += 1
         candidate = folder.parent / f"{name}-{number}"
     return candidate

@@ -45,7 +45,13 @@ def scale_interval(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> No
 
 
 def warn_of_few_images(data: Any) -> None:
-    """Warn if there are too few validation images to select the best model by their loss."""
+    """Warn if there is no validation, or so few images that their loss says little about which model is best."""
+    if data.val is None:
+        logger.warning(
+            "There is no validation: no image grids, no best.ckpt; the last checkpoint becomes the model. Hold images "
+            "out by data.val_fraction, data.val_root or data.val_urls."
+        )
+        return
     count = count_images(data.val)
     if count is None or count.images >= MIN_VALIDATION_IMAGES:
         return

@@ -66,9 +66,11 @@ def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """
     before = anonymous_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
+    cpu_start = time.process_time()
     result = function()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    seconds = time.perf_counter() - start
+    cpu_seconds = time.process_time() - cpu_start
     increase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
     return result, {
         "seconds": seconds,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import platform
 import re
 import resource
 import statistics
@@ -18,7 +17,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from clipgen.hardware.processor import has_bf16_units, instruction_set
+from clipgen.hardware.processor import has_bf16_units, instruction_set, processor_name
 
 # Environment that makes torch's own kernels, oneDNN and MKL do without what AVX2 does not have. The libraries read it
 # when they are loaded.
@@ -121,7 +120,7 @@ def imitate_processor(name: str | None) -> None:
 
 def describe_machine(device: str) -> str:
     """Return device, instruction set, number of threads and build of torch."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor_name()
     units = "with" if has_bf16_units("cpu") else "without"
     blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
     description = (

@@ -18,10 +18,10 @@ ValuesFn = Callable[[Row, int], Tensor]  # row, seed -> values (N,)
 def draw_clip_loss_curves(study: Study, rows: Sequence[Row], weights: Sequence[float]) -> None:
     """Draw the share of correct images and the CLIP scores over lambda, with 95 % intervals."""
 
-    def right(row: Row, seed: int) -> Tensor:
+    def correct(row: Row, seed: int) -> Tensor:
         return 100 * correct_values(study, row, seed)
 
-    charts: dict[str, tuple[str, ValuesFn]] = {"right": ("right, %", right)}
+    charts: dict[str, tuple[str, ValuesFn]] = {"correct": ("correct, %", correct)}
     for name in study.metrics.clips:
 
         def score(row: Row, seed: int, name: str = name) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from clipgen.evaluation.classifier import accuracy_sentence
 from clipgen.evaluation.intervals import bootstrap_interval, difference_interval
-from studies.rows import REAL, Row
-from studies.workspace import REFERENCE, Study
+from studies import rows as study_rows
+from studies.rows import REAL, RECIPES, Row
+from studies.workspace import REFERENCE, SEARCH_CANDIDATES, Study
 
 # Pixels above the grid of a row.
 LABEL_HEIGHT = 22
@@ -51,8 +53,8 @@ def with_range(values: Sequence[float]) -> str:
 def cells(study: Study, row: Row) -> dict[str, str]:
     """Return the cells of a row by the heading of their column."""
     seeds = study.args.seeds
-    right = [correct_values(study, row, seed) for seed in seeds]
-    result = {"images": str(len(right[0]) * len(right)), "right, %": with_interval(right, 100)}
+    correct = [correct_values(study, row, seed) for seed in seeds]
+    result = {"images": str(len(correct[0]) * len(correct)), "correct, %": with_interval(correct, 100)}
     for name in study.metrics.clips:
         scores = [clip_values(study, row, seed, name) for seed in seeds]
         result[f"CLIP score ({name})"] = with_interval(scores)
@@ -65,12 +67,33 @@ def cells(study: Study, row: Row) -> dict[str, str]:
 
 
 def cost_cells(study: Study, row: Row) -> dict[str, str]:
-    """Return the steps of a row's training, and its floating-point operations relative to the reference's."""
+    """Return what a row costs: its training, relative to the reference's, and the sampling of an image."""
+    sampling = {"sampling cost": sampling_cost(study, row)}
     if row.recipe is None:
-        return {"steps": "-", "training cost": "-"}
+        return sampling
     steps = study.steps_of(row.recipe)
     cost = steps * study.flops_of(row.recipe) / (study.args.steps * study.flops_of(REFERENCE))
-    return {"steps": str(steps), "training cost": f"{cost:.2f}"}
+    training = {"rate": tuned_rate(study, row.recipe), "steps": str(steps), "training cost": f"{cost:.2f}"}
+    return training | sampling
+
+
+def tuned_rate(study: Study, recipe: str) -> str:
+    """Return the learning rate and schedule of a recipe, with a mark if the tuned rate is at an end of the grid."""
+    rate, schedule = study.tuned_training(recipe)
+    is_tuned = RECIPES[recipe].rate is None and len(study_rows.LEARNING_RATES) > 1
+    ends = (min(study_rows.LEARNING_RATES), max(study_rows.LEARNING_RATES))
+    return f"{rate:.3g}, {schedule}" + (" (end of the grid)" if is_tuned and rate in ends else "")
+
+
+def sampling_cost(study: Study, row: Row) -> str:
+    """Return what an image of a row costs: passes over all tokens by the transformer, or steps of an optimization."""
+    if row.system == "real":
+        return "-"
+    if row.is_small:
+        return f"{study.args.optimization_steps} steps of {study.args.cutouts} views"
+    candidates = SEARCH_CANDIDATES if row.system == "search" else row.best_of / row.keep
+    passes = candidates * (1 if study.tuned_params(row).guidance_scale == 1 else 2)
+    return f"{passes:g} pass{'es' * (passes != 1)}"
 
 
 def markdown(lines: Sequence[tuple[str, dict[str, str]]]) -> str:
@@ -87,11 +110,23 @@ def explanation(study: Study) -> str:
     budget = "steps" if study.args.equal == "steps" else "floating-point operations"
     return (
         f"Equal budgets in {budget} (training cost: relative to the row without the CLIP loss). Learning rate and "
-        "schedule of each row are those of the grid with the lowest validation loss, unless the row says its rate; "
-        f"sampling parameters those that are best on the tuning split. Seeds {seed_list(study)}. In parentheses: 95 % "
-        "bootstrap intervals over seeds and images; for FID, precision and recall the range over the seeds. FID is "
-        f"omitted for rows with fewer images. {evaluator_error(study)}\n\n"
+        "schedule of each row are those of the grid with the lowest validation loss, unless the row says its rate; at "
+        "an end of the grid, a better rate may lie beyond it. Sampling parameters are those that are best on the "
+        f"tuning split. Seeds {seed_list(study)}. In parentheses: 95 % bootstrap intervals over seeds and images; for "
+        "FID, precision and recall the range over the seeds. FID is omitted for rows with fewer images. Sampling cost: "
+        "passes of the transformer over all tokens of an image, twice as many with guidance, or steps of an "
+        f"optimization. {clip_note(study)} {evaluator_error(study)}\n\n"
     )
+
+
+def clip_note(study: Study) -> str:
+    """Return a sentence that says which CLIP scores the images."""
+    if study.second_clip is None:
+        return (
+            "There is no independent CLIP (--second-clip): the CLIP that scores images is the one that they were "
+            "conditioned on, selected by or optimized for."
+        )
+    return "The independent CLIP (--second-clip) has conditioned, selected and optimized nothing."
 
 
 def seed_list(study: Study) -> str:
@@ -100,16 +135,11 @@ def seed_list(study: Study) -> str:
 
 
 def evaluator_error(study: Study) -> str:
-    """Return a sentence about the error of the evaluator or classifier."""
+    """Return a sentence about the accuracy of the evaluator or classifier."""
     if study.is_shapes:
-        right = [correct_values(study, REAL, seed) for seed in study.args.seeds]
-        return f"The rules call {with_interval(right, 100, 2)} % of real images right."
-    accuracy = study.classifier[1]["accuracy"]
-    low, high = accuracy["interval"]
-    return (
-        f"The classifier is right on {accuracy['all']:.1%} ({low:.1%} to {high:.1%}) of {accuracy['images']} real "
-        "validation images."
-    )
+        correct = [correct_values(study, REAL, seed) for seed in study.args.seeds]
+        return f"The rules accept {with_interval(correct, 100, 2)} % of the real images."
+    return accuracy_sentence(study.classifier[1])
 
 
 def differences(study: Study, rows: Sequence[Row], baseline: Row) -> str:
@@ -118,12 +148,14 @@ def differences(study: Study, rows: Sequence[Row], baseline: Row) -> str:
     lines = []
     for row in rows:
         if row != baseline and not row.is_small:
-            right = [correct_values(study, row, seed) for seed in study.args.seeds]
-            low, high = difference_interval(right, base)
+            correct = [correct_values(study, row, seed) for seed in study.args.seeds]
+            low, high = difference_interval(correct, base)
             effect = "yes" if low > 0 or high < 0 else "no"
-            mean = torch.stack([group.mean() for group in right]).mean() - torch.stack([g.mean() for g in base]).mean()
+            mean = (
+                torch.stack([group.mean() for group in correct]).mean() - torch.stack([g.mean() for g in base]).mean()
+            )
             cell = f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-            lines.append((row.name, {f"right, % more than {baseline.name!r}": cell, "effect shown": effect}))
+            lines.append((row.name, {f"correct, % more than {baseline.name!r}": cell, "effect shown": effect}))
     return markdown(lines)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipgen.baselines.class_conditional import ClassConditionalGenerator
-from clipgen.baselines.search import PAPER_KS, SearchResult, SearchRow, search_table
+from clipgen.baselines.search import PAPER_KS, SearchResult, SearchRow, make_row, search_table
 from clipgen.data.token_cache import TokenCacheDataset
 from clipgen.evaluation.run import evaluate
 from clipgen.evaluation.sources import GeneratedImages, RealImages
@@ -16,18 +16,20 @@ from clipgen.generation.file_names import underscored
 from clipgen.hashing import hash_lines
 from clipgen.images import save_png
 from clipgen.visualization import line_chart
-from studies.results import markdown
+from studies.results import clip_note, markdown
 from studies.rows import Row
-from studies.workspace import SEED_STRIDE, Study, spread
+from studies.workspace import SEED_STRIDE, Study
 
 SEARCH_PROMPTS = 20
+# Seed of the real images, which differ from those of the reference.
+REAL_SEED = 7
 
 
 def search_tables(study: Study) -> str:
     """Return the tables, and draw the figure.
 
-    FID compares with real images of the same prompts, as in the paper, whose prompts are those of its test set; the row
-    "real images" is its floor.
+    FID compares with real images of the same prompts, as in the paper, whose prompts are those of its test set. The row
+    "real images" shows as many other real images of the prompts: the floor of FID, and their best CLIP score.
     """
     prompts = study.setting.prompts[:SEARCH_PROMPTS]
     params = study.tuned_params(Row("search", "class", "search"))
@@ -51,12 +53,17 @@ def search_tables(study: Study) -> str:
         callback=keep_images,
     )
     draw_curves(rows, threshold, study.output / "search.png")
-    count = len(torch.cat(images[rows[0].k]))
-    lines = [("real images", {"FID": f"{real_fid(study, prompts, count):.4g}"})]
-    for row in rows:
-        fid = search_fid(study, prompts, f"k = {row.k}", torch.cat(images[row.k]))
-        lines.append((f"k = {row.k}", row_cells(row, study.args.search_images) | {"FID": f"{fid:.4g}"}))
-    return f"Threshold of the images needed, from the training set: {threshold:.4f}\n\n" + markdown(lines)
+    real_row, real_images = real_search(study, prompts, threshold)
+    lines = []
+    for name, row, images_of_row in [
+        ("real images", real_row, real_images),
+        *((f"k = {row.k}", row, torch.cat(images[row.k])) for row in rows),
+    ]:
+        fid = search_fid(study, prompts, name, images_of_row)
+        lines.append((name, row_cells(row, study.args.search_images) | {"FID": f"{fid:.4g}"}))
+    return f"Threshold of the images needed, from the training set: {threshold:.4f}. {clip_note(study)}\n\n" + markdown(
+        lines
+    )
 
 
 def row_cells(row: SearchRow, num_images: int) -> dict[str, str]:
@@ -86,11 +93,19 @@ def search_reference(study: Study, prompts: list[str]) -> GeneratedImages | Real
     return study.real_reference(prompts) if study.is_shapes else study.reference
 
 
-def real_fid(study: Study, prompts: list[str], count: int) -> float:
-    """Return the FID of the same number of other real images of the same prompts."""
-    captions = spread(prompts, count)
-    images = study.real_images(captions, [SEED_STRIDE * 7 + i for i in range(count)])
-    return search_fid(study, prompts, "real images", images)
+def real_search(study: Study, prompts: list[str], threshold: float) -> tuple[SearchRow, Tensor]:
+    """Return the row of a search among real images of each prompt, and these images (N, 3, H, W)."""
+    curves = torch.empty(len(study.args.seeds), len(prompts), study.args.search_images)
+    images = []
+    for seed_number, seed in enumerate(study.args.seeds):
+        for prompt_number, prompt in enumerate(prompts):
+            first = SEED_STRIDE * (REAL_SEED + seed) + prompt_number
+            step = len(study.setting.prompts)
+            numbers = [first + i * step for i in range(study.args.search_images)]
+            images.append(study.real_images([prompt] * len(numbers), numbers))
+            scores = (study.clip.encode_image(images[-1]) * study.clip.encode_text([prompt])).sum(dim=1)
+            curves[seed_number, prompt_number] = scores.cummax(dim=0).values
+    return make_row(0, curves, threshold), torch.cat(images)
 
 
 def training_score(study: Study) -> float:

@@ -46,6 +46,7 @@ from studies.rows import RECIPES, Row
 
 # Image i of a seed of the study uses this many times the seed, plus i.
 SEED_STRIDE = 100_000
+SEARCH_CANDIDATES = 16  # images of each prompt in the row of the search
 # Seed of the trainings and images that settings are tuned on.
 TUNING_SEED = 1000
 # Recipe whose cost defines equal budgets.
@@ -87,7 +88,8 @@ class Study:
         if not self.is_shapes:
             options = [f"data.class_names={self.args.data / 'classes.json'}"]
         config = compose_config(*self.experiment, *options, "data.labels=true", name="encode")
-        config.vqgan, config.output = self.vqgan, str(root)
+        config.vqgan = self.vqgan
+        config.output = str(root)
         encode.encode_from_config(config)
         return root
 
@@ -124,8 +126,10 @@ class Study:
     def real_images(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Return a real image of each prompt: a new render, or an image that was held out of the classifier."""
         if self.is_shapes:
-            pairs = zip(prompts, seeds)
-            return torch.cat([ShapesDataset(1, seed=s, attributes=[parse_caption(p)]).render([0]) for p, s in pairs])
+            renders = []
+            for prompt, seed in zip(prompts, seeds):
+                renders.append(ShapesDataset(1, seed=seed, attributes=[parse_caption(prompt)]).render([0]))
+            return torch.cat(renders)
         chosen = []
         for prompt, seed in zip(prompts, seeds):
             pool = self.real_pools[self.setting.prompts.index(prompt)]
@@ -288,8 +292,14 @@ class Study:
     def optimize(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Return the images of VQGAN-CLIP."""
         targets = self.clip.encode_text(prompts)
-        steps, cutouts = self.args.optimization_steps, self.args.cutouts
-        return vqgan_clip(VQGAN.load(self.vqgan), self.clip, targets, steps=steps, cutouts=cutouts, seed=seeds)
+        return vqgan_clip(
+            VQGAN.load(self.vqgan),
+            self.clip,
+            targets,
+            steps=self.args.optimization_steps,
+            cutouts=self.args.cutouts,
+            seed=seeds,
+        )
 
     def optimize_biggan(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Return the images of BigGAN-CLIP, with as many steps and cutouts as VQGAN-CLIP, and one class per layer."""
@@ -306,13 +316,18 @@ class Study:
     ) -> Tensor:
         """Return the best of 16 images of each prompt."""
         k = min(10, len(generator.class_names))
-        images = [search(generator, self.clip, prompt, k, 16, seed).image for prompt, seed in zip(prompts, seeds)]
+        images = []
+        for prompt, seed in zip(prompts, seeds):
+            images.append(search(generator, self.clip, prompt, k, SEARCH_CANDIDATES, seed).image)
         return torch.stack(images)
 
     def classes_of(self, generator: ClassConditionalGenerator, prompts: Sequence[str]) -> Tensor:
         """Return the class of each prompt, the class whose name it ends with or is."""
-        names = generator.class_names
-        return torch.tensor([next(i for i, name in enumerate(names) if prompt.endswith(name)) for prompt in prompts])
+        indices = []
+        for prompt in prompts:
+            matching = (i for i, name in enumerate(generator.class_names) if prompt.endswith(name))
+            indices.append(next(matching))
+        return torch.tensor(indices)
 
     def projector(self, row: Row) -> EmbeddingProjector | None:
         """Return the projector of a row, which moves the embeddings of the prompts; None if it has none."""
