@@ -150,10 +150,10 @@ def is_own_or_public(name: str, tag: str | None) -> bool:
 def run_folder(path: str | Path) -> Path:
     """Return the run or pipeline folder that contains ``path``, or ``path`` itself."""
     path = Path(path).expanduser()
-    # RUN/checkpoints/last.ckpt
+    # Such as RUN/checkpoints/last.ckpt.
     if path.is_file():
         return path.parent.parent
-    # RUN/transformer
+    # Such as RUN/transformer.
     if (path / "config.json").is_file():
         return path.parent
     return path

@@ -144,8 +144,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_transformer_options(parts.add_parser("transformer", help="stage 2: training from images and from a cache"))
     add_encode_options(parts.add_parser("encode", help="clipgen-encode at the paper's size"))
     add_sample_options(parts.add_parser("sample", help="the decoding loop"))
-    add_muon_options(parts.add_parser("muon", help="a step of Muon beside AdamW; loss curves of both dtypes"))
-    add_rerank_options(parts.add_parser("rerank", help="reranking by CLIP score beside generating"))
+    add_muon_options(parts.add_parser("muon", help="a step of Muon compared with AdamW; loss curves of both dtypes"))
+    add_rerank_options(parts.add_parser("rerank", help="reranking by CLIP score compared with generating"))
     add_app_options(parts.add_parser("app", help="the web page: start, and seconds to the first row"))
     add_scale_options(parts.add_parser("scale", help="memory and start-up with many images, simulated"))
     return parser

@@ -67,7 +67,7 @@ def estimate(stage: str, overrides: list[str]) -> Estimate:
         model = build_model(stage, config, overrides)
         flops = step_flops(model) * batch_size
     state = state_bytes(model)
-    # bf16 activations; the quantizer's and the losses', in float32, are few
+    # Activations are in bf16; those of the quantizer and the losses, in float32, are few.
     factor = 0.5 if "bf16" in str(config["trainer"]["precision"]) else 1.0
     activations = activation_bytes(model) * batch_size * factor
     return Estimate(

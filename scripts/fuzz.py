@@ -293,7 +293,7 @@ def make_image(rng: random.Random, folder: Path) -> Path:
 
 
 def make_taming(rng: random.Random, folder: Path) -> Path:
-    """Write a mutated configuration of taming-transformers beside a file that is not a checkpoint."""
+    """Write a mutated configuration of taming-transformers next to a file that is not a checkpoint."""
     text = (
         "model:\n  target: taming.models.vqgan.VQModel\n  params:\n    n_embed: 16\n    embed_dim: 8\n    ddconfig:\n"
         "      ch: 32\n      ch_mult: [1, 2]\n      num_res_blocks: 1\n      attn_resolutions: []\n"
@@ -344,7 +344,7 @@ def read_png(path: Path) -> object:
 
 
 def read_image(path: Path) -> object:
-    """Decode an image as a training does."""
+    """Decode an image as training does."""
     from clipgen.data.decoding import UnusableImageError, decode_image
 
     try:
@@ -399,7 +399,7 @@ class Limits:
 
 
 def run_input(name: str, target: Target, seed: int, limits: Limits) -> str | None:
-    """Return what is wrong with how an input was handled, or None."""
+    """Return the problem with the handling of an input, or None."""
     with tempfile.TemporaryDirectory(prefix="clipgen-fuzz-") as folder:
         path = target.make(random.Random(f"{name} {seed}"), Path(folder))
         start = time.process_time()

@@ -194,7 +194,7 @@ def write(splits: dict[str, Samples], class_names: list[str] | None, output: Pat
         for split, samples in splits.items():
             num_written = write_shards(samples, f"{folder}/{split}", shard_size)
             if split == "train" and not num_written:
-                raise ValueError("SOURCE must hold usable training images, got none")
+                raise ValueError("SOURCE must contain usable training images, got none")
             logger.info("%s: %d images", split, num_written)
         if class_names is not None:
             Path(folder, "classes.json").write_text(json.dumps(list(class_names)) + "\n")

@@ -6,7 +6,7 @@
 
 Images of every class are generated from the prompt "a photo of a {label}", with the sampling parameters of the model,
 or those that are given. With --vqgan, the validation images are reconstructed; "class kept" is the fraction of the
-recognized originals whose reconstruction is recognized, too. Several runs after --checkpoint or --vqgan are compared in
+recognized originals whose reconstruction is also recognized. Several runs after --checkpoint or --vqgan are compared in
 one table. FID, precision and recall are in the classifier's features, against the validation images. The row "real
 images" is their floor: at most as many images of the training shards that were held out of the classifier. A FID is
 comparable only with others of the same number of images.
@@ -54,7 +54,7 @@ def features_of(classifier: ImageClassifier, images: Tensor) -> Tensor:
 
 
 def describe(classifier: ImageClassifier, images: Tensor, labels: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Return how many labeled images are recognized, and their distance from reference features (M, F)."""
+    """Return the number of labeled images that are recognized, and their distance from reference features (M, F)."""
     correct = recognized(classifier, images, labels)
     features = features_of(classifier, images)
     fid = functional.frechet_distance(functional.moments([features.numpy()]), functional.moments([reference.numpy()]))
@@ -77,7 +77,7 @@ def reconstructions(vqgan: VQGAN, images: LabeledImages) -> Tensor:
 
 
 def class_kept(classifier: ImageClassifier, images: Tensor, reconstructed: Tensor, labels: Tensor) -> float:
-    """Return the fraction of the recognized images whose reconstruction is recognized, too."""
+    """Return the fraction of the recognized images whose reconstruction is also recognized."""
     originals = recognized(classifier, images, labels)
     return recognized(classifier, reconstructed, labels)[originals].float().mean().item()
 
@@ -151,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
         "--output",
         type=user_path,
         default=Path("runs/recognize"),
-        help="folder of the grids, recognized.json and recognized.md, numbered if it holds some (default: %(default)s)",
+        help="folder of the grids, recognized.json and recognized.md, numbered if they exist (default: %(default)s)",
     )
     return p
 

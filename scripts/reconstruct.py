@@ -1,4 +1,4 @@
-"""Write a grid of photos beside a tokenizer's reconstructions of them, and print their PSNR.
+"""Write a grid of photos next to a tokenizer's reconstructions of them, and print their PSNR.
 
 python -m clipgen reconstruct --vqgan outputs/vqgan/RUN --images photos.tar --image-size 256 --output grid.png
 """

@@ -93,7 +93,7 @@ def add_budget(group: argparse._ArgumentGroup) -> None:
     for name, (default, text) in numbers.items():
         group.add_argument(name, type=int, default=default, help=f"{text} (default: %(default)s)")
     group.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the trainings (default: 0 1 2)"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the training runs (default: 0 1 2)"
     )
     group.add_argument(
         "--weights",
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def require_same_settings(args: argparse.Namespace) -> None:
-    """Exit if the folder holds results of other settings, which would stand in one table with new ones."""
+    """Exit if the folder contains results of other settings, which would appear in one table with new ones."""
     free = ("output", "rows", "seeds", "weights", "generator")
     settings = {name: str(value) for name, value in vars(args).items() if name not in free}
     path = args.output / "study.json"

@@ -103,7 +103,7 @@ def split_shards(data: Path, held_out: int) -> tuple[list[Path], list[Path]]:
     """
     shards = sorted(data.glob("train-*.tar"))
     if len(shards) <= held_out:
-        raise ValueError(f"{data} must hold more than {held_out} train-*.tar, got {len(shards)}: use --held-out 0")
+        raise ValueError(f"{data} must contain more than {held_out} train-*.tar, got {len(shards)}: use --held-out 0")
     return shards[: len(shards) - held_out], shards[len(shards) - held_out :]
 
 
@@ -143,7 +143,7 @@ def average_decay(progress: float) -> float:
 
 
 class Training:
-    """The state of a training, which is saved after each epoch."""
+    """The state of a training run, which is saved after each epoch."""
 
     def __init__(self, settings: Settings, num_classes: int, output: Path):
         self.settings = settings
@@ -328,7 +328,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def shard_sizes(data: Path) -> tuple[str, ...]:
-    """Return name and size of each training shard, which distinguish one dataset from another."""
+    """Return name and size of all training shards, which distinguish one dataset from another."""
     return tuple(f"{shard.name} {shard.stat().st_size}" for shard in sorted(data.glob("train-*.tar")))
 
 

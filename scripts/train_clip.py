@@ -112,7 +112,7 @@ def train(
         learning_rate: peak learning rate.
         seed: seed of the initialization.
         checkpoint: file that an interrupted training is resumed from.
-        data: description of the batches, which a resumed training must share.
+        data: description of the batches, which a resumed run must share.
     """
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False).train()
@@ -170,19 +170,19 @@ def take_step(model: Any, loss: Tensor, optimizer: torch.optim.Optimizer) -> Non
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """Return the path of a model's training checkpoint, which lies beside the folder of the model."""
+    """Return the path of a model's training checkpoint, which lies next to the folder of the model."""
     return folder.with_name(f"{folder.name}.checkpoint.pt")
 
 
 def save_checkpoint(path: Path, step: int, settings: dict[str, Any], parts: dict[str, Any]) -> None:
-    """Write the state of a training after a step."""
+    """Write the state of a training run after a step."""
     states = {name: part.state_dict() for name, part in parts.items()}
     with atomic_write(path) as partial:
         torch.save({"step": step, "settings": settings, "rng": torch.get_rng_state(), **states}, partial)
 
 
 def load_checkpoint(path: Path, settings: dict[str, Any], parts: dict[str, Any]) -> int:
-    """Restore the state of a training; return its step.
+    """Restore the state of a training run; return its step.
 
     Raises:
         ValueError: the checkpoint has other settings.

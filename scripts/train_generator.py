@@ -78,7 +78,7 @@ class ClassTable(nn.Module):
 
 
 def one_hot_words() -> Tensor:
-    """Return which words each class consists of, (classes, words)."""
+    """Return the words of each class, (classes, words)."""
     table = torch.zeros(len(ALL_ATTRIBUTES), len(WORDS))
     for row, attributes in zip(table, ALL_ATTRIBUTES):
         for word in (attributes.size, attributes.color, attributes.shape, attributes.background):
@@ -133,7 +133,7 @@ class Training:
 
 
 def save(generator: BigGAN, path: Path) -> None:
-    """Write the weights in ajbrock's layout, and the epsilon of its norms beside them."""
+    """Write the weights in ajbrock's layout, and the epsilon of its norms next to them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as partial:
         torch.save({published_name(name): tensor for name, tensor in generator.state_dict().items()}, partial)

@@ -5,7 +5,7 @@
     python -m clipgen train_shapes_clip --output runs/clip --held-out 0.1        # has not seen some combinations either
 
 Every batch contains each caption once, so no two pairs of a batch are false negatives of each other. --held-out leaves
-out the same pairs of a shape and a color as data.held_out of the trainings.
+out the same pairs of a shape and a color as data.held_out of the training runs.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_grids_are_left_out_of_the_images_and_of_the_reference(two_folders, tmp_
     assert FolderImages(tmp_path).files == expected and list(RealImages(str(tmp_path), 32).dataset.files) == expected
     for number in range(3):
         (tmp_path / f"00{number}.png").unlink()
-    with pytest.raises(ValueError, match="must hold images, got only grids of images"):
+    with pytest.raises(ValueError, match="must contain images, got only grids of images"):
         RealImages(str(tmp_path), 32)
 
 

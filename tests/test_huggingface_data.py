@@ -292,9 +292,12 @@ def test_single_saved_split_has_two_names(saved, split):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "train[:50%]"}, "holds a single split, so data.split must be test or train"),
-        ({"split": "validation"}, "holds a single split, so data.split must be test or train"),
-        ({"val_split": "test"}, "data.val_split must be null, because .* holds a single split: use data.val_fraction"),
+        ({"split": "train[:50%]"}, "contains a single split, so data.split must be test or train"),
+        ({"split": "validation"}, "contains a single split, so data.split must be test or train"),
+        (
+            {"val_split": "test"},
+            "data.val_split must be null, because .* contains a single split: use data.val_fraction",
+        ),
         ({"subset": "small"}, "data.subset must be null, because .* has none, got small"),
         ({"revision": "v1"}, "data.revision must be null, because .* has none, got v1"),
     ],

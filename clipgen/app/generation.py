@@ -1,4 +1,4 @@
-"""Serve a request: wait for the model, generate in a thread, and yield what the page shows during that time."""
+"""Serve a request: wait for the model, generate in a thread, and yield the updates of the page during that time."""
 
 from __future__ import annotations
 

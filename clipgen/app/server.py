@@ -45,7 +45,8 @@ def serve(
         device: device of the models; None chooses one.
         allow_hub: let visitors name models on the Hugging Face hub; None allows it on this computer only.
     """
-    # The threads of torch must not compete with those of the server while they wait. (No effect if torch is imported.)
+    # The threads of torch must not compete with those of the server while they wait. This has no effect if torch
+    # is imported already.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     host = host or os.environ.get("GRADIO_SERVER_NAME") or LOCAL_HOSTS[0]
     if allow_hub is None:
@@ -91,7 +92,7 @@ def running_page(store: ModelStore, host: str = LOCAL_HOSTS[0], port: int | None
 
 
 def launch_options() -> dict[str, Any]:
-    """Return how Gradio serves the page: nothing is shared, recorded, or fetched from elsewhere."""
+    """Return the launch options of Gradio: nothing is shared, recorded, or fetched from elsewhere."""
     return {
         "prevent_thread_lock": True,
         "share": False,

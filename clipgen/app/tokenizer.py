@@ -22,7 +22,7 @@ class Tokenization:
     Args:
         original: central square of the image at the size of the model.
         codes: a cell per code, with its number.
-        reconstruction: the image that the codes stand for.
+        reconstruction: the image that is decoded from the codes.
         psnr: peak signal-to-noise ratio of the reconstruction in dB.
         num_codes: number of codes of the image.
         num_different: number of different codes among them.

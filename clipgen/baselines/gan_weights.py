@@ -20,7 +20,7 @@ def read_generator_state(path: str | Path) -> State:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not a checkpoint, or contains an optimizer, a training state or a discriminator.
+        ValueError: it is not a checkpoint, or contains an optimizer, the state of a training run, or a discriminator.
     """
     checkpoint = read_checkpoint(path)
     nested = checkpoint.get("state_dict")

@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
             "--output",
             type=user_path,
             default=Path("baseline"),
-            help="output folder, numbered if it holds results (default: %(default)s)",
+            help="output folder, numbered if it contains results (default: %(default)s)",
         )
         group.add_argument("--seed", type=int, help=f"seed; image i uses seed + i (default: {DEFAULTS['seed']})")
         group.add_argument("--device", help="cpu, cuda or mps (default: CUDA if available, else MPS, else CPU)")

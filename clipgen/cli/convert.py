@@ -12,7 +12,7 @@ import argparse
 from clipgen.cli.console import print_line, run_command
 from clipgen.storage.files import user_path
 
-# CLIP that the published models of HFAiLab/clip-gen were trained with
+# The CLIP that the published models of HFAiLab/clip-gen were trained with.
 HFAILAB_CLIP = "ViT-B-32-quickgelu:openai"
 
 
@@ -56,7 +56,7 @@ def run() -> None:
     if args.training and getattr(args, "transformer", None):
         raise ValueError("--training is only for a tokenizer alone: a pipeline generates images and cannot be trained")
     if getattr(args, "transformer", True) is None and (args.n_head is not None or args.clip is not None):
-        raise ValueError("--n-head and --clip are settings of the transformer: give its file, too, or leave them out")
+        raise ValueError("--n-head and --clip are settings of the transformer: also give its file, or leave them out")
     from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
 
     if args.project == "taming":

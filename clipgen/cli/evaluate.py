@@ -135,7 +135,7 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         "--reference",
         help="real images: folder, tar shards, shapes, or a folder of parts that was measured before; without it FID, "
         "KID, precision and recall are omitted. If the captions name files of the folder, only the images that they "
-        "describe are used: those of the selected captions, or those that --images holds",
+        "describe are used: those of the selected captions, or those that --images contains",
     )
     group.add_argument("--whole-reference", action="store_true", help="use all images of the reference in any case")
     group.add_argument(

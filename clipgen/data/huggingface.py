@@ -300,7 +300,7 @@ def saved_rows(saved: Any, split: str) -> Any:
         return saved[split]
     names = {"train", str(saved.split or "train")}
     if split not in names:
-        raise ValueError(f"the folder holds a single split, so data.split must be {' or '.join(sorted(names))}")
+        raise ValueError(f"the folder contains a single split, so data.split must be {' or '.join(sorted(names))}")
     return saved
 
 

@@ -68,9 +68,9 @@ def read_captions(source: str | Path, split: str | None = None) -> list[Caption]
 
 
 def parse_captions(text: str, extension: str) -> list[Caption]:
-    """Parse captions in the layout that the extension of their file stands for."""
+    """Parse captions in the layout that the extension of their file names."""
     if extension in (".csv", ".tsv"):
-        raise ValueError(f"{extension} is not read; it must hold {LAYOUTS}")
+        raise ValueError(f"{extension} is not read; it must contain {LAYOUTS}")
     if extension == ".json":
         return captions_from_json(parse_json(text, MAX_VALUES))
     return parse_json_lines(text) if extension in (".jsonl", ".ndjson") else parse_lines(text)
@@ -118,7 +118,7 @@ def parse_lines(text: str) -> list[Caption]:
     captions = []
     for line in filter(str.strip, text.split("\n")):
         if is_json_object(line):
-            raise ValueError(f"its lines are JSON objects, which belong in .jsonl; it must hold {LAYOUTS}")
+            raise ValueError(f"its lines are JSON objects, which belong in .jsonl; it must contain {LAYOUTS}")
         before_tab, tab, after_tab = line.partition("\t")
         if tab:
             captions.append(Caption(before_tab.strip(), after_tab.strip()))
@@ -155,7 +155,7 @@ def caption_of_object(content: Any, number: int) -> Caption:
         caption = content.get("text", content.get("caption"))
         if isinstance(file, str) and isinstance(caption, str):
             return Caption(file, caption)
-    raise ValueError(f"each line must hold file_name and text or caption, got {content!r:.60} in line {number}")
+    raise ValueError(f"each line must contain file_name and text or caption, got {content!r:.60} in line {number}")
 
 
 def captions_from_json(content: Any) -> list[Caption]:

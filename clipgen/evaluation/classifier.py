@@ -122,7 +122,7 @@ def shifted(images: Tensor, offsets: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     padded = F.pad(images, [margin] * 4, mode="reflect")
     result = torch.empty_like(images)
-    # all images of one offset at a time
+    # All images of one offset at a time.
     for offset in offsets.unique(dim=0):
         top, left = (margin + offset).tolist()
         chosen = (offsets == offset).all(dim=1)

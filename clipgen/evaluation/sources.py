@@ -258,7 +258,7 @@ def leave_out_grids(dataset: ImageFolder) -> None:
         return
     dataset.files = PackedStrings([file for file in dataset.files if not is_grid(file)])
     if not len(dataset.files):
-        raise ValueError(f"{dataset.root} must hold images, got only grids of images")
+        raise ValueError(f"{dataset.root} must contain images, got only grids of images")
 
 
 def keep_files(dataset: ImageSource, files: Collection[str]) -> None:

@@ -11,7 +11,7 @@ MODEL_TARGETS = {
     "transformer": "clipgen.transformer.ConditionalTransformer",
 }
 MONITORS = {"vqgan": "val/loss", "transformer": "val/cross_entropy"}
-# Keys at the top of files in configs/ that are not fields of ``TrainingConfig``
+# Keys at the top of files in configs/ that are not fields of ``TrainingConfig``.
 OTHER_KEYS = ("shards",)
 TRAINER_DEFAULTS: dict[str, Any] = {
     "_target_": "pytorch_lightning.Trainer",

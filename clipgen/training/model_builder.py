@@ -56,7 +56,7 @@ def build_like(config: TrainingConfig, hyper_parameters: Mapping[str, Any]) -> V
     gan = hyper_parameters["gan"]
     sections = {
         "autoencoder": model_settings(autoencoder),
-        # the codebook is trained: k-means would replace it
+        # The codebook is trained: k-means would replace it.
         "quantizer": model_settings(quantizer) | {"kmeans_iters": 0},
         "gan": {name: gan[name] for name in ("channels", "num_layers")},
     }
@@ -65,7 +65,7 @@ def build_like(config: TrainingConfig, hyper_parameters: Mapping[str, Any]) -> V
 
 
 def share_lpips(model: VQGAN, init_from: str) -> None:
-    """Use the LPIPS of the tokenizer that a resumed run began from, whose weights the checkpoint does not hold."""
+    """Use the LPIPS of the tokenizer that a resumed run began from, whose weights the checkpoint does not contain."""
     try:
         model.share_lpips(VQGAN.load(init_from))
     except FileNotFoundError:

@@ -48,8 +48,8 @@ def warn_of_few_images(data: Any) -> None:
     """Warn if there is no validation, or so few images that their loss says little about which model is best."""
     if data.val is None:
         logger.warning(
-            "There is no validation: no image grids, no best.ckpt; the last checkpoint becomes the model. Hold images "
-            "out by data.val_fraction, data.val_root or data.val_urls."
+            "There is no validation: no image grids, no best.ckpt; the last checkpoint becomes the model. "
+            "Hold out images by data.val_fraction, data.val_root or data.val_urls."
         )
         return
     count = count_images(data.val)

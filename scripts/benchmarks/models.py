@@ -38,7 +38,7 @@ TRANSFORMER_SIZES: dict[str, Settings] = {
     "medium": {},  # the paper's for COCO
 }
 
-# Variants of both stages; ``precision`` is the trainer's, everything else an argument of the model
+# Variants of both stages; ``precision`` is the trainer's, everything else an argument of the model.
 COMMON_VARIANTS: dict[str, Settings] = {
     "plain": {},
     "bf16": {"precision": "bf16-mixed"},

@@ -1,4 +1,4 @@
-"""A step of Muon beside AdamW and beside the products of its iteration; its loss curves in float32 and bfloat16."""
+"""A step of Muon compared with AdamW and with the products of its iteration; loss curves in float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def compare_curves(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def iteration_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Let Muon iterate in a dtype, whatever the device multiplies fast."""
+    """Let Muon iterate in a dtype, regardless of the device."""
     native = muon.native_dtype
     muon.native_dtype = lambda device: dtype
     try:
@@ -110,7 +110,7 @@ def iteration_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def loss_curve(args: argparse.Namespace) -> list[float]:
-    """Return the mean cross-entropy in each tenth of a training with the demo's recipe and the bundled tokenizer."""
+    """Return the mean cross-entropy in each tenth of a run with the demo's recipe and the bundled tokenizer."""
     torch.manual_seed(0)
     config = compose_config("stage=transformer", "experiment=shapes", "vqgan=shapes", f"trainer.max_steps={args.steps}")
     transformer: Any = build(TrainingConfig.from_dict(OmegaConf.to_container(config, resolve=True)))

@@ -163,7 +163,7 @@ def plot_growth(rows: dict[str, dict[str, float]], args: argparse.Namespace) -> 
 
 
 def run_rerank(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the choice among candidates by CLIP score beside their generation."""
+    """Measure the choice among candidates by CLIP score, compared with their generation."""
     pipe = TextToImage.load(args.checkpoint).to(args.device)
     embedding = pipe.embed(args.prompt)
     rows = {}

@@ -1,4 +1,4 @@
-"""Memory and start-up of a training on many images and ranks, as one process of it would see them."""
+"""Memory and start-up of a training run on many images and ranks, as one process of it would see them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def measure_cache(shards: int, scratch: Path | None) -> dict[str, float]:
                 file.write(header)
                 file.truncate(len(header) + IMAGES_PER_SHARD * dtype.itemsize)
         cache, row = measured(lambda: TokenCacheDataset(folder))
-        # as random access does in the long run
+        # Random access does this in the long run.
         for number in range(min(shards, MAX_MAPS + 1000)):
             cache.shard(number)
         maps = len(Path("/proc/self/maps").read_text().splitlines())

@@ -26,7 +26,7 @@ IMITATE = {
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        # torch.compile would reuse the kernels of the processor itself
+        # Otherwise torch.compile would reuse the kernels of the processor itself.
         "TORCHINDUCTOR_CACHE_DIR": os.path.join(tempfile.gettempdir(), "torchinductor_avx2"),
     },
 }

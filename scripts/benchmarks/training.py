@@ -173,7 +173,7 @@ def training_flops(transformer: ConditionalTransformer) -> float:
 
     N counts the weights of the blocks and of the head, not the embeddings, which are only looked up. Attention counts
     as if every position saw all T: causal attention needs half of the second term. Not counted are the optimizer
-    (Muon's Newton-Schulz iterations are matrix products, too), recomputation by checkpointing, and the CLIP loss; so
+    (Muon's Newton-Schulz iterations are also matrix products), recomputation by checkpointing, and the CLIP loss; so
     MFU falls if they are used.
     """
     config = transformer.gpt_config

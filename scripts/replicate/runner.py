@@ -38,7 +38,7 @@ class Runner(BaseRunner):
         """Return whether the pipeline is loaded."""
         return hasattr(self, "pipe")
 
-    # cog reads this signature as text, so that its types and bounds must be literals; cog checks them before a call.
+    # The signature is read as text by cog, which checks its types and bounds before a call: they must be literals.
     @cog.streaming
     def run(
         self,

@@ -1,1 +1,1 @@
-"""The parts of scripts/study.py."""
+"""The parts of ``python -m clipgen study``."""

@@ -18,7 +18,7 @@ from clipgen.training.instantiate import instantiate
 def flops_per_step(config: DictConfig) -> int:
     """Return the floating-point operations of one training step: forward and backward pass, CLIP loss, optimizer.
 
-    Matrix products and convolutions count. Attention is computed by matrix products here, so that it counts, too.
+    Matrix products and convolutions count. Attention is computed by matrix products here, so that it also counts.
     """
     training_config = to_training_config(config)
     with torch.random.fork_rng():
@@ -35,5 +35,5 @@ def flops_per_step(config: DictConfig) -> int:
 
 
 def equal_flops_steps(steps: int, reference: int, cost: int) -> int:
-    """Return how many steps of a given cost have the operations of ``steps`` of the reference, at least one."""
+    """Return the number of steps of a given cost with the operations of ``steps`` of the reference, at least 1."""
     return max(round(steps * reference / cost), 1)

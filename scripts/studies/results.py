@@ -67,7 +67,7 @@ def cells(study: Study, row: Row) -> dict[str, str]:
 
 
 def cost_cells(study: Study, row: Row) -> dict[str, str]:
-    """Return what a row costs: its training, relative to the reference's, and the sampling of an image."""
+    """Return the costs of a row: its training, relative to the reference's, and the sampling of an image."""
     sampling = {"sampling cost": sampling_cost(study, row)}
     if row.recipe is None:
         return sampling
@@ -86,7 +86,7 @@ def tuned_rate(study: Study, recipe: str) -> str:
 
 
 def sampling_cost(study: Study, row: Row) -> str:
-    """Return what an image of a row costs: passes over all tokens by the transformer, or steps of an optimization."""
+    """Return the cost of an image of a row: passes over all tokens by the transformer, or steps of an optimization."""
     if row.system == "real":
         return "-"
     if row.is_small:

@@ -46,9 +46,9 @@ class Recipe:
 
     Args:
         settings: keys below ``model`` with their values, over those of the experiment. {noise}: the dataset's noise.
-        rate: learning rate; None: tuned.
-        schedule: schedule; None: tuned. "cosine" has a tenth of the steps as warm-up, "constant" none.
-        reference: the recipe whose tuned rate and schedule are used; None: its own.
+        rate: learning rate; None uses the tuned one.
+        schedule: schedule; None uses the tuned one. "cosine" has a tenth of the steps as warm-up, "constant" none.
+        reference: the recipe whose tuned rate and schedule are used; None uses its own.
     """
 
     settings: tuple[str, ...]
@@ -95,7 +95,7 @@ class Row:
         system: "pipeline", "class", "search", "vqgan_clip", "biggan_clip" or "real".
         shift: add the mean shift from text to image embeddings.
         nearest: project text embeddings onto the nearest image embeddings.
-        params: sampling parameters; None: tuned.
+        params: sampling parameters; None uses tuned ones.
         best_of: candidates of a prompt, of which CLIP keeps the ``keep`` best.
         keep: number of images kept.
     """

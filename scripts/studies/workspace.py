@@ -1,4 +1,4 @@
-"""The frozen models, the data, the trainings and the metrics of a study."""
+"""The frozen models, the data, the training runs and the metrics of a study."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from studies.rows import RECIPES, Row
 # Image i of a seed of the study uses this many times the seed, plus i.
 SEED_STRIDE = 100_000
 SEARCH_CANDIDATES = 16  # images of each prompt in the row of the search
-# Seed of the trainings and images that settings are tuned on.
+# Seed of the training runs and images that settings are tuned on.
 TUNING_SEED = 1000
 # Recipe whose cost defines equal budgets.
 REFERENCE = "no_clip_loss"
@@ -55,7 +55,7 @@ IMAGE_SIZE = 32
 
 
 class Study:
-    """The frozen models, token cache, trainings and metrics of a dataset.
+    """The frozen models, token cache, training runs and metrics of a dataset.
 
     Everything is written below ``args.output`` and kept there, so that an interrupted study resumes.
     """
@@ -145,10 +145,10 @@ class Study:
         images = load_images(held_out or trained, IMAGE_SIZE)
         return [images.images[images.labels == number] for number in range(len(self.setting.prompts))]
 
-    # --------------------------------------------------------------------------------------------------- trainings
+    # --------------------------------------------------------------------------------------------------- training runs
 
     def config(self, recipe: str, rate: float, schedule: str, seed: int, steps: int) -> DictConfig:
-        """Return the configuration of a training."""
+        """Return the configuration of a training run."""
         settings = [text.format(noise=self.setting.noise) for text in RECIPES[recipe].settings]
         config = compose_config(
             "stage=transformer",
@@ -195,7 +195,7 @@ class Study:
         return self.run(f"{recipe}-{seed}", recipe, rate, schedule, seed)
 
     def run(self, name: str, recipe: str, rate: float, schedule: str, seed: int) -> Path:
-        """Return the run folder of a training, trained if it does not exist."""
+        """Return the run folder of a training run, trained if it does not exist."""
         run = self.output / "runs" / name
         model = "label_transformer" if recipe == "class" else "transformer"
         if not (run / model / "config.json").is_file():
