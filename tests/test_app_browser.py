@@ -254,7 +254,7 @@ def test_sweep_is_one_sheet(visit):
 
 
 @pytest.mark.parametrize(("tab", "button", "number"), [("Mix", "mixture", 4), ("Interpolate", "interpolation", 8)])
-def test_mixture_and_interpolation(visit, tab, button, number):
+def test_each_tab_generates_its_number_of_images(visit, tab, button, number):
     visitor = visit()
     visitor.open_tab(tab)
     visitor.page.click(f"#generate-{button}")

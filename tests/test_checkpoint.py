@@ -29,7 +29,7 @@ def saved(path: Path, **arguments) -> Path:
 # ------------------------------------------------------------------------------------------------------- there and back
 
 
-def test_folder_round_trip(tmp_path):
+def test_saved_folder_loads_identically(tmp_path):
     arguments, state = load_arguments_and_state(saved(tmp_path / "deep" / "vqgan"), "VQGAN")
     assert arguments == {"ch": 32} and set(state) == set(STATE)
     assert all(torch.equal(state[name], STATE[name]) and state[name].dtype == STATE[name].dtype for name in STATE)
@@ -95,7 +95,7 @@ def test_other_folders_are_not_replaced(tmp_path):
     assert load_arguments_and_state(saved(tmp_path / "empty"), "VQGAN")[0] == {"ch": 32}
 
 
-def test_run_folders(tmp_path, tiny_vqgan, fit):
+def test_finished_model_precedes_best_and_last_checkpoint(tmp_path, tiny_vqgan, fit):
     """The finished model first, then the best checkpoint, then the last."""
     last = tmp_path / "checkpoints" / "last.ckpt"
     trained = VQGAN(**dict(tiny_vqgan.hparams))
@@ -163,7 +163,7 @@ def test_a_missing_path_names_the_command(tmp_path, model, command):
         assert str(path) in str(error.value) and command in str(error.value)
 
 
-def test_the_wrong_stage(tmp_path, tiny_vqgan, tiny_transformer, fit):
+def test_model_of_the_other_stage_is_refused(tmp_path, tiny_vqgan, tiny_transformer, fit):
     tiny_vqgan.save(tmp_path / "vqgan")
     tiny_transformer.save(tmp_path / "transformer")
     fit(VQGAN(**dict(tiny_vqgan.hparams)), 1, batch=2).save_checkpoint(tmp_path / "vqgan.ckpt")
@@ -190,7 +190,7 @@ def test_the_wrong_stage(tmp_path, tiny_vqgan, tiny_transformer, fit):
         ("model.safetensors", "other"),
     ],
 )
-def test_damaged_folders(tmp_path, tiny_vqgan, name, content):
+def test_damaged_folders_are_refused_by_name(tmp_path, tiny_vqgan, name, content):
     path = tiny_vqgan.save(tmp_path / "vqgan")
     file = path / name
     if content is None:
@@ -210,7 +210,7 @@ def test_damaged_folders(tmp_path, tiny_vqgan, name, content):
     "content",
     [b"", b"hello", b"PK\x03\x04 no zip", bytes(range(256)) * 20, b"\x80\x02.", b"(lp0\n.", "half", "flipped"],
 )
-def test_damaged_checkpoints(tmp_path, tiny_vqgan, fit, content):
+def test_damaged_checkpoints_are_refused_by_name(tmp_path, tiny_vqgan, fit, content):
     path = tmp_path / "last.ckpt"
     if isinstance(content, str):
         fit(VQGAN(**dict(tiny_vqgan.hparams)), 1, batch=2).save_checkpoint(path)

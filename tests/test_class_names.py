@@ -32,7 +32,7 @@ def test_keras_index_is_ordered_by_number(tmp_path):
     assert [name for _, name in read_classes(path)] == read_names(path)
 
 
-def test_classes_of_cub(tmp_path):
+def test_cub_classes_are_read_as_names(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("1 001.Black_footed_Albatross\n2 002.Laysan_Albatross\n")
     assert read_names(path) == ["Black footed Albatross", "Laysan Albatross"]

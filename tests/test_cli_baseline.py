@@ -18,7 +18,7 @@ from clipgen.evaluation.sources import FolderImages
 SEARCH = ["search", "--prompt", "x", "--generator", "none.pt"]
 
 
-def test_vqgan_clip(call, tmp_path):
+def test_vqgan_clip_writes_images_with_metadata(call, tmp_path):
     prompt = "a large blue ring on a white background"
     result = call(
         "clipgen-baseline",
@@ -45,7 +45,21 @@ def test_vqgan_clip(call, tmp_path):
     assert -1 <= float(image.text["clip_score"]) <= 1 and image.text["steps"] == "2"
 
 
-def test_class_and_search(call, class_run):
+SEARCH_OPTIONS = [
+    "--generator",
+    "run",
+    "--prompt",
+    str(ALL_ATTRIBUTES[3]),
+    "--prompt",
+    "a small red star on a black background",
+    "--num-images",
+    5,
+    "--device",
+    "cpu",
+]
+
+
+def test_class_writes_images_with_metadata(call, class_run):
     name = str(ALL_ATTRIBUTES[3])
     result = call(
         "clipgen-baseline",
@@ -69,19 +83,10 @@ def test_class_and_search(call, class_run):
     image = Image.open(next(Path("labels").glob("0*.png")))
     image.load()
     assert image.text["guidance_power"] == "1.0" and image.text["top_k"] == "300"
-    options = [
-        "--generator",
-        "run",
-        "--prompt",
-        name,
-        "--prompt",
-        "a small red star on a black background",
-        "--num-images",
-        5,
-        "--device",
-        "cpu",
-    ]
-    result = call("clipgen-baseline", "search", *options, "--k", 3, "--output", "best", "--save-all")
+
+
+def test_search_writes_the_best_images_and_all(call, class_run):
+    result = call("clipgen-baseline", "search", *SEARCH_OPTIONS, "--k", 3, "--output", "best", "--save-all")
     assert result.code == 0 and len(list(Path("best").glob("0*.png"))) == 2, result.stderr
     assert len(list(Path("best/all").rglob("*.png"))) == 10
     image = Image.open(next(Path("best").glob("01_*.png")))
@@ -89,7 +94,11 @@ def test_class_and_search(call, class_run):
     curve = json.loads(image.text["curve"])
     assert len(curve) == 5 and curve[-1] == pytest.approx(float(image.text["clip_score"]))
 
-    result = call("clipgen-baseline", "search", *options, "--table", "--seeds", 1, 2, "--threshold", 2, "--output", "t")
+
+def test_table_of_a_search_is_written_and_not_replaced(call, class_run):
+    result = call(
+        "clipgen-baseline", "search", *SEARCH_OPTIONS, "--table", "--seeds", 1, 2, "--threshold", 2, "--output", "t"
+    )
     assert result.code == 0 and "> 5" in result.stdout, result.stderr
     report = json.loads(Path("t/search.json").read_text())
     assert [row["k"] for row in report["rows"]] == [1, 10, 20, 50, 100, 288]

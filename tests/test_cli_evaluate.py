@@ -42,7 +42,7 @@ def call(call):
 
 
 @pytest.mark.slow
-def test_bundled_model(call, tmp_path):
+def test_metrics_of_the_bundled_model_are_written_with_their_protocol(call, tmp_path):
     done = call(
         "--checkpoint",
         "shapes",
@@ -67,7 +67,7 @@ def test_bundled_model(call, tmp_path):
     assert "| FID-0 ↓ (clip:shapes) |" in (tmp_path / "out/row.md").read_text() and "FID-0" in done.stdout
 
 
-def test_folder_of_images(call, two_folders, tmp_path):
+def test_folder_is_evaluated_under_its_name(call, two_folders, tmp_path):
     done = call(
         "--images",
         two_folders[0],
@@ -118,7 +118,7 @@ def test_images_of_clipgen_sample_carry_their_captions(call, monkeypatch, capsys
     assert json.loads((tmp_path / "out/metrics.json").read_text())["protocol"]["images"] == 3
 
 
-def test_tokenizer_metrics(call, two_folders, tiny_vqgan, tmp_path):
+def test_tokenizer_metrics_match_direct_computation(call, two_folders, tiny_vqgan, tmp_path):
     tiny_vqgan.save(tmp_path / "vqgan")
     done = call(
         "--vqgan",

@@ -151,7 +151,7 @@ def test_list_shows_the_runs(call, runs, monkeypatch):
     assert lines[2].startswith("Bundled: shapes") and lines[3].startswith("Bundled: cifar10")
 
 
-def test_list_without_runs(call):
+def test_list_says_that_there_are_no_runs(call):
     assert "There are no runs below outputs/" in call("--list").stdout
 
 

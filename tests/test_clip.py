@@ -76,7 +76,7 @@ def test_bundled_cifar10_clip_tells_the_classes_apart():
 # ----------------------------------------------------------------------------------------------------------- embeddings
 
 
-def test_unit_norm_and_shapes(shapes_clip, images):
+def test_embeddings_have_unit_norm(shapes_clip, images):
     e, t = shapes_clip.encode_image(images), shapes_clip.encode_text(CAPTIONS[:3])
     assert e.shape == (8, shapes_clip.embed_dim) and t.shape == (3, shapes_clip.embed_dim)
     assert e.dtype == t.dtype == torch.float32
@@ -158,7 +158,7 @@ def test_preprocessing_is_open_clips(tmp_path, size, resize_mode, interpolation)
 
 
 @torch.no_grad()
-def test_sharp_photos_are_seen_as_open_clip_sees_them(shapes_clip):
+def test_preprocessing_matches_open_clip_on_sharp_photos(shapes_clip):
     """Hard edges and bright pixels, where bicubic filters overshoot."""
     images = ShapesDataset(16, image_size=96, seed=1).render(range(16))
     transform = open_clip.create_model_and_transforms(f"local-dir:{BUNDLED['shapes'] / 'clip'}")[2]
@@ -272,7 +272,7 @@ def test_a_local_file_of_unknown_origin_warns(caplog):
         ("ViT-B-32-quickgelu", "/no/such/file.pt", "cannot be loaded"),
     ],
 )
-def test_unknown_names_and_weights(name, tag, message):
+def test_unknown_names_and_weights_are_refused(name, tag, message):
     with pytest.raises(ValueError, match=message):
         FrozenCLIP(name, tag)
 
@@ -285,7 +285,7 @@ def test_unknown_names_and_weights(name, tag, message):
         ("hf-hub:laion/CLIP-ViT-B-32", ("hf-hub:laion/CLIP-ViT-B-32", None)),
     ],
 )
-def test_names_of_command_lines(monkeypatch, name, expected):
+def test_spec_is_split_into_model_and_weights(monkeypatch, name, expected):
     asked = []
     monkeypatch.setattr(FrozenCLIP, "__init__", lambda self, *arguments: asked.append(arguments))
     FrozenCLIP.from_spec(name)

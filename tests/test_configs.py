@@ -225,7 +225,7 @@ def test_recipe_for_small_photographs_has_64_to_256_tokens(image_size, tokens):
     assert scores[0].numel() > 1  # the discriminator scores patches
 
 
-def test_modern_tokenizer():
+def test_modern_tokenizer_has_16384_codes_and_f_16():
     """It has 16384 codes of 8 dimensions on a sphere and f = 16, and is trained in bf16, and compiled on a GPU."""
     config = compose_config("stage=vqgan", "experiment=modern", "data.root=x")
     with torch.device("meta"):

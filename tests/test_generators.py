@@ -22,7 +22,7 @@ class GrayImages(nn.Module):
         return grey[:, None, None, None].expand(-1, 3, 8, 8)
 
 
-def test_torchscript_generator(tmp_path):
+def test_torchscript_file_is_loaded_and_checked(tmp_path):
     path = str(tmp_path / "plain.pt")
     torch.jit.save(torch.jit.script(GrayImages()), path)
     generator = load_generator(path, noise_dim=2, class_names=NAMES)

@@ -291,7 +291,7 @@ def test_other_floating_point_types_load(folder, dtype):
     assert VQGAN.load(folder["VQGAN"]).codebook.dtype == torch.float32
 
 
-def test_a_tokenizer_with_nan_draws_no_black_picture(call, pipe, tmp_path):
+def test_tokenizer_with_nan_is_refused(call, pipe, tmp_path):
     weights = pipe.save(tmp_path / "pair") / "vqgan" / "model.safetensors"
     state = load_file(weights)
     save_file(state | {"decoder.conv_out.bias": torch.full_like(state["decoder.conv_out.bias"], torch.nan)}, weights)
@@ -563,13 +563,13 @@ def test_functions_stay_refused(tmp_path, tiny_vqgan, function):
     refused(lambda: VQGAN.load(path), path, "not a readable checkpoint")
 
 
-def test_stand_ins_execute_nothing(tmp_path):
+def test_pickle_stubs_execute_nothing(tmp_path):
     torch.save({"args": argparse.Namespace(a=1)}, tmp_path / "x.pt")
     loaded = safe_load.read_checkpoint(tmp_path / "x.pt")["args"]
     assert type(loaded) is pickle_stubs.PickleStub and loaded.state == {"a": 1}
 
 
-def test_the_bundled_pipeline_still_loads_and_draws_the_same(tmp_path):
+def test_bundled_pipeline_loads_and_generates_the_same_images(tmp_path):
     pipe = TextToImage.load("shapes")
     again = TextToImage.load(pipe.save(tmp_path / "again"))
     assert pipe.fingerprint == again.fingerprint

@@ -623,7 +623,7 @@ def test_closed_or_full_output_gives_no_traceback(redirect, message):
     assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
 
 
-def test_pictures_in_place_of_a_prompt_are_reduced_to_what_a_model_can_see(tmp_path):
+def test_image_prompts_are_reduced_in_size(tmp_path):
     """In floating-point numbers, this file of 20 kB would take four times 400 MB."""
     path = tmp_path / "large.png"
     path.write_bytes(blank_png(9000, 3000))
@@ -763,7 +763,7 @@ def test_file_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_captions_by_line_meet_pictures_as_people_number_them(tmp_path, caplog):
+def test_captions_by_line_follow_natural_order(tmp_path, caplog):
     for number in range(12):
         (tmp_path / f"{number}.png").write_bytes(square(number))
     lines = [(None, f"caption {number}") for number in range(12)]

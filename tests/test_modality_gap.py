@@ -96,7 +96,7 @@ def test_projector_file_has_the_permissions_of_other_files(tmp_path):
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_half_precision_projector(tmp_path):
+def test_projector_saved_in_half_precision_is_half_as_large(tmp_path):
     memory = unit_vectors(20)
     path = EmbeddingProjector(memory=memory).save(tmp_path / "projector.safetensors", half=True)
     loaded = EmbeddingProjector.load(path).memory

@@ -167,7 +167,7 @@ def test_mismatched_parts_raise(tiny_vqgan, shapes_clip):
             TextToImage(tiny_vqgan, make_transformer(**(TRANSFORMER_SIZES | {name: value})), shapes_clip)
 
 
-def test_save_and_load(tmp_path, pipe):
+def test_saved_pipeline_generates_identical_images(tmp_path, pipe):
     again = TextToImage.load(pipe.save(tmp_path / "deep" / "pipe"))
     assert sorted(p.name for p in (tmp_path / "deep" / "pipe").iterdir()) == [
         "README.md",
@@ -249,7 +249,7 @@ def test_missing_parts_are_named(tmp_path, pipe):
 STAR = "a small red star on a black background"
 
 
-def test_embeddings_of_prompts(pipe, images):
+def test_embed_accepts_texts_mixtures_images_and_embeddings(pipe, images):
     text = pipe.clip.encode_text([PROMPT, STAR])
     mixed = torch.nn.functional.normalize(0.7 * text[:1] - 0.2 * text[1:], dim=-1)
     torch.testing.assert_close(pipe.embed({PROMPT: 0.7, STAR: -0.2}), mixed)

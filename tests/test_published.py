@@ -33,7 +33,7 @@ def folder(request, shared) -> Path:
 
 
 @torch.no_grad()
-def test_parity(folder):
+def test_published_tokenizers_match_their_expected_outputs(folder):
     vqgan = load(folder)
     expected = {name: torch.from_numpy(array) for name, array in np.load(folder / "expected.npz").items()}
     z = vqgan.encode_latents(expected["images"])
@@ -105,7 +105,7 @@ def checkpoint_of(vqgan: VQGAN, path: Path, **others: object) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [{}, {"resamp_with_conv": False}])
-def test_any_ddconfig(tmp_path, images, change):
+def test_converted_model_matches_for_any_ddconfig(tmp_path, images, change):
     params = CONFIG["model"]["params"]
     config = {"model": CONFIG["model"] | {"params": params | {"ddconfig": params["ddconfig"] | change}}}
     theirs = VQGAN(**taming.convert_config(config)).eval()
@@ -217,7 +217,7 @@ def test_other_configurations_are_refused(change, message):
         taming.convert_config({"model": CONFIG["model"] | change})
 
 
-def test_clear_errors(tmp_path, tiny_vqgan):
+def test_unreadable_files_are_named(tmp_path, tiny_vqgan):
     good = checkpoint_of(VQGAN(**taming.convert_config(CONFIG)), tmp_path / "good.ckpt")
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.ckpt")
     torch.save([1], tmp_path / "list.ckpt")
@@ -241,7 +241,7 @@ def test_clear_errors(tmp_path, tiny_vqgan):
 
 
 @pytest.mark.slow
-def test_clipgen_convert(shared, tmp_path, images):
+def test_convert_command_writes_an_identical_model(shared, tmp_path, images):
     folder = shared / "parity" / "taming_vqgan"
     ran = command(
         "clipgen-convert", "taming", folder / "last.ckpt", folder / "model.yaml", "--output", "f4", cwd=tmp_path
@@ -254,7 +254,7 @@ def test_clipgen_convert(shared, tmp_path, images):
 
 
 @torch.no_grad()
-def test_hfailabs_transformer(shared):
+def test_hfailab_transformer_logits_match_the_published_module(shared):
     folder = shared / "parity" / "hfailab_clip_gen"
     expected = {name: torch.from_numpy(array) for name, array in np.load(folder / "expected.npz").items()}
     transformer = ConditionalTransformer.from_hfailab(folder / "gpt.pt", n_head=4)
@@ -269,7 +269,7 @@ def test_hfailabs_transformer(shared):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", ["encoder.conv_in", "encoder.", "e"])
-def test_a_part_of_hfailabs_tokenizer(shared, tmp_path, kept):
+def test_incomplete_hfailab_tokenizer_is_refused(shared, tmp_path, kept):
     full = torch.load(next((shared / "parity/hfailab_clip_gen").glob("vqgan*.pt")), weights_only=True)
     model = {name: tensor for name, tensor in full["model"].items() if name.startswith(kept)}
     torch.save(full | {"model": model}, tmp_path / "part.pt")

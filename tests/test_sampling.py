@@ -186,7 +186,7 @@ def test_uniforms_depend_only_on_the_seed():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_per_sample_seeds():
+def test_seeds_are_consecutive_given_or_random():
     assert per_sample_seeds(7, 3) == [7, 8, 9]
     assert per_sample_seeds([4, 1], 2) == [4, 1]
     assert per_sample_seeds(np.int64(7), 2) == per_sample_seeds(np.array([7, 8]), 2) == [7, 8]

@@ -98,7 +98,7 @@ def test_search_is_a_function_of_its_seed():
     assert run()[4] is not None and search.search(ToyGAN(), ToyCLIP(), "5", 5, 3).images is None
 
 
-def test_images_needed():
+def test_images_needed_counts_to_the_first_score_above_the_threshold():
     curve = torch.tensor([0.1, 0.3, 0.3, 0.4])
     assert [search.images_needed(curve, t) for t in (0.0, 0.1, 0.3, 0.4)] == [1, 2, 4, None]
 

@@ -27,7 +27,7 @@ from clipgen.data.shapes import (
 from clipgen.evaluation.shapes_evaluator import evaluate_shapes
 
 
-def test_vocabulary_size():
+def test_every_combination_of_attributes_has_its_own_caption():
     assert len(SHAPES) >= 6 and len(COLORS) >= 8 and len(RADII) >= 2 and len(BACKGROUNDS) >= 3
     captions = {str(attributes) for attributes in ALL_ATTRIBUTES}
     assert len(captions) == len(ALL_ATTRIBUTES) == len(SHAPES) * len(COLORS) * len(RADII) * len(BACKGROUNDS)

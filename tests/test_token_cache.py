@@ -514,7 +514,7 @@ def labels_of(cache: Path, split: str = "train") -> list[int]:
     return batch["condition"].argmax(dim=1).tolist()
 
 
-def test_labels_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
+def test_cache_stores_the_classes_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
     data = shapes_data(train_size=50, val_size=10, image_size=32, batch_size=8, labels=True)
     assert precompute.write_token_cache(tmp_path / "labeled", data, tiny_vqgan, shapes_clip, {}, shard_size=16)
     expected = [ALL_ATTRIBUTES.index(attributes) for attributes in data.train.attributes]
@@ -530,7 +530,7 @@ def test_labels_of_shapes(tmp_path, tiny_vqgan, shapes_clip, cache):
     )
 
 
-def test_labels_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
+def test_cache_stores_the_classes_of_tar_shards(tmp_path, tiny_vqgan, shapes_clip):
     """Of two shards, the first of which holds no usable image."""
     make_tar(tmp_path / "0.tar", {"0.png": b"broken", "0.cls": b"1"})
     make_tar(
@@ -560,7 +560,7 @@ def test_first_shard_may_be_empty(tmp_path, tiny_vqgan, shapes_clip):
     assert dataset[1]["condition"].shape == (64,)
 
 
-def test_labels_of_folders(tmp_path, tiny_vqgan, shapes_clip):
+def test_cache_stores_the_classes_of_folders(tmp_path, tiny_vqgan, shapes_clip):
     for name in ("train/cat/a.png", "train/cat/deep/b.png", "train/ant/c.png", "val/cat/d.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), "red").save(tmp_path / name)
