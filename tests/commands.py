@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 from clipgen.cli import baseline, convert, demo, encode, evaluate, sample, train
-from clipgen.cli.console import run_command
 
 MAINS = {
     "clipgen-train": train.main,
-    # Its main ends the process.
-    "clipgen-sample": functools.partial(run_command, "clipgen-sample", sample.run),
+    "clipgen-sample": sample.main,
     "clipgen-demo": demo.main,
     "clipgen-convert": convert.main,
     "clipgen-encode": encode.main,

@@ -385,8 +385,8 @@ def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe,
 
 
 def test_help_of_the_command_names_the_bundled_models():
-    text = " ".join(command.parser().format_help().split())
-    assert "hf-hub:OWNER/NAME, shapes, cifar10 (default: the newest finished run below outputs/, else shapes)" in text
+    text = " ".join(command.make_parser().format_help().split())
+    assert "hf-hub:OWNER/NAME, shapes or cifar10 (default: the newest finished run below outputs/, else shapes)" in text
 
 
 # ------------------------------------------------------------------------------------------------------------- uploads

@@ -62,7 +62,7 @@ def test_description_of_a_prompt_that_is_not_a_text_is_not_a_caption(prompt, wit
     if not with_kind:  # as older versions wrote it
         del metadata["prompt_kind"]
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", metadata)
-    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt beside it holds one"):
+    with pytest.raises(ValueError, match=r"neither .*a\.png nor a a\.txt next to it contains one"):
         FolderImages(tmp_path, captions="embedded")
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", prompt_metadata("an image"))
     assert FolderImages(tmp_path, captions="embedded").captions == ["an image"]

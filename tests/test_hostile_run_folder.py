@@ -493,9 +493,10 @@ def test_the_report_of_a_demo_gives_plain_settings_only(tmp_path, settings):
     good = {"seed": 0, "steps": None, "overrides": []}
     content = {"settings": good | settings if isinstance(settings, dict) else settings}
     (tmp_path / "report.json").write_text(json.dumps(content))
-    args = argparse.Namespace(output=tmp_path, overrides=[], steps=None)
+    args = argparse.Namespace(output=tmp_path, overrides=[], steps=None, seed=None)
     with pytest.raises(ValueError, match=r"report\.json (must contain plain settings only|is damaged)"):
         demo.read_settings(args)
     (tmp_path / "report.json").write_text(json.dumps({"settings": good | {"overrides": ["trainer.max_steps=2"]}}))
+    args = argparse.Namespace(output=tmp_path, overrides=[], steps=None, seed=None)
     demo.read_settings(args)
     assert args.overrides == ["trainer.max_steps=2"]

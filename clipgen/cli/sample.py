@@ -29,9 +29,14 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
+    """Run the command."""
+    run_command("clipgen-sample", run)
+
+
+def main_and_exit() -> None:
     """Run the command, and exit by ``os._exit`` to skip 1-2 s of interpreter shutdown."""
     try:
-        run_command("clipgen-sample", run)
+        main()
     except SystemExit as end:
         flush_stdout()
         os._exit(end.code)  # type: ignore[arg-type]  # `run_command` exits with a number
