@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from commands import TINY_VQGAN, command, interrupt_at, torchrun
+from image_data import encoded, make_tar
 from models import VQGAN_SIZES, make_vqgan
-from test_image_data import encoded, make_tar
 from torch.distributed import TCPStore
 
 from clipgen.cli.config import compose_config
