@@ -64,6 +64,11 @@ GOOD = encoded(random_image(200, 160))
 TRUNCATED = GOOD[: len(GOOD) // 2]
 
 
+def square(value: int, kind: str = "PNG") -> bytes:
+    """Return a file of an image that is recognized by its red value."""
+    return encoded(Image.new("RGB", (8, 8), (value, 0, 0)), kind)
+
+
 def make_folder(root: Path, count: int, bad: tuple[int, ...] = ()) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):

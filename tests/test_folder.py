@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from image_data import BAD, TRUNCATED, UNUSABLE, USABLE, make_folder, needs_bad, red
+from image_data import BAD, TRUNCATED, UNUSABLE, USABLE, make_folder, needs_bad, red, square
 from torch.utils.data import DataLoader
 
 from clipgen.data import folder as folder_module
@@ -127,3 +127,10 @@ def test_folder_data_scans_once_and_splits(tmp_path: Path, caplog: pytest.LogCap
     data = folder_data(tmp_path / "a", 8, batch_size=4, val_root=other)
     assert (len(data.train), len(data.val)) == (11, 3)
     assert folder_data(tmp_path / "a", 8, batch_size=4, val_fraction=0.0).val is None
+
+
+def test_numeric_class_names_are_sorted_by_value(tmp_path):
+    for name in ("0", "1", "2", "10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(square(1))
+    assert ImageFolder(tmp_path, 8, train=True, labels=True).class_names == ["0", "1", "2", "10"]

@@ -35,3 +35,12 @@ def test_parallel_map_stops_when_its_results_are_not_read():
     next(results)
     results.close()
     assert len(started) <= 3 * NUM_THREADS < MAX_PENDING * 2
+
+
+def test_parallel_map_bounds_the_bytes_of_pending_items():
+    started = []
+    results = parallel_map(
+        lambda item: item, (started.append(i) or i for i in range(100)), item_bytes=lambda item: 1 << 29
+    )
+    assert next(results) == 0 and len(started) <= 2
+    assert list(results) == list(range(1, 100))

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from clipgen.data import shard_order
 from clipgen.data import webdataset as shards_module
 from clipgen.data.datamodule import ImageDataModule
-from clipgen.data.tar_reader import Member
+from clipgen.data.tar_reader import Member, Sample
 from clipgen.data.urls import expand_urls
-from clipgen.data.webdataset import ImageShards
+from clipgen.data.webdataset import ImageShards, shuffle_in_buffer
 
 CIFAR10 = SHARED / "data" / "cifar10"
 needs_cifar = pytest.mark.skipif(not CIFAR10.exists(), reason=f"{CIFAR10} is absent; set CLIPGEN_SHARED")
@@ -338,3 +338,17 @@ def test_consecutive_skips_are_reset_by_a_usable_image(tmp_path: Path, monkeypat
     monkeypatch.setattr(shards_module, "_MAX_CONSECUTIVE_SKIPS", 3)
     make_tar(tmp_path / "a.tar", {"0.jpg": TRUNCATED, "1.jpg": TRUNCATED, "2.jpg": GOOD})
     assert len(list(islice(ImageShards(f"{tmp_path}/a.tar", 8, train=True, shuffle=0), 20))) == 20
+
+
+def test_shuffle_buffer_is_bounded_in_bytes(monkeypatch):
+    import random
+
+    samples = [Sample("a.tar", f"{number}.png", bytes(10), None) for number in range(500)]
+    plain = [sample.name for sample in shuffle_in_buffer(iter(samples), 200, random.Random(0))]
+    assert sorted(plain) == sorted(sample.name for sample in samples) and plain != sorted(plain)
+    monkeypatch.setattr(shards_module, "_SHUFFLE_BYTES", 100)
+    taken: list[Sample] = []
+    stream = shuffle_in_buffer((taken.append(sample) or sample for sample in samples), 200, random.Random(0))
+    for number, _ in enumerate(stream, start=1):
+        assert len(taken) - number <= 10
+    assert number == 500
