@@ -402,7 +402,7 @@ def test_bfloat16_gives_nearly_the_same_images(pipe):
 
 
 def test_compiled_batches_are_padded_to_powers_of_two(pipe, monkeypatch):
-    """Each size is compiled once. The compiler itself is tested in test_gpt.py."""
+    """Each size is compiled once. The compiler itself is tested in test_kv_cache.py."""
     compiled_functions = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled_functions.append(function) or function)
     compiled = copy.deepcopy(pipe).compile()
