@@ -202,3 +202,13 @@ def kernel_cache(monkeypatch, tmp_path) -> Path:
     cpu_kernels.measured_kernel.cache_clear()
     yield tmp_path / "cache"
     cpu_kernels.measured_kernel.cache_clear()
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Return a folder of sixty images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(60):
+        Image.new("RGB", (40, 36), (i * 4, 99, 0)).save(folder / f"{i:02d}.png")
+    return folder

@@ -6,6 +6,7 @@ import logging
 from itertools import islice
 from pathlib import Path
 
+import make_shards
 import pytest
 import torch
 from conftest import SHARED
@@ -18,7 +19,7 @@ from clipgen.data import webdataset as shards_module
 from clipgen.data.datamodule import ImageDataModule
 from clipgen.data.tar_reader import Member, Sample
 from clipgen.data.urls import expand_urls
-from clipgen.data.webdataset import ImageShards, shuffle_in_buffer
+from clipgen.data.webdataset import ImageShards, estimate_images, shuffle_in_buffer
 
 CIFAR10 = SHARED / "data" / "cifar10"
 needs_cifar = pytest.mark.skipif(not CIFAR10.exists(), reason=f"{CIFAR10} is absent; set CLIPGEN_SHARED")
@@ -352,3 +353,11 @@ def test_shuffle_buffer_is_bounded_in_bytes(monkeypatch):
     for number, _ in enumerate(stream, start=1):
         assert len(taken) - number <= 10
     assert number == 500
+
+
+def test_images_in_shards_are_estimated_from_the_first(photos, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    make_shards.main(["photos", "--output", "shards", "--shard-size", "10"])
+    count = estimate_images(sorted(map(str, Path("shards").glob("train-*.tar"))))
+    assert str(count) == "about 60 in 6 shards (estimated from the first)"
+    assert estimate_images(["https://example.org/a.tar"]) is None
