@@ -55,7 +55,6 @@ def test_lagging_ema_and_dead_codes_are_explained(tiny_vqgan):
 
 # --------------------------------------------------------------------------------------------------- errors in time
 
-
 EARLY = {
     "clipgen-train": "clipgen.cli.train",
     "clipgen-train stage=vqgan model.chh=1": "clipgen.cli.train",
