@@ -52,6 +52,8 @@ TRANSFORMER = [
     *STEPS,
 ]
 PROMPT = "a large blue ring on a white background"
+# It changes the title of a terminal's window.
+ESCAPE = "\x1b]0;owned\x07"
 
 
 def command(name: str, *arguments: object, cwd: Path, **options) -> subprocess.CompletedProcess[str]:

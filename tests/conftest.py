@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import ShapesDataset
 from clipgen.hardware.processor import has_bf16_units, instruction_set
+from clipgen.models import cpu_kernels
 from clipgen.pipeline import TextToImage
 from clipgen.training.cluster import leave_group
 from clipgen.transformer import ConditionalTransformer
@@ -192,3 +193,22 @@ def small_classifier(labeled_shards, tmp_path_factory) -> Path:
     sizes = train_classifier.shard_sizes(labeled_shards)
     train_classifier.train(train_classifier.Settings(4, 8, 1, 32, 0, (8, 8, 8), sizes), labeled_shards, 2, output)
     return output / "classifier.pt"
+
+
+@pytest.fixture
+def kernel_cache(monkeypatch, tmp_path) -> Path:
+    """Let measured kernels be kept in a new folder."""
+    monkeypatch.setenv("CLIPGEN_CACHE", str(tmp_path / "cache"))
+    cpu_kernels.measured_kernel.cache_clear()
+    yield tmp_path / "cache"
+    cpu_kernels.measured_kernel.cache_clear()
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Return a folder of sixty images."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(60):
+        Image.new("RGB", (40, 36), (i * 4, 99, 0)).save(folder / f"{i:02d}.png")
+    return folder

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from gan_states import biggan_state, deep_state, sagan_state
-from PIL import Image
 from torch import Tensor
 
 from clipgen.baselines import load_generator
 from clipgen.baselines.biggan import interpolate_rows, load_biggan
 from clipgen.baselines.gan_layers import truncated_normal
-from clipgen.baselines.search import encode_labels
-from clipgen.cli import baseline
-from clipgen.clip import FrozenCLIP
 
 
 def assert_equal(images: Tensor, expected: np.ndarray) -> None:
@@ -151,22 +146,3 @@ def test_folder_without_weights_is_refused(tmp_path):
         load_generator(f"biggan:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         load_generator(f"biggan:{tmp_path / 'missing.pth'}")
-
-
-def test_search_asks_for_the_names_of_other_classes_than_imagenets(tmp_path):
-    torch.save(biggan_state(), tmp_path / "G_ema.pth")
-    generator = load_generator(f"biggan:{tmp_path}")
-    with pytest.raises(ValueError, match=r"class_names must name the classes of the generator, got none"):
-        encode_labels(FrozenCLIP("shapes"), generator.class_names)
-
-
-def test_search_reports_its_truncation(monkeypatch, tmp_path):
-    torch.save(deep_state(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "names.txt").write_text("circle\nsquare\nstar\nring\ncross\n")
-    options = ["--generator", f"biggan:{tmp_path}", "--class-names", tmp_path / "names.txt", "--truncation", 0.4]
-    options += ["--prompt", "a red circle", "--clip", "shapes", "--k", 2, "--num-images", 3, "--device", "cpu"]
-    arguments = ["clipgen-baseline", "search", *options, "--output", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
-    baseline.run()
-    with Image.open(next((tmp_path / "out").glob("00*.png"))) as image:
-        assert image.info["truncation"] == "0.4"

@@ -90,3 +90,8 @@ def test_pipe_is_refused_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "names.txt")
     with pytest.raises(FileNotFoundError, match="class names must be in a file"):
         read_names(tmp_path / "names.txt")
+
+
+def test_class_names_of_imagenet():
+    names = read_class_names("imagenet")
+    assert len(names) == 1000 and names[0] == "tench" and names[207].lower() == "golden retriever"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import errno
 import gc
 import importlib.util
@@ -32,12 +31,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from clipgen import VQGAN as Tokenizer
 from clipgen import ConditionalTransformer, TextToImage
-from clipgen.cli import info
 from clipgen.cli.config import config_dir
-from clipgen.cli.progress_bar import ProgressBar
 from clipgen.cli.train import CHOICES
-from clipgen.progress import ProgressLog
-from clipgen.training.callbacks import AtomicCheckpointIO, ProgressReport
+from clipgen.training.callbacks import AtomicCheckpointIO
 
 
 @pytest.fixture(scope="session")
@@ -68,37 +64,6 @@ def test_run_folder_has_models_checkpoints_and_settings(runs):
         assert not [name for name in everything(run) if "partial" in name]
         for checkpoint in (run, run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"):
             assert isinstance(model.load(checkpoint), model)
-
-
-def test_progress_reads_losses_as_often_as_they_are_logged(fit, tiny_vqgan, caplog):
-    """Reading a loss waits for the GPU."""
-    caplog.set_level(logging.INFO)
-    fit(tiny_vqgan, 5, ProgressReport(partial(ProgressLog, interval=0.0)), log_every_n_steps=2)
-    lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.progress"]
-    assert [line.split(",")[0] for line in lines] == [f"training: {step} of 5 steps" for step in range(1, 6)]
-    assert all(re.search(r", \S+ it/s, \S+ img/s, ETA \d+:\d\d:\d\d(  |$)", line) for line in lines)
-    losses = [re.search(r"ETA \S+ *(.*)", line)[1] for line in lines]
-    assert losses[0] == "" and losses[1] == losses[2] != losses[3] == losses[4] and "train/loss 1." in losses[1]
-
-
-def test_progress_bar_counts_the_steps_of_all_epochs(fit, tiny_vqgan):
-    report = ProgressReport(ProgressBar)
-    fit(tiny_vqgan, 5, report, limit_train_batches=2)
-    bar = report.progress.bar
-    (task,) = bar.tasks
-    assert (task.completed, task.total, task.description) == (5, 5, "training") and not bar.live.is_started
-
-
-def test_progress_bar_stops_when_training_is_interrupted(fit, tiny_vqgan, monkeypatch):
-    report = ProgressReport(ProgressBar)
-
-    def interrupted(*_):
-        raise KeyboardInterrupt  # no signal: a shell's background jobs ignore it
-
-    monkeypatch.setattr(Tokenizer, "training_step", interrupted)
-    with pytest.raises(SystemExit):  # what Lightning makes of it
-        fit(tiny_vqgan, 5, report)
-    assert report.progress.bar.tasks and not report.progress.bar.live.is_started
 
 
 def test_run_folder_has_the_resolved_configuration_and_versions(runs):
@@ -186,26 +151,6 @@ def test_leftovers_of_an_interrupted_checkpoint_are_removed(tmp_path):
     left.write_bytes(b"0" * 100)
     AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_metrics_csv_outlives_a_resume_that_logs_nothing(call, tmp_path):
-    arguments = [*VQGAN, *SHAPES, "logger=csv", "output=run", "trainer.max_steps=2", "trainer.log_every_n_steps=1"]
-    assert call(*arguments).code == 0
-    before = (tmp_path / "run/metrics.csv").read_bytes()
-    assert call("resume=run").code == 0 and (tmp_path / "run/metrics.csv").read_bytes() == before
-
-
-def test_metrics_csv_has_each_step_once_after_resuming(call, tmp_path):
-    """Steps after the checkpoint are written again, not twice."""
-    arguments = [*VQGAN, *SHAPES, "logger=csv", "output=run"]
-    assert call(*arguments, "trainer.max_steps=3").code == 0
-    shutil.copy(tmp_path / "run/checkpoints/last.ckpt", tmp_path / "third.ckpt")
-    assert call(*arguments, "resume=run").code == 0
-    shutil.copy(tmp_path / "third.ckpt", tmp_path / "run/checkpoints/last.ckpt")
-    assert call(*arguments, "resume=run", "trainer.max_steps=5").code == 0
-    with (tmp_path / "run/metrics.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert steps == [0, 1, 2, 3, 4]
 
 
 def test_another_optimizer_is_refused_before_the_configuration_is_written(call, runs, tmp_path):
@@ -688,27 +633,6 @@ def test_shell_completion_knows_keys_and_choices(call, monkeypatch, typed, expec
     monkeypatch.setenv("COMP_LINE", line)
     monkeypatch.setenv("COMP_POINT", str(len(line)))
     assert expected <= set(call("--shell-completion", "query=bash").stdout.split())
-
-
-def test_info_describes_installation_and_machine(call):
-    result = call("--info")
-    assert result.code == 0
-    lines = dict(line.split(":", 1) for line in result.stdout.splitlines())
-    assert list(lines) == ["clipgen", "Python", "packages", "processor", "memory", "GPU"]
-    assert f"torch {torch.__version__.partition('+')[0]}" in lines["packages"]
-    assert torch.backends.cpu.get_cpu_capability() in lines["processor"]
-
-
-def test_info_names_the_packages_of_the_extras(monkeypatch):
-    monkeypatch.setattr(info, "version", lambda name: "1.0")
-    packages = info.installed_packages()
-    assert {"datasets 1.0", "gradio 1.0", "optuna 1.0", "submitit 1.0", "cog 1.0"} <= set(packages)
-
-
-def test_info_names_packages_that_are_missing(monkeypatch):
-    monkeypatch.setattr(info, "PACKAGES", ("torch", "no-such-package"))
-    monkeypatch.setattr(info, "OPTIONAL_PACKAGES", ("no-such-extra",))
-    assert info.installed_packages()[1:] == ["no-such-package missing"]
 
 
 def test_cfg_job_shows_all_keys(call, tmp_path):

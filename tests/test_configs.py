@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import Field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,12 +20,10 @@ from clipgen.data.folder import folder_data
 from clipgen.data.huggingface import huggingface_data
 from clipgen.data.shapes import shapes_data
 from clipgen.data.webdataset import shard_data
-from clipgen.models.config import AutoencoderConfig, GPTConfig, QuantizerConfig, is_training_only, to_plain
+from clipgen.models.config import GPTConfig, to_plain
 from clipgen.sampling_params import SamplingParams
-from clipgen.tokenizer_identity import identity
 from clipgen.training import callbacks
 from clipgen.transformer import ConditionalTransformer
-from clipgen.type_checks import fits, type_in_words
 from clipgen.vqgan import VQGAN
 
 STAGES = ("vqgan", "transformer")
@@ -330,73 +327,3 @@ def test_recipe_of_hfailab_builds():
 
 def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-# ---------------------------------------------------------------------------------------------- tokenizer identity
-
-
-def other_value(config_field: Field) -> Any:
-    """Return a valid value that differs from the default of a field."""
-    default = config_field.default
-    special = {"encoder_kernel_size": 1, "type": "cosine", "fsq_levels": [8, 5, 5, 5]}
-    if config_field.name in special:
-        return special[config_field.name]
-    if isinstance(default, bool):
-        return not default
-    if isinstance(default, (int, float)):
-        return default + 1 if isinstance(default, int) else default / 2 + 0.1
-    return [*default, 1]
-
-
-TOKENIZER_FIELDS = [
-    pytest.param(section, config_field, id=f"{section}.{config_field.name}")
-    for section, config_class in (("autoencoder", AutoencoderConfig), ("quantizer", QuantizerConfig))
-    for config_field in fields(config_class)
-]
-
-
-@pytest.mark.parametrize(("section", "config_field"), TOKENIZER_FIELDS)
-def test_tokenizer_identity_depends_on_all_fields_except_training_only(section, config_field):
-    """Otherwise a token cache of another tokenizer would be accepted."""
-    changed = {section: {config_field.name: other_value(config_field)}}
-    assert (identity(changed, {}) == identity({}, {})) == is_training_only(config_field)
-
-
-def test_tokenizer_identity_depends_on_the_weights():
-    weights = {"encoder.conv_in.weight": torch.zeros(2)}
-    assert identity({}, weights) != identity({}, {name: tensor + 1 for name, tensor in weights.items()})
-    assert identity({}, weights) == identity({}, weights | {"quantize.batches_since_use": torch.ones(2)})
-
-
-# ------------------------------------------------------------------------------------------------------------- types
-
-
-@pytest.mark.parametrize(
-    ("value", "annotation", "expected"),
-    [
-        (1, int, True),
-        (1.0, int, False),
-        (True, int, False),
-        ("1", int, False),
-        (None, int, False),
-        (1, float, True),
-        (1e-3, float, True),
-        (False, float, False),
-        (True, bool, True),
-        (1, bool, False),
-        ("a", str, True),
-        (1, str, False),
-        (None, str | None, True),
-        (3, str | None, False),
-        ([1, 2], list[int], True),
-        ([1, "a"], list[int], False),
-        (3, str | list[str], False),
-        ("a", str | list[str], True),
-    ],
-)
-def test_values_fit_type_annotations(value, annotation, expected):
-    assert fits(value, annotation) is expected
-
-
-def test_type_annotations_in_messages():
-    assert type_in_words(str | list[int] | None) == "str or list of int or null"

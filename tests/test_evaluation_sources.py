@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from image_data import square, warnings_of
 from PIL import Image
 
 from clipgen.data.shapes import ALL_ATTRIBUTES, ShapesDataset
@@ -90,3 +92,24 @@ def test_empty_sidecar_file_is_not_a_caption(tmp_path):
     (tmp_path / "a.txt").write_bytes("été".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a\.txt must be UTF-8 text"):
         FolderImages(tmp_path, captions="embedded")
+
+
+def test_captions_by_line_follow_natural_order(tmp_path, caplog):
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(square(number))
+    lines = [(None, f"caption {number}") for number in range(12)]
+    source = FolderImages(tmp_path, captions=lines)
+    assert dict(zip(source.files, source.captions)) == {f"{n}.png": f"caption {n}" for n in range(12)}
+    (warning,) = warnings_of(caplog)
+    assert "line 3 belongs to 2.png (in alphabetical order: 10.png)" in warning
+
+
+def test_a_folders_distance_from_itself_is_zero(tmp_path):
+    """Large JPEGs are decoded at a part of their size, on both sides."""
+    for number in range(6):
+        noise = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((400, 300)).save(tmp_path / f"{number}.jpg")
+    sides = []
+    for source in (FolderImages(tmp_path, 32), RealImages(str(tmp_path), 32)):
+        sides.append(torch.cat([images for chunk in source.chunks for images, _ in source.read(chunk)]))
+    assert torch.equal(*sides)

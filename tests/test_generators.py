@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipgen.baselines.generators import ExternalGenerator, load_generator, read_class_names
+from clipgen.baselines.generators import ExternalGenerator, load_generator
 
 NAMES = ["red", "green", "blue"]
 
@@ -85,8 +85,3 @@ def test_rounding_outside_the_range_is_clamped():
         torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
     )
     assert torch.equal(images, torch.ones(1, 3, 2, 2))
-
-
-def test_class_names_of_imagenet():
-    names = read_class_names("imagenet")
-    assert len(names) == 1000 and names[0] == "tench" and names[207].lower() == "golden retriever"

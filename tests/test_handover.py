@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from image_data import is_mapped
 from PIL import Image
-from test_image_data import is_mapped
 
 from clipgen.data import folder, handover, packed_strings
 from clipgen.data.folder import ImageFolder

@@ -22,7 +22,7 @@ import torch
 from models import TRANSFORMER_SECTIONS, VQGAN_SECTIONS, nested
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from test_published import CONFIG
+from test_converters import CONFIG
 from transformers import GPT2Config, GPT2Model
 
 from clipgen.checkpoint import gpt2, pickle_stubs, safe_load, taming

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import bz2
 import gzip
 import io
-import json
 import logging
 import lzma
 import os
@@ -22,12 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from commands import PROMPT
-from PIL import Image, ImageCms, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from commands import ESCAPE, PROMPT
+from image_data import square, warnings_of
+from PIL import Image, ImageCms
 
-from clipgen.cli import console
 from clipgen.cli.sample_request import read_image
 from clipgen.data import color_conversion
 from clipgen.data import decoding as images_module
@@ -37,27 +33,15 @@ from clipgen.data.decoding import MAX_PIXELS, UnusableImageError, check_header, 
 from clipgen.data.folder import ImageFolder
 from clipgen.data.folder_listing import find_images
 from clipgen.data.memory_budget import MemoryBudget
-from clipgen.data.parallel import parallel_map
-from clipgen.data.tar_reader import Sample
-from clipgen.data.webdataset import ImageShards, shuffle_in_buffer
+from clipgen.data.webdataset import ImageShards
 from clipgen.evaluation.captions import embedded_caption
-from clipgen.evaluation.sources import FolderImages, RealImages
-from clipgen.generation.prompts import read_prompts
-from clipgen.storage.files import natural_key, printable
-from clipgen.visualization import break_word, grid, wrap
-
-ESCAPE = "\x1b]0;owned\x07"
-SETTINGS = dict(temperature=1.0, top_k=1, top_p=1.0, guidance_scale=1.0, guidance_power=0.0)
+from clipgen.evaluation.sources import FolderImages
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def square(value: int, kind: str = "PNG") -> bytes:
-    return encoded(Image.new("RGB", (8, 8), (value, 0, 0)), kind)
 
 
 def blank_png(width: int, height: int, color_type: int = 0, rows: int | None = None) -> bytes:
@@ -85,10 +69,6 @@ def make_tar(path: Path, files: list[tuple[str, bytes]], mode: str = "w") -> Pat
 def reds(dataset: ImageShards) -> list[int]:
     """Return the red values by which images are recognized."""
     return [round((float(sample["images"][0].mean()) + 1) * 127.5) for sample in dataset]
-
-
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -543,29 +523,6 @@ def test_invalid_labels_are_counted(label, tmp_path):
     assert [sample["label"] for sample in dataset] == [1] and "1 without label" in str(dataset.skip_counter)
 
 
-def test_shuffle_buffer_is_bounded_in_bytes(monkeypatch):
-    import random
-
-    samples = [Sample("a.tar", f"{number}.png", bytes(10), None) for number in range(500)]
-    plain = [sample.name for sample in shuffle_in_buffer(iter(samples), 200, random.Random(0))]
-    assert sorted(plain) == sorted(sample.name for sample in samples) and plain != sorted(plain)
-    monkeypatch.setattr(shards_module, "_SHUFFLE_BYTES", 100)
-    taken: list[Sample] = []
-    stream = shuffle_in_buffer((taken.append(sample) or sample for sample in samples), 200, random.Random(0))
-    for number, _ in enumerate(stream, start=1):
-        assert len(taken) - number <= 10
-    assert number == 500
-
-
-def test_parallel_map_bounds_the_bytes_of_pending_items():
-    started = []
-    results = parallel_map(
-        lambda item: item, (started.append(i) or i for i in range(100)), item_bytes=lambda item: 1 << 29
-    )
-    assert next(results) == 0 and len(started) <= 2
-    assert list(results) == list(range(1, 100))
-
-
 # ----------------------------------------------------------------------------------------------------------- messages
 
 
@@ -590,39 +547,6 @@ def test_escape_sequences_in_names_are_escaped(tmp_path, caplog):
     assert all(message.isprintable() for message in caplog.messages) and r"\x1b]0;owned\x07.png" in caplog.text
 
 
-def test_errors_and_log_lines_are_printable(capsys):
-    assert console.error_line(ValueError(f"{ESCAPE} \u202e \ud800 é")) == r"\x1b]0;owned\x07 \u202e \ud800 é"
-    assert console.error_line(FileNotFoundError(2, "No such file", ESCAPE)) == r"No such file: \x1b]0;owned\x07"
-    record = logging.LogRecord("clipgen", logging.WARNING, "", 0, "key %s\nsecond line", (ESCAPE,), None)
-    console.StderrHandler().emit(record)
-    assert capsys.readouterr().err == "key \\x1b]0;owned\\x07\nsecond line\n"
-    assert printable("日本 ü") == "日本 ü"
-
-
-def say_in_a_process(code: str, redirect: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    program = (
-        "from clipgen.cli.console import print_line, run_command\nrun_command('test', lambda: [print_line(x) for x in "
-        + code
-        + "])"
-    )
-    command = f"'{sys.executable}' -c \"$PROGRAM\" {redirect}"
-    variables = {**os.environ, "PROGRAM": program, **environment}
-    return subprocess.run(["sh", "-c", command], env=variables, capture_output=True)
-
-
-def test_letters_that_a_terminal_lacks_are_escaped():
-    done = say_in_a_process("['ж', 'b']", "", PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
-    assert done.returncode == 0 and done.stdout == b"\\u0436\nb\n"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and sh")
-@pytest.mark.parametrize(("redirect", "message"), [(">&-", b""), (">/dev/full", b"No space left"), ("| head -1", b"")])
-def test_closed_or_full_output_gives_no_traceback(redirect, message):
-    done = say_in_a_process("range(100000)", redirect)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"Exception" not in done.stderr
-    assert message in done.stderr and len(done.stderr.splitlines()) == bool(message)
-
-
 def test_image_prompts_are_reduced_in_size(tmp_path):
     """In floating-point numbers, this file of 20 kB would take four times 400 MB."""
     path = tmp_path / "large.png"
@@ -637,60 +561,7 @@ def test_large_images_are_evaluated_at_a_size_that_was_chosen(tmp_path):
     assert FolderImages(tmp_path, image_size=64).image_size == 64
 
 
-def test_a_device_without_end_is_not_a_file_of_prompts():
-    with pytest.raises(ValueError, match="/dev/zero must contain at most 16777216 bytes of prompts"):
-        read_prompts(Path("/dev/zero"))
-
-
-def test_commands_print_names_without_control_characters():
-    """A prompt, a file or a folder may be named by somebody else: lines with variable parts are printed by `say`."""
-    for path in sorted(Path(console.__file__).parent.glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and path.name != "console.py":
-                assert not any(isinstance(value, (ast.JoinedStr, ast.Starred)) for value in node.args), (
-                    path,
-                    node.lineno,
-                )
-
-
-def test_say_escapes_what_a_terminal_would_interpret(capsys):
-    console.print_line(f"{ESCAPE}\n")
-    assert capsys.readouterr().out == r"\x1b]0;owned\x07\n" + "\n"
-
-
 # ------------------------------------------------------------------------------------------ clipgen-sample --reproduce
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"interpolate": '["a", "b"]', "steps": "1000000000"}, r"steps must be in \[2, 1000\], got 1000000000"),
-        ({"interpolate": '["a", "b"]', "steps": "NaN"}, "steps must be a whole number, got nan"),
-        ({"interpolate": '["a"]', "steps": "3"}, "interpolate must be two prompts, got a list"),
-        ({"interpolate": "[" * 100_000, "steps": "3"}, "interpolate must be JSON"),
-        ({"prompt": "a" * 1_000_000}, "prompt must have at most 10000 letters, got 1000000"),
-        ({"seed": "[]"}, "seed must be a whole number, got a list"),
-        ({"seed": "true"}, "seed must be a whole number, got True"),
-        ({"seed": "9" * 5000}, "seed must be JSON"),
-        ({"top_k": "null"}, "top_k must be a whole number, got None"),
-        ({"top_k": '"1"'}, "top_k must be a whole number, got '1'"),
-        ({"temperature": "1e999"}, "temperature must be finite"),
-        ({"prompt_mix": '{"a": "b"}'}, "prompt_mix must have numbers for weights, got 'b'"),
-        ({"prompt_mix": "[1]"}, "prompt_mix must be 1 to 100 texts with weights, got a list"),
-        ({"dtype": ESCAPE}, r"dtype must be one of float32, bfloat16, got '\\x1b"),
-    ],
-)
-def test_reproduce_checks_the_metadata(change, message, tmp_path, call):
-    info = PngInfo()
-    for key, value in (
-        {"prompt": PROMPT, "seed": "0"} | {k: json.dumps(v) for k, v in SETTINGS.items()} | change
-    ).items():
-        info.add_itxt(key, value)
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    result = call("clipgen-sample", "--reproduce", "a.png")
-    (line,) = result.stderr.splitlines()
-    assert result.code == 1 and line.startswith("clipgen-sample: error: a.png is not an image of clipgen-sample: ")
-    assert message.replace("\\[", "[").replace("\\]", "]").replace("\\\\", "\\") in line and line.isprintable()
 
 
 @pytest.mark.parametrize("side", [12_000, 30_000])
@@ -700,15 +571,6 @@ def test_reproduce_refuses_a_decompression_bomb(side, tmp_path, call):
     result = call("clipgen-sample", "--reproduce", "a.png")
     assert result.code == 1 and "a.png is not an image of clipgen-sample: too large" in result.stderr
     assert len(result.stderr.splitlines()) == 1
-
-
-def test_long_captions_are_drawn_quickly_and_cut():
-    font = ImageFont.load_default(size=11)
-    start = time.perf_counter()
-    assert "".join(break_word("a" * 100_000, 128, font)) == "a" * 100_000
-    assert " ".join(wrap("ab " * 30_000, 128, font)).split() == ["ab"] * 30_000
-    sheet = grid([Image.new("RGB", (8, 8))], captions=["a" * 1_000_000])
-    assert time.perf_counter() - start < 20 and sheet.height < 1000
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -734,19 +596,6 @@ def test_unreadable_folder_is_counted(tmp_path, caplog, monkeypatch):
     assert caught.value.filename == str(tmp_path / "b")
 
 
-def test_numeric_class_names_are_sorted_by_value(tmp_path):
-    for name in ("0", "1", "2", "10"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.png").write_bytes(square(1))
-    assert ImageFolder(tmp_path, 8, train=True, labels=True).class_names == ["0", "1", "2", "10"]
-
-
-def test_natural_key_sorts_numbers_by_value():
-    ordered = ["0.png", "1.png", "2.png", "9.png", "010.png", "11.png", "a/2/1.png", "a/10/1.png", "b_2_3", "b_2_12"]
-    assert sorted(sorted(ordered), key=natural_key) == ordered
-    assert natural_key("9" * 5000) > natural_key("8" * 5000) > natural_key("9" * 4999)
-
-
 def test_file_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip):
     from clipgen.data.folder import folder_data
     from clipgen.precompute import write_token_cache
@@ -760,28 +609,7 @@ def test_file_names_that_are_not_utf8_are_used(tmp_path, tiny_vqgan, shapes_clip
     assert write_token_cache(tmp_path / "cache", data, tiny_vqgan, shapes_clip, {})
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
-
-
-def test_captions_by_line_follow_natural_order(tmp_path, caplog):
-    for number in range(12):
-        (tmp_path / f"{number}.png").write_bytes(square(number))
-    lines = [(None, f"caption {number}") for number in range(12)]
-    source = FolderImages(tmp_path, captions=lines)
-    assert dict(zip(source.files, source.captions)) == {f"{n}.png": f"caption {n}" for n in range(12)}
-    (warning,) = warnings_of(caplog)
-    assert "line 3 belongs to 2.png (in alphabetical order: 10.png)" in warning
-
-
-def test_a_folders_distance_from_itself_is_zero(tmp_path):
-    """Large JPEGs are decoded at a part of their size, on both sides."""
-    for number in range(6):
-        noise = np.random.default_rng(number).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((400, 300)).save(tmp_path / f"{number}.jpg")
-    sides = []
-    for source in (FolderImages(tmp_path, 32), RealImages(str(tmp_path), 32)):
-        sides.append(torch.cat([images for chunk in source.chunks for images, _ in source.read(chunk)]))
-    assert torch.equal(*sides)
+# ------------------------------------------------------------------------------------------------------- claimed sizes
 
 
 def test_claimed_length_of_a_png_chunk_reserves_no_memory(tmp_path):

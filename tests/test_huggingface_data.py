@@ -17,8 +17,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from commands import VQGAN
+from image_data import TRUNCATED, Probe, encoded, fit, red
 from PIL import Image
-from test_image_data import TRUNCATED, Probe, encoded, fit, red
 from test_resume import stopped_and_resumed
 
 from clipgen import precompute

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_image_data import encoded, make_tar, random_image
+from image_data import encoded, make_tar, random_image
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 

@@ -11,7 +11,6 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from models import TRANSFORMER_SIZES, make_transformer
 from PIL import Image
 
@@ -20,9 +19,7 @@ from clipgen import TextToImage
 from clipgen.bundled import BUNDLED
 from clipgen.clip import FrozenCLIP
 from clipgen.generation.modality_gap import EmbeddingProjector
-from clipgen.generation.prompts import describe, parse_mixture
 from clipgen.images import from_pil, to_pil
-from clipgen.model_card import CardDetails
 from clipgen.models.kv_cache import CompiledDecoder
 from clipgen.sampling_params import SamplingParams
 from clipgen.transformer import ConditionalTransformer
@@ -246,6 +243,7 @@ def test_missing_parts_are_named(tmp_path, pipe):
 
 # ------------------------------------------------------------------------------------------- prompts
 
+
 STAR = "a small red star on a black background"
 
 
@@ -257,35 +255,6 @@ def test_embed_accepts_texts_mixtures_images_and_embeddings(pipe, images):
     torch.testing.assert_close(pipe.embed(3 * text[0]), text[:1])
     image = to_pil(images[:1])[0]
     torch.testing.assert_close(pipe.embed(image), pipe.clip.encode_image(images[:1]), atol=0.02, rtol=0)  # 8 bits
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("0.7 a cat + 0.3 a dog", {"a cat": 0.7, "a dog": 0.3}),
-        ("a cat - 0.5 a dog", {"a cat": 1.0, "a dog": -0.5}),
-        ("-1 a well-known cat + .5 a dog + .5 a dog", {"a well-known cat": -1.0, "a dog": 1.0}),
-        ("a cat", {"a cat": 1.0}),
-        ("- 2 a cat + a dog", {"a cat": -2.0, "a dog": 1.0}),
-        ("1e-5 a cat + 2. a dog", {"a cat": 1e-5, "a dog": 2.0}),
-        ("a 3d cat + 3d art", {"a 3d cat": 1.0, "3d art": 1.0}),
-    ],
-)
-def test_mixtures_are_parsed_and_described(text, expected):
-    assert parse_mixture(text) == expected
-    assert parse_mixture(describe(expected)) == expected
-
-
-@pytest.mark.parametrize("text", ["", "  ", "a cat + ", "+"])
-def test_empty_mixture_terms_raise(text):
-    with pytest.raises(ValueError, match="a mixture must be terms such as"):
-        parse_mixture(text)
-
-
-@pytest.mark.parametrize("term", ["0,7 a red ring", "70% a red ring", "1/2 a red ring", "0.7", "1.2.3 a red ring"])
-def test_weights_that_are_not_numbers_raise(term):
-    with pytest.raises(ValueError, match=f"must be a number with a decimal point and a text.*got '{term}'"):
-        parse_mixture(f"{term} + 0.3 a blue ring")
 
 
 def test_image_and_mixture_prompts(pipe, images):
@@ -402,7 +371,7 @@ def test_bfloat16_gives_nearly_the_same_images(pipe):
 
 
 def test_compiled_batches_are_padded_to_powers_of_two(pipe, monkeypatch):
-    """Each size is compiled once. The compiler itself is tested in test_gpt.py."""
+    """Each size is compiled once. The compiler itself is tested in test_kv_cache.py."""
     compiled_functions = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled_functions.append(function) or function)
     compiled = copy.deepcopy(pipe).compile()
@@ -497,41 +466,6 @@ def test_fingerprint_includes_the_projector(pipe, tmp_path):
     assert TextToImage.load(pipe.save(tmp_path / "pipe")).projector is None
 
 
-def test_model_card_reports_the_training_settings(pipe, tmp_path):
-    """They are kept when a pipeline is saved again. Paths are omitted."""
-    run = pipe.save(tmp_path / "run")
-    data = {"_target_": "clipgen.data.folder.folder_data", "root": "/home/me/photos", "batch_size": 8, "val_root": None}
-    config = {"seed": 0, "data": data, "trainer": {"max_steps": 500, "precision": "bf16-mixed"}}
-    (run / "config.yaml").write_text(json.dumps(config))
-    once = TextToImage.load(run).save(tmp_path / "once")
-    twice = TextToImage.load(once).save(tmp_path / "twice")
-    card = (twice / "README.md").read_text()
-    assert "| data | batch_size | 8 |" in card and "| trainer | max_steps | 500 |" in card and "photos" not in card
-    assert not (pipe.save(twice) / "training.json").exists()
-
-
-def test_model_card_names_the_dataset_of_the_run(pipe, tmp_path):
-    run = pipe.save(tmp_path / "run")
-    (run / "config.yaml").write_text(json.dumps({"data": {"dataset": "uoft-cs/cifar10", "cache_dir": "me/cache"}}))
-    once = TextToImage.load(run).save(tmp_path / "once")
-    twice = TextToImage.load(once).save(tmp_path / "twice")
-    card = (twice / "README.md").read_text()
-    assert ModelCard(card).data.datasets == ["uoft-cs/cifar10"] and "Its training data: uoft-cs/cifar10." in card
-    assert "| data | dataset | uoft-cs/cifar10 |" in card and "me/cache" not in card
-    named = TextToImage.load(run).save(tmp_path / "named", card=CardDetails(datasets=["me/other"]))
-    assert ModelCard((named / "README.md").read_text()).data.datasets == ["me/other"]
-
-
-@pytest.mark.parametrize("dataset", ["/home/me/photos", "photos/*.parquet", "a/b/c", "me/photos"])
-def test_local_datasets_are_not_published(pipe, tmp_path, monkeypatch, dataset):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "me" / "photos").mkdir(parents=True)
-    run = pipe.save(tmp_path / "run")
-    (run / "config.yaml").write_text(json.dumps({"data": {"dataset": dataset, "batch_size": 8}}))
-    card = (TextToImage.load(run).save(tmp_path / "once") / "README.md").read_text()
-    assert "| data | batch_size | 8 |" in card and dataset not in card
-
-
 def test_push_to_hub_and_load(pipe, monkeypatch, tmp_path):
     """A local folder stands for the hub."""
     import huggingface_hub
@@ -603,34 +537,3 @@ def test_revision_of_a_local_model_is_refused(pipe, tmp_path):
         TextToImage.load(tmp_path / "pipe", revision="v1")
     with pytest.raises(ValueError, match=r"revision must be v1, as in hf-hub:a/b@v1, got v2"):
         VQGAN.load("hf-hub:a/b@v1", revision="v2")
-
-
-def test_model_card_names_license_data_samples_and_results(pipe, tmp_path):
-    metrics = tmp_path / "metrics.json"
-    metrics.write_text(json.dumps({"metrics": {"fid": 12.3456, "caps_mean": 0.25}, "protocol": {}}))
-    prompts = ["a large blue ring on a white background", "a | b"]
-    card = CardDetails(
-        license="mit", datasets=["me/rings"], language="en", prompts=prompts, results=metrics, evaluated_on="me/test"
-    )
-    pipe.save(tmp_path / "pipe", card=card)
-    text = (tmp_path / "pipe" / "README.md").read_text()
-    data = ModelCard(text).data
-    assert (data.license, data.language, data.datasets) == ("mit", "en", ["me/rings"])
-    assert {"clip-gen", "vqgan"} <= set(data.tags)
-    assert [(entry.metric_type, entry.metric_value) for entry in data.eval_results] == [
-        ("fid", 12.3456),
-        ("caps_mean", 0.25),
-    ]
-    assert "| fid | 12.35 |" in text and "Its training data: me/rings." in text
-    assert "(model_card.png)" in text and "top_k 300" in text
-    with Image.open(tmp_path / "pipe" / "model_card.png") as sheet:
-        first = pipe(prompts, seed=0)[0].resize((128, 128), Image.Resampling.NEAREST)
-        assert np.array_equal(np.asarray(sheet)[6:134, 6:134], np.asarray(first))
-    pipe.save(tmp_path / "pipe")  # an older card's images do not stay
-    assert not (tmp_path / "pipe" / "model_card.png").exists()
-
-
-@pytest.mark.parametrize("results", [{"fid": float("nan")}, {"fid": "low"}, [1.0]])
-def test_results_in_a_card_must_be_numbers(results):
-    with pytest.raises(ValueError, match="result"):
-        CardDetails(results=results)

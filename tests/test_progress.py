@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
 from conftest import QUIET
 from torch.utils.data import DataLoader
 
+from clipgen import VQGAN as Tokenizer
 from clipgen import progress
-from clipgen.cli.progress_bar import progress_bar
+from clipgen.cli.progress_bar import ProgressBar, progress_bar
 from clipgen.data.shapes import ShapesDataset
 from clipgen.progress import ProgressLog
-from clipgen.training.callbacks import ValidationProgress
+from clipgen.training.callbacks import ProgressReport, ValidationProgress
 
 
 @pytest.fixture
@@ -74,3 +77,34 @@ def test_validation_reports_the_images_of_each_batch(tiny_vqgan):
     trainer = pl.Trainer(accelerator="cpu", callbacks=[ValidationProgress(counts.append)], **QUIET)
     trainer.validate(tiny_vqgan, DataLoader(ShapesDataset(20), 8), verbose=False)
     assert counts == [8, 8, 4]
+
+
+def test_progress_reads_losses_as_often_as_they_are_logged(fit, tiny_vqgan, caplog):
+    """Reading a loss waits for the GPU."""
+    caplog.set_level(logging.INFO)
+    fit(tiny_vqgan, 5, ProgressReport(partial(ProgressLog, interval=0.0)), log_every_n_steps=2)
+    lines = [record.getMessage() for record in caplog.records if record.name == "clipgen.progress"]
+    assert [line.split(",")[0] for line in lines] == [f"training: {step} of 5 steps" for step in range(1, 6)]
+    assert all(re.search(r", \S+ it/s, \S+ img/s, ETA \d+:\d\d:\d\d(  |$)", line) for line in lines)
+    losses = [re.search(r"ETA \S+ *(.*)", line)[1] for line in lines]
+    assert losses[0] == "" and losses[1] == losses[2] != losses[3] == losses[4] and "train/loss 1." in losses[1]
+
+
+def test_progress_bar_counts_the_steps_of_all_epochs(fit, tiny_vqgan):
+    report = ProgressReport(ProgressBar)
+    fit(tiny_vqgan, 5, report, limit_train_batches=2)
+    bar = report.progress.bar
+    (task,) = bar.tasks
+    assert (task.completed, task.total, task.description) == (5, 5, "training") and not bar.live.is_started
+
+
+def test_progress_bar_stops_when_training_is_interrupted(fit, tiny_vqgan, monkeypatch):
+    report = ProgressReport(ProgressBar)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt  # no signal: a shell's background jobs ignore it
+
+    monkeypatch.setattr(Tokenizer, "training_step", interrupted)
+    with pytest.raises(SystemExit):  # what Lightning makes of it
+        fit(tiny_vqgan, 5, report)
+    assert report.progress.bar.tasks and not report.progress.bar.live.is_started

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from commands import TINY_VQGAN, command, interrupt_at, torchrun
+from image_data import encoded, make_tar
 from models import VQGAN_SIZES, make_vqgan
-from test_image_data import encoded, make_tar
 from torch.distributed import TCPStore
 
 from clipgen.cli.config import compose_config
@@ -324,10 +324,9 @@ def settings(run: str) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
 
-@pytest.mark.slow
-def test_ddp_resume_is_bit_identical(sources, tmp_path):
-    """From a token cache."""
-    arguments = [
+def on_two_processes(sources: dict[str, list[str]]) -> list[str]:
+    """Return the arguments that train stage 2 on a token cache in two processes."""
+    return [
         *STAGES["transformer"],
         *sources["encoded"],
         "data.batch_size=2",
@@ -335,6 +334,12 @@ def test_ddp_resume_is_bit_identical(sources, tmp_path):
         "trainer.devices=2",
         "trainer.accelerator=cpu",
     ]
+
+
+@pytest.mark.slow
+def test_ddp_resume_is_bit_identical(sources, tmp_path):
+    """From a token cache."""
+    arguments = on_two_processes(sources)
     for options in (["output=straight"], ["output=half", "trainer.max_steps=4"], ["output=half", "resume=half"]):
         done = command("clipgen-train", *arguments, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -536,14 +541,7 @@ train.main()
 @pytest.mark.slow
 def test_torchrun_restarts_a_killed_rank_bit_identically(sources, tmp_path):
     """With --max-restarts and resume=auto."""
-    arguments = [
-        *STAGES["transformer"],
-        *sources["encoded"],
-        "data.batch_size=2",
-        "model.optimizer.schedule=constant",
-        "trainer.devices=2",
-        "trainer.accelerator=cpu",
-    ]
+    arguments = on_two_processes(sources)
     assert command("clipgen-train", *arguments, "output=straight", cwd=tmp_path).returncode == 0
     (tmp_path / "killer.py").write_text(KILLER)
     done = torchrun(

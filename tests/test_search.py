@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
+from gan_states import biggan_state, deep_state
+from PIL import Image
 
-from clipgen.baselines import search
+from clipgen.baselines import load_generator, search
 from clipgen.baselines.generators import ExternalGenerator
+from clipgen.baselines.search import encode_labels
+from clipgen.cli import baseline
+from clipgen.clip import FrozenCLIP
 from clipgen.data.shapes import COLORS, rgb
 
 
@@ -146,3 +152,22 @@ def test_search_finds_the_color_of_the_prompt(shapes_clip):
     for i, name in enumerate(names):
         result = search.search(ExternalGenerator(generate, "squares", 1, names), shapes_clip, name, k=2, num_images=8)
         assert result.class_index == i
+
+
+def test_search_asks_for_the_names_of_other_classes_than_imagenets(tmp_path):
+    torch.save(biggan_state(), tmp_path / "G_ema.pth")
+    generator = load_generator(f"biggan:{tmp_path}")
+    with pytest.raises(ValueError, match=r"class_names must name the classes of the generator, got none"):
+        encode_labels(FrozenCLIP("shapes"), generator.class_names)
+
+
+def test_search_reports_its_truncation(monkeypatch, tmp_path):
+    torch.save(deep_state(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "names.txt").write_text("circle\nsquare\nstar\nring\ncross\n")
+    options = ["--generator", f"biggan:{tmp_path}", "--class-names", tmp_path / "names.txt", "--truncation", 0.4]
+    options += ["--prompt", "a red circle", "--clip", "shapes", "--k", 2, "--num-images", 3, "--device", "cpu"]
+    arguments = ["clipgen-baseline", "search", *options, "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    baseline.run()
+    with Image.open(next((tmp_path / "out").glob("00*.png"))) as image:
+        assert image.info["truncation"] == "0.4"

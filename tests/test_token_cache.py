@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from commands import TRANSFORMER, command
+from image_data import GOOD, make_tar
 from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
-from test_image_data import GOOD, make_tar
 
 from clipgen import precompute
 from clipgen.data import token_cache

@@ -8,8 +8,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import QUIET
+from image_data import encoded, make_tar
 from models import TRANSFORMER_SIZES, VQGAN_SIZES, make_transformer, make_vqgan
-from test_image_data import encoded, make_tar
 from torch import nn
 from torch.utils.data import Dataset
 

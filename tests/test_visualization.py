@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
 
-from clipgen.visualization import code_colors, code_grid, grid, resize_to_cell, wrap
+from clipgen.visualization import break_word, code_colors, code_grid, grid, resize_to_cell, wrap
 
 
 def solid(color: str, size: tuple[int, int] = (4, 4)) -> Image.Image:
@@ -86,3 +88,12 @@ def test_similar_codes_have_similar_colors(dimensions):
     assert colors.shape == (32, 3)
     steps = (colors[1:] - colors[:-1]).norm(dim=1)
     assert (colors[0] - colors[-1]).norm() > 4 * steps.max() > 0
+
+
+def test_long_captions_are_drawn_quickly_and_cut():
+    font = ImageFont.load_default(size=11)
+    start = time.perf_counter()
+    assert "".join(break_word("a" * 100_000, 128, font)) == "a" * 100_000
+    assert " ".join(wrap("ab " * 30_000, 128, font)).split() == ["ab"] * 30_000
+    sheet = grid([Image.new("RGB", (8, 8))], captions=["a" * 1_000_000])
+    assert time.perf_counter() - start < 20 and sheet.height < 1000

@@ -1,4 +1,4 @@
-"""Files: what is refused, and that a failing write costs nothing."""
+"""Model folders: what is refused, and that a failing write costs nothing."""
 
 from __future__ import annotations
 
