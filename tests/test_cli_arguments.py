@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import clipgen
 from clipgen.__main__ import scripts_dir
-from clipgen.cli import evaluate
+from clipgen.cli import evaluate_args
 from clipgen.cli.config import compose_config, expand_home, quote, quote_argument, quote_arguments
 from clipgen.storage.files import user_path
 
@@ -112,7 +112,7 @@ def test_every_option_with_a_path_expands_the_home_directory(program):
 
 def test_home_directory_in_options(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = evaluate.make_parser().parse_args(["--images=~/images", "--output=~"])
+    args = evaluate_args.make_parser().parse_args(["--images=~/images", "--output=~"])
     assert (args.images, args.output) == (tmp_path / "images", tmp_path)
     # no user has this name, but a folder may
     assert user_path("~nobody-of-this-name/a") == Path("~nobody-of-this-name/a")

@@ -13,15 +13,8 @@ from models import VQGAN_SIZES, make_vqgan
 from PIL import Image
 
 from clipgen.checkpoint.vgg import MissingWeightsError
-from clipgen.cli.evaluate import (
-    captions_from,
-    check_arguments,
-    check_paths,
-    fill_defaults,
-    make_metrics,
-    make_parser,
-    reference_source,
-)
+from clipgen.cli.evaluate import captions_from, make_metrics, reference_source
+from clipgen.cli.evaluate_args import check_arguments, check_paths, fill_defaults, make_parser
 from clipgen.data.class_names import NAME_LISTS
 from clipgen.evaluation.captions import Caption
 from clipgen.evaluation.features import feature_extractor
