@@ -94,19 +94,21 @@ def last_grid(run: Path, name: str) -> Image.Image:
     return Image.open(files[-1]).convert("RGB")
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", type=user_path, nargs="+", help="run folders, trained with logger=csv")
-    p.add_argument("--metrics", nargs="+", default=["psnr"], help="val/ can be left out (default: psnr)")
-    p.add_argument("--output", type=user_path, help="PNG file for the plots")
-    p.add_argument("--grids", metavar="NAME", help="add the last image grids of this name, such as reconstructions")
-    return p
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=user_path, nargs="+", help="run folders, trained with logger=csv")
+    parser.add_argument("--metrics", nargs="+", default=["psnr"], help="val/ can be left out (default: psnr)")
+    parser.add_argument("--output", type=user_path, help="PNG file for the plots")
+    parser.add_argument(
+        "--grids", metavar="NAME", help="add the last image grids of this name, such as reconstructions"
+    )
+    return parser
 
 
 def main() -> None:
     """Print the table, and write the plots if an output is given."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     for run in args.runs:
         if not (run / "metrics.csv").is_file():
             sys.exit(f"python -m clipgen compare_runs: error: no metrics.csv in {run}; train with logger=csv")

@@ -152,19 +152,21 @@ def describe(name: str, cost: Estimate, args: argparse.Namespace) -> str:
     return f"| {name} | {' | '.join(values)} |"
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="arguments of clipgen-train, without stage")
-    p.add_argument("--tflops", type=float, default=165.0, help="peak rate in bf16 (default: %(default)s, RTX 4090)")
-    p.add_argument("--bandwidth", type=float, default=1008.0, help="in GB/s (default: %(default)s, RTX 4090)")
-    p.add_argument("--mfu", type=float, default=0.4, help="fraction of the peak rate (default: %(default)s)")
-    return p
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="arguments of clipgen-train, without stage")
+    parser.add_argument(
+        "--tflops", type=float, default=165.0, help="peak rate in bf16 (default: %(default)s, RTX 4090)"
+    )
+    parser.add_argument("--bandwidth", type=float, default=1008.0, help="in GB/s (default: %(default)s, RTX 4090)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="fraction of the peak rate (default: %(default)s)")
+    return parser
 
 
 def main() -> None:
     """Print a table with one row per stage."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     print("Estimated, not measured:\n")
     print("| | tokens per image | parameters | TFLOP per step | GB per step | GiB | steps/s |")
     print("|---" * 7 + "|")

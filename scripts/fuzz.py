@@ -463,7 +463,7 @@ def inputs(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 def main() -> None:
     """Run the inputs and report the findings."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     limit_address_space(args.memory)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
@@ -483,22 +483,22 @@ def main() -> None:
     sys.exit(1 if findings else 0)
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--target", choices=list(targets()), help="fuzz one reader (default: all in turn)")
-    p.add_argument("--minutes", type=float, default=1.0, help="time for new inputs (default: %(default)s)")
-    p.add_argument("--inputs", type=int, help="number of new inputs per target (default: until the time is over)")
-    p.add_argument("--seed", type=int, help="repeat inputs from this seed on; skips the kept ones")
-    p.add_argument("--start", type=int, default=0, help="seed of the first new input (default: %(default)s)")
-    p.add_argument("--seconds", type=float, default=10.0, help="processor time per input (default: %(default)s)")
-    p.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=list(targets()), help="fuzz one reader (default: all in turn)")
+    parser.add_argument("--minutes", type=float, default=1.0, help="time for new inputs (default: %(default)s)")
+    parser.add_argument("--inputs", type=int, help="number of new inputs per target (default: until the time is over)")
+    parser.add_argument("--seed", type=int, help="repeat inputs from this seed on; skips the kept ones")
+    parser.add_argument("--start", type=int, default=0, help="seed of the first new input (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="processor time per input (default: %(default)s)")
+    parser.add_argument(
         "--memory", type=float, default=600.0, help="additional memory per input, MiB (default: %(default)s)"
     )
-    p.add_argument(
+    parser.add_argument(
         "--output", type=user_path, default=Path("fuzz_findings.json"), help="findings (default: %(default)s)"
     )
-    return p
+    return parser
 
 
 if __name__ == "__main__":

@@ -27,22 +27,24 @@ def print_row(name: str, images: Tensor, expected: list[Attributes]) -> dict[str
     return results
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", help="run folder of stage 2")
-    p.add_argument("--fraction", type=float, default=0.1, help="data.held_out of the training (default: %(default)s)")
-    p.add_argument("--num-images", type=int, default=20, help="images per held-out prompt (default: %(default)s)")
-    p.add_argument("--top-p", type=float, default=0.8, help="see clipgen-sample (default: %(default)s)")
-    p.add_argument("--guidance-scale", type=float, default=1.0, help="see clipgen-sample (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
-    p.add_argument("--output", type=user_path, help="JSON file to write")
-    return p
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="run folder of stage 2")
+    parser.add_argument(
+        "--fraction", type=float, default=0.1, help="data.held_out of the training (default: %(default)s)"
+    )
+    parser.add_argument("--num-images", type=int, default=20, help="images per held-out prompt (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.8, help="see clipgen-sample (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="see clipgen-sample (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
+    parser.add_argument("--output", type=user_path, help="JSON file to write")
+    return parser
 
 
 def main() -> None:
     """Evaluate held-out prompts, each of their pairs, and the other prompts."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     pipe = TextToImage.load(args.checkpoint)
     held_out = held_out_attributes(args.fraction)
     seen = [attributes for attributes in ALL_ATTRIBUTES if attributes not in set(held_out)]

@@ -125,40 +125,42 @@ def sampling_label(settings: dict[str, Any]) -> str:
     return f" ({', '.join(differing)})" if differing else ""
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
-    p.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
+    parser.add_argument(
         "--classifier",
         type=user_path,
         default=Path("runs/classifier/classifier.pt"),
         help="file of python -m clipgen train_classifier (default: %(default)s)",
     )
-    p.add_argument("--checkpoint", nargs="+", default=[], help="stage-2 runs or pipelines whose images are evaluated")
-    p.add_argument("--vqgan", nargs="+", default=[], help="stage-1 runs whose reconstructions are evaluated")
-    p.add_argument("--template", default="a photo of a {label}", help="prompt of a class (default: %(default)s)")
-    p.add_argument("--per-class", type=int, default=100, help="images per class (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
-    p.add_argument(
+    parser.add_argument(
+        "--checkpoint", nargs="+", default=[], help="stage-2 runs or pipelines whose images are evaluated"
+    )
+    parser.add_argument("--vqgan", nargs="+", default=[], help="stage-1 runs whose reconstructions are evaluated")
+    parser.add_argument("--template", default="a photo of a {label}", help="prompt of a class (default: %(default)s)")
+    parser.add_argument("--per-class", type=int, default=100, help="images per class (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed; image i uses seed + i (default: %(default)s)")
+    parser.add_argument(
         "--rerank-from",
         type=int,
         default=1,
         help="number of candidates per image, of which the one with the highest CLIP score is kept (default: 1)",
     )
-    add_sampling_options(p)
-    p.add_argument(
+    add_sampling_options(parser)
+    parser.add_argument(
         "--output",
         type=user_path,
         default=Path("runs/recognize"),
         help="folder of the grids, recognized.json and recognized.md, numbered if they exist (default: %(default)s)",
     )
-    return p
+    return parser
 
 
 def main() -> None:
     """Load the classifier, and evaluate the model."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     if not (args.data / "classes.json").is_file():
         sys.exit(f"{PROGRAM}: error: no classes.json in {args.data}; python -m clipgen make_shards writes it")
     if "{label}" not in args.template:

@@ -19,31 +19,31 @@ from clipgen.storage.files import user_path
 from clipgen.visualization import grid
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
         "--vqgan", required=True, help=f"tokenizer: stage-1 run, checkpoint or model folder, {BUNDLED_NAMES}"
     )
-    p.add_argument("--images", required=True, help="folder, shards as for data=webdataset, or shapes")
-    p.add_argument(
+    parser.add_argument("--images", required=True, help="folder, shards as for data=webdataset, or shapes")
+    parser.add_argument(
         "--image-size",
         type=int,
         default=256,
         help="size of the central squares in pixels, divisible by the tokenizer's f (default: %(default)s)",
     )
-    p.add_argument("--count", type=int, default=8, help="number of images (default: %(default)s)")
-    p.add_argument("--columns", type=int, default=4, help="pairs per row (default: %(default)s)")
-    p.add_argument(
+    parser.add_argument("--count", type=int, default=8, help="number of images (default: %(default)s)")
+    parser.add_argument("--columns", type=int, default=4, help="pairs per row (default: %(default)s)")
+    parser.add_argument(
         "--output", type=user_path, default=Path("reconstructions.png"), help="PNG file (default: %(default)s)"
     )
-    return p
+    return parser
 
 
 @torch.no_grad()
 def main() -> None:
     """Reconstruct the first images of a dataset."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     vqgan = VQGAN.load(args.vqgan)
     dataset = open_dataset(args.images, args.image_size, args.count, seed=0)
     images = torch.stack([sample["images"] for sample in islice(iter(dataset), args.count)])

@@ -39,20 +39,20 @@ from clipgen.storage.resumable_store import require_same_identity
 from clipgen.storage.run_lock import hold_lock
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("experiment", choices=["shapes", "cifar10"], help="dataset and sizes of the models")
-    p.add_argument("--output", type=user_path, required=True, help="folder of the study")
-    p.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=["shapes", "cifar10"], help="dataset and sizes of the models")
+    parser.add_argument("--output", type=user_path, required=True, help="folder of the study")
+    parser.add_argument(
         "--rows",
         choices=["systems", "gap", "search", "curve", "biggan"],
         default="systems",
         help="table (default: systems)",
     )
-    add_models(p.add_argument_group("data and frozen models"))
-    add_budget(p.add_argument_group("budget and sizes"))
-    return p
+    add_models(parser.add_argument_group("data and frozen models"))
+    add_budget(parser.add_argument_group("budget and sizes"))
+    return parser
 
 
 def add_models(group: argparse._ArgumentGroup) -> None:
@@ -117,7 +117,7 @@ def rows_of(study: Study) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compute a table in a folder that no other process uses."""
-    args = parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     if args.rows == "biggan" and not args.generator:
         raise SystemExit("--rows biggan needs --generator biggan:FILE; python -m clipgen train_generator makes one")
     set_up_logging()

@@ -313,18 +313,22 @@ def train_timed_epoch(training: Training, images: LabeledImages) -> None:
     )
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
-    p.add_argument("--output", type=user_path, required=True, help="folder of classifier.pt and checkpoint.pt")
-    p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
-    p.add_argument("--epochs", type=int, default=16, help="epochs (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=512, help="images per step (default: %(default)s)")
-    p.add_argument("--held-out", type=int, default=1, help="training shards that are held out (default: %(default)s)")
-    p.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels of the blocks (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed of initialization and data (default: %(default)s)")
-    return p
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
+    parser.add_argument("--output", type=user_path, required=True, help="folder of classifier.pt and checkpoint.pt")
+    parser.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=16, help="epochs (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=512, help="images per step (default: %(default)s)")
+    parser.add_argument(
+        "--held-out", type=int, default=1, help="training shards that are held out (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--widths", type=int, nargs=3, default=WIDTHS, help="channels of the blocks (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of initialization and data (default: %(default)s)")
+    return parser
 
 
 def shard_sizes(data: Path) -> tuple[str, ...]:
@@ -334,9 +338,9 @@ def shard_sizes(data: Path) -> tuple[str, ...]:
 
 def main() -> None:
     """Train the classifier and print its accuracy."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     if args.epochs < 1 or args.batch_size < 1 or args.held_out < 0:
-        parser().error("--epochs and --batch-size must be at least 1, and --held-out at least 0")
+        make_parser().error("--epochs and --batch-size must be at least 1, and --held-out at least 0")
     classes = args.data / "classes.json"
     if not classes.is_file():
         sys.exit(

@@ -268,26 +268,26 @@ def caption_accuracy(folder: Path, captions: Sequence[str], urls: str, image_siz
     return torch.cat(correct).double().mean().item()
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the argument parser."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
-    p.add_argument("--output", type=user_path, required=True, help="folder of the model")
-    p.add_argument("--shards", default="train-*.tar", help="shards to train on (default: %(default)s)")
-    p.add_argument("--template", default="a photo of a {label}", help="caption of a class (default: %(default)s)")
-    p.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
-    p.add_argument("--batch-size", type=int, default=96, help="images per step (default: %(default)s)")
-    p.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="seed of initialization and data (default: %(default)s)")
-    return p
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=user_path, required=True, help="folder of train-*.tar, val-*.tar, classes.json")
+    parser.add_argument("--output", type=user_path, required=True, help="folder of the model")
+    parser.add_argument("--shards", default="train-*.tar", help="shards to train on (default: %(default)s)")
+    parser.add_argument("--template", default="a photo of a {label}", help="caption of a class (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=32, help="size of the shards' images (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=96, help="images per step (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of initialization and data (default: %(default)s)")
+    return parser
 
 
 def main() -> None:
     """Write the configuration, train, and print the accuracy."""
-    args = parser().parse_args()
+    args = make_parser().parse_args()
     if args.steps < 1:
-        parser().error(f"--steps must be at least 1, got {args.steps}")
+        make_parser().error(f"--steps must be at least 1, got {args.steps}")
     classes = args.data / "classes.json"
     if not classes.is_file():
         sys.exit(
@@ -295,7 +295,7 @@ def main() -> None:
             "data"
         )
     if "{label}" not in args.template:
-        parser().error(f"--template must contain {{label}}, the place of the class, got {args.template!r}")
+        make_parser().error(f"--template must contain {{label}}, the place of the class, got {args.template!r}")
     captions = [args.template.replace("{label}", label) for label in json.loads(classes.read_text())]
     shards = str(args.data / args.shards)
     data = f"{args.batch_size} images of {args.image_size} pixels from {args.shards} {shard_sizes(args.data)}"

@@ -46,7 +46,7 @@ def tiny_args(output: Path, rows: str = "systems") -> list[str]:
 
 @pytest.fixture
 def tiny_study(tmp_path) -> Study:
-    return Study(study_script.parser().parse_args(tiny_args(tmp_path)))
+    return Study(study_script.make_parser().parse_args(tiny_args(tmp_path)))
 
 
 def test_every_row_has_a_recipe_that_exists():
@@ -136,7 +136,7 @@ def test_real_images_show_their_prompts_and_differ_by_seed(tiny_study):
 
 def test_real_images_of_cifar10_are_of_their_class_and_held_out(labeled_shards, small_classifier, tmp_path):
     options = ["--data", str(labeled_shards), "--classifier", str(small_classifier), "--num-images", "8"]
-    study = Study(study_script.parser().parse_args(["cifar10", "--output", str(tmp_path), *options]))
+    study = Study(study_script.make_parser().parse_args(["cifar10", "--output", str(tmp_path), *options]))
     assert study.setting.prompts == ["a photo of a red", "a photo of a blue"]
     captions = spread(study.setting.prompts, 8)
     images = study.real_images(captions, range(8))
@@ -149,7 +149,7 @@ def test_real_images_of_cifar10_are_of_their_class_and_held_out(labeled_shards, 
 
 
 def test_a_folder_holds_results_of_one_setting(tmp_path):
-    parse = study_script.parser().parse_args
+    parse = study_script.make_parser().parse_args
     study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "5"]))
     study_script.require_same_settings(parse(["shapes", "--output", str(tmp_path), "--steps", "5", "--seeds", "7"]))
     with pytest.raises(SystemExit, match="contains results computed with steps=5, not 6; choose another output folder"):
@@ -188,7 +188,7 @@ def test_row_of_another_generator_has_another_folder_and_identity(tmp_path, monk
     for name in ("a.pth", "copy.pth", "b.pth"):
         options = [*tiny_args(tmp_path, "biggan"), "--generator", f"biggan:{tmp_path / name}"]
         with pytest.raises(KeyboardInterrupt):
-            Study(study_script.parser().parse_args(options)).measured(study_rows.BIGGAN_CLIP, 0)
+            Study(study_script.make_parser().parse_args(options)).measured(study_rows.BIGGAN_CLIP, 0)
     assert sources[0] == sources[1] and sources[0][0] != sources[2][0] and sources[0][1] != sources[2][1]
 
 
@@ -212,7 +212,7 @@ def test_best_images_are_the_highest_of_their_candidates():
 
 
 def test_seeds_of_different_runs_do_not_overlap():
-    parser = study_script.parser()
+    parser = study_script.make_parser()
     args = parser.parse_args(["shapes", "--output", "x"])
     assert max(args.num_images, args.num_reference, args.num_tuning) < SEED_STRIDE
 
