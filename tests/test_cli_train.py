@@ -402,7 +402,7 @@ ERRORS = {
         "data must be one of cached, folder, huggingface, shapes, webdataset, got x",
     ),
     "unknown logger": (["stage=vqgan", "logger=x"], "logger must be one of .*tensorboard.*, got x"),
-    "unknown key": ([*VQGAN, "model.chh=1"], r"there is no key model\.chh; .* --cfg job"),
+    "unknown key": ([*VQGAN, "model.chh=1"], r"there is no key model\.chh; --cfg job"),
     "unknown top key": ([*VQGAN, "modle.ch=1"], r"there is no key modle\.ch"),
     "unknown argument": ([*VQGAN, *SHAPES, "+model.chh=1"], "unexpected keyword argument 'chh'"),
     "a word for a size": ([*VQGAN, *SHAPES, "model.autoencoder.ch=abc"], "model.autoencoder.ch must be int, got 'abc'"),
@@ -551,9 +551,7 @@ def test_installed_command_prints_errors_to_stderr(tmp_path):
     """Also with the right exit code."""
     done = command("clipgen-train", *VQGAN, "model.chh=1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "clipgen-train: error: there is no key model.chh; clipgen-train stage=vqgan --cfg job shows all keys\n"
-    )
+    assert done.stderr == ("clipgen-train: error: there is no key model.chh; --cfg job in its place shows all keys\n")
     assert everything(tmp_path) == set()
 
 

@@ -25,7 +25,7 @@ MESSAGES = (
     (r"Error parsing override '(.*)' missing EQUAL.*", r"arguments must be KEY=VALUE, got \1"),
     (r"Error parsing override '(.*?)' (.*) See https.*", r"arguments must be KEY=VALUE, got \1: \2"),
     (r".*(mismatched|extraneous|token|LexerNoViableAlt).* See https.*", r"arguments must be KEY=VALUE"),
-    (r"Could not override '(.*?)'\..*", r"there is no key \1; clipgen-train stage=vqgan --cfg job shows all keys"),
+    (r"Could not override '(.*?)'\..*", r"there is no key \1; --cfg job in its place shows all keys"),
     (r"Ambiguous value for argument '(.*?)=(.*?)'.*", SEVERAL_VALUES),
     (r".*interpolation '\$.(experiment|variant)._\$.stage.'.*", r"--multirun cannot sweep over stage or experiment"),
 )
