@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipgen.checkpoint.vgg import MissingWeightsError
 from clipgen.cli.evaluate import captions_from, make_metrics, reference_source
-from clipgen.cli.evaluate_args import check_arguments, check_paths, fill_defaults, make_parser
+from clipgen.cli.evaluate_args import check_arguments, check_paths, complete_arguments, make_parser
 from clipgen.data.class_names import NAME_LISTS
 from clipgen.evaluation.captions import Caption
 from clipgen.evaluation.features import feature_extractor
@@ -253,7 +253,7 @@ def test_options_without_effect_are_refused(arguments, name):
 def test_options_that_are_not_given_have_the_papers_values():
     args = make_parser().parse_args(["--checkpoint", "shapes", "--captions", "shapes", "--seed", "0"])
     check_arguments(args)
-    fill_defaults(args)
+    complete_arguments(args)
     settings = (args.num_images, args.seed, args.template, args.blur)
     assert settings == (30_000, 0, "A photo of a {label}.", [0, 1, 2])
 
@@ -278,7 +278,7 @@ def test_other_classes_than_the_classifiers_are_warned_about(small_classifier, t
     features = f"classifier:{small_classifier}"
     options = ["--images", str(two_folders[0]), "--classes", str(tmp_path / "classes.txt"), "--features", features]
     args = make_parser().parse_args([*options, "--clip", "none", "--device", "cpu"])
-    fill_defaults(args)
+    complete_arguments(args)
     assert make_metrics(args, True).classes == []
     assert f'"recognized" is omitted: --classes has 3 names, {features} 2 classes' in caplog.text
 
@@ -391,7 +391,7 @@ def test_images_are_scored_with_all_of_their_captions(call, two_folders, tmp_pat
 
 def test_classes_may_be_those_of_imagenet():
     args = make_parser().parse_args(["--images", "x", "--classes", "imagenet"])
-    fill_defaults(args)
+    complete_arguments(args)
     assert captions_from(args)[0] == (None, "A photo of a tench.")
 
 

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from clipgen.app.limits import MAX_SWEEP_IMAGES
-from clipgen.app.request import ImageRequest, random_seed
+from clipgen.app.request import ImageRequest, check_sweep, random_seed
 from clipgen.app.settings import Settings
 from clipgen.app.uploads import read_upload
 from clipgen.generation.sweep import expand_sweep
@@ -98,9 +97,8 @@ def sweep_request(settings: Settings, prompt: str, top_k: str, top_p: str, num_i
     """Return a request for all combinations of values of top-k and top-p, which are separated by commas."""
     axes = [("top_k", parse_values("top_k", top_k, int)), ("top_p", parse_values("top_p", top_p, float))]
     # Before the combinations are made, which would take gigabytes for long lists.
-    total = math.prod(len(values) for _, values in axes) * int(num_images)
-    if total > max(MAX_SWEEP_IMAGES, int(num_images)):
-        raise ValueError(f"a sweep must have at most {MAX_SWEEP_IMAGES} images, got {total}")
+    combinations = math.prod(len(values) for _, values in axes)
+    check_sweep(combinations, combinations * int(num_images))
     return make_request(settings, prompt or "", axes=axes, num_images=int(num_images))
 
 

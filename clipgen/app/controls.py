@@ -74,7 +74,7 @@ def slider_updates(params: SamplingParams | None) -> list[Any]:
 
 
 # Settings that have no effect in a tab, by its label.
-UNUSED = {
+UNUSED_CONTROLS = {
     "Interpolate": ("num_images", "rerank_from"),
     "Sweep": ("num_images", "rerank_from", "top_k", "top_p"),
     "Tokenizer": ("num_images", "seed", "rerank_from", *SAMPLING_OPTIONS),
@@ -83,7 +83,7 @@ UNUSED = {
 
 def visibility_updates(tab: str) -> list[Any]:
     """Return updates of the controls after the model, and of their group, that show what has an effect in a tab."""
-    unused = UNUSED.get(tab, ())
+    unused = UNUSED_CONTROLS.get(tab, ())
     is_visible = [name not in unused for name in Controls._fields[1:]]
     is_visible.append(any(name not in unused for name in SAMPLING_OPTIONS))
     return [gr.update(visible=visible) for visible in is_visible]

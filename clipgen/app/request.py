@@ -56,8 +56,7 @@ class ImageRequest:
             raise ValueError(f"the number of images must be at most {MAX_IMAGES}, got {self.num_images}")
         if (self.rerank_from or 0) > MAX_CANDIDATES:
             raise ValueError(f"the number of candidates must be at most {MAX_CANDIDATES}, got {self.rerank_from}")
-        if len(self.sweep) > 1 and self.total > MAX_SWEEP_IMAGES:
-            raise ValueError(f"a sweep must have at most {MAX_SWEEP_IMAGES} images, got {self.total}")
+        check_sweep(len(self.sweep), self.total)
 
     def generate(self, pipe: TextToImage, preview: Preview) -> list[Image.Image]:
         """Generate the images, parameter by parameter."""
@@ -127,3 +126,14 @@ def check_length(prompt: Prompt) -> None:
     for text in texts:
         if len(text) > MAX_PROMPT_LENGTH:
             raise ValueError(f"a prompt must have at most {MAX_PROMPT_LENGTH} characters, got {len(text)}")
+
+
+def check_sweep(combinations: int, total: int) -> None:
+    """Raise ValueError if a sweep has too many images.
+
+    Args:
+        combinations: number of sets of sampling parameters; the limit applies to two and more.
+        total: number of images of all of them.
+    """
+    if combinations > 1 and total > MAX_SWEEP_IMAGES:
+        raise ValueError(f"a sweep must have at most {MAX_SWEEP_IMAGES} images, got {total}")

@@ -2,8 +2,8 @@
 
 Two layouts are read, and recognized by their keys: BigGAN-deep of Hugging Face's pytorch-pretrained-biggan, and BigGAN
 of ajbrock's BigGAN-PyTorch. Sizes are read from the state dict. The epsilons, and which blocks of BigGAN-deep double
-the resolution, are taken from ``config.json`` next to the file if there is one, else they are those of the published
-files.
+the resolution, are taken from ``config.json`` next to the file. Without that file they are those of the published
+weights.
 """
 
 from __future__ import annotations

@@ -22,10 +22,11 @@ from clipgen.cli.baseline_args import (
     read_caption_groups,
 )
 from clipgen.cli.baseline_biggan_clip import add_biggan_clip
-from clipgen.cli.baseline_checks import DEFAULTS, check_effects, fill_defaults
+from clipgen.cli.baseline_checks import DEFAULTS, check_effects
 from clipgen.cli.baseline_output import ImageOutput
 from clipgen.cli.baseline_search import add_search, check_threshold
 from clipgen.cli.console import print_line, run_command
+from clipgen.cli.given_options import fill_defaults
 from clipgen.cli.model_path import check_generator_path, check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.hardware.device import default_device
@@ -108,7 +109,7 @@ def run() -> None:
     if args.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {args.num_images}")
     check_effects(args)
-    fill_defaults(args)
+    fill_defaults(args, DEFAULTS)
     check_seed(args.seed)
     if args.system == "search":
         check_threshold(args)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from clipgen.bundled import DEFAULT
+from clipgen.cli.given_options import is_given, option_name
+
 # Defaults of the options that the parsers leave at None, which shows that they are absent from the command line.
 DEFAULTS = {
     "seed": 0,
-    "checkpoint": "shapes",
+    "checkpoint": DEFAULT,
     "class_temperature": 2.0,
     "k": 10,
     "seeds": [42, 43, 44],
@@ -35,13 +38,5 @@ def check_effects(args: argparse.Namespace) -> None:
 def refuse(args: argparse.Namespace, names: tuple[str, ...], has_no_effect: object, reason: str) -> None:
     """Raise ValueError if one of the options was given although it has no effect."""
     for name in names:
-        value = getattr(args, name)
-        if has_no_effect and value is not None and value is not False:
-            raise ValueError(f"--{name.replace('_', '-')} {reason}")
-
-
-def fill_defaults(args: argparse.Namespace) -> None:
-    """Set the options that were not given to their defaults."""
-    for name, default in DEFAULTS.items():
-        if getattr(args, name, default) is None:
-            setattr(args, name, default)
+        if has_no_effect and is_given(args, name):
+            raise ValueError(f"{option_name(name)} {reason}")

@@ -91,7 +91,7 @@ def run() -> None:
     with timed(seconds, "sampling"):
         pipe = TextToImage.load(args.output / "transformer")
         accuracy = generate_and_evaluate(pipe, args.output / "grid.png", args.seed)
-    # It precedes the plots, so that an error there does not lose the result.
+    # The report is written before the plots, whose errors must not lose the result.
     write_report(args.output, accuracy, seconds, settings)
     with timed(seconds, "plots"):
         save_reconstructions(pipe, args.output / "reconstructions.png")

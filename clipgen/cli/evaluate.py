@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from clipgen.cli.console import print_line, run_command
-from clipgen.cli.evaluate_args import DEFAULT_CLIP, check_arguments, check_paths, fill_defaults, make_parser
+from clipgen.cli.evaluate_args import DEFAULT_CLIP, check_arguments, check_paths, complete_arguments, make_parser
 from clipgen.cli.sampling_args import sampling_options
 from clipgen.hardware.device import default_device
 from clipgen.hardware.ranks import rank_and_world_size
@@ -42,7 +42,7 @@ def run() -> None:
     args = make_parser().parse_args()
     check_arguments(args)
     check_paths(args)
-    fill_defaults(args)
+    complete_arguments(args)
     from clipgen.evaluation.report import results_table
     from clipgen.evaluation.run import METRICS_FILE
     from clipgen.storage.files import atomic_write

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipgen.bundled import BUNDLED_NAMES
+from clipgen.cli.given_options import fill_defaults, is_given, option_name
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.data.class_names import NAME_LISTS
@@ -183,10 +184,10 @@ def check_combination(args: argparse.Namespace) -> None:
     if args.rerank_from > 1:
         options.append("rerank_from")
     if not args.checkpoint and options:
-        raise ValueError(f"{options[0]} applies to --checkpoint only: leave out --{options[0].replace('_', '-')}")
+        raise ValueError(f"{options[0]} applies to --checkpoint only: leave out {option_name(options[0])}")
     for name in ("captions", "classes", "split", "clip", "captioner", "shapes_eval"):
         if args.vqgan and getattr(args, name) not in (None, False, ["none"]):
-            raise ValueError(f"{name} does not apply to reconstructions: leave out --{name.replace('_', '-')}")
+            raise ValueError(f"{name} does not apply to reconstructions: leave out {option_name(name)}")
 
 
 def check_effects(args: argparse.Namespace) -> None:
@@ -200,9 +201,8 @@ def check_effects(args: argparse.Namespace) -> None:
         "whole_reference": (args.reference and not args.vqgan, "--reference of images, not of reconstructions"),
     }
     for name, (has_effect, needed) in effects.items():
-        is_given = getattr(args, name) is not None and getattr(args, name) is not False
-        if is_given and not has_effect:
-            raise ValueError(f"{name} has an effect only with {needed}: leave out --{name.replace('_', '-')}")
+        if is_given(args, name) and not has_effect:
+            raise ValueError(f"{name} has an effect only with {needed}: leave out {option_name(name)}")
     _, world_size = rank_and_world_size()
     if args.vqgan and world_size > 1:
         raise ValueError(f"a tokenizer is evaluated by one process, got {world_size}: start clipgen-eval only once")
@@ -237,9 +237,7 @@ def check_paths(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"reference must be a folder of images, shards or shapes: {error}") from error
 
 
-def fill_defaults(args: argparse.Namespace) -> None:
-    """Set the options that are not given to their defaults."""
+def complete_arguments(args: argparse.Namespace) -> None:
+    """Set the options that were not given to their defaults; that of --num-images differs for a tokenizer."""
     args.num_reconstructed = 10_000 if args.num_images is None else args.num_images
-    for name, default in DEFAULT_SETTINGS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    fill_defaults(args, DEFAULT_SETTINGS)

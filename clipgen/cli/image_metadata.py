@@ -186,7 +186,7 @@ def parse_ends(text: dict[str, str]) -> list[Any]:
 
 
 def parse_kinds(text: dict[str, str], prompts: list[Any]) -> list[str]:
-    """Return the kind of each prompt: one, or both ends of an interpolation."""
+    """Return the kind of the prompt, or the kinds of the two ends of an interpolation."""
     from clipgen.generation.prompts import recorded_kind
 
     kinds: Any = [text.get("prompt_kind")]

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clipgen.cli.given_options import is_given, option_name
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import sampling_options
 from clipgen.generation.sampling_options import DTYPES, SAMPLING_OPTIONS
@@ -142,9 +143,9 @@ def check_early(args: Namespace) -> None:
 def check_combination(args: Namespace) -> None:
     """Raise ValueError if an option would have no effect together with another one."""
     options = sampling_options(args)
-    settings = [name for name in ("rerank_from", *DEFAULT_SETTINGS) if getattr(args, name) is not None]
+    settings = [name for name in ("rerank_from", *DEFAULT_SETTINGS) if is_given(args, name)]
     if args.reproduce and (options or settings):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in (*options, *settings))
+        names = ", ".join(map(option_name, (*options, *settings)))
         raise ValueError(f"an image is reproduced with its own settings: leave out {names}")
     if args.keep_fraction is not None and not args.outpaint:
         raise ValueError("--keep-fraction needs an image to complete: give --outpaint, or leave it out")
@@ -155,7 +156,7 @@ def check_combination(args: Namespace) -> None:
     for text in args.sweep or []:
         name, _ = parse_axis(text)
         if name in options:
-            raise ValueError(f"{name} is given twice: leave out --{name.replace('_', '-')} or its --sweep")
+            raise ValueError(f"{name} is given twice: leave out {option_name(name)} or its --sweep")
         if name in swept:
             raise ValueError(f"{name} is swept twice: give all of its values at once, --sweep {name}=A,B")
         swept.add(name)
@@ -172,8 +173,8 @@ def check_gallery(args: Namespace) -> None:
             f"gallery {gallery.name} has its own prompts and settings: leave out other prompts and --sweep"
         )
     for name in gallery.varied:
-        if getattr(args, name) is not None:
-            raise ValueError(f"gallery {gallery.name} varies {name}: leave out --{name.replace('_', '-')}")
+        if is_given(args, name):
+            raise ValueError(f"gallery {gallery.name} varies {name}: leave out {option_name(name)}")
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -190,7 +191,7 @@ def read_request(args: Namespace) -> SampleRequest:
     from clipgen.generation.gallery import load_gallery
     from clipgen.generation.sweep import expand_sweep
 
-    settings = {name: getattr(args, name) for name in DEFAULT_SETTINGS if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in DEFAULT_SETTINGS if is_given(args, name)}
     request = SampleRequest(
         prompts=read_text_prompts(args),
         interpolations=list(args.interpolate),

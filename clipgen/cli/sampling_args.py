@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from clipgen.cli.given_options import option_name
 from clipgen.generation.sampling_options import SAMPLING_OPTIONS
 from clipgen.sampling_params import SamplingParams
 
@@ -15,7 +16,7 @@ def add_sampling_options(parser: _ActionsContainer) -> None:
     """Add one option per sampling parameter."""
     for name, option in SAMPLING_OPTIONS.items():
         parser.add_argument(
-            f"--{name.replace('_', '-')}",
+            option_name(name),
             type=option.type,
             metavar=option.type.__name__.upper(),
             help=f"{option.help} (default: the model's, usually {getattr(SamplingParams, name)})",

@@ -250,7 +250,7 @@ def load_rows(
     path = Path(dataset).expanduser()
     check_options(dataset, {"subset": subset, "revision": revision})
     try:
-        if is_saved_table(path) or (path / "dataset_dict.json").is_file():
+        if is_saved_dataset(path):
             return saved_rows(datasets.load_from_disk(str(path)), split)
         options = {"revision": revision, "cache_dir": cache_dir, "split": split}
         if dataset.endswith(".parquet"):
@@ -278,11 +278,16 @@ def folder_of_files(dataset: str, cache_dir: str | None) -> Path:
 def check_options(dataset: str, options: dict[str, str | None]) -> None:
     """Raise ValueError if a subset or a revision is given that local files do not have."""
     path = Path(dataset).expanduser()
-    has_subset = not (dataset.endswith(".parquet") or is_saved_table(path) or (path / "dataset_dict.json").is_file())
+    has_subset = not (dataset.endswith(".parquet") or is_saved_dataset(path))
     has_revision = has_subset and not path.is_dir()
     for name, applies in (("subset", has_subset), ("revision", has_revision)):
         if options[name] is not None and not applies:
             raise ValueError(f"data.{name} must be null, because {dataset} has none, got {options[name]}")
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Return whether ``save_to_disk`` wrote a folder, with one split or several."""
+    return is_saved_table(path) or (path / "dataset_dict.json").is_file()
 
 
 def is_saved_table(path: Path) -> bool:

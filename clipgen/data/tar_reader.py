@@ -25,7 +25,7 @@ MAX_MEMBER_BYTES = 1 << 28
 # Limits of the group of files with the same base name that is held in memory to find out which belong together.
 _MAX_GROUP_FILES = 64
 _MAX_GROUP_BYTES = 1 << 28
-# Limits of extended headers, which contain long names: the size of one, and the number of those before a file.
+# Limits of extended headers, which contain long names: their size, and their number before a file.
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_HEADERS = 16
 _BLOCK_BYTES = 1 << 20

@@ -80,8 +80,9 @@ class Runner(BaseRunner):
             "seed": seed,
             "rerank_from": rerank_from,
         }
-        named = {name: value for name, value in settings.items() if value is not None}
-        yield from self.generate(prompt, num_images, named, stream_rows)
+        # Without a value, that of the model is used.
+        overrides = {name: value for name, value in settings.items() if value is not None}
+        yield from self.generate(prompt, num_images, overrides, stream_rows)
 
     def generate(self, prompt: str, num_images: int, settings: dict[str, Any], stream_rows: bool) -> Iterator[Path]:
         """Yield a file per row of indices if ``stream_rows``, and a file per image.
