@@ -23,10 +23,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LR_ADJUSTMENTS = ("original", "match_rms_adamw")
 # Elements per stack of matrices. Larger stacks need more memory and are not faster.
 MAX_ELEMENTS = 2**26
-# Ratio of columns to rows from which a matrix is iterated by its Gram matrix, in float32.
+# Ratio of columns to rows from which a matrix is iterated by its Gram matrix.
 MIN_GRAM_RATIO = 2
-# Steps after which the Gram matrix is computed from X again, which keeps rounding errors as small as in the usual
-# iteration.
+# Steps after which the Gram matrix is computed from X again, which keeps rounding errors about as small as in the
+# usual iteration, in float32 and bfloat16.
 GRAM_STEPS = 3
 
 
@@ -36,7 +36,7 @@ class Muon(Optimizer):
     Computes the update of ``torch.optim.Muon`` and keeps its state, so that each loads the other's checkpoints, but
 
     - iterates in float32 on devices without bfloat16 units, where ``torch.optim.Muon`` is many times slower;
-    - iterates all matrices of one shape together, and on a GPU by torch.compile;
+    - iterates all matrices of one shape together, on a GPU by torch.compile, and wide ones by their Gram matrices;
     - distributes the matrices over the ranks, each of which orthogonalizes its share. Under DDP one collective
       operation per step exchanges the results. Under FSDP2 (parameters are DTensors, sharded by rows) one collective
       operation sends all rows of a matrix to its owner, and another one sends the results back;
@@ -175,7 +175,7 @@ def newton_schulz(x: Tensor, coefficients: Sequence[float], steps: int, eps: flo
     """
     a, b, c = coefficients
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
-    if x.dtype == torch.float32 and x.shape[-1] >= MIN_GRAM_RATIO * x.shape[-2]:
+    if x.shape[-1] >= MIN_GRAM_RATIO * x.shape[-2]:
         return newton_schulz_by_gram(x, coefficients, steps)
     for _ in range(steps):
         gram = x @ x.mT
