@@ -433,6 +433,10 @@ ERRORS = {
     "a large batch": ([*VQGAN, *SHAPES, "data.batch_size=100"], "batch_size must be at most 64"),
     "an odd size": ([*VQGAN, *SHAPES, "data.image_size=30"], r"divisible by 8, got \(8, 3, 30, 30\)"),
     "no data": ([*VQGAN, "data=folder"], "stage=vqgan needs a value for data.root: give data.root="),
+    "no token cache": (
+        ["stage=transformer", "data=cached"],
+        "stage=transformer needs a value for data.root: give data.root=",
+    ),
     "missing data": ([*VQGAN, "data=folder", "data.root=/none"], "root must be an existing folder .*, got /none"),
     "missing shards": (
         [*VQGAN, "data=webdataset", "data.train_urls=/none/*.tar", "data.val_urls=null"],

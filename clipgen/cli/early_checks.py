@@ -96,7 +96,8 @@ def check_sources(data: DictConfig) -> None:
 def complete_for_cache(config: DictConfig) -> None:
     """Take the tokenizer and the data settings from the token cache instead of from the experiment."""
     if OmegaConf.is_missing(config, "vqgan"):
-        config.vqgan = config.data.root
+        # None if it is missing, so that `require_values` names only data.root.
+        config.vqgan = OmegaConf.select(config, "data.root")
     warn_of_image_settings()
     config.data = OmegaConf.masked_copy(config.data, TOKEN_CACHE_KEYS)  # type: ignore[arg-type]
     if config.data.conditioning == "class":
