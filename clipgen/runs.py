@@ -1,4 +1,4 @@
-"""The runs of ``clipgen-train`` below a folder: list them, and find the newest finished one."""
+"""The runs of ``clipgen-train``: list those below a folder, find the newest finished one and the last checkpoint."""
 
 from __future__ import annotations
 
@@ -86,6 +86,20 @@ def newest_run(outputs: Path, stage: str = "transformer") -> str | None:
 def is_class_conditional(run: Run) -> bool:
     """Return whether a run trained a class-conditional transformer, which takes no prompts."""
     return (run.path / "label_transformer").is_dir()
+
+
+def checkpoint_path(resume: str) -> Path:
+    """Return the checkpoint that ``resume`` names: a ``.ckpt`` file, or the last one of a run folder.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    path = Path(resume).expanduser()
+    if path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
+    return path
 
 
 def runs_table(runs: Iterable[Run]) -> list[str]:

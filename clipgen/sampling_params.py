@@ -15,6 +15,14 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
 
 
+def check_num_images(num_images: int, rerank_from: int | None) -> None:
+    """Raise ValueError if the number of images per prompt, or of candidates for them, is out of range."""
+    if num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {num_images}")
+    if rerank_from is not None and rerank_from < num_images:
+        raise ValueError(f"rerank_from must be at least num_images ({num_images}), got {rerank_from}")
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Parameters for sampling code indices; k = 300 and p = 1 are the paper's choice.

@@ -27,21 +27,20 @@ from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torchvision
-import webdataset as wds
 from PIL import Image, ImageOps
 
 from clipgen.data.color_conversion import to_rgb
 from clipgen.data.decoding import UnusableImageError, decode_image
-from clipgen.data.folder import scan_folder, split_files
-from clipgen.data.skip_counter import SkipCounter
 from clipgen.hashing import unit_hash
 from clipgen.storage.files import user_path
 from clipgen.storage.run_lock import hold_lock
+
+# Modules that import torch, which takes seconds, are imported where they are used: errors in the arguments come first.
+if TYPE_CHECKING:
+    from clipgen.data.skip_counter import SkipCounter
 
 logger = logging.getLogger("make_shards")
 
@@ -100,6 +99,9 @@ def require_new(output: Path) -> None:
 
 def from_folder(root: Path, args: argparse.Namespace) -> dict[str, Samples]:
     """Encode the usable images of a folder, split as ``data=folder`` does."""
+    from clipgen.data.folder import scan_folder, split_files
+    from clipgen.data.skip_counter import SkipCounter
+
     skip_counter = SkipCounter(str(root))
     train, val = split_files(scan_folder(root, skip_counter), args.val_fraction)
     to_bytes = partial(to_jpeg, image_size=args.image_size, quality=args.quality)
@@ -143,9 +145,7 @@ def to_jpeg(image: Image.Image, image_size: int | None, quality: int) -> bytes:
 
 def from_torchvision(name: str, args: argparse.Namespace) -> tuple[dict[str, Samples], list[str] | None]:
     """Download a dataset and encode its training and test split, with labels."""
-    make = getattr(torchvision.datasets, name, None)
-    if not inspect.isclass(make) or name.startswith("_"):
-        raise ValueError(f"SOURCE must be an existing folder or the name of a torchvision dataset, got {name}")
+    make = find_dataset(name)
     to_bytes = partial(to_jpeg, image_size=args.image_size, quality=args.quality)
     train = load_split(make, args.root, is_train=True)
     val = load_split(make, args.root, is_train=False)
@@ -153,6 +153,18 @@ def from_torchvision(name: str, args: argparse.Namespace) -> tuple[dict[str, Sam
     if val is not None:
         splits["val"] = encode_split(val, to_bytes)
     return splits, getattr(train, "classes", None)
+
+
+def find_dataset(name: str) -> Callable[..., Any]:
+    """Return a dataset class of torchvision; raise ValueError if there is none of this name."""
+    make = None
+    if name.isidentifier() and not name.startswith("_"):
+        import torchvision
+
+        make = getattr(torchvision.datasets, name, None)
+    if not inspect.isclass(make):
+        raise ValueError(f"SOURCE must be an existing folder or the name of a torchvision dataset, got {name}")
+    return make
 
 
 def load_split(make: Callable[..., Any], root: Path, is_train: bool) -> Any:
@@ -175,6 +187,8 @@ def load_split(make: Callable[..., Any], root: Path, is_train: bool) -> Any:
 
 def encode_split(dataset: Any, encode: Callable[[Image.Image], bytes]) -> Samples:
     """Encode (image, label) pairs in random order; labels that are not whole numbers are left out."""
+    import torch
+
     for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist():
         image, label = dataset[index][:2]
         if not isinstance(image, Image.Image):
@@ -204,6 +218,8 @@ def write(splits: dict[str, Samples], class_names: list[str] | None, output: Pat
 
 def write_shards(samples: Samples, prefix: str, shard_size: int) -> int:
     """Write PREFIX-000000.tar and so on, and return the number of samples."""
+    import webdataset as wds
+
     num_written = 0
     # Samples are numbered, and grouped by the number of their shard as they come.
     for shard, numbered_samples in groupby(enumerate(samples), lambda pair: pair[0] // shard_size):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -172,6 +174,16 @@ def test_torchvision_dataset_without_a_test_split(tmp_path: Path, monkeypatch: p
 def test_unknown_source_is_refused(source: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"^make_shards: SOURCE must be an existing folder or .*, got {source}$"):
         run(source, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments", [[], ["/none", "--output", "s"]], ids=["no arguments", "no folder"])
+def test_early_errors_do_not_import_torch(arguments: list[str], tmp_path: Path) -> None:
+    folder = str(Path(make_shards.__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder!r}); import make_shards\n" + (
+        f"try: make_shards.main({arguments})\nfinally: print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "False\n" and done.returncode and "Traceback" not in done.stderr, done
 
 
 def test_folder_without_usable_images_is_refused(tmp_path: Path) -> None:

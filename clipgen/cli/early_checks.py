@@ -13,11 +13,11 @@ from clipgen.cli.model_path import check_model_path
 from clipgen.cli.resume_args import find_run, parse_by_key
 from clipgen.data.folder_listing import check_holds_images
 from clipgen.data.urls import expand_urls
-from clipgen.runs import OUTPUTS, newest_run
+from clipgen.runs import OUTPUTS, checkpoint_path, newest_run
 from clipgen.training.config import reads_token_cache
 
 logger = logging.getLogger(__name__)
-PATH_KEYS = ("output", "resume", "vqgan")
+PATH_KEYS = ("output", "resume", "vqgan", "init_from")
 # Keys of ``data`` that apply to a token cache; the experiment may have set those of images.
 TOKEN_CACHE_KEYS = ("_target_", "root", "batch_size", "num_workers", "seed", "conditioning")
 
@@ -38,6 +38,10 @@ def complete_training_config(config: DictConfig) -> None:
     expand_home(config)
     for key in PATH_KEYS:
         check_path(key, config.get(key))
+    if config.resume is None:
+        check_model_path(config.get("init_from"), "VQGAN")
+    else:
+        checkpoint_path(config.resume)
     check_sources(config.data)
     check_model_path(config.get("vqgan"), "VQGAN")
 

@@ -12,7 +12,7 @@ from clipgen.cli.given_options import is_given, option_name
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import sampling_options
 from clipgen.generation.sampling_options import DTYPES, SAMPLING_OPTIONS
-from clipgen.sampling_params import SamplingParams
+from clipgen.sampling_params import SamplingParams, check_num_images
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -141,7 +141,9 @@ def check_early(args: Namespace) -> None:
 
 
 def check_combination(args: Namespace) -> None:
-    """Raise ValueError if an option would have no effect together with another one."""
+    """Raise ValueError if an option would have no effect together with another one, or contradicts it."""
+    num_images = args.num_images if is_given(args, "num_images") else DEFAULT_SETTINGS["num_images"]
+    check_num_images(num_images, args.rerank_from)
     options = sampling_options(args)
     settings = [name for name in ("rerank_from", *DEFAULT_SETTINGS) if is_given(args, name)]
     if args.reproduce and (options or settings):

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from clipgen.sampling_params import check_num_images
 from clipgen.storage.files import decode_text
 
 Prompt = str | Mapping[str, float] | Image.Image | Tensor
@@ -127,10 +128,7 @@ def check_request(prompt: Prompt, num_images: int, rerank_from: int | None) -> N
         ValueError: the prompt is empty or not finite, or a number is out of range.
     """
     check_prompt(prompt)
-    if num_images < 1:
-        raise ValueError(f"num_images must be at least 1, got {num_images}")
-    if rerank_from is not None and rerank_from < num_images:
-        raise ValueError(f"rerank_from must be at least num_images ({num_images}), got {rerank_from}")
+    check_num_images(num_images, rerank_from)
 
 
 def check_prompt(prompt: Prompt) -> None:

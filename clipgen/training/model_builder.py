@@ -13,11 +13,12 @@ from clipgen.data.token_cache import class_names_of, read_manifest
 from clipgen.frozen_models import load_clip
 from clipgen.models.config import AutoencoderConfig, QuantizerConfig, as_config, model_settings
 from clipgen.precompute import clip_identity
+from clipgen.runs import checkpoint_path
 from clipgen.storage.files import read_json
 from clipgen.tokenizer_identity import saved_identity
 from clipgen.training.config import TrainingConfig
 from clipgen.training.instantiate import find_target, instantiate
-from clipgen.training.resume import checkpoint_path, read_training_state
+from clipgen.training.resume import read_training_state
 from clipgen.type_checks import check_values, parameter_hints
 from clipgen.vqgan import VQGAN
 

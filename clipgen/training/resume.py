@@ -15,6 +15,7 @@ from clipgen.checkpoint.safe_load import check_tensors, read_checkpoint
 from clipgen.data.token_cache import MANIFEST
 from clipgen.model_kinds import MODEL_FOLDER_NAMES
 from clipgen.models.config import dotted_values
+from clipgen.runs import checkpoint_path
 from clipgen.storage.files import atomic_write
 from clipgen.storage.links import file_inside
 from clipgen.training.callbacks.checkpointing import has_model_order
@@ -54,20 +55,6 @@ def find_checkpoint(resume: str | None, model: pl.LightningModule, max_steps: in
     if 0 <= max_steps < step:
         raise ValueError(f"trainer.max_steps must be at least {step}, the step of {path}, got {max_steps}")
     return str(path)
-
-
-def checkpoint_path(resume: str) -> Path:
-    """Return the checkpoint that ``resume`` names: a ``.ckpt`` file, or the last one of a run folder.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-    """
-    path = Path(resume).expanduser()
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(f"resume must name a .ckpt or a run folder with checkpoints/last.ckpt, got {resume}")
-    return path
 
 
 def read_training_state(path: Path, model: str) -> dict[str, Any]:
