@@ -103,7 +103,7 @@ def from_folder(root: Path, args: argparse.Namespace) -> dict[str, Samples]:
     from clipgen.data.skip_counter import SkipCounter
 
     skip_counter = SkipCounter(str(root))
-    train, val = split_files(scan_folder(root, skip_counter), args.val_fraction)
+    train, val = split_files(scan_folder(root, skip_counter), args.val_fraction, "--val-fraction")
     to_bytes = partial(to_jpeg, image_size=args.image_size, quality=args.quality)
     encode = partial(encode_file, skip_counter, to_bytes)
     return {"train": encode_files(root, train, encode), "val": encode_files(root, val, encode)}

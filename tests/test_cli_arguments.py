@@ -87,7 +87,8 @@ def test_commands_read_images_below_the_home_directory(call, tmp_path, monkeypat
     monkeypatch.setenv("HOME", str(tmp_path))
     arguments = {"clipgen-train": ["stage=vqgan"], "clipgen-encode": ["vqgan=shapes", "output=cache"]}[command]
     result = call(command, *arguments, "data=folder", "data.root=~/none")
-    assert result.code == 1 and f"root must be an existing folder of images, got {tmp_path}/none" in result.stderr
+    assert result.code == 1
+    assert f"error: data.root must be an existing folder of images, got {tmp_path}/none" in result.stderr
 
 
 def test_a_run_is_written_and_resumed_below_the_home_directory(call, tmp_path, monkeypatch):

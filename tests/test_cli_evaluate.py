@@ -176,7 +176,7 @@ def test_results_of_another_protocol_are_not_overwritten(call, two_folders, tiny
             "captioner 'blip:/nowhere'",
         ),
         (("--checkpoint", "shapes", "--classes", "shapes", "--template", "A photo"), "template must contain {label}"),
-        (("--images", "nowhere"), "root must be an existing folder"),
+        (("--images", "nowhere"), "error: --images must be an existing folder of images, got nowhere"),
         (("--images", ".", "--top-k", 5), "top_k applies to --checkpoint only: leave out --top-k"),
         (("--images", ".", "--rerank-from", 4), "rerank_from applies to --checkpoint only"),
         (("--checkpoint", "shapes", "--captions", "shapes", "--classes", "shapes"), "give --captions or --classes"),

@@ -437,10 +437,10 @@ ERRORS = {
         ["stage=transformer", "data=cached"],
         "stage=transformer needs a value for data.root: give data.root=",
     ),
-    "missing data": ([*VQGAN, "data=folder", "data.root=/none"], "root must be an existing folder .*, got /none"),
+    "missing data": ([*VQGAN, "data=folder", "data.root=/none"], "data.root must be an existing folder .*, got /none"),
     "missing shards": (
         [*VQGAN, "data=webdataset", "data.train_urls=/none/*.tar", "data.val_urls=null"],
-        r"urls must name existing shards, got /none/\*.tar",
+        r"data\.train_urls must name existing shards, got /none/\*.tar",
     ),
     "data without images": (
         [*VQGAN, "data=folder", "data.root={vqgan}/checkpoints"],

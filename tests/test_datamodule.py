@@ -75,9 +75,9 @@ def test_training_on_shards_logs_skipped_images(tmp_path: Path, caplog: pytest.L
 def test_data_module_arguments_are_checked() -> None:
     dataset = TensorDataset(torch.zeros(6, 3, 8, 8))
     for options, message in [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "^data.batch_size must be at least 1, got 0"),
         ({"batch_size": 7}, "data.batch_size must be at most 6, the training images, got 7"),
-        ({"batch_size": 2, "num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"batch_size": 2, "num_workers": -1}, "^data.num_workers must be at least 0, got -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             ImageDataModule(dataset, None, **options)

@@ -101,9 +101,9 @@ def test_no_side_of_a_split_is_empty(count: int, val_fraction: float) -> None:
 
 
 def test_split_fraction_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"val_fraction must be in \[0, 1\), got 1.5"):
+    with pytest.raises(ValueError, match=r"^data\.val_fraction must be in \[0, 1\), got 1.5"):
         split_files(["a", "b"], 1.5)
-    with pytest.raises(ValueError, match=r"val_fraction must be 0 for fewer than two usable images, got 0.1"):
+    with pytest.raises(ValueError, match=r"^data\.val_fraction must be 0 for fewer than two usable images, got 0.1"):
         split_files(["a"], 0.1)
 
 

@@ -23,6 +23,13 @@ def test_folders_without_images_are_refused_and_links_followed(tmp_path: Path) -
     check_holds_images(tmp_path / "a")
 
 
+def test_errors_name_the_option(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must contain \.jpg.* got no files$"):
+        check_holds_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^data\.val_root must be an existing folder of images, got .*none"):
+        check_holds_images(tmp_path / "none", "data.val_root")
+
+
 def test_find_images_skips_hidden_files_and_follows_links_once(tmp_path: Path) -> None:
     for name in ("b/2.JPG", "b/.hidden.jpg", ".secret/3.jpg", "a.Png", "notes.txt", "c/4.tiff", "jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

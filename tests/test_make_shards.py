@@ -194,6 +194,13 @@ def test_folder_without_usable_images_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_folder_of_one_image_cannot_be_split(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    with pytest.raises(SystemExit, match=r"^make_shards: --val-fraction must be 0 for fewer than two usable images"):
+        run(tmp_path / "in", "--output", tmp_path / "out")
+
+
 @pytest.mark.parametrize("option", [("--quality", 0), ("--shard-size", 0), ("--val-fraction", 1), ("--image-size", 0)])
 def test_option_ranges_are_checked(option: tuple[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -315,7 +315,7 @@ def test_data_module_loads_full_batches(cache):
     assert sum(len(batch["indices"]) for batch in module.val_dataloader()) == 10
     workers = list(TokenCacheDataModule(cache, batch_size=16, num_workers=2).train_dataloader())
     assert all(torch.equal(a["indices"], b["indices"]) for a, b in zip(batches, workers))
-    with pytest.raises(ValueError, match=r"batch_size must be in \[1, 50\], got 51"):
+    with pytest.raises(ValueError, match=r"^data\.batch_size must be in \[1, 50\], got 51"):
         TokenCacheDataModule(cache, batch_size=51)
 
 

@@ -103,6 +103,8 @@ def test_missing_shards_are_refused(pattern: str, tmp_path: Path) -> None:
 
 
 def test_shard_arguments_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^data\.val_urls must name existing shards, got none\.tar"):
+        expand_urls("none.tar", "data.val_urls")
     with pytest.raises(ValueError, match="urls must name at least one shard, got ''"):
         ImageShards("", 8, train=True)
     path = str(numbered_tar(tmp_path / "a.tar", range(1)))

@@ -84,17 +84,14 @@ def check_sources(data: DictConfig) -> None:
     if data._target_.endswith("folder_data"):
         for key in ("root", "val_root"):
             folder = data.get(key)
-            if not isinstance(folder, str):
-                continue
-            if not Path(folder).expanduser().exists():
-                raise FileNotFoundError(f"{key} must be an existing folder of images, got {folder}")
-            check_holds_images(Path(folder).expanduser())
+            if isinstance(folder, str):
+                check_holds_images(Path(folder).expanduser(), f"data.{key}")
     if data._target_.endswith("TokenCacheDataModule") and not Path(str(data.root)).expanduser().exists():
         raise FileNotFoundError(f"no token cache in {data.root}; make one with `clipgen-encode output={data.root}`")
     for key in ("train_urls", "val_urls"):
         urls: Any = data.get(key)
         if urls:
-            expand_urls(urls if isinstance(urls, str) else list(urls))
+            expand_urls(urls if isinstance(urls, str) else list(urls), f"data.{key}")
 
 
 def complete_for_cache(config: DictConfig) -> None:

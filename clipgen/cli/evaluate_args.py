@@ -12,6 +12,7 @@ from clipgen.cli.given_options import fill_defaults, is_given, option_name
 from clipgen.cli.model_path import check_model_path
 from clipgen.cli.sampling_args import add_sampling_options, sampling_options
 from clipgen.data.class_names import NAME_LISTS
+from clipgen.data.folder_listing import check_holds_images
 from clipgen.data.urls import expand_urls
 from clipgen.hardware.ranks import rank_and_world_size
 from clipgen.storage.files import user_path
@@ -219,11 +220,11 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 
 def check_paths(args: argparse.Namespace) -> None:
-    """Raise FileNotFoundError if a file or a folder on the command line does not exist."""
+    """Raise an error if a file or a folder on the command line does not exist, or if ``--images`` contains no image."""
     check_model_path(args.checkpoint, "ConditionalTransformer")
     check_model_path(args.vqgan, "VQGAN")
-    if args.images and not args.images.exists():
-        raise FileNotFoundError(f"root must be an existing folder of images, got {args.images}")
+    if args.images:
+        check_holds_images(args.images, "--images")
     if args.captions not in (None, "shapes") and not Path(args.captions).expanduser().exists():
         raise FileNotFoundError(f"captions must be 'shapes', an existing file or a folder, got {args.captions}")
     if args.classes not in (None, "shapes", *NAME_LISTS) and not Path(args.classes).expanduser().is_file():

@@ -49,9 +49,9 @@ class ImageDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise ValueError(f"data.batch_size must be at least 1, got {batch_size}")
         if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+            raise ValueError(f"data.num_workers must be at least 0, got {num_workers}")
         if not isinstance(train, IterableDataset):
             num_images = len(train)  # type: ignore[arg-type]
             if num_images < batch_size:

@@ -157,15 +157,22 @@ def _usable_images(root: Path, candidates: PackedStrings, skip_counter: SkipCoun
                     yield file
 
 
-def split_files(files: Sequence[str], val_fraction: float) -> tuple[Sequence[str], Sequence[str]]:
+def split_files(
+    files: Sequence[str], val_fraction: float, option: str = "data.val_fraction"
+) -> tuple[Sequence[str], Sequence[str]]:
     """Split into (training, validation) by a hash of each name; with ``val_fraction`` above 0 neither side is empty.
 
     The split is independent of the seed, so no run validates on images another run trained on.
 
+    Args:
+        files: names of the files.
+        val_fraction: fraction of the validation side.
+        option: name of the option that contains it, for errors.
+
     Raises:
         ValueError: ``val_fraction`` is not in [0, 1), or there is only one file to split.
     """
-    check_val_fraction(val_fraction, len(files), "usable images")
+    check_val_fraction(val_fraction, len(files), "usable images", option)
     if val_fraction == 0:
         return files, []
     hashes = np.fromiter(map(unit_hash, files), float, len(files))

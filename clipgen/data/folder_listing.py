@@ -26,6 +26,7 @@ class FolderListing:
 
     Args:
         root: the folder.
+        option: name of the option that contains it, for errors.
 
     Attributes:
         images: files that are named like images, or have no extension and begin like an image; sorted.
@@ -37,11 +38,13 @@ class FolderListing:
         FileNotFoundError, NotADirectoryError: ``root`` is not a folder.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, option: str = "root"):
         if not root.exists():
-            raise FileNotFoundError(f"root must be an existing folder of images, got {root}")
+            raise FileNotFoundError(f"{option} must be an existing folder of images, got {root}")
         if not root.is_dir():
-            raise NotADirectoryError(f"root must be a folder of images (for tar shards: data=webdataset), got {root}")
+            raise NotADirectoryError(
+                f"{option} must be a folder of images (for tar shards: data=webdataset), got {root}"
+            )
         self.root = root
         self.no_extension: list[str] = []
         self.unreadable_folders: dict[str, str] = {}
@@ -55,7 +58,8 @@ class FolderListing:
     def require_images(self) -> PackedStrings:
         """Return the images; raise ValueError if there are none."""
         if not self.images:
-            got = f"{self.others.total() + len(self.no_extension)} files of other types"
+            num_others = self.others.total() + len(self.no_extension)
+            got = f"{num_others} files of other types" if num_others else "no files"
             if self.unreadable_folders:
                 got += f" and {len(self.unreadable_folders)} folders that cannot be listed"
             raise ValueError(f"{self.root} must contain {', '.join(EXTENSIONS)} files, got {got}")
@@ -138,9 +142,18 @@ def find_images(root: Path) -> list[str]:
     return list(listing.require_images())
 
 
-def check_holds_images(root: Path) -> None:
-    """Raise ValueError if a folder contains no image; the first file that is named like one ends the search."""
+def check_holds_images(root: Path, option: str = "root") -> None:
+    """Raise an error if a folder does not exist or contains no image; the first file named like one ends the search.
+
+    Args:
+        root: the folder.
+        option: name of the option that contains it, for errors.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: ``root`` is not a folder.
+        ValueError: there are no images.
+    """
     for _, _, files in os.walk(root):
         if any(name.lower().endswith(EXTENSIONS) for name in files):
             return
-    FolderListing(root).require_images()
+    FolderListing(root, option).require_images()

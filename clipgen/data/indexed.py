@@ -108,15 +108,16 @@ class IndexedImages(Dataset[dict[str, Tensor]], ABC):
         return torch.Generator().manual_seed(hashed_seed(f"{self.seed} {epoch} {item}"))
 
 
-def check_val_fraction(val_fraction: float, count: int, items: str) -> None:
+def check_val_fraction(val_fraction: float, count: int, items: str, option: str = "data.val_fraction") -> None:
     """Raise ValueError if items cannot be split into a training and a validation side.
 
     Args:
         val_fraction: fraction of the validation side.
         count: number of items.
         items: name of the items in the error.
+        option: name of the option in the error.
     """
     if not 0 <= val_fraction < 1:
-        raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+        raise ValueError(f"{option} must be in [0, 1), got {val_fraction}")
     if val_fraction > 0 and count < 2:
-        raise ValueError(f"val_fraction must be 0 for fewer than two {items}, got {val_fraction}")
+        raise ValueError(f"{option} must be 0 for fewer than two {items}, got {val_fraction}")

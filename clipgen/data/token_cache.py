@@ -430,7 +430,7 @@ class TokenCacheDataModule(pl.LightningDataModule):
         self.train = self._open_split("train", num_classes)
         self.val = self._open_split("val", num_classes) if self.manifest["images"]["val"] else None
         if batch_size < 1 or batch_size > len(self.train):
-            raise ValueError(f"batch_size must be in [1, {len(self.train)}], got {batch_size}")
+            raise ValueError(f"data.batch_size must be in [1, {len(self.train)}], got {batch_size}")
 
     def _open_split(self, split: str, num_classes: int | None) -> TokenCacheDataset:
         dataset = TokenCacheDataset(self.root / split, num_classes, self.manifest["codebook_size"])

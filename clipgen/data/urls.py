@@ -9,8 +9,12 @@ import re
 from braceexpand import braceexpand
 
 
-def expand_urls(urls: str | list[str]) -> list[str]:
+def expand_urls(urls: str | list[str], option: str = "urls") -> list[str]:
     """List the shards that ``urls`` names; see ``ImageShards``.
+
+    Args:
+        urls: paths, URLs and commands.
+        option: name of the option that contains them, for errors.
 
     Raises:
         FileNotFoundError: a local shard does not exist, or nothing matches a pattern.
@@ -20,9 +24,9 @@ def expand_urls(urls: str | list[str]) -> list[str]:
     shards = []
     for pattern in patterns:
         if pattern.strip():
-            shards += _expand_pattern(pattern.strip())
+            shards += _expand_pattern(pattern.strip(), option)
     if not shards:
-        raise ValueError(f"urls must name at least one shard, got {urls!r}")
+        raise ValueError(f"{option} must name at least one shard, got {urls!r}")
     return shards
 
 
@@ -34,7 +38,7 @@ def _split_at_commas(urls: str) -> list[str]:
     return list(braceexpand("{" + urls + ",}", escape=False))
 
 
-def _expand_pattern(pattern: str) -> list[str]:
+def _expand_pattern(pattern: str, option: str) -> list[str]:
     pattern = os.path.expanduser(pattern)
     # The name of an existing file may contain braces.
     if os.path.exists(pattern):
@@ -43,7 +47,7 @@ def _expand_pattern(pattern: str) -> list[str]:
     for alternative in braceexpand(pattern, escape=False):
         matches = [alternative] if is_remote(alternative) else sorted(glob.glob(alternative, recursive=True))
         if not matches:
-            raise FileNotFoundError(f"urls must name existing shards, got {alternative}")
+            raise FileNotFoundError(f"{option} must name existing shards, got {alternative}")
         shards += matches
     return shards
 
