@@ -247,7 +247,7 @@ def test_ctrl_c_stops_between_optimizer_steps(call, monkeypatch, tmp_path, metho
     """Accumulated gradients are not in the checkpoint."""
     with monkeypatch.context() as patch:
         interrupt_at(patch, Tokenizer, method, when)  # the first validation step is the sanity check's
-        more = ["model.optimizer.grad_accum_steps=2", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"]
+        more = ["model.optimizer.grad_accum_steps=2", "trainer.val_check_interval=0.375", "trainer.limit_val_batches=1"]
         assert call(*VQGAN, *SHAPES, "output=run", *more).code == 130
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]

@@ -28,7 +28,7 @@ def test_summary_is_logged_before_the_first_step(call, photos, caplog):
         "Images:     59 for training, 1 held out for validation, 1 skipped so far",
         "Batch:      8 images per optimizer step: data.batch_size=4 per device x 2 accumulated batches",
         "Tokens:     4 x 4 = 16 per image of 32 x 32 pixels, from a codebook of 16",
-        "Length:     4 steps, each image about 0.542 times; validation every 2000 batches",
+        "Length:     4 steps, each image about 0.542 times; validation every 1000 steps",
     ):
         assert line in caplog.text
     assert re.search(r"Parameters: 0\.\d M to train, on cpu", caplog.text)

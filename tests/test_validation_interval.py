@@ -14,7 +14,12 @@ from photo_runs import FOLDER, OPEN, SHARDS, SMALL, grids
 
 from clipgen.cli.config import compose_config
 from clipgen.training.config import TrainingConfig
-from clipgen.training.validation_interval import scale_interval, set_default_interval, warn_of_few_images
+from clipgen.training.validation_interval import (
+    convert_interval,
+    scale_interval,
+    set_default_interval,
+    warn_of_few_images,
+)
 
 
 @pytest.fixture
@@ -46,6 +51,23 @@ def test_validation_interval_can_be_a_fraction_of_an_epoch(call, photos, tmp_pat
     assert grids(tmp_path) == [f"reconstructions_{step:07d}.png" for step in (7, 14, 15)]
 
 
+def test_validation_interval_counts_optimizer_steps(call, photos, tmp_path):
+    more = ["trainer.val_check_interval=2", "model.optimizer.grad_accum_steps=3", "data.val_fraction=0.01"]
+    assert call(*VQGAN, *FOLDER, *SMALL, *more).code == 0
+    assert grids(tmp_path) == ["reconstructions_0000002.png", "reconstructions_0000004.png"]
+    # Resuming with this file must not multiply the interval again.
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["val_check_interval"] == 2
+
+
+@pytest.mark.parametrize(("accumulated", "expected"), [(1, 4), (3, 12)])
+def test_lightning_counts_batches(accumulated, expected):
+    model = {"optimizer": {"grad_accum_steps": accumulated}}
+    config = TrainingConfig("vqgan", "run", data={}, model=model, trainer={"val_check_interval": 4})
+    trainer = SimpleNamespace()
+    convert_interval(config, trainer)
+    assert trainer.val_check_interval == expected
+
+
 @pytest.mark.parametrize(("images", "interval"), [(0, 1000), (512, 1000), (3300, 2000), (25_600, 8000)])
 def test_validation_interval_grows_with_the_validation_set(images, interval):
     """Validation takes at most a tenth of the batches."""
@@ -54,10 +76,9 @@ def test_validation_interval_grows_with_the_validation_set(images, interval):
     )
     settings = TrainingConfig.from_dict(OmegaConf.to_container(config, resolve=True))
     assert set_default_interval(settings) and settings.trainer["check_val_every_n_epoch"] is None
-    trainer = SimpleNamespace(world_size=1)
     data = SimpleNamespace(val=range(images) if images else None, batch_size=settings.data["batch_size"])
-    scale_interval(settings, trainer, data)
-    assert trainer.val_check_interval == settings.trainer["val_check_interval"] == interval
+    scale_interval(settings, 1, data)
+    assert settings.trainer["val_check_interval"] == interval
 
 
 @pytest.mark.parametrize("images", [0, 1, 49, 50])

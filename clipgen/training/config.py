@@ -43,7 +43,8 @@ class TrainingConfig:
         data: the images, or the token cache of stage 2; needs a ``_target_``.
         model: see ``VQGAN`` and ``ConditionalTransformer``.
         clip: the CLIP of stage 2, see ``FrozenCLIP``.
-        trainer: see ``pytorch_lightning.Trainer``; needs ``max_steps`` or ``max_epochs``.
+        trainer: see ``pytorch_lightning.Trainer``; needs ``max_steps`` or ``max_epochs``. A whole number as
+            ``val_check_interval`` counts optimizer steps, not batches.
         logger: a Lightning logger; empty for none.
         checkpoint: see ``checkpoint_callbacks``.
         image_logger: see ``ImageLogger``.

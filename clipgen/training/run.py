@@ -59,7 +59,12 @@ from clipgen.training.resume import (
     refuse_other_runs,
 )
 from clipgen.training.summary import log_summary
-from clipgen.training.validation_interval import scale_interval, set_default_interval, warn_of_few_images
+from clipgen.training.validation_interval import (
+    convert_interval,
+    scale_interval,
+    set_default_interval,
+    warn_of_few_images,
+)
 from clipgen.transformer import ConditionalTransformer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +109,8 @@ def train(
         with compute_on_rank_zero():
             data = instantiate(config.data, "data")
         if automatic_interval:
-            scale_interval(config, trainer, data)
+            scale_interval(config, trainer.world_size, data)
+        convert_interval(config, trainer)
         resume_command = resume_command or f"the same training with resume={output}"
         best = train_on(data, config, trainer, output, run_files or {}, resume_command)
     return best

@@ -94,8 +94,8 @@ def describe_length(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> s
     if steps > 0 and count:
         epochs = steps * images_per_step(config, trainer, data) / count.images
         text += f", each image about {max(epochs, 0.1):.3g} times"
-    interval = trainer.val_check_interval  # type: ignore[attr-defined]
-    return text + (f"; validation every {interval} batches" if isinstance(interval, int) else "")
+    interval = config.trainer["val_check_interval"]
+    return text + (f"; validation every {interval} steps" if isinstance(interval, int) else "")
 
 
 def images_per_step(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> int:

@@ -33,15 +33,20 @@ def set_default_interval(config: TrainingConfig) -> bool:
     return True
 
 
-def scale_interval(config: TrainingConfig, trainer: pl.Trainer, data: Any) -> None:
-    """Validate every 1000 steps, or less often if validation would take more than a tenth of the batches."""
+def scale_interval(config: TrainingConfig, world_size: int, data: Any) -> None:
+    """Set the interval to 1000 steps, or more if validation would otherwise take more than a tenth of the batches."""
     count = count_images(data.val)
     images = count.images if count else 0
-    batches = math.ceil(images / (data.batch_size * trainer.world_size))
-    longest = math.ceil(MIN_BATCH_RATIO * batches / DEFAULT_INTERVAL) * DEFAULT_INTERVAL
-    interval = max(DEFAULT_INTERVAL * config.grad_accum_steps, longest)
-    config.trainer["val_check_interval"] = interval
-    trainer.val_check_interval = interval  # type: ignore[attr-defined]
+    batches = math.ceil(images / (data.batch_size * world_size))
+    steps = MIN_BATCH_RATIO * batches / config.grad_accum_steps
+    config.trainer["val_check_interval"] = max(math.ceil(steps / DEFAULT_INTERVAL), 1) * DEFAULT_INTERVAL
+
+
+def convert_interval(config: TrainingConfig, trainer: pl.Trainer) -> None:
+    """Pass an interval in optimizer steps to Lightning, which counts batches; a fraction of an epoch stays as it is."""
+    steps = config.trainer["val_check_interval"]
+    if isinstance(steps, int):
+        trainer.val_check_interval = steps * config.grad_accum_steps  # type: ignore[attr-defined]
 
 
 def warn_of_few_images(data: Any) -> None:
