@@ -25,7 +25,7 @@ from clipgen.training.model_builder import build
 BATCH_SIZE = 32
 RATE_SIZE = 2048  # rows and columns of the product that measures the matrix rate
 RATE_COPIES = 4
-ITERATIONS = 5  # of Newton-Schulz, Muon's default
+ITERATIONS = 5  # Muon's default
 
 
 def run_muon(args: argparse.Namespace) -> dict[str, Any]:
