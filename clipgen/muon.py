@@ -5,6 +5,7 @@ Ours although ``torch.optim.Muon`` exists, for the reasons given in ``Muon``.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -17,8 +18,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from clipgen.hardware.device import should_compile
 from clipgen.hardware.processor import has_bf16_units
+from clipgen.storage.files import one_line
 
+logger = logging.getLogger(__name__)
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LR_ADJUSTMENTS = ("original", "match_rms_adamw")
 # Elements per stack of matrices. Larger stacks need more memory and are not faster.
@@ -36,7 +40,8 @@ class Muon(Optimizer):
     Computes the update of ``torch.optim.Muon`` and keeps its state, so that each loads the other's checkpoints, but
 
     - iterates in float32 on devices without bfloat16 units, where ``torch.optim.Muon`` is many times slower;
-    - iterates all matrices of one shape together, on a GPU by torch.compile, and wide ones by their Gram matrices;
+    - iterates all matrices of one shape together, on a GPU by torch.compile if it works there, and wide ones by their
+      Gram matrices;
     - distributes the matrices over the ranks, each of which orthogonalizes its share. Under DDP one collective
       operation per step exchanges the results. Under FSDP2 (parameters are DTensors, sharded by rows) one collective
       operation sends all rows of a matrix to its owner, and another one sends the results back;
@@ -213,7 +218,25 @@ def product_of_polynomials(gram: Tensor, coefficients: Sequence[float], steps: i
 @cache
 def iteration(device_type: str) -> Callable[..., Tensor]:
     """Return the iteration, on a GPU compiled by torch.compile (which is imported when it is first needed)."""
-    return torch.compile(newton_schulz, dynamic=False) if device_type == "cuda" else newton_schulz
+    return compiled_iteration() if should_compile("auto", torch.device(device_type)) else newton_schulz
+
+
+def compiled_iteration() -> Callable[..., Tensor]:
+    """Return the iteration, compiled when it is first called; as soon as that fails, it is no longer compiled."""
+    compiled: Callable[..., Tensor] | None = None
+
+    def iterate(*arguments: Any) -> Tensor:
+        nonlocal compiled
+        if compiled is not newton_schulz:
+            try:
+                compiled = compiled or torch.compile(newton_schulz, dynamic=False)
+                return compiled(*arguments)
+            except Exception as error:  # torch.compile, Triton and C compilers raise many types
+                logger.warning("Muon iterates uncompiled, because torch.compile failed: %s", one_line(error))
+                compiled = newton_schulz
+        return newton_schulz(*arguments)
+
+    return iterate
 
 
 def orthogonalize(

@@ -151,6 +151,14 @@ def test_completion_keeps_the_upper_part(store, pipe, tmp_path):
     assert with_text.prompts == (PROMPT,)
 
 
+@pytest.mark.parametrize("prompt", ["", PROMPT], ids=["as prompt", "with a text"])
+def test_completion_of_a_photograph_is_remarked_once(tmp_path, prompt):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (50, 40), "red").save(path)
+    remark, description = generation.notes(builders.completion_request(SETTINGS, str(path), 0.5, prompt))
+    assert remark == "The model has never seen a photograph: the upload" and "32 x 32" in description
+
+
 def test_empty_seed_is_random_but_recorded():
     first, second = (builders.text_request(SETTINGS._replace(seed=" "), PROMPT) for _ in range(2))
     assert first.seed != second.seed

@@ -113,12 +113,17 @@ def test_steps_are_shared_between_the_stages():
     assert [config.trainer.max_steps for config in stages.values()] == [360, 160]
 
 
-@pytest.mark.parametrize(("seconds", "slow"), [(100, False), (700, True)])
-def test_slow_machines_get_a_suggestion(capsys, seconds, slow):
-    demo.print_forecast(later_steps=3, steps_left=1, seconds_per_step=seconds / 4)
+@pytest.mark.parametrize(
+    ("steps", "seconds", "fewer_steps"),
+    [(1800, 100, ""), (360, 700, ""), (1800, 700, "20%"), (600, 700, "60%")],
+)
+def test_slow_machines_get_a_suggestion(capsys, steps, seconds, fewer_steps):
+    demo.print_forecast(steps=steps, later_steps=3, steps_left=1, seconds_per_step=seconds / 4)
     out = capsys.readouterr().out
     assert f"About 0:{seconds // 60:02d}:{seconds % 60} left" in out
-    assert ("--steps 360" in out and "clipgen-sample" in out) == slow
+    assert ("clipgen-sample" in out) == (seconds == 700)
+    assert ("--steps" in out) == bool(fewer_steps)
+    assert not fewer_steps or f"--steps 360 would take {fewer_steps} of the time" in out
 
 
 def test_time_is_forecast_once_after_the_first_20_steps(fit, tiny_vqgan):

@@ -186,9 +186,18 @@ def test_free_folder_is_numbered(tmp_path, monkeypatch):
         (["a red ring on a blue background"], "has never seen a blue background"),
         (["a photo of a dog"], "does not know 'photo', 'of', 'dog'"),
         (["a red ring and a blue star"], "has never seen more than one shape"),
+        (["a white star"], "knows 'white' only before 'background': 'a white star'"),
+        (["a black ring on a white background"], "knows 'black' only before 'background'"),
+        (["a red ring on black"], "knows 'black' only before 'background'"),
+        (
+            ["a red ring on a white background and a black background"],
+            "has never seen more than one background in an image",
+        ),
         (["--interpolate", PROMPT, "a red cat"], "does not know 'cat'"),
         (["--prompt-mix", "a red ring - a cat"], "does not know 'cat'"),
         (["--image", "photo.png"], "has never seen a photograph: photo"),
+        ([PROMPT, "--outpaint", "photo.png"], "has never seen a photograph: --outpaint"),
+        (["--outpaint", "photo.png"], "has never seen a photograph: photo\nThis model generates"),
     ],
 )
 def test_bundled_model_names_unfamiliar_prompts(call, tmp_path, request_, remark):

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipgen.generation.modality_gap import EmbeddingProjector
+from clipgen.hardware import device
 from clipgen.hardware.device import should_compile
 from clipgen.models import losses
 from clipgen.models.conditioning import add_condition_noise
@@ -72,7 +73,10 @@ def test_training_steps_do_not_synchronize(request, fit, stage):
 
 def test_compile_auto_compiles_on_a_gpu_only(monkeypatch, fit):
     """On a CPU the first step would wait for minutes without a word."""
-    assert should_compile("auto", torch.device("cuda", 0)) and not should_compile("auto", torch.device("cpu"))
+    for has_triton in (True, False):
+        monkeypatch.setattr(device, "can_compile", lambda has_triton=has_triton: has_triton)
+        assert should_compile("auto", torch.device("cuda", 0)) == has_triton
+        assert should_compile(True, torch.device("cuda", 0)) and not should_compile("auto", torch.device("cpu"))
     monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
     monkeypatch.setattr(nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
     fit(make_vqgan(**VQGAN_SIZES, compile="auto"), 1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipgen import muon
+from clipgen.hardware import device
 from clipgen.muon import Muon
 
 # Shapes as in two blocks of GPT-2: wide, square, wide, tall.
@@ -104,15 +108,44 @@ def test_matrices_of_equal_shape_are_iterated_together(monkeypatch):
     assert shapes == [(2, 16, 48), (2, 16, 16), (4, 16, 64)]
 
 
-def test_compiled_iteration_gives_the_same_update(monkeypatch):
-    """As on a GPU, but with the backend that runs the traced operations themselves."""
-    plain = parameters_of(matrices(0))
-    step(plain, Muon(plain, **OPTIONS), range(1, 4))
-    compiled = torch.compile(muon.newton_schulz, dynamic=False, backend="eager", fullgraph=True)
-    monkeypatch.setattr(muon, "iteration", lambda device_type: compiled)
+def step_on_a_cpu() -> list[nn.Parameter]:
+    """Return matrices after three steps."""
     parameters = parameters_of(matrices(0))
     step(parameters, Muon(parameters, **OPTIONS), range(1, 4))
-    torch.testing.assert_close(parameters, plain)
+    return parameters
+
+
+def step_as_on_a_gpu(monkeypatch, compile: Callable[..., Any], can_compile: bool = True) -> list[nn.Parameter]:
+    """Return the same matrices after steps as on a GPU, with another torch.compile."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", compile)
+        patch.setattr(device, "can_compile", lambda: can_compile)
+        iterate = muon.iteration.__wrapped__("cuda")
+        patch.setattr(muon, "iteration", lambda device_type: iterate)
+        return step_on_a_cpu()
+
+
+def test_compiled_iteration_gives_the_same_update(monkeypatch, caplog):
+    """As on a GPU, but with the backend that runs the traced operations themselves."""
+    caplog.set_level(logging.WARNING)
+    compile = partial(torch.compile, backend="eager", fullgraph=True)
+    torch.testing.assert_close(step_as_on_a_gpu(monkeypatch, compile), step_on_a_cpu())
+    assert not caplog.messages
+
+
+def raise_error(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("Failed to find\nC compiler")
+
+
+@pytest.mark.parametrize("compile", [raise_error, lambda *_, **__: raise_error], ids=["at once", "when called"])
+def test_matrices_are_iterated_uncompiled_once_torch_compile_failed(monkeypatch, caplog, compile):
+    assert all(map(torch.equal, step_as_on_a_gpu(monkeypatch, compile), step_on_a_cpu()))
+    (warning,) = caplog.messages
+    assert warning == "Muon iterates uncompiled, because torch.compile failed: Failed to find C compiler"
+
+
+def test_matrices_are_iterated_uncompiled_without_triton(monkeypatch):
+    step_as_on_a_gpu(monkeypatch, lambda *_, **__: pytest.fail("compiled"), can_compile=False)
 
 
 def spectra() -> list[Tensor]:

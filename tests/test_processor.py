@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 
 import pytest
 import torch
@@ -25,11 +26,29 @@ def test_muon_iterates_in_the_native_dtype(monkeypatch):
 
 
 def test_imitated_older_processors_have_no_bf16_units(monkeypatch):
-    monkeypatch.setattr(processor, "instruction_set", lambda: "AVX2")
-    assert not has_bf16_units("cpu") and not has_bf16_units("mps")
-    monkeypatch.undo()
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    with monkeypatch.context() as patch:
+        patch.setattr(processor, "instruction_set", lambda: "AVX2")
+        assert not has_bf16_units("cpu") and not has_bf16_units("mps")
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
     assert not has_bf16_units("cpu")
+
+
+@pytest.mark.parametrize(
+    ("machine", "supported", "expected"),
+    [
+        ("aarch64", True, True),
+        ("arm64", False, False),
+        ("x86_64", True, False),
+        ("AMD64", True, False),
+    ],
+)
+def test_processors_without_a_named_instruction_set(monkeypatch, machine, supported, expected):
+    """ARM is one to torch, where oneDNN knows whether it has bfloat16 units; an x86 processor is too old for them."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(processor, "instruction_set", lambda: "DEFAULT")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert has_bf16_units("cpu") == expected
 
 
 def test_bfloat16_without_units_is_refused(monkeypatch):

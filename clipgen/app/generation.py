@@ -130,9 +130,12 @@ def gallery_columns(request: ImageRequest) -> int:
 
 def notes(request: ImageRequest) -> list[str]:
     """Return remarks on the prompts that a bundled model was not trained for."""
+    prompts = list(request.prompts)
+    if request.outpaint and request.outpaint not in prompts:
+        prompts.append(request.outpaint)
     texts: list[str] = []
     images: list[Any] = []
-    for prompt in request.prompts:
+    for prompt in prompts:
         if isinstance(prompt, str):
             texts.append(prompt)
         elif isinstance(prompt, dict):

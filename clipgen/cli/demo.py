@@ -212,15 +212,16 @@ def train_stages(stages: dict[str, Any], output: Path, seconds: dict[str, float]
             continue
         print_line(f"Training stage={stage} ...")
         later_steps = stages["transformer"].trainer.max_steps * STEP_COST if stage == "vqgan" else 0
-        forecast = TimeForecast(partial(print_forecast, later_steps))
+        forecast = TimeForecast(partial(print_forecast, stages["vqgan"].trainer.max_steps, later_steps))
         with timed(seconds, stage):
             train_from_config(config, callbacks=[forecast], resume_command=resume_command(output))
 
 
-def print_forecast(later_steps: float, steps_left: float, seconds_per_step: float) -> None:
+def print_forecast(steps: int, later_steps: float, steps_left: float, seconds_per_step: float) -> None:
     """Print the time left in this stage and in all, and what to do if it is long.
 
     Args:
+        steps: value of --steps.
         later_steps: cost of the later stages, in steps of this one.
         steps_left: steps left in this stage.
         seconds_per_step: duration of a step of this stage.
@@ -229,10 +230,18 @@ def print_forecast(later_steps: float, steps_left: float, seconds_per_step: floa
     total_seconds = (steps_left + later_steps) * seconds_per_step
     print_line(f"About {duration(total_seconds)} left, {duration(stage_seconds)} of it in this stage")
     if total_seconds > MAX_SECONDS:
-        print_line(
-            f"The demo is slow on this machine: --steps {FEWER_STEPS} would take a fifth of the time, with less "
-            f'accurate images. Without training, clipgen-sample "{EXAMPLE_PROMPT}" uses the bundled model'
-        )
+        print_line(f"The demo is slow on this machine. {faster_demo(steps)}")
+
+
+def faster_demo(steps: int) -> str:
+    """Return advice for a demo that takes long with its value of --steps."""
+    without_training = f'clipgen-sample "{EXAMPLE_PROMPT}" uses the bundled model, without training'
+    if steps <= FEWER_STEPS:
+        return without_training
+    return (
+        f"--steps {FEWER_STEPS} would take {FEWER_STEPS / steps:.0%} of the time, with less accurate images; "
+        f"{without_training}"
+    )
 
 
 @contextmanager

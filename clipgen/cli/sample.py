@@ -272,11 +272,15 @@ def request_warnings(request: SampleRequest, model: str) -> list[str]:
     """Return one line per prompt that a bundled model was not trained for."""
     from PIL import Image
 
+    from clipgen.cli.sample_request import NamedPrompt
     from clipgen.generation.bundled_vocabulary import prompt_warnings
 
+    prompts = request.named_prompts()
+    if request.outpaint and request.outpaint not in [prompt for _, prompt in prompts]:
+        prompts.append(NamedPrompt("--outpaint", request.outpaint))
     texts: list[str] = []
     photographs = []
-    for name, prompt in request.named_prompts():
+    for name, prompt in prompts:
         if isinstance(prompt, str):
             texts.append(prompt)
         elif isinstance(prompt, Mapping):

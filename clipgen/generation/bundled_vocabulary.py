@@ -11,7 +11,7 @@ from clipgen.data.shapes import ALL_ATTRIBUTES, BACKGROUNDS, COLORS, RADII, SHAP
 
 FILLERS = {"a", "on", "background", "and", "an", "the"}
 SHAPES_WORDS = {*FILLERS, *RADII, *COLORS, *SHAPES, *BACKGROUNDS}
-ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": RADII}
+ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": RADII, "background": BACKGROUNDS}
 # The classes of CIFAR-10.
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DESCRIPTIONS = {
@@ -97,9 +97,11 @@ def unfamiliar_shape(text: str) -> str:
     words = text_words(text)
     if unknown := unknown_words(words, SHAPES_WORDS):
         return unknown
-    for word, following in pairwise(words):
+    for word, following in pairwise([*words, ""]):
         if following == "background" and word in COLORS:
             return f"has never seen a {word} background"
+        if following != "background" and word in BACKGROUNDS:
+            return f"knows {word!r} only before 'background'"
     for attribute, values in ATTRIBUTES.items():
         if len({word for word in words if word in values}) > 1:
             return f"has never seen more than one {attribute} in an image"

@@ -31,4 +31,13 @@ def check_compile(option: bool | str) -> bool | str:
 
 def should_compile(option: bool | str, device: torch.device) -> bool:
     """Return whether to train with torch.compile; "auto" compiles on a GPU, where it soon saves what it took."""
-    return device.type == "cuda" if option == "auto" else bool(option)
+    if option == "auto":
+        return device.type == "cuda" and can_compile()
+    return bool(option)
+
+
+def can_compile() -> bool:
+    """Return whether torch.compile has what it needs on a GPU: Triton, in a version that supports the GPU."""
+    from torch.utils._triton import has_triton
+
+    return has_triton()

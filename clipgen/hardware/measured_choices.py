@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from clipgen.storage.files import cache_folder, read_json, write_json
 
 logger = logging.getLogger(__name__)
 KERNEL_FILE = "kernels.json"
+_reported_files: set[Path] = set()
 
 
 def measured_choice(name: str, measure: Callable[[], str]) -> str:
@@ -25,7 +27,10 @@ def measured_choice(name: str, measure: Callable[[], str]) -> str:
 
     Returns:
         The choice, or "" if the file cannot be read or written, since the next process might measure another one.
+        With ``CLIPGEN_CACHE=/dev/null`` nothing is measured.
     """
+    if cache_folder() == Path(os.devnull):
+        return ""
     path = cache_folder() / KERNEL_FILE
     key = f"{machine()}, {name}"
     try:
@@ -39,8 +44,15 @@ def measured_choice(name: str, measure: Callable[[], str]) -> str:
             choices = read_choices(path)
         return str(choices[key])
     except (OSError, ValueError, KeyError) as error:
-        logger.info("The fastest kernels are not measured, because %s cannot keep them: %s", path, error)
+        report_once(path, error)
         return ""
+
+
+def report_once(path: Path, error: Exception) -> None:
+    """Log, once per process, that a file cannot keep choices."""
+    if path not in _reported_files:
+        _reported_files.add(path)
+        logger.info("The fastest kernels are not measured, because %s cannot keep them: %s", path, error)
 
 
 def read_choices(path: Path) -> dict[str, Any]:

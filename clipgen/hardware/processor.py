@@ -11,6 +11,7 @@ import torch
 
 # Limits of oneDNN's instruction set (ONEDNN_MAX_CPU_ISA) that include AVX-512 but exclude its bfloat16 instructions.
 WITHOUT_BF16 = ("AVX512_CORE", "AVX512_CORE_VNNI")
+X86 = ("x86_64", "AMD64", "i386", "i686")
 
 
 def instruction_set() -> str:
@@ -51,7 +52,8 @@ def _cpu_has_bf16_units() -> bool:
         accepted = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
         return False  # a build of torch without oneDNN
-    if not accepted or instruction_set() in ("DEFAULT", "AVX2"):
+    # torch has the name DEFAULT also for ARM.
+    if not accepted or (platform.machine() in X86 and instruction_set() in ("DEFAULT", "AVX2")):
         return False
     if "AVX512" not in instruction_set():
         return True  # ARM, where the answer of oneDNN is reliable
