@@ -37,7 +37,8 @@ def test_workflow_is_valid(path):
     assert workflow["permissions"] == {"contents": "read"}
     for job in workflow["jobs"].values():
         needed = job.get("needs", [])
-        assert {needed} if isinstance(needed, str) else set(needed) <= set(workflow["jobs"])
+        needs = {needed} if isinstance(needed, str) else set(needed)
+        assert needs <= set(workflow["jobs"])
         assert job["timeout-minutes"] <= 60
     for step in steps_of(workflow):
         assert ("run" in step) != ("uses" in step), step
