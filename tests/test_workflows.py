@@ -67,6 +67,14 @@ def test_release_tests_the_wheel_on_every_supported_python_and_system():
     assert jobs["publish"]["needs"] == "test" and jobs["test"]["needs"] == "build"
 
 
+def test_release_tests_the_wheel_on_the_cpu():
+    """The macOS runners of GitHub offer MPS, and fail at every allocation on it."""
+    steps = load("workflows/release.yml")["jobs"]["test"]["steps"]
+    commands = {step["run"].split()[0]: step["run"] for step in steps if "run" in step}
+    assert "--device cpu" in commands["clipgen-sample"]
+    assert "trainer.accelerator=cpu" in commands["clipgen-demo"]
+
+
 def test_release_publishes_tags_only_and_without_a_token():
     publish = load("workflows/release.yml")["jobs"]["publish"]
     assert publish["if"] == "github.ref_type == 'tag'"
