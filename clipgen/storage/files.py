@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -12,10 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+IS_WINDOWS = os.name == "nt"
 MAX_JSON = 64 * 2**20  # bytes; parsed JSON takes 10 to 30 times as much memory
 MAX_YAML = 2**20
 MAX_JSON_VALUES = 4_000_000  # values take 65 bytes and more each, also if a file stores them in two
 PARTIAL_FILE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.partial")
+# Constants of the Windows API.
+SYNCHRONIZE = 0x100000
+WAIT_TIMEOUT = 0x102
+ERROR_ACCESS_DENIED = 5
 _cleaned_folders: set[Path] = set()
 
 
@@ -69,9 +75,9 @@ def host_name() -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process of this host exists; True on Windows, where ``os.kill`` would end it."""
-    if os.name == "nt":
-        return True
+    """Return whether a process of this host exists."""
+    if IS_WINDOWS:
+        return is_running_on_windows(pid)
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -82,12 +88,29 @@ def is_running(pid: int) -> bool:
     return True
 
 
+def is_running_on_windows(pid: int) -> bool:
+    """Return whether a process of this Windows host exists: ``os.kill`` would end it."""
+    # Ids have 32 bits, and ctypes refuses larger ones.
+    if not 0 <= pid < 2**32:
+        return False
+    kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]  # exists on Windows only
+    process = kernel32.OpenProcess(SYNCHRONIZE, False, pid)
+    if not process:
+        # The process of another user.
+        return bool(ctypes.get_last_error() == ERROR_ACCESS_DENIED)  # type: ignore[attr-defined]
+    try:
+        # A process that has ended remains while another one has it open.
+        return bool(kernel32.WaitForSingleObject(process, 0) == WAIT_TIMEOUT)
+    finally:
+        kernel32.CloseHandle(process)
+
+
 def flush_to_disk(path: Path) -> None:
     """Flush a file or folder to the disk, so that after a power loss its content exists if its name does."""
     # Windows cannot open folders.
-    if path.is_dir() and os.name == "nt":
+    if path.is_dir() and IS_WINDOWS:
         return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
