@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from clipgen.storage import files
-from clipgen.storage.files import is_running, natural_key, write_json
+from clipgen.storage.files import atomic_write, is_running, natural_key, write_json
 
 RUNNING, ENDED, OF_ANOTHER_USER, NONE = 8, 12, 16, 20
 
@@ -63,3 +65,24 @@ def test_partial_files_of_killed_processes_are_removed_on_windows(kernel32, tmp_
         (tmp_path / name).touch()
     write_json(tmp_path / "a.json", {})
     assert {*os.listdir(tmp_path)} == {"a.json", kept}
+
+
+@pytest.mark.parametrize(("refusals", "content"), [(2, "new"), (3, "old")])
+def test_file_that_windows_refuses_to_replace_is_replaced_at_a_later_attempt(monkeypatch, tmp_path, refusals, content):
+    """Windows refuses it while another process has the file open."""
+    monkeypatch.setattr(files, "ATTEMPTS", 3)
+    monkeypatch.setattr(files, "ATTEMPT_INTERVAL", 0)
+    (tmp_path / "a").write_text("old")
+    errors = [PermissionError(13, "Access is denied")] * refusals
+    replace = Path.replace
+
+    def replace_if_closed(self: Path, target: Path) -> Path:
+        if errors:
+            raise errors.pop()
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_if_closed)
+    refused = nullcontext() if content == "new" else pytest.raises(PermissionError, match="Access is denied")
+    with refused, atomic_write(tmp_path / "a") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "a").read_text() == content and os.listdir(tmp_path) == ["a"]

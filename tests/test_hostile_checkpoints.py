@@ -710,6 +710,18 @@ def test_calls_that_take_memory_are_refused(tmp_path, little, name, write):
     refused(lambda: VQGAN.load(path), path, "not a readable checkpoint", "refused" if name[0] == "b" else "")
 
 
+def test_checkpoint_is_not_mapped_on_windows(tmp_path, monkeypatch):
+    """Windows does not replace a file that is mapped."""
+    path = tmp_path / "x.ckpt"
+    weights = torch.arange(12.0).view(3, 4)
+    torch.save({"weights": weights, "transposed": weights.T}, path)
+    monkeypatch.setattr(safe_load, "IS_WINDOWS", True)
+    content = safe_load.read_checkpoint(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(content["weights"], weights) and torch.equal(content["transposed"], weights.T)
+    assert content["weights"].data_ptr() == content["transposed"].data_ptr()
+
+
 def test_tensors_larger_than_their_storage_are_refused(tmp_path, little):
     """torch would enlarge the storage."""
     torch.save({"a": torch.zeros(7, 11)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from clipgen.storage import run_lock
+from clipgen.storage import files, run_lock
 from clipgen.storage.run_lock import LOCK, hold_lock
 
 
@@ -92,6 +93,31 @@ def test_lock_whose_holder_cannot_be_looked_up_is_respected_while_it_is_updated(
     else:
         with hold_lock(tmp_path):
             pass
+
+
+def test_lock_that_another_process_reads_is_released_on_windows(tmp_path, monkeypatch):
+    """Windows does not remove a file that another process has open."""
+    monkeypatch.setattr(files, "ATTEMPTS", 3)
+    monkeypatch.setattr(files, "ATTEMPT_INTERVAL", 0)
+    unlink = Path.unlink
+    refusals = 2
+
+    def unlink_if_closed(self: Path, missing_ok: bool = False) -> None:
+        nonlocal refusals
+        if self.name == LOCK and refusals:
+            refusals -= 1
+            raise PermissionError(13, "Access is denied")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_if_closed)
+    with hold_lock(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+    refusals = 9
+    with hold_lock(tmp_path):
+        pass
+    # It does not fail, and the next process takes over the lock of a dead one.
+    assert (tmp_path / LOCK).exists()
 
 
 def test_damaged_lock_is_taken_over(tmp_path, monkeypatch):

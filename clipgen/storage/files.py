@@ -8,7 +8,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ MAX_JSON = 64 * 2**20  # bytes; parsed JSON takes 10 to 30 times as much memory
 MAX_YAML = 2**20
 MAX_JSON_VALUES = 4_000_000  # values take 65 bytes and more each, also if a file stores them in two
 PARTIAL_FILE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.partial")
+# Windows does not rename or remove a file that another process, such as a virus scanner, has open.
+ATTEMPTS = 10 if IS_WINDOWS else 1
+ATTEMPT_INTERVAL = 0.1  # seconds
 # Constants of the Windows API.
 SYNCHRONIZE = 0x100000
 WAIT_TIMEOUT = 0x102
@@ -47,10 +51,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with with_path_in_errors(path):
             yield partial
             flush_to_disk(partial)
-            partial.replace(path)
+            retry(lambda: partial.replace(path))
             flush_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def retry(operation: Callable[[], Any]) -> None:
+    """Rename or remove a file, with further attempts on Windows while another process has it open."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            operation()
+            return
+        except PermissionError:
+            time.sleep(ATTEMPT_INTERVAL)
+    operation()
 
 
 def remove_partial_files(folder: Path) -> None:

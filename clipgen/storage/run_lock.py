@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from clipgen.storage.files import is_running
+from clipgen.storage.files import is_running, retry
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -54,7 +54,9 @@ def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
         done.set()
         thread.join()
         if read_lock(path) == record:
-            path.unlink(missing_ok=True)
+            # If a reader prevents it on Windows, the lock is that of a dead process when this one ends.
+            with suppress(PermissionError):
+                retry(lambda: path.unlink(missing_ok=True))
 
 
 def holder_record() -> dict[str, Any]:
@@ -126,8 +128,8 @@ def remove_if_dead(path: Path, folder: Path) -> None:
         # If the file system has no locks of its own, only one of several processes can rename the lock.
         renamed = unique_path(path, "dead")
         with suppress(FileNotFoundError):
-            path.rename(renamed)
-            renamed.unlink()
+            retry(lambda: path.rename(renamed))
+            retry(renamed.unlink)
 
 
 @contextmanager
