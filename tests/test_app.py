@@ -256,6 +256,13 @@ def test_visitors_may_not_name_other_files(tmp_path):
             store.load(name)
 
 
+@pytest.mark.parametrize("name", [None, ["shapes"], 7])
+def test_names_that_are_no_text_are_refused(tmp_path, name):
+    """A program may send any value; without a checkpoint of the server, None names no model either."""
+    with pytest.raises(ValueError, match="the model must be one of the list, or hf-hub:OWNER/NAME, got "):
+        ModelStore(outputs=tmp_path).check(name)
+
+
 @pytest.mark.parametrize(
     "name",
     ["hf-hub:owner", "hf-hub:../..", "hf-hub:a/b/c", "hf-hub:a/b c", "hf-hub:-/../x", "hf-hub:a/b@", "hf-hub:a/b@../x"],

@@ -83,12 +83,13 @@ class ModelStore:
 
     def check(self, name: str) -> None:
         """Raise ValueError if a visitor may not use the name."""
-        if name == self.checkpoint or name in BUNDLED or name in self._runs():
-            return
-        if self.allow_hub and HUB_NAME.fullmatch(name):
-            return
+        if isinstance(name, str):
+            if name == self.checkpoint or name in BUNDLED or name in self._runs():
+                return
+            if self.allow_hub and HUB_NAME.fullmatch(name):
+                return
         known = "one of the list" + (f", or {HUB_PREFIX}OWNER/NAME" if self.allow_hub else "")
-        raise ValueError(f"the model must be {known}, got {name[:100]!r}")
+        raise ValueError(f"the model must be {known}, got {name!r:.100}")
 
     def params(self, name: str) -> SamplingParams | None:
         """Return the default sampling parameters of a model, or None if it must be loaded to know them."""
