@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -488,6 +489,19 @@ def test_command_names_a_missing_checkpoint(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["clipgen-app", "--checkpoint", "nowhere"])
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         command.run()
+
+
+def test_stop_does_not_wait_for_a_request_that_starts_afterwards():
+    running = RunningRequests()
+    first = ExitStack()
+    stopped = first.enter_context(running.register("one"))
+    stop = threading.Thread(target=running.stop, args=("one", 60))
+    stop.start()
+    assert stopped.wait(10)
+    with running.register("one") as another:
+        first.close()
+        stop.join(10)
+        assert not stop.is_alive() and not another.is_set()
 
 
 def test_stop_waits_for_the_end_of_the_requests_of_one_visitor():
