@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -39,6 +40,9 @@ INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 WRAPPERS = ("", "module.", "first_stage_model.", "module.first_stage_model.", "model.first_stage_model.")
 # Tied weights are stored once and named twice; more than that is a small file that claims much memory.
 MAX_SHARING = 4
+
+# The safe globals of torch are those of all threads.
+_safe_globals_lock = threading.Lock()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -80,7 +84,7 @@ def unpickle(path: Path) -> Any:
     names: dict[str, Any] = {}
     while True:
         try:
-            with torch.serialization.safe_globals([(kind, name) for name, kind in names.items()]):
+            with _safe_globals_lock, torch.serialization.safe_globals([(kind, name) for name, kind in names.items()]):
                 # Memory-mapped: tensors are read when they are used, and cannot extend beyond the end of the file.
                 return torch.load(path, map_location=location, weights_only=True, mmap=archive)
         except UnpicklingError as error:
