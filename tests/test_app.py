@@ -308,6 +308,8 @@ def test_models_are_loaded_once_and_the_least_recently_used_is_dropped(monkeypat
     store.load("shapes")
     store.load("hf-hub:b/b")
     store.load("shapes")
+    # No lock remains of a model that is not being loaded: visitors could name any number of them.
+    assert not store._loading
     assert loaded == ["shapes", "hf-hub:a/a", "hf-hub:b/b"]
 
 
@@ -375,7 +377,10 @@ def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe,
     def fields(name):
         return [value for tab in field_values(EXAMPLES[name]) for value in tab]
 
-    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu"), tmp_path)
+    run = str(pipe.save(tmp_path / "transformer" / "run"))
+    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu", capacity=3), tmp_path)
+    for name in ("cifar10", "shapes", run):
+        handlers.store.load(name)
     placeholder, samples, *values = handlers.show_examples("cifar10", *fields("shapes"))
     assert placeholder["placeholder"] == samples["samples"][0][0] == "a photo of a horse"
     assert values == fields("cifar10")
@@ -383,13 +388,28 @@ def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe,
     _, _, *values = handlers.show_examples("shapes", *changed)
     assert values == [*fields("shapes")[:6], gr.skip(), gr.skip(), fields("shapes")[8]]
     # A run knows the words of its CLIP.
-    run = str(pipe.save(tmp_path / "transformer" / "run"))
     assert handlers.show_examples(run, *fields("cifar10"))[1]["samples"][0] == [EXAMPLES["shapes"].prompts[0]]
     monkeypatch.setattr(pipe.clip, "model_name", "ViT-B-32")
-    monkeypatch.setattr(handlers.store, "load", lambda name: pipe)
+    monkeypatch.setattr(handlers.store, "find_loaded", lambda name: pipe)
     assert handlers.examples("hf-hub:a/b") == EXAMPLES[""]
-    handlers.store = ModelStore(outputs=tmp_path)
-    assert handlers.show_examples("/etc", *changed) == (gr.skip(),) * 11
+
+
+def test_a_model_that_cannot_be_loaded_is_not_loaded_again_for_its_examples(tmp_path, monkeypatch):
+    gr = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.events import Handlers
+
+    attempts = []
+
+    def fail(self, name):
+        attempts.append(name)
+        raise OSError("the hub is not reachable")
+
+    monkeypatch.setattr(ModelStore, "_load", fail)
+    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu"), tmp_path)
+    *_, (error, *_) = handlers.load_model("hf-hub:a/b")
+    assert "The hub is not reachable" in error
+    assert handlers.show_examples("hf-hub:a/b", *range(9)) == (gr.skip(),) * 11
+    assert attempts == ["hf-hub:a/b"]
 
 
 def test_help_of_the_command_names_the_bundled_models():
