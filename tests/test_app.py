@@ -200,6 +200,18 @@ def test_prompts_that_the_bundled_model_does_not_know_are_remarked(store):
     assert "does not know &#x27;elephant&#x27;" in update.status and len(update.results) == 2
 
 
+def test_all_kinds_of_prompts_are_remarked():
+    prompts = [
+        ("a", {PROMPT: 1.0, "a cat": -1.0}),
+        ("b", Image.new("RGB", (32, 32))),
+        ("c", Image.new("RGB", (64, 32))),
+    ]
+    unknown, photograph, description = prompt_warnings("shapes", prompts)
+    assert "does not know 'cat'" in unknown and photograph.endswith("has never seen a photograph: c")
+    assert "nothing else" in description
+    assert prompt_warnings("shapes", prompts[1:2]) == prompt_warnings("cifar10", prompts[1:]) == []
+
+
 # ------------------------------------------------------------------------------------------------------------ previews
 
 
@@ -366,7 +378,7 @@ def test_settings_without_effect_in_a_tab_are_hidden():
 def test_examples_of_a_bundled_model_are_prompts_that_it_knows(name):
     prompts, mixture, ends = EXAMPLES[name]
     texts = [*prompts, *ends, *(text for text, _ in mixture if text)]
-    assert len(prompts) == 4 and len(mixture) == 3 and prompt_warnings(name, texts, []) == []
+    assert len(prompts) == 4 and len(mixture) == 3 and prompt_warnings(name, [(text, text) for text in texts]) == []
 
 
 def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe, tmp_path, monkeypatch):

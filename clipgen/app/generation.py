@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipgen.app.messages import status
 from clipgen.app.models import ModelStore
@@ -98,8 +98,9 @@ def finished_update(request: ImageRequest, images: list[Image.Image], seconds: f
     sheet = make_sheet(results, request) if is_sweep else None
     noun = "image" if len(images) == 1 else "images"
     text = f"{len(images)} {noun} in {seconds:.1f} s. Choose one to see its settings."
+    notes = prompt_warnings(request.model, [("the upload", prompt) for prompt in request.prompts])
     columns = gallery_columns(request)
-    return Update(status(text, notes(request)), results=results, columns=columns, sheet=sheet)
+    return Update(status(text, notes), results=results, columns=columns, sheet=sheet)
 
 
 def make_sheet(results: list[Result], request: ImageRequest) -> Image.Image:
@@ -126,17 +127,3 @@ def gallery_columns(request: ImageRequest) -> int:
     if request.total <= 4:
         return 2
     return 3 if request.total <= 9 else 4
-
-
-def notes(request: ImageRequest) -> list[str]:
-    """Return remarks on the prompts that a bundled model was not trained for."""
-    texts: list[str] = []
-    images: list[Any] = []
-    for prompt in request.prompts:
-        if isinstance(prompt, str):
-            texts.append(prompt)
-        elif isinstance(prompt, dict):
-            texts.extend(prompt)
-        elif getattr(prompt, "size", None) != (32, 32):
-            images.append("the upload")
-    return prompt_warnings(request.model, texts, images)
