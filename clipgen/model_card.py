@@ -121,7 +121,8 @@ def is_card_setting(key: Any, value: Any) -> bool:
     """Return whether a setting is a short name with a number or a short text that is not a path."""
     named = isinstance(key, str) and SETTING_NAME.fullmatch(key) is not None
     scalar = isinstance(value, (bool, int, float, str)) and len(str(value)) <= 200
-    return named and scalar and ("/" not in str(value) or (key == "dataset" and is_hub_dataset(str(value))))
+    is_path = re.search(r"[/\\]", str(value)) and not (key == "dataset" and is_hub_dataset(str(value)))
+    return named and scalar and not is_path
 
 
 def is_hub_dataset(name: str) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any
+
+# Logits are divided by the temperature in float32, which rounds smaller numbers to 0.
+MIN_TEMPERATURE = 1e-37
+# Guided logits are finite in float32 up to much larger scales.
+MAX_GUIDANCE_SCALE = 1000
 
 
 def check_seed(seed: int) -> None:
@@ -21,6 +26,11 @@ def check_num_images(num_images: int, rerank_from: int | None) -> None:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
     if rerank_from is not None and rerank_from < num_images:
         raise ValueError(f"rerank_from must be at least num_images ({num_images}), got {rerank_from}")
+
+
+def is_finite(value: Any) -> bool:
+    """Return whether a number is finite; an integer that is too large for a float is not."""
+    return bool(abs(value) <= sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -50,16 +60,20 @@ class SamplingParams:
         for name, value in vars(self).items():
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value):
+            if not is_finite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature must be 0 or at least {MIN_TEMPERATURE}, got {self.temperature}")
         if self.top_k < 1 or self.top_k != int(self.top_k):
             raise ValueError(f"top_k must be a whole number of at least 1, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.guidance_scale < 0:
             raise ValueError(f"guidance_scale must be at least 0, got {self.guidance_scale}")
+        if self.guidance_scale > MAX_GUIDANCE_SCALE:
+            raise ValueError(f"guidance_scale must be at most {MAX_GUIDANCE_SCALE}, got {self.guidance_scale}")
 
     @property
     def uses_guidance(self) -> bool:

@@ -14,8 +14,8 @@ import argparse
 import io
 import json
 import logging
+import math
 import random
-import resource
 import struct
 import sys
 import tarfile
@@ -434,12 +434,18 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 
 
 def peak_memory() -> float:
-    """Return the largest memory use of this process so far, in MiB."""
+    """Return the largest memory use of this process so far, in MiB; NaN on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def limit_address_space(memory: float) -> None:
     """Make allocations fail that would take several times the allowed memory, instead of filling the machine's."""
+    import resource
+
     pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
     limit = pages * resource.getpagesize() + int(4 * memory * 2**20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -464,6 +470,8 @@ def inputs(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
 def main() -> None:
     """Run the inputs and report the findings."""
     args = make_parser().parse_args()
+    if sys.platform != "linux":
+        raise SystemExit(f"fuzz must run on Linux, where it limits its own memory, got {sys.platform}")
     limit_address_space(args.memory)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,18 @@ def test_prompts_that_the_bundled_model_does_not_know_are_remarked(store):
     assert "does not know &#x27;elephant&#x27;" in update.status and len(update.results) == 2
 
 
+def test_all_kinds_of_prompts_are_remarked():
+    prompts = [
+        ("a", {PROMPT: 1.0, "a cat": -1.0}),
+        ("b", Image.new("RGB", (32, 32))),
+        ("c", Image.new("RGB", (64, 32))),
+    ]
+    unknown, photograph, description = prompt_warnings("shapes", prompts)
+    assert "does not know 'cat'" in unknown and photograph.endswith("has never seen a photograph: c")
+    assert "nothing else" in description
+    assert prompt_warnings("shapes", prompts[1:2]) == prompt_warnings("cifar10", prompts[1:]) == []
+
+
 # ------------------------------------------------------------------------------------------------------------ previews
 
 
@@ -264,6 +277,13 @@ def test_visitors_may_not_name_other_files(tmp_path):
             store.load(name)
 
 
+@pytest.mark.parametrize("name", [None, ["shapes"], 7])
+def test_names_that_are_no_text_are_refused(tmp_path, name):
+    """A program may send any value; without a checkpoint of the server, None names no model either."""
+    with pytest.raises(ValueError, match="the model must be one of the list, or hf-hub:OWNER/NAME, got "):
+        ModelStore(outputs=tmp_path).check(name)
+
+
 @pytest.mark.parametrize(
     "name",
     ["hf-hub:owner", "hf-hub:../..", "hf-hub:a/b/c", "hf-hub:a/b c", "hf-hub:-/../x", "hf-hub:a/b@", "hf-hub:a/b@../x"],
@@ -308,6 +328,8 @@ def test_models_are_loaded_once_and_the_least_recently_used_is_dropped(monkeypat
     store.load("shapes")
     store.load("hf-hub:b/b")
     store.load("shapes")
+    # No lock remains of a model that is not being loaded: visitors could name any number of them.
+    assert not store._loading
     assert loaded == ["shapes", "hf-hub:a/a", "hf-hub:b/b"]
 
 
@@ -364,7 +386,7 @@ def test_settings_without_effect_in_a_tab_are_hidden():
 def test_examples_of_a_bundled_model_are_prompts_that_it_knows(name):
     prompts, mixture, ends = EXAMPLES[name]
     texts = [*prompts, *ends, *(text for text, _ in mixture if text)]
-    assert len(prompts) == 4 and len(mixture) == 3 and prompt_warnings(name, texts, []) == []
+    assert len(prompts) == 4 and len(mixture) == 3 and prompt_warnings(name, [(text, text) for text in texts]) == []
 
 
 def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe, tmp_path, monkeypatch):
@@ -375,7 +397,10 @@ def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe,
     def fields(name):
         return [value for tab in field_values(EXAMPLES[name]) for value in tab]
 
-    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu"), tmp_path)
+    run = str(pipe.save(tmp_path / "transformer" / "run"))
+    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu", capacity=3), tmp_path)
+    for name in ("cifar10", "shapes", run):
+        handlers.store.load(name)
     placeholder, samples, *values = handlers.show_examples("cifar10", *fields("shapes"))
     assert placeholder["placeholder"] == samples["samples"][0][0] == "a photo of a horse"
     assert values == fields("cifar10")
@@ -383,13 +408,28 @@ def test_a_chosen_model_sets_the_examples_that_the_visitor_has_not_changed(pipe,
     _, _, *values = handlers.show_examples("shapes", *changed)
     assert values == [*fields("shapes")[:6], gr.skip(), gr.skip(), fields("shapes")[8]]
     # A run knows the words of its CLIP.
-    run = str(pipe.save(tmp_path / "transformer" / "run"))
     assert handlers.show_examples(run, *fields("cifar10"))[1]["samples"][0] == [EXAMPLES["shapes"].prompts[0]]
     monkeypatch.setattr(pipe.clip, "model_name", "ViT-B-32")
-    monkeypatch.setattr(handlers.store, "load", lambda name: pipe)
+    monkeypatch.setattr(handlers.store, "find_loaded", lambda name: pipe)
     assert handlers.examples("hf-hub:a/b") == EXAMPLES[""]
-    handlers.store = ModelStore(outputs=tmp_path)
-    assert handlers.show_examples("/etc", *changed) == (gr.skip(),) * 11
+
+
+def test_a_model_that_cannot_be_loaded_is_not_loaded_again_for_its_examples(tmp_path, monkeypatch):
+    gr = pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.events import Handlers
+
+    attempts = []
+
+    def fail(self, name):
+        attempts.append(name)
+        raise OSError("the hub is not reachable")
+
+    monkeypatch.setattr(ModelStore, "_load", fail)
+    handlers = Handlers(ModelStore(outputs=tmp_path, device="cpu"), tmp_path)
+    *_, (error, *_) = handlers.load_model("hf-hub:a/b")
+    assert "The hub is not reachable" in error
+    assert handlers.show_examples("hf-hub:a/b", *range(9)) == (gr.skip(),) * 11
+    assert attempts == ["hf-hub:a/b"]
 
 
 def test_help_of_the_command_names_the_bundled_models():
@@ -489,6 +529,19 @@ def test_command_names_a_missing_checkpoint(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["clipgen-app", "--checkpoint", "nowhere"])
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         command.run()
+
+
+def test_stop_does_not_wait_for_a_request_that_starts_afterwards():
+    running = RunningRequests()
+    first = ExitStack()
+    stopped = first.enter_context(running.register("one"))
+    stop = threading.Thread(target=running.stop, args=("one", 60))
+    stop.start()
+    assert stopped.wait(10)
+    with running.register("one") as another:
+        first.close()
+        stop.join(10)
+        assert not stop.is_alive() and not another.is_set()
 
 
 def test_stop_waits_for_the_end_of_the_requests_of_one_visitor():

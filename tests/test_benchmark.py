@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark
 import benchmarks.muon
 import pytest
 import torch
-from benchmarks import scale, training
+from benchmarks import scale, timing, training, web_page
 from benchmarks.models import VARIANTS, merge, settings_of
 from benchmarks.timing import describe_machine
 
@@ -90,6 +93,32 @@ def test_reranking_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*map(str, arguments)])
     benchmark.main()
     assert json.loads(output.read_text())["rows"]["2 candidates"]["reranking, s"] > 0
+
+
+def test_measurements_start_without_the_module_resource(monkeypatch):
+    """Windows has none."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert math.isnan(runpy.run_path(timing.__file__)["peak_memory"]("cpu"))
+    runpy.run_path(scale.__file__)
+
+
+def test_scale_is_refused_on_other_systems(monkeypatch):
+    monkeypatch.setattr(scale, "sys", SimpleNamespace(platform="win32"))
+    with pytest.raises(SystemExit, match="benchmark scale must run on Linux, whose /proc it reads, got win32"):
+        scale.run_scale(SimpleNamespace(images=[10**6], ranks=4, scratch=None))
+
+
+@pytest.mark.parametrize(("is_windows", "call"), [(False, ("send_signal", 2)), (True, ("terminate",))])
+def test_server_is_interrupted_or_on_windows_ended(monkeypatch, is_windows, call):
+    monkeypatch.setattr(web_page, "IS_WINDOWS", is_windows)
+    calls = []
+    process = SimpleNamespace(
+        send_signal=lambda number: calls.append(("send_signal", number)),
+        terminate=lambda: calls.append(("terminate",)),
+        wait=lambda timeout: calls.append(("wait",)),
+    )
+    web_page.stop(process)
+    assert calls == [call, ("wait",)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

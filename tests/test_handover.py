@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,20 @@ def test_arrays_are_mapped_by_the_processes_that_receive_them(images, monkeypatc
                 names, empty = from_rank_zero(lambda: (PackedStrings(["a", "b"]), PackedStrings([])))
         assert is_mapped(names.content) and is_mapped(names.ends)
     assert [*names] == ["a", "b"] and not empty
+
+
+def test_files_that_windows_does_not_remove_are_no_error(tmp_path, monkeypatch):
+    """Windows does not remove files that are mapped."""
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Access is denied")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch, share_results_in_files():
+        with compute_on_rank_zero():
+            from_rank_zero(lambda: 1)
+        patch.setattr(os, "unlink", refuse)
+    assert handover.FOLDER_VARIABLE not in os.environ
 
 
 def test_without_a_training_every_process_works():

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import resource
+import threading
 import time
 import zipfile
 from collections import Counter, defaultdict
@@ -708,6 +709,53 @@ def sequence_of(path: Path, content: bytes) -> Path:
 def test_calls_that_take_memory_are_refused(tmp_path, little, name, write):
     path = write(tmp_path / "x.ckpt", document(BOMBS[name]))
     refused(lambda: VQGAN.load(path), path, "not a readable checkpoint", "refused" if name[0] == "b" else "")
+
+
+def test_threads_that_read_checkpoints_do_not_disturb_each_other(tmp_path, monkeypatch):
+    """Both files name a class. One thread ends and forgets it while the other one is about to read it."""
+    for name in ("first", "second"):
+        torch.save({"number": Decimal(1)}, tmp_path / name)
+    both_refused = threading.Barrier(2)
+    first_reads, second_ends = threading.Event(), threading.Event()
+    load, stub_for = torch.load, safe_load.stub_for
+    calls = Counter()
+
+    def slow_stub_for(name: str) -> type | None:
+        both_refused.wait(10)
+        return stub_for(name)
+
+    def slow_load(path: Path, **options: object) -> object:
+        calls[path.name] += 1
+        if calls["first"] == 2 and path.name == "first":
+            first_reads.set()
+            second_ends.wait(1)
+        if calls["second"] == 2 and path.name == "second":
+            first_reads.wait(1)
+        return load(path, **options)
+
+    def read_second() -> None:
+        safe_load.read_checkpoint(tmp_path / "second")
+        second_ends.set()
+
+    monkeypatch.setattr(safe_load, "stub_for", slow_stub_for)
+    monkeypatch.setattr(torch, "load", slow_load)
+    second = threading.Thread(target=read_second)
+    second.start()
+    assert safe_load.read_checkpoint(tmp_path / "first").keys() == {"number"}
+    second.join(10)
+    assert second_ends.is_set()
+
+
+def test_checkpoint_is_not_mapped_on_windows(tmp_path, monkeypatch):
+    """Windows does not replace a file that is mapped."""
+    path = tmp_path / "x.ckpt"
+    weights = torch.arange(12.0).view(3, 4)
+    torch.save({"weights": weights, "transposed": weights.T}, path)
+    monkeypatch.setattr(safe_load, "IS_WINDOWS", True)
+    content = safe_load.read_checkpoint(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(content["weights"], weights) and torch.equal(content["transposed"], weights.T)
+    assert content["weights"].data_ptr() == content["transposed"].data_ptr()
 
 
 def test_tensors_larger_than_their_storage_are_refused(tmp_path, little):

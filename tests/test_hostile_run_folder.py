@@ -20,7 +20,7 @@ import yaml
 from commands import SHAPES, VQGAN
 from omegaconf import OmegaConf
 
-from clipgen.cli import demo
+from clipgen.cli import demo, resume_args
 from clipgen.cli.config import instantiate_node
 from clipgen.cli.console import run_command
 from clipgen.cli.resume_args import add_run_arguments, run_arguments
@@ -220,6 +220,32 @@ PLAIN = [
 def test_plain_arguments_are_accepted(tmp_path, text):
     (tmp_path / "arguments.yaml").write_text(yaml.safe_dump([text]))
     assert list(run_arguments(tmp_path, {}).values()) == [text]
+
+
+DRIVES = [r"data.root=C:\photos", "data.root='d:/my photos'", r"data.train_urls=['C:\a.tar','D:\b.tar']"]
+
+
+@pytest.mark.parametrize("text", DRIVES)
+def test_drives_are_accepted_on_windows_only(tmp_path, monkeypatch, text):
+    (tmp_path / "arguments.yaml").write_text(yaml.safe_dump([text]))
+    with pytest.raises(ValueError, match="must contain plain settings only"):
+        run_arguments(tmp_path, {})
+    monkeypatch.setattr(resume_args, "IS_WINDOWS", True)
+    assert list(run_arguments(tmp_path, {}).values()) == [text]
+
+
+HOSTILE_DRIVES = [
+    "data.root=C:photos",
+    r"data.root=C:\a:b",
+    r"data.root='C:\${oc.env:HOME}'",
+    "metrics.fid_features=c:/x",
+]
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, *HOSTILE_DRIVES])
+def test_arguments_that_could_run_code_are_refused_on_windows(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(resume_args, "IS_WINDOWS", True)
+    test_arguments_that_could_run_code_are_refused(tmp_path, text)
 
 
 def test_accepted_arguments_are_logged(call, run, caplog):

@@ -14,9 +14,10 @@ from clipgen.model_card import CardDetails
 
 
 def test_model_card_reports_the_training_settings(pipe, tmp_path):
-    """They are kept when a pipeline is saved again. Paths are omitted."""
+    """They are kept when a pipeline is saved again. Paths of all systems are omitted."""
     run = pipe.save(tmp_path / "run")
-    data = {"_target_": "clipgen.data.folder.folder_data", "root": "/home/me/photos", "batch_size": 8, "val_root": None}
+    paths = {"root": "/home/me/photos", "val_root": r"C:\Users\me\photos", "cache_dir": None}
+    data = {"_target_": "clipgen.data.folder.folder_data", "batch_size": 8, **paths}
     config = {"seed": 0, "data": data, "trainer": {"max_steps": 500, "precision": "bf16-mixed"}}
     (run / "config.yaml").write_text(json.dumps(config))
     once = TextToImage.load(run).save(tmp_path / "once")

@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +26,7 @@ import yaml
 from PIL import Image
 
 from clipgen import TextToImage
+from clipgen.app import limits
 
 FOLDER = Path(__file__).parents[1] / "scripts" / "replicate"
 PROMPT = "a large blue ring on a white background"
@@ -53,20 +54,45 @@ def test_readme_states_the_defaults_of_the_runner(runner):
     assert all(stated[name] in words[parameter.default] for name, parameter in inputs.items())
 
 
+def load_runner(monkeypatch: pytest.MonkeyPatch, make_input: Callable[..., Any]) -> Any:
+    """Return the class of the runner, loaded with a stand-in for cog and its ``Input``."""
+    cog: Any = ModuleType("cog")
+    cog.BaseRunner = object
+    cog.Path = Path
+    cog.Input = make_input
+    cog.streaming = lambda function: function
+    monkeypatch.setitem(sys.modules, "cog", cog)
+    return runpy.run_path(str(FOLDER / "runner.py"))["Runner"]
+
+
+@pytest.fixture
+def bounds(monkeypatch) -> dict[str, dict[str, Any]]:
+    """Return the arguments of ``Input`` by the name of the input."""
+    run = load_runner(monkeypatch, lambda **arguments: arguments).run
+    return {name: parameter.default for name, parameter in inspect.signature(run).parameters.items() if name != "self"}
+
+
+def test_numbers_of_images_and_length_of_the_prompt_are_bounded_as_in_the_web_page(bounds):
+    assert bounds["prompt"]["max_length"] == limits.MAX_PROMPT_LENGTH
+    assert (bounds["num_images"]["le"], bounds["rerank_from"]["le"]) == (limits.MAX_IMAGES, limits.MAX_CANDIDATES)
+
+
+def test_sampling_parameters_are_bounded_as_in_the_web_page(bounds):
+    pytest.importorskip("gradio", reason="needs Gradio: pip install -e '.[app]'")
+    from clipgen.app.controls import SLIDERS
+
+    for name in ("temperature", "top_k", "top_p", "guidance_scale"):
+        assert bounds[name]["le"] == SLIDERS[name].maximum
+
+
 # ---------------------------------------------------------------------------------------------------- called directly
 
 
 @pytest.fixture
 def runner(monkeypatch, tmp_path) -> Any:
     """Return a Runner with the bundled model; a stand-in for cog gives its inputs their defaults."""
-    cog: Any = ModuleType("cog")
-    cog.BaseRunner = object
-    cog.Path = Path
-    cog.Input = lambda description, default=None, **bounds: default
-    cog.streaming = lambda function: function
-    monkeypatch.setitem(sys.modules, "cog", cog)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    made = runpy.run_path(str(FOLDER / "runner.py"))["Runner"]()
+    made = load_runner(monkeypatch, lambda description, default=None, **bounds: default)()
     assert not made.healthcheck()
     made.setup()
     assert made.healthcheck()
@@ -121,7 +147,7 @@ def schema(run: Any) -> dict[str, Any]:
         kind = next(types[key] for key in types if key in str(parameter.annotation) or key == annotation)
         field = parameter.default
         properties[name] = {"type": kind, "description": field.description}
-        for bound, key in (("ge", "minimum"), ("le", "maximum")):
+        for bound, key in (("ge", "minimum"), ("le", "maximum"), ("max_length", "maxLength")):
             if getattr(field, bound) is not None:
                 properties[name][key] = getattr(field, bound)
         if isinstance(field.default, (int, float)):
@@ -238,7 +264,16 @@ def test_server_streams_the_rows(server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inputs", [{}, {"prompt": PROMPT, "num_images": 99}, {"prompt": PROMPT, "top_p": "x"}])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"prompt": PROMPT, "num_images": 99},
+        {"prompt": PROMPT, "top_p": "x"},
+        {"prompt": "x" * 1001},
+        {"prompt": PROMPT, "guidance_scale": 1e308},
+    ],
+)
 def test_server_refuses_bad_input(server, inputs):
     assert server.request("POST", "/predictions", {"input": inputs})[0] == 422
 

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from clipgen.storage import run_lock
+from clipgen.storage import files, run_lock
 from clipgen.storage.run_lock import LOCK, hold_lock
 
 
@@ -71,21 +72,52 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize("lives", [True, False])
-def test_lock_on_another_machine_is_respected_while_it_is_updated(tmp_path, monkeypatch, lives):
+@pytest.mark.parametrize("place", ["another machine", "this machine, without a start time"])
+def test_lock_whose_holder_cannot_be_looked_up_is_respected_while_it_is_updated(tmp_path, monkeypatch, place, lives):
+    """The id of a process that has ended may be that of a later one."""
     monkeypatch.setattr(run_lock, "TIMEOUT", 0.5)
-    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "process_table": "elsewhere", "host": "far", "since": "now"}))
+    monkeypatch.setattr(run_lock, "start_time", lambda pid: "")
+    table = "elsewhere" if place == "another machine" else run_lock.process_table()
+    pid = os.getppid()
+    record = {"pid": pid, "started": "", "process_table": table, "host": "far", "since": "now"}
+    (tmp_path / LOCK).write_text(json.dumps(record))
     done = threading.Event()
     monkeypatch.setattr(run_lock, "HEARTBEAT", 0.05)
     thread = threading.Thread(target=run_lock.renew_lock, args=(tmp_path / LOCK, done))
     if lives:
         thread.start()
-        with pytest.raises(FileExistsError, match="process 1 on far since now"), hold_lock(tmp_path):
+        with pytest.raises(FileExistsError, match=f"process {pid} on far since now"), hold_lock(tmp_path):
             pass
         done.set()
         thread.join()
     else:
         with hold_lock(tmp_path):
             pass
+
+
+def test_lock_that_another_process_reads_is_released_on_windows(tmp_path, monkeypatch):
+    """Windows does not remove a file that another process has open."""
+    monkeypatch.setattr(files, "ATTEMPTS", 3)
+    monkeypatch.setattr(files, "ATTEMPT_INTERVAL", 0)
+    unlink = Path.unlink
+    refusals = 2
+
+    def unlink_if_closed(self: Path, missing_ok: bool = False) -> None:
+        nonlocal refusals
+        if self.name == LOCK and refusals:
+            refusals -= 1
+            raise PermissionError(13, "Access is denied")
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink_if_closed)
+    with hold_lock(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+    refusals = 9
+    with hold_lock(tmp_path):
+        pass
+    # It does not fail, and the next process takes over the lock of a dead one.
+    assert (tmp_path / LOCK).exists()
 
 
 def test_damaged_lock_is_taken_over(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from clipgen.sampling import (
     sample_sequence,
     with_cfg,
 )
-from clipgen.sampling_params import SamplingParams, resolve_params
+from clipgen.sampling_params import MAX_GUIDANCE_SCALE, MIN_TEMPERATURE, SamplingParams, resolve_params
 
 SETTINGS = [
     dict(temperature=1.0, top_k=300, top_p=1.0),
@@ -132,6 +133,14 @@ def test_extreme_logits_and_uniforms_give_valid_indices():
     assert half.dtype == torch.int64 and half.shape == (3,)
 
 
+def test_extreme_params_give_valid_indices():
+    """Scales and temperatures beyond them give NaN, which no index is sampled from."""
+    params = SamplingParams(temperature=MIN_TEMPERATURE, guidance_scale=MAX_GUIDANCE_SCALE)
+    both = torch.tensor([[0.0, 1e30, -1e30], [0.0, -1e30, 1e30]])
+    logits = with_cfg(lambda position, previous: both, params.guidance_scales(1))(0, None)
+    assert sample_from_logits(logits, torch.tensor([0.5]), params).tolist() == [1]
+
+
 def test_sampled_indices_are_fed_back():
     calls = []
 
@@ -214,6 +223,8 @@ def test_uniforms_do_not_depend_on_the_default_dtype():
     [
         ("temperature", -0.1),
         ("temperature", math.nan),
+        ("temperature", 10**400),
+        ("temperature", 1e-308),
         ("top_k", 0),
         ("top_k", -3),
         ("top_p", 0.0),
@@ -222,11 +233,12 @@ def test_uniforms_do_not_depend_on_the_default_dtype():
         ("guidance_scale", -1.0),
         ("guidance_scale", math.nan),
         ("guidance_scale", math.inf),
+        ("guidance_scale", 1e308),
         ("guidance_power", math.inf),
     ],
 )
 def test_params_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {re.escape(str(value))}"):
         SamplingParams(**{name: value})
 
 

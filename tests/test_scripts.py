@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import runpy
 import shutil
 import subprocess
 import sys
@@ -185,6 +187,17 @@ def test_clip_with_non_finite_weights_is_never_saved(tmp_path):
 
 def overflow_in_fp16(layer: torch.nn.Linear) -> None:
     layer.weight.fill_(1e6)
+
+
+def test_fuzzing_is_refused_on_other_systems(monkeypatch):
+    """Windows has no module ``resource``; the readers are tested there all the same."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    names = runpy.run_path(fuzz.__file__)
+    assert math.isnan(names["peak_memory"]())
+    monkeypatch.setattr(sys, "argv", ["fuzz"])
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="fuzz must run on Linux, where it limits its own memory, got win32"):
+        names["main"]()
 
 
 @pytest.mark.parametrize("name", fuzz.targets())

@@ -37,7 +37,8 @@ def test_workflow_is_valid(path):
     assert workflow["permissions"] == {"contents": "read"}
     for job in workflow["jobs"].values():
         needed = job.get("needs", [])
-        assert {needed} if isinstance(needed, str) else set(needed) <= set(workflow["jobs"])
+        needs = {needed} if isinstance(needed, str) else set(needed)
+        assert needs <= set(workflow["jobs"])
         assert job["timeout-minutes"] <= 60
     for step in steps_of(workflow):
         assert ("run" in step) != ("uses" in step), step
@@ -64,6 +65,14 @@ def test_release_tests_the_wheel_on_every_supported_python_and_system():
     assert matrix["python"] == classifiers
     assert [name.partition("-")[0] for name in matrix["os"]] == ["ubuntu", "macos", "windows"]
     assert jobs["publish"]["needs"] == "test" and jobs["test"]["needs"] == "build"
+
+
+def test_release_tests_the_wheel_on_the_cpu():
+    """The macOS runners of GitHub offer MPS, and fail at every allocation on it."""
+    steps = load("workflows/release.yml")["jobs"]["test"]["steps"]
+    commands = {step["run"].split()[0]: step["run"] for step in steps if "run" in step}
+    assert "--device cpu" in commands["clipgen-sample"]
+    assert "trainer.accelerator=cpu" in commands["clipgen-demo"]
 
 
 def test_release_publishes_tags_only_and_without_a_token():

@@ -69,10 +69,9 @@ class Handlers:
 
     def show_examples(self, name: str, *values: Any) -> tuple[Any, ...]:
         """Return prompts that a model knows: the placeholder and samples of the tab "Text", and the other fields."""
-        try:
-            examples = self.examples(name)
-        except Exception:
-            # The page already shows why the model cannot be loaded.
+        examples = self.examples(name)
+        if examples is None:
+            # The page already shows why the model could not be loaded.
             return tuple(gr.skip() for _ in range(2 + len(values)))
         samples = gr.update(samples=sample_rows(examples))
         return (gr.update(placeholder=examples.prompts[0]), samples, *field_updates(examples, values))
@@ -85,11 +84,12 @@ class Handlers:
         """Return the prompt of a chosen sample."""
         return row[0]
 
-    def examples(self, name: str) -> Examples:
-        """Return the examples of a model: those of its CLIP, which a run may share with a bundled model."""
-        if name in EXAMPLES:
-            return EXAMPLES[name]
-        clip: Any = self.store.load(name).clip
+    def examples(self, name: str) -> Examples | None:
+        """Return the examples of a loaded model: those of its CLIP, which a run may share with a bundled model."""
+        pipe = self.store.find_loaded(name)
+        if pipe is None:
+            return None
+        clip: Any = pipe.clip
         return EXAMPLES.get(clip.model_name, EXAMPLES[""])
 
     # --------------------------------------------------------------------------------------------------- generation

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clipgen.app.messages import status
 from clipgen.app.models import ModelStore
@@ -129,17 +129,8 @@ def gallery_columns(request: ImageRequest) -> int:
 
 
 def notes(request: ImageRequest) -> list[str]:
-    """Return remarks on the prompts that a bundled model was not trained for."""
+    """Return remarks on the prompts, or the image to complete, that a bundled model was not trained for."""
     prompts = list(request.prompts)
     if request.outpaint and request.outpaint not in prompts:
         prompts.append(request.outpaint)
-    texts: list[str] = []
-    images: list[Any] = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            texts.append(prompt)
-        elif isinstance(prompt, dict):
-            texts.extend(prompt)
-        elif getattr(prompt, "size", None) != (32, 32):
-            images.append("the upload")
-    return prompt_warnings(request.model, texts, images)
+    return prompt_warnings(request.model, [("the upload", prompt) for prompt in prompts])

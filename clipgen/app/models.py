@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from clipgen.app.limits import MAX_MODELS
 from clipgen.bundled import BUNDLED, DEFAULT
@@ -54,7 +55,8 @@ class ModelStore:
         self.generating = threading.Lock()
         self._models: OrderedDict[tuple[str, float], TextToImage] = OrderedDict()
         self._lock = threading.Lock()
-        self._loading: dict[str, threading.Lock] = {}
+        # Locked while a model is loaded; the lock is kept for as long as a thread uses it.
+        self._loading: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def choices(self) -> list[tuple[str, str]]:
         """Return labels and names of the models that need no download, the default first."""
@@ -83,12 +85,13 @@ class ModelStore:
 
     def check(self, name: str) -> None:
         """Raise ValueError if a visitor may not use the name."""
-        if name == self.checkpoint or name in BUNDLED or name in self._runs():
-            return
-        if self.allow_hub and HUB_NAME.fullmatch(name):
-            return
+        if isinstance(name, str):
+            if name == self.checkpoint or name in BUNDLED or name in self._runs():
+                return
+            if self.allow_hub and HUB_NAME.fullmatch(name):
+                return
         known = "one of the list" + (f", or {HUB_PREFIX}OWNER/NAME" if self.allow_hub else "")
-        raise ValueError(f"the model must be {known}, got {name[:100]!r}")
+        raise ValueError(f"the model must be {known}, got {name!r:.100}")
 
     def params(self, name: str) -> SamplingParams | None:
         """Return the default sampling parameters of a model, or None if it must be loaded to know them."""
@@ -115,6 +118,12 @@ class ModelStore:
                 pipe = self._load(name)
                 self._keep(key, pipe)
         return pipe
+
+    def find_loaded(self, name: str) -> TextToImage | None:
+        """Return a model that is in memory, or None."""
+        with self._lock:
+            pipes = [pipe for (loaded, _), pipe in self._models.items() if loaded == name]
+        return pipes[-1] if pipes else None
 
     def _load(self, name: str) -> TextToImage:
         """Load a model from its files."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from clipgen.app.limits import MAX_CANDIDATES, MAX_IMAGES, MAX_PROMPT_LENGTH, MAX_SWEEP_IMAGES
-from clipgen.generation.prompts import Prompt, check_request
+from clipgen.generation.prompts import Prompt, check_request, texts_of
 from clipgen.sampling import per_sample_seeds
 from clipgen.sampling_params import SamplingParams
 
@@ -118,12 +118,7 @@ def random_seed() -> int:
 
 def check_length(prompt: Prompt) -> None:
     """Raise ValueError if a text, or a text of a mixture, is too long."""
-    texts: list[str] = []
-    if isinstance(prompt, str):
-        texts = [prompt]
-    elif isinstance(prompt, dict):
-        texts = list(prompt)
-    for text in texts:
+    for text in texts_of(prompt):
         if len(text) > MAX_PROMPT_LENGTH:
             raise ValueError(f"a prompt must have at most {MAX_PROMPT_LENGTH} characters, got {len(text)}")
 

@@ -38,6 +38,7 @@ class RunningRequests:
             timeout: longest time in seconds to wait for their end.
         """
         with self._changed:
-            for event in self._events.get(visitor, ()):
+            stopped = set(self._events.get(visitor, ()))
+            for event in stopped:
                 event.set()
-            self._changed.wait_for(lambda: visitor not in self._events, timeout)
+            self._changed.wait_for(lambda: stopped.isdisjoint(self._events.get(visitor, ())), timeout)

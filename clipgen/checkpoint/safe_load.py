@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 import zipfile
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from torch import Tensor
 from clipgen.checkpoint.pickle_check import check_pickles
 from clipgen.checkpoint.pickle_stubs import PickleStub, content_of, stub_for
 from clipgen.hardware.environment import environment_variable
+from clipgen.storage.files import IS_WINDOWS
 
 State = dict[str, Tensor]
 # This environment variable takes precedence over the arguments of torch.load.
@@ -38,6 +40,9 @@ INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 WRAPPERS = ("", "module.", "first_stage_model.", "module.first_stage_model.", "model.first_stage_model.")
 # Tied weights are stored once and named twice; more than that is a small file that claims much memory.
 MAX_SHARING = 4
+
+# The safe globals of torch are those of all threads.
+_safe_globals_lock = threading.Lock()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -74,18 +79,25 @@ def unpickle(path: Path) -> Any:
     if archive:
         check_archive(path)
     check_pickles_of(path, archive)
+    # Windows does not replace a file that is mapped.
+    location: Any = copy_storage if archive and IS_WINDOWS else "cpu"
     names: dict[str, Any] = {}
     while True:
         try:
-            with torch.serialization.safe_globals([(kind, name) for name, kind in names.items()]):
+            with _safe_globals_lock, torch.serialization.safe_globals([(kind, name) for name, kind in names.items()]):
                 # Memory-mapped: tensors are read when they are used, and cannot extend beyond the end of the file.
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+                return torch.load(path, map_location=location, weights_only=True, mmap=archive)
         except UnpicklingError as error:
             name = refused_name(error)
             kind = stub_for(name) if name else None
             if name is None or kind is None or name in names or len(names) >= MAX_NAMES:
                 raise
             names[name] = kind
+
+
+def copy_storage(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+    """Copy a memory-mapped storage to the memory of the CPU, as a ``map_location`` of ``torch.load``."""
+    return storage.clone()
 
 
 def check_pickles_of(path: Path, archive: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipgen.hardware.environment import environment_int
-from clipgen.storage.files import check_size, printable, read_yaml
+from clipgen.storage.files import IS_WINDOWS, check_size, printable, read_yaml
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -29,6 +29,8 @@ NETWORK_OPTIONS = {"wandb"}
 HUB_KEYS = ("data.dataset", "init_from_gpt2")
 REPOSITORY = r"[\w.-]+/[\w.-]+"
 FOLDER_KEYS = ("logger.save_dir", "data.cache_dir")
+# Keys whose values may be MODULE:FUNCTION, also of a module whose name is that of a drive.
+FUNCTION_KEYS = ("metrics.fid_features",)
 # Hydra takes a millisecond to parse an argument.
 MAX_ARGUMENTS = 1000
 MAX_LENGTH = 10_000
@@ -189,6 +191,8 @@ def has_no_outside_effect(key: str, value: Any) -> bool:
         return "${" not in text
     if key.startswith("logger."):
         return not re.search(r"[/\\:]|\.\.|\$\{", text)
+    if IS_WINDOWS and key not in FUNCTION_KEYS:
+        text = re.sub(r"^[A-Za-z]:(?=[\\/])", "", text)
     # Values with a colon may be URLs, commands, models or functions; this kind is harmless.
     is_known = re.fullmatch(r"(clip|torchvision|timm):[\w.-]+(:[\w.-]+)?", text)
     return bool(is_known) or not re.search(r":|\$\{", text)

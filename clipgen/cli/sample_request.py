@@ -95,6 +95,13 @@ class SampleRequest:
         ends = chain.from_iterable(self.interpolations)
         return self.prompts + [NamedPrompt(describe(end), end) for end in ends]
 
+    def named_inputs(self) -> list[NamedPrompt]:
+        """Return all prompts, and the image to complete unless it is one of them."""
+        inputs = self.named_prompts()
+        if self.outpaint and self.outpaint not in [prompt for _, prompt in inputs]:
+            inputs.append(NamedPrompt("--outpaint", self.outpaint))
+        return inputs
+
     def check(self) -> None:
         """Raise ValueError if the request cannot be fulfilled by any model."""
         from clipgen.generation.prompts import check_request

@@ -40,7 +40,8 @@ def compute_on_rank_zero() -> Iterator[None]:
 @contextmanager
 def share_results_in_files() -> Iterator[None]:
     """Keep the results of this process for the processes that are started inside the ``with``."""
-    with tempfile.TemporaryDirectory(prefix="clipgen-") as folder:
+    # Windows does not remove files that are mapped.
+    with tempfile.TemporaryDirectory(prefix="clipgen-", ignore_cleanup_errors=True) as folder:
         os.environ[FOLDER_VARIABLE] = folder
         try:
             yield

@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
 
 from clipgen.data.shapes import ALL_ATTRIBUTES, BACKGROUNDS, COLORS, RADII, SHAPES
 
+if TYPE_CHECKING:
+    from clipgen.generation.prompts import Prompt
+
 FILLERS = {"a", "on", "background", "and", "an", "the"}
 SHAPES_WORDS = {*FILLERS, *RADII, *COLORS, *SHAPES, *BACKGROUNDS}
+# Images of another size are taken for photographs.
+SHAPES_SIZE = (32, 32)
 ATTRIBUTES = {"shape": SHAPES, "color": COLORS, "size": RADII, "background": BACKGROUNDS}
 # The classes of CIFAR-10.
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -75,20 +82,24 @@ EXAMPLES = {
 }
 
 
-def prompt_warnings(model: str, texts: Iterable[str], photographs: Iterable[str]) -> list[str]:
+def prompt_warnings(model: str, prompts: Iterable[tuple[str, Prompt]]) -> list[str]:
     """Return one line per prompt that a bundled model was not trained for, followed by a description of the model.
 
     Args:
         model: name of the bundled model; there are no warnings for other models.
-        texts: text prompts.
-        photographs: names of image prompts that are not shapes.
+        prompts: names of prompts, and the prompts.
     """
+    # The prompts import torch, which the examples need not wait for.
+    from clipgen.generation.prompts import texts_of
+
     if model not in DESCRIPTIONS:
         return []
     unfamiliar = unfamiliar_shape if model == "shapes" else unfamiliar_class
-    lines = [f"The model {reason}: {text!r}" for text in texts if (reason := unfamiliar(text))]
-    if model == "shapes":
-        lines += [f"The model has never seen a photograph: {name}" for name in photographs]
+    lines = []
+    for name, prompt in prompts:
+        lines += [f"The model {reason}: {text!r}" for text in texts_of(prompt) if (reason := unfamiliar(text))]
+        if model == "shapes" and isinstance(prompt, Image.Image) and prompt.size != SHAPES_SIZE:
+            lines.append(f"The model has never seen a photograph: {name}")
     return [*lines, DESCRIPTIONS[model]] if lines else []
 
 

@@ -41,6 +41,13 @@ def describe(prompt: Prompt) -> str:
     return IMAGE_PROMPT if isinstance(prompt, Image.Image) else EMBEDDING_PROMPT
 
 
+def texts_of(prompt: Prompt) -> list[str]:
+    """Return the texts of a prompt: one, those of a mixture, or none."""
+    if isinstance(prompt, str):
+        return [prompt]
+    return list(prompt) if isinstance(prompt, Mapping) else []
+
+
 def prompt_kind(prompt: Prompt) -> str:
     """Return the kind of a prompt, one of ``PROMPT_KINDS``."""
     if isinstance(prompt, str):

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+IS_WINDOWS = os.name == "nt"
 MAX_JSON = 64 * 2**20  # bytes; parsed JSON takes 10 to 30 times as much memory
 MAX_YAML = 2**20
 MAX_JSON_VALUES = 4_000_000  # values take 65 bytes and more each, also if a file stores them in two
 PARTIAL_FILE = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.partial")
+# Windows does not rename or remove a file that another process, such as a virus scanner, has open.
+ATTEMPTS = 10 if IS_WINDOWS else 1
+ATTEMPT_INTERVAL = 0.1  # seconds
+# Constants of the Windows API.
+SYNCHRONIZE = 0x100000
+WAIT_TIMEOUT = 0x102
+ERROR_ACCESS_DENIED = 5
 _cleaned_folders: set[Path] = set()
 
 
@@ -41,10 +51,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with with_path_in_errors(path):
             yield partial
             flush_to_disk(partial)
-            partial.replace(path)
+            retry(lambda: partial.replace(path))
             flush_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def retry(operation: Callable[[], Any]) -> None:
+    """Rename or remove a file, with further attempts on Windows while another process has it open."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            operation()
+            return
+        except PermissionError:
+            time.sleep(ATTEMPT_INTERVAL)
+    operation()
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -69,9 +90,9 @@ def host_name() -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process of this host exists; True on Windows, where ``os.kill`` would end it."""
-    if os.name == "nt":
-        return True
+    """Return whether a process of this host exists."""
+    if IS_WINDOWS:
+        return is_running_on_windows(pid)
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -82,12 +103,29 @@ def is_running(pid: int) -> bool:
     return True
 
 
+def is_running_on_windows(pid: int) -> bool:
+    """Return whether a process of this Windows host exists: ``os.kill`` would end it."""
+    # Ids have 32 bits, and ctypes refuses larger ones.
+    if not 0 <= pid < 2**32:
+        return False
+    kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]  # exists on Windows only
+    process = kernel32.OpenProcess(SYNCHRONIZE, False, pid)
+    if not process:
+        # The process of another user.
+        return bool(ctypes.get_last_error() == ERROR_ACCESS_DENIED)  # type: ignore[attr-defined]
+    try:
+        # A process that has ended remains while another one has it open.
+        return bool(kernel32.WaitForSingleObject(process, 0) == WAIT_TIMEOUT)
+    finally:
+        kernel32.CloseHandle(process)
+
+
 def flush_to_disk(path: Path) -> None:
     """Flush a file or folder to the disk, so that after a power loss its content exists if its name does."""
     # Windows cannot open folders.
-    if path.is_dir() and os.name == "nt":
+    if path.is_dir() and IS_WINDOWS:
         return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

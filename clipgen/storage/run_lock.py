@@ -14,13 +14,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from clipgen.storage.files import is_running
+from clipgen.storage.files import is_running, retry
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
 # Seconds after which the holder of a lock updates its modification time.
 HEARTBEAT = 15.0
-# Seconds without an update after which a holder on another machine is assumed dead.
+# Seconds without an update after which a holder that cannot be looked up is assumed dead.
 TIMEOUT = 90.0
 # Number of characters of a lock file that are read.
 MAX_LOCK = 10_000
@@ -30,8 +30,9 @@ MAX_LOCK = 10_000
 def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Keep a lock file for the work inside the ``with``.
 
-    The lock of a dead process is taken over. A process on this machine is looked up; a process on another machine is
-    assumed dead if it has not updated its lock for ``TIMEOUT`` seconds.
+    The lock of a dead process is taken over. A process on this machine is looked up; a process on another machine, or
+    on a system that does not report its start time, is assumed dead if it has not updated its lock for ``TIMEOUT``
+    seconds.
 
     Args:
         folder: the folder that is locked.
@@ -53,7 +54,9 @@ def hold_lock(folder: Path, name: str = LOCK) -> Iterator[None]:
         done.set()
         thread.join()
         if read_lock(path) == record:
-            path.unlink(missing_ok=True)
+            # If a reader prevents it on Windows, the lock is that of a dead process when this one ends.
+            with suppress(PermissionError):
+                retry(lambda: path.unlink(missing_ok=True))
 
 
 def holder_record() -> dict[str, Any]:
@@ -125,8 +128,8 @@ def remove_if_dead(path: Path, folder: Path) -> None:
         # If the file system has no locks of its own, only one of several processes can rename the lock.
         renamed = unique_path(path, "dead")
         with suppress(FileNotFoundError):
-            path.rename(renamed)
-            renamed.unlink()
+            retry(lambda: path.rename(renamed))
+            retry(renamed.unlink)
 
 
 @contextmanager
@@ -161,10 +164,17 @@ def read_lock(path: Path) -> dict[str, Any] | None:
 
 
 def is_alive(holder: dict[str, Any], path: Path) -> bool:
-    """Return whether the holder of a lock is running. For another machine, wait for an update of the lock."""
+    """Return whether the holder of a lock is running.
+
+    If it is on another machine, or its id may be that of a later process, wait for an update of the lock.
+    """
     pid = holder.get("pid")
     if holder.get("process_table") == process_table() and isinstance(pid, int):
-        return is_running(pid) and start_time(pid) == holder.get("started")
+        started = start_time(pid)
+        if not is_running(pid) or started != holder.get("started"):
+            return False
+        if started:
+            return True
     logger.info("%s: waiting to see if process %s on %s is alive", path, pid, holder.get("host"))
     last_update = modification_time(path)
     deadline = time.monotonic() + TIMEOUT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +29,9 @@ MAX_NAMES = 10_000_000
 
 
 def run_scale(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure each number of images, every part in a process of its own (on Linux)."""
+    """Measure each number of images, every part in a process of its own."""
+    if sys.platform != "linux":
+        raise SystemExit(f"benchmark scale must run on Linux, whose /proc it reads, got {sys.platform}")
     parts: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = []
     for images in args.images:
         shards = images // IMAGES_PER_SHARD
@@ -64,6 +66,8 @@ def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
     The seconds of CPU time depend less on other processes.
     """
+    import resource
+
     before = anonymous_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import re
-import resource
 import statistics
 import sys
 import tempfile
@@ -58,9 +58,13 @@ def alternating_medians(functions: dict[str, Callable[[], Any]], steps: int, dev
 
 
 def peak_memory(device: str) -> float:
-    """Return the largest amount of memory that this process has used, in GiB."""
+    """Return the largest amount of memory that this process has used, in GiB; NaN on the CPU under Windows."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import print_table
+from clipgen.storage.files import IS_WINDOWS
 
 PROMPT = "a large blue ring on a white background"
 # The settings of ``clipgen.app.settings.Settings``: four images of the bundled model.
@@ -61,8 +62,16 @@ def running_server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         try:
             yield process, f"http://127.0.0.1:{port}/"
         finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(TIMEOUT)
+            stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server as Ctrl-C does, except on Windows, where one process cannot interrupt another."""
+    if IS_WINDOWS:
+        process.terminate()
+    else:
+        process.send_signal(signal.SIGINT)
+    process.wait(TIMEOUT)
 
 
 def usage(process: subprocess.Popen[bytes], start: float) -> dict[str, float]:

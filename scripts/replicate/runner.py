@@ -38,14 +38,15 @@ class Runner(BaseRunner):
         """Return whether the pipeline is loaded."""
         return hasattr(self, "pipe")
 
-    # The signature is read as text by cog, which checks its types and bounds before a call: they must be literals.
+    # The signature is read as text by cog, which checks its types and bounds before a call: they must be literals. They
+    # are those of the web page.
     @cog.streaming
     def run(
         self,
-        prompt: str = Input(description="A sentence that describes the image"),
+        prompt: str = Input(description="A sentence that describes the image", max_length=1000),
         num_images: int = Input(description="Number of images", default=4, ge=1, le=16),
         top_k: Optional[int] = Input(  # noqa: UP045
-            description="Number of most likely codes that are kept; empty: the model's", default=None, ge=1
+            description="Number of most likely codes that are kept; empty: the model's", default=None, ge=1, le=1000
         ),
         top_p: Optional[float] = Input(  # noqa: UP045
             description="Probability of the most likely codes that are kept; empty: the model's",
@@ -54,13 +55,17 @@ class Runner(BaseRunner):
             le=1.0,
         ),
         temperature: Optional[float] = Input(  # noqa: UP045
-            description="Divisor of the logits; 0 takes the most likely code; empty: the model's", default=None, ge=0.0
+            description="Divisor of the logits; 0 takes the most likely code; empty: the model's",
+            default=None,
+            ge=0.0,
+            le=2.0,
         ),
         guidance_scale: Optional[float] = Input(  # noqa: UP045
             description="Classifier-free guidance; 1 disables it, as a model without condition dropout needs; "
             "empty: the model's",
             default=None,
             ge=0.0,
+            le=10.0,
         ),
         seed: Optional[int] = Input(description="Seed of the first image; empty: random", default=None, ge=0),  # noqa: UP045
         rerank_from: Optional[int] = Input(  # noqa: UP045
