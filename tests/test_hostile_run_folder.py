@@ -239,6 +239,8 @@ HOSTILE_DRIVES = [
     r"data.root=C:\a:b",
     r"data.root='C:\${oc.env:HOME}'",
     "metrics.fid_features=c:/x",
+    r"data.root='\\host\share'",
+    "data.root=//host/share",
 ]
 
 

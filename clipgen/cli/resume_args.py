@@ -195,7 +195,8 @@ def has_no_outside_effect(key: str, value: Any) -> bool:
         text = re.sub(r"^[A-Za-z]:(?=[\\/])", "", text)
     # Values with a colon may be URLs, commands, models or functions; this kind is harmless.
     is_known = re.fullmatch(r"(clip|torchvision|timm):[\w.-]+(:[\w.-]+)?", text)
-    return bool(is_known) or not re.search(r":|\$\{", text)
+    # Two slashes begin the name of another host on Windows.
+    return bool(is_known) or not re.search(r":|\$\{|^[/\\]{2}", text)
 
 
 @cache
