@@ -221,8 +221,11 @@ def interval_chart(
         above = [bound - value for value, bound in zip(values, high)]
         axis.errorbar(x, values, yerr=[below, above], label=name, capsize=3)
     if baseline is not None:
-        axis.axhline(baseline, color="gray", linestyle=":", label="0")
+        axis.axhline(baseline, color="gray", linestyle=":", label=f"{x_label} = 0")
     axis.set_xscale("log")
+    ticks = sorted({point[0] for points in series.values() for point in points})
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.legend()
