@@ -321,10 +321,12 @@ def test_other_commands_hold_their_folder(monkeypatch, capsys, tmp_path, name):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "image.png").touch()
     arguments = {
         "encode": ["vqgan=shapes", "output=out", "data.train_size=8", "data.val_size=4", "device=cpu"],
         "sample": ["--prompt", "a large blue ring on a white background", "--output", "out"],
-        "eval": ["--images", "out", "--features", "none", "--shapes-eval", "--output", "out"],
+        "eval": ["--images", "images", "--features", "none", "--shapes-eval", "--output", "out"],
     }
     with hold_lock(tmp_path / "out", LOCK if name == "sample" else f"{LOCK}-0"):
         result = Call(monkeypatch, capsys, f"clipgen-{name}", *arguments[name])
