@@ -92,7 +92,7 @@ def checkpoint_path(resume: str) -> Path:
     """Return the checkpoint that ``resume`` names: a ``.ckpt`` file, or the last one of a run folder.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: the checkpoint does not exist.
     """
     path = Path(resume).expanduser()
     if path.is_dir():

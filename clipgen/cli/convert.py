@@ -57,9 +57,10 @@ def run() -> None:
         raise ValueError("--training is only for a tokenizer alone: a pipeline generates images and cannot be trained")
     if getattr(args, "transformer", True) is None and (args.n_head is not None or args.clip is not None):
         raise ValueError("--n-head and --clip are settings of the transformer: also give its file, or leave them out")
-    for path in (args.vqgan, getattr(args, "config", None), getattr(args, "transformer", None)):
+    for name in ("vqgan", "config", "transformer"):
+        path = getattr(args, name, None)
         if path and not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
+            raise FileNotFoundError(f"{name} must be an existing file, got {path}")
     from clipgen import VQGAN, ConditionalTransformer, FrozenCLIP, TextToImage
 
     if args.project == "taming":

@@ -148,7 +148,7 @@ def check_early(args: Namespace) -> None:
 
 
 def check_combination(args: Namespace) -> None:
-    """Raise ValueError if an option would have no effect together with another one, or contradicts it."""
+    """Raise ValueError if one option contradicts another one or makes it ineffective."""
     num_images = args.num_images if is_given(args, "num_images") else DEFAULT_SETTINGS["num_images"]
     check_num_images(num_images, args.rerank_from)
     options = sampling_options(args)

@@ -42,7 +42,7 @@ def describe(prompt: Prompt) -> str:
 
 
 def texts_of(prompt: Prompt) -> list[str]:
-    """Return the texts of a prompt: one, those of a mixture, or none."""
+    """Return the text of a prompt, or all texts of a mixture; an image has no texts."""
     if isinstance(prompt, str):
         return [prompt]
     return list(prompt) if isinstance(prompt, Mapping) else []
